@@ -1,0 +1,268 @@
+"""The one pinhole camera type of the project.
+
+Conventions (docs/conventions.md is the authority): OpenCV axes (x right, y down, z forward), world z up,
+`x_world = c2w @ x_cam`, `fxfycxcy` in pixels, image origin at the outer corner of the first pixel
+(pixel centres at +0.5, image centre at w / 2).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+TURNTABLE_DISTANCE = 2.7
+TURNTABLE_HFOV_DEG = 50.0
+
+
+@dataclass(frozen=True)
+class Cameras:
+    """A batch of pinhole cameras that share one picture size.
+
+    c2w: [..., 4, 4] camera to world, rigid (rotation orthonormal, determinant +1).
+    fxfycxcy: [..., 4] pixels.
+    height, width: pixels.
+    """
+
+    c2w: Tensor
+    fxfycxcy: Tensor
+    height: int
+    width: int
+
+    def __post_init__(self) -> None:
+        if self.c2w.shape[-2:] != (4, 4):
+            raise ValueError(f"c2w must have shape [..., 4, 4], got {list(self.c2w.shape)}")
+        if self.fxfycxcy.shape != (*self.c2w.shape[:-2], 4):
+            raise ValueError(
+                f"fxfycxcy must have shape {[*self.c2w.shape[:-2], 4]} to go with c2w "
+                f"{list(self.c2w.shape)}, got {list(self.fxfycxcy.shape)}"
+            )
+        if self.height <= 0 or self.width <= 0:
+            raise ValueError(f"height and width must be positive, got {self.height} x {self.width}")
+
+    def validate(self, source: str = "cameras") -> Cameras:
+        """Checks the values (costs a device synchronisation): finite, rigid, focal lengths positive.
+
+        Readers call this once on what they read; arithmetic on cameras does not.
+        """
+        if not (torch.isfinite(self.c2w).all() and torch.isfinite(self.fxfycxcy).all()):
+            raise ValueError(f"{source}: c2w and fxfycxcy must be finite")
+        rotation = self.c2w[..., :3, :3].double()
+        error = (rotation.mT @ rotation - torch.eye(3, dtype=torch.float64, device=rotation.device)).abs().max()
+        if error > 1e-3:
+            raise ValueError(f"{source}: the rotation of c2w must be orthonormal to 1e-3, it is off by {error:.2g}")
+        if (torch.linalg.det(rotation) < 0).any():
+            raise ValueError(f"{source}: the rotation of c2w mirrors (determinant -1); OpenCV axes are right-handed")
+        if (self.fxfycxcy[..., :2] <= 0).any():
+            raise ValueError(f"{source}: fx and fy must be positive, got {self.fxfycxcy[..., :2].tolist()}")
+        return self
+
+    # ---- construction -------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def from_w2c(w2c: Tensor, fxfycxcy: Tensor, height: int, width: int) -> Cameras:
+        """w2c: [..., 4, 4] world to camera, OpenCV axes."""
+        return Cameras(invert_rigid(w2c), fxfycxcy, height, width)
+
+    @staticmethod
+    def look_at(eye: Tensor, target: Tensor, fxfycxcy: Tensor, height: int, width: int) -> Cameras:
+        """Cameras at `eye` [..., 3] looking at `target` [..., 3] (or [3]), world z up, no roll."""
+        forward = torch.nn.functional.normalize(target - eye, dim=-1)
+        up = torch.tensor([0.0, 0.0, 1.0], dtype=eye.dtype, device=eye.device).expand_as(forward)
+        right = torch.linalg.cross(forward, up, dim=-1)
+        if (right.norm(dim=-1) < 1e-6).any():
+            raise ValueError("look_at: a camera looks straight up or down, where 'no roll' is undefined")
+        right = torch.nn.functional.normalize(right, dim=-1)
+        down = torch.linalg.cross(forward, right, dim=-1)
+        c2w = torch.zeros(*eye.shape[:-1], 4, 4, dtype=eye.dtype, device=eye.device)
+        c2w[..., :3, 0], c2w[..., :3, 1], c2w[..., :3, 2], c2w[..., :3, 3] = right, down, forward, eye
+        c2w[..., 3, 3] = 1.0
+        return Cameras(c2w, fxfycxcy.expand(*eye.shape[:-1], 4).contiguous(), height, width)
+
+    @staticmethod
+    def orbit(
+        azimuth_deg: Tensor, elevation_deg: Tensor, distance: Tensor | float, focal_over_width: float, size: int
+    ) -> Cameras:
+        """Square-picture cameras around the origin. Azimuth 0 is at -y, 90 at -x (clockwise seen from above).
+
+        azimuth_deg, elevation_deg: [...]; distance: scalar or [...]; computed in float64, returned as float32.
+        """
+        azimuth, elevation = torch.deg2rad(azimuth_deg.double()), torch.deg2rad(elevation_deg.double())
+        direction = torch.stack(
+            [-azimuth.sin() * elevation.cos(), -azimuth.cos() * elevation.cos(), elevation.sin()], dim=-1
+        )
+        eye = direction * torch.as_tensor(distance, dtype=torch.float64)[..., None]
+        focal = focal_over_width * size
+        fxfycxcy = torch.tensor([focal, focal, size / 2, size / 2], dtype=torch.float64)
+        cameras = Cameras.look_at(eye, torch.zeros(3, dtype=torch.float64), fxfycxcy, size, size)
+        return cameras.to(torch.float32)
+
+    @staticmethod
+    def turntable(
+        num_views: int,
+        size: int,
+        *,
+        elevation_deg: float = 0.0,
+        distance: float = TURNTABLE_DISTANCE,
+        hfov_deg: float = TURNTABLE_HFOV_DEG,
+    ) -> Cameras:
+        """FaceLift's turntable: from -y counter-clockwise over 360 degrees, end point excluded. Shape [num_views]."""
+        azimuth_deg = -torch.arange(num_views, dtype=torch.float64) * 360.0 / num_views
+        focal_over_width = 0.5 / math.tan(math.radians(hfov_deg) / 2)
+        return Cameras.orbit(azimuth_deg, torch.full_like(azimuth_deg, elevation_deg), distance, focal_over_width, size)
+
+    # ---- views of the same data ---------------------------------------------------------------------------------
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.c2w.shape[:-2]
+
+    @property
+    def w2c(self) -> Tensor:
+        """[..., 4, 4] world to camera."""
+        return invert_rigid(self.c2w)
+
+    @property
+    def origins(self) -> Tensor:
+        """[..., 3] camera centres in the world."""
+        return self.c2w[..., :3, 3]
+
+    @property
+    def distance(self) -> Tensor:
+        """[...] distance of each camera centre from the world origin."""
+        return self.origins.norm(dim=-1)
+
+    @property
+    def azimuth_deg(self) -> Tensor:
+        """[...] in [0, 360): direction in which each camera stands, seen from the world origin."""
+        x, y = self.origins[..., 0], self.origins[..., 1]
+        return torch.rad2deg(torch.atan2(-x, -y)) % 360.0
+
+    @property
+    def elevation_deg(self) -> Tensor:
+        """[...] in [-90, 90]."""
+        return torch.rad2deg(torch.asin((self.origins[..., 2] / self.distance).clamp(-1, 1)))
+
+    def __getitem__(self, index) -> Cameras:
+        """Indexes the leading (batch, view) dimensions."""
+        return replace(self, c2w=self.c2w[index], fxfycxcy=self.fxfycxcy[index])
+
+    def __len__(self) -> int:
+        return self.c2w.shape[0]
+
+    def to(self, target) -> Cameras:
+        return replace(self, c2w=self.c2w.to(target), fxfycxcy=self.fxfycxcy.to(target))
+
+    # ---- geometry -----------------------------------------------------------------------------------------------
+
+    def intrinsic_matrix(self) -> Tensor:
+        """[..., 3, 3] K for pixel coordinates whose origin is the outer corner of the first pixel."""
+        matrix = torch.zeros(*self.shape, 3, 3, dtype=self.fxfycxcy.dtype, device=self.fxfycxcy.device)
+        matrix[..., 0, 0], matrix[..., 1, 1] = self.fxfycxcy[..., 0], self.fxfycxcy[..., 1]
+        matrix[..., 0, 2], matrix[..., 1, 2] = self.fxfycxcy[..., 2], self.fxfycxcy[..., 3]
+        matrix[..., 2, 2] = 1.0
+        return matrix
+
+    def rays(self) -> tuple[Tensor, Tensor]:
+        """Origins and unit directions through the pixel centres, world frame, each [..., h, w, 3]."""
+        dtype, device = self.fxfycxcy.dtype, self.fxfycxcy.device
+        v, u = torch.meshgrid(
+            torch.arange(self.height, dtype=dtype, device=device) + 0.5,
+            torch.arange(self.width, dtype=dtype, device=device) + 0.5,
+            indexing="ij",
+        )
+        fx, fy, cx, cy = (self.fxfycxcy[..., i, None, None] for i in range(4))
+        x, y = (u - cx) / fx, (v - cy) / fy
+        directions = torch.nn.functional.normalize(torch.stack([x, y, torch.ones_like(x)], dim=-1), dim=-1)
+        directions = torch.einsum("...ij,...hwj->...hwi", self.c2w[..., :3, :3], directions)
+        directions = torch.nn.functional.normalize(directions, dim=-1)
+        return self.origins[..., None, None, :].expand_as(directions), directions
+
+    def project(self, xyz: Tensor) -> tuple[Tensor, Tensor]:
+        """World points [..., n, 3] (leading dimensions as the cameras') -> pixels [..., n, 2], depth z [..., n]."""
+        w2c = self.w2c
+        xyz_cam = torch.einsum("...ij,...nj->...ni", w2c[..., :3, :3], xyz) + w2c[..., None, :3, 3]
+        depth = xyz_cam[..., 2]
+        uv = xyz_cam[..., :2] / depth[..., None] * self.fxfycxcy[..., None, :2] + self.fxfycxcy[..., None, 2:]
+        return uv, depth
+
+    def resize(self, height: int, width: int) -> Cameras:
+        """The cameras of the same pictures resized to height x width."""
+        sx, sy = width / self.width, height / self.height
+        scale = torch.tensor([sx, sy, sx, sy], dtype=self.fxfycxcy.dtype, device=self.fxfycxcy.device)
+        return Cameras(self.c2w, self.fxfycxcy * scale, height, width)
+
+    def crop(self, left: int, top: int, width: int, height: int) -> Cameras:
+        """The cameras of the same pictures cropped (a negative left or top pads)."""
+        shift = torch.tensor([0.0, 0.0, left, top], dtype=self.fxfycxcy.dtype, device=self.fxfycxcy.device)
+        return Cameras(self.c2w, self.fxfycxcy - shift, height, width)
+
+    def rotate(self, azimuth_deg: float) -> Cameras:
+        """All cameras moved about the world's z axis so that every azimuth grows by `azimuth_deg`."""
+        a = math.radians(-azimuth_deg)  # azimuth runs clockwise, mathematics counter-clockwise
+        rotation = torch.eye(4, dtype=torch.float64)
+        rotation[0, 0], rotation[0, 1] = math.cos(a), -math.sin(a)
+        rotation[1, 0], rotation[1, 1] = math.sin(a), math.cos(a)
+        return replace(self, c2w=rotation.to(self.c2w) @ self.c2w)
+
+    def recentre(self, centre: Tensor, scale: float) -> Cameras:
+        """The same cameras in a world moved so that `centre` [3] is the origin, then scaled by `scale`."""
+        c2w = self.c2w.clone()
+        c2w[..., :3, 3] = (c2w[..., :3, 3] - centre.to(c2w)) * scale
+        return replace(self, c2w=c2w)
+
+    # ---- JSON ---------------------------------------------------------------------------------------------------
+
+    def to_frames(self) -> list[dict]:
+        """The `frames` list of `opencv_cameras.json`, without `file_path`. Cameras must have shape [v]."""
+        frames = []
+        for w2c, (fx, fy, cx, cy) in zip(self.w2c.double().tolist(), self.fxfycxcy.double().tolist()):
+            frames.append({"w": self.width, "h": self.height, "fx": fx, "fy": fy, "cx": cx, "cy": cy, "w2c": w2c})
+        return frames
+
+    @staticmethod
+    def from_frames(frames: list[dict], source: str) -> Cameras:
+        """Reads the `frames` list of `opencv_cameras.json` into Cameras of shape [v], float32."""
+        if not frames:
+            raise ValueError(f"{source}: 'frames' is empty, at least one camera is expected")
+        for number, frame in enumerate(frames):
+            missing = [key for key in ("w", "h", "fx", "fy", "cx", "cy", "w2c") if key not in frame]
+            if missing:
+                raise ValueError(f"{source}: frame {number} lacks {', '.join(missing)}")
+        sizes = {(int(f["w"]), int(f["h"])) for f in frames}
+        if len(sizes) != 1:
+            raise ValueError(f"{source}: all frames must have one picture size, got w x h {sorted(sizes)}")
+        width, height = sizes.pop()
+        w2c = torch.tensor([f["w2c"] for f in frames], dtype=torch.float64)
+        if w2c.shape[1:] != (4, 4):
+            raise ValueError(f"{source}: w2c must be 4x4, got {list(w2c.shape[1:])}")
+        fxfycxcy = torch.tensor([[f["fx"], f["fy"], f["cx"], f["cy"]] for f in frames], dtype=torch.float64)
+        return Cameras.from_w2c(w2c, fxfycxcy, height, width).validate(source).to(torch.float32)
+
+
+def invert_rigid(matrix: Tensor) -> Tensor:
+    """Inverse of rigid 4x4 matrices [..., 4, 4] by transposition: exact where a general inverse would round."""
+    rotation, translation = matrix[..., :3, :3], matrix[..., :3, 3]
+    inverse = torch.zeros_like(matrix)
+    inverse[..., :3, :3] = rotation.mT
+    inverse[..., :3, 3] = -(rotation.mT @ translation[..., None])[..., 0]
+    inverse[..., 3, 3] = 1.0
+    return inverse
+
+
+def read_cameras(path: Path | str) -> Cameras:
+    """Reads an `opencv_cameras.json` into Cameras of shape [v]."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"camera file {path} does not exist; an opencv_cameras.json with 'frames' is expected there")
+    try:
+        content = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"camera file {path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("frames"), list):
+        raise ValueError(f"camera file {path} must hold an object with a list 'frames'")
+    return Cameras.from_frames(content["frames"], str(path))

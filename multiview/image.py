@@ -1,0 +1,92 @@
+"""Pictures in and out, the only compositing function, and contact sheets.
+
+Pictures are float32 tensors 0..1, RGB(A) straight alpha, [..., c, h, w].
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from multiview.checkpoint import atomic_write
+
+BACKGROUNDS = {"white": 1.0, "gray": 0.5, "black": 0.0}
+
+
+def read_rgba(path: Path | str) -> Tensor:
+    """Reads a picture file into [4, h, w], 0..1. A file without alpha gets alpha 1."""
+    path = Path(path)
+    try:
+        with Image.open(path) as picture:
+            array = np.asarray(picture.convert("RGBA"))
+    except FileNotFoundError:
+        raise ValueError(f"picture {path} does not exist") from None
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"picture {path} cannot be read as an image: {error}") from error
+    return rearrange(torch.from_numpy(array.copy()), "h w c -> c h w").float() / 255.0
+
+
+def to_uint8(picture: Tensor) -> np.ndarray:
+    """[c, h, w] 0..1 -> [h, w, c] uint8, rounded."""
+    return (rearrange(picture.detach().float().cpu(), "c h w -> h w c").clamp(0, 1) * 255.0).round().byte().numpy()
+
+
+def write_image(path: Path | str, picture: Tensor) -> None:
+    """Writes [3|4, h, w] (or [1, h, w], grey) 0..1 as PNG, atomically."""
+    array = to_uint8(picture)
+    if array.shape[-1] == 1:
+        array = array[..., 0]
+    with atomic_write(path) as temporary:
+        Image.fromarray(array).save(temporary, format="PNG", compress_level=4)
+
+
+def resize_rgba(rgba: Tensor, size: int | tuple[int, int]) -> Tensor:
+    """Lanczos resize of [c, h, w] in 8 bits, as FaceLift's data loader does; size: int or (height, width).
+
+    Cameras do not change here: call `Cameras.resize` with the same size.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    if rgba.shape[-2:] == (height, width):
+        return rgba
+    resized = np.asarray(Image.fromarray(to_uint8(rgba)).resize((width, height), Image.Resampling.LANCZOS))
+    return rearrange(torch.from_numpy(resized.copy()), "h w c -> c h w").float() / 255.0
+
+
+def composite(rgba: Tensor, background: Tensor | float) -> Tensor:
+    """Straight-alpha RGBA [..., 4, h, w] over a background (scalar, or broadcastable to [..., 3, h, w]) -> RGB."""
+    if rgba.shape[-3] != 4:
+        raise ValueError(f"rgba must have 4 channels at dimension -3, got shape {list(rgba.shape)}")
+    rgb, alpha = rgba[..., :3, :, :], rgba[..., 3:, :, :]
+    return rgb * alpha + background * (1.0 - alpha)
+
+
+def grid(pictures: Tensor, columns: int) -> Tensor:
+    """Contact sheet: [n, 3, h, w] -> [3, rows * h, columns * w]; empty cells white."""
+    missing = -len(pictures) % columns
+    if missing:
+        pictures = torch.cat([pictures, pictures.new_ones(missing, *pictures.shape[1:])])
+    return rearrange(pictures, "(r k) c h w -> c (r h) (k w)", k=columns)
+
+
+def save_video(path: Path | str, frames: Tensor, fps: int = 30) -> None:
+    """Writes [n, 3, h, w] 0..1 as H.264 mp4 that browsers play (even size, yuv420p), atomically."""
+    import imageio_ffmpeg
+
+    height, width = frames.shape[-2:]
+    if height % 2 or width % 2:
+        raise ValueError(f"video frames must have even height and width, got {height} x {width}")
+    with atomic_write(path) as temporary:
+        writer = imageio_ffmpeg.write_frames(
+            os.fspath(temporary), (width, height), fps=fps, codec="libx264", quality=8, macro_block_size=2,
+            output_params=["-f", "mp4", "-movflags", "+faststart"],
+        )  # fmt: skip
+        writer.send(None)
+        for frame in frames:
+            writer.send(np.ascontiguousarray(to_uint8(frame)))
+        writer.close()

@@ -1,0 +1,83 @@
+"""Picture metrics: whole image and foreground. Pictures [..., 3, h, w] 0..1, masks [..., 1, h, w] 0..1."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+LPIPS_BACKBONE = Path("checkpoints/vgg/vgg16-397923af.pth")
+GENERATED_FOREGROUND_THRESHOLD = 0.04
+
+
+def psnr(prediction: Tensor, target: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB per picture, [...]. On white backgrounds it reads about 10 dB high."""
+    return _decibel((prediction - target).square().flatten(-3).mean(-1))
+
+
+def foreground_psnr(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """PSNR in dB over the pixels of the ground-truth mask (weighted by it), [...]."""
+    if mask.shape[-3] != 1:
+        raise ValueError(f"mask must have 1 channel, got shape {list(mask.shape)}")
+    weight = mask.flatten(-3).sum(-1)
+    if (weight <= 0).any():
+        raise ValueError("foreground_psnr: a mask is empty, its foreground has no PSNR")
+    error = ((prediction - target).square().mean(-3, keepdim=True) * mask).flatten(-3).sum(-1)
+    return _decibel(error / weight)
+
+
+def mask_iou(prediction: Tensor, target: Tensor) -> Tensor:
+    """Intersection over union of two masks thresholded at 0.5, [...]; 1 where both are empty."""
+    a, b = prediction > 0.5, target > 0.5
+    intersection, union = (a & b).flatten(-3).sum(-1).float(), (a | b).flatten(-3).sum(-1).float()
+    return torch.where(union > 0, intersection / union.clamp_min(1), torch.ones_like(union))
+
+
+def mask_from_white(rgb: Tensor, threshold: float = GENERATED_FOREGROUND_THRESHOLD) -> Tensor:
+    """Mask [..., 1, h, w] of a picture on white: pixels darker than white by `threshold` in any channel."""
+    return ((1.0 - rgb).amax(-3, keepdim=True) > threshold).to(rgb.dtype)
+
+
+def ssim(prediction: Tensor, target: Tensor) -> Tensor:
+    """Structural similarity per picture, [...] (Gaussian window 11, sigma 1.5, data range 1; Wang et al. 2004)."""
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    a, b = prediction.flatten(0, -4), target.flatten(0, -4)
+    values = structural_similarity_index_measure(a, b, sigma=1.5, kernel_size=11, data_range=1.0, reduction="none")
+    return values.reshape(prediction.shape[:-3])
+
+
+def lpips_backbone_path(root: Path | str = ".") -> Path:
+    """Where the VGG-16 weights of LPIPS are expected."""
+    return Path(root) / LPIPS_BACKBONE
+
+
+def load_lpips(device: torch.device | str = "cpu", path: Path | str | None = None) -> torch.nn.Module:
+    """LPIPS (VGG) with the backbone read from disk; never downloads.
+
+    Raises ValueError naming file and folder when the weights are not there. Call it with pictures scaled to [-1, 1].
+    """
+    path = Path(path) if path is not None else lpips_backbone_path()
+    if not path.is_file():
+        raise ValueError(
+            f"LPIPS needs torchvision's VGG-16 weights at {path}: put the file vgg16-397923af.pth there, or set the "
+            "LPIPS weight to 0"
+        )
+    import lpips
+
+    from multiview.checkpoint import load_checkpoint, load_strict
+
+    network = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+    features = {k: v for k, v in load_checkpoint(path).items() if k.startswith("features.")}
+    # lpips splits torchvision's `features` into slices of the same layer numbers.
+    slices = {name: module for name, module in network.net.named_children() if name.startswith("slice")}
+    for name, module in slices.items():
+        wanted = {f"{layer}.{kind}" for layer, _ in module.named_children() for kind in ("weight", "bias")}
+        part = {k.removeprefix("features."): v for k, v in features.items() if k.removeprefix("features.") in wanted}
+        load_strict(module, part, f"{path} ({name})")
+    return network.eval().requires_grad_(False).to(device)
+
+
+def _decibel(mean_squared_error: Tensor) -> Tensor:
+    return -10.0 * torch.log10(mean_squared_error.clamp_min(1e-10))

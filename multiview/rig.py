@@ -1,0 +1,315 @@
+"""The view rig: the one description of the set of views, carried by every artifact and compared wherever two meet."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from multiview.cameras import Cameras
+
+RIGS_FOLDER = Path(__file__).resolve().parent.parent / "configs" / "rigs"
+DEFAULT_RIG = "mouse6"
+
+FACELIFT_DISTANCE = 2.7
+FACELIFT_FOCAL = 548.9937744140625 / 512  # over the picture's width
+FILL_FACTOR = 2.0  # `framing: fill`: how much farther and longer than FaceLift's camera
+
+# Two rigs are one when every view agrees within these.
+ANGLE_TOLERANCE_DEG = 0.05
+LENGTH_TOLERANCE = 1e-3  # relative, distance and focal length
+
+PROMPT_STYLES = {
+    "facelift": "a rendering image of 3D models, {view} view, color map.",
+    "facelift_normal": "a rendering image of 3D models, {view} view, normal map.",
+    "mouse": "a rendering image of a 3D model, {view} view, from above at an angle, color map.",
+    "mouse_normal": "a rendering image of a 3D model, {view} view, from above at an angle, normal map.",
+    "laboratory": "a laboratory mouse, white background, high quality",
+}
+ANGLES_SUFFIX = ", elevation {elevation:g} degrees, azimuth {azimuth:g} degrees"
+
+MENDING = {
+    "embeddings": "python scripts/generate_mouse_prompt_embeds.py --rig {rig} --model_name <the folder whose text "
+    "encoder the UNet was trained with>",
+    "unet": "python train_diffusion.py --config configs/mouse_mvdiffusion.yaml rig={rig}",
+    "gslrm": "python train_gslrm.py --config configs/mouse_config_finetune.yaml rig={rig}",
+    "cameras": "leave --camera_json out to use the rig's own cameras, or pass a camera file of rig {rig}",
+    "dataset": "python scripts/process_mouse_data.py --rig {rig} ... into a new --output_dir",
+}
+
+
+class RigMismatchError(ValueError):
+    """Two artifacts describe different view sets."""
+
+
+@dataclass(frozen=True)
+class View:
+    """One view. Azimuth 0 is the camera at -y, 90 at -x (clockwise seen from above); distance None = the rig's."""
+
+    name: str
+    azimuth_deg: float
+    elevation_deg: float
+    distance: float | None = None
+
+
+@dataclass(frozen=True)
+class ViewRig:
+    """An ordered set of views around the origin, world z up.
+
+    distance: world units. focal: focal length over picture width. azimuth_zero: `heading` (the animal's own front) or
+    `reference` (the side the input view was taken from). framing: how the animal's size was chosen (`exact`, `fill`,
+    `facelift`; docs/data_format.md). reference_view: index of the input view.
+    """
+
+    name: str
+    views: tuple[View, ...]
+    distance: float = FACELIFT_DISTANCE
+    focal: float = FACELIFT_FOCAL
+    azimuth_zero: str = "reference"
+    framing: str = "exact"
+    up_axis: str = "z"
+    reference_view: int = 0
+    prompt_style: str = "mouse"
+
+    def __post_init__(self) -> None:
+        if not self.views:
+            raise ValueError(f"rig {self.name}: at least one view is needed")
+        names = [view.name for view in self.views]
+        if len(set(names)) != len(names):
+            raise ValueError(f"rig {self.name}: view names must differ, got {names}")
+        if not 0 <= self.reference_view < len(self.views):
+            raise ValueError(f"rig {self.name}: reference_view must be 0..{len(names) - 1}, got {self.reference_view}")
+        for field, value, allowed in (
+            ("azimuth_zero", self.azimuth_zero, ("heading", "reference")),
+            ("framing", self.framing, ("exact", "fill", "facelift")),
+            ("up_axis", self.up_axis, ("z",)),
+            ("prompt_style", self.prompt_style, tuple(PROMPT_STYLES)),
+        ):
+            if value not in allowed:
+                raise ValueError(f"rig {self.name}: {field} must be one of {', '.join(allowed)}, got {value!r}")
+        if self.distance <= 0 or self.focal <= 0:
+            raise ValueError(f"rig {self.name}: distance and focal must be positive")
+
+    @property
+    def num_views(self) -> int:
+        return len(self.views)
+
+    @property
+    def view_names(self) -> list[str]:
+        return [view.name for view in self.views]
+
+    def view_distance(self, view: View) -> float:
+        return self.distance if view.distance is None else view.distance
+
+    def cameras(self, size: int) -> Cameras:
+        """The rig's cameras for square pictures of `size` pixels, shape [num_views]."""
+        return Cameras.orbit(
+            torch.tensor([view.azimuth_deg for view in self.views], dtype=torch.float64),
+            torch.tensor([view.elevation_deg for view in self.views], dtype=torch.float64),
+            torch.tensor([self.view_distance(view) for view in self.views], dtype=torch.float64),
+            self.focal,
+            size,
+        )
+
+    def prompts(self, style: str | None = None, *, angles: bool = False) -> list[str]:
+        """One text prompt per view. `angles` appends the numbers (elevation, azimuth)."""
+        style = style or self.prompt_style
+        if style not in PROMPT_STYLES:
+            raise ValueError(f"prompt style must be one of {', '.join(PROMPT_STYLES)}, got {style!r}")
+        template = PROMPT_STYLES[style] + (ANGLES_SUFFIX if angles else "")
+        return [
+            template.format(view=view.name, elevation=view.elevation_deg, azimuth=view.azimuth_deg)
+            for view in self.views
+        ]
+
+    def fingerprint(self) -> str:
+        """Short hash of geometry and order; equal for rigs that `differences` calls equal up to rounding."""
+        content = [self.azimuth_zero, self.reference_view, round(self.focal, 5)]
+        for view in self.views:
+            angles = [round(view.azimuth_deg, 2), round(view.elevation_deg, 2)]
+            content.append([*angles, round(self.view_distance(view), 3)])
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+    def differences(self, other: ViewRig) -> list[str]:
+        """What keeps two rigs from being one (empty: they are). Names and prompts do not count, geometry does."""
+        if self.num_views != other.num_views:
+            return [f"number of views: {self.num_views} against {other.num_views}"]
+        found = []
+        for index, (a, b) in enumerate(zip(self.views, other.views)):
+            azimuth_gap = abs((a.azimuth_deg - b.azimuth_deg + 180.0) % 360.0 - 180.0)
+            if azimuth_gap > ANGLE_TOLERANCE_DEG:
+                found.append(f"azimuth of view {index}: {a.azimuth_deg:g} against {b.azimuth_deg:g} degrees")
+            if abs(a.elevation_deg - b.elevation_deg) > ANGLE_TOLERANCE_DEG:
+                found.append(f"elevation of view {index}: {a.elevation_deg:g} against {b.elevation_deg:g} degrees")
+            da, db = self.view_distance(a), other.view_distance(b)
+            if abs(da - db) > LENGTH_TOLERANCE * da:
+                found.append(f"distance of view {index}: {da:g} against {db:g}")
+        if abs(self.focal - other.focal) > LENGTH_TOLERANCE * self.focal:
+            found.append(f"focal length over width: {self.focal:g} against {other.focal:g}")
+        if self.azimuth_zero != other.azimuth_zero:
+            found.append(f"azimuth_zero: {self.azimuth_zero} against {other.azimuth_zero}")
+        if self.reference_view != other.reference_view:
+            found.append(f"reference view: {self.reference_view} against {other.reference_view}")
+        return found
+
+    def with_framing(self, framing: str) -> ViewRig:
+        """The rig for another framing: `fill` doubles distance and focal length, the others keep 2.7 and 549."""
+        factor = FILL_FACTOR if framing == "fill" else 1.0
+        was = FILL_FACTOR if self.framing == "fill" else 1.0
+        return replace(self, framing=framing, distance=self.distance / was * factor, focal=self.focal / was * factor)
+
+    def is_cyclic(self) -> bool:
+        """True if rotating the reference to any view gives the rig itself (equal steps, one elevation and distance)."""
+        step = 360.0 / self.num_views
+        first = self.views[0]
+        return self.azimuth_zero == "reference" and all(
+            abs((view.azimuth_deg - first.azimuth_deg - k * step + 180.0) % 360.0 - 180.0) <= ANGLE_TOLERANCE_DEG
+            and abs(view.elevation_deg - first.elevation_deg) <= ANGLE_TOLERANCE_DEG
+            and self.view_distance(view) == self.view_distance(first)
+            for k, view in enumerate(self.views)
+        )
+
+    # ---- storage ------------------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict:
+        content = asdict(self)
+        content["views"] = [{k: v for k, v in asdict(view).items() if v is not None} for view in self.views]
+        return content
+
+    @staticmethod
+    def from_dict(content: dict, source: str) -> ViewRig:
+        """Reads what `to_dict` (or a rig YAML) holds; unknown and missing keys are errors naming `source`."""
+        known = set(ViewRig.__dataclass_fields__)
+        if not isinstance(content, dict) or not {"name", "views"} <= set(content):
+            raise ValueError(f"{source}: a view rig needs at least 'name' and 'views'")
+        unknown = set(content) - known
+        if unknown:
+            raise ValueError(f"{source}: unknown rig keys {sorted(unknown)}; known: {sorted(known)}")
+        try:
+            views = tuple(View(**view) for view in content["views"])
+        except TypeError as error:
+            raise ValueError(f"{source}: a view needs name, azimuth_deg, elevation_deg: {error}") from error
+        return ViewRig(**{**content, "views": views})
+
+    @staticmethod
+    def from_cameras(cameras: Cameras, name: str, view_names: list[str] | None = None) -> ViewRig:
+        """The rig that cameras [v] amount to when they look at the origin: measured directions, in the given order."""
+        azimuths, elevations = cameras.azimuth_deg.tolist(), cameras.elevation_deg.tolist()
+        distances = cameras.distance.tolist()
+        names = view_names or [f"azimuth_{azimuth:.1f}" for azimuth in azimuths]
+        views = tuple(View(*values) for values in zip(names, azimuths, elevations, distances))
+        mean_distance = sum(distances) / len(distances)
+        focal = float(cameras.fxfycxcy[..., 0].mean()) / cameras.width
+        return ViewRig(name=name, views=views, distance=mean_distance, focal=focal)
+
+
+def available_rigs() -> list[str]:
+    return sorted(path.stem for path in RIGS_FOLDER.glob("*.yaml"))
+
+
+def load_rig(name_or_path: str | Path) -> ViewRig:
+    """A rig by name (`configs/rigs/<name>.yaml`), or from a YAML/JSON file (a bare rig, or under the key `rig`)."""
+    from omegaconf import OmegaConf
+
+    path = Path(name_or_path)
+    if path.suffix not in (".yaml", ".yml", ".json"):
+        path = RIGS_FOLDER / f"{name_or_path}.yaml"
+    if not path.is_file():
+        raise ValueError(f"rig {str(name_or_path)!r} is neither a file nor one of {', '.join(available_rigs())}")
+    content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    if isinstance(content, dict) and isinstance(content.get("rig"), dict):
+        content = content["rig"]
+    return ViewRig.from_dict(content, str(path))
+
+
+def check_alignment(expected: ViewRig | None = None, /, **artifacts: ViewRig) -> ViewRig:
+    """Refuses artifacts of different rigs. Runs before any model does work.
+
+    artifacts: by role (`embeddings`, `unet`, `gslrm`, `cameras`, `dataset`), the rig each one carries.
+    `expected` is the rig the user named, compared first. Returns the common rig.
+    Raises RigMismatchError with both rigs side by side and the command that mends it.
+    """
+    if not artifacts:
+        raise ValueError("check_alignment needs at least one artifact")
+    base_role = "requested" if expected is not None else next(iter(artifacts))
+    base = expected if expected is not None else artifacts[base_role]
+    for role, rig in artifacts.items():
+        differences = base.differences(rig)
+        if differences:
+            raise RigMismatchError(mismatch_message(base_role, base, role, rig, differences))
+    return base
+
+
+def check_rig_cameras(rig: ViewRig, cameras: Cameras, source: str) -> None:
+    """Refuses cameras [v] that are not the rig's own: other views, or the right places with other axes."""
+    measured = replace(
+        ViewRig.from_cameras(cameras, f"measured in {source}"),
+        azimuth_zero=rig.azimuth_zero,
+        reference_view=min(rig.reference_view, len(cameras) - 1),
+    )
+    differences = rig.differences(measured)
+    if differences:
+        raise RigMismatchError(mismatch_message("requested", rig, "cameras", measured, differences))
+    _check_axes(rig.cameras(cameras.width).c2w, cameras.c2w, source)
+
+
+def check_posed_views(rig: ViewRig, cameras: Cameras, source: str) -> None:
+    """For Stage 2 on calibrated cameras [v] of any directions: convention, distance and intrinsics must be the rig's.
+
+    Raises ValueError with what was expected.
+    """
+    centre = cameras.origins.new_zeros(3)
+    own = Cameras.look_at(cameras.origins, centre, cameras.fxfycxcy[0], cameras.height, cameras.width)
+    _check_axes(own.c2w, cameras.c2w, source, tolerance_deg=15.0)
+    for name, got, expected, tolerance in (
+        ("distance from the origin", cameras.distance, rig.distance, 0.15),
+        ("focal length over width", cameras.fxfycxcy[:, 0] / cameras.width, rig.focal, 0.10),
+        ("cx over width", cameras.fxfycxcy[:, 2] / cameras.width, 0.5, 0.05),
+        ("cy over height", cameras.fxfycxcy[:, 3] / cameras.height, 0.5, 0.05),
+    ):
+        if ((got - expected).abs() > tolerance * expected).any():
+            raise ValueError(
+                f"{source}: {name} must be {expected:.4g} within {tolerance:.0%} as this GS-LRM was trained (rig "
+                f"{rig.name}), got {[round(x, 4) for x in got.tolist()]}; normalise the sample with "
+                "scripts/process_mouse_data.py"
+            )
+
+
+def _check_axes(expected_c2w: torch.Tensor, c2w: torch.Tensor, source: str, tolerance_deg: float = 0.5) -> None:
+    cosine = (expected_c2w[..., :3, :3] * c2w[..., :3, :3]).sum(dim=-2)  # per axis x, y, z
+    limit = torch.cos(torch.deg2rad(torch.tensor(tolerance_deg, dtype=torch.float64))).item()
+    if (cosine < limit - 1e-6).any():
+        flipped = (cosine[..., 0] > 0.5).all() and (cosine[..., 1] < -0.5).all() and (cosine[..., 2] < -0.5).all()
+        hint = "they look like OpenGL axes (y up, z backward): negate columns 1 and 2 of c2w" if flipped else (
+            "cameras must look at the origin, world z up, OpenCV axes (x right, y down, z forward)"
+        )
+        raise ValueError(f"{source}: the cameras stand in the right places but look elsewhere; {hint}")
+
+
+def mismatch_message(role_a: str, a: ViewRig, role_b: str, b: ViewRig, differences: list[str]) -> str:
+    """Both rigs side by side, what differs, and the command that mends it."""
+    shown = differences[:4] + ([f"and {len(differences) - 4} more"] if len(differences) > 4 else [])
+    left, right = _rig_lines(role_a, a), _rig_lines(role_b, b)
+    width = max(len(line) for line in left) + 4
+    rows = max(len(left), len(right))
+    left, right = left + [""] * (rows - len(left)), right + [""] * (rows - len(right))
+    table = "\n".join(f"  {x:<{width}}{y}".rstrip() for x, y in zip(left, right))
+    mend = MENDING[role_b if role_b in MENDING else role_a].format(rig=a.name)
+    return (
+        f"{role_a} and {role_b} describe different views, so the 3D result would be garbage:\n{table}\n"
+        f"  differs: {'; '.join(shown)}\n  to mend: {mend}"
+    )
+
+
+def _rig_lines(role: str, rig: ViewRig) -> list[str]:
+    lines = [f"{role}: rig {rig.name}", f"{rig.num_views} views, azimuth 0 = {rig.azimuth_zero}"]
+    lines.append(f"focal / width {rig.focal:.5g}, fingerprint {rig.fingerprint()}")
+    for index, view in enumerate(rig.views):
+        lines.append(
+            f"{index} {view.name:<16} az {view.azimuth_deg:6.1f}  el {view.elevation_deg:5.1f}"
+            f"  d {rig.view_distance(view):.3g}"
+        )
+    return lines

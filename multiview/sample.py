@@ -1,0 +1,195 @@
+"""Sample folders (posed RGBA views of one animal at one instant) and datasets of them.
+
+Layout (docs/data_format.md):
+    sample_000000/images/cam_000.png ...      RGBA, straight alpha
+    sample_000000/depth/cam_000.png ...       optional, 16 bit, camera-frame z in units of DEPTH_UNIT, 0 = no surface
+    sample_000000/opencv_cameras.json         {"id", "frames": [{w, h, fx, fy, cx, cy, w2c, file_path, view?}]}
+The rig's views come first, in the rig's order; extra (novel) views follow, without a `view` name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from multiview.cameras import Cameras
+from multiview.checkpoint import atomic_folder, atomic_write, write_json
+from multiview.image import read_rgba, resize_rgba, write_image
+from multiview.rig import ViewRig
+
+CAMERAS_FILE = "opencv_cameras.json"
+DATASET_FILE = "dataset.json"
+DEPTH_UNIT = 1e-4  # world units per step of the 16-bit depth pictures: up to 6.55 units
+
+
+@dataclass(frozen=True)
+class Sample:
+    """rgba: [v, 4, h, w] 0..1 straight alpha. cameras: [v]. depth: [v, 1, h, w] camera-frame z, 0 = none."""
+
+    id: str
+    rgba: Tensor
+    cameras: Cameras
+    view_names: list[str | None]
+    depth: Tensor | None = None
+    folder: Path | None = None
+    extra: dict = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not (len(self.rgba) == len(self.cameras) == len(self.view_names)):
+            raise ValueError(
+                f"sample {self.id}: {len(self.rgba)} pictures, {len(self.cameras)} cameras and "
+                f"{len(self.view_names)} view names; one of each per view is expected"
+            )
+        if tuple(self.rgba.shape[-2:]) != (self.cameras.height, self.cameras.width):
+            raise ValueError(
+                f"sample {self.id}: pictures are {list(self.rgba.shape[-2:])}, cameras expect "
+                f"{[self.cameras.height, self.cameras.width]}"
+            )
+
+
+def read_sample(
+    folder: Path | str, *, image_size: int | None = None, num_views: int | None = None, with_depth: bool = False
+) -> Sample:
+    """Reads a sample folder (FaceLift's included); pictures and cameras resized together to image_size if given.
+
+    num_views: read the first so many views only. with_depth: depth pictures are required.
+    """
+    folder = Path(folder)
+    path = folder / CAMERAS_FILE
+    if not path.is_file():
+        raise ValueError(f"sample {folder} has no {CAMERAS_FILE}; a sample folder is expected (docs/data_format.md)")
+    content = json.loads(path.read_text())
+    frames = content.get("frames", []) if isinstance(content, dict) else []
+    if num_views is not None and len(frames) < num_views:
+        raise ValueError(f"sample {folder} has {len(frames)} views, {num_views} are needed")
+    frames = frames[:num_views]
+    cameras = Cameras.from_frames(frames, str(path))
+    pictures = []
+    for frame in frames:
+        rgba = read_rgba(_inside(folder, frame.get("file_path"), path))
+        if tuple(rgba.shape[-2:]) != (cameras.height, cameras.width):
+            raise ValueError(
+                f"{folder / frame['file_path']} is {list(rgba.shape[-2:])} (h, w), {path} says "
+                f"{[cameras.height, cameras.width]}"
+            )
+        pictures.append(rgba)
+    depth = torch.stack([_read_depth(_depth_path(folder, i)) for i in range(len(frames))]) if with_depth else None
+    if image_size is not None and (cameras.height, cameras.width) != (image_size, image_size):
+        if cameras.height != cameras.width:
+            raise ValueError(f"sample {folder}: square pictures are expected, got {cameras.height} x {cameras.width}")
+        pictures = [resize_rgba(picture, image_size) for picture in pictures]
+        cameras = cameras.resize(image_size, image_size)
+        if depth is not None:
+            # Nearest, not averaged: a mean of surface and nothing is a depth that exists nowhere.
+            depth = torch.nn.functional.interpolate(depth, size=(image_size, image_size), mode="nearest-exact")
+    extra = {key: value for key, value in content.items() if key not in ("id", "frames")}
+    return Sample(
+        id=str(content.get("id", folder.name)),
+        rgba=torch.stack(pictures),
+        cameras=cameras,
+        view_names=[frame.get("view") for frame in frames],
+        depth=depth,
+        folder=folder,
+        extra=extra,
+    )
+
+
+def write_sample(folder: Path | str, sample: Sample) -> None:
+    """Writes a sample folder; it appears under its name only when complete."""
+    with atomic_folder(folder) as temporary:
+        (temporary / "images").mkdir()
+        frames = sample.cameras.to_frames()
+        for index, frame in enumerate(frames):
+            frame["file_path"] = f"images/cam_{index:03d}.png"
+            if sample.view_names[index] is not None:
+                frame["view"] = sample.view_names[index]
+            write_image(temporary / frame["file_path"], sample.rgba[index])
+        if sample.depth is not None:
+            (temporary / "depth").mkdir()
+            for index, depth in enumerate(sample.depth):
+                steps = (depth[0].double() / DEPTH_UNIT).round().clamp(0, 65535).numpy().astype(np.uint16)
+                Image.fromarray(steps).save(_depth_path(temporary, index), compress_level=4)
+        write_json(temporary / CAMERAS_FILE, {"id": sample.id, **sample.extra, "frames": frames})
+
+
+def is_complete_sample(folder: Path | str) -> bool:
+    """A folder written by `write_sample` is complete when it exists: it is renamed into place."""
+    return (Path(folder) / CAMERAS_FILE).is_file()
+
+
+def read_split(list_file: Path | str) -> list[Path]:
+    """Sample folders of a split list, one per line, relative to it. Absolute or escaping paths are refused."""
+    list_file = Path(list_file)
+    if not list_file.is_file():
+        raise ValueError(
+            f"split list {list_file} does not exist; make a dataset with scripts/make_synthetic_mouse.py or "
+            "scripts/process_mouse_data.py, or name its data_mouse_train.txt"
+        )
+    lines = [line.strip() for line in list_file.read_text().splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"split list {list_file} is empty")
+    folders = []
+    for line in lines:
+        if os.path.isabs(line):
+            raise ValueError(
+                f"split list {list_file} holds the absolute path {line}; paths must be relative to the list file, so "
+                "that a dataset can be moved"
+            )
+        folders.append(_inside(list_file.parent, line, list_file))
+    return folders
+
+
+def write_split(list_file: Path | str, folders: list[Path | str]) -> None:
+    """Writes sample folders relative to the list file, atomically."""
+    list_file = Path(list_file)
+    lines = [Path(os.path.relpath(folder, list_file.parent)).as_posix() for folder in folders]
+    with atomic_write(list_file) as temporary:
+        temporary.write_text("".join(f"{line}\n" for line in lines))
+
+
+def write_dataset_info(folder: Path | str, rig: ViewRig, **parameters) -> None:
+    """Writes `dataset.json`: the rig and whatever made the data (JSON values)."""
+    write_json(Path(folder) / DATASET_FILE, {"rig": rig.to_dict(), **parameters})
+
+
+def read_dataset_info(folder: Path | str) -> dict:
+    """Reads `dataset.json` of a dataset folder; the value under `rig` becomes a ViewRig."""
+    path = Path(folder) / DATASET_FILE
+    if not path.is_file():
+        raise ValueError(
+            f"{path} does not exist: a dataset carries its view rig there. To adopt a folder made elsewhere, state its "
+            f"rig once: python scripts/stamp_rig.py --rig facelift6 --path {folder}"
+        )
+    content = json.loads(path.read_text())
+    if not isinstance(content, dict) or "rig" not in content:
+        raise ValueError(f"{path} must hold an object with the key 'rig'")
+    return {**content, "rig": ViewRig.from_dict(content["rig"], str(path))}
+
+
+def _inside(folder: Path, relative: str | None, source: Path) -> Path:
+    """folder / relative, refused when it leaves the folder (sample files come from strangers)."""
+    if not relative:
+        raise ValueError(f"{source}: a frame lacks file_path")
+    path = folder / relative
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{source}: the path {relative!r} leads out of {folder}")
+    return path
+
+
+def _depth_path(folder: Path, index: int) -> Path:
+    return folder / "depth" / f"cam_{index:03d}.png"
+
+
+def _read_depth(path: Path) -> Tensor:
+    if not path.is_file():
+        raise ValueError(f"depth picture {path} does not exist; write the dataset with --depth")
+    with Image.open(path) as picture:
+        steps = np.asarray(picture)
+    return torch.from_numpy(steps.astype(np.float32))[None] * DEPTH_UNIT

@@ -1,0 +1,100 @@
+"""Files appear whole or not at all; loading is strict."""
+
+import json
+import os
+import pickle
+
+import pytest
+import torch
+
+from multiview.checkpoint import (
+    atomic_folder,
+    atomic_write,
+    load_checkpoint,
+    load_strict,
+    newest_checkpoint,
+    read_rig,
+    read_sidecar,
+    rotate_checkpoints,
+    save_checkpoint,
+    stamp_rig,
+)
+from multiview.rig import load_rig
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), atomic_write(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_a_failed_folder_leaves_the_old_folder_and_no_litter(tmp_path):
+    folder = tmp_path / "checkpoint-1"
+    folder.mkdir()
+    (folder / "x").write_text("old")
+    with pytest.raises(RuntimeError), atomic_folder(folder) as temporary:
+        (temporary / "x").write_text("half")
+        raise RuntimeError
+    assert (folder / "x").read_text() == "old" and os.listdir(tmp_path) == ["checkpoint-1"]
+    with atomic_folder(folder) as temporary:
+        (temporary / "x").write_text("new")
+    assert (folder / "x").read_text() == "new" and os.listdir(tmp_path) == ["checkpoint-1"]
+
+
+def test_newest_is_the_newest_complete_one_found_by_reading(tmp_path):
+    for step in (1, 2, 10):
+        save_checkpoint(tmp_path / f"ckpt_{step:016d}.pt", {"w": torch.ones(1000) * step}, {"step": step})
+    newest = tmp_path / f"ckpt_{10:016d}.pt"
+    newest.write_bytes(newest.read_bytes()[:500])
+    found = newest_checkpoint(tmp_path)
+    assert found.name == f"ckpt_{2:016d}.pt" and load_checkpoint(found)["w"][0] == 2
+    assert read_sidecar(found) == {"step": 2}
+    assert newest_checkpoint(tmp_path / "nothing") is None
+
+
+def test_rotation_keeps_the_newest_and_never_all_deleted(tmp_path):
+    for step in (1, 2, 3, 20):
+        save_checkpoint(tmp_path / f"ckpt_{step:016d}.pt", {}, {})
+    rotate_checkpoints(tmp_path, "ckpt_*.pt", keep=3)
+    assert sorted(int(p.name[5:21]) for p in tmp_path.glob("*.pt")) == [2, 3, 20]
+    assert len(list(tmp_path.glob("*.json"))) == 3
+    with pytest.raises(ValueError, match="at least 1"):
+        rotate_checkpoints(tmp_path, "ckpt_*.pt", keep=0)
+
+
+def test_strict_loading_names_what_is_missing_unexpected_and_misshapen():
+    module = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.LayerNorm(3))
+    state = module.state_dict()
+    load_strict(module, {f"module.{k}": v for k, v in state.items()}, "x.pt", renames=[(r"^module\.", "")])
+    bad = {**state, "extra": torch.ones(1), "0.weight": torch.ones(3, 5)}
+    del bad["1.bias"]
+    with pytest.raises(ValueError) as error:
+        load_strict(module, bad, "x.pt")
+    for part in ("x.pt", "missing: 1.bias", "unexpected: extra", "0.weight [3, 5] instead of [3, 2]"):
+        assert part in str(error.value)
+
+
+def test_a_missing_checkpoint_and_one_with_code_inside_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="nowhere.pt does not exist"):
+        load_checkpoint(tmp_path / "nowhere.pt")
+
+    class Evil:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "pwned"),))
+
+    torch.save({"model": Evil()}, tmp_path / "evil.pt")
+    (tmp_path / "evil2.pt").write_bytes(pickle.dumps(Evil()))
+    for name in ("evil.pt", "evil2.pt"):
+        with pytest.raises(ValueError, match=name):
+            load_checkpoint(tmp_path / name)
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_a_stamped_rig_is_read_back(tmp_path):
+    assert read_rig(tmp_path) is None
+    stamp_rig(tmp_path, load_rig("mouse6"))
+    assert read_rig(tmp_path) == load_rig("mouse6")
+    assert json.loads((tmp_path / "rig.json").read_text())["name"] == "mouse6"

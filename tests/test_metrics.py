@@ -1,0 +1,52 @@
+"""Metrics against values computed by hand."""
+
+import pytest
+import torch
+
+from multiview.metrics import foreground_psnr, load_lpips, mask_from_white, mask_iou, psnr, ssim
+
+
+def test_psnr_and_its_foreground_form():
+    target = torch.ones(2, 3, 8, 8)
+    mask = torch.zeros(2, 1, 8, 8)
+    mask[..., :2, :2] = 1
+    prediction = target - 0.1 * mask
+    assert torch.allclose(foreground_psnr(prediction, target, mask), torch.full((2,), 20.0), atol=1e-3)
+    assert torch.allclose(psnr(prediction, target), torch.full((2,), 20.0 + 12.041), atol=1e-2)
+    with pytest.raises(ValueError, match="empty"):
+        foreground_psnr(prediction, target, mask * 0)
+
+
+def test_mask_iou():
+    a, b = torch.zeros(1, 4, 4), torch.zeros(1, 4, 4)
+    a[:, :2], b[:, 1:3] = 1, 1
+    assert mask_iou(a, b) == pytest.approx(1 / 3) and mask_iou(a, a) == 1 and mask_iou(a * 0, b * 0) == 1
+
+
+def test_ssim_is_one_for_equal_pictures_and_falls_with_noise():
+    picture = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(ssim(picture, picture), torch.ones(2), atol=1e-5)
+    assert (ssim(picture, 1 - picture) < 0.2).all()
+
+
+def test_mask_from_white_finds_what_is_not_white():
+    picture = torch.ones(3, 4, 4)
+    picture[0, 1, 1] = 0.9
+    assert mask_from_white(picture).sum() == 1
+
+
+def test_lpips_without_weights_names_file_and_folder(tmp_path):
+    with pytest.raises(ValueError, match="vgg16-397923af.pth"):
+        load_lpips(path=tmp_path / "vgg16-397923af.pth")
+
+
+def test_lpips_reads_its_backbone_from_disk(tmp_path):
+    from torchvision.models import vgg16
+
+    torch.manual_seed(0)
+    torch.save(vgg16(weights=None).state_dict(), tmp_path / "vgg.pth")
+    network = load_lpips(path=tmp_path / "vgg.pth")
+    a, b = torch.rand(1, 3, 64, 64) * 2 - 1, torch.rand(1, 3, 64, 64) * 2 - 1
+    assert network(a, a).item() == pytest.approx(0, abs=1e-6) and network(a, b).item() > 0
+    stored = torch.load(tmp_path / "vgg.pth", weights_only=True)
+    assert torch.equal(network.net.slice1[0].weight, stored["features.0.weight"])
