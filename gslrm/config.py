@@ -1,0 +1,253 @@
+"""Stage 2's configuration: FaceLift's YAML layout as typed dataclasses. Experiments in `configs/` are deltas over it.
+
+Keys that FaceLift's own files hold and that change nothing here are listed in `IGNORED_KEYS`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+IGNORED_KEYS = (
+    "profile",
+    "debug",
+    "model.class_name",
+    "training.runtime.torch_compile",
+    "training.dataset.normalize_distance_to",
+    "training.dataset.remove_alpha",
+    "training.dataloader.num_threads",
+    "training.losses.distill_loss_weight",
+    "training.schedule.num_epochs",
+    "training.schedule.early_stop_after_epochs",
+    "training.optimizer.reset_weight_decay",
+    "training.optimizer.reset_lr",
+    "training.logging.wandb.job_type",
+    "inference",
+    "validation.output_dir",
+)
+
+
+# ---- model ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ImageTokenizerConfig:
+    image_size: int = 512  # pixels; data are resized to it
+    patch_size: int = 8  # pixels
+    in_channels: int = 9  # rgb + rays: 9 (custom or plain Pluecker) or 12 (augmented)
+
+
+@dataclass
+class TransformerConfig:
+    d: int = 1024
+    d_head: int = 64
+    n_layer: int = 24
+
+
+@dataclass
+class UpsamplerConfig:
+    upsample_factor: int = 1  # only 1 exists
+
+
+@dataclass
+class GaussiansConfig:
+    n_gaussians: int = 2  # learned, not pixel-aligned
+    sh_degree: int = 0
+    scaling_modifier: float | None = None  # multiplies every scale
+    upsampler: UpsamplerConfig = field(default_factory=UpsamplerConfig)
+
+
+@dataclass
+class ModelConfig:
+    """Defaults are those of FaceLift's released weights."""
+
+    image_tokenizer: ImageTokenizerConfig = field(default_factory=ImageTokenizerConfig)
+    transformer: TransformerConfig = field(default_factory=TransformerConfig)
+    gaussians: GaussiansConfig = field(default_factory=GaussiansConfig)
+    add_refsrc_marker: bool = False  # a learned token added to view 0, another to the rest
+    use_custom_plucker: bool = True  # rays as direction + point nearest the world origin
+    use_aug_plucker: bool = False  # rays as moment + direction + nearest point
+    hard_pixelalign: bool = True  # image Gaussians lie on their pixel's ray
+    depth_preact_bias: float = 0.0
+    depth_min: float = -1.0  # both > 0: depth range of plain Pluecker input
+    depth_max: float = -1.0
+    depth_reference_origin: bool = False  # plain Pluecker input: depth counted from the camera's distance to the origin
+    clip_xyz: bool = False  # in training only: image Gaussians into [-1, 1]. FaceLift asked for it and never did it
+    half_bbx_size: float | None = None  # box of the evaluation filter; None = no box
+    prune_background: bool = False  # drop tokens and Gaussians of background pixels; forward then needs masks
+    prune_margin_px: int = 2  # pixels around the mask that are kept
+
+
+# ---- training -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class RuntimeConfig:
+    device: str = "auto"  # auto, cpu, cuda
+    seed: int = 777
+    use_tf32: bool = True
+    use_amp: bool = True  # autocast, on CUDA only unless amp_on_cpu
+    amp_on_cpu: bool = False
+    amp_dtype: str = "bf16"  # bf16 or fp16
+    grad_accum_steps: int = 1
+    grad_clip_norm: float = 1.0
+    allowed_gradnorm_factor: float = 20.0  # an update whose norm exceeds clip x this is skipped and counted
+    grad_checkpoint_every: int = 1  # blocks recomputed together in the backward pass; 0 = off
+    raster_backend: str = "auto"
+    ema_decay: float = 0.0  # 0 = off
+
+
+@dataclass
+class AugmentationConfig:
+    enabled: bool = False
+    brightness_range: list[float] = field(default_factory=lambda: [0.9, 1.1])  # factor, one draw for all views
+    contrast_range: list[float] = field(default_factory=lambda: [0.9, 1.1])
+
+
+@dataclass
+class DatasetConfig:
+    dataset_path: str = "data_mouse/data_mouse_train.txt"
+    num_views: int = 6  # views used per sample: inputs + others
+    num_input_views: int = 6
+    random_view_selection: bool = False  # inputs drawn at random instead of the rig's first ones
+    maximize_view_overlap: bool = False  # random targets must see what some input sees
+    overlap_rule: str = "normalised"  # or `upstream`: FaceLift's, on positions that are not normalised
+    target_has_input: bool = True  # inputs are targets too
+    background_color: str = "white"  # white, gray, black, random
+    on_bad_sample: str = "error"  # or `skip`: unreadable samples are left out, counted and logged, at start
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+
+
+@dataclass
+class DataloaderConfig:
+    batch_size_per_gpu: int = 2
+    num_workers: int = 4
+    prefetch_factor: int = 4
+
+
+@dataclass
+class LossesConfig:
+    """Weights of the losses; 0 = never computed (and VGG weights never loaded)."""
+
+    l2_loss_weight: float = 1.0
+    lpips_loss_weight: float = 0.5
+    perceptual_loss_weight: float = 0.5
+    ssim_loss_weight: float = 0.2
+    alpha_loss_weight: float = 0.0  # MSE of the rendered alpha against the mask
+    background_loss_weight: float = 0.0  # MSE on background pixels alone
+    pixelalign_loss_weight: float = 0.0
+    pointsdist_loss_weight: float = 0.0
+    masked_l2_loss: bool = False  # over foreground pixels only
+    masked_ssim_loss: bool = False
+    masked_pixelalign_loss: bool = True
+    warmup_pointsdist: bool = False  # first 1000 passes: points distance (0.1) instead of l2 and perceptual
+    direct_loss_weight: float = 0.0  # to the true surface points; needs depth maps in the dataset
+    direct_loss_weight_after: float = 0.0  # once direct_warmup_steps are over
+    direct_warmup_steps: int = 0  # passes without rendering, direct losses alone
+    direct_scale_px: float = 0.7  # target scale of a pixel's Gaussian, in pixel footprints
+    vgg_folder: str = "checkpoints/vgg"
+
+
+@dataclass
+class OptimizerConfig:
+    lr: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.05
+    reset_training_state: bool = True  # from resume_ckpt take the weights only
+
+
+@dataclass
+class ScheduleConfig:
+    max_fwdbwd_passes: int = 20000
+    warmup: int = 500  # parameter updates
+    l2_warmup_steps: int = 0  # passes without LPIPS and perceptual loss
+
+
+@dataclass
+class CheckpointingConfig:
+    resume_ckpt: str | None = None  # file or folder to start from; None = random weights
+    checkpoint_dir: str = "checkpoints/gslrm/run"
+    checkpoint_every: int = 500  # passes
+    checkpoints_total_limit: int = 3
+
+
+@dataclass
+class WandbConfig:
+    project: str = "mouse_facelift"
+    exp_name: str = "gslrm"
+    group: str = "gslrm"
+    log_every: int = 50  # passes
+    mode: str = "disabled"  # disabled, offline, online
+    offline: bool = False  # FaceLift's key: offline instead of online
+
+
+@dataclass
+class LoggingConfig:
+    print_every: int = 20  # passes
+    vis_every: int = 250
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+
+@dataclass
+class TrainingConfig:
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    dataloader: DataloaderConfig = field(default_factory=DataloaderConfig)
+    losses: LossesConfig = field(default_factory=LossesConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    checkpointing: CheckpointingConfig = field(default_factory=CheckpointingConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+
+@dataclass
+class ValidationConfig:
+    enabled: bool = True
+    val_every: int = 500  # passes
+    dataset_path: str = "data_mouse/data_mouse_val.txt"
+    num_samples: int = 8
+
+
+@dataclass
+class GSLRMConfig:
+    rig: str = "mouse6"  # name or file; must be the dataset's and the checkpoint's
+    model: ModelConfig = field(default_factory=ModelConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+
+
+# ---- checks that need no data ---------------------------------------------------------------------------------------
+
+
+def check_config(config: GSLRMConfig) -> None:
+    """Refuses combinations that cannot train. Raises ValueError naming the key, what was expected and why."""
+    dataset, losses, runtime = config.training.dataset, config.training.losses, config.training.runtime
+    if dataset.num_input_views < 2:
+        raise ValueError(
+            f"training.dataset.num_input_views must be at least 2, got {dataset.num_input_views}: Stage 2 triangulates "
+            "between posed views and learns a flat billboard from one. A single photograph goes through Stage 1 first "
+            "(python inference_mouse.py --input_image ...). Set training.dataset.num_input_views=6"
+        )
+    if dataset.num_views < dataset.num_input_views:
+        raise ValueError(
+            f"training.dataset.num_views ({dataset.num_views}) counts inputs and targets together and must be at least "
+            f"num_input_views ({dataset.num_input_views})"
+        )
+    if not dataset.target_has_input and dataset.num_views == dataset.num_input_views:
+        raise ValueError(
+            "training.dataset: target_has_input false leaves no target view when num_views equals num_input_views "
+            f"({dataset.num_views}); raise num_views"
+        )
+    for key, value, allowed in (
+        ("training.dataset.background_color", dataset.background_color, ("white", "gray", "black", "random")),
+        ("training.dataset.on_bad_sample", dataset.on_bad_sample, ("error", "skip")),
+        ("training.dataset.overlap_rule", dataset.overlap_rule, ("normalised", "upstream")),
+        ("training.runtime.amp_dtype", runtime.amp_dtype, ("bf16", "fp16")),
+        ("model.gaussians.upsampler.upsample_factor", config.model.gaussians.upsampler.upsample_factor, (1,)),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{key} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+    if config.model.prune_background and (losses.pointsdist_loss_weight > 0 or losses.warmup_pointsdist):
+        raise ValueError("the points-distance loss needs every pixel: set model.prune_background=false")
+    if losses.direct_warmup_steps > 0 and losses.direct_loss_weight <= 0:
+        raise ValueError("training.losses.direct_warmup_steps needs direct_loss_weight > 0")

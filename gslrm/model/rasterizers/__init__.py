@@ -1,0 +1,1 @@
+"""Rasterizer backends with one signature: rasterize(gaussians, cameras, background) -> (rgb, alpha, depth)."""
