@@ -283,8 +283,10 @@ def _check_axes(expected_c2w: torch.Tensor, c2w: torch.Tensor, source: str, tole
     limit = torch.cos(torch.deg2rad(torch.tensor(tolerance_deg, dtype=torch.float64))).item()
     if (cosine < limit - 1e-6).any():
         flipped = (cosine[..., 0] > 0.5).all() and (cosine[..., 1] < -0.5).all() and (cosine[..., 2] < -0.5).all()
-        hint = "they look like OpenGL axes (y up, z backward): negate columns 1 and 2 of c2w" if flipped else (
-            "cameras must look at the origin, world z up, OpenCV axes (x right, y down, z forward)"
+        hint = (
+            "they look like OpenGL axes (y up, z backward): negate columns 1 and 2 of c2w"
+            if flipped
+            else ("cameras must look at the origin, world z up, OpenCV axes (x right, y down, z forward)")
         )
         raise ValueError(f"{source}: the cameras stand in the right places but look elsewhere; {hint}")
 

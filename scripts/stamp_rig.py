@@ -1,0 +1,55 @@
+"""States once which view rig public weights or a foreign dataset belong to, by writing it beside them.
+
+A folder with opencv_cameras samples gets `dataset.json`, any other folder `rig.json`, a .pt file its JSON sidecar.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from multiview.run import main_guard
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--rig", required=True, help="a rig's name (configs/rigs) or a YAML/JSON file")
+    parser.add_argument("--path", required=True, type=Path, help="a UNet folder, a dataset folder, or a ckpt_*.pt")
+    parser.add_argument("--replace", action="store_true", help="replace a rig that is already there")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    from multiview.checkpoint import read_rig, read_sidecar, sidecar_path, stamp_rig, write_json
+    from multiview.rig import ViewRig, load_rig
+    from multiview.sample import DATASET_FILE, read_dataset_info, write_dataset_info
+
+    rig, path = load_rig(arguments.rig), arguments.path
+    if not path.exists():
+        raise ValueError(f"--path {path} does not exist")
+    if path.is_file():
+        content = read_sidecar(path) or {}
+        present = ViewRig.from_dict(content["rig"], str(sidecar_path(path))) if "rig" in content else None
+    elif (path / DATASET_FILE).is_file():
+        content = read_dataset_info(path)
+        present = content.pop("rig")
+    else:
+        content, present = {}, read_rig(path)
+    if present is not None and present.differences(rig) and not arguments.replace:
+        raise ValueError(
+            f"{path} already carries rig {present.name}, which differs from {rig.name}; --replace replaces it"
+        )
+
+    if path.is_file():
+        write_json(sidecar_path(path), {**content, "rig": rig.to_dict()})
+    elif content or any(path.glob("*/opencv_cameras.json")):
+        write_dataset_info(path, rig, **content)
+    else:
+        stamp_rig(path, rig)
+    print(f"{path}: rig {rig.name} ({rig.num_views} views, fingerprint {rig.fingerprint()})")
+
+
+if __name__ == "__main__":
+    main_guard(main)
