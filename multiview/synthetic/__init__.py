@@ -1,0 +1,1 @@
+"""The procedural, articulated mouse: splat clouds, rendered samples, moving mice."""

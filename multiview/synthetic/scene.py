@@ -1,0 +1,170 @@
+"""A whole mouse: shape + pose + coat + light -> SplatCloud; single mice, moving mice, rendered samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from multiview.synthetic import surface as parts
+from multiview.synthetic.body import MouseShape, random_shape
+from multiview.synthetic.cloud import SplatCloud, orient_splats
+from multiview.synthetic.coat import Coat, paint, random_coat
+from multiview.synthetic.implicit import Skin
+from multiview.synthetic.pose import MousePose, random_pose, rest_pose, stride
+from multiview.synthetic.skeleton import EAR, SIDES, Skeleton, build_skin, solve
+
+SPACING = 0.0112  # between samples, body lengths: no holes in pictures up to 256 px
+
+
+@dataclass(frozen=True)
+class Light:
+    """direction: [3] unit, towards the key light. key, sky, ground: strengths; tint: per channel."""
+
+    direction: np.ndarray
+    key: float = 0.75
+    sky: float = 0.62
+    ground: float = 0.30
+    tint: tuple = (1.0, 1.0, 1.0)
+
+
+def random_light(rng: np.random.Generator) -> Light:
+    azimuth, elevation = rng.uniform(0, 2 * math.pi), math.radians(rng.uniform(35, 80))
+    direction = [math.cos(azimuth) * math.cos(elevation), math.sin(azimuth) * math.cos(elevation), math.sin(elevation)]
+    return Light(
+        np.array(direction),
+        key=rng.uniform(0.55, 0.95),
+        sky=rng.uniform(0.5, 0.72),
+        ground=rng.uniform(0.22, 0.40),
+        tint=tuple(np.exp(rng.normal(0, 0.025, 3))),
+    )
+
+
+def sample_surface(
+    s: Skeleton, shape: MouseShape, pose: MousePose, skin: Skin, spacing: float, rng: np.random.Generator
+) -> parts.Surface:
+    """All parts of the posed mouse, body lengths."""
+    pieces = [parts.sample_body(s, shape, skin, spacing, rng)]
+    pieces.append(parts.sample_tube(s.tail, s.tail_radius, 0.8 * spacing, parts.TAIL, rng))
+    for limb in range(4):
+        pieces += parts.foot(s, shape, limb, 0.8 * spacing, rng)
+    for k, side in enumerate((1.0, -1.0)):
+        pieces += parts.ear(s, shape, side, float(pose.ear_turn[k]), 0.85 * spacing)
+        centre, radius = parts.eye(s, shape, skin, side)
+        pieces.append(parts.sample_blob(centre, np.eye(3), [radius] * 3, 0.5 * spacing, parts.EYE_PART))
+    place, tangent, left, up = s.frame(0.992)
+    axes = np.stack([tangent, left, up])
+    pieces.append(
+        parts.sample_blob(place + 0.004 * tangent + 0.006 * up, axes, [0.013, 0.016, 0.012], 0.6 * spacing, parts.NOSE)
+    )
+    return parts.Surface.joined(pieces)
+
+
+def shade(surface: parts.Surface, skin: Skin, albedo: np.ndarray, light: Light) -> np.ndarray:
+    """[n, 3] sRGB 0..1: hemispheric light with occlusion, a wrapped key light, a sheen on fur, highlights in the eyes."""
+    n = surface.normals
+    part = surface.part
+    openness = skin.openness(surface.points, n)
+    floor = np.clip(surface.points[:, 2] / 0.10, 0.0, 1.0)
+    openness = (0.22 + 0.78 * openness) * (0.70 + 0.30 * floor)
+    upward = 0.5 + 0.5 * n[:, 2]
+    ambient = (light.ground + (light.sky - light.ground) * upward) * openness
+    facing = n @ light.direction
+    key = light.key * np.clip((facing + 0.25) / 1.25, 0, 1) * np.clip(openness * 1.25, 0, 1)
+    thin = (part == parts.EAR_INNER) | (part == parts.EAR_OUTER)
+    key = np.where(thin, light.key * (0.35 + 0.5 * np.clip(np.abs(facing), 0, 1)), key)  # light passes through ears
+    linear = albedo * ((ambient + key)[:, None] * np.array(light.tint))
+    half = light.direction + [0, 0, 0.6]
+    half = half / np.linalg.norm(half)
+    gloss = np.clip(n @ half, 0, 1)
+    fur = (part == parts.FUR) | (part == parts.LIMB)
+    linear = linear + np.where(fur, 0.014 * light.key * gloss**6 * openness, 0.0)[:, None]
+    skin_sheen = (part == parts.TAIL) | (part == parts.FOOT) | (part == parts.NOSE)
+    linear = linear + np.where(skin_sheen, 0.03 * light.key * gloss**8, 0.0)[:, None]
+    eye = part == parts.EYE_PART
+    glint = np.clip((n[:, 2] - 0.52) / 0.1, 0, 1) * np.clip((0.86 - n[:, 2]) / 0.1, 0, 1)
+    glint = glint * (gloss > 0.75)
+    linear = linear + np.where(eye, 0.02 * upward**2 + 0.8 * glint, 0.0)[:, None]
+    linear = np.clip(linear, 0.0, 1.0)
+    return np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+
+
+def keypoints(s: Skeleton, shape: MouseShape, surface: parts.Surface) -> np.ndarray:
+    """[22, 3] body lengths, in the order of cloud.KEYPOINT_NAMES."""
+    tips = []
+    for side in (1.0, -1.0):
+        base, _ = parts.head_points(s, EAR, 50.0, side)
+        is_ear = (surface.part == parts.EAR_INNER) & (surface.rest[:, 2] > 0.97)
+        points = surface.points[is_ear]
+        left = s.frame(EAR)[2]
+        points = points[side * ((points - s.frame(EAR)[0]) @ left) > 0]
+        tips.append(points.mean(0))
+    middle = len(s.tail) // 2
+    paws = []
+    for limb in (2, 3, 0, 1):
+        length = shape.fore_foot if limb >= 2 else shape.hind_foot
+        joint_first = [s.limbs[limb, 2] + 0.7 * length * s.feet[limb], s.limbs[limb, 2], s.limbs[limb, 1]]
+        paws += joint_first + ([s.limbs[limb, 0]] if limb >= 2 else [])
+    rows = tips + [s.spine[-1], s.frame(0.62)[0], s.frame(0.33)[0], s.tail[0], s.tail[middle], s.tail[-1]] + paws
+    return np.array(rows)
+
+
+def build_cloud(
+    shape: MouseShape, pose: MousePose, coat: Coat, light: Light, rng: np.random.Generator, spacing: float = SPACING
+) -> SplatCloud:
+    """The posed mouse, heading -y, floor at z = 0, world units. `rng` drives only the layout and the fur's noise."""
+    s = solve(shape, pose)
+    skin = build_skin(s, shape)
+    surface = sample_surface(s, shape, pose, skin, spacing, rng)
+    rgb = shade(surface, skin, paint(surface, coat, rng), light)
+    n = len(surface.points)
+    fur = (surface.part == parts.FUR) | (surface.part == parts.LIMB)
+    fuzz = np.where(fur, rng.normal(0, 0.0035, n), 0.0) * np.clip(1.1 - surface.rest[:, 0], 0.15, 1)
+    points = surface.points + fuzz[:, None] * surface.normals
+    along = surface.size * np.where(fur, rng.uniform(0.75, 1.15, n), 0.62)
+    across = surface.size * np.where(fur, rng.uniform(0.42, 0.62, n), 0.62)
+    # hairs rise from the skin by a few degrees, which frays the outline
+    flow = surface.flow / np.maximum(np.linalg.norm(surface.flow, axis=1, keepdims=True), 1e-9)
+    lean = np.where(fur, rng.uniform(0.0, 0.35, n), 0.0)[:, None]
+    normals = surface.normals - lean * (flow - (flow * surface.normals).sum(1, keepdims=True) * surface.normals)
+    normals = normals / np.linalg.norm(normals, axis=1, keepdims=True)
+    log_scales, quats = orient_splats(normals, flow, along, across, 0.16 * surface.size)
+    scale = shape.length
+    return SplatCloud(
+        means=(scale * points).astype(np.float32),
+        log_scales=(log_scales + math.log(scale)).astype(np.float32),
+        quats=quats,
+        opacity=np.where(fur, 0.93, 0.97).astype(np.float32),
+        rgb=rgb.astype(np.float32),
+        centre=(scale * s.centre).astype(np.float32),
+        keypoints=(scale * keypoints(s, shape, surface)).astype(np.float32),
+        body_length=float(shape.length),
+        floor=0.0,
+        meta={"pose": pose.kind, "coat": coat.name},
+    )
+
+
+def make_mouse(
+    seed: int,
+    index: int,
+    *,
+    coat: str | None = None,
+    pose: str | None = None,
+    heading_deg: float | None = None,
+) -> SplatCloud:
+    """Mouse number `index` of the series `seed`, normalised: body's centre at the origin, z up.
+
+    heading_deg: azimuth towards which the nose points (0 = -y, 90 = -x, as for cameras); None draws it uniformly.
+    """
+    rng = np.random.default_rng(np.random.SeedSequence([seed, index]))
+    shape = random_shape(rng)
+    drawn_pose = rest_pose() if pose == "rest" else random_pose(rng, pose)
+    drawn_coat = random_coat(rng, coat)
+    light = random_light(rng)
+    heading = float(rng.uniform(0, 360))
+    heading = heading if heading_deg is None else heading_deg
+    cloud = build_cloud(shape, drawn_pose, drawn_coat, light, rng)
+    cloud.meta["heading_deg"] = heading % 360.0
+    return cloud.centred().transformed(rotate_z_deg=-heading)
