@@ -5,7 +5,7 @@ Keys that FaceLift's own files hold and that change nothing here are listed in `
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 
 IGNORED_KEYS = (
     "profile",
@@ -21,6 +21,7 @@ IGNORED_KEYS = (
     "training.optimizer.reset_weight_decay",
     "training.optimizer.reset_lr",
     "training.logging.wandb.job_type",
+    "training.logging.wandb.log_every",
     "inference",
     "validation.output_dir",
 )
@@ -176,7 +177,6 @@ class WandbConfig:
     project: str = "mouse_facelift"
     exp_name: str = "gslrm"
     group: str = "gslrm"
-    log_every: int = 50  # passes
     mode: str = "disabled"  # disabled, offline, online
     offline: bool = False  # FaceLift's key: offline instead of online
 
@@ -216,6 +216,28 @@ class GSLRMConfig:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
 
 
+def model_config_from_dict(content: dict, source: str) -> ModelConfig:
+    """The model section of a checkpoint's sidecar as ModelConfig. Raises ValueError for keys that do not exist."""
+
+    def build(schema: type, values: dict, prefix: str):
+        known = {entry.name: entry for entry in fields(schema)}
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(f"{source}: unknown keys {', '.join(prefix + name for name in unknown)}")
+        nested = {name: default_of(known[name]) for name in values}
+        return schema(
+            **{
+                name: build(type(nested[name]), value, f"{prefix}{name}.") if is_dataclass(nested[name]) else value
+                for name, value in values.items()
+            }
+        )
+
+    def default_of(entry):
+        return entry.default_factory() if entry.default_factory is not MISSING else entry.default
+
+    return build(ModelConfig, content, "model.")
+
+
 # ---- checks that need no data ---------------------------------------------------------------------------------------
 
 
@@ -249,5 +271,10 @@ def check_config(config: GSLRMConfig) -> None:
             raise ValueError(f"{key} must be one of {', '.join(map(str, allowed))}, got {value!r}")
     if config.model.prune_background and (losses.pointsdist_loss_weight > 0 or losses.warmup_pointsdist):
         raise ValueError("the points-distance loss needs every pixel: set model.prune_background=false")
+    if config.training.checkpointing.checkpoint_every % runtime.grad_accum_steps:
+        raise ValueError(
+            "training.checkpointing.checkpoint_every must be a multiple of training.runtime.grad_accum_steps "
+            f"({runtime.grad_accum_steps}), got {config.training.checkpointing.checkpoint_every}"
+        )
     if losses.direct_warmup_steps > 0 and losses.direct_loss_weight <= 0:
         raise ValueError("training.losses.direct_warmup_steps needs direct_loss_weight > 0")

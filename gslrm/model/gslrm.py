@@ -137,9 +137,10 @@ class GSLRM(nn.Module):
         """
         self._check_inputs(images, cameras, masks)
         b, v, _, h, w = images.shape
-        origins, directions = (rearrange(x, "b v h w c -> b v c h w") for x in cameras.rays())
-        nearest_depth = -(origins * directions).sum(2, keepdim=True)
-        posed = self._posed_images(images, origins, directions, origins + nearest_depth * directions)
+        with torch.autocast(images.device.type, enabled=False):  # rays in bf16 would miss their pixels
+            origins, directions = (rearrange(x, "b v h w c -> b v c h w") for x in cameras.rays())
+            nearest_depth = -(origins * directions).sum(2, keepdim=True)
+            posed = self._posed_images(images, origins, directions, origins + nearest_depth * directions)
 
         selection = select_pixels(masks, self.config.image_tokenizer.patch_size, self.config.prune_margin_px)
         tokens, valid = self._embed(posed, selection)

@@ -1,0 +1,116 @@
+"""Stage 2's checkpoints: FaceLift's file layout, strict loading with named rules, resuming, exporting.
+
+A checkpoint is `ckpt_<16 digits>.pt` with `model`, `optimizer`, `lr_scheduler`, `fwdbwd_pass_step`,
+`param_update_step` (FaceLift's keys) plus `rig`, `ema` when averaged weights are kept, and a JSON sidecar.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gslrm.config import IGNORED_KEYS, GSLRMConfig, ModelConfig, model_config_from_dict
+from gslrm.model.gslrm import GSLRM
+from multiview.checkpoint import load_checkpoint, load_strict, newest_checkpoint, read_rig, read_sidecar, save_checkpoint
+from multiview.config import config_to_dict, load_config
+from multiview.rig import ViewRig
+from multiview.run import git_hash
+
+log = logging.getLogger(__name__)
+
+PATTERN = "ckpt_*.pt"
+FACELIFT_CHECKPOINT = "checkpoints/gslrm/ckpt_0000000000021125.pt"
+
+# Named rules for foreign checkpoints; everything else must fit exactly.
+DDP_PREFIX = (r"^module\.", "")
+LOSS_NETWORKS = re.compile(r"^(module\.)?loss_calculator\.perceptual_loss_module\.")  # FaceLift stores its frozen VGG
+
+
+def checkpoint_path(folder: Path | str, step: int) -> Path:
+    return Path(folder) / f"ckpt_{step:016d}.pt"
+
+
+def resolve_checkpoint(path: Path | str) -> Path:
+    """A checkpoint file, or the newest complete one of a folder. Raises ValueError when there is none."""
+    path = Path(path)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        newest = newest_checkpoint(path, PATTERN)
+        if newest is not None:
+            return newest
+        raise ValueError(f"GS-LRM checkpoint folder {path} holds no complete {PATTERN}")
+    hint = ""
+    if path.name == Path(FACELIFT_CHECKPOINT).name:
+        hint = " FaceLift's weights (huggingface.co/wlyu/OpenFaceLift, non-commercial research) go there"
+    raise ValueError(
+        f"GS-LRM checkpoint {path} does not exist.{hint or ' Train one with train_gslrm.py'}; nothing is used in its place"
+    )
+
+
+def model_weights(checkpoint: Mapping, source: Path) -> dict[str, Tensor]:
+    """The network's tensors of a checkpoint (averaged ones if it keeps them), without FaceLift's loss network."""
+    if "model" not in checkpoint:
+        raise ValueError(f"checkpoint {source} has no key 'model'; a GS-LRM training checkpoint is expected")
+    return network_tensors(checkpoint.get("ema") or checkpoint["model"])
+
+
+def network_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without the frozen loss network that FaceLift's trainer stores among the weights."""
+    return {name: tensor for name, tensor in tensors.items() if not LOSS_NETWORKS.match(name)}
+
+
+def load_weights(model: GSLRM, path: Path) -> None:
+    """Loads the network strictly from a checkpoint file."""
+    load_strict(model, model_weights(load_checkpoint(path), path), path, renames=[DDP_PREFIX])
+
+
+def read_checkpoint_rig(path: Path) -> ViewRig | None:
+    """The rig of a checkpoint: its sidecar's, else the folder's `rig.json`, else None (public weights carry none)."""
+    sidecar = read_sidecar(path)
+    if sidecar is not None and sidecar.get("rig"):
+        return ViewRig.from_dict(sidecar["rig"], f"{path}.json")
+    return read_rig(path.parent)
+
+
+def load_gslrm(
+    path: Path | str, *, config_file: Path | str | None = None, device: torch.device | str = "cpu"
+) -> tuple[GSLRM, ViewRig | None, Path]:
+    """A network ready for inference: (network in eval mode, its rig or None, the file it came from).
+
+    path: checkpoint file or folder. config_file: a training YAML; without it the sidecar's configuration counts, and
+    for files without a sidecar (public weights) the defaults, which are FaceLift's.
+    """
+    path = resolve_checkpoint(path)
+    if config_file is not None:
+        model_config = load_config(GSLRMConfig, config_file, ignored=set(IGNORED_KEYS)).model
+    else:
+        sidecar = read_sidecar(path)
+        model_config = (
+            model_config_from_dict(sidecar["config"]["model"], f"{path}.json") if sidecar else ModelConfig()
+        )
+    model = GSLRM(model_config)
+    load_weights(model, path)
+    return model.eval().to(device), read_checkpoint_rig(path), path
+
+
+def sidecar(config: GSLRMConfig, rig: ViewRig, step: int) -> dict:
+    return {"config": config_to_dict(config), "rig": rig.to_dict(), "step": step, "git": git_hash()}
+
+
+def export_weights(source: Path | str, destination: Path | str, *, dtype: torch.dtype = torch.float32) -> Path:
+    """Writes a checkpoint with the network alone (averaged weights if kept), e.g. in half precision, to ship it."""
+    source, destination = resolve_checkpoint(source), Path(destination)
+    checkpoint, content = load_checkpoint(source), read_sidecar(source)
+    if content is None:
+        raise ValueError(f"checkpoint {source} has no sidecar {source.name}.json; only the project's own are exported")
+    weights = {name: tensor.to(dtype).clone() for name, tensor in model_weights(checkpoint, source).items()}
+    step = int(checkpoint["fwdbwd_pass_step"])
+    path = checkpoint_path(destination, step) if destination.suffix != ".pt" else destination
+    save_checkpoint(path, {"model": weights, "rig": content["rig"], "fwdbwd_pass_step": step}, content)
+    return path

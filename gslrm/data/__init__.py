@@ -1,0 +1,1 @@
+"""Stage 2's data: posed, masked views of sample folders."""

@@ -1,0 +1,244 @@
+"""MouseViewDataset: sample folders as training items, and the order in which training visits them.
+
+An item depends on (seed, epoch, index) only; the batch of a step depends on (seed, step) only. So a run continues after
+a kill exactly where it was, and any number of processes see the same global batches.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from gslrm.config import AugmentationConfig
+from multiview.cameras import Cameras
+from multiview.image import BACKGROUNDS, composite
+from multiview.rig import ViewRig
+from multiview.run import make_generator
+from multiview.sample import Sample, read_dataset_info, read_sample, read_split
+
+log = logging.getLogger(__name__)
+
+OVERLAP_COSINE = 0.5  # cameras within 60 degrees of an input see what it sees
+CAMERA_TOLERANCE = 0.10  # relative, distance and focal length against the rig
+
+
+class MouseViewDataset(Dataset):
+    """Items of a split list.
+
+    list_file: sample folders, one per line, relative to it; `dataset.json` with the rig lies beside it.
+    image_size: pixels; pictures and cameras are resized together.
+    num_input_views, num_views: inputs, and inputs plus other views, per item. Inputs come first: the rig's first views
+        in its order, or with `random_views` any. The others are drawn at random, with `maximize_view_overlap` among the
+        cameras within 60 degrees of an input (`overlap_rule` upstream: FaceLift's test on un-normalised positions).
+    num_views None: every view of the sample, in order (validation).
+    background: white, gray, black, or random (one of them per item).
+    on_bad_sample: `error`, or `skip`: unreadable samples are left out, counted (`num_skipped`) and logged, here.
+    limit: only the first so many samples.
+    """
+
+    def __init__(
+        self,
+        list_file: Path | str,
+        *,
+        image_size: int,
+        num_input_views: int,
+        num_views: int | None,
+        target_has_input: bool = True,
+        random_views: bool = False,
+        maximize_view_overlap: bool = False,
+        overlap_rule: str = "normalised",
+        background: str = "white",
+        augmentation: AugmentationConfig | None = None,
+        with_depth: bool = False,
+        on_bad_sample: str = "error",
+        seed: int = 0,
+        limit: int | None = None,
+    ) -> None:
+        self.list_file = Path(list_file)
+        self.folders = read_split(list_file)[:limit]
+        self.rig: ViewRig = read_dataset_info(self.list_file.parent)["rig"]
+        self.image_size, self.num_input_views, self.num_views = image_size, num_input_views, num_views
+        self.target_has_input, self.random_views = target_has_input, random_views
+        self.maximize_view_overlap, self.overlap_rule = maximize_view_overlap, overlap_rule
+        self.background, self.with_depth, self.seed = background, with_depth, seed
+        self.augmentation = augmentation if augmentation is not None and augmentation.enabled else None
+        if not random_views and num_input_views > self.rig.num_views:
+            raise ValueError(
+                f"num_input_views is {num_input_views}, but rig {self.rig.name} of {list_file} has "
+                f"{self.rig.num_views} views; lower training.dataset.num_input_views or use a rig with more views"
+            )
+        self.num_skipped = self._drop_bad_samples() if on_bad_sample == "skip" else 0
+
+    def __len__(self) -> int:
+        return len(self.folders)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Tensor]:
+        """key: (epoch, index), or index alone for epoch 0.
+
+        Returns, with n views of which the first num_input_views are inputs: image [n, 3, h, w] and alpha [n, 1, h, w]
+        in 0..1, composited on `background` [3]; c2w [n, 4, 4]; fxfycxcy [n, 4] pixels; index [n, 2] int64 as
+        [view_idx, scene_idx]; targets [t] int64, the views to render; depth [n, 1, h, w] if asked for.
+        """
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        sample = self._read(index)
+        generator = make_generator("gslrm-item", self.seed, epoch, index)
+        views = self._choose_views(sample, generator)
+        background = choose_background(self.background, generator)
+        rgba = sample.rgba[views]
+        if self.augmentation is not None:
+            rgba = jitter(rgba, self.augmentation, generator)
+        cameras = sample.cameras[views]
+        first_target = 0 if self.target_has_input else self.num_input_views
+        item = {
+            "image": composite(rgba, background[:, None, None]),
+            "alpha": rgba[:, 3:],
+            "background": background,
+            "c2w": cameras.c2w,
+            "fxfycxcy": cameras.fxfycxcy,
+            "index": torch.stack([views, torch.full_like(views, index)], dim=-1),
+            "targets": torch.arange(first_target, len(views)),
+        }
+        if self.with_depth:
+            item["depth"] = sample.depth[views]
+        return item
+
+    def _read(self, index: int) -> Sample:
+        folder = self.folders[index]
+        sample = read_sample(folder, image_size=self.image_size, with_depth=self.with_depth)
+        needed = self.num_input_views if self.num_views is None else self.num_views
+        if len(sample.rgba) < needed:
+            raise ValueError(
+                f"sample {folder} has {len(sample.rgba)} views, {needed} are needed (num_views); lower "
+                "training.dataset.num_views or write the dataset with more novel views"
+            )
+        check_cameras(sample.cameras[: self.rig.num_views], self.rig, folder)  # novel views may stand anywhere
+        return sample
+
+    def _drop_bad_samples(self) -> int:
+        good = []
+        for index, folder in enumerate(self.folders):
+            try:
+                self._read(index)
+            except ValueError as error:
+                log.warning("sample left out: %s", error)
+            else:
+                good.append(folder)
+        skipped = len(self.folders) - len(good)
+        if not good:
+            raise ValueError(f"{self.list_file}: none of its {skipped} samples can be read")
+        if skipped:
+            log.warning("%s: %d of %d samples left out (on_bad_sample: skip)", self.list_file, skipped, len(self))
+        self.folders = good
+        return skipped
+
+    def _choose_views(self, sample: Sample, generator: torch.Generator) -> Tensor:
+        """View numbers [num_views], inputs first."""
+        total, num_inputs = len(sample.rgba), self.num_input_views
+        order = torch.randperm(total, generator=generator)
+        if self.num_views is None:
+            return torch.arange(total)
+        inputs = order[:num_inputs] if self.random_views else torch.arange(num_inputs)
+        others = order[~torch.isin(order, inputs)]
+        num_others = self.num_views - num_inputs
+        if self.maximize_view_overlap and num_others > 0:
+            others = others[overlapping(sample.cameras, inputs, self.overlap_rule)[others]]
+            if len(others) < num_others:
+                raise ValueError(
+                    f"sample {sample.folder}: only {len(others)} cameras stand within 60 degrees of an input view, "
+                    f"{num_others} are needed; set training.dataset.maximize_view_overlap=false"
+                )
+        return torch.cat([inputs, others[:num_others]])
+
+
+def overlapping(cameras: Cameras, inputs: Tensor, rule: str) -> Tensor:
+    """[v] bool: cameras whose direction lies within 60 degrees of an input's."""
+    positions = cameras.origins
+    if rule == "normalised":
+        positions = torch.nn.functional.normalize(positions, dim=-1)
+    return (positions @ positions[inputs].mT >= OVERLAP_COSINE).any(-1)
+
+
+def choose_background(name: str, generator: torch.Generator) -> Tensor:
+    """[3] colour 0..1; `random` is white, gray or black with equal chance."""
+    if name == "random":
+        name = list(BACKGROUNDS)[int(torch.randint(len(BACKGROUNDS), (), generator=generator))]
+    return torch.full((3,), BACKGROUNDS[name])
+
+
+def jitter(rgba: Tensor, augmentation: AugmentationConfig, generator: torch.Generator) -> Tensor:
+    """Brightness and contrast of the animal, one draw for all views [v, 4, h, w]."""
+    low_b, high_b = augmentation.brightness_range
+    low_c, high_c = augmentation.contrast_range
+    draw = torch.rand(2, generator=generator)
+    brightness, contrast = low_b + (high_b - low_b) * draw[0], low_c + (high_c - low_c) * draw[1]
+    rgb, alpha = rgba[:, :3], rgba[:, 3:]
+    mean = (rgb * alpha).sum() / (3 * alpha.sum()).clamp_min(1.0)
+    rgb = ((rgb - mean) * contrast + mean) * brightness
+    return torch.cat([rgb.clamp(0.0, 1.0), alpha], dim=1)
+
+
+def check_cameras(cameras: Cameras, rig: ViewRig, source: Path | str) -> None:
+    """Refuses cameras [v] that do not look at the origin, or whose distance or focal length is not the rig's.
+
+    They need not stand where the rig's do: calibrated samples are allowed, with any directions.
+    """
+    towards_origin = (cameras.c2w[:, :3, 2] * -cameras.origins).sum(-1) / cameras.distance
+    if (towards_origin < 0.5).any():
+        raise ValueError(
+            f"sample {source}: camera {int(towards_origin.argmin())} does not look at the world origin; OpenCV axes "
+            "(z forward) are expected, OpenGL's (z backward) must be converted, and the animal must stand at the origin"
+        )
+    distances = [rig.view_distance(view) for view in rig.views]
+    focal = cameras.fxfycxcy[:, 0] / cameras.width
+    for what, values, low, high in (
+        ("distance from the origin", cameras.distance, min(distances), max(distances)),
+        ("focal length over picture width", focal, rig.focal, rig.focal),
+    ):
+        if values.min() < low * (1 - CAMERA_TOLERANCE) or values.max() > high * (1 + CAMERA_TOLERANCE):
+            raise ValueError(
+                f"sample {source}: {what} is {float(values.min()):.3g} to {float(values.max()):.3g}, but rig "
+                f"{rig.name} has {low:.3g} to {high:.3g}; process the recording again for this rig "
+                "(scripts/process_mouse_data.py)"
+            )
+
+
+# ---- the order of training ------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=4)
+def epoch_order(seed: int, epoch: int, length: int) -> list[int]:
+    """The order in which an epoch visits the samples."""
+    return torch.randperm(length, generator=make_generator("gslrm-order", seed, epoch)).tolist()
+
+
+def batch_keys(seed: int, step: int, batch_size: int, length: int) -> list[tuple[int, int]]:
+    """The (epoch, index) keys of global batch number `step`."""
+    keys = []
+    for position in range(step * batch_size, (step + 1) * batch_size):
+        epoch, place = divmod(position, length)
+        keys.append((epoch, epoch_order(seed, epoch, length)[place]))
+    return keys
+
+
+class StepSampler:
+    """Yields one process's share of the global batches from `start` to `stop` (a DataLoader's batch_sampler)."""
+
+    def __init__(
+        self, seed: int, length: int, *, batch_size: int, rank: int, world_size: int, start: int, stop: int
+    ) -> None:
+        self.seed, self.length, self.batch_size = seed, length, batch_size
+        self.rank, self.world_size, self.start, self.stop = rank, world_size, start, stop
+
+    def __len__(self) -> int:
+        return max(self.stop - self.start, 0)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        share = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
+        for step in range(self.start, self.stop):
+            yield batch_keys(self.seed, step, self.batch_size * self.world_size, self.length)[share]

@@ -1,0 +1,217 @@
+"""Stage 2's losses: pure functions from predictions and targets to per-sample values.
+
+Every function returns [b], normalised inside its sample. The mean over samples is then the same whether a batch is seen
+by one process or split over several, which a normalisation over the batch would break.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from gslrm.config import LossesConfig
+from gslrm.model.gslrm import GSLRMOutput, gather_rows
+
+SH_C0 = 0.28209479177387814
+SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
+POINTSDIST_WARMUP_STEPS, POINTSDIST_WARMUP_WEIGHT = 1000, 0.1
+POINTSDIST_SPREAD = 0.5  # world units of target standard deviation
+# Inside the direct loss: metres of surface error, colour, opacity and scale brought to like size.
+DIRECT_PARTS = {"xyz": 4.0, "colour": 2.0, "opacity": 0.2, "scale": 0.1}
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What a batch holds besides the prediction.
+
+    rgb, alpha: [b, t, 3|1, h, w] of the rendered views, 0..1, composited like the rendering.
+    input_rgb, input_alpha, input_depth: [b, v, 3|1|1, h, w] of the input views; depth is camera-frame z, 0 = none.
+    input_forward: [b, v, 3] viewing directions of the input cameras; input_focal_px: [b, v].
+    """
+
+    rgb: Tensor
+    alpha: Tensor
+    input_rgb: Tensor
+    input_alpha: Tensor
+    input_forward: Tensor
+    input_focal_px: Tensor
+    input_depth: Tensor | None = None
+
+
+def loss_weights(losses: LossesConfig, step: int, *, l2_warmup_steps: int = 0) -> dict[str, float]:
+    """The weight of every loss at a forward/backward pass; zero weights are left out.
+
+    l2_warmup_steps: passes without LPIPS and perceptual loss.
+    """
+    weights = {
+        "l2": losses.l2_loss_weight,
+        "lpips": losses.lpips_loss_weight,
+        "perceptual": losses.perceptual_loss_weight,
+        "ssim": losses.ssim_loss_weight,
+        "alpha": losses.alpha_loss_weight,
+        "background": losses.background_loss_weight,
+        "pixelalign": losses.pixelalign_loss_weight,
+        "pointsdist": losses.pointsdist_loss_weight,
+        "direct": losses.direct_loss_weight_after if losses.direct_warmup_steps else losses.direct_loss_weight,
+    }
+    if losses.warmup_pointsdist and step < POINTSDIST_WARMUP_STEPS:
+        weights.update(l2=0.0, perceptual=0.0, pointsdist=POINTSDIST_WARMUP_WEIGHT)
+    if step < l2_warmup_steps:
+        weights.update(perceptual=0.0, lpips=0.0)
+    if step < losses.direct_warmup_steps:
+        weights = {"direct": losses.direct_loss_weight}
+    return {name: weight for name, weight in weights.items() if weight > 0}
+
+
+NEEDS_RENDERING = {"l2", "lpips", "perceptual", "ssim", "alpha", "background"}
+
+
+def total_loss(
+    weights: dict[str, float],
+    losses: LossesConfig,
+    output: GSLRMOutput,
+    targets: Targets,
+    *,
+    rgb: Tensor | None,
+    alpha: Tensor | None,
+    networks: dict[str, nn.Module],
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Weighted sum (scalar) and the parts (scalars, unweighted).
+
+    rgb, alpha: [b, t, 3|1, h, w] rendered; None when no loss of `weights` needs them. networks: `lpips`, `perceptual`.
+    """
+    parts: dict[str, Tensor] = {}
+    for name in weights:
+        if name == "l2":
+            parts[name] = l2_loss(rgb, targets.rgb, targets.alpha if losses.masked_l2_loss else None)
+        elif name == "ssim":
+            parts[name] = ssim_loss(rgb, targets.rgb, targets.alpha if losses.masked_ssim_loss else None)
+        elif name == "alpha":
+            parts[name] = l2_loss(alpha, targets.alpha)
+        elif name == "background":
+            parts[name] = l2_loss(rgb, targets.rgb, 1.0 - targets.alpha)
+        elif name == "lpips":
+            parts[name] = network_loss(networks[name], rgb * 2 - 1, targets.rgb * 2 - 1)
+        elif name == "perceptual":
+            parts[name] = network_loss(networks[name], rgb, targets.rgb)
+        elif name == "pixelalign":
+            parts[name] = pixelalign_loss(output, targets.input_alpha if losses.masked_pixelalign_loss else None)
+        elif name == "pointsdist":
+            parts[name] = pointsdist_loss(output)
+        elif name == "direct":
+            for part, value in direct_losses(output, targets, losses.direct_scale_px).items():
+                parts[f"direct_{part}"] = value
+            parts[name] = sum(weight * parts[f"direct_{part}"] for part, weight in DIRECT_PARTS.items())
+    means = {name: value.mean() for name, value in parts.items()}
+    return sum(weight * means[name] for name, weight in weights.items()), means
+
+
+# ---- losses on pictures ---------------------------------------------------------------------------------------------
+
+
+def l2_loss(prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean squared error per sample [b]; with a mask [b, t, 1, h, w] over its pixels only (0 where it is empty)."""
+    error = (prediction - target).square()
+    if mask is None:
+        return error.flatten(1).mean(1)
+    return weighted_mean(error.mean(2, keepdim=True), mask)
+
+
+def ssim_loss(prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+    """1 - SSIM per sample [b], in 0..1. The mask is taken at the window centres."""
+    ssim = ssim_map(prediction.flatten(0, 1), target.flatten(0, 1)).unflatten(0, prediction.shape[:2])
+    if mask is None:
+        mean = ssim.flatten(1).mean(1)
+    else:
+        border = SSIM_WINDOW // 2
+        mean = weighted_mean(ssim.mean(2, keepdim=True), mask[..., border:-border, border:-border])
+    return 1.0 - mean.clamp(0.0, 1.0)
+
+
+def ssim_map(a: Tensor, b: Tensor) -> Tensor:
+    """[n, c, h, w] pictures in 0..1 -> SSIM [n, c, h - 10, w - 10] (Gaussian window 11, sigma 1.5, no padding)."""
+    offsets = torch.arange(SSIM_WINDOW, dtype=a.dtype, device=a.device) - SSIM_WINDOW // 2
+    window = torch.exp(-0.5 * (offsets / SSIM_SIGMA) ** 2)
+    window = window / window.sum()
+    n, c = a.shape[:2]
+    maps = torch.cat([a, b, a * a, b * b, a * b]).flatten(0, 1)[:, None]
+    maps = functional.conv2d(maps, window.view(1, 1, 1, -1))
+    maps = functional.conv2d(maps, window.view(1, 1, -1, 1))
+    mu_a, mu_b, aa, bb, ab = maps.view(5, n, c, *maps.shape[-2:])
+    # Rounding makes variances of flat areas negative, and SSIM then leaves [-1, 1].
+    var_a, var_b = (aa - mu_a**2).clamp_min(0.0), (bb - mu_b**2).clamp_min(0.0)
+    c1, c2 = 0.01**2, 0.03**2
+    luminance = (2 * mu_a * mu_b + c1) / (mu_a**2 + mu_b**2 + c1)
+    return luminance * (2 * (ab - mu_a * mu_b) + c2) / (var_a + var_b + c2)
+
+
+def network_loss(network: nn.Module, prediction: Tensor, target: Tensor) -> Tensor:
+    """A frozen network's distance of picture pairs, averaged over the views: [b, t, 3, h, w] -> [b]."""
+    distances = network(prediction.flatten(0, 1), target.flatten(0, 1))
+    return distances.reshape(prediction.shape[:2]).mean(1)
+
+
+def weighted_mean(values: Tensor, weight: Tensor) -> Tensor:
+    """Sum(values * weight) / sum(weight) per sample: [b, ...] -> [b]; 0 where all weights are 0."""
+    weight = weight.expand_as(values)
+    return (values * weight).flatten(1).sum(1) / weight.flatten(1).sum(1).clamp_min(1e-6)
+
+
+# ---- losses on Gaussians --------------------------------------------------------------------------------------------
+
+
+def pixelalign_loss(output: GSLRMOutput, input_alpha: Tensor | None = None) -> Tensor:
+    """Mean distance of each image Gaussian from its pixel's ray, weighted by alpha but averaged over all pixels."""
+    offset = output.pixel_xyz - output.ray_origins
+    along = (offset.detach() * output.ray_directions).sum(-1, keepdim=True)
+    orthogonal = offset - along * output.ray_directions
+    if input_alpha is not None:
+        orthogonal = orthogonal * pixels_of(input_alpha, output)
+    return weighted_mean(orthogonal.norm(dim=-1), output.pixel_valid.to(orthogonal))
+
+
+def pointsdist_loss(output: GSLRMOutput) -> Tensor:
+    """Spreads the points of each view around the camera's distance to the origin; needs every pixel (no pruning)."""
+    b, v = output.pixel_index.shape[0], output.shape[0]
+    distance = (output.pixel_xyz - output.ray_origins).norm(dim=-1).view(b, v, -1)
+    with torch.no_grad():
+        standardised = (distance - distance.mean(-1, keepdim=True)) / (distance.std(-1, keepdim=True) + 1e-8)
+        target = standardised * POINTSDIST_SPREAD + output.ray_origins.norm(dim=-1).view(b, v, -1)
+    return (distance - target).square().flatten(1).mean(1)
+
+
+def direct_losses(output: GSLRMOutput, targets: Targets, scale_px: float) -> dict[str, Tensor]:
+    """Image Gaussians against the surface that depth maps show, without rendering; each value [b].
+
+    xyz: L1 to the true point; colour: MSE; scale: L1 of the log-scale to `scale_px` pixel footprints, all over
+    foreground pixels; opacity: cross-entropy to the mask over all pixels that have a Gaussian.
+    """
+    gaussians, n = output.gaussians, output.n_free
+    v, h, w = output.shape
+    view = (output.pixel_index // (h * w))[..., None]
+    forward = targets.input_forward.gather(1, view.expand(-1, -1, 3))
+    focal = targets.input_focal_px.gather(1, view[..., 0])[..., None]
+    rgb, alpha, depth = (
+        pixels_of(x, output) for x in (targets.input_rgb, targets.input_alpha, targets.input_depth)
+    )
+    present = output.pixel_valid[..., None].to(rgb)
+    surface = present * (alpha > 0.5) * (depth > 0)
+    distance = depth / (output.ray_directions * forward).sum(-1, keepdim=True)
+    truth = output.ray_origins + distance * output.ray_directions
+    log_scale = torch.log(scale_px * depth.clamp_min(1e-3) / focal)
+    colour = gaussians.features[:, n:, 0] * SH_C0 + 0.5
+    opacity = functional.binary_cross_entropy_with_logits(gaussians.opacity[:, n:], alpha, reduction="none")
+    return {
+        "xyz": weighted_mean((gaussians.xyz[:, n:] - truth).abs(), surface),
+        "colour": weighted_mean((colour - rgb).square(), surface),
+        "opacity": weighted_mean(opacity, present),
+        "scale": weighted_mean((gaussians.scaling[:, n:] - log_scale).abs(), surface),
+    }
+
+
+def pixels_of(maps: Tensor, output: GSLRMOutput) -> Tensor:
+    """[b, v, c, h, w] -> [b, k, c] at the pixels that have an image Gaussian."""
+    return gather_rows(maps.permute(0, 1, 3, 4, 2).flatten(1, 3), output.pixel_index)

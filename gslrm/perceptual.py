@@ -1,0 +1,120 @@
+"""The VGG-19 perceptual loss of GS-LRM, and finding its weights (and LPIPS's) on disk. Nothing is ever downloaded."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from gslrm.config import LossesConfig
+from multiview.checkpoint import load_checkpoint, load_strict
+
+VGG16_FILE = "vgg16-397923af.pth"  # torchvision's ImageNet weights, for LPIPS
+VGG19_FILES = ("imagenet-vgg-verydeep-19.mat", "imagenet-vgg-verydeep-19.pt")  # MatConvNet's, or the same as tensors
+CHECKPOINT_PREFIX = r"^(module\.)?loss_calculator\.perceptual_loss_module\.net\."
+
+CHANNELS = (64, 64, 128, 128, 256, 256, 256, 256, 512, 512, 512, 512, 512, 512, 512, 512)
+POOL_BEFORE = (3, 5, 9, 13)  # number of the convolution that follows a pooling
+# Convolutions 1_2, 2_2, 3_2, 4_2, 5_2 by running number, and the weight of the features after their ReLU.
+FEATURE_WEIGHTS = {2: 1 / 2.6, 4: 1 / 4.8, 6: 1 / 3.7, 10: 1 / 5.6, 14: 10 / 1.5}
+RGB_MEAN = (123.68, 116.779, 103.939)
+
+
+class VGG19(nn.Module):
+    """The convolutions of VGG-19 with average pooling; conv1 ... conv16 as in GS-LRM checkpoints."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        channels = (3, *CHANNELS)
+        for number in range(1, 17):
+            setattr(self, f"conv{number}", nn.Conv2d(channels[number - 1], channels[number], 3, padding=1))
+
+    def forward(self, pictures: Tensor) -> list[Tensor]:
+        """[n, 3, h, w] mean-free 0..255 -> features of the layers in FEATURE_WEIGHTS."""
+        features = []
+        for number in range(1, max(FEATURE_WEIGHTS) + 1):
+            if number in POOL_BEFORE:
+                pictures = functional.avg_pool2d(pictures, 2)
+            pictures = functional.relu(getattr(self, f"conv{number}")(pictures))
+            if number in FEATURE_WEIGHTS:
+                features.append(pictures)
+        return features
+
+
+class PerceptualLoss(nn.Module):
+    """Weighted L1 distance of pictures and VGG-19 features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = VGG19()
+        self.register_buffer("mean", torch.tensor(RGB_MEAN).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """[n, 3, h, w] in 0..1, twice -> [n]."""
+        prediction, target = 255.0 * prediction - self.mean, 255.0 * target - self.mean
+        with torch.no_grad():
+            target_features = self.net(target)
+        distance = (prediction - target).abs().flatten(1).mean(1)
+        for weight, a, b in zip(FEATURE_WEIGHTS.values(), self.net(prediction), target_features):
+            distance = distance + weight * (a - b).abs().flatten(1).mean(1)
+        return distance / 255.0
+
+
+def load_networks(losses: LossesConfig, device: torch.device) -> dict[str, nn.Module]:
+    """The frozen networks of the losses whose weight is above 0. Raises ValueError naming a missing file."""
+    networks: dict[str, nn.Module] = {}
+    folder = Path(losses.vgg_folder)
+    if losses.lpips_loss_weight > 0:
+        path = folder / VGG16_FILE
+        require(path.is_file(), path, "torchvision's VGG-16 weights", "lpips_loss_weight")
+        from multiview.metrics import load_lpips
+
+        networks["lpips"] = load_lpips(device, path)
+    if losses.perceptual_loss_weight > 0:
+        path = next((folder / name for name in VGG19_FILES if (folder / name).is_file()), None)
+        names = " or ".join(VGG19_FILES)
+        require(path is not None, folder / names, "MatConvNet's VGG-19 weights", "perceptual_loss_weight")
+        networks["perceptual"] = load_perceptual(path).to(device)
+    return networks
+
+
+def require(found: bool, path: Path, what: str, key: str) -> None:
+    if not found:
+        raise ValueError(f"training.losses.{key} is above 0 and needs {what} at {path}: put the file there, or set "
+                         f"training.losses.{key}=0")  # fmt: skip
+
+
+def load_perceptual(path: Path) -> PerceptualLoss:
+    """Reads `.mat` (MatConvNet), or `.pt` with conv1.weight ... or a GS-LRM checkpoint that holds these tensors."""
+    loss = PerceptualLoss()
+    if path.suffix == ".mat":
+        state = read_matconvnet(path)
+    else:
+        content = load_checkpoint(path)
+        content = content.get("model", content)
+        state = {re.sub(CHECKPOINT_PREFIX, "", name): tensor for name, tensor in content.items()}
+        state = {name: tensor for name, tensor in state.items() if re.fullmatch(r"conv\d+\.(weight|bias)", name)}
+    load_strict(loss.net, state, path)
+    return loss.eval().requires_grad_(False)
+
+
+def read_matconvnet(path: Path) -> dict[str, Tensor]:
+    """The convolutions of `imagenet-vgg-verydeep-19.mat` as conv{n}.weight [out, in, 3, 3] and conv{n}.bias."""
+    from scipy.io import loadmat
+    from scipy.io.matlab import MatReadError
+
+    try:
+        layers = loadmat(path, squeeze_me=True, struct_as_record=False)["layers"]
+    except (KeyError, ValueError, NotImplementedError, MatReadError) as error:
+        raise ValueError(f"{path} is not MatConvNet's imagenet-vgg-verydeep-19.mat: {error}") from error
+    state: dict[str, Tensor] = {}
+    for layer in layers:
+        if layer.type == "conv" and len(state) < 32:
+            weight, bias = layer.weights
+            name = f"conv{len(state) // 2 + 1}"
+            state[f"{name}.weight"] = torch.from_numpy(weight).float().permute(3, 2, 0, 1).contiguous()
+            state[f"{name}.bias"] = torch.from_numpy(bias).float().reshape(-1)
+    return state
