@@ -13,25 +13,26 @@ STATIONS = np.linspace(0.0, 1.0, 56)  # along the spine: 0 tail base .. 1 tip of
 # Half width, half height above and below the spine, by station: an egg with a tapering snout.
 _PROFILE = np.array(
     [
-        [0.000, 0.020, 0.020, 0.020],
-        [0.015, 0.054, 0.056, 0.050],
-        [0.050, 0.088, 0.096, 0.078],
-        [0.100, 0.120, 0.128, 0.104],
-        [0.170, 0.147, 0.152, 0.130],
-        [0.260, 0.162, 0.164, 0.150],
-        [0.350, 0.163, 0.162, 0.156],
-        [0.440, 0.150, 0.150, 0.146],
-        [0.530, 0.128, 0.132, 0.124],
-        [0.610, 0.108, 0.114, 0.104],
-        [0.680, 0.098, 0.100, 0.090],
-        [0.735, 0.097, 0.093, 0.083],
-        [0.790, 0.092, 0.083, 0.074],
-        [0.850, 0.074, 0.067, 0.061],
-        [0.900, 0.055, 0.052, 0.048],
-        [0.950, 0.040, 0.039, 0.036],
-        [0.980, 0.030, 0.030, 0.026],
-        [0.993, 0.020, 0.021, 0.017],
-        [1.000, 0.008, 0.009, 0.007],
+        [0.000, 0.022, 0.022, 0.022],
+        [0.012, 0.062, 0.062, 0.056],
+        [0.040, 0.104, 0.106, 0.090],
+        [0.085, 0.144, 0.146, 0.122],
+        [0.150, 0.176, 0.176, 0.150],
+        [0.230, 0.193, 0.188, 0.170],
+        [0.320, 0.194, 0.186, 0.178],
+        [0.410, 0.180, 0.174, 0.170],
+        [0.500, 0.156, 0.156, 0.148],
+        [0.580, 0.132, 0.136, 0.124],
+        [0.650, 0.114, 0.118, 0.106],
+        [0.710, 0.108, 0.106, 0.096],
+        [0.765, 0.106, 0.098, 0.090],
+        [0.815, 0.099, 0.088, 0.082],
+        [0.860, 0.084, 0.074, 0.070],
+        [0.905, 0.064, 0.059, 0.057],
+        [0.945, 0.049, 0.047, 0.044],
+        [0.975, 0.038, 0.038, 0.033],
+        [0.992, 0.025, 0.026, 0.021],
+        [1.000, 0.010, 0.011, 0.009],
     ]
 )
 
@@ -44,17 +45,17 @@ class MouseShape:
     fatness: float = 1.0
     head: float = 1.0
     snout: float = 1.0
-    ear_height: float = 0.165
-    ear_width: float = 0.150
+    ear_height: float = 0.150
+    ear_width: float = 0.134
     ear_azimuth_deg: float = 48.0  # how far the ear's opening turns outwards from straight ahead
     tail_length: float = 0.88
-    tail_radius: float = 0.028
-    eye_radius: float = 0.0235
+    tail_radius: float = 0.027
+    eye_radius: float = 0.0195
     limb: float = 1.0  # limb thickness
     hind_foot: float = 0.19
     fore_foot: float = 0.085
-    upper_hind: float = 0.175
-    lower_hind: float = 0.190
+    upper_hind: float = 0.180
+    lower_hind: float = 0.200
     upper_fore: float = 0.125
     lower_fore: float = 0.130
 
@@ -70,25 +71,25 @@ class MouseShape:
 
 
 def random_shape(rng: np.random.Generator) -> MouseShape:
-    """Adult mice, lean to fat; body length 1.05 to 1.28 world units."""
-    ear = rng.uniform(0.14, 0.19)
+    """Adult mice, lean to fat; body length 1.13 to 1.32 world units."""
+    ear = rng.uniform(0.13, 0.175)
     limbs = rng.uniform(0.94, 1.06)
     return MouseShape(
-        length=BODY_LENGTH * float(np.clip(rng.normal(0.98, 0.045), 0.875, 1.065)),
-        fatness=float(np.clip(rng.normal(1.02, 0.09), 0.85, 1.28)),
+        length=BODY_LENGTH * float(np.clip(rng.normal(1.03, 0.035), 0.94, 1.10)),
+        fatness=float(np.clip(rng.normal(1.0, 0.08), 0.84, 1.22)),
         head=float(rng.uniform(0.95, 1.08)),
         snout=float(rng.uniform(0.88, 1.12)),
         ear_height=float(ear),
         ear_width=float(ear * rng.uniform(0.84, 0.98)),
         ear_azimuth_deg=float(rng.uniform(35.0, 62.0)),
         tail_length=float(rng.uniform(0.72, 1.0)),
-        tail_radius=float(rng.uniform(0.024, 0.032)),
-        eye_radius=float(rng.uniform(0.021, 0.026)),
+        tail_radius=float(rng.uniform(0.024, 0.030)),
+        eye_radius=float(rng.uniform(0.0175, 0.0215)),
         limb=float(rng.uniform(0.92, 1.12)),
         hind_foot=float(rng.uniform(0.17, 0.205)),
         fore_foot=float(rng.uniform(0.075, 0.095)),
-        upper_hind=0.175 * limbs,
-        lower_hind=0.190 * limbs,
+        upper_hind=0.180 * limbs,
+        lower_hind=0.200 * limbs,
         upper_fore=0.125 * limbs,
         lower_fore=0.130 * limbs,
     )

@@ -20,12 +20,12 @@ def srgb(*values: float) -> np.ndarray:
 
 # back, belly, skin (ears, feet, tail), eye
 _COLOURS = {
-    "black": (srgb(46, 43, 38), srgb(54, 50, 45), srgb(160, 126, 122), srgb(14, 11, 11)),
+    "black": (srgb(46, 43, 38), srgb(54, 50, 45), srgb(156, 126, 120), srgb(14, 11, 11)),
     "agouti": (srgb(112, 90, 64), srgb(176, 154, 124), srgb(178, 140, 130), srgb(16, 12, 11)),
     "brown": (srgb(112, 74, 48), srgb(134, 98, 70), srgb(186, 142, 130), srgb(20, 13, 11)),
     "grey": (srgb(116, 116, 118), srgb(140, 139, 138), srgb(182, 146, 142), srgb(15, 13, 13)),
-    "white": (srgb(232, 227, 218), srgb(236, 231, 224), srgb(222, 170, 164), srgb(120, 26, 34)),
-    "piebald": (srgb(50, 46, 41), srgb(226, 221, 211), srgb(212, 160, 152), srgb(14, 11, 11)),
+    "white": (srgb(224, 217, 206), srgb(228, 221, 211), srgb(222, 170, 164), srgb(120, 26, 34)),
+    "piebald": (srgb(50, 46, 41), srgb(220, 213, 202), srgb(212, 160, 152), srgb(14, 11, 11)),
 }
 
 
@@ -67,7 +67,7 @@ def random_coat(rng: np.random.Generator, name: str | None = None) -> Coat:
         belly=np.clip(belly * (1 if name == "piebald" else shade), 0, 0.88),
         skin=skin * np.exp(rng.normal(0, 0.08)) * np.exp(rng.normal(0, 0.02, 3)),
         eye=eye,
-        contrast=float(rng.uniform(0.7, 1.3)) * (0.30 if name == "white" else 1.0),
+        contrast=float(rng.uniform(0.7, 1.3)) * {"white": 0.3, "piebald": 0.55}.get(name, 1.0),
         ticking=0.35 if name == "agouti" else 0.10 if name in ("brown", "grey") else 0.0,
         patches=patches,
     )
@@ -80,8 +80,11 @@ def _waves(points: np.ndarray, rng: np.random.Generator, frequency: float, count
     return np.sin(points @ directions.T + rng.uniform(0, 2 * np.pi, count)).sum(1) / np.sqrt(count)
 
 
-def paint(surface: Surface, coat: Coat, rng: np.random.Generator) -> np.ndarray:
-    """[n, 3] linear albedo. Depends on places of the unposed animal, so a moving mouse keeps its pattern."""
+def paint(surface: Surface, coat: Coat, noise: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """[n, 3] linear albedo. Depends on places of the unposed animal, so a moving mouse keeps its pattern.
+
+    noise: [n, 4], see scene.splat_noise.
+    """
     n = len(surface.points)
     albedo = np.empty((n, 3))
     part = surface.part
@@ -89,7 +92,7 @@ def paint(surface: Surface, coat: Coat, rng: np.random.Generator) -> np.ndarray:
     station, x, z = surface.rest.T
     ventral = np.clip((surface.ventral - 0.30) / 0.45, 0, 1)
     ventral = ventral * ventral * (3 - 2 * ventral)
-    ventral = np.where(part == LIMB, 0.35 + 0.3 * surface.along, ventral)
+    ventral = np.where(part == LIMB, 0.6 * surface.along**2, ventral)
     if coat.name == "piebald":
         bumps = _waves(surface.rest, rng, 28.0) * 0.03
         gaps = np.linalg.norm(surface.rest[:, None] - coat.patches[None, :, :3], axis=2) - coat.patches[None, :, 3]
@@ -101,18 +104,18 @@ def paint(surface: Surface, coat: Coat, rng: np.random.Generator) -> np.ndarray:
     # strands: noise that is long along the fur and narrow across it, plus single hairs, plus broad mottling
     around = np.arctan2(z, x)
     strands = _waves(np.stack([station * 30, around * 16, surface.along * 12], 1), rng, 3.0, 8)
-    hairs = rng.normal(0, 1, n)
+    hairs = noise[:, 0]
     mottle = _waves(surface.rest, rng, 18.0)
-    tone = np.exp(coat.contrast * (0.10 * strands + 0.20 * hairs + 0.08 * mottle))
+    tone = np.exp(coat.contrast * (0.11 * strands + 0.14 * hairs + 0.08 * mottle))
     base = base * tone[:, None]
-    pale = (rng.random(n) < coat.ticking) & (ventral < 0.6)
+    pale = (noise[:, 2] < coat.ticking) & (ventral < 0.6)
     base = np.where(pale[:, None], base * [1.55, 1.45, 1.25], base)
     # bare skin shows at the end of limbs and on the snout's tip
-    bare = np.where(part == LIMB, np.clip((surface.along - 0.78) / 0.2, 0, 1), np.clip((station - 0.965) / 0.03, 0, 1) * 0.4)
-    bare = np.where(fur, bare, 0.0)[:, None]
+    bare_limb, bare_snout = np.clip((surface.along - 0.88) / 0.12, 0, 1), np.clip((station - 0.965) / 0.03, 0, 1)
+    bare = np.where(fur, np.where(part == LIMB, bare_limb, 0.4 * bare_snout), 0.0)[:, None]
     albedo[:] = base * (1 - bare) + coat.skin * bare
 
-    flush = np.exp(0.05 * rng.normal(0, 1, n))[:, None]
+    flush = np.exp(0.05 * noise[:, 0])[:, None]
     skin = coat.skin * flush
     tail_rings = 1 + 0.06 * np.sin(surface.along * 260.0)
     dark_skin = coat.name in ("black", "agouti", "grey")
@@ -120,7 +123,8 @@ def paint(surface: Surface, coat: Coat, rng: np.random.Generator) -> np.ndarray:
     tail = skin * (0.86 if dark_skin else 0.96) * (tail_rings * (1 - 0.15 * surface.along))[:, None]
     albedo = np.where((part == TAIL)[:, None], tail, albedo)
     rim = np.clip((surface.along - 0.72) / 0.28, 0, 1)[:, None]
-    inner = skin * np.array([1.0, 0.90, 0.88]) * (0.86 + 0.22 * rim)
+    deep = np.clip(z / 0.55, 0, 1)[:, None]  # for ears, z is the height above the root
+    inner = skin * np.array([1.0, 0.91, 0.89]) * (0.84 + 0.22 * rim) * (0.55 + 0.45 * deep)
     albedo = np.where((part == EAR_INNER)[:, None], inner, albedo)
     outer = 0.62 * skin * 0.9 + 0.38 * np.minimum(coat.back if coat.name != "piebald" else coat.belly, 0.5)
     albedo = np.where((part == EAR_OUTER)[:, None], outer * (0.92 + 0.16 * rim), albedo)

@@ -96,7 +96,8 @@ def sample_name(index: int) -> str:
 
 def split_indices(num_samples: int, val_fraction: float) -> tuple[list[int], list[int]]:
     """Training and validation indices, spread evenly; growing the dataset never moves a sample to the other side."""
-    is_val = [math.floor((i + 1) * val_fraction + 1e-9) > math.floor(i * val_fraction + 1e-9) for i in range(num_samples)]
+    steps = [math.floor(i * val_fraction + 1e-9) for i in range(num_samples + 1)]
+    is_val = [steps[i + 1] > steps[i] for i in range(num_samples)]
     return [i for i in range(num_samples) if not is_val[i]], [i for i in range(num_samples) if is_val[i]]
 
 

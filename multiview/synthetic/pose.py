@@ -17,8 +17,8 @@ class MousePose:
     """Lengths in body lengths, angles in degrees. Limb order: hind left, hind right, fore left, fore right.
 
     spine_pitch, spine_yaw: [7] direction of the spine (towards the nose) at CONTROL_STATIONS; pitch up, yaw to the
-    animal's left. hip_height, shoulder_height: of the spine above the floor; the spine is pitched as a whole so that the
-    shoulder has its height (weight `level` 0..1; 0 leaves the pitch alone, for rearing).
+    animal's left. hip_height, shoulder_height: of the spine above the floor; the spine is pitched as a whole so that
+    the shoulder has its height (weight `level` 0..1; 0 leaves the pitch alone, for rearing).
     foot_forward, foot_out: [4] paw on the floor, from below its joint. foot_lift: [4] height of the paw.
     hand_free: [2] 0..1, fore paws taken off the floor towards hand_at; hand_at: [2, 3] in the shoulder's frame
     (forward, outward, up); hand_snout: 0..1 takes free fore paws to the snout instead.
@@ -53,14 +53,14 @@ class MousePose:
 
 # kind: spine pitch at the control stations, hip height, shoulder height, level
 _BASES = {
-    "rest": ([22, 14, -8, -12, -6, -12, -16], 0.185, 0.195, 1.0),
-    "walk": ([30, 22, -14, -20, -6, -14, -18], 0.190, 0.190, 1.0),
-    "stand": ([36, 24, -18, -18, 2, -10, -14], 0.180, 0.185, 1.0),
-    "crouch": ([56, 34, -22, -38, -18, -22, -26], 0.135, 0.150, 1.0),
-    "turn": ([34, 24, -14, -18, -4, -12, -16], 0.180, 0.185, 1.0),
-    "rear": ([48, 66, 68, 54, 34, 18, 8], 0.150, 0.30, 0.0),
-    "groom": ([50, 58, 34, -8, -38, -52, -60], 0.125, 0.30, 0.0),
-    "sniff": ([20, 12, -8, -8, 10, 2, -4], 0.180, 0.190, 1.0),
+    "rest": ([40, 26, -6, -24, -12, -10, -16], 0.262, 0.235, 1.0),
+    "walk": ([42, 26, -12, -26, -10, -12, -18], 0.262, 0.235, 1.0),
+    "stand": ([48, 30, -14, -28, -8, -12, -18], 0.245, 0.222, 1.0),
+    "crouch": ([62, 38, -18, -42, -22, -22, -28], 0.180, 0.185, 1.0),
+    "turn": ([44, 28, -12, -24, -8, -12, -18], 0.250, 0.228, 1.0),
+    "rear": ([48, 66, 70, 56, 34, 16, 4], 0.165, 0.30, 0.0),
+    "groom": ([50, 60, 38, -8, -40, -54, -62], 0.150, 0.30, 0.0),
+    "sniff": ([28, 18, -6, -14, 8, 4, -4], 0.250, 0.230, 1.0),
 }
 
 
@@ -119,7 +119,8 @@ def random_pose(rng: np.random.Generator, kind: str | None = None) -> MousePose:
         reach = np.array([[rng.uniform(0.04, 0.14), 0.05, rng.uniform(-0.13, 0.0)] for _ in range(2)])
         return replace(pose, hand_free=np.ones(2), hand_at=reach, foot_forward=pose.foot_forward + 0.05)
     if kind == "groom":
-        return replace(pose, hand_free=np.ones(2), hand_snout=rng.uniform(0.7, 1.0), foot_forward=pose.foot_forward + 0.06)
+        forward = pose.foot_forward + 0.06
+        return replace(pose, hand_free=np.ones(2), hand_snout=rng.uniform(0.7, 1.0), foot_forward=forward)
     if kind in ("stand", "sniff") and rng.random() < 0.2:
         return replace(pose, hand_free=np.array([1.0, 0.0]) if rng.random() < 0.5 else np.array([0.0, 1.0]))
     return pose

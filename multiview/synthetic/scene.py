@@ -1,9 +1,8 @@
-"""A whole mouse: shape + pose + coat + light -> SplatCloud; single mice, moving mice, rendered samples."""
+"""A whole mouse: shape + pose + coat + light -> SplatCloud; mice by number."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,8 +12,8 @@ from multiview.synthetic.body import MouseShape, random_shape
 from multiview.synthetic.cloud import SplatCloud, orient_splats
 from multiview.synthetic.coat import Coat, paint, random_coat
 from multiview.synthetic.implicit import Skin
-from multiview.synthetic.pose import MousePose, random_pose, rest_pose, stride
-from multiview.synthetic.skeleton import EAR, SIDES, Skeleton, build_skin, solve
+from multiview.synthetic.pose import MousePose, random_pose, rest_pose
+from multiview.synthetic.skeleton import EAR, Skeleton, build_skin, solve
 
 SPACING = 0.0112  # between samples, body lengths: no holes in pictures up to 256 px
 
@@ -46,10 +45,11 @@ def sample_surface(
     s: Skeleton, shape: MouseShape, pose: MousePose, skin: Skin, spacing: float, rng: np.random.Generator
 ) -> parts.Surface:
     """All parts of the posed mouse, body lengths."""
-    pieces = [parts.sample_body(s, shape, skin, spacing, rng)]
-    pieces.append(parts.sample_tube(s.tail, s.tail_radius, 0.8 * spacing, parts.TAIL, rng))
+    streams = rng.spawn(6)  # one per part: a part whose number of samples varies must not disturb the others
+    pieces = [parts.sample_body(s, shape, skin, spacing, streams[0])]
+    pieces.append(parts.sample_tube(s.tail, s.tail_radius, 0.8 * spacing, parts.TAIL, streams[1]))
     for limb in range(4):
-        pieces += parts.foot(s, shape, limb, 0.8 * spacing, rng)
+        pieces += parts.foot(s, shape, limb, 0.8 * spacing, streams[2 + limb])
     for k, side in enumerate((1.0, -1.0)):
         pieces += parts.ear(s, shape, side, float(pose.ear_turn[k]), 0.85 * spacing)
         centre, radius = parts.eye(s, shape, skin, side)
@@ -63,7 +63,7 @@ def sample_surface(
 
 
 def shade(surface: parts.Surface, skin: Skin, albedo: np.ndarray, light: Light) -> np.ndarray:
-    """[n, 3] sRGB 0..1: hemispheric light with occlusion, a wrapped key light, a sheen on fur, highlights in the eyes."""
+    """[n, 3] sRGB 0..1: hemispheric and key light, occlusion, a sheen on fur, highlights in the eyes."""
     n = surface.normals
     part = surface.part
     openness = skin.openness(surface.points, n)
@@ -111,23 +111,30 @@ def keypoints(s: Skeleton, shape: MouseShape, surface: parts.Surface) -> np.ndar
     return np.array(rows)
 
 
+def splat_noise(surface: parts.Surface, rng: np.random.Generator) -> np.ndarray:
+    """[n, 4] two normal and two uniform (0..1) numbers per splat that stay with it in every pose."""
+    table = np.concatenate([rng.normal(0, 1, (16384, 2)), rng.random((16384, 2))], axis=1)
+    return table[surface.number % len(table)]
+
+
 def build_cloud(
     shape: MouseShape, pose: MousePose, coat: Coat, light: Light, rng: np.random.Generator, spacing: float = SPACING
 ) -> SplatCloud:
     """The posed mouse, heading -y, floor at z = 0, world units. `rng` drives only the layout and the fur's noise."""
     s = solve(shape, pose)
     skin = build_skin(s, shape)
-    surface = sample_surface(s, shape, pose, skin, spacing, rng)
-    rgb = shade(surface, skin, paint(surface, coat, rng), light)
-    n = len(surface.points)
+    layout, pattern = rng.spawn(2)
+    surface = sample_surface(s, shape, pose, skin, spacing, layout)
+    noise = splat_noise(surface, pattern)
+    rgb = shade(surface, skin, paint(surface, coat, noise, pattern), light)
     fur = (surface.part == parts.FUR) | (surface.part == parts.LIMB)
-    fuzz = np.where(fur, rng.normal(0, 0.0035, n), 0.0) * np.clip(1.1 - surface.rest[:, 0], 0.15, 1)
+    fuzz = np.where(fur, 0.0035 * noise[:, 1], 0.0) * np.clip(1.1 - surface.rest[:, 0], 0.15, 1)
     points = surface.points + fuzz[:, None] * surface.normals
-    along = surface.size * np.where(fur, rng.uniform(0.75, 1.15, n), 0.62)
-    across = surface.size * np.where(fur, rng.uniform(0.42, 0.62, n), 0.62)
+    along = surface.size * np.where(fur, 0.75 + 0.40 * noise[:, 3], 0.62)
+    across = surface.size * np.where(fur, 0.62 - 0.20 * noise[:, 3], 0.62)
     # hairs rise from the skin by a few degrees, which frays the outline
     flow = surface.flow / np.maximum(np.linalg.norm(surface.flow, axis=1, keepdims=True), 1e-9)
-    lean = np.where(fur, rng.uniform(0.0, 0.35, n), 0.0)[:, None]
+    lean = np.where(fur, 0.35 * noise[:, 2], 0.0)[:, None]
     normals = surface.normals - lean * (flow - (flow * surface.normals).sum(1, keepdims=True) * surface.normals)
     normals = normals / np.linalg.norm(normals, axis=1, keepdims=True)
     log_scales, quats = orient_splats(normals, flow, along, across, 0.16 * surface.size)

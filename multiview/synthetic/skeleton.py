@@ -1,4 +1,4 @@
-"""From proportions and a pose to geometry: spine stations, limb joints, tail, head. Body lengths; heading -y; floor z=0."""
+"""From proportions and a pose to geometry: spine, limbs, tail. Body lengths, heading -y, floor at z = 0."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from multiview.synthetic.implicit import Skin
 from multiview.synthetic.pose import CONTROL_STATIONS, MousePose
 
 HIP, SHOULDER = 0.13, 0.60  # spine stations of the limb girdles
-EAR, EYE = 0.735, 0.838
-TAIL_REACH = 0.92  # the tail's farthest horizontal distance from the body's centre, body lengths
+EAR, EYE = 0.752, 0.853
+TAIL_REACH = 1.10  # the tail's farthest horizontal distance from the body's centre, world units: stays in the picture
 TAIL_NODES = 48
 SIDES = np.array([1.0, -1.0, 1.0, -1.0])  # left, right of the four limbs
 
@@ -123,7 +123,7 @@ def _limbs(trunk: Skeleton, shape: MouseShape, pose: MousePose) -> tuple[np.ndar
         hind = k < 2
         place, tangent, left, up = trunk.frame(HIP if hind else SHOULDER)
         width = trunk.size_at(HIP if hind else SHOULDER)[0]
-        root = place + side * width * (0.62 if hind else 0.66) * left - (0.025 if hind else 0.045) * up
+        root = place + side * width * (0.56 if hind else 0.60) * left - (0.03 if hind else 0.05) * up
         forward = np.array([left[1], -left[0], 0.0])  # horizontal heading at this girdle
         floor = place * [1, 1, 0] + (pose.foot_forward[k] + (0.02 if hind else 0.05)) * forward
         floor = floor + side * pose.foot_out[k] * left
@@ -159,29 +159,33 @@ def _tail(trunk: Skeleton, shape: MouseShape, pose: MousePose) -> tuple[np.ndarr
     """The tail sinks from its base to the floor and bends as the pose says, more if it would leave the picture."""
     place, tangent, _, up = trunk.frame(0.012)
     t = np.linspace(0, 1, TAIL_NODES)
-    radius = shape.tail_radius * (1 - 0.72 * t**0.9)
+    radius = shape.tail_radius * (1 - 0.74 * t**0.8)
     start_yaw = math.atan2(-tangent[0], tangent[1])  # of the direction -tangent, as for the spine
     step = shape.tail_length / (TAIL_NODES - 1)
+    slopes, height = np.zeros(TAIL_NODES), np.full(TAIL_NODES, place[2])
+    for i in range(1, TAIL_NODES):
+        resting = radius[i] + pose.tail_raise[1] * min(1.0, 4 * t[i]) * (1 - 0.5 * t[i])
+        wanted = min(max((resting - height[i - 1]) / 0.10, -0.9), 0.9)
+        blend = min(1.0, t[i] / 0.18)
+        slopes[i] = (1 - blend) * math.radians(pose.tail_raise[0]) + blend * wanted
+        height[i] = max(height[i - 1] + step * math.sin(slopes[i]), radius[i])
     bend = np.interp(t, [0.0, 0.33, 0.67, 1.0], pose.tail_bend)
     turn = 1.0 if bend.mean() >= 0 else -1.0
-    for extra in range(0, 24):
-        yaw = start_yaw + np.radians(np.cumsum(bend + turn * 30.0 * extra * (t > 0.12)) / (TAIL_NODES - 1))
-        points = np.empty((TAIL_NODES, 3))
-        points[0] = place
-        first = math.radians(pose.tail_raise[0])
-        for i in range(1, TAIL_NODES):
-            resting = radius[i] + pose.tail_raise[1] * min(1.0, 4 * t[i]) * (1 - 0.5 * t[i])
-            wanted = float(np.clip((resting - points[i - 1, 2]) / 0.10, -0.9, 0.9))
-            blend = min(1.0, t[i] / 0.18)
-            slope = (1 - blend) * first + blend * wanted
-            flat = math.cos(slope)
-            points[i] = points[i - 1] + step * np.array(
-                [math.sin(yaw[i]) * flat, -math.cos(yaw[i]) * flat, math.sin(slope)]
-            )
-        points[:, 2] = np.maximum(points[:, 2], radius)
-        if np.linalg.norm((points - trunk.centre)[:, :2], axis=1).max() <= TAIL_REACH:
-            break
-    return points, radius
+
+    def curve(extra: float) -> tuple[np.ndarray, float]:
+        yaw = start_yaw + np.radians(np.cumsum(bend + turn * extra * (t > 0.12)) / (TAIL_NODES - 1))
+        flat = step * np.cos(slopes) * (t > 0)
+        xy = place[:2] + np.cumsum(flat[:, None] * np.stack([np.sin(yaw), -np.cos(yaw)], axis=1), axis=0)
+        reach = np.linalg.norm(xy - trunk.centre[:2], axis=1).max() * shape.length
+        return np.concatenate([xy, height[:, None]], axis=1), reach
+
+    low, high = 0.0, 0.0
+    while curve(high)[1] > TAIL_REACH and high < 720.0:
+        low, high = high, high + 45.0
+    for _ in range(6 if high > 0 else 0):  # continuous in the pose, so that a moving tail does not jump
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if curve(middle)[1] > TAIL_REACH else (low, middle)
+    return curve(high)[0], radius
 
 
 def build_skin(skeleton: Skeleton, shape: MouseShape) -> Skin:
@@ -198,15 +202,15 @@ def build_skin(skeleton: Skeleton, shape: MouseShape) -> Skin:
         across = s.frame(HIP if hind else SHOULDER)[2]
         across = across - across @ axis * axis
         across = across / np.linalg.norm(across)
-        radii = [0.60 * length + 0.035, 0.050, 0.088] if hind else [0.60 * length + 0.02, 0.036, 0.058]
+        radii = [0.52 * length + 0.020, 0.044, 0.072] if hind else [0.52 * length + 0.010, 0.032, 0.046]
         radii = np.array(radii) * [1.0, shape.limb, shape.limb]
-        ellipsoids.append(np.concatenate([root + 0.5 * axis * length, axis, across, np.cross(axis, across), radii]))
-        thick = np.array([0.046, 0.034, 0.017] if hind else [0.034, 0.025, 0.0145]) * shape.limb
+        ellipsoids.append(np.concatenate([root + 0.36 * axis * length, axis, across, np.cross(axis, across), radii]))
+        thick = np.array([0.044, 0.029, 0.0150] if hind else [0.034, 0.022, 0.0135]) * shape.limb
         cones.append(np.concatenate([root, joint, thick[:2]]))
         cones.append(np.concatenate([joint, end, thick[1:]]))
     for side in (1.0, -1.0):
-        place, tangent, left, up = s.frame(0.80)
-        size = s.size_at(0.80)
+        place, tangent, left, up = s.frame(0.815)
+        size = s.size_at(0.815)
         centre = place + side * 0.62 * size[0] * left - 0.15 * size[2] * up
         ellipsoids.append(np.concatenate([centre, tangent, left, up, [0.062, 0.036, 0.046]]))
-    return Skin(spine, np.array(ellipsoids), np.array(cones), blend=0.014)
+    return Skin(spine, np.array(ellipsoids), np.array(cones), blend=0.020)

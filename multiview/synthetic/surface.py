@@ -20,7 +20,8 @@ class Surface:
     """n samples. points, normals, flow [n, 3] (flow: direction the fur lies or the part runs); part [n].
 
     rest [n, 3]: place on the unposed animal (station, left, up) for coat patterns; ventral [n] -1 back .. 1 belly;
-    along [n] 0..1 along a limb, tail or ear; size [n] spacing of the samples; sign [n] left 1 or right -1.
+    along [n] 0..1 along a limb or tail, towards an ear's rim; size [n] spacing of the samples; number [n] which sample
+    this is, the same in every pose.
     """
 
     points: np.ndarray
@@ -31,9 +32,12 @@ class Surface:
     ventral: np.ndarray
     along: np.ndarray
     size: np.ndarray
+    number: np.ndarray
 
     @staticmethod
     def joined(pieces: list[Surface]) -> Surface:
+        for k, piece in enumerate(pieces):
+            piece.number = piece.number + 7919 * k
         return Surface(*(np.concatenate([getattr(p, f) for p in pieces]) for f in Surface.__dataclass_fields__))
 
     def where(self, keep: np.ndarray) -> Surface:
@@ -45,6 +49,7 @@ def _piece(points, normals, flow, part, rest, ventral, along, size) -> Surface:
     return Surface(
         points, normals, np.broadcast_to(flow, (n, 3)), np.full(n, part), rest,
         np.broadcast_to(ventral, (n,)), np.broadcast_to(along, (n,)), np.full(n, size),
+        np.arange(n),
     )  # fmt: skip
 
 
@@ -99,7 +104,7 @@ def sample_body(s: Skeleton, shape: MouseShape, skin: Skin, spacing: float, rng:
         rest = np.stack(
             [np.full(count, station), np.full(count, side * 0.15), 0.12 * unit[:, 0] * (-1 if number < 4 else 0)], 1
         )
-        ventral = 0.55 * unit[:, 0] if number < 4 else np.full(count, 0.2)
+        ventral = 0.38 * unit[:, 0] if number < 4 else np.full(count, 0.2)
         flow = 0.5 * axes[0] - 0.8 * s.frame(station)[1] if number < 4 else -axes[0]
         pieces.append(_piece(points, points, flow, FUR, rest, ventral, 0.0, spacing))
 
@@ -116,6 +121,15 @@ def sample_body(s: Skeleton, shape: MouseShape, skin: Skin, spacing: float, rng:
         points = a + (t * length)[:, None] * axis + radius[:, None] * out
         rest = np.stack([np.full(len(t), 0.14 if limb < 2 else 0.58), SIDES[limb] * 0.15 + 0 * t, -0.1 - 0.1 * t], 1)
         pieces.append(_piece(points, points, axis, LIMB, rest, 0.35 - 0 * t, 0.5 * (lower + t), spacing * 0.9))
+
+    for limb in range(4):  # the knees and elbows, round
+        c = skin.cones[2 * limb + 1]
+        axis = (c[3:6] - c[:3]) / np.linalg.norm(c[3:6] - c[:3])
+        knob = sample_blob(c[:3], np.eye(3), [c[6]] * 3, spacing, LIMB)
+        knob.flow = np.broadcast_to(axis, knob.points.shape)
+        knob.rest = np.broadcast_to([0.14 if limb < 2 else 0.58, SIDES[limb] * 0.15, -0.15], knob.points.shape)
+        knob.along, knob.ventral = np.full(len(knob.points), 0.5), np.full(len(knob.points), 0.35)
+        pieces.append(knob)
 
     surface = Surface.joined(pieces)
     depth, _ = skin.evaluate(surface.points)
@@ -170,7 +184,7 @@ def eye(s: Skeleton, shape: MouseShape, skin: Skin, side: float) -> tuple[np.nda
     """Centre and radius of an eyeball that sits in the blended skin with half of it showing."""
     start, _ = head_points(s, EYE, 28.0, side)
     point, normal, _ = skin.project(start[None])
-    return point[0] - 0.25 * shape.eye_radius * normal[0], shape.eye_radius
+    return point[0] - 0.32 * shape.eye_radius * normal[0], shape.eye_radius
 
 
 def ear(s: Skeleton, shape: MouseShape, side: float, turn_deg: float, spacing: float) -> list[Surface]:
@@ -227,6 +241,7 @@ def foot(s: Skeleton, shape: MouseShape, limb: int, spacing: float, rng: np.rand
     pieces = [sample_tube(path, np.interp(t, [0, 1], [0.0165, 0.0135]) * shape.limb, spacing, FOOT, rng)]
     axes = np.stack([direction, across, up])
     pieces.append(sample_blob(ball - 0.004 * direction, axes, [0.026 if hind else 0.021, width, 0.011], spacing, FOOT))
+    pieces.append(sample_blob(ankle, axes, [0.0155 * shape.limb] * 3, spacing, FOOT))  # the heel
     toes = 5 if hind else 4
     for k in range(toes):
         spread = (k - (toes - 1) / 2) / ((toes - 1) / 2)
