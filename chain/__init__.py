@@ -1,0 +1,1 @@
+"""The two stages chained; imported by the entry scripts only."""

@@ -1,0 +1,149 @@
+"""Which files a chain is made of, whether they describe the same views, and loading them (in that order)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from multiview.cameras import read_cameras
+from multiview.rig import ViewRig, check_alignment, check_rig_cameras, load_rig
+
+if TYPE_CHECKING:
+    import torch
+
+    from gslrm.model.gslrm import GSLRM
+    from multiview.cameras import Cameras
+    from mvdiffusion.components import Components
+    from mvdiffusion.prompts import PromptEmbeds
+
+DEMO_STAGE1 = Path("checkpoints/demo/mvdiffusion")
+DEMO_STAGE2 = Path("checkpoints/demo/gslrm")
+DEFAULT_COMPONENTS = Path("checkpoints/mvdiffusion/pipeckpts")
+DEFAULT_EMBEDS = Path("mvdiffusion/data/mouse_prompt_embeds_6view/clr_embeds.pt")
+STAMP = "python scripts/stamp_rig.py --rig <rig> --path {path}"
+
+
+@dataclass(frozen=True)
+class Artifacts:
+    """Resolved files of a chain that describe one rig. Stage 1 entries are None when only Stage 2 runs."""
+
+    rig: ViewRig
+    gslrm: Path
+    gslrm_config: Path | None
+    components: Path | None = None
+    unet: Path | None = None
+    embeds: PromptEmbeds | None = None
+    camera_json: Path | None = None
+
+    def describe(self) -> dict:
+        """For run.json."""
+        return {
+            "components": self.components and str(self.components),
+            "unet": self.unet and str(self.unet),
+            "prompt_embeds": self.embeds and self.embeds.source,
+            "gslrm": str(self.gslrm),
+            "gslrm_config": self.gslrm_config and str(self.gslrm_config),
+            "camera_json": self.camera_json and str(self.camera_json),
+        }
+
+    def stage2_cameras(self, size: int) -> Cameras:
+        """The cameras [v] that belong to the painted views: the rig's, or the checked camera file's."""
+        if self.camera_json is None:
+            return self.rig.cameras(size)
+        return read_cameras(self.camera_json).resize(size, size)
+
+
+def resolve_chain(
+    *,
+    rig: str | None,
+    unet: Path | None,
+    gslrm: Path | None,
+    gslrm_config: Path | None = None,
+    components: Path | None = None,
+    embeds: Path | None = None,
+    camera_json: Path | None = None,
+) -> Artifacts:
+    """Finds every file of the chain and compares their rigs, before any weights are loaded.
+
+    Neither checkpoint given: the demo models. Raises ValueError for what is missing, RigMismatchError for a mismatch.
+    """
+    from gslrm.checkpoints import read_checkpoint_rig, resolve_checkpoint
+    from mvdiffusion.models.unet import resolve_unet_folder, unet_rig
+    from mvdiffusion.prompts import load_prompt_embeds
+
+    if (unet is None) != (gslrm is None):
+        given, other = ("Stage 2", "Stage 1") if unet is None else ("Stage 1", "Stage 2")
+        raise ValueError(f"a {given} checkpoint without a {other} one: name both, or neither for the demo models")
+    demo = unet is None
+    unet_folder = resolve_unet_folder(DEMO_STAGE1 if demo else unet)
+    components = components or (DEMO_STAGE1 if demo else components_of(unet))
+    gslrm_file = resolve_checkpoint(DEMO_STAGE2 if demo else gslrm)
+    requested = load_rig(rig) if rig else None
+
+    prompt_embeds = load_prompt_embeds(embeds or DEFAULT_EMBEDS, requested)
+    common = check_alignment(
+        requested,
+        unet=require_rig(unet_rig(unet_folder), requested, f"the UNet {unet_folder}", unet_folder),
+        embeddings=prompt_embeds.rig,
+        gslrm=require_rig(read_checkpoint_rig(gslrm_file), requested, f"the GS-LRM {gslrm_file}", gslrm_file),
+    )
+    if camera_json is not None:
+        check_rig_cameras(common, read_cameras(camera_json), str(camera_json))
+    return Artifacts(common, gslrm_file, gslrm_config, Path(components), unet_folder, prompt_embeds, camera_json)
+
+
+def resolve_stage2(*, rig: str | None, gslrm: Path | None, gslrm_config: Path | None = None) -> Artifacts:
+    """The same for Stage 2 alone (posed views as input)."""
+    from gslrm.checkpoints import read_checkpoint_rig, resolve_checkpoint
+
+    gslrm_file = resolve_checkpoint(gslrm or DEMO_STAGE2)
+    requested = load_rig(rig) if rig else None
+    own = require_rig(read_checkpoint_rig(gslrm_file), requested, f"the GS-LRM {gslrm_file}", gslrm_file)
+    return Artifacts(check_alignment(requested, gslrm=own), gslrm_file, gslrm_config)
+
+
+def require_rig(stored: ViewRig | None, requested: ViewRig | None, what: str, path: Path) -> ViewRig:
+    """The rig an artifact carries, or the one the user states for weights that carry none."""
+    if stored is None and requested is None:
+        raise ValueError(
+            f"{what} carries no view rig (public weights do not): state it with --rig, e.g. --rig facelift6, or once "
+            f"and for all: {STAMP.format(path=path)}"
+        )
+    return stored or requested
+
+
+def components_of(checkpoint: Path) -> Path:
+    """The components (VAE, encoders, schedulers) a UNet checkpoint was trained with.
+
+    The checkpoint itself if it is a whole components folder, else what its training recorded, else FaceLift's folder.
+    """
+    checkpoint = Path(checkpoint)
+    for folder in (checkpoint, checkpoint.parent):
+        if (folder / "vae").is_dir():
+            return folder
+        record = folder / "training.json"
+        if record.is_file():
+            return Path(json.loads(record.read_text())["components"])
+    return DEFAULT_COMPONENTS
+
+
+def load_stage1(artifacts: Artifacts, device: torch.device) -> Components:
+    """Components with the UNet; float16 on a GPU as FaceLift's inference, float32 on the CPU."""
+    import torch
+
+    from mvdiffusion.components import load_components
+    from mvdiffusion.prompts import check_embeds_fit
+
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    components = load_components(artifacts.components, unet=artifacts.unet, device=device, dtype=dtype)
+    check_embeds_fit(artifacts.embeds, components.unet, components.unet_folder)
+    return components
+
+
+def load_stage2(artifacts: Artifacts, device: torch.device) -> GSLRM:
+    from gslrm.checkpoints import load_gslrm
+
+    model, _, _ = load_gslrm(artifacts.gslrm, config_file=artifacts.gslrm_config, device=device)
+    return model

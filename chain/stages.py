@@ -1,0 +1,76 @@
+"""The two stages as functions: photograph -> posed views -> Gaussians."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from multiview.cameras import Cameras
+from multiview.image import composite, resize_rgba
+from multiview.metrics import mask_from_white
+
+if TYPE_CHECKING:
+    from chain.artifacts import Artifacts
+    from gslrm.model.gaussians import Gaussians
+    from gslrm.model.gslrm import GSLRM
+    from mvdiffusion.components import Components
+
+
+@dataclass(frozen=True)
+class PosedViews:
+    """What passes between the stages. rgb: [v, 3, h, w] on white. masks: [v, 1, h, w]. cameras: [v]."""
+
+    rgb: Tensor
+    masks: Tensor
+    cameras: Cameras
+
+
+def paint_views(
+    components: Components,
+    artifacts: Artifacts,
+    photo: Tensor,
+    *,
+    seed: int,
+    num_steps: int,
+    guidance_scale: float,
+    keep_input_view: bool,
+    progress: Callable[[Iterable], Iterable] | None = None,
+) -> PosedViews:
+    """Stage 1. photo: [4, s, s] RGBA framed as the training data (`multiview.photo`). CPU tensors come back.
+
+    keep_input_view: the photograph itself stands for the reference view instead of its painted copy.
+    """
+    from mvdiffusion.pipelines.multiview import generate_views
+
+    size, reference = components.image_size, artifacts.rig.reference_view
+    rgb = generate_views(
+        components, composite(photo, 1.0)[None], artifacts.embeds, seeds=[seed], num_steps=num_steps,
+        guidance_scale=guidance_scale, progress=progress,
+    )[0].cpu()  # fmt: skip
+    rgb = (rgb * 255).round() / 255  # the pictures that are written are the pictures that are used
+    masks = mask_from_white(rgb)
+    if keep_input_view:
+        own = resize_rgba(photo, size)
+        rgb[reference], masks[reference] = composite(own, 1.0), own[3:]
+    return PosedViews(rgb, masks, artifacts.stage2_cameras(size))
+
+
+def views_of_sample(rgba: Tensor, cameras: Cameras) -> PosedViews:
+    """Posed RGBA views [v, 4, h, w] as Stage 2's input."""
+    return PosedViews(composite(rgba, 1.0), rgba[:, 3:], cameras)
+
+
+@torch.no_grad()
+def reconstruct(model: GSLRM, views: PosedViews, device: torch.device) -> Gaussians:
+    """Stage 2: posed views of any number and size -> Gaussians [1, n] on `device`, unfiltered."""
+    size = model.config.image_tokenizer.image_size
+    rgba = torch.stack([resize_rgba(torch.cat([rgb, mask]), size) for rgb, mask in zip(views.rgb, views.masks)])
+    cameras = views.cameras.resize(size, size)[None].to(device)
+    masks = rgba[None, :, 3:].to(device) if model.config.prune_background else None
+    with torch.autocast(device.type, dtype=torch.float16, enabled=device.type == "cuda"):
+        output = model(rgba[None, :, :3].to(device), cameras, masks=masks)
+    return output.gaussians

@@ -1,0 +1,90 @@
+"""The whole chain with every artifact named, and a folder for what each stage made (a command, not a pytest file).
+
+Writes <output_dir>/<stem>/stage1_mvdiffusion/ and <output_dir>/<stem>/stage2_gslrm/.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+from multiview.run import main_guard
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--input_image", type=Path, required=True, help="one photograph (RGBA: its alpha is the mask)")
+    parser.add_argument("--mvdiff_pretrained", type=Path, help="Stage 1: components folder; default: the UNet's own")
+    parser.add_argument("--mvdiff_unet", type=Path, help="Stage 1: UNet folder or checkpoint-<step>; default: demo")
+    parser.add_argument("--prompt_embeds", type=Path, help="clr_embeds.pt; default: the tracked six-view embeddings")
+    parser.add_argument("--gslrm_checkpoint", type=Path, help="Stage 2: ckpt_*.pt or a folder of them; default: demo")
+    parser.add_argument("--gslrm_config", type=Path, help="Stage 2: training YAML; default: the checkpoint's own")
+    parser.add_argument("--camera_json", type=Path, help="cameras of the painted views; must be the rig's")
+    parser.add_argument("--rig", help="the view rig, for weights that carry none (facelift6 for FaceLift's)")
+    parser.add_argument("--num_steps", type=int, default=50, help="sampling steps of Stage 1")
+    parser.add_argument("--guidance_scale", type=float, default=3.0, help="classifier-free guidance; 1 turns it off")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--crop", choices=("auto", "always", "never"), default="auto", help="framing of the photograph")
+    parser.add_argument("--turntable_views", type=int, default=120, help="frames of turntable.mp4; 0 writes none")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/pipeline"))
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    from tqdm import tqdm
+
+    from chain.artifacts import load_stage1, load_stage2, resolve_chain
+    from chain.outputs import start_folder, write_gaussians, write_run, write_views
+    from chain.stages import paint_views, reconstruct
+    from gslrm.model.filters import filter_gaussians
+    from multiview.image import read_rgba, write_image
+    from multiview.photo import prepare_photo
+    from multiview.run import resolve_device
+
+    device = resolve_device(arguments.device)
+    photo = read_rgba(arguments.input_image)
+    artifacts = resolve_chain(
+        rig=arguments.rig, unet=arguments.mvdiff_unet, gslrm=arguments.gslrm_checkpoint,
+        gslrm_config=arguments.gslrm_config, components=arguments.mvdiff_pretrained, embeds=arguments.prompt_embeds,
+        camera_json=arguments.camera_json,
+    )  # fmt: skip
+    print(f"rig {artifacts.rig.name}: embeddings, UNet, GS-LRM and cameras agree")
+    settings = {
+        "input": arguments.input_image.name, "artifacts": artifacts.describe(), "seed": arguments.seed,
+        "num_steps": arguments.num_steps, "guidance_scale": arguments.guidance_scale,
+    }  # fmt: skip
+
+    stage1 = arguments.output_dir / arguments.input_image.stem / "stage1_mvdiffusion"
+    components = load_stage1(artifacts, device)
+    source = str(arguments.input_image)
+    prepared, report = prepare_photo(photo, components.image_size, crop=arguments.crop, source=source)
+    start_folder(stage1)
+    write_image(stage1 / "input.png", prepared)
+    started = time.perf_counter()
+    views = paint_views(
+        components, artifacts, prepared, seed=arguments.seed, num_steps=arguments.num_steps,
+        guidance_scale=arguments.guidance_scale, keep_input_view=False,
+        progress=lambda steps: tqdm(steps, desc="stage 1", unit="step"),
+    )  # fmt: skip
+    write_views(stage1, views, artifacts.rig)
+    write_run(stage1, artifacts.rig, {**settings, "photo": vars(report), "seconds": time.perf_counter() - started})
+    print(f"{stage1}: {len(views.rgb)} views")
+
+    stage2 = stage1.with_name("stage2_gslrm")
+    model = load_stage2(artifacts, device)
+    start_folder(stage2)
+    started = time.perf_counter()
+    gaussians = filter_gaussians(reconstruct(model, views, device))
+    with tqdm(total=arguments.turntable_views, desc="stage 2: turntable", unit="frame") as bar:
+        write_gaussians(
+            stage2, gaussians, turntable_views=arguments.turntable_views, turntable_size=256,
+            elevation_deg=float(views.cameras.elevation_deg.mean()), on_frame=lambda done, _: bar.update(1),
+        )  # fmt: skip
+    content = {**settings, "gaussians": gaussians.num_gaussians, "seconds": time.perf_counter() - started}
+    write_run(stage2, artifacts.rig, content)
+    print(f"{stage2}: {gaussians.num_gaussians} Gaussians")
+
+
+if __name__ == "__main__":
+    main_guard(main)
