@@ -1,0 +1,113 @@
+"""A raw recording (videos, mask videos, calibration) from renderings of moving animals: tests the import end to end.
+
+The rasterizer is handed in by the caller, as for synthetic samples: render(cloud, cameras [v]) -> (rgb [v, 3, h, w]
+over black, alpha [v, 1, h, w], anything else).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from multiview.checkpoint import atomic_folder, write_json
+from multiview.image import to_uint8
+from multiview.recording.calibration import PIXEL_CENTRE, Calibration, read_calibration
+
+RECORDINGS_FOLDER = Path(__file__).resolve().parent.parent.parent / "configs" / "rigs" / "recordings"
+BODY_LENGTH_MM = 73.0  # nose to tail base of an adult mouse, stretched
+ARENA_REACH = 0.9  # arena_radius for mouse_sequence (world units; 55 mm) where all real cameras see the whole animal
+VIDEO_FOLDER, MASK_FOLDER = "videos_undist", "simpleclick_undist"
+CALIBRATION_FILE, TRUTH_FILE = "new_cam.pkl", "truth.json"
+
+
+def load_real_rig(name: str = "dannce_mouse1", *, width: int | None = None) -> tuple[Calibration, dict]:
+    """A real recording's calibration that ships with the project, and its arena {centre [3], inner_radius}, in mm.
+
+    width: of the pictures, even; by default as filmed. Heights follow, rounded to even numbers.
+    """
+    path = RECORDINGS_FOLDER / f"{name}.json"
+    calibration = read_calibration(path)
+    arena = json.loads(path.read_text())["arena"]
+    return (calibration if width is None else resize_calibration(calibration, width)), arena
+
+
+def resize_calibration(calibration: Calibration, width: int) -> Calibration:
+    """The calibration of the same videos resized to `width` (even) and a height rounded to even."""
+    old_width, old_height = calibration.sizes[0]
+    height = 2 * round(old_height * width / old_width / 2)
+    scale = np.diag([width / old_width, height / old_height, 1.0])
+    return replace(calibration, K=scale @ calibration.K, sizes=((width, height),) * len(calibration))
+
+
+def stand_in_arena(cloud, arena: dict):
+    """A frame of `multiview.synthetic.motion.mouse_sequence` in a real arena, in mm: an adult mouse on its floor."""
+    from multiview.synthetic.cloud import BODY_LENGTH
+
+    return cloud.transformed(scale=BODY_LENGTH_MM / BODY_LENGTH, offset=np.asarray(arena["centre"]))
+
+
+def write_recording(
+    folder: Path | str,
+    calibration: Calibration,
+    clouds: Iterable,
+    render: Callable,
+    *,
+    background: float = 0.8,
+    frames_per_second: float = 100.0,
+    quality_crf: int = 12,
+) -> None:
+    """Writes a recording in MAMMAL's layout: videos_undist/k.mp4, simpleclick_undist/k.mp4, new_cam.pkl, truth.json.
+
+    clouds: one per frame, in the calibration's world and unit (mm). quality_crf: x264's constant rate factor; 0 also
+    keeps full colour resolution. truth.json holds each frame's centre [3] and keypoints [n, 3]. The folder appears when
+    it is complete.
+    """
+    cameras = calibration.cameras().to(torch.float32)
+    size = (cameras.width, cameras.height)
+    with atomic_folder(folder) as temporary:
+        for name in (VIDEO_FOLDER, MASK_FOLDER):
+            (temporary / name).mkdir()
+        paths = [temporary / name / f"{k}.mp4" for name in (VIDEO_FOLDER, MASK_FOLDER) for k in range(len(calibration))]
+        writers = [video_writer(path, size, frames_per_second, quality_crf) for path in paths]
+        truth = []
+        for cloud in clouds:
+            rgb, alpha = render(cloud, cameras)[:2]
+            pictures = rgb + background * (1.0 - alpha)
+            masks = (alpha >= 0.5).float().expand(-1, 3, -1, -1)
+            for writer, picture in zip(writers, (*pictures, *masks), strict=True):
+                writer.send(np.ascontiguousarray(to_uint8(picture)))
+            truth.append({"centre": cloud.centre.tolist(), "keypoints": cloud.keypoints.tolist()})
+        for writer in writers:
+            writer.close()
+        write_mammal_pickle(temporary / CALIBRATION_FILE, calibration)
+        write_json(temporary / TRUTH_FILE, {"unit": "mm", "frames": truth})
+
+
+def video_writer(path: Path, size: tuple[int, int], frames_per_second: float, crf: int):
+    """A started generator that takes [h, w, 3] uint8 frames; closing it finishes the H.264 file. size: (w, h)."""
+    import imageio_ffmpeg
+
+    writer = imageio_ffmpeg.write_frames(
+        os.fspath(path), size, fps=frames_per_second, codec="libx264", quality=None, macro_block_size=2,
+        pix_fmt_out="yuv444p" if crf == 0 else "yuv420p",
+        output_params=["-crf", str(crf), "-preset", "veryfast", "-threads", "1", "-f", "mp4"],
+    )  # fmt: skip
+    writer.send(None)
+    return writer
+
+
+def write_mammal_pickle(path: Path, calibration: Calibration) -> None:
+    """new_cam.pkl: list of {K, R, T}; pixel centres counted from 0, so the principal point loses half a pixel."""
+    entries = []
+    for K, w2c in zip(calibration.K, calibration.w2c, strict=True):
+        K = K.copy()
+        K[:2, 2] -= PIXEL_CENTRE
+        entries.append({"K": K, "R": w2c[:3, :3].copy(), "T": w2c[:3, 3].copy()})
+    path.write_bytes(pickle.dumps(entries, protocol=4))

@@ -1,0 +1,79 @@
+"""Turns a raw recording (synchronised videos, mask videos, one calibration) into a dataset of posed RGBA samples.
+
+Looked for: video_dir/0.mp4 ... (or Camera1/0.mp4 ..., DANNCE); meta_dir/simpleclick_undist/ or masks/ with mask videos
+of the same names; in meta_dir one of new_cam.pkl (MAMMAL), label3d_dannce.mat (DANNCE), transforms.json (NeRF, OpenGL
+axes), opencv_cameras.json. Video k belongs to camera k; which view that is follows from where the camera stands.
+
+Framing says how large the animal stands in the pictures and what the cameras written beside them say:
+  facelift  the body fills half the picture, cameras say distance 2.7 and a 50-degree lens, which is what the released
+            weights and the default rig expect; the perspective error this makes is reported
+  fill      the same pictures, cameras say the longer distance and focal length that are true; for models trained so
+  exact     distance 2.7 and a 50-degree lens are true; the animal is small in the picture
+Poses:
+  exact     every camera's measured direction is written; the dataset's rig is the measured one
+  nearest   the rig's directions are written; the error this makes is reported; the dataset's rig is the rig itself
+Repeating a command continues it.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from multiview.run import main_guard
+
+
+class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    pass
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
+    parser.add_argument("--video_dir", required=True, type=Path, help="folder of the videos")
+    parser.add_argument("--meta_dir", required=True, type=Path, help="folder of the calibration and the mask videos")
+    parser.add_argument("--output_dir", required=True, type=Path, help="dataset folder, new or to be continued")
+    parser.add_argument("--num_samples", type=int, default=2000, help="frames, evenly spaced over the recording")
+    parser.add_argument("--image_size", type=int, default=512, help="pixels, square pictures")
+    parser.add_argument("--rig", default="mouse6", help="whose view names to use: a rig, its file, or 'calibrated'")
+    parser.add_argument("--framing", choices=("exact", "fill", "facelift"), default="facelift", help="see above")
+    parser.add_argument("--poses", choices=("exact", "nearest"), default="exact", help="see above")
+    parser.add_argument("--mask_dir", type=Path, default=None, help="folder of the mask videos, if not in meta_dir")
+    parser.add_argument("--calibration", type=Path, default=None, help="calibration file, if not the one in meta_dir")
+    parser.add_argument("--up", choices=("z", "-z", "y", "-y", "x", "-x"), default="z", help="the axis that is up")
+    parser.add_argument(
+        "--reference_camera",
+        type=int,
+        default=None,
+        help="camera that is the rig's reference view; left out: the best fit",
+    )
+    parser.add_argument(
+        "--body_length",
+        type=float,
+        default=None,
+        help="nose to tail base, in the calibration's unit; left out: measured",
+    )
+    parser.add_argument("--on_bad_frame", choices=("error", "skip"), default="error", help="when a mask is empty")
+    parser.add_argument("--workers", type=int, default=2, help="threads; the result does not depend on it")
+    parsed = parser.parse_args(arguments)
+    for name, least in (("num_samples", 1), ("image_size", 16), ("workers", 1)):
+        if getattr(parsed, name) < least:
+            parser.error(f"--{name} must be at least {least}, got {getattr(parsed, name)}")
+    if parsed.body_length is not None and parsed.body_length <= 0:
+        parser.error(f"--body_length must be positive, got {parsed.body_length}")
+    return parsed
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse_arguments(arguments)
+    from multiview.recording.process import process_recording
+    from multiview.recording.settings import ImportSettings
+
+    report = process_recording(ImportSettings(**vars(options)), say=print)
+    print(f"quality: {report['grade']}; see {options.output_dir / 'quality_report.html'}")
+    for reason in report["reasons"]:
+        print(f"  - {reason}")
+
+
+if __name__ == "__main__":
+    main_guard(main)
