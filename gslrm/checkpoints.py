@@ -16,7 +16,14 @@ from torch import Tensor
 
 from gslrm.config import IGNORED_KEYS, GSLRMConfig, ModelConfig, model_config_from_dict
 from gslrm.model.gslrm import GSLRM
-from multiview.checkpoint import load_checkpoint, load_strict, newest_checkpoint, read_rig, read_sidecar, save_checkpoint
+from multiview.checkpoint import (
+    load_checkpoint,
+    load_strict,
+    newest_checkpoint,
+    read_rig,
+    read_sidecar,
+    save_checkpoint,
+)
 from multiview.config import config_to_dict, load_config
 from multiview.rig import ViewRig
 from multiview.run import git_hash
@@ -48,9 +55,8 @@ def resolve_checkpoint(path: Path | str) -> Path:
     hint = ""
     if path.name == Path(FACELIFT_CHECKPOINT).name:
         hint = " FaceLift's weights (huggingface.co/wlyu/OpenFaceLift, non-commercial research) go there"
-    raise ValueError(
-        f"GS-LRM checkpoint {path} does not exist.{hint or ' Train one with train_gslrm.py'}; nothing is used in its place"
-    )
+    hint = hint or " Train one with train_gslrm.py"
+    raise ValueError(f"GS-LRM checkpoint {path} does not exist.{hint}; nothing is used in its place")
 
 
 def model_weights(checkpoint: Mapping, source: Path) -> dict[str, Tensor]:

@@ -18,14 +18,13 @@ from torch.utils.data import Dataset
 from gslrm.config import AugmentationConfig
 from multiview.cameras import Cameras
 from multiview.image import BACKGROUNDS, composite
-from multiview.rig import ViewRig
+from multiview.rig import ViewRig, check_posed_views
 from multiview.run import make_generator
 from multiview.sample import Sample, read_dataset_info, read_sample, read_split
 
 log = logging.getLogger(__name__)
 
 OVERLAP_COSINE = 0.5  # cameras within 60 degrees of an input see what it sees
-CAMERA_TOLERANCE = 0.10  # relative, distance and focal length against the rig
 
 
 class MouseViewDataset(Dataset):
@@ -117,7 +116,7 @@ class MouseViewDataset(Dataset):
                 f"sample {folder} has {len(sample.rgba)} views, {needed} are needed (num_views); lower "
                 "training.dataset.num_views or write the dataset with more novel views"
             )
-        check_cameras(sample.cameras[: self.rig.num_views], self.rig, folder)  # novel views may stand anywhere
+        check_posed_views(self.rig, sample.cameras[: self.rig.num_views], str(folder))  # novel views may stand anywhere
         return sample
 
     def _drop_bad_samples(self) -> int:
@@ -181,31 +180,6 @@ def jitter(rgba: Tensor, augmentation: AugmentationConfig, generator: torch.Gene
     mean = (rgb * alpha).sum() / (3 * alpha.sum()).clamp_min(1.0)
     rgb = ((rgb - mean) * contrast + mean) * brightness
     return torch.cat([rgb.clamp(0.0, 1.0), alpha], dim=1)
-
-
-def check_cameras(cameras: Cameras, rig: ViewRig, source: Path | str) -> None:
-    """Refuses cameras [v] that do not look at the origin, or whose distance or focal length is not the rig's.
-
-    They need not stand where the rig's do: calibrated samples are allowed, with any directions.
-    """
-    towards_origin = (cameras.c2w[:, :3, 2] * -cameras.origins).sum(-1) / cameras.distance
-    if (towards_origin < 0.5).any():
-        raise ValueError(
-            f"sample {source}: camera {int(towards_origin.argmin())} does not look at the world origin; OpenCV axes "
-            "(z forward) are expected, OpenGL's (z backward) must be converted, and the animal must stand at the origin"
-        )
-    distances = [rig.view_distance(view) for view in rig.views]
-    focal = cameras.fxfycxcy[:, 0] / cameras.width
-    for what, values, low, high in (
-        ("distance from the origin", cameras.distance, min(distances), max(distances)),
-        ("focal length over picture width", focal, rig.focal, rig.focal),
-    ):
-        if values.min() < low * (1 - CAMERA_TOLERANCE) or values.max() > high * (1 + CAMERA_TOLERANCE):
-            raise ValueError(
-                f"sample {source}: {what} is {float(values.min()):.3g} to {float(values.max()):.3g}, but rig "
-                f"{rig.name} has {low:.3g} to {high:.3g}; process the recording again for this rig "
-                "(scripts/process_mouse_data.py)"
-            )
 
 
 # ---- the order of training ------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """GS-LRM: posed views -> tokens -> transformer -> Gaussians. Forward only: no loss, no rendering, no files.
 
-    images [b,v,3,h,w] + rays -> patches -> Linear ---+
-                                  n learned tokens ---+-> LayerNorm -> blocks -> heads -> one Gaussian per pixel + n free
+    images + rays -> patches -> Linear --+
+                     n learned tokens ---+-> LayerNorm -> blocks -> heads -> one Gaussian per pixel + n free
 
 Parameter names and numbers are those of FaceLift's public weights (docs/conventions.md says which facts that fixes).
 """

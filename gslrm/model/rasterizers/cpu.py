@@ -1,25 +1,22 @@
 """The CPU rasterizer: numba kernels behind a torch.autograd.Function.
 
-Same mathematics as gsplat's `classic` mode, differentiable in everything but the cameras. Deterministic: the result
-does not depend on the number of threads, which is torch.get_num_threads().
+Same mathematics as gsplat's `classic` mode, differentiable in everything but the cameras. Deterministic: results do
+not depend on the number of threads, which is torch.get_num_threads().
 """
 
 from __future__ import annotations
 
 import os
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from multiview.cameras import Cameras
 
 from ..gaussians import Gaussians
-from .constants import TILE_PX
 from .spherical_harmonics import evaluate_colors
-
-# numba's workqueue layer (the one that survives a fork, as data-loader workers need) allows one launch at a time.
-_LAUNCH_LOCK = threading.Lock()
 
 
 def rasterize(gaussians: Gaussians, cameras: Cameras, background: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -29,9 +26,10 @@ def rasterize(gaussians: Gaussians, cameras: Cameras, background: Tensor) -> tup
     Returns rgb [b, v, 3, h, w] (not clipped above), alpha [b, v, 1, h, w] in 0..1 and depth [b, v, 1, h, w], the
     accumulated sum of weight * z (z along the optical axis; divide by alpha for a mean depth).
     A scene with a value that is not finite gives pictures of NaN, as arithmetic does.
+    Raises ValueError for tensors on another device and for cameras that require gradients.
     """
     if cameras.c2w.requires_grad or cameras.fxfycxcy.requires_grad:
-        raise ValueError("the CPU rasterizer has no gradients for cameras: detach them or use the gsplat backend")
+        raise ValueError("the CPU rasterizer has no gradients for cameras: detach c2w and fxfycxcy")
     for name, tensor in (("gaussians", gaussians.xyz), ("cameras", cameras.c2w), ("background", background)):
         if tensor.device.type != "cpu":
             raise ValueError(f"the CPU rasterizer needs {name} on the cpu, got {tensor.device}")
@@ -53,35 +51,25 @@ def rasterize(gaussians: Gaussians, cameras: Cameras, background: Tensor) -> tup
     return rgb, 1 - transmittance, pictures[:, :, 3:4]
 
 
-def _load_kernels():
-    """Imports numba (slow) on first use and chooses its threads: returns (kernels module, number of workers)."""
-    import numba
-
-    if "NUMBA_THREADING_LAYER" not in os.environ:
-        numba.config.THREADING_LAYER = "workqueue"
-    from . import kernels
-
-    workers = max(1, min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
-    numba.set_num_threads(workers)
-    return kernels, workers
-
-
 class _Rasterize(torch.autograd.Function):
-    """xyz [b,n,3], unit quaternions [b,n,4], scales [b,n,3], opacities [b,n], colours [b,1 or v,n,3] -> [b,v,5,h,w]."""
+    """xyz [b,n,3], unit quaternions [b,n,4], scales [b,n,3], opacities [b,n], colours [b,1 or v,n,3] -> [b,v,5,h,w].
+
+    The five planes are red, green, blue (over black), accumulated depth, transmittance.
+    """
 
     @staticmethod
     def forward(ctx, xyz, quaternion, scale, opacity, color, w2c, intrinsics, height, width):
-        ctx.needs = any(ctx.needs_input_grad)
         tensors = [t.detach().contiguous() for t in (xyz, quaternion, scale, opacity, color, w2c, intrinsics)]
-        pictures = torch.empty(*w2c.shape[:2], 5, height, width)
         arrays = [t.numpy() for t in tensors]
-        kept = []
-        with _LAUNCH_LOCK:
-            kernels, workers = _load_kernels()
-            for b in range(w2c.shape[0]):
-                for v in range(w2c.shape[1]):
-                    kept.append(_draw(kernels, workers, _one(arrays, b, v), pictures[b, v].numpy()))
-        if ctx.needs:
+        pictures = torch.empty(*w2c.shape[:2], 5, height, width)
+        planes = pictures.flatten(0, 1).numpy()
+        inner, views = _pictures_or_parts(len(planes)), w2c.shape[1]
+
+        def draw(index):
+            return _draw(_inputs(arrays, *divmod(index, views)), planes[index], inner)
+
+        kept = _in_threads(draw, len(planes))
+        if any(ctx.needs_input_grad):
             ctx.save_for_backward(*tensors, pictures)
             ctx.kept = kept
         return pictures
@@ -91,73 +79,95 @@ class _Rasterize(torch.autograd.Function):
     def backward(ctx, grad_pictures):
         *tensors, pictures = ctx.saved_tensors
         arrays = [t.numpy() for t in tensors]
-        b_count, n = tensors[0].shape[:2]
-        v_count = pictures.shape[1]
-        grad_pictures = grad_pictures.float().contiguous().numpy()
-        grads = torch.zeros(b_count, n, 14)
-        grad_color = torch.zeros_like(tensors[4])
-        with _LAUNCH_LOCK:
-            kernels, workers = _load_kernels()
-            for b in range(b_count):
-                for v in range(v_count):
-                    own = torch.zeros(n, 14) if grad_color.shape[1] > 1 else grads[b]
-                    kept = ctx.kept[b * v_count + v]
-                    _draw_backward(
-                        kernels, workers, _one(arrays, b, v), kept, pictures[b, v].numpy(), grad_pictures[b, v], own.numpy()
-                    )
-                    if grad_color.shape[1] > 1:
-                        grads[b, :, :11] += own[:, :11]
-                        grad_color[b, v] = own[:, 11:]
-        if grad_color.shape[1] == 1:
-            grad_color = grads[:, None, :, 11:]
+        planes = pictures.flatten(0, 1).numpy()
+        grad_planes = grad_pictures.float().contiguous().flatten(0, 1).numpy()
+        (num_scenes, n), (color_views, views) = tensors[0].shape[:2], (tensors[4].shape[1], pictures.shape[1])
+        inner = _pictures_or_parts(len(planes))
+
+        def draw_backward(index):
+            inputs = _inputs(arrays, *divmod(index, views))
+            return _draw_backward(inputs, ctx.kept[index], planes[index], grad_planes[index], inner)
+
+        # Views are summed in order, whoever finishes first.
+        grads = torch.zeros(num_scenes, n, 11)
+        grad_color = torch.zeros(num_scenes, color_views, n, 3)
+        for index, own in enumerate(_in_threads(draw_backward, len(planes))):
+            b, v = divmod(index, views)
+            grads[b] += own[:, :11]
+            grad_color[b, v if color_views > 1 else 0] += own[:, 11:]
         return grads[..., :3], grads[..., 3:7], grads[..., 7:10], grads[..., 10], grad_color, None, None, None, None
 
 
-def _one(arrays, b: int, v: int):
-    """The inputs of one picture."""
+def _inputs(arrays, b: int, v: int):
+    """What the kernels need to know of picture (b, v), in the order of kernels.project."""
     xyz, quaternion, scale, opacity, color, w2c, intrinsics = arrays
-    return (
-        xyz[b],
-        quaternion[b],
-        scale[b],
-        opacity[b],
-        color[b, v if color.shape[1] > 1 else 0],
-        w2c[b, v],
-        intrinsics[b, v],
-    )
+    return xyz[b], quaternion[b], scale[b], opacity[b], color[b, v % color.shape[1]], w2c[b, v], intrinsics[b, v]
 
 
-def _draw(kernels, workers, inputs, picture):
-    """Fills picture [5, h, w]. Returns what the backward pass needs."""
-    import numpy as np
+def _draw(inputs, picture, parts: int):
+    """Fills picture [5, h, w], the work cut into `parts`. Returns what the backward pass needs."""
+    from . import kernels
 
     _, height, width = picture.shape
     n = inputs[0].shape[0]
-    splats = np.zeros((n, kernels.NUM_COLUMNS), np.float32)
-    tiles = np.zeros((n, 4), np.int32)
-    broken = kernels.project(*inputs, height, width, splats, tiles)
+    splats, tiles = np.empty((n, kernels.NUM_COLUMNS), np.float32), np.empty((n, 4), np.int32)
+    cuts = [n * part // parts for part in range(parts + 1)]
+    broken = _in_threads(
+        lambda part: kernels.project(*inputs, height, width, cuts[part], cuts[part + 1], splats, tiles), parts
+    )
     order = kernels.depth_order(splats, tiles)
-    tiles_x, tiles_y = -(-width // TILE_PX), -(-height // TILE_PX)
-    tile_starts, pair_rank, pair_slot, slot_starts = kernels.bin_tiles(order, tiles, tiles_x, tiles_y)
-    # The fullest tiles first, dealt out to the workers in turn.
+    tiles_x, tiles_y = -(-width // kernels.TILE_PX), -(-height // kernels.TILE_PX)
+    tile_starts, pair_splat, pair_slot, slot_starts = kernels.bin_tiles(order, tiles, tiles_x, tiles_y)
+    # The fullest tiles first, dealt out to the threads in turn.
     tile_order = np.argsort(-np.diff(tile_starts), kind="stable")
-    kernels.composite(splats, order, tile_starts, pair_rank, tile_order, workers, picture)
-    if broken:
+    _in_threads(
+        lambda part: kernels.composite(splats, tile_starts, pair_splat, tile_order, part, parts, picture), parts
+    )
+    if any(broken):
         picture[:] = np.nan
-    return splats, order, tile_starts, pair_rank, pair_slot, slot_starts, tile_order
+    return splats, order, tile_starts, pair_splat, pair_slot, slot_starts, tile_order
 
 
-def _draw_backward(kernels, workers, inputs, kept, picture, grad_picture, grads):
-    """Adds the gradients of one picture to grads [n, 14]."""
-    import numpy as np
+def _draw_backward(inputs, kept, picture, grad_picture, parts: int) -> Tensor:
+    """Gradients of one picture, [n, 14]: xyz 3, quaternion 4, scale 3, opacity 1, colour 3."""
+    from . import kernels
 
     xyz, quaternion, scale, _, _, w2c, intrinsics = inputs
-    splats, order, tile_starts, pair_rank, pair_slot, slot_starts, tile_order = kept
+    splats, order, tile_starts, pair_splat, pair_slot, slot_starts, tile_order = kept
     _, height, width = picture.shape
-    slot_grads = np.empty((pair_rank.shape[0], kernels.NUM_COLUMNS), np.float32)
-    kernels.composite_backward(
-        splats, order, tile_starts, pair_rank, pair_slot, tile_order, workers, picture, grad_picture, slot_grads
+    slot_grads = np.empty((len(pair_splat), kernels.NUM_GRADS), np.float32)
+    grads = torch.zeros(len(xyz), 14)
+    grads_array = grads.numpy()
+    tile_data = (splats, tile_starts, pair_splat, pair_slot, tile_order)
+    _in_threads(
+        lambda part: kernels.composite_backward(*tile_data, part, parts, picture, grad_picture, slot_grads), parts
     )
-    kernels.project_backward(
-        xyz, quaternion, scale, w2c, intrinsics, height, width, splats, order, slot_starts, slot_grads, grads
+    geometry = (xyz, quaternion, scale, w2c, intrinsics, height, width, splats, order, slot_starts, slot_grads)
+    cuts = [len(order) * part // parts for part in range(parts + 1)]
+    _in_threads(
+        lambda part: kernels.project_backward(*geometry, cuts[part], cuts[part + 1], grads_array), parts
     )
+    return grads
+
+
+# ---- threads --------------------------------------------------------------------------------------------------------
+# The kernels release the GIL, so plain threads do. numba's own threading layers are avoided: one kills a forked child
+# (data-loader workers), another allows one caller per process, and all of them slow down badly on a busy machine.
+
+_pool: tuple[int, int, ThreadPoolExecutor] | None = None  # (process, threads, executor)
+
+
+def _pictures_or_parts(num_pictures: int) -> int:
+    """Into how many parts each picture is cut: one if there are enough pictures to keep all threads busy."""
+    return 1 if num_pictures >= torch.get_num_threads() else torch.get_num_threads()
+
+
+def _in_threads(function, count: int) -> list:
+    """[function(0), ..., function(count - 1)], in torch.get_num_threads() threads."""
+    global _pool
+    threads = torch.get_num_threads()
+    if threads == 1 or count <= 1:
+        return [function(index) for index in range(count)]
+    if _pool is None or _pool[:2] != (os.getpid(), threads):  # after a fork, the parent's threads are gone
+        _pool = (os.getpid(), threads, ThreadPoolExecutor(threads, thread_name_prefix="rasterize"))
+    return list(_pool[2].map(function, range(count)))
