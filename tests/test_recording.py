@@ -1,0 +1,484 @@
+"""Parts of the import of recordings: calibrations, videos, masks, geometry, warp. Whole: test_recording_round_trip.py."""
+
+import json
+import math
+import pickle
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from multiview.cameras import Cameras
+from multiview.recording.calibration import (
+    Calibration,
+    find_calibration,
+    load_numpy_pickle,
+    read_calibration,
+)
+from multiview.recording.geometry import (
+    assign_views,
+    directions_from,
+    frame_extent,
+    label_error,
+    make_plan,
+    place,
+    triangulate,
+)
+from multiview.recording.masks import clean_mask, measure_mask
+from multiview.recording.process import split_by_time
+from multiview.recording.rectify import rectify
+from multiview.recording.video import VideoReader, check_videos, find_videos, probe
+from multiview.recording.write import load_real_rig, video_writer, write_mammal_pickle
+from multiview.rig import load_rig
+
+MOUSE6 = load_rig("mouse6")
+
+
+@pytest.fixture(scope="module")
+def real() -> Calibration:
+    return load_real_rig()[0]
+
+
+@pytest.fixture(scope="module")
+def arena() -> dict:
+    return load_real_rig()[1]
+
+
+def plan_for(calibration, centre, **options):
+    defaults = {"rig": MOUSE6, "framing": "fill", "poses": "exact", "body_length": 73.0, "reference_camera": None}
+    return make_plan(calibration, np.atleast_2d(centre), **{**defaults, **options})
+
+
+# ---- calibration files ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+@pytest.mark.parametrize("layout", ["list", "dict", "string keys"])
+def test_mammal_pickle_is_read_with_half_a_pixel_added(tmp_path, real, protocol, layout):
+    entries = []
+    for K, w2c in zip(real.K, real.w2c):
+        K = K.copy()
+        K[:2, 2] -= 0.5  # as OpenCV counts
+        entries.append({"K": K, "R": w2c[:3, :3], "T": w2c[:3, 3:], "mapx": np.zeros((1024, 1152), np.float32)})
+    numbered = {
+        "list": entries,
+        "dict": dict(enumerate(entries)),
+        "string keys": {str(k): e for k, e in enumerate(entries)},
+    }
+    (tmp_path / "new_cam.pkl").write_bytes(pickle.dumps(numbered[layout], protocol=protocol))
+    read = read_calibration(find_calibration(tmp_path))
+    np.testing.assert_allclose(read.K, real.K, atol=1e-9)
+    np.testing.assert_allclose(read.w2c, real.w2c, atol=1e-9)
+    assert read.sizes[0] == (1152, 1024)
+
+
+def test_pickle_that_runs_code_is_refused_and_not_run(tmp_path):
+    marker = tmp_path / "was_run"
+
+    class Attack:
+        def __reduce__(self):
+            return (exec, (f"open({str(marker)!r}, 'w').close()",))
+
+    path = tmp_path / "new_cam.pkl"
+    path.write_bytes(pickle.dumps([{"K": Attack()}]))
+    with pytest.raises(ValueError, match="builtins.exec"):
+        load_numpy_pickle(path)
+    assert not marker.exists()
+    path.write_bytes(b"cos\nsystem\n(S'touch " + str(marker).encode() + b"'\ntR.")
+    with pytest.raises(ValueError, match="os.system"):
+        load_numpy_pickle(path)
+    assert not marker.exists()
+
+
+def test_dannce_mat_is_transposed_and_distorted_as_opencv_projects(tmp_path, real, arena):
+    import cv2
+    from scipy.io import savemat
+
+    lens = np.array([-0.159, 0.94, -0.0011, -0.0038, -2.71])
+    cells = np.empty((len(real), 1), dtype=object)
+    for index in range(len(real)):
+        K = real.K[index].copy()
+        K[:2, 2] -= 0.5
+        cells[index, 0] = {
+            "K": K.T, "r": real.w2c[index, :3, :3].T, "t": real.w2c[index, :3, 3][None],
+            "RDistort": lens[[0, 1, 4]][None], "TDistort": lens[[2, 3]][None],
+        }  # fmt: skip
+    savemat(tmp_path / "label3d_dannce.mat", {"params": cells})
+    read = read_calibration(find_calibration(tmp_path))
+    points = np.array(arena["centre"]) + np.random.default_rng(0).uniform(-50, 50, (20, 3))
+    for index in range(len(real)):
+        rotation, _ = cv2.Rodrigues(real.w2c[index, :3, :3])
+        K = real.K[index].copy()
+        K[:2, 2] -= 0.5
+        expected, _ = cv2.projectPoints(points, rotation, real.w2c[index, :3, 3], K, lens)
+        np.testing.assert_allclose(read.project(points)[index], expected[:, 0] + 0.5, atol=1e-4)
+    pixels = read.project(points)[0]
+    directions = read.rays(0, pixels)
+    expected = points - read.centres[0]
+    np.testing.assert_allclose(directions, expected / np.linalg.norm(expected, axis=1, keepdims=True), atol=1e-8)
+
+
+def write_json_cameras(path, calibration, *, opengl_axes=False):
+    frames = calibration.cameras().to_frames()
+    if opengl_axes:
+        for frame in frames:
+            frame["w2c"] = (np.diag([1.0, -1.0, -1.0, 1.0]) @ np.array(frame["w2c"])).tolist()
+    path.write_text(json.dumps({"frames": frames}))
+
+
+def test_transforms_json_has_opengl_axes_turned(tmp_path, real):
+    frames = []
+    for K, w2c in zip(real.K, real.w2c):
+        c2w = np.linalg.inv(w2c) @ np.diag([1.0, -1.0, -1.0, 1.0])
+        frames.append(
+            {"transform_matrix": c2w.tolist(), "fl_x": K[0, 0], "fl_y": K[1, 1], "cx": K[0, 2], "cy": K[1, 2]}
+        )
+    (tmp_path / "transforms.json").write_text(json.dumps({"w": 1152, "h": 1024, "frames": frames}))
+    read = read_calibration(find_calibration(tmp_path))
+    np.testing.assert_allclose(read.w2c, real.w2c, atol=1e-6)
+    np.testing.assert_allclose(read.K, real.K, atol=1e-9)
+
+
+def test_opengl_axes_declared_as_opencv_are_detected(tmp_path, real):
+    write_json_cameras(tmp_path / "opencv_cameras.json", real)
+    np.testing.assert_allclose(read_calibration(tmp_path / "opencv_cameras.json").w2c, real.w2c, atol=1e-3)
+    write_json_cameras(tmp_path / "opencv_cameras.json", real, opengl_axes=True)
+    with pytest.raises(ValueError, match="OpenGL"):
+        read_calibration(tmp_path / "opencv_cameras.json")
+
+
+def spoil(calibration, what):
+    K, w2c = calibration.K.copy(), calibration.w2c.copy()
+    if what == "nan":
+        K[2, 0, 0] = np.nan
+    elif what == "left-handed":
+        w2c[1, 0, :3] *= -1
+    elif what == "transposed K":
+        K = K.transpose(0, 2, 1)
+    elif what == "scaled rotation":
+        w2c[3, :3, :3] *= 1.1
+    elif what == "looks away":
+        w2c[4, :3] = np.diag([1.0, -1.0, -1.0]) @ w2c[4, :3]
+    return replace(calibration, K=K, w2c=w2c)
+
+
+@pytest.mark.parametrize(
+    "what, message",
+    [
+        ("nan", "finite"),
+        ("left-handed", "mirrors"),
+        ("transposed K", "transposed"),
+        ("scaled rotation", "orthonormal"),
+        ("looks away", r"camera\(s\) \[4\]"),
+    ],
+)
+def test_bad_calibration_is_refused_by_name(tmp_path, real, what, message):
+    path = tmp_path / "new_cam.pkl"
+    write_mammal_pickle(path, spoil(real, what))
+    with pytest.raises(ValueError, match=message) as caught:
+        read_calibration(path)
+    assert "new_cam.pkl" in str(caught.value)
+
+
+def test_missing_or_ambiguous_calibration_is_named(tmp_path, real):
+    with pytest.raises(ValueError, match="holds no calibration"):
+        find_calibration(tmp_path)
+    write_mammal_pickle(tmp_path / "new_cam.pkl", real)
+    write_json_cameras(tmp_path / "opencv_cameras.json", real)
+    with pytest.raises(ValueError, match=r"new_cam.pkl, opencv_cameras.json; exactly one"):
+        find_calibration(tmp_path)
+
+
+def test_calibration_of_other_pictures_is_refused(real):
+    with pytest.raises(ValueError, match="calibrated for 1152 x 1024"):
+        real.with_sizes([(576, 512)] * 6)
+    with pytest.raises(ValueError, match="principal point"):
+        replace(real, sizes=(None,) * 6).with_sizes([(576, 512)] * 6)
+
+
+def test_up_axis_is_turned_to_z(real, arena):
+    turned = replace(real, w2c=real.w2c @ np.array([[1, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0], [0, 0, 0, 1.0]]))
+    # In that world y' = -z: up is -y.
+    np.testing.assert_allclose(turned.with_up("-y").centres, real.centres, atol=1e-9)
+    with pytest.raises(ValueError, match="--up"):
+        plan_for(real.with_up("-z"), [arena["centre"][0], -arena["centre"][1], 0.0])
+
+
+# ---- videos -----------------------------------------------------------------------------------------------------
+
+
+def write_video(path, frames, size=(32, 24), rate=25.0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer = video_writer(path, size, rate, 0)
+    for number in frames:
+        writer.send(np.full((size[1], size[0], 3), number, np.uint8))
+    writer.close()
+
+
+def test_frames_are_read_in_order_across_chunks(tmp_path):
+    write_video(tmp_path / "Camera1" / "0.mp4", range(0, 100, 10))
+    write_video(tmp_path / "Camera1" / "10.mp4", range(100, 150, 10))
+    write_video(tmp_path / "Camera2" / "0.mp4", range(0, 150, 10))
+    videos = find_videos(tmp_path, 2, "--video_dir")
+    check_videos(videos, videos)
+    for video in videos:
+        with VideoReader(video) as reader:
+            seen = [int(reader.read(index).mean().round()) for index in (0, 3, 9, 10, 14)]
+            np.testing.assert_allclose(seen, [0, 30, 90, 100, 140], atol=1)
+            with pytest.raises(ValueError, match="increasing order"):
+                reader.read(14)
+
+
+def test_videos_that_do_not_belong_together_are_refused(tmp_path):
+    write_video(tmp_path / "a" / "0.mp4", range(10))
+    write_video(tmp_path / "a" / "1.mp4", range(9))
+    videos = find_videos(tmp_path / "a", 2, "--video_dir")
+    with pytest.raises(ValueError, match=r"1.mp4 has 9 frames, .*0.mp4 has 10"):
+        check_videos(videos, videos)
+    with pytest.raises(ValueError, match="lacks 2.mp4 of 3 cameras"):
+        find_videos(tmp_path / "a", 3, "--video_dir")
+    with pytest.raises(ValueError, match="holds 1.mp4, but the calibration has only 1"):
+        find_videos(tmp_path / "a", 1, "--video_dir")
+    with pytest.raises(ValueError, match="did you mean"):
+        find_videos(tmp_path, 2, "--video_dir")
+    write_video(tmp_path / "b" / "0.mp4", range(10), size=(64, 24))
+    with pytest.raises(ValueError, match="64 x 24"):
+        check_videos(videos[:1], find_videos(tmp_path / "b", 1, "--mask_dir"))
+    write_video(tmp_path / "c" / "0.mp4", range(10), rate=30.0)
+    with pytest.raises(ValueError, match="30"):
+        check_videos(videos[:1], find_videos(tmp_path / "c", 1, "--mask_dir"))
+
+
+def test_truncated_video_is_an_error_that_names_the_frame(tmp_path):
+    path = tmp_path / "0.mp4"
+    write_video(path, range(10))
+    video = replace(probe([path]), counts=(12,))  # a header that promises more than the file holds
+    with VideoReader(video) as reader, pytest.raises(ValueError, match=r"0.mp4: frame 10 .*truncated"):
+        reader.read(11)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ValueError, match="0.mp4"):
+        probe([path])
+
+
+# ---- masks ------------------------------------------------------------------------------------------------------
+
+
+def disc(height, width, x, y, radius):
+    rows, columns = np.mgrid[:height, :width] + 0.5
+    return (columns - x) ** 2 + (rows - y) ** 2 <= radius**2
+
+
+def test_mask_keeps_the_largest_component_and_fills_small_holes_only():
+    body, speck, hole = disc(100, 120, 50, 50, 30), disc(100, 120, 105, 15, 6), disc(100, 120, 55, 45, 4)
+    picture = np.repeat((255 * ((body & ~hole) | speck)).astype(np.uint8)[..., None], 3, axis=-1)
+    picture[picture == 0] = 90  # lossy: below the threshold
+    assert (clean_mask(picture) == body).all()
+    ring = body & ~disc(100, 120, 50, 50, 15)  # what a curled tail encloses is background
+    assert (clean_mask(np.repeat((255 * ring).astype(np.uint8)[..., None], 3, axis=-1)) == ring).all()
+    assert measure_mask(clean_mask(np.zeros((10, 10, 3), np.uint8))) is None
+
+
+def test_centre_is_the_bodys_centre_of_mass_not_the_bounding_box():
+    mask = disc(200, 400, 80, 100, 40)
+    mask[97:103, 80:380] = True  # a long tail
+    statistics = measure_mask(mask)
+    box_centre = (40 + 380) / 2
+    assert abs(statistics.centre[0] - 80) < 2.0 and abs(statistics.centre[1] - 100) < 1.0
+    assert abs(statistics.centre[0] - box_centre) > 100
+    assert abs(statistics.axis_length - 80) < 12  # the tail is not counted
+    assert statistics.hull[:, 0].max() == 380 and not statistics.touches_border
+    mask[97:103, 380:] = True
+    assert measure_mask(mask).touches_border
+
+
+# ---- geometry ---------------------------------------------------------------------------------------------------
+
+
+def test_triangulation_outvotes_a_wrong_ray(real, arena):
+    point = np.array(arena["centre"]) + [20.0, -30.0, 15.0]
+    directions = point - real.centres
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    found, residual = triangulate(real.centres, directions)
+    np.testing.assert_allclose(found, point, atol=1e-9)
+    wrong = directions.copy()
+    wrong[2] += [0.0, 0.0, 0.2]
+    wrong[2] /= np.linalg.norm(wrong[2])
+    found, residual = triangulate(real.centres, wrong)
+    assert np.linalg.norm(found - point) < 1.0 and residual.argmax() == 2 and residual[2] > 40
+
+
+def test_views_follow_direction_whatever_the_cameras_numbers_are(real, arena):
+    azimuth, elevation, _ = (x[0] for x in directions_from(np.array([arena["centre"]]), real.centres))
+    order, off = assign_views(azimuth, elevation, MOUSE6, None)
+    assert order != list(range(6)) and off.max() < 20
+    turned = (azimuth - azimuth[order[0]]) % 360
+    assert (np.diff(turned[order]) > 0).all()  # sorted by azimuth, as the rig is
+    shuffle = np.array([3, 1, 5, 0, 2, 4])
+    shuffled, _ = assign_views(azimuth[shuffle], elevation[shuffle], MOUSE6, None)
+    assert [int(shuffle[k]) for k in shuffled] == order  # the same physical cameras in the same views
+    assert assign_views(azimuth, elevation, MOUSE6, 3)[0][0] == 3
+
+
+def test_distance_is_measured_from_the_animal_and_is_the_rigs(real, arena):
+    centre = np.array(arena["centre"]) + [0.0, 0.0, 16.0]
+    plan = plan_for(real, centre, framing="exact")
+    label = place(plan, real, centre).label_cameras(512)
+    assert label.distance.mean().item() == pytest.approx(2.7, rel=1e-6)
+    assert (label.fxfycxcy - torch.tensor([548.99377, 548.99377, 256.0, 256.0])).abs().max() < 1e-3
+    # From the world's origin, a corner of the calibration pattern, the same cameras would spread from 2.0 to 3.4.
+    assert label.distance.max() / label.distance.min() < 1.15
+    origin_distance = np.linalg.norm(real.centres, axis=-1)
+    assert origin_distance.max() / origin_distance.min() > 1.5
+    facelift = plan_for(real, centre, framing="facelift")
+    label = place(facelift, real, centre).label_cameras(512)
+    assert (label.distance - 2.7).abs().max() < 1e-5 and (label.fxfycxcy[:, 0] - 548.99377).abs().max() < 1e-3
+
+
+def test_world_origin_unit_and_heading_of_the_calibration_do_not_matter(real, arena):
+    centre = np.array(arena["centre"]) + [10.0, 5.0, 16.0]
+    base = place(plan_for(real, centre), real, centre).label_cameras(512)
+    move = np.eye(4)
+    a = math.radians(70)
+    move[:2, :2] = [[math.cos(a), -math.sin(a)], [math.sin(a), math.cos(a)]]
+    move[:3, 3] = [400.0, -900.0, 33.0]
+    w2c = real.w2c @ np.linalg.inv(move)
+    w2c[:, :3, 3] *= 0.001  # metres
+    moved = replace(real, w2c=w2c)
+    moved_centre = (move[:3, :3] @ centre + move[:3, 3]) * 0.001
+    other = place(plan_for(moved, moved_centre, body_length=0.073), moved, moved_centre).label_cameras(512)
+    torch.testing.assert_close(base.c2w, other.c2w, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(base.fxfycxcy, other.fxfycxcy, atol=1e-3, rtol=1e-5)
+    assert base.azimuth_deg[0].item() % 360 == pytest.approx(0.0, abs=1e-3)  # the reference view
+
+
+@pytest.mark.parametrize("framing", ["exact", "fill"])
+def test_labels_of_exact_poses_project_as_the_real_cameras_do(real, arena, framing):
+    """Zoom and intrinsics change together: one zoom for all views, written into the cameras."""
+    centre = np.array(arena["centre"]) + [25.0, -10.0, 16.0]
+    plan = plan_for(real, centre, framing=framing, zoom=0.8)
+    placement = place(plan, real, centre)
+    assert np.ptp(placement.true_focal) < 1e-12 and placement.true_focal[0] == pytest.approx(plan.focal)
+    assert label_error(plan, real, placement)[1] < 1e-9
+    centres = (placement.label.origins.numpy() - placement.to_sample[:3, 3]) @ np.linalg.inv(
+        placement.to_sample[:3, :3]
+    ).T
+    np.testing.assert_allclose(centres, real.centres[plan.order], atol=1e-6)
+    if framing == "fill":
+        assert plan.rig.distance == pytest.approx(
+            0.8 * 5.3, rel=0.05
+        ) and plan.body_length * plan.scale == pytest.approx(0.96)
+
+
+def test_facelift_framing_and_nearest_poses_report_what_they_cost(real, arena):
+    centre = np.array(arena["centre"]) + [0.0, 0.0, 16.0]
+    errors = {}
+    for framing, poses in (("facelift", "exact"), ("facelift", "nearest"), ("fill", "nearest")):
+        plan = plan_for(real, centre, framing=framing, poses=poses)
+        errors[framing, poses] = label_error(plan, real, place(plan, real, centre))[0]
+        assert plan.rig.framing == framing
+        if poses == "nearest":
+            assert not plan.rig.differences(MOUSE6.with_framing(framing))
+        else:
+            assert plan.rig.differences(MOUSE6) and plan.rig.view_names == MOUSE6.view_names
+    assert 0.02 < errors["facelift", "exact"] < 0.08 < errors["facelift", "nearest"] < 0.25
+    assert errors["fill", "nearest"] < errors["facelift", "nearest"]
+
+
+def test_rigs_that_a_recording_cannot_answer_are_refused(real, arena):
+    with pytest.raises(ValueError, match="6 cameras, rig uniform4 has 4 views"):
+        plan_for(real, arena["centre"], rig=load_rig("uniform4"))
+    with pytest.raises(ValueError, match="heading"):
+        plan_for(real, arena["centre"], rig=load_rig("facelift6"))
+    plan = plan_for(real, arena["centre"], rig=None)
+    assert plan.rig.name == "calibrated" and plan.rig.views[0].azimuth_deg == 0.0 and plan.order[0] == 0
+
+
+# ---- the warp ---------------------------------------------------------------------------------------------------
+
+
+def pattern(directions):
+    """A smooth colour for every direction in space, 0..1."""
+    return 0.5 + 0.5 * np.sin(
+        np.stack([25 * directions[..., 0], 31 * directions[..., 1], 40 * directions[..., 2]], axis=-1)
+    )
+
+
+@pytest.mark.parametrize("distorted", [False, True])
+def test_warp_shows_what_the_turned_camera_would_see(real, arena, distorted):
+    lens = [-0.15, 0.2, 0.001, -0.004, 0.0] if distorted else [0.0] * 5
+    calibration = replace(real, distortion=np.array([lens] * 6))
+    centre = np.array(arena["centre"]) + [25.0, -10.0, 16.0]
+    plan = plan_for(calibration, centre)
+    placement = place(plan, calibration, centre)
+    slot, size = 2, 96
+    camera = plan.order[slot]
+    columns, rows = np.meshgrid(np.arange(1152) + 0.5, np.arange(1024) + 0.5)
+    directions = calibration.rays(camera, np.stack([columns, rows], axis=-1).reshape(-1, 2)).reshape(1024, 1152, 3)
+    photograph = (255 * pattern(directions)).round().astype(np.uint8)
+    focal = placement.true_focal[slot] * size
+    rgba = rectify(
+        calibration, camera, photograph, np.ones((1024, 1152), bool),
+        rotation=placement.true_rotation[slot], focal_px=focal, size=size,
+    )  # fmt: skip
+    grid = (np.stack(np.meshgrid(np.arange(size) + 0.5, np.arange(size) + 0.5), axis=-1) - size / 2) / focal
+    rays = np.concatenate([grid, np.ones((size, size, 1))], axis=-1) @ placement.true_rotation[slot]
+    expected = pattern(rays / np.linalg.norm(rays, axis=-1, keepdims=True)).transpose(2, 0, 1)
+    inside = rgba[3] > 0.999
+    assert inside.mean() > 0.7
+    error = np.abs(rgba[:3] - expected)[:, inside]
+    assert error.max() < 0.006 and error.mean() < 0.001  # a shift of a twentieth of a pixel would show
+
+
+def test_points_land_where_the_written_cameras_project_them(real, arena):
+    rng = np.random.default_rng(3)
+    centre = np.array(arena["centre"]) + [25.0, -10.0, 16.0]
+    plan = plan_for(real, centre)
+    placement = place(plan, real, centre)
+    cameras = placement.label_cameras(512)
+    for slot in (0, 3):
+        camera = plan.order[slot]
+        point = centre + rng.uniform(-25, 25, 3)
+        x, y = real.project(point[None])[camera, 0]
+        mask = disc(1024, 1152, x, y, 12)
+        picture = np.full((1024, 1152, 3), 255, np.uint8)
+        rgba = rectify(
+            real, camera, picture, mask, rotation=placement.true_rotation[slot],
+            focal_px=placement.true_focal[slot] * 512, size=512,
+        )  # fmt: skip
+        rows, columns = np.mgrid[:512, :512] + 0.5
+        found = np.array([(rgba[3] * columns).sum(), (rgba[3] * rows).sum()]) / rgba[3].sum()
+        sample_point = placement.to_sample[:3, :3] @ point + placement.to_sample[:3, 3]
+        uv, _ = cameras[[slot]].project(torch.from_numpy(sample_point).float()[None, None])
+        assert np.linalg.norm(found - uv[0, 0].numpy()) < 0.15
+        assert rgba[:3, rgba[3] > 0].min() > 0.999  # the background's colour does not bleed in
+
+
+def test_extent_says_when_a_mask_is_clipped(real, arena):
+    centre = np.array(arena["centre"]) + [0.0, 0.0, 16.0]
+    plan = plan_for(real, centre)
+    placement = place(plan, real, centre)
+    reach = np.linalg.norm(real.centres - centre, axis=1)[plan.order[0]] * 0.5 / placement.true_focal[0]  # half a width
+    right = placement.true_rotation[0][0]
+    hulls = [real.project((centre + share * reach * right)[None])[plan.order[0]] for share in (0.5, 1.02)]
+    for hull, expected in zip(hulls, (0.5, 1.02)):
+        extents = frame_extent(real, plan, placement, [hull] * 6)
+        assert extents[0] == pytest.approx(expected, rel=1e-3)
+
+
+# ---- splits -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [2, 5, 12, 100, 2000])
+def test_split_takes_blocks_of_time(tmp_path, count):
+    folders = [tmp_path / f"sample_{index:06d}" for index in range(count)]
+    train, val = split_by_time(folders)
+    assert sorted(train + val) == folders and len(val) == max(1, round(0.2 * count))
+    held_out = np.array([folder in set(val) for folder in folders])
+    assert np.abs(np.diff(held_out.astype(int))).sum() <= 4  # at most two blocks
+
+
+def test_cameras_of_a_written_sample_are_read_back_by_the_project(real):
+    assert isinstance(real.cameras(), Cameras)
+    with pytest.raises(ValueError, match="distortion"):
+        replace(real, distortion=np.full((6, 5), 0.1)).cameras()
