@@ -68,9 +68,11 @@ def mouse_sequence(
 def _key_poses(rng: np.random.Generator, seconds: float, poses: tuple[str, ...]) -> list[tuple[float, MousePose]]:
     """(time, posture) pairs covering the sequence. Walking postures stand still here; the stride is added later."""
     keys, time = [], 0.0
+    tail_side = float(rng.choice([-1.0, 1.0]))  # one for all: a tail does not jump to the other side
     while not keys or keys[-1][0] <= seconds:
         kind = str(rng.choice(poses))
         pose = random_pose(rng, "stand" if kind == "walk" else kind)
+        pose = replace(pose, tail_side=tail_side, tail_bend=pose.tail_bend * pose.tail_side * tail_side)
         if kind == "walk":
             pose = replace(pose, kind="walk", hand_free=np.zeros(2))
         keys.append((time, pose))

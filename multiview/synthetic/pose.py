@@ -22,8 +22,9 @@ class MousePose:
     foot_forward, foot_out: [4] paw on the floor, from below its joint. foot_lift: [4] height of the paw.
     hand_free: [2] 0..1, fore paws taken off the floor towards hand_at; hand_at: [2, 3] in the shoulder's frame
     (forward, outward, up); hand_snout: 0..1 takes free fore paws to the snout instead.
-    tail_bend: [4] curvature of the tail to the left at its quarters, degrees per tail length. tail_raise: [2] pitch at
-    its base and height kept above the floor. ear_turn: [2] ears rotated backwards.
+    tail_bend: [4] curvature of the tail to the left at its quarters, degrees per tail length. tail_side: 1 or -1, where
+    a tail too long for the picture curls. tail_raise: [2] pitch at its base and height kept above the floor.
+    ear_turn: [2] ears rotated backwards.
     """
 
     kind: str
@@ -39,6 +40,7 @@ class MousePose:
     hand_at: np.ndarray
     hand_snout: float
     tail_bend: np.ndarray
+    tail_side: float
     tail_raise: np.ndarray
     ear_turn: np.ndarray
 
@@ -81,6 +83,7 @@ def rest_pose() -> MousePose:
         hand_at=np.array([[0.10, 0.05, -0.10], [0.10, 0.05, -0.10]]),
         hand_snout=0.0,
         tail_bend=np.zeros(4),
+        tail_side=1.0,
         tail_raise=np.array([-14.0, 0.0]),
         ear_turn=np.zeros(2),
     )
@@ -99,6 +102,7 @@ def random_pose(rng: np.random.Generator, kind: str | None = None) -> MousePose:
     yaw = bend * np.array([-0.30, -0.15, 0.25, 0.60, 0.85, 1.0, 1.05]) + rng.normal(0, 7) * np.array(
         [0, 0, 0, 0.2, 0.7, 1, 1]
     )
+    tail_bend = random_tail_bend(rng)
     pose = replace(
         rest_pose(),
         kind=kind,
@@ -109,7 +113,8 @@ def random_pose(rng: np.random.Generator, kind: str | None = None) -> MousePose:
         level=level,
         foot_forward=np.array([0.05, 0.05, 0.03, 0.03]) + rng.normal(0, 0.022, 4),
         foot_out=np.array([0.125, 0.125, 0.075, 0.075]) * rng.uniform(0.85, 1.2, 4),
-        tail_bend=random_tail_bend(rng),
+        tail_bend=tail_bend,
+        tail_side=1.0 if tail_bend.mean() >= 0 else -1.0,
         tail_raise=np.array([rng.uniform(-30, 4), max(0.0, rng.normal(0, 0.05))]),
         ear_turn=rng.uniform(-18, 28) + rng.normal(0, 5, 2),
     )

@@ -62,11 +62,13 @@ def sample_surface(
     return parts.Surface.joined(pieces)
 
 
-def shade(surface: parts.Surface, skin: Skin, albedo: np.ndarray, light: Light) -> np.ndarray:
-    """[n, 3] sRGB 0..1: hemispheric and key light, occlusion, a sheen on fur, highlights in the eyes."""
+def shade(surface: parts.Surface, openness: np.ndarray, albedo: np.ndarray, light: Light) -> np.ndarray:
+    """[n, 3] sRGB 0..1: hemispheric and key light, occlusion, a sheen on fur, highlights in the eyes.
+
+    openness: [n] 0..1, how much of its surroundings each sample sees.
+    """
     n = surface.normals
     part = surface.part
-    openness = skin.openness(surface.points, n)
     floor = np.clip(surface.points[:, 2] / 0.10, 0.0, 1.0)
     openness = (0.22 + 0.78 * openness) * (0.70 + 0.30 * floor)
     upward = 0.5 + 0.5 * n[:, 2]
@@ -125,32 +127,42 @@ def build_cloud(
     skin = build_skin(s, shape)
     layout, pattern = rng.spawn(2)
     surface = sample_surface(s, shape, pose, skin, spacing, layout)
-    noise = splat_noise(surface, pattern)
-    rgb = shade(surface, skin, paint(surface, coat, noise, pattern), light)
+    openness = skin.openness(surface.points, surface.normals)
+    splats = splats_from_surface(surface, openness, coat, light, pattern, scale=shape.length)
+    return SplatCloud(
+        **splats,
+        centre=(shape.length * s.centre).astype(np.float32),
+        keypoints=(shape.length * keypoints(s, shape, surface)).astype(np.float32),
+        body_length=float(shape.length),
+        floor=0.0,
+        meta={"pose": pose.kind, "coat": coat.name},
+    )
+
+
+def splats_from_surface(
+    surface: parts.Surface, openness: np.ndarray, coat: Coat, light: Light, rng: np.random.Generator, *, scale: float
+) -> dict[str, np.ndarray]:
+    """Paints and shades a surface (body lengths), one splat per sample: SplatCloud's arrays, enlarged by scale."""
+    noise = splat_noise(surface, rng)
+    rgb = shade(surface, openness, paint(surface, coat, noise, rng), light)
     fur = (surface.part == parts.FUR) | (surface.part == parts.LIMB)
     fuzz = np.where(fur, 0.0035 * noise[:, 1], 0.0) * np.clip(1.1 - surface.rest[:, 0], 0.15, 1)
     points = surface.points + fuzz[:, None] * surface.normals
-    along = surface.size * np.where(fur, 0.75 + 0.40 * noise[:, 3], 0.62)
-    across = surface.size * np.where(fur, 0.62 - 0.20 * noise[:, 3], 0.62)
+    along = surface.size * np.where(fur, 0.80 + 0.45 * noise[:, 3], 0.66)
+    across = surface.size * np.where(fur, 0.68 - 0.20 * noise[:, 3], 0.66)
     # hairs rise from the skin by a few degrees, which frays the outline
     flow = surface.flow / np.maximum(np.linalg.norm(surface.flow, axis=1, keepdims=True), 1e-9)
     lean = np.where(fur, 0.35 * noise[:, 2], 0.0)[:, None]
     normals = surface.normals - lean * (flow - (flow * surface.normals).sum(1, keepdims=True) * surface.normals)
     normals = normals / np.linalg.norm(normals, axis=1, keepdims=True)
     log_scales, quats = orient_splats(normals, flow, along, across, 0.16 * surface.size)
-    scale = shape.length
-    return SplatCloud(
-        means=(scale * points).astype(np.float32),
-        log_scales=(log_scales + math.log(scale)).astype(np.float32),
-        quats=quats,
-        opacity=np.where(fur, 0.93, 0.97).astype(np.float32),
-        rgb=rgb.astype(np.float32),
-        centre=(scale * s.centre).astype(np.float32),
-        keypoints=(scale * keypoints(s, shape, surface)).astype(np.float32),
-        body_length=float(shape.length),
-        floor=0.0,
-        meta={"pose": pose.kind, "coat": coat.name},
-    )
+    return {
+        "means": (scale * points).astype(np.float32),
+        "log_scales": (log_scales + math.log(scale)).astype(np.float32),
+        "quats": quats,
+        "opacity": np.where(fur, 0.97, 0.985).astype(np.float32),
+        "rgb": rgb.astype(np.float32),
+    }
 
 
 def make_mouse(

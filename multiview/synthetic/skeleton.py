@@ -13,7 +13,9 @@ from multiview.synthetic.pose import CONTROL_STATIONS, MousePose
 
 HIP, SHOULDER = 0.13, 0.60  # spine stations of the limb girdles
 EAR, EYE = 0.752, 0.853
-TAIL_REACH = 1.10  # the tail's farthest horizontal distance from the body's centre, world units: stays in the picture
+# The tail's farthest horizontal distance from the body's centre, world units, so that the rigs' pictures (distance 2.7,
+# 50 degrees, elevation up to 20) hold it; less where it lies far below the centre, under an animal that rears.
+TAIL_REACH, TAIL_REACH_LOW = 1.10, (1.50, 1.0)
 TAIL_NODES = 48
 SIDES = np.array([1.0, -1.0, 1.0, -1.0])  # left, right of the four limbs
 
@@ -170,21 +172,23 @@ def _tail(trunk: Skeleton, shape: MouseShape, pose: MousePose) -> tuple[np.ndarr
         slopes[i] = (1 - blend) * math.radians(pose.tail_raise[0]) + blend * wanted
         height[i] = max(height[i - 1] + step * math.sin(slopes[i]), radius[i])
     bend = np.interp(t, [0.0, 0.33, 0.67, 1.0], pose.tail_bend)
-    turn = 1.0 if bend.mean() >= 0 else -1.0
+
+    drop = (height - trunk.centre[2]) * shape.length
+    limit = np.minimum(TAIL_REACH, TAIL_REACH_LOW[0] + TAIL_REACH_LOW[1] * drop)
 
     def curve(extra: float) -> tuple[np.ndarray, float]:
-        yaw = start_yaw + np.radians(np.cumsum(bend + turn * extra * (t > 0.12)) / (TAIL_NODES - 1))
+        yaw = start_yaw + np.radians(np.cumsum(bend + pose.tail_side * extra * (t > 0.12)) / (TAIL_NODES - 1))
         flat = step * np.cos(slopes) * (t > 0)
         xy = place[:2] + np.cumsum(flat[:, None] * np.stack([np.sin(yaw), -np.cos(yaw)], axis=1), axis=0)
-        reach = np.linalg.norm(xy - trunk.centre[:2], axis=1).max() * shape.length
+        reach = (np.linalg.norm(xy - trunk.centre[:2], axis=1) * shape.length / limit).max()
         return np.concatenate([xy, height[:, None]], axis=1), reach
 
     low, high = 0.0, 0.0
-    while curve(high)[1] > TAIL_REACH and high < 720.0:
+    while curve(high)[1] > 1.0 and high < 720.0:
         low, high = high, high + 45.0
     for _ in range(6 if high > 0 else 0):  # continuous in the pose, so that a moving tail does not jump
         middle = 0.5 * (low + high)
-        low, high = (middle, high) if curve(middle)[1] > TAIL_REACH else (low, middle)
+        low, high = (middle, high) if curve(middle)[1] > 1.0 else (low, middle)
     return curve(high)[0], radius
 
 

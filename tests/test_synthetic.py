@@ -1,0 +1,307 @@
+"""The synthetic mouse: deterministic, inside the picture, the right size, the right way round."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from multiview.rig import load_rig
+from multiview.sample import read_dataset_info, read_sample, read_split
+from multiview.synthetic.body import MouseShape
+from multiview.synthetic.body_model import BODY_KEYS, BodyModel, BodyModelMice, rotation_from_vector
+from multiview.synthetic.cloud import BODY_LENGTH, KEYPOINT_NAMES, quats_from_frames
+from multiview.synthetic.coat import COATS, random_coat
+from multiview.synthetic.dataset import make_sample, novel_cameras, split_indices
+from multiview.synthetic.motion import mouse_sequence
+from multiview.synthetic.pose import POSES, random_pose, rest_pose
+from multiview.synthetic.scene import build_cloud, make_mouse, random_light
+from multiview.synthetic.skeleton import solve
+
+SIZE = 96
+SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "make_synthetic_mouse.py"
+
+
+@pytest.fixture(scope="module")
+def script():
+    sys.path.insert(0, str(SCRIPT.parent))  # spawned workers import the script by its name
+    yield importlib.import_module("make_synthetic_mouse")
+    sys.path.remove(str(SCRIPT.parent))
+
+
+@pytest.fixture(scope="module")
+def render(script):
+    return script.make_renderer()
+
+
+@pytest.fixture(scope="module")
+def rig():
+    return load_rig("mouse6")
+
+
+def test_choices_in_help_match_the_package(script):
+    assert script.COATS == COATS and script.POSES == (*POSES, "rest")
+
+
+def test_make_mouse_depends_on_seed_and_index_only():
+    first = make_mouse(3, 7)
+    make_mouse(3, 8)
+    again = make_mouse(3, 7)
+    assert np.array_equal(first.means, again.means) and np.array_equal(first.rgb, again.rgb)
+    other = make_mouse(3, 8)
+    assert len(other) != len(first) or not np.allclose(other.means, first.means)
+
+
+@pytest.mark.parametrize("pose", [*POSES, "rest"])
+def test_poses_stay_inside_every_view(pose, rig):
+    cameras = rig.cameras(SIZE)
+    for index in range(4):
+        cloud = make_mouse(11, index, pose=pose)
+        assert np.isfinite(cloud.means).all() and np.isfinite(cloud.rgb).all()
+        assert 8_000 <= len(cloud) <= 20_000
+        uv, _ = cameras.project(torch.from_numpy(cloud.means)[None].expand(len(cameras), -1, -1))
+        assert uv.min() > 0.5 and uv.max() < SIZE - 0.5
+
+
+def test_normalisation_puts_the_body_centre_at_the_origin():
+    for index in range(6):
+        cloud = make_mouse(5, index)
+        assert np.abs(cloud.centre).max() < 1e-6
+        assert 0.93 * BODY_LENGTH <= cloud.body_length <= 1.11 * BODY_LENGTH
+        # Without the tail, the splats surround the origin in every direction.
+        body = cloud.means[np.abs(cloud.means).max(axis=1) < 0.45 * cloud.body_length]
+        assert np.abs(np.median(body, axis=0)).max() < 0.12 * cloud.body_length
+        assert cloud.means[:, 2].min() == pytest.approx(cloud.floor, abs=0.03)  # it stands on the floor
+
+
+def test_stretched_spine_has_the_body_length():
+    pose = rest_pose()
+    skeleton = solve(MouseShape(), pose)
+    assert np.linalg.norm(np.diff(skeleton.spine, axis=0), axis=1).sum() == pytest.approx(1.0, abs=0.01)
+
+
+def test_heading_points_the_nose_at_the_azimuth():
+    for heading, axis in ((0.0, (0, -1)), (90.0, (-1, 0)), (180.0, (0, 1))):
+        cloud = make_mouse(2, 1, pose="rest", heading_deg=heading)
+        nose = cloud.keypoints[KEYPOINT_NAMES.index("Snout")][:2]
+        assert np.dot(nose / np.linalg.norm(nose), axis) > 0.99
+        left = cloud.keypoints[KEYPOINT_NAMES.index("EarL")] - cloud.keypoints[KEYPOINT_NAMES.index("EarR")]
+        assert axis[0] * left[1] - axis[1] * left[0] > 0  # counter-clockwise from the nose, seen from above
+
+
+def test_rest_mouse_is_left_right_symmetric():
+    from scipy.spatial import cKDTree
+
+    rng = np.random.default_rng(0)
+    shape = MouseShape(tail_length=0.4)  # a longer one would curl to stay in the picture
+    cloud = build_cloud(shape, rest_pose(), random_coat(rng, "grey"), random_light(rng), rng)
+    mirrored = cloud.means * [-1, 1, 1]
+    distance, nearest = cKDTree(cloud.means).query(mirrored)
+    assert np.quantile(distance, 0.99) < 0.03 and distance.max() < 0.06
+    keypoints = cloud.keypoints * [-1, 1, 1]
+    swap = [KEYPOINT_NAMES.index(n[:-1] + {"L": "R", "R": "L"}[n[-1]]) if n[-1] in "LR" else i
+            for i, n in enumerate(KEYPOINT_NAMES)]  # fmt: skip
+    assert np.abs(keypoints - cloud.keypoints[swap]).max() < 0.02
+
+
+@pytest.mark.parametrize("coat", COATS)
+def test_coats_have_their_brightness(coat):
+    expected = {"black": (0.05, 0.35), "white": (0.5, 1.0), "piebald": (0.2, 0.95)}.get(coat, (0.15, 0.75))
+    cloud = make_mouse(1, 0, coat=coat, pose="stand")
+    assert cloud.meta["coat"] == coat
+    assert expected[0] < np.median(cloud.rgb) < expected[1]
+    assert cloud.rgb.min() >= 0 and cloud.rgb.max() <= 1
+
+
+def test_unknown_coat_and_pose_are_refused_by_name():
+    with pytest.raises(ValueError, match="coat must be one of .* 'pink'"):
+        make_mouse(0, 0, coat="pink")
+    with pytest.raises(ValueError, match="pose kind must be one of .* 'fly'"):
+        make_mouse(0, 0, pose="fly")
+
+
+def test_sample_covers_its_share_and_depth_agrees_with_the_cameras(rig, render):
+    sample = make_sample(rig, SIZE, 4, 2, render, num_novel_views=2, depth=True)
+    assert sample.rgba.shape == (8, 4, SIZE, SIZE) and sample.view_names[6:] == [None, None]
+    coverage = sample.rgba[:6, 3].mean(dim=(1, 2))
+    assert 0.065 < coverage.mean() < 0.4 and coverage.min() > 0.04
+    cloud = torch.from_numpy(make_mouse(4, 2).means)
+    for view in (0, 3, 7):
+        depth = sample.depth[view, 0]
+        v, u = torch.nonzero(depth > 0, as_tuple=True)
+        fx, fy, cx, cy = sample.cameras.fxfycxcy[view]
+        z = depth[v, u]
+        local = torch.stack([(u + 0.5 - cx) / fx * z, (v + 0.5 - cy) / fy * z, z], dim=-1)
+        pose = sample.cameras.c2w[view]
+        world = local @ pose[:3, :3].T + pose[:3, 3]
+        nearest = torch.cdist(world, cloud).amin(dim=1)
+        # the mean depth of a pixel may lie between a near and a far surface, but only along outlines
+        assert nearest.quantile(0.9) < 0.035
+
+
+def test_straight_alpha_keeps_colours_at_the_outline(rig, render):
+    """Premultiplied colours would turn a white mouse's outline dark."""
+    sample = make_sample(rig, SIZE, 4, 3, render, coat="white")
+    alpha = sample.rgba[:, 3]
+    edge = (alpha > 0.2) & (alpha < 0.6)
+    brightness = sample.rgba[:, :3].mean(1)
+    assert brightness[edge].median() > 0.6 * brightness[alpha > 0.95].median()
+
+
+def test_novel_cameras_are_keyed_and_in_range(rig):
+    cameras = novel_cameras(rig, SIZE, 20, 0, 1)
+    assert (cameras.elevation_deg > -5.1).all() and (cameras.elevation_deg < 60.1).all()
+    assert (cameras.distance > 2.39).all() and (cameras.distance < 3.01).all()
+    assert not torch.allclose(cameras.c2w, novel_cameras(rig, SIZE, 20, 0, 2).c2w)
+
+
+def test_heading_range_is_respected(rig, render):
+    headings = [
+        make_sample(rig, 16, 0, i, render, heading_deg=(30.0, 10.0)).extra["synthetic"]["heading_deg"] for i in range(5)
+    ]
+    assert all(20.0 <= h <= 40.0 for h in headings) and len(set(headings)) == 5
+
+
+def test_split_never_moves_a_sample_when_the_dataset_grows():
+    train, val = split_indices(50, 0.2)
+    more_train, more_val = split_indices(90, 0.2)
+    assert len(val) == 10 and set(val) <= set(more_val) and set(train) <= set(more_train)
+    assert split_indices(3, 0.0) == ([0, 1, 2], [])
+
+
+def test_script_writes_the_same_dataset_with_any_workers_and_resumes(script, tmp_path):
+    common = ["--num_samples", "3", "--image_size", "48", "--num_novel_views", "1", "--depth", "--val_fraction", "0.34"]
+    script.main(["--output_dir", str(tmp_path / "one"), *common, "--workers", "1"])
+    script.main(["--output_dir", str(tmp_path / "two"), *common, "--workers", "2"])
+    for index in range(3):
+        a, b = (read_sample(tmp_path / n / f"sample_{index:06d}", with_depth=True) for n in ("one", "two"))
+        assert torch.equal(a.rgba, b.rgba) and torch.equal(a.depth, b.depth)
+    one = tmp_path / "one"
+    assert read_dataset_info(one)["rig"].name == "mouse6"
+    assert len(read_split(one / "data_mouse_train.txt")) == 2 and len(read_split(one / "data_mouse_val.txt")) == 1
+    kept = one / "sample_000000" / "images" / "cam_000.png"
+    before = kept.stat().st_mtime_ns
+    script.main(["--output_dir", str(one), *common, "--workers", "1"])
+    assert kept.stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match="seed: 0 there, 5 asked for"):
+        script.main(["--output_dir", str(one), *common, "--workers", "1", "--seed", "5"])
+
+
+def test_script_refuses_a_foreign_folder(script, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="not empty and has no dataset.json"):
+        script.main(["--output_dir", str(tmp_path), "--num_samples", "1", "--workers", "1"])
+
+
+def test_sequence_moves_smoothly_and_keeps_its_coat():
+    clouds = list(mouse_sequence(1, 12, fps=25.0, arena_radius=1.0, coat="piebald", spacing=0.03))
+    steps = [np.abs(b.keypoints - a.keypoints).max() for a, b in zip(clouds, clouds[1:])]
+    assert max(steps) < 0.25 and sum(steps) > 0
+    assert all(np.linalg.norm(c.centre[:2]) < 1.01 for c in clouds)
+    assert all(c.floor == 0.0 and c.means[:, 2].min() > -0.03 for c in clouds)
+    assert json.dumps(clouds[-1].meta)
+    sizes = [len(c) for c in clouds]
+    assert max(sizes) - min(sizes) < 0.1 * max(sizes)
+
+
+def test_pose_interpolation_reaches_both_ends():
+    rng = np.random.default_rng(0)
+    a, b = random_pose(rng, "crouch"), random_pose(rng, "rear")
+    assert np.allclose(a.towards(b, 0.0).spine_pitch, a.spine_pitch)
+    assert a.towards(b, 1.0).hip_height == pytest.approx(b.hip_height)
+
+
+def test_transformed_rotates_splats_with_their_centres():
+    cloud = make_mouse(0, 0, pose="rest")
+    turned = cloud.transformed(scale=2.0, rotate_z_deg=90.0, offset=(1.0, 0.0, 0.0))
+    assert np.allclose(turned.means[:, 0], 1.0 - 2 * cloud.means[:, 1], atol=1e-5)
+    axis = _long_axis(cloud.quats)
+    turned_axis = _long_axis(turned.quats)
+    assert np.allclose(turned_axis[:, 1], axis[:, 0], atol=1e-5)
+    assert np.allclose(turned.log_scales - cloud.log_scales, np.log(2.0), atol=1e-5)
+
+
+def _long_axis(quats: np.ndarray) -> np.ndarray:
+    w, x, y, z = quats.T
+    return np.stack([1 - 2 * (y * y + z * z), 2 * (x * y + w * z), 2 * (x * z - w * y)], axis=1)
+
+
+def test_quats_from_frames_inverts_to_the_axes():
+    rotations = rotation_from_vector(np.random.default_rng(0).normal(0, 2.0, (50, 3)))
+    quats = quats_from_frames(rotations[:, :, 0], rotations[:, :, 1], rotations[:, :, 2])
+    assert np.allclose(_long_axis(quats), rotations[:, :, 0], atol=1e-5)
+
+
+# ---- external skinned mesh -----------------------------------------------------------------------------------------
+
+
+def tiny_body() -> dict[str, np.ndarray]:
+    """Two boxes in a row along y on two joints (root, spine, head); nose at -y; the arrays of BODY_KEYS."""
+    corners = np.array([[x, y, z] for x in (-0.1, 0.1) for y in (-0.3, 0.0, 0.3) for z in (0.0, 0.2)])
+    quads = [(0, 1, 3, 2), (2, 3, 5, 4), (7, 6, 8, 9), (9, 8, 10, 11), (0, 6, 7, 1), (5, 11, 10, 4),
+             (1, 7, 9, 3), (3, 9, 11, 5), (6, 0, 2, 8), (8, 2, 4, 10)]  # fmt: skip
+    faces = np.array([t for a, b, c, d in quads for t in ((a, b, c), (a, c, d))], dtype=np.int32)
+    n = len(corners)
+    head = corners[:, 1] < -0.2
+    trans = np.array([[0, 0, 0.1], [0, 0, 0], [0, -0.15, 0]])
+    return {
+        "vertices": corners.astype(np.float32), "faces": faces,
+        "weights_vertex": np.arange(n, dtype=np.int32), "weights_joint": np.where(head, 2, 1).astype(np.int32),
+        "weights_value": np.ones(n, dtype=np.float32), "parents": np.array([-1, 0, 1], dtype=np.int32),
+        "joint_names": np.array(["root", "spine", "skull"]), "rest_joints": np.cumsum(trans, 0).astype(np.float32),
+        "rest_local_rot": np.tile(np.eye(3, dtype=np.float32), (3, 1, 1)), "rest_local_trans": trans.astype(np.float32),
+        "bone_scale_group": np.array([-1, -1, 1], dtype=np.int32), "keypoint_is_vertex": np.ones(22, dtype=np.int8),
+        "keypoint_ptr": np.arange(23, dtype=np.int32),
+        "keypoint_ids": np.array([4 if k == 5 else 0 for k in range(22)], dtype=np.int32),
+        "vertex_colour_linear": np.full((n, 3), 0.3, dtype=np.float32), "vertex_fur": np.ones(n, dtype=np.float32),
+    }  # fmt: skip
+
+
+def tiny_poses() -> dict[str, np.ndarray]:
+    vectors = np.zeros((3, 3, 3), dtype=np.float32)
+    vectors[1, 2], vectors[2, 2] = [0, 0, 0.3], [0, 0, -0.3]
+    turns = np.tile(np.eye(3), (3, 1, 1))
+    return {"local_rotvec": vectors, "bone_scale": np.ones((3, 1), np.float32), "global_R": turns}
+
+
+def test_body_model_rest_pose_reproduces_the_mesh_and_turns_with_a_joint(tmp_path):
+    np.savez(tmp_path / "body.npz", **tiny_body())
+    model = BodyModel.load(tmp_path / "body.npz")
+    rest = model.arrays["rest_local_rot"]
+    vertices, _ = model.pose(rest, np.ones(1), np.eye(3))
+    assert np.allclose(vertices - vertices[2], model.arrays["vertices"] - model.arrays["vertices"][2], atol=1e-6)
+    turned = rest.copy()
+    turned[2] = rotation_from_vector(np.array([0, 0, np.pi / 2]))
+    moved, _ = model.pose(turned, np.ones(1), np.eye(3))
+    still = model.arrays["vertices"][:, 1] > -0.2
+    assert np.allclose(moved[still], vertices[still])
+    # the nose corner lies 0.15 before the joint and 0.1 to its right: a quarter turn to the left about z
+    assert np.allclose(moved[0] - [0, -0.15, 0], [0.15, -0.1, 0.0], atol=1e-6)
+
+
+def test_body_model_mice_fill_a_normalised_cloud(tmp_path):
+    np.savez(tmp_path / "body.npz", **tiny_body())
+    np.savez(tmp_path / "poses.npz", **tiny_poses())
+    mice = BodyModelMice.load(tmp_path / "body.npz", tmp_path / "poses.npz")
+    cloud, again = mice(0, 3, coat="brown", heading_deg=90.0), mice(0, 3, coat="brown", heading_deg=90.0)
+    assert np.array_equal(cloud.means, again.means)
+    assert np.abs(cloud.centre).max() < 1e-6 and np.abs(cloud.means.mean(axis=0)).max() < 0.15
+    nose = cloud.keypoints[KEYPOINT_NAMES.index("Snout")] - cloud.keypoints[KEYPOINT_NAMES.index("TailBase")]
+    assert 0.9 * BODY_LENGTH < np.linalg.norm(nose) < 1.15 * BODY_LENGTH
+    assert cloud.means[:, 2].min() == pytest.approx(cloud.floor, abs=0.02)
+
+
+def test_body_model_errors_name_the_file_and_the_remedy(tmp_path):
+    arrays = tiny_body()
+    del arrays["parents"]
+    np.savez(tmp_path / "body.npz", **arrays)
+    with pytest.raises(ValueError, match="body.npz lacks the arrays parents"):
+        BodyModel.load(tmp_path / "body.npz")
+    with pytest.raises(ValueError, match="does not exist"):
+        BodyModel.load(tmp_path / "absent.npz")
+    with pytest.raises(ValueError, match="--body_model_poses"):
+        BodyModelMice.load(tmp_path / "body.npz", None)
+    assert "parents" in BODY_KEYS
