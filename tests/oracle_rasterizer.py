@@ -85,15 +85,20 @@ def _render_one(xyz, features, scaling, rotation, opacity, w2c, fxfycxcy, height
     transmittance = after[-1] if len(keep) else torch.ones(height * width, dtype=xyz.dtype)
     rgb = weight.T @ color[keep] + transmittance[:, None] * background
     depth = weight.T @ z[keep, None]
-    return rgb.T.reshape(3, height, width), 1 - transmittance.reshape(1, height, width), depth.T.reshape(1, height, width)
+    return (
+        rgb.T.reshape(3, height, width),
+        1 - transmittance.reshape(1, height, width),
+        depth.T.reshape(1, height, width),
+    )
 
 
 def rasterize(gaussians, cameras, background):
     """The signature of the backends. Everything is converted to float64; gradients flow back to the inputs."""
     tensors = [getattr(gaussians, n).double() for n in ("xyz", "features", "scaling", "rotation", "opacity")]
     w2c, intrinsics, background = cameras.w2c.double(), cameras.fxfycxcy.double(), background.double()
+    size = (cameras.height, cameras.width)
     outputs = [
-        _render_one(*[t[b] for t in tensors], w2c[b, v], intrinsics[b, v], cameras.height, cameras.width, background[b, v])
+        _render_one(*[t[b] for t in tensors], w2c[b, v], intrinsics[b, v], *size, background[b, v])
         for b in range(cameras.shape[0])
         for v in range(cameras.shape[1])
     ]

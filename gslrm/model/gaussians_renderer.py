@@ -91,9 +91,9 @@ def render_turntable(
     """
     if gaussians.num_scenes != 1:
         raise ValueError(f"render_turntable takes one scene, got {gaussians.num_scenes}; use gaussians.scene(i)")
-    cameras = Cameras.turntable(
-        num_views, size, elevation_deg=elevation_deg, distance=distance, hfov_deg=hfov_deg
-    ).to(gaussians.device)
+    cameras = Cameras.turntable(num_views, size, elevation_deg=elevation_deg, distance=distance, hfov_deg=hfov_deg).to(
+        gaussians.device
+    )
     frames = []
     for number in range(num_views):
         frames.append(render(gaussians, cameras[None, number : number + 1], background, backend).rgb[0, 0].clamp(0, 1))

@@ -63,12 +63,12 @@ class _Rasterize(torch.autograd.Function):
         arrays = [t.numpy() for t in tensors]
         pictures = torch.empty(*w2c.shape[:2], 5, height, width)
         planes = pictures.flatten(0, 1).numpy()
-        inner, views = _pictures_or_parts(len(planes)), w2c.shape[1]
+        parts, views = _parts_per_picture(len(planes)), w2c.shape[1]
 
         def draw(index):
-            return _draw(_inputs(arrays, *divmod(index, views)), planes[index], inner)
+            return _draw(_inputs(arrays, *divmod(index, views)), planes[index], parts)
 
-        kept = _in_threads(draw, len(planes))
+        kept = _for_pictures(draw, len(planes), parts)
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(*tensors, pictures)
             ctx.kept = kept
@@ -82,16 +82,16 @@ class _Rasterize(torch.autograd.Function):
         planes = pictures.flatten(0, 1).numpy()
         grad_planes = grad_pictures.float().contiguous().flatten(0, 1).numpy()
         (num_scenes, n), (color_views, views) = tensors[0].shape[:2], (tensors[4].shape[1], pictures.shape[1])
-        inner = _pictures_or_parts(len(planes))
+        parts = _parts_per_picture(len(planes))
 
         def draw_backward(index):
             inputs = _inputs(arrays, *divmod(index, views))
-            return _draw_backward(inputs, ctx.kept[index], planes[index], grad_planes[index], inner)
+            return _draw_backward(inputs, ctx.kept[index], planes[index], grad_planes[index], parts)
 
         # Views are summed in order, whoever finishes first.
         grads = torch.zeros(num_scenes, n, 11)
         grad_color = torch.zeros(num_scenes, color_views, n, 3)
-        for index, own in enumerate(_in_threads(draw_backward, len(planes))):
+        for index, own in enumerate(_for_pictures(draw_backward, len(planes), parts)):
             b, v = divmod(index, views)
             grads[b] += own[:, :11]
             grad_color[b, v if color_views > 1 else 0] += own[:, 11:]
@@ -99,29 +99,29 @@ class _Rasterize(torch.autograd.Function):
 
 
 def _inputs(arrays, b: int, v: int):
-    """What the kernels need to know of picture (b, v), in the order of kernels.project."""
+    """What the kernels need to know of picture (b, v), in the order of projection.project."""
     xyz, quaternion, scale, opacity, color, w2c, intrinsics = arrays
     return xyz[b], quaternion[b], scale[b], opacity[b], color[b, v % color.shape[1]], w2c[b, v], intrinsics[b, v]
 
 
 def _draw(inputs, picture, parts: int):
     """Fills picture [5, h, w], the work cut into `parts`. Returns what the backward pass needs."""
-    from . import kernels
+    from . import compositing, layout, projection
 
     _, height, width = picture.shape
     n = inputs[0].shape[0]
-    splats, tiles = np.empty((n, kernels.NUM_COLUMNS), np.float32), np.empty((n, 4), np.int32)
+    splats, tiles = np.empty((n, layout.NUM_COLUMNS), np.float32), np.empty((n, 4), np.int32)
     cuts = [n * part // parts for part in range(parts + 1)]
     broken = _in_threads(
-        lambda part: kernels.project(*inputs, height, width, cuts[part], cuts[part + 1], splats, tiles), parts
+        lambda part: projection.project(*inputs, height, width, cuts[part], cuts[part + 1], splats, tiles), parts
     )
-    order = kernels.depth_order(splats, tiles)
-    tiles_x, tiles_y = -(-width // kernels.TILE_PX), -(-height // kernels.TILE_PX)
-    tile_starts, pair_splat, pair_slot, slot_starts = kernels.bin_tiles(order, tiles, tiles_x, tiles_y)
+    order = compositing.depth_order(splats, tiles)
+    tiles_x, tiles_y = -(-width // layout.TILE_PX), -(-height // layout.TILE_PX)
+    tile_starts, pair_splat, pair_slot, slot_starts = compositing.bin_tiles(order, tiles, tiles_x, tiles_y)
     # The fullest tiles first, dealt out to the threads in turn.
     tile_order = np.argsort(-np.diff(tile_starts), kind="stable")
     _in_threads(
-        lambda part: kernels.composite(splats, tile_starts, pair_splat, tile_order, part, parts, picture), parts
+        lambda part: compositing.composite(splats, tile_starts, pair_splat, tile_order, part, parts, picture), parts
     )
     if any(broken):
         picture[:] = np.nan
@@ -130,23 +130,21 @@ def _draw(inputs, picture, parts: int):
 
 def _draw_backward(inputs, kept, picture, grad_picture, parts: int) -> Tensor:
     """Gradients of one picture, [n, 14]: xyz 3, quaternion 4, scale 3, opacity 1, colour 3."""
-    from . import kernels
+    from . import compositing, layout, projection
 
     xyz, quaternion, scale, _, _, w2c, intrinsics = inputs
     splats, order, tile_starts, pair_splat, pair_slot, slot_starts, tile_order = kept
     _, height, width = picture.shape
-    slot_grads = np.empty((len(pair_splat), kernels.NUM_GRADS), np.float32)
+    slot_grads = np.empty((len(pair_splat), layout.NUM_GRADS), np.float32)
     grads = torch.zeros(len(xyz), 14)
     grads_array = grads.numpy()
     tile_data = (splats, tile_starts, pair_splat, pair_slot, tile_order)
     _in_threads(
-        lambda part: kernels.composite_backward(*tile_data, part, parts, picture, grad_picture, slot_grads), parts
+        lambda part: compositing.composite_backward(*tile_data, part, parts, picture, grad_picture, slot_grads), parts
     )
     geometry = (xyz, quaternion, scale, w2c, intrinsics, height, width, splats, order, slot_starts, slot_grads)
     cuts = [len(order) * part // parts for part in range(parts + 1)]
-    _in_threads(
-        lambda part: kernels.project_backward(*geometry, cuts[part], cuts[part + 1], grads_array), parts
-    )
+    _in_threads(lambda part: projection.project_backward(*geometry, cuts[part], cuts[part + 1], grads_array), parts)
     return grads
 
 
@@ -157,9 +155,19 @@ def _draw_backward(inputs, kept, picture, grad_picture, parts: int) -> Tensor:
 _pool: tuple[int, int, ThreadPoolExecutor] | None = None  # (process, threads, executor)
 
 
-def _pictures_or_parts(num_pictures: int) -> int:
+def _parts_per_picture(num_pictures: int) -> int:
     """Into how many parts each picture is cut: one if there are enough pictures to keep all threads busy."""
     return 1 if num_pictures >= torch.get_num_threads() else torch.get_num_threads()
+
+
+def _for_pictures(function, num_pictures: int, parts: int) -> list:
+    """`function` of every picture: the pictures in parallel, or one after the other if each is cut into parts.
+
+    Never both: a thread of the pool must not wait for the pool.
+    """
+    if parts > 1:
+        return [function(index) for index in range(num_pictures)]
+    return _in_threads(function, num_pictures)
 
 
 def _in_threads(function, count: int) -> list:
