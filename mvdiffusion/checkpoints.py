@@ -1,0 +1,105 @@
+"""Training checkpoints: <output_dir>/checkpoint-<step>/{unet, unet_ema, prompt_embeds, optimizer.pt, checkpoint.json}.
+
+A folder appears under its name only when complete, so `output_dir` is joined exactly once: nothing is prefixed to it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from multiview.checkpoint import atomic_folder, atomic_write, load_checkpoint, rotate_checkpoints, step_of, write_json
+from multiview.rig import ViewRig, check_alignment
+from multiview.run import git_hash
+from mvdiffusion.models.unet import save_unet
+from mvdiffusion.prompts import COLOUR_FILE, METADATA_FILE, PromptEmbeds
+
+log = logging.getLogger(__name__)
+
+PATTERN = "checkpoint-*"
+SIDECAR, OPTIMIZER_FILE = "checkpoint.json", "optimizer.pt"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete training checkpoint found on disk."""
+
+    folder: Path
+    step: int
+    optimizer: dict
+    sidecar: dict
+
+
+def save_training(
+    output_dir: Path | str,
+    step: int,
+    *,
+    unet,
+    ema: dict[str, Tensor] | None,
+    optimizer: dict,
+    embeds: PromptEmbeds,
+    config: dict,
+    keep: int,
+) -> Path:
+    """Writes checkpoint-<step> and deletes all but the newest `keep`. Returns its folder."""
+    folder = Path(output_dir) / f"checkpoint-{step}"
+    with atomic_folder(folder) as temporary:
+        save_unet(unet, temporary / "unet", embeds.rig)
+        if ema is not None:
+            save_unet(unet, temporary / "unet_ema", embeds.rig, state=ema)
+        save_embeds(temporary / "prompt_embeds", embeds)
+        torch.save(optimizer, temporary / OPTIMIZER_FILE)
+        sidecar = {"step": step, "rig": embeds.rig.to_dict(), "config": config, "git": git_hash()}
+        write_json(temporary / SIDECAR, sidecar)
+    rotate_checkpoints(output_dir, PATTERN, keep)
+    return folder
+
+
+def save_embeds(folder: Path, embeds: PromptEmbeds) -> None:
+    """The prompt embeddings a UNet was trained with, beside it: what inference takes if none are named."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_write(folder / COLOUR_FILE) as temporary, open(temporary, "wb") as handle:
+        torch.save(embeds.tensor.half(), handle)
+    write_json(folder / METADATA_FILE, {**embeds.metadata, "rig": embeds.rig.to_dict()})
+
+
+def newest_training(output_dir: Path | str, rig: ViewRig) -> Checkpoint | None:
+    """The newest complete checkpoint, found by reading; None if there is none. Refuses one of another rig."""
+    for folder in sorted(Path(output_dir).glob(PATTERN), key=step_of, reverse=True):
+        try:
+            sidecar = json.loads((folder / SIDECAR).read_text())
+            optimizer = load_checkpoint(folder / OPTIMIZER_FILE)
+        except (ValueError, OSError) as error:
+            log.warning("%s is not complete (%s); looking at the one before it", folder, error)
+            continue
+        check_alignment(rig, unet=ViewRig.from_dict(sidecar["rig"], str(folder / SIDECAR)))
+        return Checkpoint(folder, sidecar["step"], optimizer, sidecar)
+    return None
+
+
+def components_folder_of(unet_path: Path | str) -> Path | None:
+    """The components folder a UNet belongs to: what its checkpoint.json names, or the folder it lies in; else None.
+
+    unet_path: a checkpoint-<step>, its unet or unet_ema, or a components folder.
+    """
+    path = Path(unet_path)
+    for folder in (path, path.parent):
+        if (folder / "vae").is_dir():
+            return folder
+        if (folder / SIDECAR).is_file():
+            return Path(json.loads((folder / SIDECAR).read_text())["config"]["pretrained_model_name_or_path"])
+    return None
+
+
+def embeds_of(unet_path: Path | str) -> Path | None:
+    """The prompt embeddings stored beside a UNet (same paths as above), None if there are none."""
+    path = Path(unet_path)
+    for folder in (path, path.parent):
+        if (folder / "prompt_embeds" / COLOUR_FILE).is_file():
+            return folder / "prompt_embeds" / COLOUR_FILE
+    return None

@@ -1,0 +1,1 @@
+"""Samples for Stage 1, and the prompt embeddings that ship with the project."""

@@ -1,0 +1,1 @@
+"""The multi-view attention processor and the UNet it lives in."""

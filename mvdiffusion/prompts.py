@@ -1,0 +1,155 @@
+"""Prompt embeddings: what tells the UNet which view is which. One row per view of a rig, stored with that rig."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from multiview.checkpoint import atomic_write, load_checkpoint, write_json
+from multiview.rig import PROMPT_STYLES, RigMismatchError, ViewRig
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+COLOUR_FILE, NORMAL_FILE, METADATA_FILE = "clr_embeds.pt", "normal_embeds.pt", "metadata.json"
+TRACKED_FOLDER = "mvdiffusion/data/mouse_prompt_embeds_6view"
+TOKENS = 77
+
+
+@dataclass(frozen=True)
+class PromptEmbeds:
+    """tensor: [num_views, 77, width] float32, row i for view i of `rig`. metadata: what was stored beside it."""
+
+    tensor: Tensor
+    rig: ViewRig
+    source: str
+    metadata: dict = field(default_factory=dict)
+
+    @property
+    def width(self) -> int:
+        return self.tensor.shape[-1]
+
+
+def encode_prompts(prompts: list[str], tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> Tensor:
+    """Prompts -> the text encoder's last hidden states [n, 77, width], float32."""
+    tokens = tokenizer(prompts, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
+    with torch.no_grad():
+        return text_encoder(tokens.input_ids)[0].float()
+
+
+def text_encoder_fingerprint(folder: Path | str) -> str:
+    """Hash over the weights and configuration of a folder's text encoder and tokenizer."""
+    digest = hashlib.sha256()
+    for part in ("text_encoder", "tokenizer"):
+        for path in sorted((Path(folder) / part).iterdir()):
+            digest.update(path.name.encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def write_prompt_embeds(folder: Path | str, components_folder: Path | str, rig: ViewRig, style: str, *, angles: bool) -> dict:
+    """Encodes the rig's prompts and writes clr_embeds.pt, normal_embeds.pt (styles that have it), metadata.json.
+
+    Computed in float32 on one thread and stored as float16, so that repeating it gives the same bytes.
+    Returns the metadata.
+    """
+    from mvdiffusion.components import load_text
+
+    folder = Path(folder)
+    tokenizer, text_encoder = load_text(components_folder)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        files = {COLOUR_FILE: rig.prompts(style, angles=angles)}
+        if f"{style}_normal" in PROMPT_STYLES:
+            files[NORMAL_FILE] = rig.prompts(f"{style}_normal", angles=angles)
+        embeddings = {name: encode_prompts(prompts, tokenizer, text_encoder).half() for name, prompts in files.items()}
+    finally:
+        torch.set_num_threads(threads)
+    for name, tensor in embeddings.items():
+        with atomic_write(folder / name) as temporary, open(temporary, "wb") as handle:
+            torch.save(tensor, handle)  # through a handle: a path's name would be stored in the file
+    metadata = {
+        "rig": rig.to_dict(),
+        "style": style,
+        "angles": angles,
+        "prompts": files[COLOUR_FILE],
+        "prompts_normal": files.get(NORMAL_FILE),
+        "text_encoder": {
+            "folder": Path(components_folder).as_posix(),
+            "fingerprint": text_encoder_fingerprint(components_folder),
+            "width": text_encoder.config.hidden_size,
+        },
+        "shape": list(embeddings[COLOUR_FILE].shape),
+        "dtype": "float16",
+    }
+    write_json(folder / METADATA_FILE, metadata)
+    return metadata
+
+
+def load_prompt_embeds(path: Path | str, rig: ViewRig | None = None) -> PromptEmbeds:
+    """Reads prompt embeddings with their rig.
+
+    path: clr_embeds.pt, or the folder that holds it. rig: what the user states; required where no metadata.json lies
+    beside the file (FaceLift's own), and otherwise compared with it.
+    Raises ValueError for a missing file, a wrong shape, a missing rig; RigMismatchError for another rig's embeddings.
+    """
+    path = Path(path)
+    path = path / COLOUR_FILE if path.is_dir() else path
+    command = "python scripts/generate_mouse_prompt_embeds.py --rig <rig> --output_dir <folder>"
+    if not path.is_file():
+        raise ValueError(f"prompt embeddings {path} do not exist; make them: {command}")
+    tensor = load_checkpoint(path)
+    if not isinstance(tensor, Tensor) or tensor.ndim != 3 or tensor.shape[1] != TOKENS:
+        found = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise ValueError(f"prompt embeddings {path} must be a tensor [num_views, {TOKENS}, width], got {found}")
+    metadata_path, metadata = path.with_name(METADATA_FILE), {}
+    if metadata_path.is_file():
+        metadata = json.loads(metadata_path.read_text())
+        stored = ViewRig.from_dict(metadata["rig"], str(metadata_path))
+        if rig is not None and rig.differences(stored):
+            from multiview.rig import check_alignment
+
+            check_alignment(rig, embeddings=stored)
+        rig = stored
+    if rig is None:
+        raise ValueError(f"{path} has no {METADATA_FILE} beside it, so its rig must be stated: --rig facelift6")
+    if len(tensor) != rig.num_views:
+        raise RigMismatchError(
+            f"prompt embeddings {path} describe {len(tensor)} views, rig {rig.name} has {rig.num_views}; make new ones: "
+            f"python scripts/generate_mouse_prompt_embeds.py --rig {rig.name} --output_dir {path.parent}"
+        )
+    return PromptEmbeds(tensor.float().contiguous(), rig, str(path), metadata)
+
+
+def check_embeds_fit(embeds: PromptEmbeds, unet: UNet2DConditionModel, unet_folder: Path | str | None = None) -> None:
+    """Refuses embeddings whose width or number of views is not the UNet's, naming the command that mends it."""
+    width, views = unet.config.cross_attention_dim, unet.config.num_views
+    if embeds.width != width:
+        folder = "checkpoints/mvdiffusion/pipeckpts" if width == 1024 else "<components folder of this UNet>"
+        raise ValueError(
+            f"prompt embeddings {embeds.source} are {embeds.width} wide, the UNet {unet_folder or ''} expects {width}: they "
+            "come from another text encoder. Make them with the UNet's own: python "
+            f"scripts/generate_mouse_prompt_embeds.py --rig {embeds.rig.name} --model_name {folder} --output_dir <folder>"
+        )
+    if embeds.rig.num_views != views:
+        raise RigMismatchError(
+            f"prompt embeddings {embeds.source} describe {embeds.rig.num_views} views (rig {embeds.rig.name}), the UNet "
+            f"{unet_folder or ''} was trained with {views}; use embeddings of its rig: python "
+            "scripts/generate_mouse_prompt_embeds.py --rig <its rig> --output_dir <folder>"
+        )
+
+
+def rig_at_elevation(rig: ViewRig, elevation_deg: float | None) -> ViewRig:
+    """The rig with all its views at another elevation (None, or the one it has: unchanged). The name says so."""
+    if elevation_deg is None or all(view.elevation_deg == elevation_deg for view in rig.views):
+        return rig
+    views = tuple(replace(view, elevation_deg=elevation_deg) for view in rig.views)
+    return replace(rig, name=f"{rig.name}_elevation{elevation_deg:g}", views=views)

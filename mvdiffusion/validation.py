@@ -1,0 +1,73 @@
+"""What the pipeline makes of known samples: figures and a picture, beside what the autoencoder alone makes of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from multiview.image import grid
+from multiview.metrics import foreground_psnr, mask_from_white, mask_iou, psnr
+from mvdiffusion.components import Components
+from mvdiffusion.conditioning import condition_latents, decode_latents
+from mvdiffusion.data.mouse_dataset import MouseMVDiffusionDataset
+from mvdiffusion.pipelines.multiview import generate_views
+from mvdiffusion.prompts import PromptEmbeds
+
+BATCH = 2  # objects generated at once
+
+
+def figures(pictures: Tensor, targets: Tensor, masks: Tensor, reference_view: int) -> dict[str, float]:
+    """Means over objects and views of pictures [b, n, 3, s, s]; `unseen_*` leaves the reference view out."""
+    found = {
+        "psnr": psnr(pictures, targets),
+        "foreground_psnr": foreground_psnr(pictures, targets, masks),
+        "mask_iou": mask_iou(mask_from_white(pictures), (masks > 0.5).to(masks.dtype)),
+    }
+    unseen = [view for view in range(pictures.shape[1]) if view != reference_view]
+    result = {name: float(value.mean()) for name, value in found.items()}
+    return {**result, **{f"unseen_{name}": float(value[:, unseen].mean()) for name, value in found.items()}}
+
+
+@torch.no_grad()
+def evaluate(
+    components: Components,
+    unet,
+    embeds: PromptEmbeds,
+    dataset: MouseMVDiffusionDataset,
+    *,
+    count: int,
+    guidance_scales: list[float],
+    num_steps: int,
+    seed: int,
+) -> tuple[dict[str, float], Tensor]:
+    """Generates the views of the first `count` samples on white.
+
+    Returns figures named `vae/...` and `guidance_<g>/...`, and a contact sheet: per sample the targets, the
+    autoencoder's version of them, and a row per guidance scale.
+    """
+    components = replace(components, unet=unet)
+    items = [dataset[index] for index in range(min(count, len(dataset)))]
+    targets, masks = (torch.stack([item[name] for item in items]).to(unet.device) for name in ("targets", "masks"))
+    references = torch.stack([item["reference"] for item in items])
+    reference_view, views = embeds.rig.reference_view, targets.shape[1]
+    rebuilt = torch.stack([decode_latents(components, condition_latents(components, views_)) for views_ in targets])
+    rows, result = [targets, rebuilt], {}
+    for name, value in figures(rebuilt, targets, masks, reference_view).items():
+        result[f"vae/{name}"] = value
+    for scale in guidance_scales:
+        generated = torch.cat(
+            [
+                generate_views(
+                    components, part, embeds,
+                    seeds=[seed + first + k for k in range(len(part))], guidance_scale=scale, num_steps=num_steps,
+                )
+                for first, part in ((i, references[i : i + BATCH]) for i in range(0, len(references), BATCH))
+            ]
+        )  # fmt: skip
+        rows.append(generated)
+        for name, value in figures(generated, targets, masks, reference_view).items():
+            result[f"guidance_{scale:g}/{name}"] = value
+    sheet = torch.stack(rows, dim=1).flatten(0, 2)  # (sample, row, view)
+    return result, grid(sheet.cpu(), views)

@@ -1,0 +1,46 @@
+"""Makes the small Stage 1 components: tokenizer, text and vision encoders, autoencoder, schedulers.
+
+Repeating the command resumes where the time limit of the last call ended.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--config", default="configs/demo_components.yaml", help="sizes and training options")
+    parser.add_argument("--data", default=None, help="split list of samples (default: the config's)")
+    parser.add_argument("--output_dir", default=None, help="components folder (default: the config's)")
+    parser.add_argument("--max_minutes", type=float, default=None, help="stop after so many minutes; no limit if not given")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="config values, e.g. vae.steps=2000")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    from multiview.config import load_config
+    from mvdiffusion.demo_components import DemoComponentsConfig
+    from mvdiffusion.demo_training import make_demo_components
+
+    overrides = list(arguments.overrides)
+    for name in ("data", "output_dir"):
+        if getattr(arguments, name) is not None:
+            overrides.append(f"{name}={getattr(arguments, name)}")
+    config = load_config(DemoComponentsConfig, arguments.config, overrides)
+    figures = make_demo_components(config, arguments.max_minutes)
+    if figures is None:
+        print(f"not finished yet: repeat the command to continue; what there is lies in {config.output_dir}")
+    else:
+        print(f"{config.output_dir}: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
+
+
+if __name__ == "__main__":
+    from multiview.run import main_guard
+
+    main_guard(main)

@@ -1,0 +1,144 @@
+"""The multi-view UNet against tensors recorded from FaceLift's own code, and its folder format."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from multiview.rig import load_rig
+from mvdiffusion.models.attention import MultiViewAttnProcessor, set_multiview_attention
+from mvdiffusion.models.unet import attention_mode, create_unet, load_unet, resolve_unet_folder, save_unet
+
+GOLDEN = Path(__file__).parent / "golden" / "unet_small"
+TOLERANCE = 2e-5  # float32 noise floor 3e-6; another thread count moves 2e-6; one weight moved by 0.01 gives 6e-4
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return load_file(GOLDEN / "inputs.safetensors"), load_file(GOLDEN / "outputs.safetensors")
+
+
+def run(unet, inputs, timestep="timestep"):
+    with torch.no_grad():
+        return unet(
+            inputs["sample"], inputs[timestep], inputs["encoder_hidden_states"], class_labels=inputs["class_labels"]
+        ).sample
+
+
+@pytest.mark.parametrize(
+    ("attention", "name"), [(None, "sparse"), ("sparse", "sparse"), ("full", "dense"), ("none", "no_multiview")]
+)
+def test_unet_reproduces_facelift(golden, attention, name):
+    inputs, outputs = golden
+    assert (run(load_unet(GOLDEN, attention=attention), inputs) - outputs[name]).abs().max() < TOLERANCE
+
+
+def test_unet_scalar_timestep_reproduces_facelift(golden):
+    inputs, outputs = golden
+    error = run(load_unet(GOLDEN), inputs, "timestep_scalar") - outputs["sparse_scalar_timestep"]
+    assert error.abs().max() < TOLERANCE
+
+
+def test_another_reference_view_is_noticed(golden):
+    inputs, outputs = golden
+    unet = load_unet(GOLDEN)
+    for processor in unet.attn_processors.values():
+        if isinstance(processor, MultiViewAttnProcessor):
+            processor.reference_view = 5
+    assert (run(unet, inputs) - outputs["sparse"]).abs().max() > 0.5
+
+
+def test_attention_does_not_depend_on_an_installed_backend(golden):
+    """Mistake 22: FaceLift runs dense attention when xformers is missing; here the mode is the processor's own."""
+    unet = load_unet(GOLDEN)
+    modes = {p.mode for n, p in unet.attn_processors.items() if ".attn1." in n}
+    assert modes == {"sparse"} and attention_mode(unet) == "sparse"
+
+
+def test_sparse_sees_the_reference_view_only():
+    rig = load_rig("mouse6")
+    unet = create_unet(tiny_config(), rig.num_views, "sparse").eval()
+    inputs = tiny_inputs(rig.num_views)
+    before = run(unet, inputs)
+    inputs["sample"][3] += 1.0
+    after = run(unet, inputs)
+    changed = (before - after).flatten(1).abs().amax(1) > 1e-6
+    assert changed.tolist() == [False, False, False, True, False, False]
+    set_multiview_attention(unet, rig.num_views, "full")
+    full = run(unet, inputs)
+    inputs["sample"][3] -= 1.0
+    assert ((full - run(unet, inputs)).flatten(1).abs().amax(1) > 1e-6).all()
+
+
+def test_saved_folder_round_trips_and_keeps_facelifts_config(tmp_path, golden):
+    inputs, outputs = golden
+    unet, rig = load_unet(GOLDEN), load_rig("facelift6")
+    save_unet(unet, tmp_path / "unet", rig)
+    written = json.loads((tmp_path / "unet" / "config.json").read_text())
+    original = json.loads((GOLDEN / "config.json").read_text())
+    differing = {key for key in original if key != "_diffusers_version" and written.get(key) != original[key]}
+    assert not differing
+    assert json.loads((tmp_path / "unet" / "rig.json").read_text())["name"] == "facelift6"
+    assert (run(load_unet(tmp_path / "unet"), inputs) - outputs["sparse"]).abs().max() < TOLERANCE
+    weights = load_file(tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
+    assert set(weights) == set(load_file(GOLDEN / "diffusion_pytorch_model.safetensors"))
+    assert resolve_unet_folder(tmp_path) == tmp_path / "unet"
+
+
+def test_conv_in_is_widened_from_a_2d_unet_only(tmp_path):
+    config = {**tiny_config(), "in_channels": 4}
+    from diffusers import UNet2DConditionModel
+
+    UNet2DConditionModel(**config).save_pretrained(tmp_path / "flat")
+    with pytest.raises(ValueError, match="in_channels must be 8"):
+        load_unet(tmp_path / "flat", num_views=6, attention="sparse")
+    unet = load_unet(tmp_path / "flat", num_views=6, attention="sparse", widen_conv_in=True)
+    flat = load_file(tmp_path / "flat" / "diffusion_pytorch_model.safetensors")["conv_in.weight"]
+    assert torch.equal(unet.conv_in.weight[:, :4], flat) and (unet.conv_in.weight[:, 4:] == 0).all()
+    # Restarting from a UNet that has its image channels keeps them (FaceLift zeroes them again).
+    kept = load_unet(GOLDEN, widen_conv_in=True).conv_in.weight
+    assert torch.equal(kept, load_file(GOLDEN / "diffusion_pytorch_model.safetensors")["conv_in.weight"])
+    assert kept[:, 4:].abs().max() > 0
+
+
+def test_unknown_config_key_and_foreign_weights_are_refused(tmp_path):
+    folder = tmp_path / "unet"
+    shutil.copytree(GOLDEN, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "sparse_attention": True}))
+    with pytest.raises(ValueError, match="sparse_attention"):
+        load_unet(folder)
+    (folder / "config.json").write_text(json.dumps({**config, "layers_per_block": 2}))
+    with pytest.raises(ValueError, match="missing: down_blocks"):
+        load_unet(folder)
+    with pytest.raises(ValueError, match="does not exist"):
+        load_unet(tmp_path / "nothing")
+
+
+def test_batch_that_is_not_whole_objects_is_refused():
+    unet = create_unet(tiny_config(), 6, "sparse")
+    with pytest.raises(ValueError, match="multiple of num_views=6, got 5"):
+        run(unet, tiny_inputs(5))
+
+
+def tiny_config():
+    return {
+        "sample_size": 8, "in_channels": 8, "out_channels": 4, "block_out_channels": [16, 32], "layers_per_block": 1,
+        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"], "attention_head_dim": [2, 4], "norm_num_groups": 8,
+        "cross_attention_dim": 16, "use_linear_projection": True, "class_embed_type": "projection",
+        "projection_class_embeddings_input_dim": 16,
+    }  # fmt: skip
+
+
+def tiny_inputs(views):
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "sample": torch.randn(views, 8, 8, 8, generator=generator),
+        "timestep": torch.full((views,), 500),
+        "encoder_hidden_states": torch.randn(views, 77, 16, generator=generator),
+        "class_labels": torch.randn(views, 16, generator=generator),
+    }
