@@ -1,6 +1,10 @@
 """Makes a dataset of synthetic mice: posed RGBA views for any rig, extra novel views, depth.
 
 Every sample depends on --seed and its number only. Repeating a command continues it and keeps complete samples.
+
+With --as_recording it writes a raw recording instead, as a laboratory would have it: one mouse walking about, filmed by
+the six cameras of the public markerless_mouse_1 rig (videos_undist/, simpleclick_undist/, new_cam.pkl, and the truth in
+truth.json), ready for scripts/process_mouse_data.py.
 """
 
 import argparse
@@ -37,10 +41,19 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="cpu, cuda or auto; draws the pictures")
     parser.add_argument("--body_model", type=Path, default=None, help="an external skinned mesh (.npz) to draw instead")
     parser.add_argument("--body_model_poses", type=Path, default=None, help="its pose library (.npz)")
+    parser.add_argument("--as_recording", action="store_true", help="write a raw recording of --num_samples frames")
+    parser.add_argument("--video_width", type=int, default=1152, help="pixels, of the recording's videos")
+    parser.add_argument("--fps", type=float, default=25.0, help="frames per second of the recording")
     parsed = parser.parse_args(arguments)
     for name, low in (("num_samples", 1), ("image_size", 8), ("seed", 0), ("workers", 1), ("num_novel_views", 0)):
         if getattr(parsed, name) < low:
             parser.error(f"--{name} must be at least {low}, got {getattr(parsed, name)}")
+    if parsed.video_width < 64 or parsed.video_width % 2:
+        parser.error(f"--video_width must be even and at least 64, got {parsed.video_width}")
+    if parsed.fps <= 0:
+        parser.error(f"--fps must be positive, got {parsed.fps}")
+    if parsed.as_recording and parsed.body_model is not None:
+        parser.error("--as_recording films the procedural mouse; leave --body_model out")
     if not 0.0 <= parsed.val_fraction < 1.0:
         parser.error(f"--val_fraction must be in [0, 1), got {parsed.val_fraction}")
     if parsed.body_model_poses is not None and parsed.body_model is None:
@@ -113,8 +126,35 @@ def write_one(index: int) -> None:
     write_sample(folder, sample)
 
 
+def write_raw_recording(options: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from multiview.recording.write import ARENA_REACH, load_real_rig, stand_in_arena, write_recording
+    from multiview.synthetic.motion import mouse_sequence
+
+    if options.output_dir.exists() and any(options.output_dir.iterdir()):
+        raise ValueError(f"--output_dir {options.output_dir} is not empty; a recording is written into a new folder")
+    calibration, arena = load_real_rig(width=options.video_width)
+    poses = {"poses": (options.pose,)} if options.pose else {}
+    clouds = mouse_sequence(
+        options.seed, options.num_samples, fps=options.fps, arena_radius=ARENA_REACH, coat=options.coat, **poses
+    )
+    clouds = tqdm(clouds, total=options.num_samples, desc="frames", unit="frame", disable=None)
+    write_recording(
+        options.output_dir, calibration, (stand_in_arena(cloud, arena) for cloud in clouds),
+        make_renderer(options.device), frames_per_second=options.fps,
+    )  # fmt: skip
+    print(f"{options.output_dir}: {options.num_samples} frames from {len(calibration)} cameras; import it with")
+    print(
+        f"python scripts/process_mouse_data.py --video_dir {options.output_dir}/videos_undist "
+        f"--meta_dir {options.output_dir} --output_dir data_mouse --num_samples 2000 --image_size 512"
+    )
+
+
 def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
+    if options.as_recording:
+        return write_raw_recording(options)
     import multiprocessing
     import os
 

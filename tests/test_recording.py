@@ -1,4 +1,4 @@
-"""Parts of the import of recordings: calibrations, videos, masks, geometry, warp. Whole: test_recording_round_trip.py."""
+"""Parts of the import of recordings: calibrations, videos, masks, geometry, warp. The whole is in the round trip."""
 
 import json
 import math

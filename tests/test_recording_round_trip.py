@@ -26,16 +26,16 @@ NUM_FRAMES, WIDTH, SIZE = 6, 384, 256  # a photograph's pixel is about one of th
 BACKGROUND = 0.8
 
 
-def load_renderer():
+def load_script():
     spec = importlib.util.spec_from_file_location("make_synthetic_mouse", ROOT / "scripts" / "make_synthetic_mouse.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.make_renderer("cpu")
+    return module
 
 
 @pytest.fixture(scope="module")
 def render():
-    return load_renderer()
+    return load_script().make_renderer("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -207,6 +207,27 @@ def test_empty_mask_is_an_error_that_can_be_skipped(recording, clouds, tmp_path,
     process_recording(replace(settings, on_bad_frame="skip"))
     info = read_dataset_info(tmp_path / "data")
     assert info["frames"] == [0, 1, 2, 4, 5] and list(info["skipped_frames"]) == ["3"]
+
+
+def test_synthetic_mouse_script_writes_a_recording(tmp_path):
+    folder = tmp_path / "recording"
+    arguments = [
+        "--as_recording",
+        "--output_dir",
+        str(folder),
+        "--num_samples",
+        "2",
+        "--video_width",
+        "128",
+        "--fps",
+        "5",
+    ]
+    load_script().main(arguments)
+    assert len(json.loads((folder / "truth.json").read_text())["frames"]) == 2
+    settings = ImportSettings(folder / "videos_undist", folder, tmp_path / "data", image_size=64)
+    assert process_recording(settings)["num_samples"] == 2
+    with pytest.raises(ValueError, match="not empty"):
+        load_script().main(arguments)
 
 
 def test_command_line_imports_and_refuses(recording, tmp_path):

@@ -22,7 +22,7 @@ from multiview.recording.calibration import PIXEL_CENTRE, Calibration, read_cali
 
 RECORDINGS_FOLDER = Path(__file__).resolve().parent.parent.parent / "configs" / "rigs" / "recordings"
 BODY_LENGTH_MM = 73.0  # nose to tail base of an adult mouse, stretched
-ARENA_REACH = 0.9  # arena_radius for mouse_sequence (world units; 55 mm) where all real cameras see the whole animal
+ARENA_REACH = 0.6  # arena_radius for mouse_sequence (world units; 36 mm): all real cameras see the whole animal
 VIDEO_FOLDER, MASK_FOLDER = "videos_undist", "simpleclick_undist"
 CALIBRATION_FILE, TRUTH_FILE = "new_cam.pkl", "truth.json"
 
