@@ -45,7 +45,7 @@ class MouseShape:
     fatness: float = 1.0
     head: float = 1.0
     snout: float = 1.0
-    ear_height: float = 0.150
+    ear_height: float = 0.158
     ear_width: float = 0.134
     ear_azimuth_deg: float = 48.0  # how far the ear's opening turns outwards from straight ahead
     tail_length: float = 0.88
@@ -56,8 +56,8 @@ class MouseShape:
     fore_foot: float = 0.085
     upper_hind: float = 0.180
     lower_hind: float = 0.200
-    upper_fore: float = 0.125
-    lower_fore: float = 0.130
+    upper_fore: float = 0.132
+    lower_fore: float = 0.140
 
     def half_sizes(self) -> np.ndarray:
         """[stations, 3] half width, half height up, half height down."""
@@ -72,7 +72,7 @@ class MouseShape:
 
 def random_shape(rng: np.random.Generator) -> MouseShape:
     """Adult mice, lean to fat; body length 1.13 to 1.32 world units."""
-    ear = rng.uniform(0.13, 0.175)
+    ear = rng.uniform(0.138, 0.180)
     limbs = rng.uniform(0.94, 1.06)
     return MouseShape(
         length=BODY_LENGTH * float(np.clip(rng.normal(1.03, 0.035), 0.94, 1.10)),
@@ -80,7 +80,7 @@ def random_shape(rng: np.random.Generator) -> MouseShape:
         head=float(rng.uniform(0.95, 1.08)),
         snout=float(rng.uniform(0.88, 1.12)),
         ear_height=float(ear),
-        ear_width=float(ear * rng.uniform(0.84, 0.98)),
+        ear_width=float(ear * rng.uniform(0.80, 0.95)),
         ear_azimuth_deg=float(rng.uniform(35.0, 62.0)),
         tail_length=float(rng.uniform(0.72, 1.0)),
         tail_radius=float(rng.uniform(0.024, 0.030)),
@@ -90,6 +90,6 @@ def random_shape(rng: np.random.Generator) -> MouseShape:
         fore_foot=float(rng.uniform(0.075, 0.095)),
         upper_hind=0.180 * limbs,
         lower_hind=0.200 * limbs,
-        upper_fore=0.125 * limbs,
-        lower_fore=0.130 * limbs,
+        upper_fore=0.132 * limbs,
+        lower_fore=0.140 * limbs,
     )

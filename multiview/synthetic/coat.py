@@ -20,11 +20,11 @@ def srgb(*values: float) -> np.ndarray:
 
 # back, belly, skin (ears, feet, tail), eye
 _COLOURS = {
-    "black": (srgb(46, 43, 38), srgb(54, 50, 45), srgb(156, 126, 120), srgb(14, 11, 11)),
+    "black": (srgb(43, 40, 34), srgb(48, 45, 39), srgb(152, 123, 117), srgb(14, 11, 11)),
     "agouti": (srgb(112, 90, 64), srgb(176, 154, 124), srgb(178, 140, 130), srgb(16, 12, 11)),
     "brown": (srgb(112, 74, 48), srgb(134, 98, 70), srgb(186, 142, 130), srgb(20, 13, 11)),
     "grey": (srgb(116, 116, 118), srgb(140, 139, 138), srgb(182, 146, 142), srgb(15, 13, 13)),
-    "white": (srgb(224, 217, 206), srgb(228, 221, 211), srgb(222, 170, 164), srgb(120, 26, 34)),
+    "white": (srgb(226, 220, 211), srgb(229, 224, 216), srgb(222, 170, 164), srgb(120, 26, 34)),
     "piebald": (srgb(50, 46, 41), srgb(220, 213, 202), srgb(212, 160, 152), srgb(14, 11, 11)),
 }
 
@@ -125,8 +125,10 @@ def paint(surface: Surface, coat: Coat, noise: np.ndarray, rng: np.random.Genera
     rim = np.clip((surface.along - 0.72) / 0.28, 0, 1)[:, None]
     deep = np.clip(z / 0.55, 0, 1)[:, None]  # for ears, z is the height above the root
     inner = skin * np.array([1.0, 0.91, 0.89]) * (0.84 + 0.22 * rim) * (0.55 + 0.45 * deep)
+    inner = inner * ([0.86, 0.82, 0.77] if dark_skin else [1.0, 0.98, 0.98])
     albedo = np.where((part == EAR_INNER)[:, None], inner, albedo)
-    outer = 0.62 * skin * 0.9 + 0.38 * np.minimum(coat.back if coat.name != "piebald" else coat.belly, 0.5)
+    hair = np.minimum(coat.belly if coat.name == "piebald" else coat.back, 0.5)
+    outer = (0.45 if dark_skin else 0.56) * skin + 0.38 * hair
     albedo = np.where((part == EAR_OUTER)[:, None], outer * (0.92 + 0.16 * rim), albedo)
     nose = coat.skin * ([0.62, 0.50, 0.50] if coat.name == "black" else [1.0, 0.82, 0.82])
     albedo = np.where((part == NOSE)[:, None], nose, albedo)

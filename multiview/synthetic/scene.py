@@ -70,7 +70,7 @@ def shade(surface: parts.Surface, openness: np.ndarray, albedo: np.ndarray, ligh
     n = surface.normals
     part = surface.part
     floor = np.clip(surface.points[:, 2] / 0.10, 0.0, 1.0)
-    openness = (0.22 + 0.78 * openness) * (0.70 + 0.30 * floor)
+    openness = (0.12 + 0.88 * openness) * (0.65 + 0.35 * floor)
     upward = 0.5 + 0.5 * n[:, 2]
     ambient = (light.ground + (light.sky - light.ground) * upward) * openness
     facing = n @ light.direction
@@ -82,7 +82,7 @@ def shade(surface: parts.Surface, openness: np.ndarray, albedo: np.ndarray, ligh
     half = half / np.linalg.norm(half)
     gloss = np.clip(n @ half, 0, 1)
     fur = (part == parts.FUR) | (part == parts.LIMB)
-    linear = linear + np.where(fur, 0.014 * light.key * gloss**6 * openness, 0.0)[:, None]
+    linear = linear + np.where(fur, 0.018 * light.key * gloss**12 * openness, 0.0)[:, None]
     skin_sheen = (part == parts.TAIL) | (part == parts.FOOT) | (part == parts.NOSE)
     linear = linear + np.where(skin_sheen, 0.03 * light.key * gloss**8, 0.0)[:, None]
     eye = part == parts.EYE_PART

@@ -192,7 +192,7 @@ def ear(s: Skeleton, shape: MouseShape, side: float, turn_deg: float, spacing: f
     base, out = head_points(s, EAR, 50.0, side)
     _, tangent, left, up = s.frame(EAR)
     azimuth = math.radians(shape.ear_azimuth_deg + turn_deg)
-    stem = 0.72 * up + side * 0.52 * left - (0.42 + 0.3 * math.sin(math.radians(turn_deg))) * tangent
+    stem = 0.84 * up + side * 0.46 * left - (0.30 + 0.3 * math.sin(math.radians(turn_deg))) * tangent
     stem = stem / np.linalg.norm(stem)
     facing = math.cos(azimuth) * tangent + side * math.sin(azimuth) * left
     facing = facing - facing @ stem * stem
