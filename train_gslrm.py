@@ -16,9 +16,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--config", required=True, metavar="F", help="YAML over the defaults of gslrm/config.py")
     parser.add_argument(
         "--overfit", type=int, default=0, metavar="N",
-        help="train and validate on the first N samples, no augmentation: the first test of any set-up (default: 0, off)",
+        help="train and validate on the first N samples: the first test of any set-up (default: 0, off)",
     )  # fmt: skip
-    parser.add_argument("--dry_run", action="store_true", help="print the resolved configuration and stop (default: off)")
+    parser.add_argument("--dry_run", action="store_true", help="print the resolved config and stop (default: off)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. training.optimizer.lr=1e-5")
     arguments = parser.parse_intermixed_args()
     if arguments.overfit < 0:

@@ -166,7 +166,7 @@ def save(state: TrainingState, config: GSLRMConfig, rig: ViewRig) -> None:
     content = {
         "model": state.model.state_dict(),
         "optimizer": state.optimizer.state_dict(),
-        "lr_scheduler": {k: v for k, v in state.scheduler.state_dict().items() if k != "lr_lambdas"},
+        "lr_scheduler": state.scheduler.state_dict(),
         "fwdbwd_pass_step": state.passes,
         "param_update_step": state.updates,
         "counts": dict(state.counts),

@@ -152,6 +152,7 @@ def _train(config: GSLRMConfig, device: torch.device, processes: Distributed, ov
             processes.barrier()
             since, seen = time.perf_counter(), 0
     run.close()
+    processes.barrier()  # nobody leaves the group while another still talks
     return folder
 
 

@@ -1,0 +1,346 @@
+"""GS-LRM: FaceLift's numbers and names, its input variants, and pruning of the background."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gslrm.checkpoints import load_gslrm, model_weights, resolve_checkpoint
+from gslrm.config import IGNORED_KEYS, GSLRMConfig, ModelConfig, model_config_from_dict
+from gslrm.model.gslrm import GSLRM, Patchify, patch_order_index, select_pixels
+from gslrm.training import build_optimizer
+from multiview.cameras import Cameras
+from multiview.checkpoint import load_checkpoint, load_strict
+from multiview.config import config_to_dict, load_config
+from multiview.rig import load_rig
+
+GOLDEN = Path(__file__).parent / "golden" / "gslrm_small"
+CHECKPOINT = GOLDEN / "ckpt_0000000000000007.pt"
+TOLERANCE = 2e-5
+
+
+@pytest.fixture(scope="module")
+def golden():
+    model, rig, _ = load_gslrm(CHECKPOINT, config_file=GOLDEN / "config.yaml")
+    assert rig is None  # public weights carry none
+    inputs = load_file(GOLDEN / "inputs.safetensors")
+    cameras = Cameras(inputs["c2w"], inputs["fxfycxcy"], 32, 32)
+    return model, inputs["image"], cameras, load_file(GOLDEN / "outputs.safetensors")
+
+
+def tiny(**changes) -> ModelConfig:
+    content = {
+        "image_tokenizer": {"image_size": 16, "patch_size": 8, "in_channels": changes.pop("in_channels", 9)},
+        "transformer": {"d": 32, "d_head": 16, "n_layer": 2},
+        **changes,
+    }
+    return model_config_from_dict(content, "test")
+
+
+def posed_views(num_views=3, size=16, batch=1, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.rand(batch, num_views, 3, size, size, generator=generator)
+    azimuths = torch.arange(num_views) * 360.0 / num_views
+    cameras = Cameras.orbit(azimuths, torch.full_like(azimuths, 20.0), 2.7, 1.07, size)
+    stacked = Cameras(cameras.c2w.expand(batch, -1, -1, -1), cameras.fxfycxcy.expand(batch, -1, -1), size, size)
+    return images, stacked
+
+
+# ---- the golden checkpoint ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, clip_xyz", [("clip_off", False), ("clip_on", True)])
+@torch.no_grad()
+def test_golden_gaussians_are_reproduced(golden, name, clip_xyz):
+    model, images, cameras, expected = golden
+    gaussians = model(images, cameras, clip_xyz=clip_xyz).gaussians
+    raw = {key.removeprefix(f"{name}.raw."): value for key, value in expected.items() if key.startswith(f"{name}.raw.")}
+    assert "xyz" in raw
+    for key, value in raw.items():
+        got = getattr(gaussians, "features" if key == "features_dc" else key)[0]
+        assert (got - value).abs().max() < TOLERANCE, key
+    if name == "clip_off":
+        assert gaussians.xyz.abs().max() > 1  # inference never clips
+        for key in ("scaling", "rotation", "opacity"):
+            got = getattr(gaussians, f"get_{key}")[0]
+            assert (got - expected[f"{name}.act.{key}"]).abs().max() < TOLERANCE, key
+
+
+@torch.no_grad()
+def test_golden_points_lie_at_their_pixels(golden):
+    model, images, cameras, expected = golden
+    output = model(images, cameras)
+    points = output.to_pixels(output.pixel_xyz).permute(0, 1, 4, 2, 3)
+    assert (points - expected["clip_off.pixelalign_xyz"]).abs().max() < TOLERANCE
+
+
+@torch.no_grad()
+def test_golden_intermediates_are_reproduced(golden):
+    model, images, cameras, expected = golden
+    seen = {}
+    hooks = [
+        model.patch_embedder[0].register_forward_hook(lambda _m, args, _o: seen.update(posed_images=args[0])),
+        model.patch_embedder.register_forward_hook(lambda *_: None),
+        model.input_layer_norm.register_forward_hook(lambda _m, _a, out: seen.update(tokens_after_input_norm=out)),
+        model.transformer_layers[0].register_forward_hook(lambda _m, _a, out: seen.update(layer0_out=out)),
+        model.transformer_layers[2].register_forward_hook(lambda _m, _a, out: seen.update(layer2_out=out)),
+        model.gaussian_upsampler.register_forward_hook(lambda _m, _a, out: seen.update(free_gaussian_params=out)),
+    ]
+    model(images, cameras)
+    for hook in hooks:
+        hook.remove()
+    assert len(seen) == 5
+    for name, value in seen.items():
+        assert (value - expected[f"tap.{name}"]).abs().max() < TOLERANCE, name
+
+
+def test_checkpoint_keys_are_exactly_facelifts():
+    stored = set(load_checkpoint(CHECKPOINT)["model"])
+    config = load_config(GSLRMConfig, GOLDEN / "config.yaml", ignored=set(IGNORED_KEYS))
+    assert set(GSLRM(config.model).state_dict()) == stored
+    marked = replace(config.model, add_refsrc_marker=True)
+    assert set(GSLRM(marked).state_dict()) - stored == {"view_type_embeddings"}
+
+
+def test_loss_network_and_ddp_prefix_fall_under_named_rules(tmp_path):
+    content = load_checkpoint(CHECKPOINT)
+    extra = json.loads((GOLDEN / "state_dict_keys_extra_when_perceptual_on.json").read_text())
+    assert len(extra) == 32
+    weights = {f"module.{name}": tensor for name, tensor in content["model"].items()}
+    path = tmp_path / "ckpt_0000000000000009.pt"
+    torch.save({"model": {**weights, **{entry["name"]: torch.zeros(1) for entry in extra}}}, path)
+    model, _, found = load_gslrm(tmp_path, config_file=GOLDEN / "config.yaml")
+    assert found == path
+    assert torch.equal(model.input_layer_norm.weight, content["model"]["input_layer_norm.weight"])
+
+
+@pytest.mark.parametrize("change, word", [("missing", "missing"), ("unexpected", "unexpected"), ("shape", "shape")])
+def test_a_checkpoint_that_does_not_fit_is_refused_by_name(change, word):
+    weights = dict(load_checkpoint(CHECKPOINT)["model"])
+    if change == "missing":
+        del weights["input_layer_norm.weight"]
+    elif change == "unexpected":
+        weights["loss_calculator.something_else"] = torch.zeros(1)
+    else:
+        weights["input_layer_norm.weight"] = torch.zeros(3)
+    config = load_config(GSLRMConfig, GOLDEN / "config.yaml", ignored=set(IGNORED_KEYS))
+    name = "loss_calculator.something_else" if change == "unexpected" else "input_layer_norm.weight"
+    with pytest.raises(ValueError, match=f"(?s){word}.*{name}"):
+        load_strict(GSLRM(config.model), model_weights({"model": weights}, CHECKPOINT), CHECKPOINT)
+
+
+def test_a_checkpoint_path_that_does_not_exist_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="ckpt_0000000000021125.pt does not exist.*FaceLift"):
+        resolve_checkpoint(tmp_path / "ckpt_0000000000021125.pt")
+    with pytest.raises(ValueError, match="no complete"):
+        resolve_checkpoint(tmp_path)
+
+
+def test_optimizer_groups_are_facelifts():
+    groups = json.loads((GOLDEN / "info.json").read_text())["optimizer_groups"]
+    config = load_config(GSLRMConfig, GOLDEN / "config.yaml", ignored=set(IGNORED_KEYS))
+    model = GSLRM(config.model)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    own = build_optimizer(model, config.training.optimizer).param_groups
+    assert [[names[id(p)] for p in group["params"]] for group in own] == [group["params"] for group in groups]
+    assert [group["weight_decay"] for group in own] == [group["weight_decay"] for group in groups]
+
+
+# ---- input variants -------------------------------------------------------------------------------------------------
+
+
+def test_ray_channels_of_the_three_inputs():
+    images, cameras = posed_views()
+    origins, directions = (ray[0, 1, 4, 7] for ray in cameras.rays())
+    nearest = origins - (origins @ directions) * directions
+    moment = torch.linalg.cross(origins, directions)
+    variants = {
+        "custom": (tiny(), [directions, nearest]),
+        "augmented": (tiny(use_custom_plucker=False, use_aug_plucker=True, in_channels=12),
+                      [moment, directions, nearest]),
+        "plain": (tiny(use_custom_plucker=False), [moment, directions]),
+    }  # fmt: skip
+    for name, (config, expected) in variants.items():
+        model, seen = GSLRM(config), {}
+        model.patch_embedder[0].register_forward_hook(lambda _m, args, _o, seen=seen: seen.update(posed=args[0]))
+        model(images, cameras)
+        pixel = seen["posed"][0, 1, :, 4, 7]
+        assert torch.allclose(pixel[:3], images[0, 1, :, 4, 7] * 2 - 1), name
+        assert torch.allclose(pixel[3:], torch.cat(expected), atol=1e-6), name
+
+
+@pytest.mark.parametrize(
+    "flags, low, high",
+    [
+        ({}, 2.7 - 1.8, 2.7 + 1.8),
+        ({"use_custom_plucker": False, "depth_min": 1.0, "depth_max": 4.0}, 1.0, 4.0),
+        ({"use_custom_plucker": False, "depth_reference_origin": True}, 2.7 - 1.8, 2.7 + 1.8),
+        ({"use_custom_plucker": False}, 2.7 - 1.5, 2.7 + 1.5),
+    ],
+)
+def test_depth_ranges(flags, low, high):
+    images, cameras = posed_views()
+    for bias, expected in ((-40.0, low), (40.0, high)):
+        output = GSLRM(tiny(depth_preact_bias=bias, **flags))(images, cameras)
+        distance = (output.pixel_xyz - output.ray_origins).norm(dim=-1)
+        central = output.pixel_index == 8 * 16 + 8  # the ray nearest the axis, where t0 is the distance to the origin
+        assert distance[central].item() == pytest.approx(expected, abs=5e-3)
+
+
+def test_without_hard_pixelalign_points_leave_their_rays_and_with_it_they_do_not():
+    from gslrm.losses import pixelalign_loss
+
+    images, cameras = posed_views()
+    assert pixelalign_loss(GSLRM(tiny())(images, cameras)).item() < 1e-5
+    assert pixelalign_loss(GSLRM(tiny(hard_pixelalign=False))(images, cameras)).item() > 0.1
+
+
+def test_markers_tell_view_zero_from_the_others():
+    torch.manual_seed(0)
+    model = GSLRM(tiny(add_refsrc_marker=True))
+    images, cameras = posed_views()
+    with torch.no_grad():
+        before = model(images, cameras).gaussians.opacity
+        model.view_type_embeddings[0] += torch.linspace(-1, 1, 32)
+        after = model(images, cameras).gaussians.opacity
+    assert (before - after).abs().max() > 1e-4
+
+
+def test_any_number_of_views_and_scaling_modifier():
+    model = GSLRM(tiny())
+    for num_views in (2, 5):
+        output = model(*posed_views(num_views))
+        assert output.gaussians.xyz.shape == (1, 2 + num_views * 256, 3)
+    doubled = GSLRM(tiny(gaussians={"scaling_modifier": 2.0}))
+    doubled.load_state_dict(model.state_dict())
+    difference = doubled(*posed_views()).gaussians.scaling - model(*posed_views()).gaussians.scaling
+    assert torch.allclose(difference, torch.full_like(difference, math.log(2.0)), atol=1e-6)
+
+
+def test_gradient_checkpointing_changes_nothing():
+    images, cameras = posed_views()
+    gradients = []
+    for every in (0, 1, 2):
+        torch.manual_seed(0)
+        model = GSLRM(tiny(), grad_checkpoint_every=every)
+        model(images, cameras).gaussians.xyz.square().sum().backward()
+        gradients.append(model.patch_embedder[1].weight.grad)
+    assert torch.allclose(gradients[0], gradients[1]) and torch.allclose(gradients[0], gradients[2])
+
+
+def test_autocast_leaves_rays_and_heads_in_full_precision():
+    images, cameras = posed_views()
+    model = GSLRM(tiny())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(images, cameras)
+    assert output.gaussians.xyz.dtype == torch.float32
+    offset = output.pixel_xyz - output.ray_origins
+    assert torch.linalg.cross(offset, output.ray_directions).norm(dim=-1).max() < 1e-5
+    assert torch.equal(output.ray_directions, model(images, cameras).ray_directions)
+
+
+@pytest.mark.parametrize("wrong", ["channels", "size", "cameras", "mask"])
+def test_inputs_that_do_not_go_together_are_refused(wrong):
+    images, cameras = posed_views()
+    masks = None
+    if wrong == "channels":
+        images = images[:, :, :2]
+    elif wrong == "size":
+        images = images[..., :12]
+    elif wrong == "cameras":
+        cameras = cameras[:, :2]
+    else:
+        masks = torch.ones(1, 3, 1, 16, 16)
+    with pytest.raises(ValueError, match=r"images|cameras|masks"):
+        GSLRM(tiny())(images, cameras, masks=masks)
+
+
+# ---- pruning --------------------------------------------------------------------------------------------------------
+
+
+def test_patch_order_index_is_the_order_of_the_gaussians():
+    pixels = torch.rand(1, 2, 1, 16, 24)
+    ordered = Patchify(8)(pixels).flatten(1)
+    assert torch.equal(pixels.flatten(1).gather(1, patch_order_index(2, 16, 24, 8, pixels.device)), ordered)
+
+
+def test_pruning_keeps_exactly_the_foreground_and_its_margin():
+    masks = torch.zeros(2, 2, 1, 16, 16)
+    masks[0, 0, 0, 5, 6] = 1.0
+    masks[0, 1, 0, 12, 12] = 1.0
+    masks[1, 1, 0, 0, 15] = 1.0
+    selection = select_pixels(masks, patch_size=8, margin_px=1)
+    for sample, expected in enumerate([18, 4]):
+        kept = selection.pixel_index[sample][selection.pixel_valid[sample]]
+        assert len(kept) == len(set(kept.tolist())) == expected
+        grown = torch.nn.functional.max_pool2d(masks[sample], 3, 1, 1).flatten() > 0
+        assert grown[kept].all()
+
+
+def test_full_masks_prune_nothing():
+    torch.manual_seed(0)
+    model = GSLRM(tiny())
+    pruned = GSLRM(tiny(prune_background=True))
+    pruned.load_state_dict(model.state_dict())
+    images, cameras = posed_views(batch=2)
+    plain, other = model(images, cameras), pruned(images, cameras, masks=torch.ones(2, 3, 1, 16, 16))
+    assert torch.equal(plain.pixel_index, other.pixel_index)
+    assert torch.allclose(plain.gaussians.xyz, other.gaussians.xyz, atol=1e-6)
+
+
+def test_padding_of_a_pruned_batch_changes_no_sample():
+    torch.manual_seed(0)
+    model = GSLRM(tiny(prune_background=True))
+    images, cameras = posed_views(batch=2)
+    masks = torch.zeros(2, 3, 1, 16, 16)
+    masks[0, :, :, 2:12, 3:9] = 1.0
+    masks[1, 1, :, 2:5, 3:5] = 1.0
+    together = model(images, cameras, masks=masks)
+    assert (~together.pixel_valid[1]).any()
+    for number in range(2):
+        one = slice(number, number + 1)
+        alone = model(images[one], cameras[one], masks=masks[one])
+        n = alone.gaussians.num_gaussians
+        assert torch.allclose(together.gaussians.xyz[one, :n], alone.gaussians.xyz, atol=1e-5)
+        assert torch.allclose(together.gaussians.opacity[one, :n], alone.gaussians.opacity, atol=1e-5)
+        assert (together.gaussians.get_opacity[one, n:] < 1e-9).all()
+
+
+def test_pixel_values_return_to_their_pixels():
+    model = GSLRM(tiny(prune_background=True))
+    images, cameras = posed_views()
+    masks = torch.zeros(1, 3, 1, 16, 16)
+    masks[0, 1, 0, 4:7, 9:13] = 1.0
+    output = model(images, cameras, masks=masks)
+    colours = images.permute(0, 1, 3, 4, 2).flatten(1, 3)
+    gathered = colours[0, output.pixel_index[0]][None]
+    canvas = output.to_pixels(gathered)
+    kept = canvas.abs().sum(-1) > 0
+    assert kept.sum() == output.pixel_valid.sum() > 12
+    assert torch.equal(canvas[kept], images.permute(0, 1, 3, 4, 2)[kept])
+
+
+# ---- configuration --------------------------------------------------------------------------------------------------
+
+
+def test_model_config_survives_the_sidecar():
+    config = tiny(prune_background=True, gaussians={"n_gaussians": 4, "sh_degree": 1})
+    assert model_config_from_dict(json.loads(json.dumps(config_to_dict(config))), "sidecar") == config
+    with pytest.raises(ValueError, match="model.transformer.heads"):
+        model_config_from_dict({"transformer": {"heads": 3}}, "sidecar")
+
+
+def test_wrong_channel_count_is_refused():
+    with pytest.raises(ValueError, match="in_channels must be 12"):
+        GSLRM(tiny(use_custom_plucker=False, use_aug_plucker=True))
+
+
+def test_mouse6_cameras_work_as_input():
+    model = GSLRM(tiny())
+    cameras = load_rig("mouse6").cameras(16)
+    output = model(torch.rand(1, 6, 3, 16, 16), cameras[None])
+    assert output.gaussians.num_gaussians == 2 + 6 * 256
