@@ -37,7 +37,8 @@ MENDING = {
     "unet": "python train_diffusion.py --config configs/mouse_mvdiffusion.yaml rig={rig}",
     "gslrm": "python train_gslrm.py --config configs/mouse_config_finetune.yaml rig={rig}",
     "cameras": "leave --camera_json out to use the rig's own cameras, or pass a camera file of rig {rig}",
-    "dataset": "python scripts/process_mouse_data.py --rig {rig} ... into a new --output_dir",
+    "dataset": "train with rig=<dataset>/dataset.json, or import it with --poses nearest --rig {rig} (the views then "
+    "carry the rig's own directions; the report says what that costs)",
 }
 
 
