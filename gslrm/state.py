@@ -73,15 +73,26 @@ def build_scheduler(
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def restore(state: TrainingState, config: GSLRMConfig, rig: ViewRig) -> None:
-    """Continues from the run's own newest checkpoint, else starts from `resume_ckpt`, else from the random weights.
+def find_start(config: GSLRMConfig) -> tuple[Path | None, bool]:
+    """Where the run starts: (checkpoint or None for random weights, whether its whole training state counts).
 
-    Weights of another rig may be the start (that is what fine-tuning is for); a training state may not.
+    The run's own newest checkpoint, else `resume_ckpt`. Raises ValueError if `resume_ckpt` does not exist.
     """
     options = config.training.checkpointing
     own = newest_checkpoint(options.checkpoint_dir, PATTERN)
-    whole = own is not None or not config.training.optimizer.reset_training_state
-    path = own or (resolve_checkpoint(options.resume_ckpt) if options.resume_ckpt else None)
+    if own is not None:
+        return own, True
+    if not options.resume_ckpt:
+        return None, False
+    return resolve_checkpoint(options.resume_ckpt), not config.training.optimizer.reset_training_state
+
+
+def restore(state: TrainingState, start: tuple[Path | None, bool], rig: ViewRig, ema_decay: float) -> None:
+    """Puts the start that `find_start` found into the state.
+
+    Weights of another rig may be the start (that is what fine-tuning is for); a training state may not.
+    """
+    path, whole = start
     if path is None:
         log.info("starting from random weights (training.checkpointing.resume_ckpt is not set)")
     elif not whole:
@@ -94,7 +105,7 @@ def restore(state: TrainingState, config: GSLRMConfig, rig: ViewRig) -> None:
             check_alignment(rig, gslrm=source)
         load_state(state, path)
         log.info("resuming %s at pass %d, update %d", path, state.passes, state.updates)
-    if config.training.runtime.ema_decay > 0 and state.ema is None:
+    if ema_decay > 0 and state.ema is None:
         state.ema = {name: tensor.detach().clone() for name, tensor in state.model.state_dict().items()}
 
 

@@ -23,7 +23,7 @@ from gslrm.losses import NEEDS_RENDERING, POINTSDIST_WARMUP_STEPS, loss_weights,
 from gslrm.model.gaussians_renderer import render
 from gslrm.model.gslrm import GSLRM, GSLRMOutput
 from gslrm.perceptual import load_networks
-from gslrm.state import TrainingState, build_state, restore, save, update
+from gslrm.state import TrainingState, build_state, find_start, restore, save, update
 from gslrm.validation import Batch, picture_metrics, prepare, run_model, validate
 from multiview.config import config_to_dict
 from multiview.image import grid
@@ -72,11 +72,12 @@ def _train(config: GSLRMConfig, device: torch.device, processes: Distributed, ov
     rig = load_rig(config.rig)
     dataset, val_dataset = build_datasets(config, overfit)
     check_alignment(rig, dataset=dataset.rig)
+    start = find_start(config)
     networks = load_networks(losses, device)
     seed_everything("gslrm-init", runtime.seed)
     model = GSLRM(config.model, grad_checkpoint_every=runtime.grad_checkpoint_every).to(device)
     state = build_state(model, config)
-    restore(state, config, rig)
+    restore(state, start, rig, runtime.ema_decay)
     run = RunFolder(folder, config_to_dict(config), rig, wandb=wandb_options(config), is_main=processes.is_main)
     run.forget_after(state.passes)
     network: nn.Module = model

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from gslrm.checkpoints import load_gslrm, model_weights, resolve_checkpoint
 from gslrm.config import IGNORED_KEYS, GSLRMConfig, ModelConfig, model_config_from_dict
 from gslrm.model.gslrm import GSLRM, Patchify, patch_order_index, select_pixels
-from gslrm.training import build_optimizer
+from gslrm.state import build_optimizer
 from multiview.cameras import Cameras
 from multiview.checkpoint import load_checkpoint, load_strict
 from multiview.config import config_to_dict, load_config

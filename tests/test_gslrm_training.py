@@ -380,6 +380,36 @@ def test_every_config_of_stage_2_loads():
     check_config(load_config(GSLRMConfig, ROOT / "configs" / "demo_gslrm.yaml"))
 
 
+def test_facelifts_own_yaml_layout_is_accepted(tmp_path):
+    from gslrm.config import IGNORED_KEYS
+
+    path = tmp_path / "gslrm.yaml"
+    path.write_text(
+        """
+profile: false
+model: {class_name: gslrm.model.gslrm.GSLRM, image_tokenizer: {image_size: 512}, gaussians: {n_gaussians: 2}}
+training:
+  runtime: {use_tf32: true, use_amp: true, amp_dtype: bf16, torch_compile: false, grad_checkpoint_every: 1}
+  dataset: {dataset_path: a.txt, maximize_view_overlap: true, num_views: 8, num_input_views: 6, remove_alpha: false,
+            target_has_input: true, normalize_distance_to: 0.0, background_color: white}
+  dataloader: {batch_size_per_gpu: 2, num_workers: 4, num_threads: 32, prefetch_factor: 32}
+  losses: {l2_loss_weight: 1.0, perceptual_loss_weight: 0.5, masked_pixelalign_loss: true, distill_loss_weight: 0.0}
+  optimizer: {lr: 0.0001, beta2: 0.95, reset_lr: false, reset_weight_decay: false, reset_training_state: true}
+  schedule: {num_epochs: 100000, early_stop_after_epochs: 100000, max_fwdbwd_passes: 20000, l2_warmup_steps: 500}
+  checkpointing: {resume_ckpt: checkpoints/gslrm/stage_2, checkpoint_every: 5000}
+  logging: {print_every: 20, wandb: {project: facelift_gslrm, job_type: train, log_every: 50, offline: false}}
+inference: {enabled: false, output_dir: x}
+validation: {enabled: true, val_every: 5000, output_dir: y, dataset_path: b.txt}
+"""
+    )
+    config = load_config(GSLRMConfig, path, ignored=set(IGNORED_KEYS))
+    assert config.training.dataset.maximize_view_overlap and config.training.schedule.l2_warmup_steps == 500
+    check_config(config)
+    path.write_text("training: {optimizer: {learning_rate: 1.0}}")
+    with pytest.raises(ValueError, match="training.optimizer.learning_rate"):
+        load_config(GSLRMConfig, path, ignored=set(IGNORED_KEYS))
+
+
 def test_start_weights_that_do_not_exist_are_refused(data, tmp_path):
     path = tmp_path / "ckpt_0000000000021125.pt"
     with pytest.raises(ValueError, match="does not exist"):
