@@ -13,7 +13,11 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="experiment YAML, a delta over the defaults")
     parser.add_argument(
-        "--overfit", type=int, default=None, metavar="N", help="train and validate on the first N samples (default: all)"
+        "--overfit",
+        type=int,
+        default=None,
+        metavar="N",
+        help="train and validate on the first N samples (default: all)",
     )
     parser.add_argument("--dry_run", action="store_true", help="print the resolved config and stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config values, e.g. max_train_steps=100")

@@ -134,6 +134,9 @@ def _read_config(folder: Path, name: str) -> dict:
 
 def _frozen(kind: type, folder: Path, device: torch.device | str, dtype: torch.dtype) -> Any:
     """from_pretrained that refuses missing or unexpected weights instead of warning."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # a bar per component, gone in milliseconds
     dtype_argument = "dtype" if kind.__module__.startswith("transformers.") else "torch_dtype"
     try:
         model, report = kind.from_pretrained(

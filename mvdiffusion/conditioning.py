@@ -30,7 +30,9 @@ def clip_pixels_fast(components: Components, pictures: Tensor) -> Tensor:
     extractor = components.feature_extractor
     size = (extractor.crop_size["height"], extractor.crop_size["width"])
     pixels = F.interpolate(pictures, size=size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
-    mean, std = (torch.tensor(values).to(pixels).view(1, 3, 1, 1) for values in (extractor.image_mean, extractor.image_std))
+    mean, std = (
+        torch.tensor(values).to(pixels).view(1, 3, 1, 1) for values in (extractor.image_mean, extractor.image_std)
+    )
     return (pixels - mean) / std
 
 

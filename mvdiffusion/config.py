@@ -7,7 +7,6 @@ from typing import Any
 
 from multiview.run import WandbOptions
 
-
 # Switches of FaceLift's YAML that have no effect here; they are listed when a file sets them.
 IGNORED_KEYS = frozenset(
     {
@@ -91,7 +90,9 @@ class MVDiffusionConfig:
 
         unknown = set(self.backgrounds) - set(BACKGROUNDS)
         if unknown or not self.backgrounds:
-            raise ValueError(f"backgrounds must be a non-empty list out of {sorted(BACKGROUNDS)}, got {self.backgrounds}")
+            raise ValueError(
+                f"backgrounds must be a non-empty list out of {sorted(BACKGROUNDS)}, got {self.backgrounds}"
+            )
         for name, value, allowed in (
             ("reference_view_idx", self.reference_view_idx, ("0", "random")),
             ("lr_scheduler", self.lr_scheduler, ("constant", "cosine")),
@@ -103,7 +104,7 @@ class MVDiffusionConfig:
         if self.cache_latents and (len(self.backgrounds) > 1 or self.brightness_jitter or self.contrast_jitter):
             raise ValueError(
                 "cache_latents encodes every sample once, so it needs one background and brightness_jitter = "
-                f"contrast_jitter = 0, got backgrounds {self.backgrounds}, {self.brightness_jitter}, {self.contrast_jitter}"
+                f"contrast_jitter = 0, got {self.backgrounds}, {self.brightness_jitter}, {self.contrast_jitter}"
             )
         if len(self.high_noise_range) != 2 or not 0 <= self.high_noise_range[0] < self.high_noise_range[1] <= 999:
             raise ValueError(f"high_noise_range must be [low, high] within 0..999, got {self.high_noise_range}")

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 # Rows of two prompts' embeddings must differ by this much (mean square over tokens, in units of their variance).
-MIN_PROMPT_DIFFERENCE = 0.05
+MIN_PROMPT_DIFFERENCE = 0.02
 
 
 @dataclass
@@ -100,7 +100,9 @@ def prompt_corpus() -> list[str]:
     )
 
 
-def byte_pair_vocabulary(words: Counter[tuple[str, ...]], alphabet: list[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
+def byte_pair_vocabulary(
+    words: Counter[tuple[str, ...]], alphabet: list[str]
+) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Byte-pair encoding until every word is one token. words: symbol sequences with counts.
 
     Ties are broken by the alphabet, so the vocabulary depends on the words only.
@@ -139,8 +141,8 @@ def _merge(word: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
 
 def make_tokenizer() -> CLIPTokenizer:
     """A CLIP tokenizer whose words are those of the rigs' prompts; any other text falls back to its bytes."""
-    from transformers import CLIPTokenizer
     from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import CLIPTokenizer
 
     alphabet = sorted(ByteLevel.alphabet())
     # An untrained tokenizer of the same class splits text into words exactly as the finished one will.
@@ -200,7 +202,9 @@ def check_prompts_differ(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) 
     for name in available_rigs():
         found[name] = prompt_difference(encode_prompts(load_rig(name).prompts(), tokenizer, text_encoder))
         if found[name] < MIN_PROMPT_DIFFERENCE:
-            raise ValueError(f"the text encoder hardly tells the views of rig {name} apart: {found[name]:.3g}; another seed")
+            raise ValueError(
+                f"the text encoder hardly tells the views of rig {name} apart: {found[name]:.3g}; another seed"
+            )
     return found
 
 
@@ -229,11 +233,15 @@ def write_small_parts(folder: Path, config: DemoComponentsConfig) -> None:
     """Tokenizer, text encoder, feature extractor and the two schedulers: everything that needs no training."""
     from diffusers import DDIMScheduler, DDPMScheduler
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()
     tokenizer = make_tokenizer()
     text_encoder = make_text_encoder(config.text, tokenizer, config.seed)
     found = check_prompts_differ(tokenizer, text_encoder)
-    log.info("least difference between two views' prompts: %s", {name: round(value, 2) for name, value in found.items()})
+    log.info(
+        "least difference between two views' prompts: %s", {name: round(value, 2) for name, value in found.items()}
+    )
     for part in ("tokenizer", "text_encoder"):
         shutil.rmtree(folder / part, ignore_errors=True)
     tokenizer.save_pretrained(folder / "tokenizer")

@@ -115,7 +115,9 @@ def create_vae(config: VaeConfig, image_size: int, seed: int):
     )
 
 
-def vae_loss(picture: Tensor, mask: Tensor, decoded: Tensor, posterior, config: VaeConfig) -> tuple[Tensor, dict[str, float]]:
+def vae_loss(
+    picture: Tensor, mask: Tensor, decoded: Tensor, posterior, config: VaeConfig
+) -> tuple[Tensor, dict[str, float]]:
     """Foreground-weighted L1 of pictures and of their gradients, and the KL per latent value.
 
     picture, decoded: [b, 3, h, w] in -1..1. mask: [b, 1, h, w].
@@ -180,7 +182,9 @@ def train_vae(
         optimizer.step()
         update_average(average, vae, min(0.998, (1 + step) / (10 + step)))
         if (step + 1) % 100 == 0:
-            log.info("autoencoder step %d: loss %.4f %s", step + 1, loss.item(), {k: round(v, 4) for k, v in parts.items()})
+            log.info(
+                "autoencoder step %d: loss %.4f %s", step + 1, loss.item(), {k: round(v, 4) for k, v in parts.items()}
+            )
         if clock.save_is_due():
             save(step + 1)
     save(options.steps)
@@ -202,7 +206,7 @@ def _write_vae(vae, average: dict[str, Tensor], config: DemoComponentsConfig, he
 
 @torch.no_grad()
 def measure_vae(vae, held_out: Tensor) -> dict[str, float]:
-    """Reconstruction on white of uint8 [n, v, 4, h, w]: dB, foreground dB; and the standard deviation of the latents."""
+    """Reconstruction on white of uint8 [n, v, 4, h, w]: dB, foreground dB; and the latents' standard deviation."""
     rgba = held_out.flatten(0, 1).float() / 255
     rgba = rgba[rgba[:, 3].sum((1, 2)) > 0]
     pictures, latents, decoded = composite(rgba, 1.0), [], []

@@ -1,4 +1,4 @@
-"""Training batches as the UNet's trainer needs them: latents, condition and labels, encoded per step or once for all."""
+"""Training batches as the UNet's trainer needs them: latents and conditions, encoded per step or once for all."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from multiview.image import BACKGROUNDS, composite
+from multiview.run import make_generator
 from mvdiffusion.components import Components
 from mvdiffusion.conditioning import clip_pixels_fast, image_embeddings
 from mvdiffusion.data.mouse_dataset import MouseMVDiffusionDataset, StepSampler
-from multiview.image import BACKGROUNDS, composite
-from multiview.run import make_generator
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 
-def noise_and_target(clean: Tensor, noise: Tensor, alphas_cumprod: Tensor, timesteps: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+def noise_and_target(
+    clean: Tensor, noise: Tensor, alphas_cumprod: Tensor, timesteps: Tensor, kind: str
+) -> tuple[Tensor, Tensor]:
     """Noisy latents and what the UNet has to predict, each shaped like clean [b, ...]; timesteps: [b].
 
     kind: `v_prediction` (v = sqrt(a) noise - sqrt(1 - a) clean) or `epsilon`.
@@ -53,7 +55,9 @@ def drop_masks(uniform: Tensor, rate: float) -> tuple[Tensor, Tensor]:
     return uniform < 2 * rate, (uniform >= rate) & (uniform < 3 * rate)
 
 
-def draw_timesteps(count: int, generator: torch.Generator, high_noise_share: float, high_noise_range: list[int]) -> Tensor:
+def draw_timesteps(
+    count: int, generator: torch.Generator, high_noise_share: float, high_noise_range: list[int]
+) -> Tensor:
     """Time steps [count] in 0..999: uniform, a share of them from high_noise_range (inclusive)."""
     uniform = torch.randint(1000, (count,), generator=generator)
     high = torch.randint(high_noise_range[0], high_noise_range[1] + 1, (count,), generator=generator)

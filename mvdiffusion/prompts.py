@@ -54,7 +54,9 @@ def text_encoder_fingerprint(folder: Path | str) -> str:
     return digest.hexdigest()[:16]
 
 
-def write_prompt_embeds(folder: Path | str, components_folder: Path | str, rig: ViewRig, style: str, *, angles: bool) -> dict:
+def write_prompt_embeds(
+    folder: Path | str, components_folder: Path | str, rig: ViewRig, style: str, *, angles: bool
+) -> dict:
     """Encodes the rig's prompts and writes clr_embeds.pt, normal_embeds.pt (styles that have it), metadata.json.
 
     Computed in float32 on one thread and stored as float16, so that repeating it gives the same bytes.
@@ -123,7 +125,7 @@ def load_prompt_embeds(path: Path | str, rig: ViewRig | None = None) -> PromptEm
         raise ValueError(f"{path} has no {METADATA_FILE} beside it, so its rig must be stated: --rig facelift6")
     if len(tensor) != rig.num_views:
         raise RigMismatchError(
-            f"prompt embeddings {path} describe {len(tensor)} views, rig {rig.name} has {rig.num_views}; make new ones: "
+            f"prompt embeddings {path} describe {len(tensor)} views, rig {rig.name} has {rig.num_views}; make new: "
             f"python scripts/generate_mouse_prompt_embeds.py --rig {rig.name} --output_dir {path.parent}"
         )
     return PromptEmbeds(tensor.float().contiguous(), rig, str(path), metadata)
@@ -135,14 +137,14 @@ def check_embeds_fit(embeds: PromptEmbeds, unet: UNet2DConditionModel, unet_fold
     if embeds.width != width:
         folder = "checkpoints/mvdiffusion/pipeckpts" if width == 1024 else "<components folder of this UNet>"
         raise ValueError(
-            f"prompt embeddings {embeds.source} are {embeds.width} wide, the UNet {unet_folder or ''} expects {width}: they "
-            "come from another text encoder. Make them with the UNet's own: python "
-            f"scripts/generate_mouse_prompt_embeds.py --rig {embeds.rig.name} --model_name {folder} --output_dir <folder>"
+            f"prompt embeddings {embeds.source} are {embeds.width} wide, the UNet {unet_folder or ''} expects {width}: "
+            "they come from another text encoder. Make them with the UNet's own: python "
+            f"scripts/generate_mouse_prompt_embeds.py --rig {embeds.rig.name} --model_name {folder} --output_dir DIR"
         )
     if embeds.rig.num_views != views:
         raise RigMismatchError(
-            f"prompt embeddings {embeds.source} describe {embeds.rig.num_views} views (rig {embeds.rig.name}), the UNet "
-            f"{unet_folder or ''} was trained with {views}; use embeddings of its rig: python "
+            f"prompt embeddings {embeds.source} describe {embeds.rig.num_views} views (rig {embeds.rig.name}), the "
+            f"UNet {unet_folder or ''} was trained with {views}; use embeddings of its rig: python "
             "scripts/generate_mouse_prompt_embeds.py --rig <its rig> --output_dir <folder>"
         )
 

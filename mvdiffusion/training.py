@@ -71,7 +71,9 @@ def train(config: MVDiffusionConfig, overfit: int | None = None) -> dict[str, fl
 
     size = unet.config.sample_size * components.vae_factor
     train_set = make_dataset(config, rig, size, config.train_data, limit=overfit, training=True)
-    check_set = make_dataset(config, rig, size, config.train_data if overfit else config.validation_data, training=False)
+    check_set = make_dataset(
+        config, rig, size, config.train_data if overfit else config.validation_data, training=False
+    )
     sampler = StepSampler(
         len(train_set), config.train_batch_size, seed=config.seed, start=step * config.gradient_accumulation_steps,
         rank=accelerator.process_index, world_size=accelerator.num_processes,

@@ -23,15 +23,17 @@ def parse_arguments() -> argparse.Namespace:
         "--model_name", default="checkpoints/demo/mvdiffusion", help="folder with tokenizer/ and text_encoder/"
     )
     parser.add_argument("--output_dir", default="mvdiffusion/data/mouse_prompt_embeds_6view")
-    parser.add_argument("--elevation", type=float, default=None, help="degrees; replaces the elevation of the rig's views")
+    parser.add_argument(
+        "--elevation", type=float, default=None, help="degrees; replaces the elevation of the rig's views"
+    )
     parser.add_argument("--angles", action="store_true", help="append elevation and azimuth as numbers to every prompt")
     return parser.parse_args()
 
 
 def main() -> None:
     arguments = parse_arguments()
-    from mvdiffusion.prompts import rig_at_elevation, write_prompt_embeds
     from multiview.rig import load_rig
+    from mvdiffusion.prompts import rig_at_elevation, write_prompt_embeds
 
     rig = rig_at_elevation(load_rig(arguments.rig), arguments.elevation)
     style = arguments.style or rig.prompt_style

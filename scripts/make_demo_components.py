@@ -17,7 +17,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--config", default="configs/demo_components.yaml", help="sizes and training options")
     parser.add_argument("--data", default=None, help="split list of samples (default: the config's)")
     parser.add_argument("--output_dir", default=None, help="components folder (default: the config's)")
-    parser.add_argument("--max_minutes", type=float, default=None, help="stop after so many minutes; no limit if not given")
+    parser.add_argument(
+        "--max_minutes", type=float, default=None, help="stop after so many minutes; no limit if not given"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config values, e.g. vae.steps=2000")
     return parser.parse_args()
 

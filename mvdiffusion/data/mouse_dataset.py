@@ -49,7 +49,7 @@ class MouseMVDiffusionDataset(Dataset):
             raise ValueError(f"reference_view_idx must be '0' or 'random', got {reference_view_idx!r}")
         if reference_view_idx == "random" and not rig.is_cyclic():
             raise ValueError(
-                f"reference_view_idx: random needs a rig that looks the same from every view (equal steps, azimuth_zero "
+                "reference_view_idx: random needs a rig that looks the same from every view (equal steps, azimuth_zero "
                 f"'reference'), rig {rig.name} does not; use reference_view_idx: 0"
             )
         self.backgrounds, self.reference_view_idx = tuple(backgrounds), reference_view_idx

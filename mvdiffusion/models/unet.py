@@ -140,7 +140,9 @@ def load_unet(
     folder = Path(folder)
     path = folder / "config.json"
     if not path.is_file():
-        raise ValueError(f"UNet folder {folder} holds no config.json; {_what_is_there(folder)}; train one: {TRAIN_COMMAND}")
+        raise ValueError(
+            f"UNet folder {folder} holds no config.json; {_what_is_there(folder)}; train one: {TRAIN_COMMAND}"
+        )
     stock, stored_views, stored_mode = to_stock_config(json.loads(path.read_text()), str(path))
     num_views, attention = num_views or stored_views, attention or stored_mode
     if num_views is None or attention is None:
@@ -150,7 +152,7 @@ def load_unet(
     if in_channels == latent_channels:
         if not widen_conv_in:
             raise ValueError(
-                f"UNet in {folder}: in_channels must be {2 * latent_channels} (noisy latents + conditioning image), got "
+                f"UNet in {folder}: in_channels must be {2 * latent_channels} (noisy latents + input picture), got "
                 f"{in_channels}; it is a 2D UNet, to be fine-tuned first: {TRAIN_COMMAND}"
             )
         state["conv_in.weight"] = _widened(state["conv_in.weight"])
@@ -177,13 +179,13 @@ def save_unet(
     folder.mkdir(parents=True, exist_ok=True)
     config = json.loads(unet.to_json_string())
     content = to_facelift_config(
-        {key: value for key, value in config.items() if key not in VIEW_KEYS}, unet.config.num_views, attention_mode(unet)
+        {key: value for key, value in config.items() if key not in VIEW_KEYS},
+        unet.config.num_views,
+        attention_mode(unet),
     )
     (folder / "config.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
     state = unet.state_dict() if state is None else state
-    tensors = {
-        name: (tensor.half() if half else tensor).detach().cpu().contiguous() for name, tensor in state.items()
-    }
+    tensors = {name: (tensor.half() if half else tensor).detach().cpu().contiguous() for name, tensor in state.items()}
     save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
     stamp_rig(folder, rig)
 

@@ -10,7 +10,13 @@ from torch import Tensor
 
 from multiview.image import resize_rgba
 from multiview.run import make_generator
-from mvdiffusion.conditioning import class_labels, clip_pixels_exact, condition_latents, decode_latents, image_embeddings
+from mvdiffusion.conditioning import (
+    class_labels,
+    clip_pixels_exact,
+    condition_latents,
+    decode_latents,
+    image_embeddings,
+)
 from mvdiffusion.prompts import PromptEmbeds, check_embeds_fit
 
 if TYPE_CHECKING:

@@ -1,0 +1,250 @@
+"""Stage 1's trainer: data order, losses, resume, checkpoints, refusals."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from mvdiffusion_tiny import SIZE, UNET, prepare, write_dataset
+
+from multiview.config import load_config
+from multiview.rig import RigMismatchError, load_rig
+from multiview.run import make_generator
+from multiview.sample import read_sample, read_split
+from mvdiffusion.checkpoints import components_folder_of, embeds_of
+from mvdiffusion.config import IGNORED_KEYS, MVDiffusionConfig
+from mvdiffusion.data.mouse_dataset import MouseMVDiffusionDataset, StepSampler, photometric_jitter
+from mvdiffusion.encoding import LatentCache, live_batches
+from mvdiffusion.losses import diffusion_loss, draw_timesteps, drop_masks, noise_and_target, snr_weights
+from mvdiffusion.models.unet import load_unet, unet_rig
+from mvdiffusion.prompts import load_prompt_embeds
+from mvdiffusion.training import train
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return prepare(tmp_path_factory.mktemp("tiny"))
+
+
+def config_for(tiny, output: Path, **changes) -> MVDiffusionConfig:
+    values = {
+        "pretrained_model_name_or_path": str(tiny["components"]), "prompt_embeds": str(tiny["embeds"]),
+        "train_data": str(tiny["data"]), "validation_data": str(tiny["data"].with_name("data_mouse_val.txt")),
+        "unet": dict(UNET), "output_dir": str(output), "max_train_steps": 4, "train_batch_size": 2,
+        "gradient_accumulation_steps": 2, "dataloader_num_workers": 0, "learning_rate": 1e-3, "lr_warmup_steps": 2,
+        "checkpointing_steps": 2, "validation_steps": 100, "validation_samples": 1, "validation_num_steps": 2,
+        "validation_guidance_scales": [1.0], "device": "cpu",
+    }  # fmt: skip
+    return MVDiffusionConfig(**{**values, **changes})
+
+
+def losses(output: Path) -> dict[int, float]:
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if line["split"] == "train"}
+
+
+# ---- data -----------------------------------------------------------------------------------------------------------
+
+
+def test_rotated_reference_rotates_the_targets(tiny):
+    """Mistake 6: with targets that stay, the model learns to copy its input."""
+    dataset = MouseMVDiffusionDataset(tiny["data"], load_rig("mouse6"), SIZE, reference_view_idx="random", seed=3)
+    stored = read_sample(read_split(tiny["data"])[0]).rgba
+    seen = set()
+    for epoch in range(12):
+        item = dataset[epoch, 0]
+        rotation = int(item["rotation"])
+        seen.add(rotation)
+        assert torch.equal(item["masks"], stored[:, 3:].roll(-rotation, 0))
+        assert torch.equal(item["reference"], item["targets"][0])
+    assert len(seen) > 3
+
+
+def test_fixed_rigs_cannot_rotate(tmp_path):
+    data = write_dataset(tmp_path, load_rig("facelift6"), count=2)
+    with pytest.raises(ValueError, match="facelift6 does not; use reference_view_idx: 0"):
+        MouseMVDiffusionDataset(data, load_rig("facelift6"), SIZE, reference_view_idx="random")
+    with pytest.raises(RigMismatchError, match="requested and dataset"):
+        MouseMVDiffusionDataset(data, load_rig("mouse6"), SIZE)
+
+
+def test_background_and_jitter_are_one_for_all_views(tiny):
+    dataset = MouseMVDiffusionDataset(
+        tiny["data"], load_rig("mouse6"), SIZE, backgrounds=("white", "black", "gray"), brightness=0.1, contrast=0.1
+    )
+    backgrounds = set()
+    for index in range(len(dataset)):
+        item = dataset[index]
+        value = float(item["background"][0, 0, 0])
+        backgrounds.add(value)
+        assert (item["targets"][:, :, 0, 0] == value).all()  # the corner is background, not brightened
+        again = dataset[index]
+        assert torch.equal(item["targets"], again["targets"])  # (seed, epoch, index) decides
+    assert len(backgrounds) > 1
+    grey = torch.cat([torch.full((3, 3, 4, 4), 0.5), torch.ones(3, 1, 4, 4)], 1)
+    jittered = photometric_jitter(grey, 0.1, 0.1, make_generator("jitter"))
+    assert jittered.unique().numel() == 1 and jittered[0, 0, 0, 0] != 0.5
+
+
+def test_sampler_visits_everything_and_resumes():
+    sampler = StepSampler(10, 3, seed=0)
+    keys = [key for number in range(10) for key in sampler.batch(number)]
+    for epoch in range(3):
+        assert sorted(index for e, index in keys if e == epoch) == list(range(10))
+    later = StepSampler(10, 3, seed=0, start=7)
+    assert next(iter(later)) == sampler.batch(7)
+    halves = [StepSampler(10, 3, seed=0, rank=rank, world_size=2).batch(1) for rank in (0, 1)]
+    assert halves[0] + halves[1] == StepSampler(10, 6, seed=0).batch(1)
+
+
+def test_cached_latents_are_the_live_ones(tiny):
+    from mvdiffusion.components import load_components
+
+    components = load_components(tiny["components"], with_unet=False)
+    dataset = MouseMVDiffusionDataset(tiny["data"], load_rig("mouse6"), SIZE, reference_view_idx="random")
+    sampler = StepSampler(len(dataset), 2, seed=0)
+    cpu = torch.device("cpu")
+    live = next(live_batches(components, dataset, sampler, 0, cpu))
+    cached = next(LatentCache(components, dataset, cpu).batches(sampler))
+    for name in ("mean", "std", "condition", "embedding", "mask"):
+        torch.testing.assert_close(getattr(live, name), getattr(cached, name), atol=2e-2, rtol=2e-3)
+
+
+# ---- losses ---------------------------------------------------------------------------------------------------------
+
+
+def test_snr_weights_follow_the_prediction_type():
+    alphas = torch.tensor([0.99, 0.5, 0.01])
+    steps, snr = torch.arange(3), torch.tensor([99.0, 1.0, 0.01 / 0.99])
+    epsilon = snr.clamp(max=5) / snr
+    torch.testing.assert_close(snr_weights(alphas, steps, 5.0, "epsilon", "prediction"), epsilon)
+    velocity = snr.clamp(max=5) / (snr + 1)
+    torch.testing.assert_close(snr_weights(alphas, steps, 5.0, "v_prediction", "prediction"), velocity)
+    torch.testing.assert_close(snr_weights(alphas, steps, 5.0, "v_prediction", "upstream"), epsilon)
+    assert (snr_weights(alphas, steps, None, "v_prediction", "prediction") == 1).all()
+
+
+def test_velocity_is_diffusers():
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    clean, noise, steps = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2), torch.tensor([0, 500, 999])
+    noisy, target = noise_and_target(clean, noise, scheduler.alphas_cumprod, steps, "v_prediction")
+    torch.testing.assert_close(noisy, scheduler.add_noise(clean, noise, steps))
+    torch.testing.assert_close(target, scheduler.get_velocity(clean, noise, steps))
+    with pytest.raises(ValueError, match="sample"):
+        noise_and_target(clean, noise, scheduler.alphas_cumprod, steps, "sample")
+
+
+def test_conditions_drop_alone_and_together():
+    labels, latents = drop_masks(torch.tensor([0.01, 0.07, 0.12, 0.5]), 0.05)
+    assert labels.tolist() == [True, True, False, False]
+    assert latents.tolist() == [False, True, True, False]
+
+
+def test_timesteps_lean_to_high_noise():
+    steps = draw_timesteps(4000, make_generator("t"), 0.5, [850, 999])
+    assert 0.5 < (steps >= 850).float().mean() < 0.65 and steps.min() < 50 and steps.max() <= 999
+
+
+def test_foreground_weight_keeps_the_scale_of_an_even_error():
+    target = torch.zeros(2, 4, 4, 4)
+    mask = torch.zeros(2, 1, 4, 4)
+    mask[..., 0] = 1
+    even = diffusion_loss(target + 1, target, torch.ones(2), 1 + 3 * mask)
+    torch.testing.assert_close(even, torch.tensor(1.0))
+
+
+# ---- the loop -------------------------------------------------------------------------------------------------------
+
+
+def test_killed_run_continues_with_the_same_losses(tiny, tmp_path):
+    output = tmp_path / "run"
+    values = train(config_for(tiny, output))
+    assert {"vae/foreground_psnr", "guidance_1/foreground_psnr", "guidance_1/unseen_mask_iou"} <= set(values)
+    whole = losses(output)
+    assert sorted(whole) == [1, 2, 3, 4]
+    # As after SIGKILL while checkpoint-4 was written: an unfinished folder, and a complete one before it.
+    (output / "checkpoint-4" / "optimizer.pt").write_bytes(b"cut")
+    (output / ".checkpoint-4.0123abcd.tmp").mkdir()
+    train(config_for(tiny, output))
+    assert losses(output) == whole
+    # Nothing left to do: answered with figures, not trained again.
+    assert train(config_for(tiny, output)).keys() == values.keys() and losses(output) == whole
+
+
+def test_checkpoint_holds_all_that_inference_needs(tiny, tmp_path):
+    output = tmp_path / "checkpoints" / "run"
+    export = tmp_path / "export"
+    changes = {"max_train_steps": 4, "checkpointing_steps": 1, "checkpoints_total_limit": 2, "export_dir": str(export)}
+    train(
+        config_for(
+            tiny, output, cache_latents=True, backgrounds=["white"], brightness_jitter=0, contrast_jitter=0, **changes
+        )
+    )
+    # Mistake 1: the path is joined once; mistake 16: the newest stay.
+    assert sorted(path.name for path in output.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
+    newest = output / "checkpoint-4"
+    assert unet_rig(newest / "unet").name == "mouse6" and unet_rig(newest / "unet_ema").name == "mouse6"
+    assert components_folder_of(newest / "unet_ema") == tiny["components"]
+    stored = load_prompt_embeds(embeds_of(newest / "unet"))
+    torch.testing.assert_close(stored.tensor, load_prompt_embeds(tiny["embeds"]).tensor)
+    own, average = (load_unet(newest / name).conv_in.weight for name in ("unet", "unet_ema"))
+    assert not torch.equal(own, average)
+    shipped = load_unet(export / "unet").conv_in.weight
+    assert (shipped - average).abs().max() < 1e-3 and load_prompt_embeds(export / "prompt_embeds").rig.name == "mouse6"
+
+
+def test_overfitting_lowers_the_loss(tiny, tmp_path):
+    config = config_for(
+        tiny, tmp_path / "run", overfit_steps=40, checkpointing_steps=40, gradient_accumulation_steps=1,
+        learning_rate=3e-3, condition_drop_rate=0.0, backgrounds=["white"],
+    )  # fmt: skip
+    values = train(config, overfit=1)
+    found = losses(tmp_path / "run_overfit1")
+    assert sum(found[k] for k in range(36, 41)) < 0.6 * sum(found[k] for k in range(1, 6))
+    assert values["vae/foreground_psnr"] > 0
+
+
+def test_resuming_under_another_rig_is_refused(tiny, tmp_path):
+    output = tmp_path / "run"
+    train(config_for(tiny, output, max_train_steps=1, checkpointing_steps=1))
+    other = prepare(tmp_path / "other", "uniform6")
+    with pytest.raises(RigMismatchError, match="requested and unet|requested and"):
+        train(config_for(other, output))
+    with pytest.raises(RigMismatchError, match="dataset and embeddings|embeddings"):
+        train(config_for({**tiny, "embeds": other["embeds"]}, tmp_path / "new"))
+
+
+def test_pretrained_unet_takes_the_rigs_number_of_views(tiny, tmp_path):
+    """One change of rig changes the number of views everywhere."""
+    train(config_for(tiny, tmp_path / "six", max_train_steps=1))
+    other = prepare(tmp_path / "other", "uniform4")
+    start = tmp_path / "six" / "checkpoint-1" / "unet"
+    train(config_for(other, tmp_path / "four", unet={}, pretrained_unet_path=str(start), max_train_steps=1))
+    unet = load_unet(tmp_path / "four" / "checkpoint-1" / "unet")
+    assert unet.config.num_views == 4 and unet_rig(tmp_path / "four" / "checkpoint-1" / "unet").name == "uniform4"
+
+
+@pytest.mark.parametrize("name", ["mouse_mvdiffusion", "mouse_mvdiffusion_6x_aug", "demo_mvdiffusion"])
+def test_shipped_configs_load(name):
+    config = load_config(MVDiffusionConfig, ROOT / "configs" / f"{name}.yaml", ignored=IGNORED_KEYS).validate()
+    expected = {"mouse_mvdiffusion": (30000, 5e-5, "0"), "mouse_mvdiffusion_6x_aug": (30000, 1e-5, "random")}
+    if name in expected:
+        found = config.max_train_steps, config.learning_rate, config.reference_view_idx
+        assert found == expected[name]
+        assert (config.train_batch_size, config.gradient_accumulation_steps, config.lr_warmup_steps) == (4, 4, 100)
+
+
+def test_missing_pretrained_components_are_one_sentence(tiny, tmp_path):
+    config = config_for(tiny, tmp_path / "run", pretrained_model_name_or_path="checkpoints/mvdiffusion/nothing")
+    with pytest.raises(
+        ValueError, match="checkpoints/mvdiffusion/nothing does not exist: put FaceLift's released folder"
+    ):
+        train(config)
+    shutil.rmtree(tmp_path / "run", ignore_errors=True)
+    with pytest.raises(ValueError, match="cache_latents"):
+        config_for(tiny, tmp_path, cache_latents=True).validate()

@@ -1,0 +1,111 @@
+"""Prompt embeddings: made by the script, regenerable bit for bit, carrying their rig."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from multiview.rig import RigMismatchError, available_rigs, load_rig
+from mvdiffusion.demo_components import (
+    MIN_PROMPT_DIFFERENCE,
+    TextConfig,
+    check_prompts_differ,
+    make_text_encoder,
+    make_tokenizer,
+)
+from mvdiffusion.prompts import encode_prompts, load_prompt_embeds, rig_at_elevation, write_prompt_embeds
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def text_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(folder / "tokenizer")
+    make_text_encoder(TextConfig(hidden_size=16, heads=2), tokenizer, 0).save_pretrained(folder / "text_encoder")
+    return folder
+
+
+def test_tokenizer_knows_the_prompts_and_any_other_text():
+    tokenizer = make_tokenizer()
+    for name in available_rigs():
+        for prompt in load_rig(name).prompts(angles=True):
+            assert tokenizer.unk_token_id not in tokenizer(prompt).input_ids[1:-1]
+    foreign = "Zebrafish, größer: 老鼠 <3"
+    assert tokenizer.unk_token_id not in tokenizer(foreign).input_ids[1:-1]
+    assert len(tokenizer(foreign, padding="max_length", max_length=77, truncation=True).input_ids) == 77
+
+
+def test_views_are_told_apart():
+    tokenizer = make_tokenizer()
+    found = check_prompts_differ(tokenizer, make_text_encoder(TextConfig(), tokenizer, 0))
+    assert min(found.values()) >= MIN_PROMPT_DIFFERENCE
+
+
+def test_embeddings_are_regenerated_bit_for_bit(tmp_path, text_folder):
+    rig = load_rig("mouse6")
+    for name in ("a", "b"):
+        write_prompt_embeds(tmp_path / name, text_folder, rig, "mouse", angles=False)
+    for file in ("clr_embeds.pt", "normal_embeds.pt", "metadata.json"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    metadata = json.loads((tmp_path / "a" / "metadata.json").read_text())
+    assert metadata["shape"] == [6, 77, 16] and metadata["dtype"] == "float16"
+    assert metadata["prompts"] == rig.prompts("mouse") and metadata["text_encoder"]["fingerprint"]
+    loaded = load_prompt_embeds(tmp_path / "a")
+    assert loaded.rig == rig and loaded.tensor.shape == (6, 77, 16)
+    assert not torch.equal(loaded.tensor, load_prompt_embeds(tmp_path / "a" / "normal_embeds.pt").tensor)
+
+
+def test_stated_rig_is_compared_with_the_stored_one(tmp_path, text_folder):
+    """Mistake 3: FaceLift's horizontal views where a rig 20 degrees above is meant."""
+    write_prompt_embeds(tmp_path, text_folder, load_rig("facelift6"), "facelift", angles=False)
+    with pytest.raises(RigMismatchError, match="facelift6") as refusal:
+        load_prompt_embeds(tmp_path, load_rig("mouse6"))
+    assert "mouse6" in str(refusal.value) and "generate_mouse_prompt_embeds.py --rig mouse6" in str(refusal.value)
+
+
+def test_facelifts_own_file_needs_its_rig_stated(tmp_path):
+    torch.save(torch.zeros(6, 77, 1024, dtype=torch.float16), tmp_path / "clr_embeds.pt")
+    with pytest.raises(ValueError, match="must be stated: --rig facelift6"):
+        load_prompt_embeds(tmp_path / "clr_embeds.pt")
+    assert load_prompt_embeds(tmp_path / "clr_embeds.pt", load_rig("facelift6")).width == 1024
+    with pytest.raises(RigMismatchError, match="6 views, rig uniform8 has 8"):
+        load_prompt_embeds(tmp_path / "clr_embeds.pt", load_rig("uniform8"))
+
+
+def test_missing_and_misshapen_files_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="do not exist; make them: python scripts/generate_mouse_prompt_embeds.py"):
+        load_prompt_embeds(tmp_path / "clr_embeds.pt")
+    torch.save(torch.zeros(6, 16), tmp_path / "clr_embeds.pt")
+    with pytest.raises(ValueError, match=r"\[num_views, 77, width\], got \[6, 16\]"):
+        load_prompt_embeds(tmp_path, load_rig("mouse6"))
+
+
+def test_elevation_changes_the_rig_and_its_name():
+    rig = load_rig("mouse6")
+    assert rig_at_elevation(rig, 20) is rig and rig_at_elevation(rig, None) is rig
+    lower = rig_at_elevation(rig, 5)
+    assert {view.elevation_deg for view in lower.views} == {5} and lower.name == "mouse6_elevation5"
+
+
+def test_script_writes_what_the_library_does(tmp_path, text_folder):
+    command = [
+        sys.executable, "scripts/generate_mouse_prompt_embeds.py", "--rig", "uniform4", "--style", "facelift",
+        "--angles", "--model_name", str(text_folder), "--output_dir", str(tmp_path / "script"),
+    ]  # fmt: skip
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    rig = load_rig("uniform4")
+    write_prompt_embeds(tmp_path / "library", text_folder, rig, "facelift", angles=True)
+    loaded = [load_prompt_embeds(tmp_path / name).tensor for name in ("script", "library")]
+    assert torch.equal(*loaded)
+
+
+def test_width_is_the_text_encoders(text_folder):
+    from mvdiffusion.components import load_text
+
+    tokenizer, encoder = load_text(text_folder)
+    assert encode_prompts(["a mouse"], tokenizer, encoder).shape == (1, 77, 16)
