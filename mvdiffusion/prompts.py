@@ -131,20 +131,27 @@ def load_prompt_embeds(path: Path | str, rig: ViewRig | None = None) -> PromptEm
     return PromptEmbeds(tensor.float().contiguous(), rig, str(path), metadata)
 
 
-def check_embeds_fit(embeds: PromptEmbeds, unet: UNet2DConditionModel, unet_folder: Path | str | None = None) -> None:
-    """Refuses embeddings whose width or number of views is not the UNet's, naming the command that mends it."""
-    width, views = unet.config.cross_attention_dim, unet.config.num_views
+def check_embeds_fit(embeds: PromptEmbeds, unet: UNet2DConditionModel | Path | str, source: Path | str = "") -> None:
+    """Refuses embeddings whose width or number of views is not the UNet's, naming the command that mends it.
+
+    unet: a loaded UNet, or its folder (only config.json is read: cheap, before any weights are loaded).
+    """
+    if isinstance(unet, Path | str):
+        config, source = json.loads((Path(unet) / "config.json").read_text()), unet
+    else:
+        config = unet.config
+    width, views, name = config["cross_attention_dim"], config.get("num_views"), f"UNet {source}".strip()
     if embeds.width != width:
         folder = "checkpoints/mvdiffusion/pipeckpts" if width == 1024 else "<components folder of this UNet>"
         raise ValueError(
-            f"prompt embeddings {embeds.source} are {embeds.width} wide, the UNet {unet_folder or ''} expects {width}: "
-            "they come from another text encoder. Make them with the UNet's own: python "
-            f"scripts/generate_mouse_prompt_embeds.py --rig {embeds.rig.name} --model_name {folder} --output_dir DIR"
+            f"prompt embeddings {embeds.source} are {embeds.width} wide, the {name} expects {width}: they come from "
+            "another text encoder. Make them with the UNet's own: python scripts/generate_mouse_prompt_embeds.py "
+            f"--rig {embeds.rig.name} --model_name {folder} --output_dir <folder>"
         )
-    if embeds.rig.num_views != views:
+    if views is not None and embeds.rig.num_views != views:
         raise RigMismatchError(
             f"prompt embeddings {embeds.source} describe {embeds.rig.num_views} views (rig {embeds.rig.name}), the "
-            f"UNet {unet_folder or ''} was trained with {views}; use embeddings of its rig: python "
+            f"{name} was trained with {views}; use embeddings of its rig: python "
             "scripts/generate_mouse_prompt_embeds.py --rig <its rig> --output_dir <folder>"
         )
 

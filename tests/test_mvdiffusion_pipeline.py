@@ -119,6 +119,8 @@ def test_embeddings_of_another_number_of_views_are_refused(tiny):
     four = replace(tiny["prompts"], tensor=torch.zeros(4, 77, 16), rig=load_rig("uniform4"))
     with pytest.raises(RigMismatchError, match="4 views.*trained with 6"):
         check_embeds_fit(four, tiny["loaded"].unet)
+    with pytest.raises(RigMismatchError, match="4 views.*trained with 6"):
+        check_embeds_fit(four, tiny["components"] / "unet")
 
 
 def test_missing_components_are_named(tmp_path, tiny):
