@@ -52,7 +52,7 @@ def train(config: MVDiffusionConfig, overfit: int | None = None) -> dict[str, fl
     check_embeds_fit(embeds, unet)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    ema = Ema(unet, config.ema_decay, device) if config.use_ema else None
+    ema = Ema(unet, config.ema_decay, device) if config.use_ema and accelerator.is_main_process else None
     optimizer = torch.optim.AdamW(
         unet.parameters(), lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2),
         weight_decay=config.adam_weight_decay, eps=config.adam_epsilon,
@@ -144,7 +144,8 @@ def train(config: MVDiffusionConfig, overfit: int | None = None) -> dict[str, fl
             save()
         if step % config.validation_steps == 0 or is_last:
             values = validate()
-    values = values or validate()  # a finished run that is started again answers with its figures
+    if step == first:  # a finished run that is started again answers with its figures
+        values = validate()
     if config.export_dir and accelerator.is_main_process:
         export(unet, ema, embeds, config.export_dir)
     run.close()
