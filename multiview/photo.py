@@ -10,9 +10,9 @@ from torch import Tensor
 
 # How the body (tail taken off) stands in the training pictures: share of the picture's area, and how far the centre of
 # mass strays from the picture's centre. Measured on the synthetic mice (docs/data_format.md, "framing").
-BODY_AREA = 0.125
-BODY_AREA_RANGE = (0.05, 0.30)
-CENTRE_OFFSET_LIMIT = 0.12  # of the picture's width
+BODY_AREA = 0.08
+BODY_AREA_RANGE = (0.05, 0.14)
+CENTRE_OFFSET_LIMIT = 0.06  # of the picture's width
 MARGIN = 0.02  # free border kept around the whole mask, of the picture's width
 
 
