@@ -56,7 +56,7 @@ class VaeConfig:
     layers_per_block: int = 1
     latent_channels: int = 8
     norm_groups: int = 8
-    steps: int = 8000
+    steps: int = 2000
     batch: int = 16  # pictures (full) or, four times as many, crops
     lr: float = 1e-3
     warmup_steps: int = 100
@@ -64,7 +64,7 @@ class VaeConfig:
     crop_size: int = 64  # pixels
     foreground_weight: float = 5.0
     gradient_weight: float = 1.0  # of the L1 between picture gradients
-    kl_weight: float = 1e-5  # of the KL per latent value
+    kl_weight: float = 3e-4  # of the KL per latent value: noise the decoder learns to bear, as it will meet Stage 1's
     bf16: bool = True
 
 

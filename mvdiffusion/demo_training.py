@@ -49,6 +49,8 @@ def make_demo_components(config: DemoComponentsConfig, max_minutes: float | None
     """
     output, work = Path(config.output_dir), Path(config.output_dir + "_training")
     output.mkdir(parents=True, exist_ok=True)
+    work.mkdir(exist_ok=True)
+    (work / ".gitignore").write_text("*\n")  # training state, never to be committed with the weights beside it
     clock = Clock(max_minutes, config.save_minutes)
     write_small_parts(output, config)
     rgba = load_pictures(config)
@@ -196,12 +198,34 @@ def _write_vae(vae, average: dict[str, Tensor], config: DemoComponentsConfig, he
     finished = create_vae(config.vae, config.image_size, config.seed)
     finished.load_state_dict(average)
     finished.eval()
+    standardise_latents(finished, held_out)
     figures = measure_vae(finished, held_out)
-    finished.register_to_config(scaling_factor=1.0 / figures["latent_std"])
+    finished.register_to_config(scaling_factor=1.0)
     with atomic_folder(output / "vae") as temporary:
         finished.half().save_pretrained(temporary)
     log.info("autoencoder on held-out animals: %s", {name: round(value, 3) for name, value in figures.items()})
     return figures
+
+
+@torch.no_grad()
+def standardise_latents(vae, rgba: Tensor) -> None:
+    """Gives every latent channel mean 0 and deviation 1 on pictures [n, v, 4, h, w] on white, without changing what
+    the autoencoder does: the map is folded into the 1x1 convolutions on both sides of the latents.
+
+    One scaling factor cannot: channels whose mean is far from 0 (a constant background sees to that) would drown the
+    rest, and noise would hide the animal long before diffusion expects it.
+    """
+    pictures = composite(rgba.flatten(0, 1).float() / 255, 1.0)
+    latents = torch.cat([vae.encode(batch * 2 - 1).latent_dist.mode() for batch in pictures.split(16)])
+    mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+    inwards, outwards, channels = vae.quant_conv, vae.post_quant_conv, len(mean)
+    # quant_conv gives means, then log variances: z' = (z - mean) / std.
+    inwards.weight[:channels] /= std.view(-1, 1, 1, 1)
+    inwards.bias[:channels] = (inwards.bias[:channels] - mean) / std
+    inwards.bias[channels:] -= 2 * std.log()
+    # post_quant_conv takes z = z' std + mean.
+    outwards.bias += outwards.weight[:, :, 0, 0] @ mean
+    outwards.weight *= std.view(1, -1, 1, 1)
 
 
 @torch.no_grad()
@@ -256,7 +280,6 @@ def train_vision(
         if (step + 1) % 100 == 0:
             log.info("vision encoder step %d: loss %.3f (chance %.3f)", step + 1, loss.item(), math.log(len(rows)))
     _write_vision(model.eval(), config, train, held_out, output)
-    work.mkdir(parents=True, exist_ok=True)
     (work / "vision_done").write_text("")
     return True
 

@@ -9,6 +9,7 @@ import torch
 from mvdiffusion_tiny import SIZE, UNET, prepare, write_dataset
 
 from multiview.config import load_config
+from multiview.image import composite
 from multiview.rig import RigMismatchError, load_rig
 from multiview.run import make_generator
 from multiview.sample import read_sample, read_split
@@ -111,6 +112,27 @@ def test_cached_latents_are_the_live_ones(tiny):
     cached = next(LatentCache(components, dataset, cpu).batches(sampler))
     for name in ("mean", "std", "condition", "embedding", "mask"):
         torch.testing.assert_close(getattr(live, name), getattr(cached, name), atol=2e-2, rtol=2e-3)
+
+
+def test_standardised_latents_change_nothing_else():
+    from mvdiffusion.demo_components import VaeConfig
+    from mvdiffusion.demo_training import create_vae, standardise_latents
+
+    config = VaeConfig(block_out_channels=[8, 16], latent_channels=3, norm_groups=4)
+    before, after = (create_vae(config, SIZE, 0).eval() for _ in range(2))
+    generator = torch.Generator().manual_seed(0)
+    rgba = torch.randint(0, 256, (3, 2, 4, SIZE, SIZE), generator=generator, dtype=torch.uint8)
+    standardise_latents(after, rgba)
+    picture = torch.rand(2, 3, SIZE, SIZE, generator=generator) * 2 - 1
+    with torch.no_grad():
+        old, new = before.encode(picture).latent_dist, after.encode(picture).latent_dist
+        torch.testing.assert_close(before.decode(old.mean).sample, after.decode(new.mean).sample, atol=1e-4, rtol=1e-4)
+        pictures = composite(rgba.flatten(0, 1).float() / 255, 1.0) * 2 - 1
+        latents = after.encode(pictures).latent_dist.mean
+        spread = before.encode(pictures).latent_dist.mean.std((0, 2, 3)).view(1, -1, 1, 1)
+    torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(3), atol=1e-3, rtol=0)
+    torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(3), atol=1e-3, rtol=0)
+    torch.testing.assert_close(new.std * spread, old.std, atol=1e-4, rtol=1e-3)
 
 
 # ---- losses ---------------------------------------------------------------------------------------------------------
