@@ -1,7 +1,7 @@
 """numba kernels of the CPU rasterizer, per picture: depth order, tiles, compositing and its gradients. float32.
 
-Compositing is branch-free over 8 pixels at a time, so that LLVM turns it into vector instructions. No fast-math: the
-backward pass replays the forward pass and must take the same decisions.
+Compositing is branch-free over the 16 pixels of a tile's row, so that LLVM turns it into vector instructions. No
+fast-math: the backward pass replays the forward pass and must take the same decisions.
 
 The kernels release the GIL and use no numba threading: cpu.py deals the tiles to threads of its own. Results do not
 depend on the number of threads: a tile is the work of one thread, and writes its gradients to slots of its own.
@@ -35,7 +35,6 @@ MIN_ALPHA = np.float32(1.0 / 255.0)
 MAX_ALPHA = np.float32(0.999)
 MIN_TRANSMITTANCE = np.float32(1e-4)  # compositing stops before the splat that would bring a pixel to or below this
 HALF, ONE, ZERO = np.float32(0.5), np.float32(1.0), np.float32(0.0)
-LANES = 8
 PLANE_T = 4  # transmittance's plane in a picture [5, h, w]; the others are red, green, blue, depth
 
 # Cephes' expf: exp(r) for |r| <= ln(2) / 2.
@@ -115,6 +114,16 @@ def bin_tiles(order, tiles, tiles_x, tiles_y):
 
 
 # ---- compositing ----------------------------------------------------------------------------------------------------
+# A tile is worked on in one flat array `acc` of planes of 16 x 16 pixels (one array, because LLVM must know that they
+# do not overlap). Plane LIVE holds the transmittance while a pixel is open, 0 once it is closed or where it lies
+# outside the picture: such a pixel takes nothing more.
+
+PLANE = TILE_PX * TILE_PX
+P1, P2, P3, P4, P5 = (np.uint32(i * PLANE) for i in range(1, 6))
+LIVE = 5 * PLANE
+ROW_MASK = np.uint32(PLANE - TILE_PX)
+L0 = np.uint32(6 * PLANE)  # backward: ten sums, 16 lanes each, behind the planes
+L1, L2, L3, L4, L5, L6, L7, L8, L9 = (np.uint32(6 * PLANE + i * TILE_PX) for i in range(1, 10))
 
 
 @njit(cache=True, nogil=True, inline="always")
@@ -127,7 +136,7 @@ def _exp_minus(s):
     return (p * r * r + r + ONE) * np.int32((n + np.int32(127)) << np.int32(23)).view(np.float32)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(cache=True, nogil=True)
 def _touched(centre, reach, origin, size):
     """First and last (exclusive) pixel of a tile at `origin`, relative to it, whose centres lie within the reach."""
     first = max(math.ceil(centre - reach - 0.5 - origin), 0.0)
@@ -135,12 +144,26 @@ def _touched(centre, reach, origin, size):
     return (int(first), int(last)) if last > first else (0, 0)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
-def _open_pixels(live):
-    count = 0
-    for p in range(TILE_PX * TILE_PX):
-        count += live[p] > ZERO
-    return count
+@njit(cache=True, nogil=True)
+def _touched_rows(splats, g, top, left, rows, columns):
+    first_row, last_row = _touched(splats[g, V], splats[g, REACH_Y], top, rows)
+    first_column, last_column = _touched(splats[g, U], splats[g, REACH_X], left, columns)
+    return (first_row, last_row) if last_column > first_column else (0, 0)
+
+
+@njit(cache=True, nogil=True)
+def _all_closed(acc):
+    highest = ZERO
+    for p in range(LIVE, LIVE + PLANE):
+        highest = max(highest, acc[p])
+    return highest == ZERO
+
+
+@njit(cache=True, nogil=True)
+def _tile_box(tile, height, width):
+    tiles_x = (width + TILE_PX - 1) // TILE_PX
+    top, left = tile // tiles_x * TILE_PX, tile % tiles_x * TILE_PX
+    return top, left, min(height - top, TILE_PX), min(width - left, TILE_PX)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -149,55 +172,60 @@ def composite(splats, tile_starts, pair_splat, tile_order, worker, workers, pict
 
     picture [5, h, w] receives red, green, blue, accumulated depth, transmittance.
     """
-    height, width = picture.shape[1], picture.shape[2]
-    tiles_x = (width + TILE_PX - 1) // TILE_PX
-    size = np.uint32(TILE_PX * TILE_PX)
-    # The five planes of the tile, and `live`: the transmittance while a pixel is open, 0 once it is closed, so that a
-    # closed pixel takes nothing more. One array, because LLVM need not fear aliases within it.
-    acc = np.empty(6 * TILE_PX * TILE_PX, np.float32)
+    acc = np.empty(6 * PLANE, np.float32)
     for turn in range(worker, tile_order.shape[0], workers):
         tile = tile_order[turn]
-        top, left = tile // tiles_x * TILE_PX, tile % tiles_x * TILE_PX
-        rows, columns = min(height - top, TILE_PX), min(width - left, TILE_PX)
+        top, left, rows, columns = _tile_box(tile, picture.shape[1], picture.shape[2])
         acc[:] = ZERO
-        acc[PLANE_T * TILE_PX * TILE_PX : 5 * TILE_PX * TILE_PX] = ONE
+        acc[PLANE_T * PLANE : LIVE] = ONE
         for i in range(rows):
-            acc[(5 * TILE_PX + i) * TILE_PX : (5 * TILE_PX + i) * TILE_PX + columns] = ONE
+            acc[LIVE + i * TILE_PX : LIVE + i * TILE_PX + columns] = ONE
         for pair in range(tile_starts[tile], tile_starts[tile + 1]):
-            if (pair - tile_starts[tile]) % 32 == 31 and _open_pixels(acc[5 * TILE_PX * TILE_PX :]) == 0:
+            if (pair - tile_starts[tile]) % 32 == 31 and _all_closed(acc):
                 break
-            splat = splats[pair_splat[pair]]
-            u, v, opacity = splat[U], splat[V], splat[OPACITY]
-            a, b, c = splat[CONIC_A], splat[CONIC_B], splat[CONIC_C]
-            red, green, blue, depth = splat[RED], splat[GREEN], splat[BLUE], splat[DEPTH]
-            first_row, last_row = _touched(v, splat[REACH_Y], top, rows)
-            first_column, last_column = _touched(u, splat[REACH_X], left, columns)
-            for block in range(first_column // LANES, (last_column + LANES - 1) // LANES):
-                x0 = np.float32(left + block * LANES)
-                for i in range(first_row, last_row):
-                    dy = v - (np.float32(top + i) + HALF)
-                    base = np.uint32(i * TILE_PX + block * LANES) & np.uint32(248)
-                    for lane in range(LANES):
-                        p = base + np.uint32(lane)
-                        dx = u - (x0 + np.float32(np.int32(lane)) + HALF)
-                        sigma = HALF * (a * dx * dx + c * dy * dy) + b * dx * dy
-                        alpha = min(MAX_ALPHA, opacity * _exp_minus(min(max(sigma, ZERO), MAX_EXPONENT)))
-                        before = acc[p + np.uint32(5) * size]
-                        after = before * (ONE - alpha)
-                        hit = (sigma >= ZERO) & (alpha >= MIN_ALPHA)
-                        taken = hit & (after > MIN_TRANSMITTANCE)
-                        weight = alpha * before if taken else ZERO
-                        acc[p] += weight * red
-                        acc[p + size] += weight * green
-                        acc[p + np.uint32(2) * size] += weight * blue
-                        acc[p + np.uint32(3) * size] += weight * depth
-                        q = p + np.uint32(4) * size
-                        acc[q] = after if taken else acc[q]
-                        acc[p + np.uint32(5) * size] = after if taken else (ZERO if hit else before)
+            g = pair_splat[pair]
+            first_row, last_row = _touched_rows(splats, g, top, left, rows, columns)
+            u, v, opacity = splats[g, U] - np.float32(left), splats[g, V], splats[g, OPACITY]
+            a, b, c = splats[g, CONIC_A], splats[g, CONIC_B], splats[g, CONIC_C]
+            red, green, blue, depth = splats[g, RED], splats[g, GREEN], splats[g, BLUE], splats[g, DEPTH]
+            for i in range(first_row, last_row):
+                dy = v - (np.float32(top + i) + HALF)
+                row = np.uint32(i * TILE_PX) & ROW_MASK
+                for lane in range(TILE_PX):
+                    p = row + np.uint32(lane)
+                    dx = u - (np.float32(np.int32(lane)) + HALF)
+                    sigma = HALF * (a * dx * dx + c * dy * dy) + b * dx * dy
+                    alpha = min(MAX_ALPHA, opacity * _exp_minus(min(max(sigma, ZERO), MAX_EXPONENT)))
+                    before = acc[p + P5]
+                    after = before * (ONE - alpha)
+                    hit = (sigma >= ZERO) & (alpha >= MIN_ALPHA)
+                    taken = hit & (after > MIN_TRANSMITTANCE)
+                    weight = alpha * before if taken else ZERO
+                    acc[p] += weight * red
+                    acc[p + P1] += weight * green
+                    acc[p + P2] += weight * blue
+                    acc[p + P3] += weight * depth
+                    acc[p + P4] = after if taken else acc[p + P4]
+                    acc[p + P5] = after if taken else (ZERO if hit else before)
         for plane in range(5):
             for i in range(rows):
                 for j in range(columns):
-                    picture[plane, top + i, left + j] = acc[(plane * TILE_PX + i) * TILE_PX + j]
+                    picture[plane, top + i, left + j] = acc[plane * PLANE + i * TILE_PX + j]
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _start_backward(acc, picture, grad_picture, top, left, rows, columns):
+    """Planes of a tile: gradients of red, green, blue, depth; R (see composite_backward); LIVE."""
+    acc[:] = ZERO
+    for i in range(rows):
+        for j in range(columns):
+            p, y, x = i * TILE_PX + j, top + i, left + j
+            acc[LIVE + p] = ONE
+            total = np.float64(grad_picture[PLANE_T, y, x]) * picture[PLANE_T, y, x]
+            for plane in range(4):
+                acc[plane * PLANE + p] = grad_picture[plane, y, x]
+                total += np.float64(grad_picture[plane, y, x]) * picture[plane, y, x]
+            acc[PLANE_T * PLANE + p] = total
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -209,92 +237,73 @@ def composite_backward(
     With T the transmittance before a splat, q = (colour, depth) . gradient, and R what lies behind the splat of
     sum(weight q) + T_final gradient_T:  d loss / d alpha = T q - R / (1 - alpha).
     """
-    height, width = picture.shape[1], picture.shape[2]
-    tiles_x = (width + TILE_PX - 1) // TILE_PX
-    size = np.uint32(TILE_PX * TILE_PX)
-    # Planes of the tile: gradients of red, green, blue, depth; R; live (see composite). Then the lanes' sums.
-    acc = np.empty(6 * TILE_PX * TILE_PX + NUM_GRADS * LANES, np.float32)
-    # `& 248` below changes nothing: it tells LLVM that pixels and lanes cannot overlap, without which it does not
-    # vectorise (4 times slower).
-    lanes = acc[6 * TILE_PX * TILE_PX :]
-    live = acc[5 * TILE_PX * TILE_PX : 6 * TILE_PX * TILE_PX]
-    end = np.uint32(6) * size
+    acc = np.empty(6 * PLANE + NUM_GRADS * TILE_PX, np.float32)
     for turn in range(worker, tile_order.shape[0], workers):
         tile = tile_order[turn]
-        top, left = tile // tiles_x * TILE_PX, tile % tiles_x * TILE_PX
-        rows, columns = min(height - top, TILE_PX), min(width - left, TILE_PX)
-        acc[:] = ZERO
-        for i in range(rows):
-            for j in range(columns):
-                p = i * TILE_PX + j
-                live[p] = ONE
-                total = np.float64(grad_picture[PLANE_T, top + i, left + j]) * picture[PLANE_T, top + i, left + j]
-                for plane in range(4):
-                    value = grad_picture[plane, top + i, left + j]
-                    acc[plane * TILE_PX * TILE_PX + p] = value
-                    total += np.float64(value) * picture[plane, top + i, left + j]
-                acc[4 * TILE_PX * TILE_PX + p] = total
-        num_open = 1
+        top, left, rows, columns = _tile_box(tile, picture.shape[1], picture.shape[2])
+        _start_backward(acc, picture, grad_picture, top, left, rows, columns)
+        closed = False
         for pair in range(tile_starts[tile], tile_starts[tile + 1]):
-            if (pair - tile_starts[tile]) % 32 == 31 and num_open > 0:
-                num_open = _open_pixels(live)
-            lanes[:] = ZERO
-            splat = splats[pair_splat[pair]]
-            u, v, opacity = splat[U], splat[V], splat[OPACITY]
-            a, b, c = splat[CONIC_A], splat[CONIC_B], splat[CONIC_C]
-            red, green, blue, depth = splat[RED], splat[GREEN], splat[BLUE], splat[DEPTH]
-            first_row, last_row = _touched(v, splat[REACH_Y], top, rows)
-            first_column, last_column = _touched(u, splat[REACH_X], left, columns)
-            if num_open == 0:
-                last_row = first_row
-            for block in range(first_column // LANES, (last_column + LANES - 1) // LANES):
-                x0 = np.float32(left + block * LANES)
-                for i in range(first_row, last_row):
-                    dy = v - (np.float32(top + i) + HALF)
-                    base = np.uint32(i * TILE_PX + block * LANES) & np.uint32(248)
-                    for lane in range(LANES):
-                        k = np.uint32(lane)
-                        p = base + k
-                        dx = u - (x0 + np.float32(np.int32(lane)) + HALF)
-                        sigma = HALF * (a * dx * dx + c * dy * dy) + b * dx * dy
-                        full = opacity * _exp_minus(min(max(sigma, ZERO), MAX_EXPONENT))
-                        alpha = min(MAX_ALPHA, full)
-                        before = acc[p + np.uint32(5) * size]
-                        after = before * (ONE - alpha)
-                        hit = (sigma >= ZERO) & (alpha >= MIN_ALPHA)
-                        taken = hit & (after > MIN_TRANSMITTANCE)
-                        weight = alpha * before if taken else ZERO
-                        d_red, d_green = acc[p], acc[p + size]
-                        d_blue, d_depth = acc[p + np.uint32(2) * size], acc[p + np.uint32(3) * size]
-                        value = red * d_red + green * d_green + blue * d_blue + depth * d_depth
-                        rest = acc[p + np.uint32(4) * size] - weight * value
-                        acc[p + np.uint32(4) * size] = rest
-                        acc[p + np.uint32(5) * size] = after if taken else (ZERO if hit else before)
-                        d_alpha = before * value - rest / (ONE - alpha)
-                        d_sigma = -full * d_alpha if taken & (full <= MAX_ALPHA) else ZERO
-                        acc[end + k] += d_sigma * dx
-                        acc[end + np.uint32(8) + k] += d_sigma * dy
-                        acc[end + np.uint32(16) + k] += d_sigma * dx * dx
-                        acc[end + np.uint32(24) + k] += d_sigma * dx * dy
-                        acc[end + np.uint32(32) + k] += d_sigma * dy * dy
-                        acc[end + np.uint32(40) + k] += d_sigma
-                        acc[end + np.uint32(48) + k] += weight * d_red
-                        acc[end + np.uint32(56) + k] += weight * d_green
-                        acc[end + np.uint32(64) + k] += weight * d_blue
-                        acc[end + np.uint32(72) + k] += weight * d_depth
-            _sum_lanes(lanes, splat, slot_grads[pair_slot[pair]])
+            closed = closed or ((pair - tile_starts[tile]) % 32 == 31 and _all_closed(acc))
+            g = pair_splat[pair]
+            first_row, last_row = _touched_rows(splats, g, top, left, rows, columns)
+            if closed or last_row == first_row:
+                for column in range(NUM_GRADS):
+                    slot_grads[pair_slot[pair], column] = ZERO
+                continue
+            u, v, opacity = splats[g, U] - np.float32(left), splats[g, V], splats[g, OPACITY]
+            a, b, c = splats[g, CONIC_A], splats[g, CONIC_B], splats[g, CONIC_C]
+            red, green, blue, depth = splats[g, RED], splats[g, GREEN], splats[g, BLUE], splats[g, DEPTH]
+            for k in range(6 * PLANE, 6 * PLANE + NUM_GRADS * TILE_PX):
+                acc[k] = ZERO
+            for i in range(first_row, last_row):
+                dy = v - (np.float32(top + i) + HALF)
+                # The mask changes nothing but tells LLVM that the planes end before the sums, without which it does
+                # not vectorise (4 times slower).
+                row = np.uint32(i * TILE_PX) & ROW_MASK
+                for lane in range(TILE_PX):
+                    k = np.uint32(lane)
+                    p = row + k
+                    dx = u - (np.float32(np.int32(lane)) + HALF)
+                    sigma = HALF * (a * dx * dx + c * dy * dy) + b * dx * dy
+                    full = opacity * _exp_minus(min(max(sigma, ZERO), MAX_EXPONENT))
+                    alpha = min(MAX_ALPHA, full)
+                    before = acc[p + P5]
+                    after = before * (ONE - alpha)
+                    hit = (sigma >= ZERO) & (alpha >= MIN_ALPHA)
+                    taken = hit & (after > MIN_TRANSMITTANCE)
+                    weight = alpha * before if taken else ZERO
+                    d_red, d_green, d_blue, d_depth = acc[p], acc[p + P1], acc[p + P2], acc[p + P3]
+                    value = red * d_red + green * d_green + blue * d_blue + depth * d_depth
+                    rest = acc[p + P4] - weight * value
+                    acc[p + P4] = rest
+                    acc[p + P5] = after if taken else (ZERO if hit else before)
+                    d_alpha = before * value - rest / (ONE - alpha)
+                    d_sigma = -full * d_alpha if taken & (full <= MAX_ALPHA) else ZERO
+                    acc[k + L0] += d_sigma * dx
+                    acc[k + L1] += d_sigma * dy
+                    acc[k + L2] += d_sigma * dx * dx
+                    acc[k + L3] += d_sigma * dx * dy
+                    acc[k + L4] += d_sigma * dy * dy
+                    acc[k + L5] += d_sigma
+                    acc[k + L6] += weight * d_red
+                    acc[k + L7] += weight * d_green
+                    acc[k + L8] += weight * d_blue
+                    acc[k + L9] += weight * d_depth
+            _sum_lanes(acc, a, b, c, opacity, slot_grads, pair_slot[pair])
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
-def _sum_lanes(lanes, splat, out):
-    """Gradients of one splat in one tile from the moments of d_sigma and the weighted colours, 8 lanes each."""
+@njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc"})
+def _sum_lanes(acc, a, b, c, opacity, slot_grads, slot):
+    """Gradients of one splat in one tile from the lanes' moments of d_sigma and weighted colours."""
     for column in range(NUM_GRADS):
         total = ZERO
-        for k in range(LANES):
-            total += lanes[column * LANES + k]
-        out[column] = total
-    moment_x, moment_y = out[U], out[V]
-    out[U] = splat[CONIC_A] * moment_x + splat[CONIC_B] * moment_y
-    out[V] = splat[CONIC_B] * moment_x + splat[CONIC_C] * moment_y
-    out[CONIC_A], out[CONIC_C] = HALF * out[CONIC_A], HALF * out[CONIC_C]
-    out[OPACITY] = -out[OPACITY] / splat[OPACITY]
+        for k in range(TILE_PX):
+            total += acc[6 * PLANE + column * TILE_PX + k]
+        slot_grads[slot, column] = total
+    moment_x, moment_y = slot_grads[slot, U], slot_grads[slot, V]
+    slot_grads[slot, U] = a * moment_x + b * moment_y
+    slot_grads[slot, V] = b * moment_x + c * moment_y
+    slot_grads[slot, CONIC_A] *= HALF
+    slot_grads[slot, CONIC_C] *= HALF
+    slot_grads[slot, OPACITY] /= -opacity
