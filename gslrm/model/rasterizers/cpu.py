@@ -89,12 +89,13 @@ class _Rasterize(torch.autograd.Function):
             return _draw_backward(inputs, ctx.kept[index], planes[index], grad_planes[index], parts)
 
         # Views are summed in order, whoever finishes first.
-        grads = torch.zeros(num_scenes, n, 11)
-        grad_color = torch.zeros(num_scenes, color_views, n, 3)
+        grads = torch.zeros(num_scenes, n, 14)
+        grad_color = torch.zeros(num_scenes, color_views, n, 3) if color_views > 1 else grads[:, None, :, 11:]
         for index, own in enumerate(_for_pictures(draw_backward, len(planes), parts)):
             b, v = divmod(index, views)
-            grads[b] += own[:, :11]
-            grad_color[b, v if color_views > 1 else 0] += own[:, 11:]
+            grads[b] += own
+            if color_views > 1:
+                grad_color[b, v] = own[:, 11:]
         return grads[..., :3], grads[..., 3:7], grads[..., 7:10], grads[..., 10], grad_color, None, None, None, None
 
 

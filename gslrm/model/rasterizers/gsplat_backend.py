@@ -39,23 +39,26 @@ def rasterize(gaussians: Gaussians, cameras: Cameras, background: Tensor) -> tup
             raise ValueError(f"the gsplat backend needs {name} on a CUDA device, got {tensor.device}")
     if gaussians.num_gaussians == 0:
         return _nothing(cameras, background)
-    rasterization = _load_gsplat()
     with torch.autocast("cuda", enabled=False):
-        gaussians = gaussians.float()
-        colors = evaluate_colors(gaussians.xyz, gaussians.features, cameras.origins.float())
-        pictures, alpha, _ = rasterization(
-            means=gaussians.get_xyz,
-            quats=gaussians.get_rotation,
-            scales=gaussians.get_scaling,
-            opacities=gaussians.get_opacity[..., 0],
-            colors=colors[:, 0] if colors.shape[1] == 1 else colors,  # [b, n, 3] or [b, v, n, 3]
-            viewmats=cameras.w2c.float(),
-            Ks=cameras.intrinsic_matrix().float(),
-            width=cameras.width,
-            height=cameras.height,
-            backgrounds=background.float(),
-            **SETTINGS,
-        )
+        return _call(_load_gsplat(), gaussians.float(), cameras, background.float())
+
+
+def _call(rasterization, gaussians: Gaussians, cameras: Cameras, background: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Our arguments to gsplat's `rasterization`, its results to ours."""
+    colors = evaluate_colors(gaussians.xyz, gaussians.features, cameras.origins.float())
+    pictures, alpha, _ = rasterization(
+        means=gaussians.get_xyz,
+        quats=gaussians.get_rotation,
+        scales=gaussians.get_scaling,
+        opacities=gaussians.get_opacity[..., 0],
+        colors=colors[:, 0] if colors.shape[1] == 1 else colors,  # [b, n, 3] or [b, v, n, 3]
+        viewmats=cameras.w2c.float(),
+        Ks=cameras.intrinsic_matrix().float(),
+        width=cameras.width,
+        height=cameras.height,
+        backgrounds=background,
+        **SETTINGS,
+    )
     pictures, alpha = pictures.movedim(-1, 2), alpha.movedim(-1, 2)  # [b, v, h, w, c] -> [b, v, c, h, w]
     return pictures[:, :, :3].contiguous(), alpha.contiguous(), pictures[:, :, 3:].contiguous()
 
