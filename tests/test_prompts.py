@@ -109,3 +109,17 @@ def test_width_is_the_text_encoders(text_folder):
 
     tokenizer, encoder = load_text(text_folder)
     assert encode_prompts(["a mouse"], tokenizer, encoder).shape == (1, 77, 16)
+
+
+def test_tracked_embeddings_are_the_demo_text_encoders(tmp_path):
+    """What ships is what the script makes without arguments."""
+    tracked = ROOT / "mvdiffusion" / "data" / "mouse_prompt_embeds_6view"
+    demo = ROOT / "checkpoints" / "demo" / "mvdiffusion"
+    write_prompt_embeds(tmp_path, demo, load_rig("mouse6"), "mouse", angles=False)
+    made, stored = (json.loads((folder / "metadata.json").read_text()) for folder in (tmp_path, tracked))
+    made["text_encoder"]["folder"] = stored["text_encoder"]["folder"]
+    assert made == stored
+    for name in ("clr_embeds.pt", "normal_embeds.pt"):
+        # On one machine the bytes are equal; another CPU may round the last bit of a float16 otherwise.
+        pair = [load_prompt_embeds(folder / name).tensor for folder in (tmp_path, tracked)]
+        torch.testing.assert_close(*pair, atol=4e-3, rtol=2e-3)
