@@ -1,7 +1,7 @@
 """The CPU rasterizer: numba kernels behind a torch.autograd.Function.
 
 Same mathematics as gsplat's `classic` mode, differentiable in everything but the cameras. Deterministic: results do
-not depend on the number of threads, which is torch.get_num_threads().
+not depend on the number of threads, which is torch.get_num_threads() unless set_num_threads says otherwise.
 """
 
 from __future__ import annotations
@@ -154,11 +154,28 @@ def _draw_backward(inputs, kept, picture, grad_picture, parts: int) -> Tensor:
 # (data-loader workers), another allows one caller per process, and all of them slow down badly on a busy machine.
 
 _pool: tuple[int, int, ThreadPoolExecutor] | None = None  # (process, threads, executor)
+_chosen_threads: int | None = None
+
+
+def set_num_threads(threads: int | None) -> None:
+    """How many threads the rasterizer uses in this process; None (the start): torch.get_num_threads().
+
+    Worth setting on a machine busy with other work, where torch itself is best left with one thread: its threads wait
+    for one another in every operation, the rasterizer's only two or three times per picture.
+    """
+    global _chosen_threads
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads must be at least 1 (or None: as torch), got {threads}")
+    _chosen_threads = threads
+
+
+def _num_threads() -> int:
+    return torch.get_num_threads() if _chosen_threads is None else _chosen_threads
 
 
 def _parts_per_picture(num_pictures: int) -> int:
     """Into how many parts each picture is cut: one if there are enough pictures to keep all threads busy."""
-    return 1 if num_pictures >= torch.get_num_threads() else torch.get_num_threads()
+    return 1 if num_pictures >= _num_threads() else _num_threads()
 
 
 def _for_pictures(function, num_pictures: int, parts: int) -> list:
@@ -172,9 +189,9 @@ def _for_pictures(function, num_pictures: int, parts: int) -> list:
 
 
 def _in_threads(function, count: int) -> list:
-    """[function(0), ..., function(count - 1)], in torch.get_num_threads() threads."""
+    """[function(0), ..., function(count - 1)]."""
     global _pool
-    threads = torch.get_num_threads()
+    threads = _num_threads()
     if threads == 1 or count <= 1:
         return [function(index) for index in range(count)]
     if _pool is None or _pool[:2] != (os.getpid(), threads):  # after a fork, the parent's threads are gone
