@@ -22,6 +22,8 @@ from mvdiffusion.prompts import COLOUR_FILE, METADATA_FILE, PromptEmbeds
 log = logging.getLogger(__name__)
 
 PATTERN = "checkpoint-*"
+# What a resumed run has in common with the one it continues.
+SAME_KEYS = ("pretrained_model_name_or_path", "pretrained_unet_path", "unet", "attention", "use_ema")
 SIDECAR, OPTIMIZER_FILE = "checkpoint.json", "optimizer.pt"
 
 
@@ -80,6 +82,22 @@ def newest_training(output_dir: Path | str, rig: ViewRig) -> Checkpoint | None:
         check_alignment(rig, unet=ViewRig.from_dict(sidecar["rig"], str(folder / SIDECAR)))
         return Checkpoint(folder, sidecar["step"], optimizer, sidecar)
     return None
+
+
+def check_same_run(found: Checkpoint, config: dict) -> None:
+    """Refuses to continue a run whose model was another: resuming must not change what is trained.
+
+    Raises ValueError naming the keys that differ; everything else (lengths, rates, paths of data) may change.
+    """
+    stored = found.sidecar["config"]
+    differing = [
+        f"{key}: {stored[key]!r} there, {config[key]!r} now" for key in SAME_KEYS if stored.get(key) != config[key]
+    ]
+    if differing:
+        raise ValueError(
+            f"{found.folder} belongs to a run of another model ({'; '.join(differing)}); start anew with another "
+            f"output_dir=..., or delete {found.folder.parent}"
+        )
 
 
 def components_folder_of(unet_path: Path | str) -> Path | None:

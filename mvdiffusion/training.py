@@ -17,7 +17,7 @@ from multiview.config import config_to_dict
 from multiview.rig import ViewRig, check_alignment, load_rig
 from multiview.run import RunFolder, make_generator, resolve_device, seed_everything
 from multiview.sample import read_dataset_info
-from mvdiffusion.checkpoints import newest_training, save_embeds, save_training
+from mvdiffusion.checkpoints import check_same_run, newest_training, save_embeds, save_training
 from mvdiffusion.components import Components, load_components
 from mvdiffusion.conditioning import class_labels
 from mvdiffusion.config import MVDiffusionConfig
@@ -48,6 +48,8 @@ def train(config: MVDiffusionConfig, overfit: int | None = None) -> dict[str, fl
     rig, embeds = aligned_rig(config)
     components = load_components(config.pretrained_model_name_or_path, with_unet=False, device=device)
     found = newest_training(config.output_dir, rig)
+    if found:
+        check_same_run(found, config_to_dict(config))
     unet = starting_unet(config, rig, found.folder / "unet" if found else None)
     check_embeds_fit(embeds, unet)
     if config.gradient_checkpointing:

@@ -241,6 +241,13 @@ def test_resuming_under_another_rig_is_refused(tiny, tmp_path):
         train(config_for({**tiny, "embeds": other["embeds"]}, tmp_path / "new"))
 
 
+def test_resuming_another_model_is_refused(tiny, tmp_path):
+    output = tmp_path / "run"
+    train(config_for(tiny, output, max_train_steps=1))
+    with pytest.raises(ValueError, match="run of another model .attention: None there, 'full' now.*output_dir"):
+        train(config_for(tiny, output, attention="full"))
+
+
 def test_pretrained_unet_takes_the_rigs_number_of_views(tiny, tmp_path):
     """One change of rig changes the number of views everywhere."""
     train(config_for(tiny, tmp_path / "six", max_train_steps=1))
