@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -70,19 +69,21 @@ def resolve_chain(
     Neither checkpoint given: the demo models. Raises ValueError for what is missing, RigMismatchError for a mismatch.
     """
     from gslrm.checkpoints import read_checkpoint_rig, resolve_checkpoint
+    from mvdiffusion.checkpoints import components_folder_of, embeds_of
     from mvdiffusion.models.unet import resolve_unet_folder, unet_rig
-    from mvdiffusion.prompts import load_prompt_embeds
+    from mvdiffusion.prompts import check_embeds_fit, load_prompt_embeds
 
     if (unet is None) != (gslrm is None):
         given, other = ("Stage 2", "Stage 1") if unet is None else ("Stage 1", "Stage 2")
         raise ValueError(f"a {given} checkpoint without a {other} one: name both, or neither for the demo models")
     demo = unet is None
     unet_folder = resolve_unet_folder(DEMO_STAGE1 if demo else unet)
-    components = components or (DEMO_STAGE1 if demo else components_of(unet))
+    components = components or components_folder_of(unet_folder) or DEFAULT_COMPONENTS
     gslrm_file = resolve_checkpoint(DEMO_STAGE2 if demo else gslrm)
     requested = load_rig(rig) if rig else None
 
-    prompt_embeds = load_prompt_embeds(embeds or DEFAULT_EMBEDS, requested)
+    prompt_embeds = load_prompt_embeds(embeds or embeds_of(unet_folder) or DEFAULT_EMBEDS, requested)
+    check_embeds_fit(prompt_embeds, unet_folder)
     common = check_alignment(
         requested,
         unet=require_rig(unet_rig(unet_folder), requested, f"the UNet {unet_folder}", unet_folder),
@@ -114,32 +115,14 @@ def require_rig(stored: ViewRig | None, requested: ViewRig | None, what: str, pa
     return stored or requested
 
 
-def components_of(checkpoint: Path) -> Path:
-    """The components (VAE, encoders, schedulers) a UNet checkpoint was trained with.
-
-    The checkpoint itself if it is a whole components folder, else what its training recorded, else FaceLift's folder.
-    """
-    checkpoint = Path(checkpoint)
-    for folder in (checkpoint, checkpoint.parent):
-        if (folder / "vae").is_dir():
-            return folder
-        record = folder / "training.json"
-        if record.is_file():
-            return Path(json.loads(record.read_text())["components"])
-    return DEFAULT_COMPONENTS
-
-
 def load_stage1(artifacts: Artifacts, device: torch.device) -> Components:
     """Components with the UNet; float16 on a GPU as FaceLift's inference, float32 on the CPU."""
     import torch
 
     from mvdiffusion.components import load_components
-    from mvdiffusion.prompts import check_embeds_fit
 
     dtype = torch.float16 if device.type == "cuda" else torch.float32
-    components = load_components(artifacts.components, unet=artifacts.unet, device=device, dtype=dtype)
-    check_embeds_fit(artifacts.embeds, components.unet, components.unet_folder)
-    return components
+    return load_components(artifacts.components, unet=artifacts.unet, device=device, dtype=dtype)
 
 
 def load_stage2(artifacts: Artifacts, device: torch.device) -> GSLRM:
