@@ -151,4 +151,5 @@ def _frozen(kind: type, folder: Path, device: torch.device | str, dtype: torch.d
     found = [f"{title}: {', '.join(map(str, names[:5]))}" for title, names in problems.items() if names]
     if found:
         raise ValueError(f"weights in {folder} do not fit {kind.__name__}: {'; '.join(found)}")
-    return model.eval().requires_grad_(False).to(device)
+    # In this order: the image normalizer's own `to` makes new parameters.
+    return model.to(device).eval().requires_grad_(False)

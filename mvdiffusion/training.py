@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+FROZEN_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
 
 def train(config: MVDiffusionConfig, overfit: int | None = None) -> dict[str, float]:
     """Trains the UNet, validates, saves. overfit: train and validate on the first so many training samples.
@@ -46,7 +48,9 @@ def train(config: MVDiffusionConfig, overfit: int | None = None) -> dict[str, fl
     accelerator = make_accelerator(config)
     device = accelerator.device
     rig, embeds = aligned_rig(config)
-    components = load_components(config.pretrained_model_name_or_path, with_unet=False, device=device)
+    # Frozen parts in the run's own precision on a GPU, as upstream; a CPU is no faster with less.
+    dtype = FROZEN_DTYPES[config.mixed_precision] if device.type == "cuda" else torch.float32
+    components = load_components(config.pretrained_model_name_or_path, with_unet=False, device=device, dtype=dtype)
     found = newest_training(config.output_dir, rig)
     if found:
         check_same_run(found, config_to_dict(config))
