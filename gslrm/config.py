@@ -167,6 +167,7 @@ class ScheduleConfig:
 @dataclass
 class CheckpointingConfig:
     resume_ckpt: str | None = None  # file or folder to start from; None = random weights
+    allow_rig_change: bool = False  # start weights may carry another rig than the dataset's
     checkpoint_dir: str = "checkpoints/gslrm/run"
     checkpoint_every: int = 500  # passes
     checkpoints_total_limit: int = 3
@@ -210,7 +211,7 @@ class ValidationConfig:
 
 @dataclass
 class GSLRMConfig:
-    rig: str = "mouse6"  # name or file; must be the dataset's and the checkpoint's
+    rig: str | None = None  # name or file; must be the dataset's and the checkpoint's. None: the dataset's
     model: ModelConfig = field(default_factory=ModelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)

@@ -69,15 +69,14 @@ def _train(config: GSLRMConfig, device: torch.device, processes: Distributed, ov
     training, runtime, losses = config.training, config.training.runtime, config.training.losses
     every, stop = training.logging, training.schedule.max_fwdbwd_passes
     folder = Path(training.checkpointing.checkpoint_dir)
-    rig = load_rig(config.rig)
     dataset, val_dataset = build_datasets(config, overfit)
-    check_alignment(rig, dataset=dataset.rig)
+    rig = check_alignment(load_rig(config.rig) if config.rig else None, dataset=dataset.rig)
     start = find_start(config)
     networks = load_networks(losses, device)
     seed_everything("gslrm-init", runtime.seed)
     model = GSLRM(config.model, grad_checkpoint_every=runtime.grad_checkpoint_every).to(device)
     state = build_state(model, config)
-    restore(state, start, rig, runtime.ema_decay)
+    restore(state, start, rig, runtime.ema_decay, allow_rig_change=training.checkpointing.allow_rig_change)
     run = RunFolder(folder, config_to_dict(config), rig, wandb=wandb_options(config), is_main=processes.is_main)
     run.forget_after(state.passes)
     network: nn.Module = model

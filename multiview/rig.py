@@ -300,11 +300,17 @@ def mismatch_message(role_a: str, a: ViewRig, role_b: str, b: ViewRig, differenc
     rows = max(len(left), len(right))
     left, right = left + [""] * (rows - len(left)), right + [""] * (rows - len(right))
     table = "\n".join(f"  {x:<{width}}{y}".rstrip() for x, y in zip(left, right))
-    mend = MENDING[role_b if role_b in MENDING else role_a].format(rig=a.name)
+    mend = MENDING[role_b if role_b in MENDING else role_a].format(rig=_rig_argument(a))
     return (
         f"{role_a} and {role_b} describe different views, so the 3D result would be garbage:\n{table}\n"
         f"  differs: {'; '.join(shown)}\n  to mend: {mend}"
     )
+
+
+def _rig_argument(rig: ViewRig) -> str:
+    """What to type for a rig: its name if it ships with the project, else the file of the dataset that measured it."""
+    shipped = RIGS_FOLDER / f"{rig.name}.yaml"
+    return rig.name if shipped.is_file() and not load_rig(rig.name).differences(rig) else "<dataset>/dataset.json"
 
 
 def _rig_lines(role: str, rig: ViewRig) -> list[str]:

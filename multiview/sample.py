@@ -10,6 +10,7 @@ The rig's views come first, in the rig's order; extra (novel) views follow, with
 from __future__ import annotations
 
 import json
+import logging
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,8 @@ from multiview.cameras import Cameras
 from multiview.checkpoint import atomic_folder, atomic_write, write_json
 from multiview.image import read_rgba, resize_rgba, write_image
 from multiview.rig import ViewRig
+
+log = logging.getLogger(__name__)
 
 CAMERAS_FILE = "opencv_cameras.json"
 DATASET_FILE = "dataset.json"
@@ -171,6 +174,37 @@ def read_dataset_info(folder: Path | str) -> dict:
     if not isinstance(content, dict) or "rig" not in content:
         raise ValueError(f"{path} must hold an object with the key 'rig'")
     return {**content, "rig": ViewRig.from_dict(content["rig"], str(path))}
+
+
+def open_dataset(folder: Path, rig: ViewRig, parameters: dict) -> None:
+    """Starts a dataset folder, or continues one made with the same rig and parameters; refuses any other.
+
+    parameters: JSON values that decide what a sample looks like. The small example dataset that ships with the project
+    (`"example": true`) is moved aside to <folder>_example, so that the commands of the README work in a fresh clone.
+    """
+    if not (folder / DATASET_FILE).is_file():
+        if folder.is_dir() and any(folder.iterdir()):
+            raise ValueError(f"{folder} is not empty and has no {DATASET_FILE}; name a new --output_dir")
+        write_dataset_info(folder, rig, **parameters)
+        return
+    present = read_dataset_info(folder)
+    if present.get("example"):
+        aside = folder.with_name(f"{folder.name}_example")
+        if aside.exists():
+            raise ValueError(f"{folder} holds the example dataset and {aside} exists already; name a new --output_dir")
+        log.info("%s holds the example dataset: moved to %s", folder, aside)
+        folder.rename(aside)
+        write_dataset_info(folder, rig, **parameters)
+        return
+    differences = rig.differences(present.pop("rig"))
+    for key in sorted(set(parameters) | set(present)):
+        if parameters.get(key) != present.get(key):
+            differences.append(f"{key}: {present.get(key)} there, {parameters.get(key)} asked for")
+    if differences:
+        raise ValueError(
+            f"{folder} holds a dataset made with other parameters ({'; '.join(differences)}); "
+            "name a new --output_dir, or repeat the command with the parameters of its dataset.json"
+        )
 
 
 def _inside(folder: Path, relative: str | None, source: Path) -> Path:

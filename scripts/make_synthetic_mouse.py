@@ -161,7 +161,8 @@ def main(arguments: list[str] | None = None) -> None:
     from tqdm import tqdm
 
     from multiview.rig import load_rig
-    from multiview.synthetic.dataset import open_dataset, write_splits
+    from multiview.sample import open_dataset
+    from multiview.synthetic.dataset import write_splits
 
     for name in ("body_model", "body_model_poses"):
         path = getattr(options, name)

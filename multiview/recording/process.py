@@ -20,7 +20,7 @@ from multiview.recording.rectify import rectify
 from multiview.recording.settings import ImportSettings
 from multiview.recording.video import VideoReader
 from multiview.rig import ViewRig, load_rig
-from multiview.sample import DATASET_FILE, Sample, is_complete_sample, write_dataset_info, write_sample, write_split
+from multiview.sample import DATASET_FILE, Sample, is_complete_sample, open_dataset, write_sample, write_split
 
 MARGIN_PX = 2.0  # free rim of every picture, at the size written
 VALIDATION_SHARE = 0.2
@@ -42,7 +42,8 @@ def process_recording(settings: ImportSettings, say: Callable[[str], None] = lam
     placements = [place(plan, recording.calibration, centre) for centre in analysis.centres]
     for line in describe(settings.output_dir, plan, recording.calibration, analysis, placements):
         say(line)
-    prepare_output(settings.output_dir, plan, dataset_parameters(settings, recording, analysis, plan))
+    parameters = json.loads(json.dumps(dataset_parameters(settings, recording, analysis, plan)))
+    open_dataset(settings.output_dir, plan.rig, parameters)
     write_samples(recording, analysis, plan, placements, settings)
     folders = [settings.output_dir / sample_name(index) for index in range(len(analysis.frames))]
     train, val = split_by_time(folders)
@@ -147,24 +148,6 @@ def dataset_parameters(settings: ImportSettings, recording: Recording, analysis:
         "frames": analysis.frames,
         "skipped_frames": {str(frame): reason for frame, reason in analysis.skipped.items()},
     }
-
-
-def prepare_output(folder: Path, plan: Plan, parameters: dict) -> None:
-    """Writes dataset.json, or checks that the one there is the same: then the samples already written are kept."""
-    path = folder / DATASET_FILE
-    expected = json.loads(json.dumps({"rig": plan.rig.to_dict(), **parameters}))
-    if path.is_file():
-        present = json.loads(path.read_text())
-        different = sorted(key for key in {*expected, *present} if expected.get(key) != present.get(key))
-        if different:
-            raise ValueError(
-                f"{path} describes a dataset made differently ({', '.join(different)}); choose another --output_dir, "
-                "or delete this one"
-            )
-        return
-    if folder.is_dir() and any(folder.glob("sample_*")):
-        raise ValueError(f"{folder} holds samples but no {DATASET_FILE}; choose another --output_dir, or delete it")
-    write_dataset_info(folder, plan.rig, **parameters)
 
 
 def write_samples(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from multiview.cameras import Cameras
 from multiview.rig import ViewRig
-from multiview.sample import DATASET_FILE, Sample, read_dataset_info, write_dataset_info, write_split
+from multiview.sample import Sample, write_split
 from multiview.synthetic.cloud import SplatCloud
 
 # (cloud, cameras [v]) -> rgb [v, 3, h, w] over black, alpha [v, 1, h, w], mean depth z [v, 1, h, w] where alpha > 0
@@ -99,29 +99,6 @@ def split_indices(num_samples: int, val_fraction: float) -> tuple[list[int], lis
     steps = [math.floor(i * val_fraction + 1e-9) for i in range(num_samples + 1)]
     is_val = [steps[i + 1] > steps[i] for i in range(num_samples)]
     return [i for i in range(num_samples) if not is_val[i]], [i for i in range(num_samples) if is_val[i]]
-
-
-def open_dataset(folder: Path, rig: ViewRig, parameters: dict) -> None:
-    """Starts or resumes a dataset folder; refuses a folder that holds something else.
-
-    parameters: JSON values that decide what a sample looks like; all must agree with the folder's own.
-    """
-    if not (folder / DATASET_FILE).is_file():
-        if folder.is_dir() and any(folder.iterdir()):
-            raise ValueError(f"{folder} is not empty and has no {DATASET_FILE}; name a new --output_dir")
-        folder.mkdir(parents=True, exist_ok=True)
-        write_dataset_info(folder, rig, **parameters)
-        return
-    present = read_dataset_info(folder)
-    differences = rig.differences(present.pop("rig"))
-    for key in sorted(set(parameters) | set(present)):
-        if parameters.get(key) != present.get(key):
-            differences.append(f"{key}: {present.get(key)} there, {parameters.get(key)} asked for")
-    if differences:
-        raise ValueError(
-            f"{folder} holds a dataset made with other parameters ({'; '.join(differences)}); "
-            "name a new --output_dir, or repeat the command with the parameters of its dataset.json"
-        )
 
 
 def write_splits(folder: Path, prefix: str, num_samples: int, val_fraction: float) -> None:
