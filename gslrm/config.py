@@ -171,6 +171,7 @@ class CheckpointingConfig:
     checkpoint_dir: str = "checkpoints/gslrm/run"
     checkpoint_every: int = 500  # passes
     checkpoints_total_limit: int = 3
+    export_dir: str | None = None  # where the finished network goes in float16, to ship it
 
 
 @dataclass

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from gslrm.checkpoints import export_weights
 from gslrm.config import GSLRMConfig, RuntimeConfig, check_config
 from gslrm.data.mouse_dataset import MouseViewDataset, StepSampler
 from gslrm.losses import NEEDS_RENDERING, POINTSDIST_WARMUP_STEPS, loss_weights, total_loss
@@ -151,6 +152,8 @@ def _train(config: GSLRMConfig, device: torch.device, processes: Distributed, ov
                 measure(state, val_dataset, run, device, runtime)
             processes.barrier()
             since, seen = time.perf_counter(), 0
+    if training.checkpointing.export_dir and processes.is_main and not overfit:
+        export_weights(folder, training.checkpointing.export_dir, dtype=torch.float16)
     run.close()
     processes.barrier()  # nobody leaves the group while another still talks
     return folder
