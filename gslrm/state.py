@@ -24,7 +24,7 @@ from gslrm.checkpoints import (
 from gslrm.config import GSLRMConfig, OptimizerConfig, RuntimeConfig
 from gslrm.model.gslrm import GSLRM
 from multiview.checkpoint import load_checkpoint, load_strict, newest_checkpoint, rotate_checkpoints, save_checkpoint
-from multiview.rig import RigMismatchError, ViewRig, check_alignment
+from multiview.rig import ViewRig, check_alignment, check_start
 
 log = logging.getLogger(__name__)
 
@@ -87,17 +87,6 @@ def find_start(config: GSLRMConfig) -> tuple[Path | None, bool]:
     return resolve_checkpoint(options.resume_ckpt), not config.training.optimizer.reset_training_state
 
 
-def check_start_rig(rig: ViewRig, source: ViewRig, path: Path) -> None:
-    """Refuses start weights of another rig, naming the key that allows it."""
-    try:
-        check_alignment(rig, gslrm=source)
-    except RigMismatchError as error:
-        raise RigMismatchError(
-            f"{error}\n  or, if the weights of {path} are to be fine-tuned to this rig: "
-            "training.checkpointing.allow_rig_change=true"
-        ) from None
-
-
 def restore(
     state: TrainingState,
     start: tuple[Path | None, bool],
@@ -117,7 +106,7 @@ def restore(
     elif not whole:
         source = read_checkpoint_rig(path)
         if source is not None and not allow_rig_change:
-            check_start_rig(rig, source, path)
+            check_start(rig, "training.checkpointing.allow_rig_change", gslrm=source)
         load_weights(state.model, path)
         log.info("starting from the weights of %s (rig %s)", path, source.name if source else "not recorded")
     else:

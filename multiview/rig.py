@@ -244,6 +244,14 @@ def check_alignment(expected: ViewRig | None = None, /, **artifacts: ViewRig) ->
     return base
 
 
+def check_start(rig: ViewRig, key: str, /, **weights: ViewRig) -> None:
+    """Refuses to start training on `rig` from weights of another one, naming the config key that allows it."""
+    try:
+        check_alignment(rig, **weights)
+    except RigMismatchError as error:
+        raise RigMismatchError(f"{error}\n  or, to fine-tune these weights to the other rig: {key}=true") from None
+
+
 def check_rig_cameras(rig: ViewRig, cameras: Cameras, source: str) -> None:
     """Refuses cameras [v] that are not the rig's own: other views, or the right places with other axes."""
     measured = replace(

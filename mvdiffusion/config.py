@@ -32,6 +32,7 @@ class MVDiffusionConfig:
     pretrained_model_name_or_path: str = "checkpoints/mvdiffusion/pipeckpts"  # components folder
     pretrained_unet_path: str | None = None  # UNet to start from; None: the components folder's own
     unet: dict[str, Any] = field(default_factory=dict)  # constructor arguments: start from a fresh UNet of this shape
+    allow_rig_change: bool = False  # the starting UNet may carry another rig than the data set's
     attention: str | None = None  # sparse, full, none; None: what the UNet's config says, sparse for a fresh one
     rig: str | None = None  # None: the data set's
     prompt_embeds: str = "mvdiffusion/data/mouse_prompt_embeds_6view/clr_embeds.pt"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from multiview.config import config_to_dict
-from multiview.rig import ViewRig, check_alignment, load_rig
+from multiview.rig import ViewRig, check_alignment, check_start, load_rig
 from multiview.run import RunFolder, make_generator, resolve_device, seed_everything
 from multiview.sample import read_dataset_info
 from mvdiffusion.checkpoints import check_same_run, newest_training, save_embeds, save_training
@@ -24,7 +24,7 @@ from mvdiffusion.config import MVDiffusionConfig
 from mvdiffusion.data.mouse_dataset import MouseMVDiffusionDataset, StepSampler
 from mvdiffusion.encoding import EncodedBatch, LatentCache, live_batches
 from mvdiffusion.losses import diffusion_loss, draw_timesteps, drop_masks, noise_and_target, snr_weights
-from mvdiffusion.models.unet import configure_views, create_unet, load_unet, resolve_unet_folder, save_unet
+from mvdiffusion.models.unet import configure_views, create_unet, load_unet, resolve_unet_folder, save_unet, unet_rig
 from mvdiffusion.prompts import PromptEmbeds, check_embeds_fit, load_prompt_embeds
 from mvdiffusion.validation import evaluate
 
@@ -234,6 +234,9 @@ def starting_unet(config: MVDiffusionConfig, rig: ViewRig, resumed: Path | None)
         seed_everything("mvdiffusion unet", config.seed)
         return create_unet(config.unet, rig.num_views, config.attention or "sparse")
     folder = resolve_unet_folder(config.pretrained_unet_path or Path(config.pretrained_model_name_or_path) / "unet")
+    stored = unet_rig(folder)
+    if stored is not None and not config.allow_rig_change:
+        check_start(rig, "allow_rig_change", unet=stored)
     unet = load_unet(folder, num_views=rig.num_views, attention=config.attention, widen_conv_in=True)
     return configure_views(unet, rig.num_views, config.attention) if config.attention else unet
 

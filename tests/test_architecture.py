@@ -77,6 +77,12 @@ def test_dangerous_habits_stay_out(pattern):
     assert not found, found
 
 
+def test_every_lesson_has_its_test():
+    named = re.findall(r"`(test_\w+)`", (ROOT / "docs" / "lessons.md").read_text())
+    written = {m for path in (ROOT / "tests").glob("test_*.py") for m in re.findall(r"def (test_\w+)", path.read_text())}
+    assert len(named) >= 22 and not set(named) - written
+
+
 def test_no_flag_that_cannot_be_turned_off():
     """store_true with default True can never be false."""
     wrong = []

@@ -79,6 +79,12 @@ def test_a_photograph_becomes_views_gaussians_and_a_turntable(tiny, tmp_path):
     assert [frame["view"] for frame in frames] == load_rig("mouse6").view_names
 
 
+def test_painted_views_carry_the_rigs_cameras(tiny):
+    """Whatever cameras a photograph was taken with, the painted views are the rig's."""
+    own, rig = resolve(tiny).stage2_cameras(64), load_rig("mouse6").cameras(64)
+    assert torch.equal(own.c2w, rig.c2w) and torch.equal(own.fxfycxcy, rig.fxfycxcy)
+
+
 def test_a_photographs_result_depends_on_its_seed_not_on_its_place(tiny, tmp_path):
     (tmp_path / "in").mkdir()
     for name in ("a.png", "b.png"):

@@ -546,3 +546,15 @@ def test_dry_run_prints_the_resolved_config_and_bad_arguments_exit_with_2(empty_
     process = run_script("--config", str(empty_yaml), "training.optimizer.learning_rate=1")
     printed = process.communicate(timeout=60)[0]
     assert process.returncode == 1 and "training.optimizer." in printed and "Traceback" not in printed
+
+
+def test_start_weights_of_another_rig_need_a_word(data, tmp_path):
+    """Fine-tuning to another rig is what fine-tuning is for, but never by accident."""
+    train(config_of(data, tmp_path / "a", **{"training.schedule.max_fwdbwd_passes": 1}))
+    path = next((tmp_path / "a").glob("ckpt_*.pt"))
+    sidecar = json.loads(path.with_suffix(".pt.json").read_text())
+    path.with_suffix(".pt.json").write_text(json.dumps({**sidecar, "rig": load_rig("uniform8").to_dict()}))
+    changes = {"training.schedule.max_fwdbwd_passes": 1, "training.checkpointing.resume_ckpt": str(path)}
+    with pytest.raises(RigMismatchError, match="training.checkpointing.allow_rig_change=true"):
+        train(config_of(data, tmp_path / "b", **changes))
+    train(config_of(data, tmp_path / "b", **changes, **{"training.checkpointing.allow_rig_change": "true"}))

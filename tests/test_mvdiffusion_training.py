@@ -253,7 +253,11 @@ def test_pretrained_unet_takes_the_rigs_number_of_views(tiny, tmp_path):
     train(config_for(tiny, tmp_path / "six", max_train_steps=1))
     other = prepare(tmp_path / "other", "uniform4")
     start = tmp_path / "six" / "checkpoint-1" / "unet"
-    train(config_for(other, tmp_path / "four", unet={}, pretrained_unet_path=str(start), max_train_steps=1))
+    config = config_for(other, tmp_path / "four", unet={}, pretrained_unet_path=str(start), max_train_steps=1)
+    with pytest.raises(RigMismatchError, match="4 against 6(.|\n)*allow_rig_change=true"):
+        train(config)
+    config.allow_rig_change = True
+    train(config)
     unet = load_unet(tmp_path / "four" / "checkpoint-1" / "unet")
     assert unet.config.num_views == 4 and unet_rig(tmp_path / "four" / "checkpoint-1" / "unet").name == "uniform4"
 
