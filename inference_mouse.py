@@ -25,8 +25,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--gslrm_config", type=Path, help="Stage 2: training YAML; default: the checkpoint's own")
     parser.add_argument("--prompt_embeds", type=Path, help="clr_embeds.pt; default: the tracked six-view embeddings")
     parser.add_argument("--rig", help="the view rig, for weights that carry none (facelift6 for FaceLift's)")
-    parser.add_argument("--num_steps", type=int, default=50, help="sampling steps of Stage 1")
-    parser.add_argument("--guidance_scale", type=float, default=3.0, help="classifier-free guidance; 1 turns it off")
+    parser.add_argument("--num_steps", type=int, help="sampling steps of Stage 1; default: the model's own, else 50")
+    parser.add_argument(
+        "--guidance_scale", type=float, help="classifier-free guidance, 1 = off; default: the model's own, else 3"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of each photograph, whatever its place in a folder")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--crop", choices=("auto", "always", "never"), default="auto", help="framing of the photograph")
@@ -40,7 +42,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--video_stride", type=int, default=10, help="use every so many-th frame of --input_video")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs"))
     arguments = parser.parse_args()
-    if arguments.num_steps < 1 or arguments.turntable_views < 0 or arguments.video_stride < 1:
+    steps = arguments.num_steps
+    if (steps is not None and steps < 1) or arguments.turntable_views < 0 or arguments.video_stride < 1:
         parser.error("--num_steps and --video_stride must be at least 1, --turntable_views at least 0")
     if arguments.turntable_size % 2 or arguments.turntable_size < 16:
         parser.error("--turntable_size must be even and at least 16")
@@ -61,6 +64,7 @@ def main() -> None:
     artifacts = resolve_chain(
         rig=arguments.rig, unet=arguments.mvdiffusion_checkpoint, gslrm=arguments.checkpoint,
         gslrm_config=arguments.gslrm_config, components=arguments.mvdiff_pretrained, embeds=arguments.prompt_embeds,
+        num_steps=arguments.num_steps, guidance_scale=arguments.guidance_scale,
     )  # fmt: skip
     print(f"rig {artifacts.rig.name}: {artifacts.rig.num_views} views; embeddings, UNet and GS-LRM agree")
     components, model = load_stage1(artifacts, device), load_stage2(artifacts, device)
@@ -128,8 +132,8 @@ def reconstruct_photo(name, photo, arguments, artifacts, components, model, devi
     write_image(folder / "input.png", prepared)
     started = time.perf_counter()
     views = paint_views(
-        components, artifacts, prepared, seed=arguments.seed, num_steps=arguments.num_steps,
-        guidance_scale=arguments.guidance_scale, keep_input_view=arguments.keep_input_view,
+        components, artifacts, prepared, seed=arguments.seed,
+        keep_input_view=arguments.keep_input_view,
         progress=lambda steps: tqdm(steps, desc=f"{name}: painting {artifacts.rig.num_views} views", unit="step"),
     )  # fmt: skip
     painted = time.perf_counter()
@@ -141,7 +145,7 @@ def reconstruct_photo(name, photo, arguments, artifacts, components, model, devi
         folder, artifacts.rig,
         {
             "input": name, "photo": asdict(report), "artifacts": artifacts.describe(), "seed": arguments.seed,
-            "num_steps": arguments.num_steps, "guidance_scale": arguments.guidance_scale,
+            "num_steps": artifacts.num_steps, "guidance_scale": artifacts.guidance_scale,
             "keep_input_view": arguments.keep_input_view, "filtered": not arguments.no_filter,
             "gaussians": {"predicted": total, "kept": kept},
             "seconds": {

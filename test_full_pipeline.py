@@ -20,8 +20,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--gslrm_config", type=Path, help="Stage 2: training YAML; default: the checkpoint's own")
     parser.add_argument("--camera_json", type=Path, help="cameras of the painted views; must be the rig's")
     parser.add_argument("--rig", help="the view rig, for weights that carry none (facelift6 for FaceLift's)")
-    parser.add_argument("--num_steps", type=int, default=50, help="sampling steps of Stage 1")
-    parser.add_argument("--guidance_scale", type=float, default=3.0, help="classifier-free guidance; 1 turns it off")
+    parser.add_argument("--num_steps", type=int, help="sampling steps of Stage 1; default: the model's own, else 50")
+    parser.add_argument(
+        "--guidance_scale", type=float, help="classifier-free guidance, 1 = off; default: the model's own, else 3"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--crop", choices=("auto", "always", "never"), default="auto", help="framing of the photograph")
@@ -47,12 +49,13 @@ def main() -> None:
     artifacts = resolve_chain(
         rig=arguments.rig, unet=arguments.mvdiff_unet, gslrm=arguments.gslrm_checkpoint,
         gslrm_config=arguments.gslrm_config, components=arguments.mvdiff_pretrained, embeds=arguments.prompt_embeds,
+        num_steps=arguments.num_steps, guidance_scale=arguments.guidance_scale,
         camera_json=arguments.camera_json,
     )  # fmt: skip
     print(f"rig {artifacts.rig.name}: embeddings, UNet, GS-LRM and cameras agree")
     settings = {
         "input": arguments.input_image.name, "artifacts": artifacts.describe(), "seed": arguments.seed,
-        "num_steps": arguments.num_steps, "guidance_scale": arguments.guidance_scale,
+        "num_steps": artifacts.num_steps, "guidance_scale": artifacts.guidance_scale,
     }  # fmt: skip
 
     stage1 = arguments.output_dir / arguments.input_image.stem / "stage1_mvdiffusion"
@@ -63,8 +66,8 @@ def main() -> None:
     write_image(stage1 / "input.png", prepared)
     started = time.perf_counter()
     views = paint_views(
-        components, artifacts, prepared, seed=arguments.seed, num_steps=arguments.num_steps,
-        guidance_scale=arguments.guidance_scale, keep_input_view=False,
+        components, artifacts, prepared, seed=arguments.seed,
+        keep_input_view=False,
         progress=lambda steps: tqdm(steps, desc="stage 1", unit="step"),
     )  # fmt: skip
     write_views(stage1, views, artifacts.rig)

@@ -35,6 +35,8 @@ class Artifacts:
     unet: Path | None = None
     embeds: PromptEmbeds | None = None
     camera_json: Path | None = None
+    num_steps: int = 0  # Stage 1 sampling: as asked for, else what suits the UNet
+    guidance_scale: float = 0.0
 
     def describe(self) -> dict:
         """For run.json."""
@@ -63,13 +65,15 @@ def resolve_chain(
     components: Path | None = None,
     embeds: Path | None = None,
     camera_json: Path | None = None,
+    num_steps: int | None = None,
+    guidance_scale: float | None = None,
 ) -> Artifacts:
     """Finds every file of the chain and compares their rigs, before any weights are loaded.
 
     Neither checkpoint given: the demo models. Raises ValueError for what is missing, RigMismatchError for a mismatch.
     """
     from gslrm.checkpoints import read_checkpoint_rig, resolve_checkpoint
-    from mvdiffusion.checkpoints import components_folder_of, embeds_of
+    from mvdiffusion.checkpoints import components_folder_of, embeds_of, sampling_of
     from mvdiffusion.models.unet import resolve_unet_folder, unet_rig
     from mvdiffusion.prompts import check_embeds_fit, load_prompt_embeds
 
@@ -92,7 +96,11 @@ def resolve_chain(
     )
     if camera_json is not None:
         check_rig_cameras(common, read_cameras(camera_json), str(camera_json))
-    return Artifacts(common, gslrm_file, gslrm_config, Path(components), unet_folder, prompt_embeds, camera_json)
+    own_steps, own_guidance = sampling_of(unet_folder)
+    return Artifacts(
+        common, gslrm_file, gslrm_config, Path(components), unet_folder, prompt_embeds, camera_json,
+        own_steps if num_steps is None else num_steps, own_guidance if guidance_scale is None else guidance_scale,
+    )  # fmt: skip
 
 
 def resolve_stage2(*, rig: str | None, gslrm: Path | None, gslrm_config: Path | None = None) -> Artifacts:

@@ -35,8 +35,6 @@ def paint_views(
     photo: Tensor,
     *,
     seed: int,
-    num_steps: int,
-    guidance_scale: float,
     keep_input_view: bool,
     progress: Callable[[Iterable], Iterable] | None = None,
 ) -> PosedViews:
@@ -48,8 +46,8 @@ def paint_views(
 
     size, reference = components.image_size, artifacts.rig.reference_view
     rgb = generate_views(
-        components, composite(photo, 1.0)[None], artifacts.embeds, seeds=[seed], num_steps=num_steps,
-        guidance_scale=guidance_scale, progress=progress,
+        components, composite(photo, 1.0)[None], artifacts.embeds, seeds=[seed],
+        num_steps=artifacts.num_steps, guidance_scale=artifacts.guidance_scale, progress=progress,
     )[0].cpu()  # fmt: skip
     rgb = (rgb * 255).round() / 255  # the pictures that are written are the pictures that are used
     masks = mask_from_white(rgb)

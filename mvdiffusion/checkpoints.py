@@ -17,6 +17,7 @@ from multiview.checkpoint import atomic_folder, atomic_write, load_checkpoint, r
 from multiview.rig import ViewRig, check_alignment
 from multiview.run import git_hash
 from mvdiffusion.models.unet import save_unet
+from mvdiffusion.pipelines.multiview import GUIDANCE_SCALE, NUM_STEPS
 from mvdiffusion.prompts import COLOUR_FILE, METADATA_FILE, PromptEmbeds
 
 log = logging.getLogger(__name__)
@@ -24,7 +25,7 @@ log = logging.getLogger(__name__)
 PATTERN = "checkpoint-*"
 # What a resumed run has in common with the one it continues.
 SAME_KEYS = ("pretrained_model_name_or_path", "pretrained_unet_path", "unet", "attention", "use_ema")
-SIDECAR, OPTIMIZER_FILE = "checkpoint.json", "optimizer.pt"
+SIDECAR, OPTIMIZER_FILE, SAMPLING_FILE = "checkpoint.json", "optimizer.pt", "sampling.json"
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,21 @@ def save_embeds(folder: Path, embeds: PromptEmbeds) -> None:
     with atomic_write(folder / COLOUR_FILE) as temporary, open(temporary, "wb") as handle:
         torch.save(embeds.tensor.half(), handle)
     write_json(folder / METADATA_FILE, {**embeds.metadata, "rig": embeds.rig.to_dict()})
+
+
+def save_sampling(folder: Path | str, num_steps: int, guidance_scale: float) -> None:
+    """Writes sampling.json: what suits the UNet in this components folder."""
+    write_json(Path(folder) / SAMPLING_FILE, {"num_steps": num_steps, "guidance_scale": guidance_scale})
+
+
+def sampling_of(unet_path: Path | str) -> tuple[int, float]:
+    """(number of steps, guidance scale) that suit a UNet: its folder's sampling.json, else FaceLift's 50, 3."""
+    path = Path(unet_path)
+    for folder in (path, path.parent):
+        if (folder / SAMPLING_FILE).is_file():
+            content = json.loads((folder / SAMPLING_FILE).read_text())
+            return content["num_steps"], content["guidance_scale"]
+    return NUM_STEPS, GUIDANCE_SCALE
 
 
 def newest_training(output_dir: Path | str, rig: ViewRig) -> Checkpoint | None:

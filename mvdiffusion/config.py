@@ -82,6 +82,8 @@ class MVDiffusionConfig:
     validation_num_steps: int = 20
     log_steps: int = 10
     export_dir: str | None = None  # where the finished EMA UNet and its prompt embeddings go, in float16
+    export_num_steps: int = 50  # sampling that suits the exported UNet; inference takes it unless told otherwise
+    export_guidance_scale: float = 3.0
     device: str = "auto"
     wandb: WandbOptions = field(default_factory=lambda: WandbOptions(project="mouse_mvdiffusion", group="mvdiffusion"))
 

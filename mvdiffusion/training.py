@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from multiview.checkpoint import atomic_folder
 from multiview.config import config_to_dict
 from multiview.rig import ViewRig, check_alignment, check_start, load_rig
 from multiview.run import RunFolder, make_generator, resolve_device, seed_everything
 from multiview.sample import read_dataset_info
-from mvdiffusion.checkpoints import check_same_run, newest_training, save_embeds, save_training
+from mvdiffusion.checkpoints import check_same_run, newest_training, save_embeds, save_sampling, save_training
 from mvdiffusion.components import Components, load_components
 from mvdiffusion.conditioning import class_labels
 from mvdiffusion.config import MVDiffusionConfig
@@ -153,7 +154,7 @@ def train(config: MVDiffusionConfig, overfit: int | None = None) -> dict[str, fl
     if step == first:  # a finished run that is started again answers with its figures
         values = validate()
     if config.export_dir and accelerator.is_main_process:
-        export(unet, ema, embeds, config.export_dir)
+        export(unet, ema, embeds, config)
     run.close()
     return values
 
@@ -287,13 +288,13 @@ def averaged_weights(unet, ema: Ema | None) -> Iterator[None]:
         unet.train()
 
 
-def export(unet, ema: Ema | None, embeds: PromptEmbeds, folder: str) -> None:
-    """The finished UNet in float16 into a components folder: <folder>/unet and <folder>/prompt_embeds."""
-    from multiview.checkpoint import atomic_folder
-
-    with atomic_folder(Path(folder) / "unet") as temporary:
+def export(unet, ema: Ema | None, embeds: PromptEmbeds, config: MVDiffusionConfig) -> None:
+    """The finished UNet in float16 into a components folder: unet, prompt_embeds and sampling.json."""
+    folder = Path(config.export_dir)
+    with atomic_folder(folder / "unet") as temporary:
         save_unet(unet, temporary, embeds.rig, state=ema.weights if ema else None, half=True)
-    save_embeds(Path(folder) / "prompt_embeds", embeds)
+    save_embeds(folder / "prompt_embeds", embeds)
+    save_sampling(folder, config.export_num_steps, config.export_guidance_scale)
     log.info("exported to %s", folder)
 
 

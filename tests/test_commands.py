@@ -88,7 +88,9 @@ def copy_code(folder: Path) -> Path:
     for name in FILES:
         shutil.copy(ROOT / name, folder / name)
     (folder / ".venv").mkdir()
-    (folder / ".venv" / "bin").symlink_to(Path(sys.executable).parent)
+    for entry in Path(sys.prefix).iterdir():
+        if not entry.name.startswith(".installed"):
+            (folder / ".venv" / entry.name).symlink_to(entry)
     for name in ("requirements.txt", "requirements-extra.txt"):
         shutil.copy(ROOT / name, folder / ".venv" / f".installed-{name}")
     return folder
@@ -189,7 +191,7 @@ def test_without_the_weights_each_command_says_what_is_missing_and_where_it_goes
         INFERENCE: "checkpoints/mvdiffusion/mouse/checkpoint-6000",
         FULL_PIPELINE: "checkpoints/mvdiffusion/mouse/original_facelift_embeds/checkpoint-6000/unet",
         EMBEDS: "checkpoints/demo/mvdiffusion",
-        PROCESS: "V",
+        PROCESS: "--meta_dir M",
     }
     for command, name in wanted.items():
         done = run(command, folder)
