@@ -91,6 +91,8 @@ class MVDiffusionConfig:
         """Checks values that depend on each other; returns itself. Raises ValueError naming the key."""
         from multiview.image import BACKGROUNDS
 
+        if self.mixed_precision == "False":
+            self.mixed_precision = "no"  # YAML reads a bare `no` as false
         unknown = set(self.backgrounds) - set(BACKGROUNDS)
         if unknown or not self.backgrounds:
             raise ValueError(
