@@ -247,3 +247,34 @@ def test_opengl_cameras_in_a_sample_are_refused(tiny, tmp_path):
     flags = ["--checkpoint", tiny["gslrm"], "--output_dir", tmp_path / "out"]
     done = run("inference_mouse.py", "--sample_dir", tmp_path / "sample", *flags, check=False)
     assert done.returncode == 1 and "OpenGL" in done.stderr
+
+
+# ---- evaluation -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("stage", "splits"), [("1", 2), ("2", 1), ("full", 2)])
+def test_evaluation_names_its_splits_and_writes_a_table(tiny, tmp_path, stage, splits):
+    from dataclasses import replace
+
+    from multiview.cameras import Cameras
+    from multiview.sample import write_dataset_info, write_sample, write_split
+
+    sample = read_sample(read_split(tiny["data"])[0])
+    extra = Cameras.orbit(torch.tensor([33.0]), torch.tensor([10.0]), 2.7, 1.0722534656524658, 32)
+    cameras = replace(
+        sample.cameras, c2w=torch.cat([sample.cameras.c2w, extra.c2w]),
+        fxfycxcy=torch.cat([sample.cameras.fxfycxcy, extra.fxfycxcy]),
+    )  # fmt: skip
+    rgba = torch.cat([sample.rgba, sample.rgba[:1]])
+    write_sample(tmp_path / "s", replace(sample, rgba=rgba, cameras=cameras, view_names=[*sample.view_names, None]))
+    write_split(tmp_path / "val.txt", [tmp_path / "s"])
+    write_dataset_info(tmp_path, load_rig("mouse6"))
+    run(
+        "scripts/evaluate.py", "--data", tmp_path / "val.txt", "--stage", stage, "--checkpoint", tiny["gslrm"],
+        "--mvdiffusion_checkpoint", tiny["unet"], "--mvdiff_pretrained", tiny["components"],
+        "--prompt_embeds", tiny["embeds"], "--num_steps", 1, "--output_dir", tmp_path / "out",
+    )  # fmt: skip
+    content = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert len({record["split"] for record in content["views"]}) == splits
+    assert (tmp_path / "out" / "sheet.png").is_file()
+    assert "foreground_psnr" in (tmp_path / "out" / "table.md").read_text()
