@@ -29,10 +29,15 @@ def test_ssim_is_one_for_equal_pictures_and_falls_with_noise():
     assert (ssim(picture, 1 - picture) < 0.2).all()
 
 
-def test_mask_from_white_finds_what_is_not_white():
-    picture = torch.ones(3, 4, 4)
-    picture[0, 1, 1] = 0.9
-    assert mask_from_white(picture).sum() == 1
+def test_mask_from_white_keeps_a_pale_animal_and_halves_a_dark_ones_rim():
+    picture = torch.ones(2, 3, 128, 128)
+    picture[0, :, 40:80, 40:80] = 0.9
+    picture[1, :, 38:82, 38:82] = 0.8  # the blurred rim
+    picture[1, :, 40:80, 40:80] = 0.1
+    truth = torch.zeros(1, 128, 128)
+    truth[:, 40:80, 40:80] = 1
+    assert torch.equal(mask_from_white(picture), truth.expand(2, 1, 128, 128))
+    assert mask_from_white(torch.ones(3, 8, 8)).sum() == 0
 
 
 def test_lpips_without_weights_names_file_and_folder(tmp_path):
