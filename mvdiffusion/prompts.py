@@ -128,6 +128,11 @@ def load_prompt_embeds(path: Path | str, rig: ViewRig | None = None) -> PromptEm
             f"prompt embeddings {path} describe {len(tensor)} views, rig {rig.name} has {rig.num_views}; make new: "
             f"python scripts/generate_mouse_prompt_embeds.py --rig {rig.name} --output_dir {path.parent}"
         )
+    if rig.reference_view != 0:
+        raise ValueError(
+            f"rig {rig.name} has reference_view {rig.reference_view}, but Stage 1's attention takes the first view as "
+            "the reference: order the rig's views so that the reference comes first"
+        )
     return PromptEmbeds(tensor.float().contiguous(), rig, str(path), metadata)
 
 

@@ -76,7 +76,7 @@ def run(command: str, cwd: Path) -> subprocess.CompletedProcess:
     """Runs a command line with this interpreter's programs first on the PATH."""
     environment = {
         **os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     return subprocess.run(shlex.split(command), cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
 

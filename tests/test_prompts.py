@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,13 @@ def test_facelifts_own_file_needs_its_rig_stated(tmp_path):
     assert load_prompt_embeds(tmp_path / "clr_embeds.pt", load_rig("facelift6")).width == 1024
     with pytest.raises(RigMismatchError, match="6 views, rig uniform8 has 8"):
         load_prompt_embeds(tmp_path / "clr_embeds.pt", load_rig("uniform8"))
+
+
+def test_a_rig_whose_reference_is_not_first_is_refused(tmp_path, text_folder):
+    rig = replace(load_rig("mouse6"), reference_view=2)
+    write_prompt_embeds(tmp_path, text_folder, rig, "mouse", angles=False)
+    with pytest.raises(ValueError, match="reference_view 2"):
+        load_prompt_embeds(tmp_path)
 
 
 def test_missing_and_misshapen_files_are_refused(tmp_path):
