@@ -73,10 +73,12 @@ def main() -> None:
 
 
 def list_jobs(arguments: argparse.Namespace):
-    """(output name, RGBA picture) pairs; every file is looked at before anything runs, video frames as they come."""
-    from multiview.image import read_rgba
+    """(output name, RGBA picture) pairs, read as they come; that every file is there is checked at once."""
+    from multiview.image import check_picture, read_rgba
 
     if arguments.input_video is not None:
+        if not arguments.input_video.is_file():
+            raise ValueError(f"--input_video {arguments.input_video} does not exist")
         return video_frames(arguments.input_video, arguments.video_stride)
     if arguments.input_image is not None:
         return [(arguments.input_image.stem, read_rgba(arguments.input_image))]
@@ -89,7 +91,9 @@ def list_jobs(arguments: argparse.Namespace):
     twice = sorted({stem for stem in stems if stems.count(stem) > 1})
     if twice:
         raise ValueError(f"--input_dir {arguments.input_dir}: several pictures would write to the folder {twice[0]}/")
-    return [(path.stem, read_rgba(path)) for path in paths]
+    for path in paths:
+        check_picture(path)
+    return ((path.stem, read_rgba(path)) for path in paths)
 
 
 def video_frames(path: Path, stride: int):
@@ -97,8 +101,6 @@ def video_frames(path: Path, stride: int):
     import cv2
     import torch
 
-    if not path.is_file():
-        raise ValueError(f"--input_video {path} does not exist")
     capture, number = cv2.VideoCapture(str(path)), 0
     try:
         while True:

@@ -6,6 +6,8 @@ Pictures are float32 tensors 0..1, RGB(A) straight alpha, [..., c, h, w].
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -21,15 +23,26 @@ BACKGROUNDS = {"white": 1.0, "gray": 0.5, "black": 0.0}
 
 def read_rgba(path: Path | str) -> Tensor:
     """Reads a picture file into [4, h, w], 0..1. A file without alpha gets alpha 1."""
-    path = Path(path)
+    with _opened(path) as picture:
+        array = np.asarray(picture.convert("RGBA"))
+    return rearrange(torch.from_numpy(array.copy()), "h w c -> c h w").float() / 255.0
+
+
+def check_picture(path: Path | str) -> None:
+    """Raises ValueError if a file is not there or not an image; reads its header only."""
+    with _opened(path):
+        pass
+
+
+@contextmanager
+def _opened(path: Path | str) -> Iterator[Image.Image]:
     try:
         with Image.open(path) as picture:
-            array = np.asarray(picture.convert("RGBA"))
+            yield picture
     except FileNotFoundError:
         raise ValueError(f"picture {path} does not exist") from None
     except (UnidentifiedImageError, OSError) as error:
         raise ValueError(f"picture {path} cannot be read as an image: {error}") from error
-    return rearrange(torch.from_numpy(array.copy()), "h w c -> c h w").float() / 255.0
 
 
 def to_uint8(picture: Tensor) -> np.ndarray:
