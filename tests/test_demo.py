@@ -32,10 +32,10 @@ def mean(records: list[dict], name: str) -> float:
 
 @pytest.mark.parametrize(
     ("stage", "split", "least_psnr", "least_iou"),
-    [("2", "novel views", 22.0, 0.90), ("1", "painted views", 0.0, 0.0), ("full", "novel views", 0.0, 0.0)],
+    [("2", "novel views", 22.0, 0.90), ("1", "painted views", 14.0, 0.74), ("full", "novel views", 16.5, 0.72)],
 )
 def test_shipped_models_keep_their_quality(tmp_path, stage, split, least_psnr, least_iou):
-    """Measured on these four mice: see docs/benchmarks.md; the limits leave room for another machine's rounding."""
+    """Measured on these four mice: 23.0 dB / 0.92, 15.1 / 0.78 and 17.7 / 0.77; room is left for other rounding."""
     records = evaluate(stage, tmp_path)[split]
     assert mean(records, "foreground_psnr") > least_psnr and mean(records, "mask_iou") > least_iou
 
