@@ -7,6 +7,7 @@ import argparse
 import time
 from pathlib import Path
 
+from chain.flags import add_chain_flags, add_photo_flags, positive
 from multiview.run import main_guard
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -20,31 +21,20 @@ def parse_arguments() -> argparse.Namespace:
     source.add_argument("--sample_dir", type=Path, help="a sample folder of posed views: Stage 2 only")
     source.add_argument("--input_video", type=Path, help="frames of a video, see --video_stride")
     parser.add_argument("--mvdiffusion_checkpoint", type=Path, help="Stage 1: UNet folder or checkpoint-<step>")
-    parser.add_argument("--mvdiff_pretrained", type=Path, help="Stage 1: components; default: the checkpoint's own")
     parser.add_argument("--checkpoint", type=Path, help="Stage 2: ckpt_*.pt or a folder of them")
-    parser.add_argument("--gslrm_config", type=Path, help="Stage 2: training YAML; default: the checkpoint's own")
-    parser.add_argument("--prompt_embeds", type=Path, help="clr_embeds.pt; default: the tracked six-view embeddings")
-    parser.add_argument("--rig", help="the view rig, for weights that carry none (facelift6 for FaceLift's)")
-    parser.add_argument("--num_steps", type=int, help="sampling steps of Stage 1; default: the model's own, else 50")
-    parser.add_argument(
-        "--guidance_scale", type=float, help="classifier-free guidance, 1 = off; default: the model's own, else 3"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of each photograph, whatever its place in a folder")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--crop", choices=("auto", "always", "never"), default="auto", help="framing of the photograph")
+    add_chain_flags(parser)
+    add_photo_flags(parser)
     parser.add_argument(
         "--keep_input_view", action=argparse.BooleanOptionalAction, default=True,
         help="Stage 2 sees the photograph itself as the reference view instead of its painted copy",
     )  # fmt: skip
     parser.add_argument("--no_filter", action="store_true", help="keep every Gaussian")
-    parser.add_argument("--turntable_views", type=int, default=120, help="frames of turntable.mp4; 0 writes none")
     parser.add_argument("--turntable_size", type=int, default=256, help="pixels")
-    parser.add_argument("--video_stride", type=int, default=10, help="use every so many-th frame of --input_video")
+    parser.add_argument("--video_stride", type=positive, default=10, help="use every so many-th frame of --input_video")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs"))
     arguments = parser.parse_args()
-    steps = arguments.num_steps
-    if (steps is not None and steps < 1) or arguments.turntable_views < 0 or arguments.video_stride < 1:
-        parser.error("--num_steps and --video_stride must be at least 1, --turntable_views at least 0")
+    if arguments.turntable_views < 0:
+        parser.error("--turntable_views must be at least 0")
     if arguments.turntable_size % 2 or arguments.turntable_size < 16:
         parser.error("--turntable_size must be even and at least 16")
     return arguments

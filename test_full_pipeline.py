@@ -7,27 +7,18 @@ import argparse
 import time
 from pathlib import Path
 
+from chain.flags import add_chain_flags, add_photo_flags
 from multiview.run import main_guard
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--input_image", type=Path, required=True, help="one photograph (RGBA: its alpha is the mask)")
-    parser.add_argument("--mvdiff_pretrained", type=Path, help="Stage 1: components folder; default: the UNet's own")
     parser.add_argument("--mvdiff_unet", type=Path, help="Stage 1: UNet folder or checkpoint-<step>; default: demo")
-    parser.add_argument("--prompt_embeds", type=Path, help="clr_embeds.pt; default: the tracked six-view embeddings")
     parser.add_argument("--gslrm_checkpoint", type=Path, help="Stage 2: ckpt_*.pt or a folder of them; default: demo")
-    parser.add_argument("--gslrm_config", type=Path, help="Stage 2: training YAML; default: the checkpoint's own")
     parser.add_argument("--camera_json", type=Path, help="cameras of the painted views; must be the rig's")
-    parser.add_argument("--rig", help="the view rig, for weights that carry none (facelift6 for FaceLift's)")
-    parser.add_argument("--num_steps", type=int, help="sampling steps of Stage 1; default: the model's own, else 50")
-    parser.add_argument(
-        "--guidance_scale", type=float, help="classifier-free guidance, 1 = off; default: the model's own, else 3"
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--crop", choices=("auto", "always", "never"), default="auto", help="framing of the photograph")
-    parser.add_argument("--turntable_views", type=int, default=120, help="frames of turntable.mp4; 0 writes none")
+    add_chain_flags(parser)
+    add_photo_flags(parser)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/pipeline"))
     return parser.parse_args()
 

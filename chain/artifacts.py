@@ -17,10 +17,7 @@ if TYPE_CHECKING:
     from mvdiffusion.components import Components
     from mvdiffusion.prompts import PromptEmbeds
 
-DEMO_STAGE1 = Path("checkpoints/demo/mvdiffusion")
 DEMO_STAGE2 = Path("checkpoints/demo/gslrm")
-DEFAULT_COMPONENTS = Path("checkpoints/mvdiffusion/pipeckpts")
-DEFAULT_EMBEDS = Path("mvdiffusion/data/mouse_prompt_embeds_6view/clr_embeds.pt")
 STAMP = "python scripts/stamp_rig.py --rig <rig> --path {path}"
 
 
@@ -74,19 +71,20 @@ def resolve_chain(
     """
     from gslrm.checkpoints import read_checkpoint_rig, resolve_checkpoint
     from mvdiffusion.checkpoints import components_folder_of, embeds_of, sampling_of
+    from mvdiffusion.components import DEMO_FOLDER, PUBLIC_FOLDER
     from mvdiffusion.models.unet import resolve_unet_folder, unet_rig
-    from mvdiffusion.prompts import check_embeds_fit, load_prompt_embeds
+    from mvdiffusion.prompts import TRACKED_FOLDER, check_embeds_fit, load_prompt_embeds
 
     if (unet is None) != (gslrm is None):
         given, other = ("Stage 2", "Stage 1") if unet is None else ("Stage 1", "Stage 2")
         raise ValueError(f"a {given} checkpoint without a {other} one: name both, or neither for the demo models")
     demo = unet is None
-    unet_folder = resolve_unet_folder(DEMO_STAGE1 if demo else unet)
-    components = components or components_folder_of(unet_folder) or DEFAULT_COMPONENTS
+    unet_folder = resolve_unet_folder(DEMO_FOLDER if demo else unet)
+    components = components or components_folder_of(unet_folder) or PUBLIC_FOLDER
     gslrm_file = resolve_checkpoint(DEMO_STAGE2 if demo else gslrm)
     requested = load_rig(rig) if rig else None
 
-    prompt_embeds = load_prompt_embeds(embeds or embeds_of(unet_folder) or DEFAULT_EMBEDS, requested)
+    prompt_embeds = load_prompt_embeds(embeds or embeds_of(unet_folder) or TRACKED_FOLDER, requested)
     check_embeds_fit(prompt_embeds, unet_folder)
     common = check_alignment(
         requested,

@@ -11,6 +11,7 @@ IGNORED_KEYS = (
     "profile",
     "debug",
     "model.class_name",
+    "model.half_bbx_size",
     "training.runtime.torch_compile",
     "training.dataset.normalize_distance_to",
     "training.dataset.remove_alpha",
@@ -73,7 +74,6 @@ class ModelConfig:
     depth_max: float = -1.0
     depth_reference_origin: bool = False  # plain Pluecker input: depth counted from the camera's distance to the origin
     clip_xyz: bool = False  # in training only: image Gaussians into [-1, 1]. FaceLift asked for it and never did it
-    half_bbx_size: float | None = None  # box of the evaluation filter; None = no box
     prune_background: bool = False  # drop tokens and Gaussians of background pixels; forward then needs masks
     prune_margin_px: int = 2  # pixels around the mask that are kept
 

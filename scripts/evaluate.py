@@ -13,6 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from chain.flags import add_chain_flags, positive
 from multiview.run import main_guard
 
 SHEET_ROWS = 8
@@ -24,15 +25,10 @@ def parse_arguments() -> argparse.Namespace:
         "--data", type=Path, default=Path("data_mouse/data_mouse_val.txt"), help="split list of samples"
     )
     parser.add_argument("--stage", choices=("1", "2", "full"), required=True)
-    parser.add_argument("--num_samples", type=int, default=16, help="the first so many of the list (default: 16)")
+    parser.add_argument("--num_samples", type=positive, default=16, help="the first so many of the list (default: 16)")
     parser.add_argument("--mvdiffusion_checkpoint", type=Path, help="Stage 1; default: the demo model")
-    parser.add_argument("--mvdiff_pretrained", type=Path, help="Stage 1 components; default: the checkpoint's own")
     parser.add_argument("--checkpoint", type=Path, help="Stage 2; default: the demo model")
-    parser.add_argument("--prompt_embeds", type=Path, help="default: those stored beside the UNet")
-    parser.add_argument("--num_steps", type=int, help="default: the model's own")
-    parser.add_argument("--guidance_scale", type=float, help="default: the model's own")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    add_chain_flags(parser)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/evaluation"))
     return parser.parse_args()
 
@@ -48,10 +44,11 @@ def main() -> None:
 
     device = resolve_device(arguments.device)
     if arguments.stage == "2":
-        artifacts = resolve_stage2(rig=None, gslrm=arguments.checkpoint)
+        artifacts = resolve_stage2(rig=arguments.rig, gslrm=arguments.checkpoint, gslrm_config=arguments.gslrm_config)
     else:
         artifacts = resolve_chain(
-            rig=None, unet=arguments.mvdiffusion_checkpoint, gslrm=arguments.checkpoint, embeds=arguments.prompt_embeds,
+            rig=arguments.rig, unet=arguments.mvdiffusion_checkpoint, gslrm=arguments.checkpoint,
+            gslrm_config=arguments.gslrm_config, embeds=arguments.prompt_embeds,
             components=arguments.mvdiff_pretrained,
             num_steps=arguments.num_steps, guidance_scale=arguments.guidance_scale,
         )  # fmt: skip

@@ -73,11 +73,6 @@ class Gaussians:
         return self.xyz
 
     @property
-    def get_features(self) -> Tensor:
-        """[b, n, (degree + 1)^2, 3] spherical-harmonics coefficients."""
-        return self.features
-
-    @property
     def get_scaling(self) -> Tensor:
         """[b, n, 3] standard deviations, world units."""
         return self.scaling.exp()
