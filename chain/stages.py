@@ -68,7 +68,7 @@ def reconstruct(model: GSLRM, views: PosedViews, device: torch.device) -> Gaussi
     size = model.config.image_tokenizer.image_size
     rgba = torch.stack([resize_rgba(torch.cat([rgb, mask]), size) for rgb, mask in zip(views.rgb, views.masks)])
     cameras = views.cameras.resize(size, size)[None].to(device)
-    masks = rgba[None, :, 3:].to(device) if model.config.prune_background else None
+    masks = rgba[None, :, 3:].to(device) if model.config.prune_background_tokens else None
     with torch.autocast(device.type, dtype=torch.float16, enabled=device.type == "cuda"):
         output = model(rgba[None, :, :3].to(device), cameras, masks=masks)
     return output.gaussians

@@ -74,7 +74,7 @@ class ModelConfig:
     depth_max: float = -1.0
     depth_reference_origin: bool = False  # plain Pluecker input: depth counted from the camera's distance to the origin
     clip_xyz: bool = False  # in training only: image Gaussians into [-1, 1]. FaceLift asked for it and never did it
-    prune_background: bool = False  # drop tokens and Gaussians of background pixels; forward then needs masks
+    prune_background_tokens: bool = False  # drop tokens and Gaussians of background pixels; forward then needs masks
     prune_margin_px: int = 2  # pixels around the mask that are kept
 
 
@@ -271,8 +271,8 @@ def check_config(config: GSLRMConfig) -> None:
     ):
         if value not in allowed:
             raise ValueError(f"{key} must be one of {', '.join(map(str, allowed))}, got {value!r}")
-    if config.model.prune_background and (losses.pointsdist_loss_weight > 0 or losses.warmup_pointsdist):
-        raise ValueError("the points-distance loss needs every pixel: set model.prune_background=false")
+    if config.model.prune_background_tokens and (losses.pointsdist_loss_weight > 0 or losses.warmup_pointsdist):
+        raise ValueError("the points-distance loss needs every pixel: set model.prune_background_tokens=false")
     if config.training.checkpointing.checkpoint_every % runtime.grad_accum_steps:
         raise ValueError(
             "training.checkpointing.checkpoint_every must be a multiple of training.runtime.grad_accum_steps "

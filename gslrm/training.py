@@ -101,7 +101,7 @@ def _train(config: GSLRMConfig, device: torch.device, processes: Distributed, ov
         synchronised = nullcontext() if is_update or processes.world_size == 1 else network.no_sync()
         with synchronised:
             with autocast(device, runtime):
-                output = run_model(network, config.model.prune_background, batch, clip_xyz=clip)
+                output = run_model(network, config.model.prune_background_tokens, batch, clip_xyz=clip)
             rgb = alpha = None
             if NEEDS_RENDERING & set(weights):
                 rgb, alpha, _ = render(

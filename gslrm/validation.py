@@ -91,7 +91,7 @@ def validate(
         item = dataset[number]
         batch = prepare({name: tensor[None] for name, tensor in item.items()}, num_inputs, device)
         with autocast:
-            output = run_model(model, model.config.prune_background, batch)
+            output = run_model(model, model.config.prune_background_tokens, batch)
         rendered = render(output.gaussians, batch.target_cameras, batch.background, backend)
         parts = {"input": slice(0, num_inputs), "novel": slice(num_inputs, None)}
         for part, views in parts.items():

@@ -284,7 +284,7 @@ def test_pruning_keeps_exactly_the_foreground_and_its_margin():
 def test_full_masks_prune_nothing():
     torch.manual_seed(0)
     model = GSLRM(tiny())
-    pruned = GSLRM(tiny(prune_background=True))
+    pruned = GSLRM(tiny(prune_background_tokens=True))
     pruned.load_state_dict(model.state_dict())
     images, cameras = posed_views(batch=2)
     plain, other = model(images, cameras), pruned(images, cameras, masks=torch.ones(2, 3, 1, 16, 16))
@@ -294,7 +294,7 @@ def test_full_masks_prune_nothing():
 
 def test_padding_of_a_pruned_batch_changes_no_sample():
     torch.manual_seed(0)
-    model = GSLRM(tiny(prune_background=True))
+    model = GSLRM(tiny(prune_background_tokens=True))
     images, cameras = posed_views(batch=2)
     masks = torch.zeros(2, 3, 1, 16, 16)
     masks[0, :, :, 2:12, 3:9] = 1.0
@@ -311,7 +311,7 @@ def test_padding_of_a_pruned_batch_changes_no_sample():
 
 
 def test_pixel_values_return_to_their_pixels():
-    model = GSLRM(tiny(prune_background=True))
+    model = GSLRM(tiny(prune_background_tokens=True))
     images, cameras = posed_views()
     masks = torch.zeros(1, 3, 1, 16, 16)
     masks[0, 1, 0, 4:7, 9:13] = 1.0
@@ -328,7 +328,7 @@ def test_pixel_values_return_to_their_pixels():
 
 
 def test_model_config_survives_the_sidecar():
-    config = tiny(prune_background=True, gaussians={"n_gaussians": 4, "sh_degree": 1})
+    config = tiny(prune_background_tokens=True, gaussians={"n_gaussians": 4, "sh_degree": 1})
     assert model_config_from_dict(json.loads(json.dumps(config_to_dict(config))), "sidecar") == config
     with pytest.raises(ValueError, match="model.transformer.heads"):
         model_config_from_dict({"transformer": {"heads": 3}}, "sidecar")

@@ -466,7 +466,7 @@ def test_fp16_scaler_is_updated_after_a_skipped_step(data, tmp_path):
 
 def test_overfit_reaches_its_samples_and_validates_on_them(data, tmp_path):
     config = config_of(
-        data, tmp_path / "run", **{"training.schedule.max_fwdbwd_passes": 40, "model.prune_background": True,
+        data, tmp_path / "run", **{"training.schedule.max_fwdbwd_passes": 40, "model.prune_background_tokens": True,
                                    "training.losses.direct_loss_weight": 1.0, "training.losses.direct_warmup_steps": 15,
                                    "training.losses.direct_loss_weight_after": 0.1, "training.runtime.ema_decay": 0.9},
     )  # fmt: skip
@@ -526,7 +526,7 @@ def test_two_processes_take_the_steps_of_one_with_twice_the_batch(data, tmp_path
     steps = {"training.schedule.max_fwdbwd_passes": 20, "validation.enabled": "false",
              "training.checkpointing.checkpoint_every": 20, "training.losses.masked_l2_loss": "true",
              "training.losses.direct_loss_weight": 1.0, "training.losses.direct_warmup_steps": 5,
-             "training.losses.direct_loss_weight_after": 0.1, "model.prune_background": "true"}  # fmt: skip
+             "training.losses.direct_loss_weight_after": 0.1, "model.prune_background_tokens": "true"}  # fmt: skip
     one = {**steps, "training.dataloader.batch_size_per_gpu": 4}
     train(config_of(data, tmp_path / "one", **one))
     two = {**steps, "training.dataloader.batch_size_per_gpu": 2}

@@ -130,7 +130,7 @@ class GSLRM(nn.Module):
 
         images: [b, v, 3, h, w] RGB in 0..1 (composited); h, w multiples of the patch size. Any v.
         cameras: shape [b, v], OpenCV axes, of pictures h x w.
-        masks: [b, v, 1, h, w] foreground in 0..1; needed if and only if `config.prune_background`: background tokens
+        masks: [b, v, 1, h, w] foreground in 0..1; needed if and only if `config.prune_background_tokens`: background tokens
             and Gaussians (farther than `prune_margin_px` from the mask) are dropped.
         clip_xyz: image Gaussians into [-1, 1] (training with `config.clip_xyz`; never at inference).
         Raises ValueError when shapes do not go together.
@@ -176,10 +176,10 @@ class GSLRM(nn.Module):
                 f"cameras must have shape [{b}, {v}] for pictures {h} x {w} to go with images {list(images.shape)}, "
                 f"got {list(cameras.shape)} for {cameras.height} x {cameras.width}"
             )
-        if (masks is not None) != self.config.prune_background:
+        if (masks is not None) != self.config.prune_background_tokens:
             raise ValueError(
-                f"masks are {'given' if masks is not None else 'missing'} but model.prune_background is "
-                f"{self.config.prune_background}: a model that prunes the background needs masks, another takes none"
+                f"masks are {'given' if masks is not None else 'missing'} but model.prune_background_tokens is "
+                f"{self.config.prune_background_tokens}: a model that prunes the background needs masks, another takes none"
             )
         if masks is not None and masks.shape != (b, v, 1, h, w):
             raise ValueError(f"masks must be [{b}, {v}, 1, {h}, {w}], got {list(masks.shape)}")
