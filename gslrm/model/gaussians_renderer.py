@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from multiview.cameras import TURNTABLE_DISTANCE, TURNTABLE_HFOV_DEG, Cameras
 
@@ -28,13 +29,20 @@ class RenderOutput(NamedTuple):
 
 
 def render(
-    gaussians: Gaussians, cameras: Cameras, background: Tensor | float = 1.0, backend: str = "auto"
+    gaussians: Gaussians,
+    cameras: Cameras,
+    background: Tensor | float = 1.0,
+    backend: str = "auto",
+    recompute: bool = False,
 ) -> RenderOutput:
     """Renders b scenes from v cameras each, differentiable in the Gaussians and the background.
 
     cameras: [b, v]. background: a number, [3], [b, 3] or [b, v, 3], 0..1.
     backend: "gsplat" (CUDA), "cpu", or "auto": gsplat for tensors on a CUDA device, cpu for tensors on the CPU. Both
     compute the same mathematics (gsplat's classic mode) in float32, whatever autocast says.
+    recompute: render view by view, keep of each only the picture and draw it again in the backward pass, so that
+        memory grows with the pictures alone and not with views x Gaussians (training at 512 px). The pictures are the
+        same bits; gradients are summed over the views in another order, so they are the same to rounding.
     Raises ValueError for shapes, devices or backends that do not fit.
     """
     if len(cameras.shape) != 2 or cameras.shape[0] != gaussians.num_scenes:
@@ -53,7 +61,14 @@ def render(
         from .rasterizers.gsplat_backend import rasterize
     else:
         from .rasterizers.cpu import rasterize
-    return RenderOutput(*rasterize(gaussians, cameras, background))
+    if not recompute or not torch.is_grad_enabled():
+        return RenderOutput(*rasterize(gaussians, cameras, background))
+    views = []
+    for v in range(cameras.shape[1]):
+        of_view = (gaussians, cameras[:, v : v + 1], background[:, v : v + 1])
+        # Nothing in it is random; with the state of the generators kept, every view would wait for the GPU.
+        views.append(checkpoint(rasterize, *of_view, use_reentrant=False, preserve_rng_state=False))
+    return RenderOutput(*[torch.cat(parts, dim=1) for parts in zip(*views)])
 
 
 def _expand_background(background: Tensor | float, shape: torch.Size, device: torch.device) -> Tensor:

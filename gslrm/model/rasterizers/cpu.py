@@ -70,23 +70,27 @@ class _Rasterize(torch.autograd.Function):
 
         kept = _for_pictures(draw, len(planes), parts)
         if any(ctx.needs_input_grad):
-            ctx.save_for_backward(*tensors, pictures)
-            ctx.kept = kept
+            # Everything goes through save_for_backward, where torch.utils.checkpoint can drop and recompute it.
+            kept = [torch.from_numpy(array) for of_picture in kept for array in of_picture]
+            ctx.save_for_backward(*tensors, pictures, *kept)
         return pictures
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_pictures):
-        *tensors, pictures = ctx.saved_tensors
+        saved = ctx.saved_tensors  # read once: a checkpoint hands out what it recomputed a single time
+        tensors, pictures, saved = saved[:7], saved[7], saved[8:]
         arrays = [t.numpy() for t in tensors]
         planes = pictures.flatten(0, 1).numpy()
+        per_picture = len(saved) // len(planes)
+        kept = [[t.numpy() for t in saved[i : i + per_picture]] for i in range(0, len(saved), per_picture)]
         grad_planes = grad_pictures.float().contiguous().flatten(0, 1).numpy()
         (num_scenes, n), (color_views, views) = tensors[0].shape[:2], (tensors[4].shape[1], pictures.shape[1])
         parts = _parts_per_picture(len(planes))
 
         def draw_backward(index):
             inputs = _inputs(arrays, *divmod(index, views))
-            return _draw_backward(inputs, ctx.kept[index], planes[index], grad_planes[index], parts)
+            return _draw_backward(inputs, kept[index], planes[index], grad_planes[index], parts)
 
         # Views are summed in order, whoever finishes first.
         grads = torch.zeros(num_scenes, n, 14)
