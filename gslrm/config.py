@@ -12,15 +12,12 @@ IGNORED_KEYS = (
     "debug",
     "model.class_name",
     "model.half_bbx_size",
-    "training.runtime.torch_compile",
     "training.dataset.normalize_distance_to",
     "training.dataset.remove_alpha",
     "training.dataloader.num_threads",
     "training.losses.distill_loss_weight",
     "training.schedule.num_epochs",
     "training.schedule.early_stop_after_epochs",
-    "training.optimizer.reset_weight_decay",
-    "training.optimizer.reset_lr",
     "training.logging.wandb.job_type",
     "training.logging.wandb.log_every",
     "inference",
@@ -93,6 +90,8 @@ class RuntimeConfig:
     grad_clip_norm: float = 1.0
     allowed_gradnorm_factor: float = 20.0  # an update whose norm exceeds clip x this is skipped and counted
     grad_checkpoint_every: int = 1  # blocks recomputed together in the backward pass; 0 = off
+    torch_compile: bool = False  # compile the transformer blocks; the first passes then take minutes
+    recompute_rendering: bool = False  # draw again in the backward pass instead of keeping everything: less memory
     raster_backend: str = "auto"
     ema_decay: float = 0.0  # 0 = off
 
@@ -155,6 +154,22 @@ class OptimizerConfig:
     beta2: float = 0.95
     weight_decay: float = 0.05
     reset_training_state: bool = True  # from resume_ckpt take the weights only
+    reset_lr: bool = False  # a resumed training state: warm-up and cosine start again, with this config's lr
+    reset_weight_decay: bool = False  # a resumed training state: take this config's weight_decay
+
+
+@dataclass
+class AdaptationConfig:
+    """Which parameters train. Blocks are numbered from 0; ranges include their ends."""
+
+    trainable_layers: str | None = None  # transformer blocks, e.g. "20-23" or "0,4-7"; null = all, "none" = none
+    freeze_embedder: bool = False  # patch embedder, learned tokens, markers, input norm
+    freeze_heads: bool = False  # both Gaussian heads
+    lora_rank: int = 0  # > 0: in trainable_layers only low-rank adapters of lora_targets train, the rest stays
+    lora_alpha: float = 16.0  # the adapter's output is scaled by alpha / rank
+    lora_dropout: float = 0.0
+    lora_targets: list[str] = field(default_factory=lambda: ["attn.to_qkv", "attn.fc", "mlp.mlp.0", "mlp.mlp.2"])
+    save_adapters: bool = False  # also <checkpoint_dir>/adapters: the newest ones alone, small, in peft's layout
 
 
 @dataclass
@@ -197,6 +212,7 @@ class TrainingConfig:
     dataloader: DataloaderConfig = field(default_factory=DataloaderConfig)
     losses: LossesConfig = field(default_factory=LossesConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    adaptation: AdaptationConfig = field(default_factory=AdaptationConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     checkpointing: CheckpointingConfig = field(default_factory=CheckpointingConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
