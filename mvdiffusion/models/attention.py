@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import Module
+
+from mvdiffusion.models.camera_conditioning import CameraAttnProcessor
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -35,9 +38,13 @@ class MultiViewAttnProcessor:
     def __init__(self, num_views: int, mode: str, reference_view: int = 0) -> None:
         if mode not in ("sparse", "full"):
             raise ValueError(f"multi-view attention mode must be sparse or full, got {mode!r}")
+        self.mode = mode
+        self.set_views(num_views, reference_view)
+
+    def set_views(self, num_views: int, reference_view: int) -> None:
         if not 0 <= reference_view < num_views:
             raise ValueError(f"reference_view must be 0..{num_views - 1}, got {reference_view}")
-        self.num_views, self.mode, self.reference_view = num_views, mode, reference_view
+        self.num_views, self.reference_view = num_views, reference_view
 
     def __call__(
         self,
@@ -75,12 +82,24 @@ class MultiViewAttnProcessor:
 
 
 def set_multiview_attention(unet: UNet2DConditionModel, num_views: int, mode: str) -> None:
-    """Puts multi-view attention into every self-attention layer (attn1) of `unet`, or takes it out (`none`)."""
+    """Puts multi-view attention into every self-attention layer (attn1) of `unet`, or takes it out (`none`).
+
+    Cross-attention (attn2) is the stock one, except in a UNet with camera tokens.
+    """
     from diffusers.models.attention_processor import AttnProcessor2_0
 
     if mode not in ATTENTION_MODES:
         raise ValueError(f"attention must be one of {', '.join(ATTENTION_MODES)}, got {mode!r}")
     stock = AttnProcessor2_0()
     own = stock if mode == "none" else MultiViewAttnProcessor(num_views, mode)
+    cross = CameraAttnProcessor() if unet.config.camera_conditioning == "cross_attention" else stock
     names = unet.attn_processors
-    unet.set_attn_processor({name: own if ".attn1." in name else stock for name in names})
+    unet.set_attn_processor({name: own if ".attn1." in name else cross for name in names})
+
+
+def set_views(unet: Module, num_views: int, reference_view: int) -> None:
+    """Tells the multi-view attention of `unet` (wrapped or not) how many views an object has and which is the input."""
+    for module in unet.modules():
+        processor = getattr(module, "processor", None)
+        if isinstance(processor, MultiViewAttnProcessor):
+            processor.set_views(num_views, reference_view)

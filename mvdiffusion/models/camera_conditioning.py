@@ -1,0 +1,188 @@
+"""Telling the UNet where each view's camera stands, in numbers: what prompts can only say in words.
+
+Three ways, each exactly without effect until trained (zero-initialised output, added to what the pretrained layers
+compute rather than mixed into it, so that not even rounding changes):
+
+- `adaln`: an embedding [b * n, time width] added to the time step's.
+- `cross_attention`: TOKENS camera tokens appended to the prompt's. A token appended to a softmax changes it even when
+  it is zero, so the camera tokens have a softmax of their own, whose result is added to the prompt's (as image prompts
+  do in IP-Adapter, https://arxiv.org/abs/2308.06721) through the layer's own key and value projections: these have no
+  bias, so zero tokens have zero values and add exactly nothing.
+- `concat`: Pluecker-ray channels beside the latents. A convolution over concatenated channels is the sum of two
+  convolutions, so conv_in keeps its weights and the rays' share is a second, zero convolution whose output is added.
+
+Everything is relative to the reference view's azimuth: turning the whole world about its z axis changes nothing. All
+weights made here have names with the part `camera` (`is_camera_weight`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from multiview.cameras import Cameras
+from multiview.rig import FACELIFT_DISTANCE, FACELIFT_FOCAL
+from multiview.run import make_generator
+
+if TYPE_CHECKING:
+    from diffusers.models.attention_processor import Attention
+
+CAMERA_MODES = ("none", "adaln", "cross_attention", "concat")
+ORDERS = (1, 2, 3, 4)  # of the Fourier series in an angle: smooth between trained views, distinct down to 45 degrees
+POSE_FEATURES = 2 * len(ORDERS) + 7
+FEATURES = 2 * len(ORDERS) + 2 * POSE_FEATURES
+RAY_CHANNELS = 6
+TOKENS = 4
+
+
+def is_camera_weight(name: str) -> bool:
+    """True for the state-dict names that camera conditioning adds to a stock UNet."""
+    return "camera" in name.split(".")
+
+
+# ---- cameras as numbers ---------------------------------------------------------------------------------------------
+
+
+def camera_features(cameras: Cameras, reference_view: int) -> Tensor:
+    """Cameras [..., n] -> [..., n, FEATURES]: azimuth relative to the reference view, own pose, the reference's pose.
+
+    The pose (all of order 1, zero for FaceLift's own camera at the horizon except the constant cosines): elevation as
+    a Fourier series; log distance and log focal length over FaceLift's; direction of the world origin from the camera
+    (x, y of the unit vector: zero for a camera that looks at it); principal point off the centre over the picture's
+    size; tilt (world z of the camera's x axis: zero for an upright one).
+    """
+    azimuth = torch.deg2rad(cameras.azimuth_deg)
+    relative = azimuth - azimuth[..., reference_view, None]
+    rotation, size = cameras.c2w[..., :3, :3], cameras.fxfycxcy.new_tensor([cameras.width, cameras.height])
+    distance = cameras.distance[..., None]
+    towards_origin = torch.einsum("...ij,...i->...j", rotation, -cameras.origins / distance)
+    pose = torch.cat(
+        [
+            _fourier(torch.deg2rad(cameras.elevation_deg)),
+            (distance / FACELIFT_DISTANCE).log(),
+            (cameras.fxfycxcy[..., :1] / cameras.width / FACELIFT_FOCAL).log(),
+            towards_origin[..., :2],
+            cameras.fxfycxcy[..., 2:] / size - 0.5,
+            rotation[..., 2, :1],
+        ],
+        dim=-1,
+    )
+    reference = pose[..., reference_view, None, :].expand_as(pose)
+    return torch.cat([_fourier(relative), pose, reference], dim=-1)
+
+
+def camera_rays(cameras: Cameras, reference_view: int, side: int) -> Tensor:
+    """Cameras [..., n] -> Pluecker rays [..., n, 6, side, side]: direction, then origin x direction.
+
+    World turned about z so that the reference view stands at azimuth 0; the moment is in units of FaceLift's distance.
+    """
+    origins, directions = turn_to_reference(cameras, reference_view).resize(side, side).rays()
+    moments = torch.linalg.cross(origins, directions, dim=-1) / FACELIFT_DISTANCE
+    return torch.cat([directions, moments], dim=-1).movedim(-1, -3)
+
+
+def turn_to_reference(cameras: Cameras, reference_view: int) -> Cameras:
+    """The same cameras [..., n] in a world turned about its z axis so that the reference view's azimuth is 0."""
+    angle = torch.deg2rad(cameras.azimuth_deg[..., reference_view])
+    turn = torch.eye(4, dtype=angle.dtype, device=angle.device).repeat(*angle.shape, 1, 1)
+    # Azimuth runs clockwise seen from above, so taking it away turns counter-clockwise.
+    turn[..., 0, 0], turn[..., 0, 1] = angle.cos(), -angle.sin()
+    turn[..., 1, 0], turn[..., 1, 1] = angle.sin(), angle.cos()
+    return Cameras(turn[..., None, :, :] @ cameras.c2w, cameras.fxfycxcy, cameras.height, cameras.width)
+
+
+def camera_inputs(mode: str, cameras: Cameras, reference_view: int, side: int, batch: int) -> dict[str, Tensor]:
+    """Cameras [b, n] -> what a CameraUNet of this mode reads, repeated for a batch of k * b * n (guidance halves)."""
+    count = cameras.c2w.shape[:-2].numel()
+    if batch % count:
+        raise ValueError(f"the batch must be a multiple of the cameras' objects x views = {count}, got {batch}")
+    if mode == "concat":
+        rays = camera_rays(cameras, reference_view, side).flatten(0, 1)
+        return {"camera_rays": rays.repeat(batch // count, 1, 1, 1)}
+    return {"camera_features": camera_features(cameras, reference_view).flatten(0, 1).repeat(batch // count, 1)}
+
+
+def _fourier(angle: Tensor) -> Tensor:
+    """Angles [...], radians -> [..., 2 * orders]."""
+    multiples = angle[..., None] * angle.new_tensor(ORDERS)
+    return torch.cat([multiples.sin(), multiples.cos()], dim=-1)
+
+
+# ---- the layers they enter ------------------------------------------------------------------------------------------
+
+
+class CameraEmbedding(nn.Module):
+    """Camera features -> embedding [b, width], and its zero-initialised projection into the UNet.
+
+    outputs: the time embedding's width (`adaln`) or the prompt tokens' width (`cross_attention`).
+    The weights are the same on every process and in every run: they are drawn from a generator of their own.
+    """
+
+    def __init__(self, mode: str, width: int, outputs: int) -> None:
+        super().__init__()
+        if mode == "cross_attention" and width % TOKENS:
+            raise ValueError(f"the time embedding's width must be a multiple of {TOKENS}, got {width}")
+        self.mlp = nn.Sequential(nn.Linear(FEATURES, width), nn.SiLU(), nn.Linear(width, width))
+        generator = make_generator("camera conditioning")
+        for layer in (self.mlp[0], self.mlp[2]):
+            nn.init.xavier_uniform_(layer.weight, generator=generator)
+            nn.init.zeros_(layer.bias)
+        # One projection for all tokens, each of its own part of the embedding: equal zero tokens would stay equal.
+        self.tokens = TOKENS if mode == "cross_attention" else 1
+        self.output = nn.Linear(width // self.tokens, outputs)
+        nn.init.zeros_(self.output.weight)
+        nn.init.zeros_(self.output.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[b, FEATURES] -> [b, outputs], or [b, TOKENS, outputs]."""
+        embedding = self.mlp(features.to(self.mlp[0].weight.dtype))
+        if self.tokens == 1:
+            return self.output(embedding)
+        return self.output(embedding.unflatten(-1, (self.tokens, -1)))
+
+
+class CameraConv2d(nn.Conv2d):
+    """A convolution that takes RAY_CHANNELS more channels; their weights, zero at first, are `camera.weight`."""
+
+    @staticmethod
+    def widen(conv: nn.Conv2d) -> CameraConv2d:
+        """`conv` with its own weights and zero ones for the rays."""
+        options = {"kernel_size": conv.kernel_size, "stride": conv.stride, "padding": conv.padding}
+        wide = CameraConv2d(conv.in_channels, conv.out_channels, **options)
+        wide.weight, wide.bias = conv.weight, conv.bias
+        wide.camera = nn.Conv2d(RAY_CHANNELS, conv.out_channels, bias=False, **options)
+        nn.init.zeros_(wide.camera.weight)
+        return wide
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[b, in_channels + RAY_CHANNELS, h, w] -> [b, out_channels, h', w']."""
+        return super().forward(x[:, : self.in_channels].contiguous()) + self.camera(x[:, self.in_channels :])
+
+
+class CameraAttnProcessor:
+    """Cross-attention to the prompt's tokens plus cross-attention to the TOKENS camera tokens appended to them."""
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        """hidden_states: [b, tokens, channels]; encoder_hidden_states: [b, prompt tokens + TOKENS, width]."""
+        if encoder_hidden_states is None or attention_mask is not None:
+            raise ValueError("camera tokens need cross-attention without a mask; got self-attention or a mask")
+
+        def heads(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+
+        query, mixed = heads(attn.to_q(hidden_states)), 0.0
+        for source in (encoder_hidden_states[:, :-TOKENS], encoder_hidden_states[:, -TOKENS:]):
+            source = source.contiguous()  # each projected as if alone: bit by bit what the stock layer computes
+            mixed = F.scaled_dot_product_attention(query, heads(attn.to_k(source)), heads(attn.to_v(source))) + mixed
+        mixed = mixed.transpose(1, 2).flatten(2)
+        return attn.to_out[1](attn.to_out[0](mixed)) / attn.rescale_output_factor
