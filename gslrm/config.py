@@ -136,9 +136,13 @@ class LossesConfig:
     background_loss_weight: float = 0.0  # MSE on background pixels alone
     pixelalign_loss_weight: float = 0.0
     pointsdist_loss_weight: float = 0.0
-    masked_l2_loss: bool = False  # over foreground pixels only
+    masked_l2_loss: bool = False  # masked: over foreground pixels only
+    masked_lpips_loss: bool = False
+    masked_perceptual_loss: bool = False
     masked_ssim_loss: bool = False
-    masked_pixelalign_loss: bool = True
+    masked_pixelalign_loss: bool = True  # weighted by alpha
+    pixelalign_normalisation: str = "upstream"  # masked form over the number of all pixels; or `foreground`
+    masked_pointsdist_loss: bool = False  # over alpha > 0.5; needed with model.prune_background_tokens
     warmup_pointsdist: bool = False  # first 1000 passes: points distance (0.1) instead of l2 and perceptual
     direct_loss_weight: float = 0.0  # to the true surface points; needs depth maps in the dataset
     direct_loss_weight_after: float = 0.0  # once direct_warmup_steps are over
@@ -282,13 +286,18 @@ def check_config(config: GSLRMConfig) -> None:
         ("training.dataset.background_color", dataset.background_color, ("white", "gray", "black", "random")),
         ("training.dataset.on_bad_sample", dataset.on_bad_sample, ("error", "skip")),
         ("training.dataset.overlap_rule", dataset.overlap_rule, ("normalised", "upstream")),
+        ("training.losses.pixelalign_normalisation", losses.pixelalign_normalisation, ("upstream", "foreground")),
         ("training.runtime.amp_dtype", runtime.amp_dtype, ("bf16", "fp16")),
         ("model.gaussians.upsampler.upsample_factor", config.model.gaussians.upsampler.upsample_factor, (1,)),
     ):
         if value not in allowed:
             raise ValueError(f"{key} must be one of {', '.join(map(str, allowed))}, got {value!r}")
-    if config.model.prune_background_tokens and (losses.pointsdist_loss_weight > 0 or losses.warmup_pointsdist):
-        raise ValueError("the points-distance loss needs every pixel: set model.prune_background_tokens=false")
+    uses_pointsdist = losses.pointsdist_loss_weight > 0 or losses.warmup_pointsdist
+    if config.model.prune_background_tokens and uses_pointsdist and not losses.masked_pointsdist_loss:
+        raise ValueError(
+            "the plain points-distance loss needs every pixel, but model.prune_background_tokens drops most: set "
+            "training.losses.masked_pointsdist_loss=true, or model.prune_background_tokens=false"
+        )
     if config.training.checkpointing.checkpoint_every % runtime.grad_accum_steps:
         raise ValueError(
             "training.checkpointing.checkpoint_every must be a multiple of training.runtime.grad_accum_steps "

@@ -2,10 +2,14 @@
 
 Every function returns [b], normalised inside its sample. The mean over samples is then the same whether a batch is seen
 by one process or split over several, which a normalisation over the batch would break.
+
+Each exists plain and foreground-masked. A mask is the true alpha of the target views (of the input views for the losses
+on Gaussians); a masked loss is the alpha-weighted mean over the sample's pixels, and 0 where no pixel is foreground.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +22,7 @@ from gslrm.model.gslrm import GSLRMOutput, gather_rows
 SH_C0 = 0.28209479177387814
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
 POINTSDIST_WARMUP_STEPS, POINTSDIST_WARMUP_WEIGHT = 1000, 0.1
+FOREGROUND_ALPHA = 0.5  # above it a pixel counts as the animal's where a pixel either counts or not
 POINTSDIST_SPREAD = 0.5  # world units of target standard deviation
 # Inside the direct loss: metres of surface error, colour, opacity and scale brought to like size.
 DIRECT_PARTS = {"xyz": 4.0, "colour": 2.0, "opacity": 0.2, "scale": 0.1}
@@ -66,6 +71,7 @@ def loss_weights(losses: LossesConfig, step: int, *, l2_warmup_steps: int = 0) -
     return {name: weight for name, weight in weights.items() if weight > 0}
 
 
+MASKABLE = {"l2", "lpips", "perceptual", "ssim", "pixelalign", "pointsdist"}
 NEEDS_RENDERING = {"l2", "lpips", "perceptual", "ssim", "alpha", "background"}
 
 
@@ -81,26 +87,27 @@ def total_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Weighted sum (scalar) and the parts (scalars, unweighted).
 
-    rgb, alpha: [b, t, 3|1, h, w] rendered; None when no loss of `weights` needs them. networks: `lpips`, `perceptual`.
+    rgb, alpha: [b, t, 3|1, h, w] rendered; None when no loss of `weights` needs them. networks: `lpips`, `perceptual`
+    (gslrm.perceptual.load_networks).
     """
     parts: dict[str, Tensor] = {}
     for name in weights:
+        masked = name in MASKABLE and getattr(losses, f"masked_{name}_loss")
+        mask, input_mask = (targets.alpha, targets.input_alpha) if masked else (None, None)
         if name == "l2":
-            parts[name] = l2_loss(rgb, targets.rgb, targets.alpha if losses.masked_l2_loss else None)
+            parts[name] = l2_loss(rgb, targets.rgb, mask)
         elif name == "ssim":
-            parts[name] = ssim_loss(rgb, targets.rgb, targets.alpha if losses.masked_ssim_loss else None)
+            parts[name] = ssim_loss(rgb, targets.rgb, mask)
         elif name == "alpha":
             parts[name] = l2_loss(alpha, targets.alpha)
         elif name == "background":
             parts[name] = l2_loss(rgb, targets.rgb, 1.0 - targets.alpha)
-        elif name == "lpips":
-            parts[name] = network_loss(networks[name], rgb * 2 - 1, targets.rgb * 2 - 1)
-        elif name == "perceptual":
-            parts[name] = network_loss(networks[name], rgb, targets.rgb)
+        elif name in ("lpips", "perceptual"):
+            parts[name] = networks[name](rgb, targets.rgb, mask)
         elif name == "pixelalign":
-            parts[name] = pixelalign_loss(output, targets.input_alpha if losses.masked_pixelalign_loss else None)
+            parts[name] = pixelalign_loss(output, input_mask, losses.pixelalign_normalisation)
         elif name == "pointsdist":
-            parts[name] = pointsdist_loss(output)
+            parts[name] = pointsdist_loss(output, input_mask)
         elif name == "direct":
             for part, value in direct_losses(output, targets, losses.direct_scale_px).items():
                 parts[f"direct_{part}"] = value
@@ -148,12 +155,6 @@ def ssim_map(a: Tensor, b: Tensor) -> Tensor:
     return luminance * (2 * (ab - mu_a * mu_b) + c2) / (var_a + var_b + c2)
 
 
-def network_loss(network: nn.Module, prediction: Tensor, target: Tensor) -> Tensor:
-    """A frozen network's distance of picture pairs, averaged over the views: [b, t, 3, h, w] -> [b]."""
-    distances = network(prediction.flatten(0, 1), target.flatten(0, 1))
-    return distances.reshape(prediction.shape[:2]).mean(1)
-
-
 def weighted_mean(values: Tensor, weight: Tensor) -> Tensor:
     """Sum(values * weight) / sum(weight) per sample: [b, ...] -> [b]; 0 where all weights are 0."""
     weight = weight.expand_as(values)
@@ -163,24 +164,52 @@ def weighted_mean(values: Tensor, weight: Tensor) -> Tensor:
 # ---- losses on Gaussians --------------------------------------------------------------------------------------------
 
 
-def pixelalign_loss(output: GSLRMOutput, input_alpha: Tensor | None = None) -> Tensor:
-    """Mean distance of each image Gaussian from its pixel's ray, weighted by alpha but averaged over all pixels."""
+def pixelalign_loss(output: GSLRMOutput, input_alpha: Tensor | None = None, normalisation: str = "upstream") -> Tensor:
+    """Mean distance [b] of each image Gaussian from its pixel's ray.
+
+    The point on the ray is held fixed, so the gradient points straight at the ray (zero on it).
+    input_alpha: [b, v, 1, h, w] weights. normalisation of the weighted form: `upstream` divides by the number of all
+    pixels of the input views (FaceLift's: a small animal has a small loss), `foreground` by the sum of the weights.
+    """
     offset = output.pixel_xyz - output.ray_origins
     along = (offset.detach() * output.ray_directions).sum(-1, keepdim=True)
-    orthogonal = offset - along * output.ray_directions
+    distance = (offset - along * output.ray_directions).norm(dim=-1)
+    present = output.pixel_valid.to(distance)
+    if input_alpha is None:
+        return weighted_mean(distance, present)
+    weight = present * pixels_of(input_alpha, output)[..., 0]
+    if normalisation == "foreground":
+        return weighted_mean(distance, weight)
+    return (distance * weight).sum(1) / math.prod(output.shape)
+
+
+def pointsdist_loss(output: GSLRMOutput, input_alpha: Tensor | None = None) -> Tensor:
+    """Spreads the points of each view around the camera's distance to the origin (mean squared error [b]).
+
+    The target of a point is its distance from the camera, standardised over its view (corrected standard deviation),
+    times POINTSDIST_SPREAD, plus the camera's distance from the origin; no gradient passes through it.
+    input_alpha: [b, v, 1, h, w]: statistics and mean over the pixels with alpha above 0.5 alone. Only this form means
+    the same for a model that prunes the background, whose kept pixels are no fair sample of a view.
+    """
+    distance = (output.pixel_xyz - output.ray_origins).norm(dim=-1)
+    chosen = output.pixel_valid
     if input_alpha is not None:
-        orthogonal = orthogonal * pixels_of(input_alpha, output)
-    return weighted_mean(orthogonal.norm(dim=-1), output.pixel_valid.to(orthogonal))
-
-
-def pointsdist_loss(output: GSLRMOutput) -> Tensor:
-    """Spreads the points of each view around the camera's distance to the origin; needs every pixel (no pruning)."""
-    b, v = output.pixel_index.shape[0], output.shape[0]
-    distance = (output.pixel_xyz - output.ray_origins).norm(dim=-1).view(b, v, -1)
+        chosen = chosen & (pixels_of(input_alpha, output)[..., 0] > FOREGROUND_ALPHA)
     with torch.no_grad():
-        standardised = (distance - distance.mean(-1, keepdim=True)) / (distance.std(-1, keepdim=True) + 1e-8)
-        target = standardised * POINTSDIST_SPREAD + output.ray_origins.norm(dim=-1).view(b, v, -1)
-    return (distance - target).square().flatten(1).mean(1)
+        v, h, w = output.shape
+        view, weight = output.pixel_index // (h * w), chosen.double()
+        count = sum_per_view(weight, view, v)
+        mean = sum_per_view(weight * distance, view, v) / count.clamp_min(1.0)
+        centred = distance - mean.gather(1, view)
+        variance = sum_per_view(weight * centred.square(), view, v) / (count - 1.0).clamp_min(1.0)
+        standardised = centred / (variance.sqrt().gather(1, view) + 1e-8)
+        target = (standardised * POINTSDIST_SPREAD).to(distance) + output.ray_origins.norm(dim=-1)
+    return weighted_mean((distance - target).square(), weight.to(distance))
+
+
+def sum_per_view(values: Tensor, view: Tensor, num_views: int) -> Tensor:
+    """values [b, k] summed by view number [b, k] -> [b, num_views]."""
+    return values.new_zeros(len(values), num_views).scatter_add(1, view, values)
 
 
 def direct_losses(output: GSLRMOutput, targets: Targets, scale_px: float) -> dict[str, Tensor]:
@@ -198,7 +227,7 @@ def direct_losses(output: GSLRMOutput, targets: Targets, scale_px: float) -> dic
         pixels_of(x, output) for x in (targets.input_rgb, targets.input_alpha, targets.input_depth)
     )
     present = output.pixel_valid[..., None].to(rgb)
-    surface = present * (alpha > 0.5) * (depth > 0)
+    surface = present * (alpha > FOREGROUND_ALPHA) * (depth > 0)
     distance = depth / (output.ray_directions * forward).sum(-1, keepdim=True)
     truth = output.ray_origins + distance * output.ray_directions
     log_scale = torch.log(scale_px * depth.clamp_min(1e-3) / focal)

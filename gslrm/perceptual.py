@@ -1,4 +1,11 @@
-"""The VGG-19 perceptual loss of GS-LRM, and finding its weights (and LPIPS's) on disk. Nothing is ever downloaded."""
+"""Losses in the features of frozen networks: GS-LRM's perceptual loss (VGG-19) and LPIPS (VGG-16).
+
+Their weights are found on disk; nothing is ever downloaded.
+
+The masked forms weight each layer's map of differences by the mask, averaged over the area that a feature stands for
+(its stride), and divide by the sum of these weights: with a mask of ones they are the plain forms, exactly. A feature
+at the outline also sees some background (its receptive field), so a halo around the animal still costs.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gslrm.config import LossesConfig
+from gslrm.losses import weighted_mean
 from multiview.checkpoint import load_checkpoint, load_strict
 
 VGG16_FILE = "vgg16-397923af.pth"  # torchvision's ImageNet weights, for LPIPS
@@ -52,15 +60,53 @@ class PerceptualLoss(nn.Module):
         self.net = VGG19()
         self.register_buffer("mean", torch.tensor(RGB_MEAN).view(1, 3, 1, 1), persistent=False)
 
-    def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """[n, 3, h, w] in 0..1, twice -> [n]."""
-        prediction, target = 255.0 * prediction - self.mean, 255.0 * target - self.mean
+    def forward(self, prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+        """[b, (t,) 3, h, w] in 0..1, twice; mask [b, (t,) 1, h, w] in 0..1 -> [b]."""
+        b = len(prediction)
+        pictures = 255.0 * prediction.flatten(0, -4) - self.mean
         with torch.no_grad():
-            target_features = self.net(target)
-        distance = (prediction - target).abs().flatten(1).mean(1)
-        for weight, a, b in zip(FEATURE_WEIGHTS.values(), self.net(prediction), target_features):
-            distance = distance + weight * (a - b).abs().flatten(1).mean(1)
+            true_pictures = 255.0 * target.flatten(0, -4) - self.mean
+            true_features = self.net(true_pictures)
+        distance = map_mean((pictures - true_pictures).abs(), mask, b)
+        for weight, features, truth in zip(FEATURE_WEIGHTS.values(), self.net(pictures), true_features):
+            distance = distance + weight * map_mean((features - truth).abs(), mask, b)
         return distance / 255.0
+
+
+class LPIPSLoss(nn.Module):
+    """LPIPS with the network of `multiview.metrics.load_lpips`, per sample and optionally masked."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+        """[b, (t,) 3, h, w] in 0..1, twice; mask [b, (t,) 1, h, w] in 0..1 -> [b]."""
+        b = len(prediction)
+        features = self._features(prediction)
+        with torch.no_grad():
+            true_features = self._features(target)
+        difference = zip(self.network.lins, features, true_features)
+        return sum(map_mean(linear((x - truth).square()), mask, b) for linear, x, truth in difference)
+
+    def _features(self, pictures: Tensor) -> list[Tensor]:
+        """[b, (t,) 3, h, w] in 0..1 -> per layer [n, c, h', w'], unit length over c."""
+        import lpips
+
+        pictures = self.network.scaling_layer(pictures.flatten(0, -4) * 2.0 - 1.0)
+        return [lpips.normalize_tensor(features) for features in self.network.net(pictures)]
+
+
+def map_mean(maps: Tensor, mask: Tensor | None, num_samples: int) -> Tensor:
+    """Mean of maps [n, c, h', w'] over each sample's pictures: [num_samples]; n is a multiple of num_samples.
+
+    mask: [..., 1, h, w], n pictures; averaged down to h' x w' as weights.
+    """
+    maps = maps.mean(1, keepdim=True)
+    if mask is None:
+        return maps.reshape(num_samples, -1).mean(1)
+    weight = functional.adaptive_avg_pool2d(mask.flatten(0, -4), maps.shape[-2:])
+    return weighted_mean(maps.reshape(num_samples, -1), weight.reshape(num_samples, -1))
 
 
 def load_networks(losses: LossesConfig, device: torch.device) -> dict[str, nn.Module]:
@@ -72,7 +118,7 @@ def load_networks(losses: LossesConfig, device: torch.device) -> dict[str, nn.Mo
         require(path.is_file(), path, "torchvision's VGG-16 weights", "lpips_loss_weight")
         from multiview.metrics import load_lpips
 
-        networks["lpips"] = load_lpips(device, path)
+        networks["lpips"] = LPIPSLoss(load_lpips(device, path))
     if losses.perceptual_loss_weight > 0:
         path = next((folder / name for name in VGG19_FILES if (folder / name).is_file()), None)
         names = " or ".join(VGG19_FILES)
