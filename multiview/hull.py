@@ -1,0 +1,330 @@
+"""The visual hull: the largest solid whose silhouettes lie in all masks. Carving, colouring, rendering.
+
+Laurentini 1994 (the hull), Niem 1994 (voxel carving), Matusik et al. 2000 (colours from the views that see a point).
+World frame and pixels as in multiview/cameras.py. Works on any device, on any number of views, of any directions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from multiview.cameras import Cameras
+
+RESOLUTION = 96  # voxels along the longest side of the hull's box
+COARSE = 32  # voxels per side of the first look, which finds that box
+CHUNK = 1 << 18  # voxels tested at once: some 30 MB
+FILLED = 0.5  # a mask value from here on is animal
+# Half the side of a voxel's square footprint in a picture, over its projected side. The narrow one keeps the silhouette
+# its size; the wide one leaves no gap through which the far side would show.
+NARROW, WIDE = 0.6, 1.0
+HOLE_NEIGHBOURS = 5  # an empty pixel with so many of 8 filled around it is a pinhole between narrow footprints
+OCCLUSION_VOXELS = 2.5  # a point is hidden when something stands this far before it
+EMPTY = 0x7F800000 << 32  # key of a pixel that shows nothing: the bits of an infinite depth
+HIDDEN_WEIGHT = 1e-4  # what a view that does not see a point counts in its colour: only where none does
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Voxel centres lower + (i + 0.5) * voxel. lower: [3]; voxel: side, world units; shape: voxels along x, y, z."""
+
+    lower: Tensor
+    voxel: float
+    shape: tuple[int, int, int]
+
+    def points(self, index: Tensor) -> Tensor:
+        """Linear indices [n] -> centres [n, 3]."""
+        return self.lower + (torch.stack(self.unravel(index), dim=-1) + 0.5) * self.voxel
+
+    def unravel(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        _, ny, nz = self.shape
+        return index // (ny * nz), index // nz % ny, index % nz
+
+    def __len__(self) -> int:
+        return self.shape[0] * self.shape[1] * self.shape[2]
+
+
+@dataclass(frozen=True)
+class VisualHull:
+    """Voxels inside every mask. index: [n] linear, rising. coverage: [n], the least mask value over the views."""
+
+    grid: Grid
+    index: Tensor
+    coverage: Tensor
+
+    @property
+    def points(self) -> Tensor:
+        """[n, 3] voxel centres."""
+        return self.grid.points(self.index)
+
+    @property
+    def volume(self) -> float:
+        """Cubic world units."""
+        return len(self.index) * self.grid.voxel**3
+
+    @property
+    def centre(self) -> Tensor:
+        """[3] centre of mass; voxels half outside a soft mask count half. Raises ValueError for an empty hull."""
+        if not len(self.index):
+            raise ValueError("the visual hull is empty: the masks of these cameras have no common volume")
+        weight = self.coverage / self.coverage.sum()
+        return (self.points * weight[:, None]).sum(0)
+
+
+@dataclass(frozen=True)
+class Surface:
+    """The hull's outer voxels. points, normals: [n, 3] (outward, unit). voxel: side. colours: [n, 3] 0..1 or None."""
+
+    points: Tensor
+    normals: Tensor
+    voxel: float
+    colours: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class HullViews:
+    """rgb: [v, 3, h, w] over the background; mask: [v, 1, h, w], 0 or 1; depth: [v, 1, h, w] camera z, 0 = none."""
+
+    rgb: Tensor
+    mask: Tensor
+    depth: Tensor
+
+
+# ---- carving --------------------------------------------------------------------------------------------------------
+
+
+def viewed_cube(cameras: Cameras) -> tuple[Tensor, Tensor]:
+    """Opposite corners [3], [3] of a cube that every camera sees: about the point nearest to all optical axes."""
+    forward = cameras.c2w[..., :3, 2].double()
+    projectors = torch.eye(3, dtype=torch.float64, device=forward.device) - forward[:, :, None] * forward[:, None]
+    origins = cameras.origins.double()
+    total = projectors.sum(0)
+    if torch.linalg.eigvalsh(total)[0] < 1e-6 * len(cameras):
+        raise ValueError("viewed_cube: the cameras look in parallel, so they have no common centre; pass bounds")
+    centre = torch.linalg.solve(total, (projectors @ origins[..., None]).sum(0))[:, 0]
+    half_field = torch.minimum(
+        0.5 * cameras.width / cameras.fxfycxcy[:, 0], 0.5 * cameras.height / cameras.fxfycxcy[:, 1]
+    )
+    half = ((origins - centre).norm(dim=-1) * half_field.double()).min()
+    return (centre - half).to(cameras.c2w.dtype), (centre + half).to(cameras.c2w.dtype)
+
+
+def carve(
+    masks: Tensor, cameras: Cameras, *, resolution: int = RESOLUTION, bounds: tuple[Tensor, Tensor] | None = None
+) -> VisualHull:
+    """masks: [v, 1, h, w] 0..1 (soft rims are read between pixels), cameras: [v] -> the hull, perhaps empty.
+
+    bounds: opposite corners [3] of the box to search, `viewed_cube` if left out; within it the grid shrinks to the
+    hull. resolution: voxels, at least, along its longest side. A point outside a picture is outside its mask.
+    """
+    grid, index, coverage, _ = _carve(masks, cameras, resolution, bounds, misses=0)
+    return VisualHull(grid, index, coverage)
+
+
+def carve_leave_one_out(
+    masks: Tensor, cameras: Cameras, *, resolution: int = RESOLUTION, bounds: tuple[Tensor, Tensor] | None = None
+) -> tuple[VisualHull, list[VisualHull]]:
+    """The hull of all views, and per view the hull of all the others; arguments as `carve`, one pass for all."""
+    if len(masks) < 3:
+        raise ValueError(f"carve_leave_one_out needs at least 3 views, got {len(masks)}")
+    grid, index, coverage, missed_by = _carve(masks, cameras, resolution, bounds, misses=1)
+
+    def part(chosen: Tensor) -> VisualHull:
+        return VisualHull(grid, index[chosen], coverage[chosen])
+
+    agreed = missed_by < 0
+    return part(agreed), [part(agreed | (missed_by == view)) for view in range(len(masks))]
+
+
+def _carve(
+    masks: Tensor, cameras: Cameras, resolution: int, bounds: tuple[Tensor, Tensor] | None, misses: int
+) -> tuple[Grid, Tensor, Tensor, Tensor]:
+    """Grid, indices [n], coverage [n] and the one view that rejects a voxel [n] (-1: none) with at most `misses`."""
+    if masks.ndim != 4 or masks.shape[1] != 1 or masks.shape[0] != len(cameras):
+        raise ValueError(f"masks must be [{len(cameras)}, 1, h, w] to go with the cameras, got {list(masks.shape)}")
+    if tuple(masks.shape[-2:]) != (cameras.height, cameras.width):
+        raise ValueError(
+            f"masks are {list(masks.shape[-2:])} (h, w), the cameras expect {[cameras.height, cameras.width]}"
+        )
+    masks = masks.float()
+    lower, upper = (corner.to(masks) for corner in (bounds or viewed_cube(cameras)))
+    coarse = _grid(lower, upper, COARSE)
+    # Masks grown by half a voxel's diagonal where it is nearest: no voxel that holds a piece of the hull is lost.
+    reach = 0.87 * coarse.voxel * _pixels_per_unit(cameras, lower, upper)
+    grown = F.max_pool2d(masks, 2 * int(reach) + 3, stride=1, padding=int(reach) + 1)
+    index, _, _ = _test(coarse, torch.arange(len(coarse), device=masks.device), grown, cameras, misses)
+    if not len(index):
+        return coarse, index, masks.new_zeros(0), index
+    grid, index = _subdivide(coarse, index, resolution)
+    return grid, *_test(grid, index, masks, cameras, misses)
+
+
+def _grid(lower: Tensor, upper: Tensor, resolution: int) -> Grid:
+    voxel = float((upper - lower).max()) / resolution
+    nx, ny, nz = (max(1, round(side / voxel)) for side in (upper - lower).tolist())
+    return Grid(lower, voxel, (nx, ny, nz))
+
+
+def _subdivide(coarse: Grid, index: Tensor, resolution: int) -> tuple[Grid, Tensor]:
+    """The grid of the box around the given coarse voxels, at least `resolution` long, and all its voxels in them."""
+    cells = torch.stack(coarse.unravel(index), dim=-1)
+    first = cells.amin(0)
+    sides = (cells.amax(0) - first + 1).tolist()
+    parts = -(-resolution // max(sides))
+    nx, ny, nz = (side * parts for side in sides)
+    part = torch.arange(parts, device=index.device)
+    x, y, z = (((cells - first) * parts)[:, None] + torch.cartesian_prod(part, part, part)).flatten(0, 1).unbind(-1)
+    grid = Grid(coarse.lower + first * coarse.voxel, coarse.voxel / parts, (nx, ny, nz))
+    return grid, ((x * ny + y) * nz + z).sort().values
+
+
+def _pixels_per_unit(cameras: Cameras, lower: Tensor, upper: Tensor) -> float:
+    """The largest scale of any picture inside the box, pixels per world unit."""
+    nearest = (cameras.origins - (lower + upper) / 2).norm(dim=-1) - (upper - lower).norm() / 2
+    return float((cameras.fxfycxcy[:, 0] / nearest.clamp_min(0.1 * float((upper - lower).norm()))).max())
+
+
+def _test(
+    grid: Grid, candidates: Tensor, masks: Tensor, cameras: Cameras, misses: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Which voxels lie outside at most `misses` (0 or 1) masks: index, coverage, the view that misses it (-1: none)."""
+    height, width = 2 * cameras.height, 2 * cameras.width
+    # Doubled once, then read at the nearest pixel: between bilinear and nearest in precision, one gather per voxel.
+    doubled = F.interpolate(masks, scale_factor=2, mode="bilinear", align_corners=False).flatten(1)
+    w2c, (fx, fy, cx, cy) = cameras.w2c, (2 * cameras.fxfycxcy).unbind(-1)
+    found = []
+    for index in candidates.split(CHUNK):
+        points = grid.points(index)
+        coverage = points.new_ones(len(index))
+        missed_by = torch.full_like(index, -1)
+        for view in range(len(cameras)):
+            x, y, z = (points @ w2c[view, :3, :3].T + w2c[view, :3, 3]).unbind(-1)
+            before = z > 0
+            z = z.clamp_min(1e-6)
+            column, row = (x / z * fx[view] + cx[view]).floor(), (y / z * fy[view] + cy[view]).floor()
+            seen = before & (column >= 0) & (column < width) & (row >= 0) & (row < height)
+            place = row.clamp(0, height - 1).long() * width + column.clamp(0, width - 1).long()
+            value = doubled[view][place] * seen
+            inside = value >= FILLED
+            keep = inside | (missed_by < 0) if misses else inside
+            missed_by = torch.where(inside, missed_by, view)[keep]
+            coverage = torch.where(inside, torch.minimum(coverage, value), coverage)[keep]
+            points, index = points[keep], index[keep]
+        found.append((index, coverage, missed_by))
+    index, coverage, missed_by = (torch.cat(parts) for parts in zip(*found))
+    return index, coverage, missed_by
+
+
+# ---- surface and colours --------------------------------------------------------------------------------------------
+
+
+def surface(hull: VisualHull) -> Surface:
+    """Voxels with a free side, and normals from the share of filled voxels around them (5 x 5 x 5)."""
+    grid, reach = hull.grid, 2
+    filled = torch.zeros(len(grid), dtype=torch.bool, device=hull.index.device)
+    filled[hull.index] = True
+    padded = F.pad(filled.reshape(grid.shape), (reach,) * 6)
+    _, ny, nz = padded.shape
+    x, y, z = (axis + reach for axis in grid.unravel(hull.index))
+    place, flat = (x * ny + y) * nz + z, padded.flatten()
+    steps = torch.tensor([ny * nz, nz, 1], device=place.device)
+    free = torch.zeros_like(place, dtype=torch.bool)
+    for step in steps.tolist():
+        free |= ~flat[place + step] | ~flat[place - step]
+    place, index = place[free], hull.index[free]
+    axis = torch.arange(-reach, reach + 1, device=place.device)
+    offsets = torch.cartesian_prod(axis, axis, axis)
+    around = flat[place[:, None] + (offsets * steps).sum(-1)]
+    normals = F.normalize(-(around.to(grid.lower.dtype) @ offsets.to(grid.lower.dtype)), dim=-1)
+    return Surface(grid.points(index), normals, grid.voxel)
+
+
+def colour_surface(surface: Surface, rgb: Tensor, masks: Tensor, cameras: Cameras) -> Surface:
+    """The surface with colours from rgb [v, 3, h, w] 0..1, masks [v, 1, h, w] and cameras [v].
+
+    A view counts by the squared cosine at which it sees a point, nothing where something stands before it. Points that
+    no view sees take the mean of what is before them. Rims, where the background shines through, count little.
+    """
+    height, width = cameras.height, cameras.width
+    inner = -F.max_pool2d(-masks.float(), 3, stride=1, padding=1)
+    depth = render_depth(surface, cameras)
+    total = surface.points.new_zeros(len(surface.points), 3)
+    weights = surface.points.new_zeros(len(surface.points), 1)
+    for view in range(len(cameras)):
+        camera = cameras[view]
+        uv, z = camera.project(surface.points)
+        before = z > 0
+        scaled = uv / uv.new_tensor([width, height]) * 2 - 1
+        pictures = torch.cat([rgb[view].float(), inner[view], depth[view]])[None]
+        colour = F.grid_sample(pictures[:, :3], scaled[None, None], align_corners=False, padding_mode="border")
+        exact = F.grid_sample(pictures[:, 3:], scaled[None, None], mode="nearest", align_corners=False)
+        rim, nearest = exact[0, :, 0]
+        seen = before & ((nearest == 0) | (z < nearest + OCCLUSION_VOXELS * surface.voxel))
+        towards = F.normalize(camera.origins - surface.points, dim=-1)
+        facing = (surface.normals * towards).sum(-1).clamp_min(0).square()
+        weight = (seen * facing + HIDDEN_WEIGHT) * (rim + 0.01) * before
+        total += weight[:, None] * colour[0, :, 0].T
+        weights += weight[:, None]
+    return replace(surface, colours=total / weights.clamp_min(1e-12))
+
+
+# ---- rendering ------------------------------------------------------------------------------------------------------
+
+
+def nearest_points(surface: Surface, cameras: Cameras) -> tuple[Tensor, Tensor]:
+    """Which point each pixel shows: index [v, h, w] (-1: none) and depth z [v, h, w] (0: none).
+
+    The nearest wins (ties: the lower index, on every device).
+    """
+    covered = _splat(surface, cameras, NARROW) != EMPTY
+    around = F.avg_pool2d(covered.float()[:, None], 3, stride=1, padding=1)[:, 0] * 9
+    filled = covered | (around > HOLE_NEIGHBOURS - 0.5)
+    key = torch.where(filled, _splat(surface, cameras, WIDE), EMPTY)
+    empty = key == EMPTY
+    depth = (key >> 32).to(torch.int32).view(torch.float32).masked_fill(empty, 0)
+    return torch.where(empty, -1, key & 0xFFFFFFFF), depth
+
+
+def _splat(surface: Surface, cameras: Cameras, reach: float) -> Tensor:
+    """[v, h, w] keys (depth and index) of the nearest voxel whose square holds the pixel's centre, or EMPTY."""
+    height, width = cameras.height, cameras.width
+    buffer = torch.full((len(cameras), height * width), EMPTY, dtype=torch.int64, device=surface.points.device)
+    order = torch.arange(len(surface.points), device=surface.points.device)
+    for view in range(len(cameras)):
+        camera = cameras[view]
+        uv, z = camera.project(surface.points)
+        before = z > 0
+        uv, z, number = uv[before], z[before], order[before]
+        if not len(z):
+            continue
+        radius = reach * surface.voxel * camera.fxfycxcy[0] / z
+        # Positive floats sort as their bits do, so that depth and index fit one integer and one pass.
+        key = (z.float().view(torch.int32).long() << 32) | number
+        first = (uv - radius[:, None] - 0.5).ceil()
+        span = int((2 * radius.max()).ceil()) + 1
+        for down in range(span):
+            row = first[:, 1] + down
+            for right in range(span):
+                column = first[:, 0] + right
+                inside = (row + 0.5 <= uv[:, 1] + radius) & (column + 0.5 <= uv[:, 0] + radius)
+                inside &= (row >= 0) & (row < height) & (column >= 0) & (column < width)
+                place = (row[inside] * width + column[inside]).long()
+                buffer[view].scatter_reduce_(0, place, key[inside], "amin")
+    return buffer.unflatten(1, (height, width))
+
+
+def render_depth(surface: Surface, cameras: Cameras) -> Tensor:
+    """[v, 1, h, w] camera-frame z of the nearest voxel, 0 = none."""
+    return nearest_points(surface, cameras)[1][:, None]
+
+
+def render_hull(surface: Surface, cameras: Cameras, background: float = 1.0) -> HullViews:
+    """The coloured surface as cameras [v] see it; made for pictures whose pixels are not far smaller than a voxel."""
+    if surface.colours is None:
+        raise ValueError("render_hull needs colours: call colour_surface first")
+    index, depth = nearest_points(surface, cameras)
+    colours = torch.cat([surface.colours, surface.colours.new_full((1, 3), background)])  # -1 is the last row
+    return HullViews(colours[index].permute(0, 3, 1, 2), (index >= 0)[:, None].to(colours.dtype), depth[:, None])
