@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from einops import rearrange
 from safetensors.torch import load_file
 
 from gslrm.checkpoints import load_gslrm, model_weights, resolve_checkpoint
 from gslrm.config import IGNORED_KEYS, GSLRMConfig, ModelConfig, model_config_from_dict
-from gslrm.model.gslrm import GSLRM, Patchify, patch_order_index, select_pixels
+from gslrm.model.gslrm import GSLRM
 from gslrm.state import build_optimizer
 from multiview.cameras import Cameras
 from multiview.checkpoint import load_checkpoint, load_strict
@@ -84,7 +85,6 @@ def test_golden_intermediates_are_reproduced(golden):
     seen = {}
     hooks = [
         model.patch_embedder[0].register_forward_hook(lambda _m, args, _o: seen.update(posed_images=args[0])),
-        model.patch_embedder.register_forward_hook(lambda *_: None),
         model.input_layer_norm.register_forward_hook(lambda _m, _a, out: seen.update(tokens_after_input_norm=out)),
         model.transformer_layers[0].register_forward_hook(lambda _m, _a, out: seen.update(layer0_out=out)),
         model.transformer_layers[2].register_forward_hook(lambda _m, _a, out: seen.update(layer2_out=out)),
@@ -94,6 +94,9 @@ def test_golden_intermediates_are_reproduced(golden):
     for hook in hooks:
         hook.remove()
     assert len(seen) == 5
+    seen["posed_images"] = rearrange(
+        seen["posed_images"], "(b v hh ww) ph pw c -> b v c (hh ph) (ww pw)", b=1, hh=4, ww=4
+    )
     for name, value in seen.items():
         assert (value - expected[f"tap.{name}"]).abs().max() < TOLERANCE, name
 
@@ -168,7 +171,7 @@ def test_ray_channels_of_the_three_inputs():
         model, seen = GSLRM(config), {}
         model.patch_embedder[0].register_forward_hook(lambda _m, args, _o, seen=seen: seen.update(posed=args[0]))
         model(images, cameras)
-        pixel = seen["posed"][0, 1, :, 4, 7]
+        pixel = seen["posed"][4, 4, 7]  # view 1's first patch: each view has four
         assert torch.allclose(pixel[:3], images[0, 1, :, 4, 7] * 2 - 1), name
         assert torch.allclose(pixel[3:], torch.cat(expected), atol=1e-6), name
 
@@ -257,71 +260,6 @@ def test_inputs_that_do_not_go_together_are_refused(wrong):
         masks = torch.ones(1, 3, 1, 16, 16)
     with pytest.raises(ValueError, match=r"images|cameras|masks"):
         GSLRM(tiny())(images, cameras, masks=masks)
-
-
-# ---- pruning --------------------------------------------------------------------------------------------------------
-
-
-def test_patch_order_index_is_the_order_of_the_gaussians():
-    pixels = torch.rand(1, 2, 1, 16, 24)
-    ordered = Patchify(8)(pixels).flatten(1)
-    assert torch.equal(pixels.flatten(1).gather(1, patch_order_index(2, 16, 24, 8, pixels.device)), ordered)
-
-
-def test_pruning_keeps_exactly_the_foreground_and_its_margin():
-    masks = torch.zeros(2, 2, 1, 16, 16)
-    masks[0, 0, 0, 5, 6] = 1.0
-    masks[0, 1, 0, 12, 12] = 1.0
-    masks[1, 1, 0, 0, 15] = 1.0
-    selection = select_pixels(masks, patch_size=8, margin_px=1)
-    for sample, expected in enumerate([18, 4]):
-        kept = selection.pixel_index[sample][selection.pixel_valid[sample]]
-        assert len(kept) == len(set(kept.tolist())) == expected
-        grown = torch.nn.functional.max_pool2d(masks[sample], 3, 1, 1).flatten() > 0
-        assert grown[kept].all()
-
-
-def test_full_masks_prune_nothing():
-    torch.manual_seed(0)
-    model = GSLRM(tiny())
-    pruned = GSLRM(tiny(prune_background_tokens=True))
-    pruned.load_state_dict(model.state_dict())
-    images, cameras = posed_views(batch=2)
-    plain, other = model(images, cameras), pruned(images, cameras, masks=torch.ones(2, 3, 1, 16, 16))
-    assert torch.equal(plain.pixel_index, other.pixel_index)
-    assert torch.allclose(plain.gaussians.xyz, other.gaussians.xyz, atol=1e-6)
-
-
-def test_padding_of_a_pruned_batch_changes_no_sample():
-    torch.manual_seed(0)
-    model = GSLRM(tiny(prune_background_tokens=True))
-    images, cameras = posed_views(batch=2)
-    masks = torch.zeros(2, 3, 1, 16, 16)
-    masks[0, :, :, 2:12, 3:9] = 1.0
-    masks[1, 1, :, 2:5, 3:5] = 1.0
-    together = model(images, cameras, masks=masks)
-    assert (~together.pixel_valid[1]).any()
-    for number in range(2):
-        one = slice(number, number + 1)
-        alone = model(images[one], cameras[one], masks=masks[one])
-        n = alone.gaussians.num_gaussians
-        assert torch.allclose(together.gaussians.xyz[one, :n], alone.gaussians.xyz, atol=1e-5)
-        assert torch.allclose(together.gaussians.opacity[one, :n], alone.gaussians.opacity, atol=1e-5)
-        assert (together.gaussians.get_opacity[one, n:] < 1e-9).all()
-
-
-def test_pixel_values_return_to_their_pixels():
-    model = GSLRM(tiny(prune_background_tokens=True))
-    images, cameras = posed_views()
-    masks = torch.zeros(1, 3, 1, 16, 16)
-    masks[0, 1, 0, 4:7, 9:13] = 1.0
-    output = model(images, cameras, masks=masks)
-    colours = images.permute(0, 1, 3, 4, 2).flatten(1, 3)
-    gathered = colours[0, output.pixel_index[0]][None]
-    canvas = output.to_pixels(gathered)
-    kept = canvas.abs().sum(-1) > 0
-    assert kept.sum() == output.pixel_valid.sum() > 12
-    assert torch.equal(canvas[kept], images.permute(0, 1, 3, 4, 2)[kept])
 
 
 # ---- configuration --------------------------------------------------------------------------------------------------

@@ -1,7 +1,9 @@
 """GS-LRM: posed views -> tokens -> transformer -> Gaussians. Forward only: no loss, no rendering, no files.
 
-    images + rays -> patches -> Linear --+
-                     n learned tokens ---+-> LayerNorm -> blocks -> heads -> one Gaussian per pixel + n free
+    images + rays -> kept patches -> Linear --+
+                          n learned tokens ---+-> LayerNorm -> blocks -> heads -> one Gaussian per pixel + n free
+
+Tokens are packed, the rows of all samples one after the other: with pruning, samples have different numbers of them.
 
 Parameter names and numbers are those of FaceLift's public weights (docs/conventions.md says which facts that fixes).
 """
@@ -12,12 +14,12 @@ import math
 from dataclasses import dataclass
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
-from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from gslrm.config import ModelConfig
 from gslrm.model.gaussians import Gaussians
+from gslrm.model.selection import PatchSelection, pad_rows, patch_rays, select_all, select_foreground
 from gslrm.model.transformer import INIT_STD, TransformerBlock, init_weights, run_blocks
 from multiview.cameras import Cameras
 
@@ -26,6 +28,9 @@ OPACITY_OFFSET = -2.0  # logit
 ABSENT_OPACITY = -30.0  # logit of padding Gaussians: far below the rasterizers' 1/255 cut
 DEPTH_HALF_RANGE = 1.8  # world units around the point of the ray nearest the origin
 PLAIN_DEPTH_HALF_RANGE, PLAIN_DEPTH_CENTRE = 1.5, 2.7
+# Values of the rows that pad a sample with fewer Gaussians than another of its batch: harmless and not rendered.
+PADDING = {"xyz": 0.0, "features": 0.0, "scaling": SCALING_OFFSET, "rotation": 1.0, "opacity": ABSENT_OPACITY}
+EMBED_PATCHES = 4096  # patches whose pixels and rays exist at one time
 
 
 @dataclass(frozen=True)
@@ -64,18 +69,6 @@ class GSLRMOutput:
         return canvas[:, :-1].view(b, v, h, w, c)
 
 
-class Patchify(nn.Module):
-    """[b, v, c, h, w] -> [b, v*tokens, p*p*c]; inside a patch (row, column, channel)."""
-
-    def __init__(self, patch_size: int) -> None:
-        super().__init__()
-        self.patch_size = patch_size
-
-    def forward(self, images: Tensor) -> Tensor:
-        p = self.patch_size
-        return rearrange(images, "b v c (hh ph) (ww pw) -> b (v hh ww) (ph pw c)", ph=p, pw=p)
-
-
 class FreeGaussianHead(nn.Module):
     def __init__(self, d: int, num_values: int) -> None:
         super().__init__()
@@ -106,7 +99,8 @@ class GSLRM(nn.Module):
         self.num_sh = (config.gaussians.sh_degree + 1) ** 2
         self.num_values = 3 + 3 * self.num_sh + 3 + 4 + 1
 
-        self.patch_embedder = nn.Sequential(Patchify(p), nn.Linear(expected_channels * p * p, d, bias=False))
+        # A patch is flattened in the order (row, column, channel).
+        self.patch_embedder = nn.Sequential(nn.Flatten(), nn.Linear(expected_channels * p * p, d, bias=False))
         if config.add_refsrc_marker:
             self.view_type_embeddings = nn.Parameter(torch.empty(2, d))
         self.gaussian_position_embeddings = nn.Parameter(torch.empty(config.gaussians.n_gaussians, d))
@@ -130,41 +124,29 @@ class GSLRM(nn.Module):
 
         images: [b, v, 3, h, w] RGB in 0..1 (composited); h, w multiples of the patch size. Any v.
         cameras: shape [b, v], OpenCV axes, of pictures h x w.
-        masks: [b, v, 1, h, w] foreground in 0..1; needed if and only if `config.prune_background_tokens`: background tokens
-            and Gaussians (farther than `prune_margin_px` from the mask) are dropped.
+        masks: [b, v, 1, h, w] foreground in 0..1; needed if and only if `config.prune_background_tokens`: tokens and
+            Gaussians of the background (farther than `prune_margin_px` from the mask) are dropped. May be empty.
         clip_xyz: image Gaussians into [-1, 1] (training with `config.clip_xyz`; never at inference).
         Raises ValueError when shapes do not go together.
         """
         self._check_inputs(images, cameras, masks)
         b, v, _, h, w = images.shape
-        with torch.autocast(images.device.type, enabled=False):  # rays in bf16 would miss their pixels
-            origins, directions = (rearrange(x, "b v h w c -> b v c h w") for x in cameras.rays())
-            nearest_depth = -(origins * directions).sum(2, keepdim=True)
-            posed = self._posed_images(images, origins, directions, origins + nearest_depth * directions)
-
-        selection = select_pixels(masks, self.config.image_tokenizer.patch_size, self.config.prune_margin_px)
-        tokens, valid = self._embed(posed, selection)
-        tokens = run_blocks(self.transformer_layers, tokens, valid, self.grad_checkpoint_every)
-
+        patch_size, n_free = self.config.image_tokenizer.patch_size, self.config.gaussians.n_gaussians
+        if masks is None:
+            selection = select_all(b, (v, h, w), patch_size, images.device)
+        else:
+            selection = select_foreground(masks, patch_size, self.config.prune_margin_px)
+        lengths = [n_free + count for count in selection.patches_per_sample]
+        tokens = run_blocks(
+            self.transformer_layers, self._embed(images, cameras, selection), lengths, self.grad_checkpoint_every
+        )
+        parts = tokens.split([size for count in selection.patches_per_sample for size in (n_free, count)])
+        free, image = torch.stack(parts[::2]), parts[1] if b == 1 else torch.cat(parts[1::2])
         # Heads in full precision: a depth rounded to bf16 moves a point by up to 5e-2 along its ray.
         with torch.autocast(tokens.device.type, enabled=False):
-            n_free = self.config.gaussians.n_gaussians
-            free = self.gaussian_upsampler(tokens[:, :n_free].float())
-            values = self.pixel_gaussian_decoder(tokens[:, n_free:].float())
-            values = rearrange(values, "b n (q c) -> b (n q) c", c=self.num_values)
-            if selection is None:
-                index = patch_order_index(v, h, w, self.config.image_tokenizer.patch_size, images.device)
-                index = index.expand(b, -1)
-                pixel_valid = torch.ones_like(index, dtype=torch.bool)
-            else:
-                values = gather_rows(values, selection.gaussian_slot)
-                index, pixel_valid = selection.pixel_index, selection.pixel_valid
-            ray_o, ray_d, t0 = (
-                gather_rows(rearrange(x, "b v c h w -> b (v h w) c"), index)
-                for x in (origins, directions, nearest_depth)
-            )
-            gaussians = self._decode(free, values, (ray_o, ray_d, t0), pixel_valid, clip_xyz)
-        return GSLRMOutput(gaussians, index, pixel_valid, ray_o, ray_d, n_free, (v, h, w))
+            free = self.gaussian_upsampler(free.float())
+            values = self.pixel_gaussian_decoder(image.float()).view(-1, self.num_values)
+            return self._decode(free, selection.pixels_of(values), cameras, selection, clip_xyz)
 
     def _check_inputs(self, images: Tensor, cameras: Cameras, masks: Tensor | None) -> None:
         p = self.config.image_tokenizer.patch_size
@@ -179,65 +161,100 @@ class GSLRM(nn.Module):
         if (masks is not None) != self.config.prune_background_tokens:
             raise ValueError(
                 f"masks are {'given' if masks is not None else 'missing'} but model.prune_background_tokens is "
-                f"{self.config.prune_background_tokens}: a model that prunes the background needs masks, another takes none"
+                f"{self.config.prune_background_tokens}: a model that prunes the background needs masks, "
+                "another takes none"
             )
         if masks is not None and masks.shape != (b, v, 1, h, w):
             raise ValueError(f"masks must be [{b}, {v}, 1, {h}, {w}], got {list(masks.shape)}")
 
-    def _posed_images(self, images: Tensor, origins: Tensor, directions: Tensor, nearest: Tensor) -> Tensor:
-        """[b, v, 9|12, h, w]: colours in -1..1 and rays."""
-        rgb = images * 2.0 - 1.0
-        if self.config.use_custom_plucker:
-            return torch.cat([rgb, directions, nearest], dim=2)
-        moment = torch.linalg.cross(origins, directions, dim=2)
-        if self.config.use_aug_plucker:
-            return torch.cat([rgb, moment, directions, nearest], dim=2)
-        return torch.cat([rgb, moment, directions], dim=2)
+    def _embed(self, images: Tensor, cameras: Cameras, selection: PatchSelection) -> Tensor:
+        """Packed tokens [T', d] after the input norm: of each sample its free tokens, then its patches."""
+        embedded = []
+        for chunk in selection.chunks(EMBED_PATCHES):
+            if torch.is_grad_enabled():  # the backward pass makes rays and patches again instead of keeping them
+                embedded.append(
+                    checkpoint(
+                        self._embed_patches, images, cameras, chunk, use_reentrant=False, preserve_rng_state=False
+                    )
+                )
+            else:
+                embedded.append(self._embed_patches(images, cameras, chunk))
+        patches = torch.cat(embedded)
+        free = self.gaussian_position_embeddings.to(patches)
+        samples = patches.split(selection.patches_per_sample)
+        return self.input_layer_norm(torch.cat([part for sample in samples for part in (free, sample)]))
 
-    def _embed(self, posed: Tensor, selection: PixelSelection | None) -> tuple[Tensor, Tensor | None]:
-        """Tokens [b, n_free + n, d] after the input norm, and which are real [b, n_free + n] (None: all)."""
-        b, v = posed.shape[:2]
-        patchify, linear = self.patch_embedder
-        patches = patchify(posed)
-        view = torch.arange(v, device=posed.device).repeat_interleave(patches.shape[1] // v).expand(b, -1)
-        valid = None
-        n_free = self.config.gaussians.n_gaussians
-        if selection is not None:
-            patches = gather_rows(patches, selection.token_index)
-            view = view.gather(1, selection.token_index)
-            valid = functional.pad(selection.token_valid, (n_free, 0), value=True)
-        tokens = linear(patches)
+    def _embed_patches(self, images: Tensor, cameras: Cameras, selection: PatchSelection) -> Tensor:
+        """[T, d]: the linear embedding of the kept patches."""
+        with torch.autocast(images.device.type, enabled=False):  # rays in bf16 would miss their pixels
+            posed = self._posed_patches(images, cameras, selection)
+        tokens = self.patch_embedder(posed)
         if self.config.add_refsrc_marker:
-            tokens = tokens + self.view_type_embeddings[view.clamp(max=1)]
-        tokens = torch.cat([self.gaussian_position_embeddings.expand(b, -1, -1).to(tokens), tokens], dim=1)
-        return self.input_layer_norm(tokens), valid
+            tokens = tokens + self.view_type_embeddings[selection.view.clamp(max=1)]
+        return tokens
+
+    def _posed_patches(self, images: Tensor, cameras: Cameras, selection: PatchSelection) -> Tensor:
+        """[T, p, p, 9|12]: colours in -1..1 and rays."""
+        origins, directions = patch_rays(cameras, selection)
+        origins = origins[:, None, None].expand_as(directions)
+        rays = []
+        if not self.config.use_custom_plucker:
+            rays.append(torch.linalg.cross(origins, directions, dim=-1))
+        rays.append(directions)
+        if self.config.use_custom_plucker or self.config.use_aug_plucker:
+            rays.append(origins + nearest_depth(origins, directions) * directions)
+        patches = selection.patches_of(images)
+        posed = patches.new_empty(*patches.shape[:-1], 3 + 3 * len(rays))
+        posed[..., :3] = patches * 2.0 - 1.0
+        for i, ray in enumerate(rays):  # torch.cat of threes takes three times as long
+            posed[..., 3 + 3 * i : 6 + 3 * i] = ray
+        return posed
 
     def _decode(
-        self, free: Tensor, image: Tensor, rays: tuple[Tensor, Tensor, Tensor], valid: Tensor, clip_xyz: bool
-    ) -> Gaussians:
-        """Head outputs [b, n, D] -> raw Gaussians; free ones first."""
-        xyz = image[..., :3]
+        self, free: Tensor, image: Tensor, cameras: Cameras, selection: PatchSelection, clip_xyz: bool
+    ) -> GSLRMOutput:
+        """Head outputs, free [b, n_free, D] and packed image pixels [K, D], as Gaussians, free ones first."""
+        counts, sizes = selection.pixels_per_sample, [3, 3 * self.num_sh, 3, 4, 1]
+        origins, directions = patch_rays(cameras, selection)
+        origins = selection.pixels_of(origins[:, None, None].expand_as(directions).reshape(-1, 3))
+        directions = selection.pixels_of(directions.view(-1, 3))
+        values = dict(zip(PADDING, image.split(sizes, dim=-1)))
         if self.config.hard_pixelalign:
-            origins, directions, t0 = rays
-            sigma = torch.sigmoid(xyz.mean(-1, keepdim=True) + self.config.depth_preact_bias)
-            xyz = origins + self._depth(sigma, origins, t0) * directions
+            sigma = torch.sigmoid(values["xyz"].mean(-1, keepdim=True) + self.config.depth_preact_bias)
+            values["xyz"] = origins + self._depth(sigma, origins, directions) * directions
             if clip_xyz:
-                xyz = xyz.clamp(-1.0, 1.0)
-        values = torch.cat([free, torch.cat([xyz, image[..., 3:]], dim=-1)], dim=1)
-        xyz, features, scaling, rotation, opacity = values.split([3, 3 * self.num_sh, 3, 4, 1], dim=-1)
-        scaling = (scaling + SCALING_OFFSET).clamp(max=SCALING_MAX)
-        if self.config.gaussians.scaling_modifier:
-            scaling = scaling + math.log(self.config.gaussians.scaling_modifier)
-        present = functional.pad(valid, (free.shape[1], 0), value=True)[..., None]
-        opacity = torch.where(present, opacity + OPACITY_OFFSET, ABSENT_OPACITY)
-        features = rearrange(features, "b n (k c) -> b n k c", c=3)
-        return Gaussians(xyz=xyz, features=features, scaling=scaling, rotation=rotation, opacity=opacity)
+                values["xyz"] = values["xyz"].clamp(-1.0, 1.0)
+        first = dict(zip(PADDING, free.split(sizes, dim=-1)))
+        for part in (first, values):
+            part["features"] = part["features"].unflatten(-1, (-1, 3))
+            part["scaling"] = self._log_scale(part["scaling"])
+            part["opacity"] = part["opacity"] + OPACITY_OFFSET
+        valid = selection.is_pixel()
+        ray_directions = pad_rows(directions, counts, 0.0)
+        if len(directions) < valid.numel():  # padding has the first pixel's number, so it gets a ray of that view
+            ray_directions = torch.where(valid[..., None], ray_directions, cameras.c2w[:, :1, :3, 2])
+        return GSLRMOutput(
+            Gaussians(
+                **{name: torch.cat([first[name], pad_rows(values[name], counts, PADDING[name])], 1) for name in PADDING}
+            ),
+            pixel_index=pad_rows(selection.pixel_index(), counts, 0),
+            pixel_valid=valid,
+            ray_origins=pad_rows(origins, counts, 0.0),
+            ray_directions=ray_directions,
+            n_free=free.shape[1],
+            shape=selection.shape,
+        )
 
-    def _depth(self, sigma: Tensor, origins: Tensor, nearest_depth: Tensor) -> Tensor:
-        """Distance along the ray [b, k, 1] from sigma in 0..1."""
+    def _log_scale(self, scaling: Tensor) -> Tensor:
+        scaling = (scaling + SCALING_OFFSET).clamp(max=SCALING_MAX)
+        modifier = self.config.gaussians.scaling_modifier
+        return scaling + math.log(modifier) if modifier else scaling
+
+    def _depth(self, sigma: Tensor, origins: Tensor, directions: Tensor) -> Tensor:
+        """Distance along the ray [K, 1] from sigma in 0..1."""
         config = self.config
         if config.use_custom_plucker or config.use_aug_plucker:
-            return (2.0 * sigma - 1.0) * DEPTH_HALF_RANGE + nearest_depth
+            return (2.0 * sigma - 1.0) * DEPTH_HALF_RANGE + nearest_depth(origins, directions)
         if config.depth_min > 0 and config.depth_max > 0:
             return sigma * (config.depth_max - config.depth_min) + config.depth_min
         if config.depth_reference_origin:
@@ -245,53 +262,11 @@ class GSLRM(nn.Module):
         return (2.0 * sigma - 1.0) * PLAIN_DEPTH_HALF_RANGE + PLAIN_DEPTH_CENTRE
 
 
-# ---- which pixels and patches take part -----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class PixelSelection:
-    """Foreground patches (t per sample, padded) and the pixels in them that become Gaussians (k per sample, padded)."""
-
-    token_index: Tensor  # [b, t] patch number among all views
-    token_valid: Tensor  # [b, t] bool
-    gaussian_slot: Tensor  # [b, k] position among the t*p*p pixels of the kept patches
-    pixel_index: Tensor  # [b, k] (view*h + row)*w + column
-    pixel_valid: Tensor  # [b, k] bool
-
-
-@torch.no_grad()
-def select_pixels(masks: Tensor | None, patch_size: int, margin_px: int) -> PixelSelection | None:
-    """Pixels within `margin_px` of the foreground (alpha > 0.1), and the patches that hold any. None for no masks.
-
-    masks: [b, v, 1, h, w].
-    """
-    if masks is None:
-        return None
-    b, v, _, h, w = masks.shape
-    foreground = functional.max_pool2d((masks > 0.1).float().flatten(0, 1), 2 * margin_px + 1, 1, margin_px) > 0
-    pixels = Patchify(patch_size)(foreground.view(b, v, 1, h, w))  # [b, patches, p*p]
-    token_index, token_valid = pack_true(pixels.any(-1))
-    kept = gather_rows(pixels, token_index) & token_valid[..., None]
-    slot, pixel_valid = pack_true(kept.flatten(1))
-    order = patch_order_index(v, h, w, patch_size, masks.device).view(1, -1, patch_size**2).expand(b, -1, -1)
-    pixel_index = gather_rows(order, token_index).flatten(1).gather(1, slot)
-    return PixelSelection(token_index, token_valid, slot, pixel_index, pixel_valid)
-
-
-def pack_true(flags: Tensor) -> tuple[Tensor, Tensor]:
-    """[b, n] bool -> index [b, k] of the True entries in order, and which of the k are real (k = largest count)."""
-    count = flags.sum(1)
-    k = max(int(count.max()), 1)
-    index = torch.argsort((~flags).to(torch.uint8), dim=1, stable=True)[:, :k]
-    return index, torch.arange(k, device=flags.device)[None] < count[:, None]
+def nearest_depth(origins: Tensor, directions: Tensor) -> Tensor:
+    """Where on its ray the point nearest the world origin lies: [..., 3] twice -> [..., 1]."""
+    return -(origins * directions).sum(-1, keepdim=True)
 
 
 def gather_rows(values: Tensor, index: Tensor) -> Tensor:
     """values [b, n, c], index [b, k] -> [b, k, c]."""
     return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
-
-
-def patch_order_index(v: int, h: int, w: int, patch_size: int, device: torch.device) -> Tensor:
-    """[1, v*h*w]: the pixel number (view*h + row)*w + column at each place of the patch order."""
-    pixels = torch.arange(v * h * w, device=device).view(1, v, 1, h, w)
-    return Patchify(patch_size)(pixels).flatten(1)

@@ -1,4 +1,7 @@
-"""The transformer of GS-LRM: pre-norm blocks without a single bias, full attention over all tokens of all views."""
+"""The transformer of GS-LRM: pre-norm blocks without a single bias, full attention over all tokens of all views.
+
+Tokens are packed: linear layers and norms run over the rows of all samples, attention over each sample's own rows.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +24,19 @@ class Attention(nn.Module):
         self.to_qkv = nn.Linear(d, 3 * d, bias=False)
         self.fc = nn.Linear(d, d, bias=False)
 
-    def forward(self, tokens: Tensor, valid: Tensor | None) -> Tensor:
-        """tokens: [b, n, d]; valid: [b, n] bool, False = padding that nobody attends to, or None."""
-        b, n, d = tokens.shape
-        qkv = self.to_qkv(tokens).view(b, n, 3, d // self.d_head, self.d_head)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [b, heads, n, d_head]
-        mask = None if valid is None else valid[:, None, None, :]
-        attended = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        return self.fc(attended.transpose(1, 2).reshape(b, n, d))
+    def forward(self, tokens: Tensor, lengths: list[int]) -> Tensor:
+        """tokens: [T, d], the sequences of all samples one after the other; lengths: of each. Samples do not mix."""
+        qkv = self.to_qkv(tokens).unflatten(-1, (3, -1, self.d_head))  # [T, 3, heads, d_head]
+        if len(set(lengths)) == 1:
+            return self.fc(attend(qkv.unflatten(0, (len(lengths), lengths[0]))))
+        return self.fc(torch.cat([attend(sequence[None]) for sequence in qkv.split(lengths)]))
+
+
+def attend(qkv: Tensor) -> Tensor:
+    """Full attention inside each of b sequences: [b, n, 3, heads, d_head] -> [b * n, heads * d_head]."""
+    query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [b, heads, n, d_head]
+    attended = functional.scaled_dot_product_attention(query, key, value)
+    return attended.transpose(1, 2).flatten(2).flatten(0, 1)
 
 
 class MLP(nn.Module):
@@ -48,21 +56,24 @@ class TransformerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(d, bias=False)
         self.mlp = MLP(d)
 
-    def forward(self, tokens: Tensor, valid: Tensor | None = None) -> Tensor:
-        tokens = tokens + self.attn(self.norm1(tokens), valid)
+    def forward(self, tokens: Tensor, lengths: list[int]) -> Tensor:
+        tokens = tokens + self.attn(self.norm1(tokens), lengths)
         return tokens + self.mlp(self.norm2(tokens))
 
 
-def run_blocks(blocks: nn.ModuleList, tokens: Tensor, valid: Tensor | None, checkpoint_every: int) -> Tensor:
-    """Runs the blocks; with `checkpoint_every` k > 0, groups of k blocks are recomputed in the backward pass."""
+def run_blocks(blocks: nn.ModuleList, tokens: Tensor, lengths: list[int], checkpoint_every: int) -> Tensor:
+    """Runs the blocks on packed tokens [T, d] whose samples have `lengths` tokens (sum T).
+
+    With `checkpoint_every` k > 0, groups of k blocks are recomputed in the backward pass.
+    """
     if checkpoint_every <= 0 or not torch.is_grad_enabled():
         for block in blocks:
-            tokens = block(tokens, valid)
+            tokens = block(tokens, lengths)
         return tokens
 
     def run_group(start: int, tokens: Tensor) -> Tensor:
         for block in blocks[start : start + checkpoint_every]:
-            tokens = block(tokens, valid)
+            tokens = block(tokens, lengths)
         return tokens
 
     for start in range(0, len(blocks), checkpoint_every):

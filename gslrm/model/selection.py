@@ -1,0 +1,149 @@
+"""Which patches of the input views become tokens, which of their pixels become Gaussians, and the rays through them.
+
+Everything is packed: the rows of all samples stand one after the other, without padding.
+
+    masks --grow by the margin--> pixels --any in a patch--> patches -> rows [T, ...] (T kept patches of the batch)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
+
+from multiview.cameras import Cameras
+
+FOREGROUND_ALPHA = 0.1  # a pixel whose mask exceeds it is foreground
+
+
+@dataclass(frozen=True)
+class PatchSelection:
+    """T kept patches of a batch, ordered by (sample, view, patch row, patch column), and their pixels.
+
+    sample, view, top, left: [T] int64; top and left are the patch's first pixel.
+    patch_size: p, pixels.
+    shape: (v, h, w) of the input views.
+    patches_per_sample, pixels_per_sample: how many of the patches, and of the pixels that become Gaussians.
+    pixel_rows: [K] int64 numbers among the T * p * p pixels of the kept patches (row by row) that become Gaussians;
+        None: all of them.
+    is_complete: no patch was dropped.
+    """
+
+    sample: Tensor
+    view: Tensor
+    top: Tensor
+    left: Tensor
+    patch_size: int
+    shape: tuple[int, int, int]
+    patches_per_sample: list[int]
+    pixels_per_sample: list[int]
+    pixel_rows: Tensor | None
+    is_complete: bool
+
+    def patches_of(self, maps: Tensor) -> Tensor:
+        """[b, v, c, h, w] -> [T, p, p, c]."""
+        patches = patch_view(maps, self.patch_size)
+        if not self.is_complete:
+            p = self.patch_size
+            return patches[self.sample, self.view, self.top // p, self.left // p]
+        return patches.flatten(0, 3)
+
+    def pixels_of(self, values: Tensor) -> Tensor:
+        """Values at all pixels of the kept patches [T * p * p, c] -> at those that become Gaussians [K, c]."""
+        return values if self.pixel_rows is None else values.index_select(0, self.pixel_rows)
+
+    def pixel_index(self) -> Tensor:
+        """[K] int64: (view * h + row) * w + column of each Gaussian's pixel."""
+        _, h, w = self.shape
+        inside = torch.arange(self.patch_size, device=self.view.device)
+        first = (self.view * h + self.top) * w + self.left
+        index = (first[:, None] + (inside[:, None] * w + inside).flatten()).flatten()
+        return index if self.pixel_rows is None else index[self.pixel_rows]
+
+    def is_pixel(self) -> Tensor:
+        """[b, k] bool, k = the largest of `pixels_per_sample`: which rows are more than padding (`pad_rows`)."""
+        count = torch.tensor(self.pixels_per_sample, device=self.view.device)
+        return torch.arange(max(self.pixels_per_sample), device=self.view.device) < count[:, None]
+
+    def chunks(self, num_patches: int) -> list[PatchSelection]:
+        """The patches alone, at most `num_patches` at a time (for `patches_of` and `patch_rays`)."""
+        if len(self.view) <= num_patches:
+            return [self]
+        parts = zip(*(x.split(num_patches) for x in (self.sample, self.view, self.top, self.left)))
+        return [PatchSelection(*part, self.patch_size, self.shape, [], [], None, False) for part in parts]
+
+
+@torch.no_grad()
+def select_all(b: int, shape: tuple[int, int, int], patch_size: int, device: torch.device) -> PatchSelection:
+    """Every patch and pixel of b samples with views (v, h, w)."""
+    v, h, w = shape
+    p = patch_size
+    places = torch.arange(b * v * (h // p) * (w // p), device=device)
+    per_sample = len(places) // b
+    return PatchSelection(
+        *_places(places, shape, p), p, shape, [per_sample] * b, [per_sample * p * p] * b, None, is_complete=True
+    )
+
+
+@torch.no_grad()
+def select_foreground(masks: Tensor, patch_size: int, margin_px: int) -> PatchSelection:
+    """Pixels at most `margin_px` (rows and columns alike) from the foreground, and the patches that hold any.
+
+    masks: [b, v, 1, h, w] in 0..1. Costs one device synchronisation: lengths are numbers.
+    """
+    b, v, _, h, w = masks.shape
+    grown = (masks > FOREGROUND_ALPHA).to(torch.float32).flatten(0, 1)
+    for kernel in ((2 * margin_px + 1, 1), (1, 2 * margin_px + 1)):
+        grown = functional.max_pool2d(grown, kernel, 1, (kernel[0] // 2, kernel[1] // 2))
+    pixels = patch_view(grown.view(b, v, 1, h, w) > 0, patch_size).reshape(b, -1, patch_size**2)
+    patches = pixels.any(-1)
+    counts = torch.stack([patches.sum(1), pixels.sum((1, 2))]).tolist()
+    places = patches.flatten().nonzero()[:, 0]
+    kept = pixels.flatten(0, 1)[places].flatten()
+    every_pixel = sum(counts[1]) == len(kept)
+    return PatchSelection(
+        *_places(places, (v, h, w), patch_size),
+        patch_size,
+        (v, h, w),
+        *counts,
+        pixel_rows=None if every_pixel else kept.nonzero()[:, 0],
+        is_complete=len(places) == patches.numel(),
+    )
+
+
+def patch_rays(cameras: Cameras, selection: PatchSelection) -> tuple[Tensor, Tensor]:
+    """World rays through the kept patches' pixels: origins [T, 3], unit directions [T, p, p, 3].
+
+    A patch is a crop of its picture, so its rays are those of the cropped camera; cameras: [b, v].
+    """
+    where = selection.sample, selection.view
+    zero = torch.zeros_like(selection.left)
+    corner = torch.stack([zero, zero, selection.left, selection.top], dim=-1)
+    p = selection.patch_size
+    patches = Cameras(cameras.c2w[where], cameras.fxfycxcy[where] - corner, p, p)
+    return patches.origins, patches.rays()[1]
+
+
+def patch_view(maps: Tensor, patch_size: int) -> Tensor:
+    """[b, v, c, h, w] -> [b, v, h / p, w / p, p, p, c], without a copy."""
+    maps = maps.unflatten(-1, (-1, patch_size)).unflatten(-3, (-1, patch_size))
+    return maps.permute(0, 1, 3, 5, 4, 6, 2)
+
+
+def pad_rows(rows: Tensor, counts: list[int], fill: float) -> Tensor:
+    """Packed rows [K, ...] -> [b, k, ...], k = the largest count; shorter samples end in rows of `fill`."""
+    if len(set(counts)) == 1:
+        return rows.unflatten(0, (len(counts), counts[0]))
+    return pad_sequence(rows.split(counts), batch_first=True, padding_value=fill)
+
+
+def _places(places: Tensor, shape: tuple[int, int, int], patch_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sample, view, top and left of patches numbered over the whole batch."""
+    v, h, w = shape
+    rows, columns = h // patch_size, w // patch_size
+    view = places // (rows * columns)
+    top, left = places // columns % rows * patch_size, places % columns * patch_size
+    return view // v, view % v, top, left
