@@ -1,7 +1,8 @@
 """Stage 2's checkpoints: FaceLift's file layout, strict loading with named rules, resuming, exporting.
 
 A checkpoint is `ckpt_<16 digits>.pt` with `model`, `optimizer`, `lr_scheduler`, `fwdbwd_pass_step`,
-`param_update_step` (FaceLift's keys) plus `rig`, `ema` when averaged weights are kept, and a JSON sidecar.
+`param_update_step` (FaceLift's keys) plus `rig`, `ema` when averaged weights are kept, `lora` when adapters train
+(`model` then holds the merged weights), and a JSON sidecar.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ FACELIFT_CHECKPOINT = "checkpoints/gslrm/ckpt_0000000000021125.pt"
 # Named rules for foreign checkpoints; everything else must fit exactly.
 DDP_PREFIX = (r"^module\.", "")
 LOSS_NETWORKS = re.compile(r"^(module\.)?loss_calculator\.perceptual_loss_module\.")  # FaceLift stores its frozen VGG
+VGG_PREFIX = "loss_calculator.perceptual_loss_module.net."
 
 
 def checkpoint_path(folder: Path | str, step: int) -> Path:
@@ -60,10 +62,18 @@ def resolve_checkpoint(path: Path | str) -> Path:
 
 
 def model_weights(checkpoint: Mapping, source: Path) -> dict[str, Tensor]:
-    """The network's tensors of a checkpoint (averaged ones if it keeps them), without FaceLift's loss network."""
-    if "model" not in checkpoint:
-        raise ValueError(f"checkpoint {source} has no key 'model'; a GS-LRM training checkpoint is expected")
-    return network_tensors(checkpoint.get("ema") or checkpoint["model"])
+    """The network's tensors of a checkpoint (averaged ones if it keeps them), without FaceLift's loss network.
+
+    A file that is the state dict itself is taken as such.
+    """
+    if "model" in checkpoint:
+        return network_tensors(checkpoint.get("ema") or checkpoint["model"])
+    if checkpoint and all(isinstance(value, Tensor) for value in checkpoint.values()):
+        return network_tensors(checkpoint)
+    raise ValueError(
+        f"checkpoint {source} has no key 'model' and is no plain dictionary of tensors either (keys: "
+        f"{', '.join(map(str, list(checkpoint)[:5]))}); a GS-LRM checkpoint or state dict is expected"
+    )
 
 
 def network_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -90,16 +100,14 @@ def load_gslrm(
     """A network ready for inference: (network in eval mode, its rig or None, the file it came from).
 
     path: checkpoint file or folder. config_file: a training YAML; without it the sidecar's configuration counts, and
-    for files without a sidecar (public weights) the defaults, which are FaceLift's.
+    for files without one (public weights) the defaults, which are FaceLift's.
     """
     path = resolve_checkpoint(path)
     if config_file is not None:
         model_config = load_config(GSLRMConfig, config_file, ignored=set(IGNORED_KEYS)).model
     else:
-        sidecar = read_sidecar(path)
-        model_config = (
-            model_config_from_dict(sidecar["config"]["model"], f"{path}.json") if sidecar else ModelConfig()
-        )
+        config = (read_sidecar(path) or {}).get("config")  # a sidecar with a stamped rig alone has none
+        model_config = model_config_from_dict(config["model"], f"{path}.json") if config else ModelConfig()
     model = GSLRM(model_config)
     load_weights(model, path)
     return model.eval().to(device), read_checkpoint_rig(path), path
@@ -109,14 +117,53 @@ def sidecar(config: GSLRMConfig, rig: ViewRig, step: int) -> dict:
     return {"config": config_to_dict(config), "rig": rig.to_dict(), "step": step, "git": git_hash()}
 
 
-def export_weights(source: Path | str, destination: Path | str, *, dtype: torch.dtype = torch.float32) -> Path:
-    """Writes a checkpoint with the network alone (averaged weights if kept), e.g. in half precision, to ship it."""
+def export_weights(
+    source: Path | str,
+    destination: Path | str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    facelift: bool = False,
+    vgg_folder: Path | str | None = None,
+) -> Path:
+    """Writes a checkpoint with the network alone (averaged weights if kept), e.g. in half precision, to ship it.
+
+    source: checkpoint file or folder, with its sidecar. destination: a .pt file, or a folder for `ckpt_<step>.pt`.
+    facelift: exactly the keys that FaceLift writes, for its strict loader; the rig is then in the sidecar alone.
+    vgg_folder: with facelift, adds the 32 frozen VGG-19 tensors from this folder (float32). FaceLift's loader wants
+        them when its own config has a perceptual loss above 0, which its shipped one has.
+    Raises ValueError naming a missing sidecar or VGG file.
+    """
     source, destination = resolve_checkpoint(source), Path(destination)
     checkpoint, content = load_checkpoint(source), read_sidecar(source)
-    if content is None:
+    if content is None or "config" not in content:
         raise ValueError(f"checkpoint {source} has no sidecar {source.name}.json; only the project's own are exported")
-    weights = {name: tensor.to(dtype).clone() for name, tensor in model_weights(checkpoint, source).items()}
+    if vgg_folder is not None and not facelift:
+        raise ValueError("vgg_folder is for FaceLift's layout (facelift=True); nothing else reads VGG tensors there")
+    tensors = model_weights(checkpoint, source)
+    weights = {re.sub(*DDP_PREFIX, name): tensor.to(dtype).clone() for name, tensor in tensors.items()}
     step = int(checkpoint["fwdbwd_pass_step"])
+    exported: dict = {"model": weights, "fwdbwd_pass_step": step}
+    if facelift:
+        exported["param_update_step"] = int(checkpoint.get("param_update_step", step))
+        if vgg_folder is not None:
+            weights.update(vgg_tensors(Path(vgg_folder)))
+        if content["config"]["model"].get("prune_background_tokens"):
+            log.warning("%s was trained on foreground tokens alone; FaceLift will run it on all of them", source)
+    else:
+        exported["rig"] = content["rig"]
     path = checkpoint_path(destination, step) if destination.suffix != ".pt" else destination
-    save_checkpoint(path, {"model": weights, "rig": content["rig"], "fwdbwd_pass_step": step}, content)
+    save_checkpoint(path, exported, content)
     return path
+
+
+def vgg_tensors(folder: Path) -> dict[str, Tensor]:
+    """The frozen VGG-19 as FaceLift stores it among the weights: 32 tensors. Raises ValueError if no file is there."""
+    from gslrm.perceptual import VGG19_FILES, load_perceptual
+
+    path = next((folder / name for name in VGG19_FILES if (folder / name).is_file()), None)
+    if path is None:
+        raise ValueError(
+            f"FaceLift's checkpoints hold VGG-19 and {folder} has no {' or '.join(VGG19_FILES)}: put MatConvNet's file "
+            "there, or export without it (--no_vgg) for a FaceLift config whose perceptual_loss_weight is 0"
+        )
+    return {VGG_PREFIX + name: tensor.clone() for name, tensor in load_perceptual(path).net.state_dict().items()}

@@ -10,12 +10,13 @@ import logging
 import math
 import time
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from gslrm.adaptation import check_adaptation
 from gslrm.checkpoints import export_weights
 from gslrm.config import GSLRMConfig, RuntimeConfig, check_config
 from gslrm.data.loading import build_datasets, build_loader
@@ -24,11 +25,12 @@ from gslrm.losses import NEEDS_RENDERING, POINTSDIST_WARMUP_STEPS, loss_weights,
 from gslrm.model.gaussians_renderer import render
 from gslrm.model.gslrm import GSLRM, GSLRMOutput
 from gslrm.perceptual import load_networks
-from gslrm.state import TrainingState, build_state, find_start, restore, save, update
+from gslrm.state import TrainingState, check_skips, find_start, network_to_measure, save, start_state, update
 from gslrm.validation import Batch, picture_metrics, prepare, run_model, validate
+from multiview.checkpoint import full_disk_explained
 from multiview.config import config_to_dict
 from multiview.image import grid
-from multiview.rig import check_alignment, load_rig
+from multiview.rig import ViewRig, check_alignment, load_rig
 from multiview.run import Distributed, RunFolder, WandbOptions, resolve_device, seed_everything
 
 log = logging.getLogger(__name__)
@@ -38,16 +40,19 @@ def train(config: GSLRMConfig, *, overfit: int = 0) -> Path:
     """Trains to `max_fwdbwd_passes`, continuing whatever the checkpoint folder holds. Returns that folder.
 
     overfit: N > 0 trains and validates on the first N samples without augmentation, in a folder of its own.
-    Raises ValueError before any work for whatever is missing: data, weights, VGG files, a rig that does not fit.
+    Raises ValueError before any work for whatever is missing: data, weights, VGG files, a rig that does not fit; later
+    for a full disk, and TrainingDivergedError (a ValueError) when more than half of the last 200 updates were skipped.
     """
     config = overfit_config(config, overfit) if overfit else config
     check_config(config)
+    check_adaptation(config.training.adaptation, config.model.transformer.n_layer)
     device = resolve_device(config.training.runtime.device)
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = config.training.runtime.use_tf32
     processes = Distributed.start(device)
     try:
-        return _train(config, device, processes, overfit)
+        with full_disk_explained(Path(config.training.checkpointing.checkpoint_dir)):
+            return _train(config, device, processes, overfit)
     finally:
         processes.stop()
 
@@ -66,97 +71,133 @@ def overfit_config(config: GSLRMConfig, num_samples: int) -> GSLRMConfig:
     )
 
 
+@dataclass(frozen=True)
+class Run:
+    """What stays the same during a run."""
+
+    config: GSLRMConfig
+    device: torch.device
+    processes: Distributed
+    network: nn.Module  # the model, wrapped for several processes
+    networks: dict[str, nn.Module]  # frozen networks of the losses
+    rig: ViewRig
+    folder: RunFolder
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """One forward/backward pass."""
+
+    loss: float  # mean over the processes
+    parts: dict[str, Tensor]  # this process's
+    batch: Batch
+    rgb: Tensor | None  # None: this pass rendered nothing
+    alpha: Tensor | None
+
+
 def _train(config: GSLRMConfig, device: torch.device, processes: Distributed, overfit: int) -> Path:
-    training, runtime, losses = config.training, config.training.runtime, config.training.losses
-    every, stop = training.logging, training.schedule.max_fwdbwd_passes
+    training, runtime = config.training, config.training.runtime
     folder = Path(training.checkpointing.checkpoint_dir)
     dataset, val_dataset = build_datasets(config, overfit)
     rig = check_alignment(load_rig(config.rig) if config.rig else None, dataset=dataset.rig)
     start = find_start(config)
-    networks = load_networks(losses, device)
+    networks = load_networks(training.losses, device)
     seed_everything("gslrm-init", runtime.seed)
     model = GSLRM(config.model, grad_checkpoint_every=runtime.grad_checkpoint_every).to(device)
-    state = build_state(model, config)
-    restore(state, start, rig, runtime.ema_decay, allow_rig_change=training.checkpointing.allow_rig_change)
-    run = RunFolder(folder, config_to_dict(config), rig, wandb=wandb_options(config), is_main=processes.is_main)
-    run.forget_after(state.passes)
+    state = start_state(model, config, start, rig)
+    if runtime.torch_compile:
+        compile_blocks(model)
+    run_folder = RunFolder(folder, config_to_dict(config), rig, wandb=wandb_options(config), is_main=processes.is_main)
+    run_folder.forget_after(state.passes)
     network: nn.Module = model
     if processes.world_size > 1:
-        network = nn.parallel.DistributedDataParallel(model)
-    scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda" and runtime.amp_dtype == "fp16")
+        network = nn.parallel.DistributedDataParallel(model)  # what is frozen takes no part in it
     log.info(
         "%s: %.2f M parameters, %d samples, passes %d to %d, %d process(es) on %s", folder,
-        sum(p.numel() for p in model.parameters()) / 1e6, len(dataset), state.passes, stop,
-        processes.world_size, device,
+        sum(p.numel() for p in model.parameters()) / 1e6, len(dataset), state.passes,
+        training.schedule.max_fwdbwd_passes, processes.world_size, device,
     )  # fmt: skip
+    run = Run(config, device, processes, network, networks, rig, run_folder)
+    run_passes(run, state, dataset, val_dataset)
+    if training.checkpointing.export_dir and processes.is_main and not overfit:
+        export_weights(folder, training.checkpointing.export_dir, dtype=torch.float16)
+    run_folder.close()
+    processes.barrier()  # nobody leaves the group while another still talks
+    return folder
 
-    network.train()
-    spoiled, seconds, since, seen = False, time.perf_counter(), time.perf_counter(), 0
-    for raw_batch in build_loader(dataset, config, processes, start=state.passes, stop=stop):
-        # 1. Forward. Weights of the losses depend on the pass; direct warm-up renders nothing.
-        weights = loss_weights(losses, state.passes, l2_warmup_steps=training.schedule.l2_warmup_steps)
-        is_update = (state.passes + 1) % runtime.grad_accum_steps == 0
-        batch = prepare(raw_batch, training.dataset.num_input_views, device)
-        clip = config.model.clip_xyz and not (losses.warmup_pointsdist and state.passes < POINTSDIST_WARMUP_STEPS)
-        synchronised = nullcontext() if is_update or processes.world_size == 1 else network.no_sync()
-        with synchronised:
-            with autocast(device, runtime):
-                output = run_model(network, config.model.prune_background_tokens, batch, clip_xyz=clip)
-            rgb = alpha = None
-            if NEEDS_RENDERING & set(weights):
-                rgb, alpha, _ = render(
-                    output.gaussians, batch.target_cameras, batch.background, runtime.raster_backend
-                )
-            loss, parts = total_loss(
-                weights, losses, output, batch.targets, rgb=rgb, alpha=alpha, networks=networks
-            )
-            # 2. Backward. All processes see the same mean loss, so they skip a bad one together.
-            mean_loss = processes.mean(loss.detach()).item()
-            if math.isfinite(mean_loss):
-                scaler.scale((loss + zero_of(output)) / runtime.grad_accum_steps).backward()
-            else:
-                spoiled = True
+
+def run_passes(run: Run, state: TrainingState, dataset: MouseViewDataset, val_dataset: MouseViewDataset | None) -> None:
+    """The loop, from the state's pass to the last."""
+    training, processes = run.config.training, run.processes
+    every, stop = training.logging, training.schedule.max_fwdbwd_passes
+    run.network.train()
+    spoiled, began, since, seen = False, time.perf_counter(), time.perf_counter(), 0
+    for raw_batch in build_loader(dataset, run.config, processes, start=state.passes, stop=stop):
+        # 1. Forward and backward. All processes see the same mean loss, so they skip a bad one together.
+        is_update = (state.passes + 1) % training.runtime.grad_accum_steps == 0
+        result = run_pass(run, state, raw_batch, is_update=is_update)
+        spoiled = spoiled or not math.isfinite(result.loss)
         state.passes += 1
 
-        # 3. Update.
+        # 2. Update.
         gradient_norm = None
         if is_update:
-            gradient_norm = update(state, scaler, runtime, spoiled=spoiled)
+            gradient_norm = update(state, training.runtime, spoiled=spoiled)
             spoiled = False
+            check_skips(state, run.config)
 
-        # 4. Numbers and pictures.
+        # 3. Numbers and pictures.
         seen += 1
         step, last = state.passes, state.passes == stop
         if step % every.print_every == 0 or last:
-            values = {name: processes.mean(value.detach()).item() for name, value in parts.items()}
-            values |= {"loss": mean_loss, "lr": state.scheduler.get_last_lr()[0], "updates": state.updates}
-            values |= state.counts
-            if gradient_norm is not None:
-                values["gradient_norm"] = gradient_norm
-            if rgb is not None:
-                values |= picture_metrics(rgb, alpha, batch.targets.rgb, batch.targets.alpha)
+            values = numbers(run, state, result, gradient_norm)
             values["seconds_per_pass"] = (time.perf_counter() - since) / seen
-            run.log(step, values)
+            run.folder.log(step, values)
             if processes.is_main:
-                log.info("pass %d/%d  %s", step, stop, summary(values, time.perf_counter() - seconds))
+                log.info("pass %d/%d  %s", step, stop, summary(values, state, time.perf_counter() - began))
             since, seen = time.perf_counter(), 0
-        if rgb is not None and (step % every.vis_every == 0 or last):
-            run.image("train", step, training_sheet(batch, rgb))
+        if result.rgb is not None and (step % every.vis_every == 0 or last):
+            run.folder.image("train", step, training_sheet(result.batch, result.rgb))
 
-        # 5. Checkpoint and validation.
+        # 4. Checkpoint and validation.
         if step % training.checkpointing.checkpoint_every == 0 or last:
             if processes.is_main:
-                save(state, config, rig)
-        if val_dataset is not None and (step % config.validation.val_every == 0 or last):
+                save(state, run.config, run.rig)
+        if val_dataset is not None and (step % run.config.validation.val_every == 0 or last):
             if processes.is_main:
-                measure(state, val_dataset, run, device, runtime)
+                measure(run, state, val_dataset)
             processes.barrier()
             since, seen = time.perf_counter(), 0
-    if training.checkpointing.export_dir and processes.is_main and not overfit:
-        export_weights(folder, training.checkpointing.export_dir, dtype=torch.float16)
-    run.close()
-    processes.barrier()  # nobody leaves the group while another still talks
-    return folder
+
+
+def run_pass(run: Run, state: TrainingState, raw_batch: dict[str, Tensor], *, is_update: bool) -> PassResult:
+    """Forward, loss, and backward where the loss is finite. Direct warm-up renders nothing."""
+    training, runtime, losses = run.config.training, run.config.training.runtime, run.config.training.losses
+    prune = run.config.model.prune_background_tokens
+    weights = loss_weights(losses, state.passes, l2_warmup_steps=training.schedule.l2_warmup_steps)
+    batch = prepare(raw_batch, training.dataset.num_input_views, run.device)
+    clip = run.config.model.clip_xyz and not (losses.warmup_pointsdist and state.passes < POINTSDIST_WARMUP_STEPS)
+    if training.adaptation.lora_dropout > 0:  # so that a resumed run drops what it would have dropped
+        seed_everything("gslrm-dropout", runtime.seed, run.processes.rank, state.passes)
+    # Gradients of all but the last pass of an update stay in their process.
+    synchronised = nullcontext() if is_update or run.processes.world_size == 1 else run.network.no_sync()
+    with synchronised:
+        with autocast(run.device, runtime):
+            output = run_model(run.network, prune, batch, clip_xyz=clip)
+        rgb = alpha = None
+        if NEEDS_RENDERING & set(weights):
+            rgb, alpha, _ = render(
+                output.gaussians, batch.target_cameras, batch.background, runtime.raster_backend,
+                recompute=runtime.recompute_rendering,
+            )  # fmt: skip
+        loss, parts = total_loss(
+            weights, losses, output, batch.targets, rgb=rgb, alpha=alpha, networks=run.networks
+        )
+        loss = loss + zero_of(output)
+        mean_loss = run.processes.mean(loss.detach()).item()
+        if math.isfinite(mean_loss):
+            state.scaler.scale(loss / runtime.grad_accum_steps).backward()
+    return PassResult(mean_loss, parts, batch, rgb, alpha)
 
 
 # ---- the pieces, in the order of use --------------------------------------------------------------------------------
@@ -169,27 +210,46 @@ def autocast(device: torch.device, runtime: RuntimeConfig) -> torch.autocast:
 
 
 def zero_of(output: GSLRMOutput) -> Tensor:
-    """0 that depends on every Gaussian value, so that every parameter has a gradient (DDP demands it) in every pass."""
+    """0 that depends on every Gaussian value, so that every parameter has a gradient (DDP demands it) in every pass.
+
+    NaN if a Gaussian is not finite, so that such a pass counts as one whose loss is not finite.
+    """
     gaussians = output.gaussians
     values = (gaussians.xyz, gaussians.features, gaussians.scaling, gaussians.rotation, gaussians.opacity)
     return 0.0 * sum(value.sum() for value in values)
 
 
-def measure(
-    state: TrainingState, dataset: MouseViewDataset, run: RunFolder, device: torch.device, runtime: RuntimeConfig
-) -> None:
+def compile_blocks(model: GSLRM) -> None:
+    """Compiles the transformer blocks in place: parameter names and everything around the blocks stay as they are.
+
+    With background tokens pruned the number of tokens changes from batch to batch: one graph for all lengths.
+    """
+    for block in model.transformer_layers:
+        block.compile(dynamic=True if model.config.prune_background_tokens else None)
+
+
+def numbers(run: Run, state: TrainingState, result: PassResult, gradient_norm: float | None) -> dict[str, float]:
+    """What a logged pass writes to metrics.jsonl."""
+    values = {name: run.processes.mean(value.detach()).item() for name, value in result.parts.items()}
+    values |= {"loss": result.loss, "lr": state.scheduler.get_last_lr()[0], "updates": state.updates}
+    values |= state.counts
+    if gradient_norm is not None:
+        values["gradient_norm"] = gradient_norm
+    if result.rgb is not None:
+        targets = result.batch.targets
+        values |= picture_metrics(result.rgb, result.alpha, targets.rgb, targets.alpha)
+    return values
+
+
+def measure(run: Run, state: TrainingState, dataset: MouseViewDataset) -> None:
     """Validates the averaged weights if there are any, else the current ones; logs numbers and a contact sheet."""
-    own = None
-    if state.ema is not None:
-        own = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
-        state.model.load_state_dict(state.ema, strict=True)
+    runtime = run.config.training.runtime
     values, sheet = validate(
-        state.model, dataset, device=device, autocast=autocast(device, runtime), backend=runtime.raster_backend
-    )
-    if own is not None:
-        state.model.load_state_dict(own, strict=True)
-    run.log(state.passes, values, split="val")
-    run.image("val", state.passes, sheet)
+        network_to_measure(state), dataset, device=run.device, autocast=autocast(run.device, runtime),
+        backend=runtime.raster_backend,
+    )  # fmt: skip
+    run.folder.log(state.passes, values, split="val")
+    run.folder.image("val", state.passes, sheet)
     log.info("validation at pass %d  %s", state.passes, "  ".join(f"{k} {v:.3f}" for k, v in values.items()))
 
 
@@ -205,8 +265,8 @@ def training_sheet(batch: Batch, rgb: Tensor) -> Tensor:
     return grid(torch.cat(rows), rgb.shape[1])
 
 
-def summary(values: dict[str, float], seconds: float) -> str:
+def summary(values: dict[str, float], state: TrainingState, seconds: float) -> str:
     shown = ("loss", "psnr", "fg_psnr", "iou", "gradient_norm", "lr", "seconds_per_pass")
     text = "  ".join(f"{name} {values[name]:.4g}" for name in shown if name in values)
-    skipped = values["skipped_nan_loss"] + values["skipped_gradient"]
-    return f"{text}  {seconds:.0f} s" + (f"  skipped {skipped:.0f}" if skipped else "")
+    skipped = sum(state.counts.values())
+    return f"{text}  {seconds:.0f} s" + (f"  skipped {skipped}" if skipped else "")

@@ -440,14 +440,15 @@ def test_schedule_warms_up_and_falls_to_zero():
 def test_updates_are_skipped_and_counted(data, tmp_path, case):
     config = config_of(data, tmp_path)
     state = build_state(GSLRM(config.model), config)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
     before = state.model.input_layer_norm.weight.detach().clone()
     for parameter in state.model.parameters():
         parameter.grad = torch.full_like(parameter, {"exploding": 1e3, "nan": float("nan")}.get(case, 1e-3))
-    norm = update(state, scaler, config.training.runtime, spoiled=case == "spoiled")
+    norm = update(state, config.training.runtime, spoiled=case == "spoiled")
     changed = not torch.equal(before, state.model.input_layer_norm.weight)
     assert changed == (case in ("fine",))
-    assert state.counts == {"skipped_nan_loss": int(case == "spoiled"), "skipped_gradient": int(case == "exploding")}
+    counted = {"skipped_nan_loss": int(case == "spoiled"), "skipped_gradient": int(case == "exploding")}
+    assert state.counts == {**counted, "skipped_overflow": 0}
+    assert list(state.recent) == [case in ("spoiled", "exploding")]
     assert state.updates == int(case in ("fine", "nan")) and state.scheduler.last_epoch == 1
     assert all(parameter.grad is None for parameter in state.model.parameters())
     assert (norm is None) == (case == "spoiled") and (case != "nan" or norm == 0)
@@ -456,11 +457,11 @@ def test_updates_are_skipped_and_counted(data, tmp_path, case):
 def test_fp16_scaler_is_updated_after_a_skipped_step(data, tmp_path):
     config = config_of(data, tmp_path)
     state = build_state(GSLRM(config.model), config)
-    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     for size in (1e4, 1e-3):  # skipped, then taken: unscale_ twice without update() would raise
         loss = sum(parameter.sum() for parameter in state.model.parameters()) * size
-        scaler.scale(loss).backward()
-        update(state, scaler, config.training.runtime, spoiled=False)
+        state.scaler.scale(loss).backward()
+        update(state, config.training.runtime, spoiled=False)
     assert state.updates == 1 and state.counts["skipped_gradient"] == 1
 
 
