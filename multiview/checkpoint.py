@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 RIG_FILE = "rig.json"
+NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # disk full, quota reached, file larger than allowed
 
 
 @contextmanager
@@ -60,6 +62,27 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
             shutil.rmtree(temporary)
 
 
+@contextmanager
+def full_disk_explained(path: Path | str, needed_bytes: int = 0) -> Iterator[None]:
+    """Turns a full disk (or quota) while writing `path` into a ValueError that says what is missing and what to do."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        cause: BaseException | None = error
+        while cause is not None and not (isinstance(cause, OSError) and cause.errno in NO_SPACE):
+            cause = cause.__context__  # torch.save reports an error of its own over the system's
+        if cause is None:
+            raise
+        path = Path(path).absolute()
+        free = shutil.disk_usage(next(folder for folder in path.parents if folder.exists())).free
+        needed = f"needs {needed_bytes / 1e6:.1f} MB, " if needed_bytes else ""
+        raise ValueError(
+            f"cannot write {path}: {cause.strerror} ({needed}{free / 1e6:.1f} MB free on that disk). Files written "
+            "before are whole and untouched. Make room or choose another folder, then repeat the command: a training "
+            "run resumes from its newest checkpoint"
+        ) from error
+
+
 def write_json(path: Path | str, content: object) -> None:
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n")
@@ -71,14 +94,30 @@ def write_json(path: Path | str, content: object) -> None:
 def save_checkpoint(path: Path | str, state: dict, sidecar: dict) -> None:
     """Writes `<path>.json` (JSON values: config, rig, step, git hash), then the weights, each atomically.
 
-    The weights come last, so a weights file that exists is complete and has its sidecar.
+    The weights come last, so a weights file that exists is complete and has its sidecar. A full disk is a ValueError
+    that says so and leaves no trace.
     """
     import torch
 
     path = Path(path)
-    write_json(sidecar_path(path), sidecar)
-    with atomic_write(path) as temporary:
-        torch.save(state, temporary)
+    with full_disk_explained(path, tensor_bytes(state)):
+        try:
+            write_json(sidecar_path(path), sidecar)
+            with atomic_write(path) as temporary, open(temporary, "wb") as handle:  # a handle: see full_disk_explained
+                torch.save(state, handle)
+        except BaseException:
+            if not path.exists():
+                sidecar_path(path).unlink(missing_ok=True)
+            raise
+
+
+def tensor_bytes(state: object) -> int:
+    """Bytes of all tensors in nested dictionaries and lists."""
+    if isinstance(state, Mapping):
+        return sum(tensor_bytes(value) for value in state.values())
+    if isinstance(state, (list, tuple)):
+        return sum(tensor_bytes(value) for value in state)
+    return getattr(state, "nbytes", 0)
 
 
 def sidecar_path(path: Path) -> Path:

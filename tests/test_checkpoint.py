@@ -1,8 +1,12 @@
 """Files appear whole or not at all; loading is strict."""
 
+import errno
 import json
 import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -98,3 +102,57 @@ def test_a_stamped_rig_is_read_back(tmp_path):
     stamp_rig(tmp_path, load_rig("mouse6"))
     assert read_rig(tmp_path) == load_rig("mouse6")
     assert json.loads((tmp_path / "rig.json").read_text())["name"] == "mouse6"
+
+
+# ---- a full disk ----------------------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).resolve().parent.parent
+FULL_DISK = """
+import resource, sys, torch
+from multiview.checkpoint import save_checkpoint
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+for numbers in (40_000, 24_900):  # cut off in the middle, and only when the last buffer is flushed
+    try:
+        save_checkpoint(sys.argv[1], {"w": torch.zeros(numbers)}, {"step": 2})
+    except ValueError as error:
+        print(f"error: {error}")
+"""
+
+
+def test_a_checkpoint_that_the_system_cuts_off_is_one_message_and_no_litter(tmp_path):
+    save_checkpoint(tmp_path / "ckpt_0000000000000001.pt", {"w": torch.ones(5)}, {"step": 1})
+    before = sorted(os.listdir(tmp_path))
+    path = tmp_path / "ckpt_0000000000000002.pt"
+    done = subprocess.run([sys.executable, "-c", FULL_DISK, str(path)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2 and "needs 0.2 MB" in lines[0] and "needs 0.1 MB" in lines[1]
+    assert all(line.startswith(f"error: cannot write {path}: File too large") for line in lines)
+    assert sorted(os.listdir(tmp_path)) == before and newest_checkpoint(tmp_path).name == before[0]
+
+
+@pytest.mark.parametrize("call", ["torch.save", "os.replace", "os.fsync"])
+def test_a_full_disk_leaves_the_file_that_was_there(tmp_path, monkeypatch, call):
+    path = tmp_path / "ckpt_0000000000000001.pt"
+    save_checkpoint(path, {"w": torch.ones(5)}, {"step": 1})
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(call, fail)
+        for target in (path, tmp_path / "ckpt_0000000000000002.pt"):
+            with pytest.raises(ValueError, match=f"{target.name}.*No space left.*MB free.*repeat the command"):
+                save_checkpoint(target, {"w": torch.zeros(5)}, {"step": 1})
+    assert sorted(os.listdir(tmp_path)) == [path.name, path.name + ".json"]
+    assert load_checkpoint(path)["w"].sum() == 5 and read_sidecar(path) == {"step": 1}
+
+
+def test_other_errors_while_saving_stay_what_they_are(tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("a programming error")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(RuntimeError, match="programming"):
+        save_checkpoint(tmp_path / "a.pt", {}, {})
+    assert os.listdir(tmp_path) == []
