@@ -140,7 +140,7 @@ def _draw_backward(inputs, kept, picture, grad_picture, parts: int) -> Tensor:
     xyz, quaternion, scale, _, _, w2c, intrinsics = inputs
     splats, order, tile_starts, pair_splat, pair_slot, slot_starts, tile_order = kept
     _, height, width = picture.shape
-    slot_grads = np.empty((len(pair_splat), layout.NUM_GRADS), np.float32)
+    slot_grads = np.zeros((len(pair_splat), layout.NUM_GRADS), np.float32)
     grads = torch.zeros(len(xyz), 14)
     grads_array = grads.numpy()
     tile_data = (splats, tile_starts, pair_splat, pair_slot, tile_order)

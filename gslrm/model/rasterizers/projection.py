@@ -109,10 +109,11 @@ def _axis_backward(w2c, column, scale, fx_z, fy_z, slope_x, slope_y, per_z, v00,
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _tile_range(centre, radius, num_tiles):
-    first = min(max(math.floor((centre - radius) / TILE_PX), 0.0), float(num_tiles))
-    last = min(max(math.ceil((centre + radius) / TILE_PX), 0.0), float(num_tiles))
-    return int(first), int(last)
+def _tile_range(centre, reach, size):
+    """First and last (exclusive) tile with a pixel centre within the reach; both 0 if there is none."""
+    first = max(math.ceil(centre - reach - 0.5), 0.0)
+    last = min(math.floor(centre + reach - 0.5), size - 1.0)
+    return (int(first) // TILE_PX, int(last) // TILE_PX + 1) if last >= first else (0, 0)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -125,7 +126,6 @@ def project(xyz, quaternion, scale, opacity, color, w2c, intrinsics, height, wid
     means not drawn). Returns the number of Gaussians with values that are not finite.
     """
     fx, fy, cx, cy = intrinsics[0], intrinsics[1], intrinsics[2], intrinsics[3]
-    tiles_x, tiles_y = (width + TILE_PX - 1) // TILE_PX, (height + TILE_PX - 1) // TILE_PX
     broken = 0
     for g in range(start, stop):
         tiles[g, 0] = tiles[g, 1] = tiles[g, 2] = tiles[g, 3] = 0
@@ -156,16 +156,16 @@ def project(xyz, quaternion, scale, opacity, color, w2c, intrinsics, height, wid
         radius_y = math.ceil(min(MAX_EXTENT, reach) * math.sqrt(s11))
         if u + radius_x <= 0 or u - radius_x >= width or v + radius_y <= 0 or v - radius_y >= height:
             continue
-        tiles[g, 0], tiles[g, 1] = _tile_range(u, radius_x, tiles_x)
-        tiles[g, 2], tiles[g, 3] = _tile_range(v, radius_y, tiles_y)
+        # The ellipse alpha >= 1/255, a little enlarged for the rounding of alpha: outside it nothing is drawn.
+        reach_x, reach_y = (reach * 1.001 + 0.001) * math.sqrt(s00), (reach * 1.001 + 0.001) * math.sqrt(s11)
+        tiles[g, 0], tiles[g, 1] = _tile_range(u, reach_x, width)
+        tiles[g, 2], tiles[g, 3] = _tile_range(v, reach_y, height)
         splats[g, U], splats[g, V] = u, v
         splats[g, CONIC_A], splats[g, CONIC_B], splats[g, CONIC_C] = s11 / det, -s01 / det, s00 / det
         splats[g, OPACITY] = opacity[g]
         splats[g, RED], splats[g, GREEN], splats[g, BLUE] = color[g, 0], color[g, 1], color[g, 2]
         splats[g, DEPTH] = z
-        # The ellipse alpha >= 1/255, a little enlarged for the rounding of alpha: outside it nothing is drawn.
-        splats[g, REACH_X] = (reach * 1.001 + 0.001) * math.sqrt(s00)
-        splats[g, REACH_Y] = (reach * 1.001 + 0.001) * math.sqrt(s11)
+        splats[g, REACH_X], splats[g, REACH_Y] = reach_x, reach_y
     return broken
 
 
@@ -175,7 +175,7 @@ def project_backward(
 ):
     """Sums the slots of the Gaussians order[start..stop-1] and takes the gradients back through the projection.
 
-    Writes grads [n, 14] (float32): xyz 3, quaternion 4 (of the normalised one), scale 3, opacity 1, colour 3.
+    Writes grads [n, 14] (float32, zeros): xyz 3, quaternion 4 (of the normalised one), scale 3, opacity 1, colour 3.
     """
     fx, fy, cx, cy = intrinsics[0], intrinsics[1], intrinsics[2], intrinsics[3]
     for rank in range(start, stop):
@@ -192,6 +192,8 @@ def project_backward(
             g_red += slot_grads[slot, RED]
             g_green += slot_grads[slot, GREEN]
             g_blue += slot_grads[slot, BLUE]
+        if g_u == g_v == g_a == g_b == g_c == g_opacity == g_red == g_green == g_blue == g_depth == 0.0:
+            continue  # hidden behind others: about half of the Gaussians of a closed surface
         grads[g, 10], grads[g, 11], grads[g, 12], grads[g, 13] = g_opacity, g_red, g_green, g_blue
         x, y, z = _to_camera(w2c, xyz, g)
         rotation = _rotation(quaternion, g)
