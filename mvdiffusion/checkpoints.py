@@ -1,5 +1,8 @@
 """Training checkpoints: <output_dir>/checkpoint-<step>/{unet, unet_ema, prompt_embeds, optimizer.pt, checkpoint.json}.
 
+With LoRA also lora/ (the adapters in peft's form) and trained.pt (what a resumed run needs); unet and unet_ema then
+hold the adapters folded in, and may be left out.
+
 A folder appears under its name only when complete, so `output_dir` is joined exactly once: nothing is prefixed to it.
 """
 
@@ -7,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,19 +27,24 @@ from mvdiffusion.prompts import COLOUR_FILE, METADATA_FILE, PromptEmbeds
 log = logging.getLogger(__name__)
 
 PATTERN = "checkpoint-*"
-# What a resumed run has in common with the one it continues.
-SAME_KEYS = ("pretrained_model_name_or_path", "pretrained_unet_path", "unet", "attention", "use_ema")
-SIDECAR, OPTIMIZER_FILE, SAMPLING_FILE = "checkpoint.json", "optimizer.pt", "sampling.json"
+# What a resumed run has in common with the one it continues: the model, and the order of the optimiser's parameters.
+SAME_KEYS = (
+    "pretrained_model_name_or_path", "pretrained_unet_path", "unet", "attention", "camera_conditioning", "use_ema",
+    "use_8bit_adam", "lr_multipliers", "camera_embedding_lr_mult", "trainable_modules",
+    "lora_rank", "lora_alpha", "lora_targets", "lora_also_train",
+)  # fmt: skip
+SIDECAR, OPTIMIZER_FILE, TRAINED_FILE, SAMPLING_FILE = "checkpoint.json", "optimizer.pt", "trained.pt", "sampling.json"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete training checkpoint found on disk."""
+    """A complete training checkpoint found on disk. trained: with LoRA, {own, ema: tensors by name, base}."""
 
     folder: Path
     step: int
     optimizer: dict
     sidecar: dict
+    trained: dict | None = None
 
 
 def save_training(
@@ -43,20 +52,32 @@ def save_training(
     step: int,
     *,
     unet,
+    state: dict[str, Tensor] | None,
     ema: dict[str, Tensor] | None,
     optimizer: dict,
     embeds: PromptEmbeds,
     config: dict,
     keep: int,
+    trained: dict | None = None,
+    extras: Callable[[Path], None] | None = None,
 ) -> Path:
-    """Writes checkpoint-<step> and deletes all but the newest `keep`. Returns its folder."""
+    """Writes checkpoint-<step> and deletes all but the newest `keep`. Returns its folder.
+
+    state, ema: the UNet's weights and their average under stock names; None leaves the folder out. extras: writes more
+    into the checkpoint's folder before it appears.
+    """
     folder = Path(output_dir) / f"checkpoint-{step}"
     with atomic_folder(folder) as temporary:
-        save_unet(unet, temporary / "unet", embeds.rig)
+        if state is not None:
+            save_unet(unet, temporary / "unet", embeds.rig, state=state)
         if ema is not None:
             save_unet(unet, temporary / "unet_ema", embeds.rig, state=ema)
         save_embeds(temporary / "prompt_embeds", embeds)
         torch.save(optimizer, temporary / OPTIMIZER_FILE)
+        if trained is not None:
+            torch.save(trained, temporary / TRAINED_FILE)
+        if extras is not None:
+            extras(temporary)
         sidecar = {"step": step, "rig": embeds.rig.to_dict(), "config": config, "git": git_hash()}
         write_json(temporary / SIDECAR, sidecar)
     rotate_checkpoints(output_dir, PATTERN, keep)
@@ -92,11 +113,13 @@ def newest_training(output_dir: Path | str, rig: ViewRig) -> Checkpoint | None:
         try:
             sidecar = json.loads((folder / SIDECAR).read_text())
             optimizer = load_checkpoint(folder / OPTIMIZER_FILE)
+            has_trained = sidecar["config"].get("lora_rank", 0) > 0
+            trained = load_checkpoint(folder / TRAINED_FILE) if has_trained else None
         except (ValueError, OSError) as error:
             log.warning("%s is not complete (%s); looking at the one before it", folder, error)
             continue
         check_alignment(rig, unet=ViewRig.from_dict(sidecar["rig"], str(folder / SIDECAR)))
-        return Checkpoint(folder, sidecar["step"], optimizer, sidecar)
+        return Checkpoint(folder, sidecar["step"], optimizer, sidecar, trained)
     return None
 
 
@@ -107,7 +130,9 @@ def check_same_run(found: Checkpoint, config: dict) -> None:
     """
     stored = found.sidecar["config"]
     differing = [
-        f"{key}: {stored[key]!r} there, {config[key]!r} now" for key in SAME_KEYS if stored.get(key) != config[key]
+        f"{key}: {stored[key]!r} there, {config[key]!r} now"
+        for key in SAME_KEYS
+        if key in stored and stored[key] != config[key]  # a key younger than the checkpoint had no effect on it
     ]
     if differing:
         raise ValueError(

@@ -6,27 +6,22 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from multiview.run import WandbOptions
+from mvdiffusion.upstream import IGNORED_KEYS, UpstreamKeys, fold
 
-# Switches of FaceLift's YAML that have no effect here; they are listed when a file sets them.
-IGNORED_KEYS = frozenset(
-    {
-        "enable_xformers_memory_efficient_attention",  # attention is exact whatever is installed
-        "allow_tf32",
-        "revision",
-        "report_to",
-        "local_rank",
-        "prediction_type",  # read from the scheduler
-        "logging_dir",
-        "vis_dir",
-        "scale_lr",
-        "tracker_project_name",
-    }
-)
+__all__ = ["IGNORED_KEYS", "MVDiffusionConfig", "MixEntry"]
 
 
 @dataclass
-class MVDiffusionConfig:
-    """Everything `train_diffusion.py` needs; steps are optimiser updates."""
+class MixEntry:
+    """One of several data sets that are trained on together."""
+
+    train_data: str = ""  # split list
+    ratio: float = 1.0  # share of the samples; all shares add up to 1
+
+
+@dataclass
+class MVDiffusionConfig(UpstreamKeys):
+    """Everything `train_diffusion.py` needs; steps are optimiser updates. FaceLift's other keys: upstream.py."""
 
     # What is trained
     pretrained_model_name_or_path: str = "checkpoints/mvdiffusion/pipeckpts"  # components folder
@@ -34,17 +29,27 @@ class MVDiffusionConfig:
     unet: dict[str, Any] = field(default_factory=dict)  # constructor arguments: start from a fresh UNet of this shape
     allow_rig_change: bool = False  # the starting UNet may carry another rig than the data set's
     attention: str | None = None  # sparse, full, none; None: what the UNet's config says, sparse for a fresh one
+    camera_conditioning: str | None = None  # none, adaln, cross_attention, concat; None: what the UNet's config says
     rig: str | None = None  # None: the data set's
+    num_views: int | None = None  # None: the rig's; any other number is refused
+    image_size: int | None = None  # pixels; None: the UNet's; any other is refused
     prompt_embeds: str = "mvdiffusion/data/mouse_prompt_embeds_6view/clr_embeds.pt"
 
     # Data
     train_data: str = "data_mouse/data_mouse_train.txt"  # split list
+    mix: list[MixEntry] = field(default_factory=list)  # several data sets of one rig by ratio, instead of train_data
     validation_data: str = "data_mouse/data_mouse_val.txt"
     backgrounds: list[str] = field(default_factory=lambda: ["white", "black", "gray"])  # one per sample, at random
     brightness_jitter: float = 0.1  # factor drawn from 1 +- this, the same for all views of a sample
     contrast_jitter: float = 0.1
-    reference_view_idx: str = "0"  # "0": the rig's reference view; "random": any view of a cyclic rig, targets rotated
-    cache_latents: bool = False  # encode every sample once and keep it in memory; needs one background and no jitter
+    saturation_jitter: float = 0.0
+    hue_jitter_deg: float = 0.0  # angle drawn from +- this
+    random_crop_ratio: float = 1.0  # smallest share of the picture's side that a crop keeps; cameras go with it
+    mirror_probability: float = 0.0  # pixels, cameras, view order and prompts together
+    reference_view_idx: str = "0"  # "0": the rig's reference view; "random": any; targets, prompts, cameras follow
+    cache_latents: bool = False  # encode every sample and variant once, on disk
+    cache_variants: int = 1  # augmentation draws per sample with cache_latents
+    cache_dir: str = "checkpoints/latent_cache"  # keyed by content: may be shared by runs
     dataloader_num_workers: int = 2
 
     # Optimisation
@@ -56,8 +61,19 @@ class MVDiffusionConfig:
     gradient_checkpointing: bool = False
     mixed_precision: str = "no"  # no, fp16, bf16
     learning_rate: float = 5e-5
-    lr_scheduler: str = "constant"  # after the warm-up: constant or cosine (to 0 at max_train_steps)
+    lr_scheduler: str = "constant"  # after the warm-up: constant, or linear or cosine to 0 at max_train_steps
     lr_warmup_steps: int = 100
+    step_rules: str = "1"  # of lr_scheduler piecewise_constant (no warm-up): "1:200000,0.5" is factor 1, later 0.5
+    lr_multipliers: dict[str, float] = field(default_factory=dict)  # {pattern in a parameter's name: factor}
+    camera_embedding_lr_mult: float = 1.0  # FaceLift's: of class_embedding
+    use_8bit_adam: bool = False  # bitsandbytes, CUDA only
+    trainable_modules: list[str] | None = None  # only parameters whose names hold one of these; None: all
+    freeze_encoder: bool = False  # the UNet's down blocks stand still in the first half of the run
+    lora_rank: int = 0  # > 0: train low-rank adapters instead of the UNet's own weights
+    lora_alpha: float | None = None  # None: the rank, i.e. factor 1
+    lora_targets: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
+    lora_also_train: list[str] = field(default_factory=list)  # parts of names trained in full beside, e.g. conv_in
+    lora_save_merged: bool = True  # checkpoints hold whole UNets with the adapters folded in; false: adapters alone
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_weight_decay: float = 0.01
@@ -91,6 +107,7 @@ class MVDiffusionConfig:
         """Checks values that depend on each other; returns itself. Raises ValueError naming the key."""
         from multiview.image import BACKGROUNDS
 
+        fold(self)
         if self.mixed_precision == "False":
             self.mixed_precision = "no"  # YAML reads a bare `no` as false
         unknown = set(self.backgrounds) - set(BACKGROUNDS)
@@ -98,19 +115,26 @@ class MVDiffusionConfig:
             raise ValueError(
                 f"backgrounds must be a non-empty list out of {sorted(BACKGROUNDS)}, got {self.backgrounds}"
             )
+        schedules = ("constant", "constant_with_warmup", "linear", "cosine", "piecewise_constant")
+        cameras = (None, "none", "adaln", "cross_attention", "concat")
         for name, value, allowed in (
             ("reference_view_idx", self.reference_view_idx, ("0", "random")),
-            ("lr_scheduler", self.lr_scheduler, ("constant", "cosine")),
+            ("lr_scheduler", self.lr_scheduler, schedules),
             ("mixed_precision", self.mixed_precision, ("no", "fp16", "bf16")),
             ("snr_weighting", self.snr_weighting, ("prediction", "upstream")),
+            ("camera_conditioning", self.camera_conditioning, cameras),
         ):
             if value not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-        if self.cache_latents and (len(self.backgrounds) > 1 or self.brightness_jitter or self.contrast_jitter):
-            raise ValueError(
-                "cache_latents encodes every sample once, so it needs one background and brightness_jitter = "
-                f"contrast_jitter = 0, got {self.backgrounds}, {self.brightness_jitter}, {self.contrast_jitter}"
-            )
+                raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+        for name, low, high in (
+            ("random_crop_ratio", 0.1, 1.0), ("mirror_probability", 0.0, 1.0), ("brightness_jitter", 0.0, 1.0),
+            ("contrast_jitter", 0.0, 1.0), ("saturation_jitter", 0.0, 1.0), ("hue_jitter_deg", 0.0, 180.0),
+            ("condition_drop_rate", 0.0, 1 / 3), ("cache_variants", 1, 1000), ("lora_rank", 0, 4096),
+        ):  # fmt: skip
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name} must be within {low:g}..{high:g}, got {getattr(self, name)}")
         if len(self.high_noise_range) != 2 or not 0 <= self.high_noise_range[0] < self.high_noise_range[1] <= 999:
             raise ValueError(f"high_noise_range must be [low, high] within 0..999, got {self.high_noise_range}")
+        if self.lora_rank and self.trainable_modules is not None:
+            raise ValueError("trainable_modules has no meaning with lora_rank > 0; name them in lora_also_train")
         return self

@@ -1,0 +1,79 @@
+"""Which view stands where when the reference moves or the animal is mirrored: targets, prompts and cameras together.
+
+Rotating the reference by k takes the stored view k as the input. In a rig whose azimuths count from the input view
+(`azimuth_zero: reference`) the world turns with it, so that the input stands at the rig's reference direction again; in
+one that counts from the animal's heading the world stays and view k keeps the name it has. Mirroring puts what stood at
+azimuth a to -a. Where the result is the rig again, its views are put into the rig's order; where it is not, only
+cameras can say what each view shows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from multiview.cameras import Cameras
+from multiview.rig import ANGLE_TOLERANCE_DEG, LENGTH_TOLERANCE, ViewRig
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """rows: [n], the stored view in each row. prompts: [n], the rig's prompt whose direction is nearest to the row's.
+
+    turn_deg: by how much the world is turned. is_rig: the rows are the rig's own views in the rig's own order.
+    """
+
+    rows: Tensor
+    prompts: Tensor
+    turn_deg: float
+    is_rig: bool
+
+    def cameras(self, cameras: Cameras) -> Cameras:
+        """Stored views' cameras [n] (of mirrored pictures: mirrored ones) -> the rows' cameras [n]."""
+        return cameras[self.rows].rotate(self.turn_deg)
+
+
+def arrange(rig: ViewRig, rotation: int = 0, *, mirrored: bool = False) -> Arrangement:
+    """The rows of a sample whose reference moved on by `rotation` views and whose animal is mirrored or not."""
+    reference, count = rig.reference_view, rig.num_views
+    azimuth_deg = torch.tensor([view.azimuth_deg for view in rig.views], dtype=torch.float64)
+    rows = (torch.arange(count) + rotation) % count
+    found_deg = (-azimuth_deg if mirrored else azimuth_deg)[rows]
+    turn_deg = float(azimuth_deg[reference] - found_deg[reference]) if rig.azimuth_zero == "reference" else 0.0
+    found_deg = found_deg + turn_deg
+    elevation_deg = torch.tensor([view.elevation_deg for view in rig.views], dtype=torch.float64)
+    distance = torch.tensor([rig.view_distance(view) for view in rig.views], dtype=torch.float64)
+    prompts = (_directions(found_deg, elevation_deg[rows]) @ _directions(azimuth_deg, elevation_deg).T).argmax(1)
+
+    azimuth_error = ((found_deg - azimuth_deg[prompts] + 180) % 360 - 180).abs()
+    elevation_error = (elevation_deg[rows] - elevation_deg[prompts]).abs()
+    distance_error = (distance[rows] - distance[prompts]).abs() / distance
+    is_rig = bool(
+        (azimuth_error <= ANGLE_TOLERANCE_DEG).all()
+        and (elevation_error <= ANGLE_TOLERANCE_DEG).all()
+        and (distance_error <= LENGTH_TOLERANCE).all()
+        and int(prompts[reference]) == reference
+    )
+    if is_rig:  # the reference keeps its row, so the others can go to theirs
+        order = prompts.argsort()
+        rows, prompts = rows[order], prompts[order]
+    return Arrangement(rows, prompts, turn_deg, is_rig)
+
+
+def mirror_cameras(cameras: Cameras) -> Cameras:
+    """Cameras [...] that see the world mirrored in x as the given ones see the world, pictures flipped left to right.
+
+    With M = diag(-1, 1, 1): a point X at pixel (u, v) becomes M X at pixel (width - u, v). Azimuth a becomes -a.
+    """
+    sign = torch.tensor([-1.0, 1.0, 1.0, 1.0], dtype=cameras.c2w.dtype, device=cameras.c2w.device)
+    fxfycxcy = cameras.fxfycxcy.clone()
+    fxfycxcy[..., 2] = cameras.width - fxfycxcy[..., 2]
+    return replace(cameras, c2w=sign[:, None] * cameras.c2w * sign, fxfycxcy=fxfycxcy)
+
+
+def _directions(azimuth_deg: Tensor, elevation_deg: Tensor) -> Tensor:
+    """Unit vectors [n, 3] towards cameras that stand there."""
+    azimuth, elevation = torch.deg2rad(azimuth_deg), torch.deg2rad(elevation_deg)
+    return torch.stack([azimuth.sin() * elevation.cos(), azimuth.cos() * elevation.cos(), elevation.sin()], dim=-1)

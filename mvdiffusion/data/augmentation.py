@@ -1,0 +1,112 @@
+"""Augmentation of a sample as a whole: one draw of background, colour, crop and mirroring for all its views."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from multiview.cameras import Cameras
+from multiview.image import BACKGROUNDS, composite, resize_rgba
+from mvdiffusion.data.arrangement import mirror_cameras
+
+# Luminance and two chroma axes (NTSC YIQ): hue turns, and saturation stretches, the chroma plane about grey.
+YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]], dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What may be drawn for a sample; the defaults leave it as it is, on white.
+
+    backgrounds: names out of multiview.image.BACKGROUNDS. brightness, contrast, saturation: factors 1 +- value.
+    hue_deg: +- angle in the chroma plane. crop_ratio: the smallest share of the picture's side that a crop keeps.
+    mirror: probability.
+    """
+
+    backgrounds: tuple[str, ...] = ("white",)
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue_deg: float = 0.0
+    crop_ratio: float = 1.0
+    mirror: float = 0.0
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One draw: factors, hue in degrees, and the crop as (left, top, side) in shares of the picture's width."""
+
+    background: str = "white"
+    brightness: float = 1.0
+    contrast: float = 1.0
+    saturation: float = 1.0
+    hue_deg: float = 0.0
+    crop: tuple[float, float, float] = (0.0, 0.0, 1.0)
+    mirrored: bool = False
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def draw_augmentation(options: Augmentation, generator: torch.Generator) -> Draw:
+    """A draw; the same numbers are taken from the generator whatever the options are."""
+    u = torch.rand(9, generator=generator, dtype=torch.float64).tolist()
+    side = 1.0 - (1.0 - options.crop_ratio) * u[5]
+    return Draw(
+        background=options.backgrounds[int(u[0] * len(options.backgrounds))],
+        brightness=1.0 + options.brightness * (2 * u[1] - 1),
+        contrast=1.0 + options.contrast * (2 * u[2] - 1),
+        saturation=1.0 + options.saturation * (2 * u[3] - 1),
+        hue_deg=options.hue_deg * (2 * u[4] - 1),
+        crop=((1.0 - side) * u[6], (1.0 - side) * u[7], side),
+        mirrored=u[8] < options.mirror,
+    )
+
+
+def apply_draw(rgba: Tensor, cameras: Cameras, draw: Draw, size: int) -> tuple[Tensor, Tensor, Cameras]:
+    """Square RGBA views [n, 4, s, s] and their cameras [n] -> pictures on the drawn background, masks, cameras.
+
+    Returns [n, 3, size, size] and [n, 1, size, size], 0..1, and the cameras of just these pixels, in the stored order.
+    """
+    rgba, cameras = _cropped(rgba, cameras, draw.crop)
+    rgba, cameras = torch.stack([resize_rgba(view, size) for view in rgba]), cameras.resize(size, size)
+    if draw.mirrored:
+        rgba, cameras = rgba.flip(-1), mirror_cameras(cameras)
+    rgb = jittered(rgba, draw)
+    return composite(torch.cat([rgb, rgba[:, 3:]], dim=1), BACKGROUNDS[draw.background]), rgba[:, 3:], cameras
+
+
+def jittered(rgba: Tensor, draw: Draw) -> Tensor:
+    """RGB [n, 3, h, w] of RGBA [n, 4, h, w] with one brightness, contrast, saturation and hue for all views.
+
+    Contrast turns about the animal's own mean colour: the background is composited afterwards and stays itself.
+    """
+    rgb, alpha = rgba[:, :3], rgba[:, 3:]
+    if draw.brightness != 1 or draw.contrast != 1:
+        mean = (rgb * alpha).sum(dim=(0, 2, 3), keepdim=True) / alpha.sum().clamp_min(1e-6)
+        rgb = (((rgb - mean) * draw.contrast + mean) * draw.brightness).clamp(0, 1)
+    if draw.saturation != 1 or draw.hue_deg != 0:
+        rgb = torch.einsum("ij,njhw->nihw", chroma_matrix(draw.saturation, draw.hue_deg).to(rgb), rgb).clamp(0, 1)
+    return rgb
+
+
+def chroma_matrix(saturation: float, hue_deg: float) -> Tensor:
+    """[3, 3] for RGB columns: greys stay, chroma is scaled and turned. float64."""
+    angle = math.radians(hue_deg)
+    turn = torch.eye(3, dtype=torch.float64)
+    turn[1:, 1:] = saturation * torch.tensor(
+        [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]], dtype=torch.float64
+    )
+    return torch.linalg.inv(YIQ) @ turn @ YIQ
+
+
+def _cropped(rgba: Tensor, cameras: Cameras, crop: tuple[float, float, float]) -> tuple[Tensor, Cameras]:
+    """The crop's pixels, to the nearest whole ones, and the cameras of just these."""
+    if crop[2] == 1.0:
+        return rgba, cameras
+    width = rgba.shape[-1]
+    side = max(1, round(crop[2] * width))
+    left, top = (min(round(share * width), width - side) for share in crop[:2])
+    return rgba[..., top : top + side, left : left + side], cameras.crop(left, top, side, side)

@@ -1,0 +1,153 @@
+"""FaceLift's flat training YAML: its keys with their meaning here, its switches without one, and what is refused.
+
+`UpstreamKeys` are accepted in a file and folded into this project's own keys by `fold`, so nothing else knows them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+# Switches that have no effect here; they are listed when a file sets them.
+IGNORED_KEYS = frozenset(
+    {
+        "enable_xformers_memory_efficient_attention",  # attention is exact whatever is installed
+        "allow_tf32",
+        "revision",
+        "report_to",  # wandb.mode says so
+        "local_rank",
+        "prediction_type",  # read from the scheduler
+        "logging_dir",
+        "vis_dir",
+        "val_out_dir",
+        "checkpoint_prefix",  # output_dir is joined once
+        "scale_lr",
+        "tracker_project_name",
+        "dataset_type",
+        "validation_batch_size",
+        "validation_train_batch_size",
+        "validation_sanity_check",
+        "validation_grid_nrow",
+        "wandb_job_type",
+    }
+)
+# Of unet_from_pretrained_kwargs: what the UNet's own config says, or what is decided by its weights.
+IGNORED_UNET_KEYS = frozenset(
+    {
+        "unclip", "zero_init_conv_in", "zero_init_camera_projection", "init_mvattn_with_selfattn", "cd_attention_last",
+        "cd_attention_mid", "selfattn_block", "addition_downsample", "addition_channels",
+    }
+)  # fmt: skip
+# Keys whose only supported value is the one FaceLift ships.
+FIXED_KEYS = {
+    "drop_type": ("drop_as_a_whole", "conditions are dropped per object, for all its views at once"),
+    "scale_input_latents": (True, "the input picture's latents are scaled, in training and in sampling"),
+}
+BACKGROUNDS = {"three_choices": ["white", "black", "gray"]}
+
+
+@dataclass
+class UpstreamData:
+    """`train_dataset` and `validation_dataset` of FaceLift's file."""
+
+    path: str | None = None  # split list
+    bg_color: str | None = None  # three_choices, or the name of one
+    augmentation: bool | None = None
+    aug_brightness: list[float] | None = None  # range of the factor
+    aug_contrast: list[float] | None = None
+    aug_hflip: bool | None = None
+
+
+@dataclass
+class UpstreamKeys:
+    """FaceLift's names, None where a file does not use them."""
+
+    n_views: int | None = None
+    img_wh: Any = None  # 512 or [512, 512]
+    prompt_embed_path: str | None = None
+    train_dataset: UpstreamData = field(default_factory=UpstreamData)
+    validation_dataset: UpstreamData = field(default_factory=UpstreamData)
+    use_classifier_free_guidance: bool | None = None
+    drop_type: str | None = None
+    scale_input_latents: bool | None = None
+    resume_from_checkpoint: str | None = None
+    wandb_exp_name: str | None = None
+    wandb_group: str | None = None
+    pipe_kwargs: dict[str, Any] = field(default_factory=dict)
+    pipe_validation_kwargs: dict[str, Any] = field(default_factory=dict)
+    unet_from_pretrained_kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+def fold(config) -> None:
+    """Moves FaceLift's keys of an MVDiffusionConfig into its own and empties them.
+
+    Raises ValueError for values that have no counterpart here.
+    """
+    for key, (value, reason) in FIXED_KEYS.items():
+        if getattr(config, key) not in (None, value):
+            raise ValueError(f"{key} must be {value!r}: {reason}; got {getattr(config, key)!r}")
+    if config.resume_from_checkpoint not in (None, "latest"):
+        raise ValueError(
+            f"resume_from_checkpoint {config.resume_from_checkpoint!r}: repeating a command resumes its output_dir; to "
+            "start from another run's weights set pretrained_unet_path"
+        )
+    if config.use_classifier_free_guidance is False:
+        config.condition_drop_rate = 0.0
+    for theirs, ours in (("n_views", "num_views"), ("prompt_embed_path", "prompt_embeds")):
+        if getattr(config, theirs) is not None:
+            setattr(config, ours, getattr(config, theirs))
+    if config.img_wh is not None:
+        sides = set(config.img_wh) if isinstance(config.img_wh, list | tuple) else {config.img_wh}
+        if len(sides) != 1:
+            raise ValueError(f"img_wh must be square, got {config.img_wh}")
+        config.image_size = int(sides.pop())
+    if config.wandb_exp_name is not None:
+        config.wandb.name = config.wandb_exp_name
+    if config.wandb_group is not None:
+        config.wandb.group = config.wandb_group
+    _fold_data(config)
+    _fold_kwargs(config)
+    empty = UpstreamKeys()
+    for key in vars(empty):
+        setattr(config, key, getattr(empty, key))
+
+
+def _fold_data(config) -> None:
+    train, validation = config.train_dataset, config.validation_dataset
+    config.validation_data = validation.path or config.validation_data
+    if validation.bg_color not in (None, "white"):
+        raise ValueError(f"validation_dataset.bg_color must be white, got {validation.bg_color!r}")
+    config.train_data = train.path or config.train_data
+    if train.bg_color is not None:
+        config.backgrounds = BACKGROUNDS.get(train.bg_color, [train.bg_color])
+    if train.augmentation is False:
+        config.brightness_jitter = config.contrast_jitter = 0.0
+        return
+    for key, ours in (("aug_brightness", "brightness_jitter"), ("aug_contrast", "contrast_jitter")):
+        value = getattr(train, key)
+        if value is None:
+            continue
+        if len(value) != 2 or abs(value[0] + value[1] - 2.0) > 1e-6:
+            raise ValueError(f"train_dataset.{key} must be a range about 1, e.g. [0.9, 1.1], got {value}")
+        setattr(config, ours, round(value[1] - 1.0, 9))
+    if train.aug_hflip:
+        config.mirror_probability = 0.5  # with mirrored cameras, view order and prompts
+
+
+def _fold_kwargs(config) -> None:
+    unet = dict(config.unet_from_pretrained_kwargs)
+    for key in IGNORED_UNET_KEYS:
+        unet.pop(key, None)
+    for source, name in ((unet, "unet_from_pretrained_kwargs"), (dict(config.pipe_kwargs), "pipe_kwargs")):
+        views = source.pop("num_views", None)
+        if views is not None and config.num_views not in (None, views):
+            raise ValueError(f"{name}.num_views is {views}, num_views {config.num_views}")
+        config.num_views = views if views is not None else config.num_views
+        source.pop("sample_size", None)
+        multiview, sparse = source.pop("multiview_attention", None), source.pop("sparse_mv_attention", None)
+        if multiview is not None:
+            config.attention = ("sparse" if sparse else "full") if multiview else "none"
+        if source:
+            raise ValueError(f"{name}: unknown keys {sorted(source)}")
+    if config.pipe_validation_kwargs not in ({}, {"eta": 1.0}):
+        raise ValueError(f"pipe_validation_kwargs must be {{eta: 1.0}}, got {config.pipe_validation_kwargs}")
