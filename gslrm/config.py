@@ -97,15 +97,34 @@ class RuntimeConfig:
 
 
 @dataclass
+class CameraNoiseConfig:
+    """Standard deviations of the error in the cameras that the model is told, drawn for each input view by itself."""
+
+    rotation_deg: float = 0.0  # about the camera centre
+    translation: float = 0.0  # world units, along each axis
+    pixels: float = 0.0  # principal point, at model.image_tokenizer.image_size
+
+
+@dataclass
 class AugmentationConfig:
-    enabled: bool = False
+    enabled: bool = False  # all of it
     brightness_range: list[float] = field(default_factory=lambda: [0.9, 1.1])  # factor, one draw for all views
     contrast_range: list[float] = field(default_factory=lambda: [0.9, 1.1])
+    saturation_range: list[float] = field(default_factory=lambda: [1.0, 1.0])
+    cast_range: list[float] = field(default_factory=lambda: [1.0, 1.0])  # factor, a draw for each colour channel
+    camera_noise: CameraNoiseConfig = field(default_factory=CameraNoiseConfig)
+
+
+@dataclass
+class MixConfig:
+    dataset_path: str
+    ratio: float  # of the training items, in whole hundredths
 
 
 @dataclass
 class DatasetConfig:
     dataset_path: str = "data_mouse/data_mouse_train.txt"
+    mix: list[MixConfig] = field(default_factory=list)  # further datasets of the same rig; dataset_path gives the rest
     num_views: int = 6  # views used per sample: inputs + others
     num_input_views: int = 6
     random_view_selection: bool = False  # inputs drawn at random instead of the rig's first ones
@@ -293,6 +312,8 @@ def check_config(config: GSLRMConfig) -> None:
         if value not in allowed:
             raise ValueError(f"{key} must be one of {', '.join(map(str, allowed))}, got {value!r}")
     uses_pointsdist = losses.pointsdist_loss_weight > 0 or losses.warmup_pointsdist
+    check_augmentation(dataset.augmentation)
+    mix_percents(dataset)
     if config.model.prune_background_tokens and uses_pointsdist and not losses.masked_pointsdist_loss:
         raise ValueError(
             "the plain points-distance loss needs every pixel, but model.prune_background_tokens drops most: set "
@@ -305,3 +326,38 @@ def check_config(config: GSLRMConfig) -> None:
         )
     if losses.direct_warmup_steps > 0 and losses.direct_loss_weight <= 0:
         raise ValueError("training.losses.direct_warmup_steps needs direct_loss_weight > 0")
+
+
+def check_augmentation(augmentation: AugmentationConfig) -> None:
+    """Raises ValueError for a range that is not one, or noise of negative size."""
+    for name in ("brightness_range", "contrast_range", "saturation_range", "cast_range"):
+        limits = getattr(augmentation, name)
+        if len(limits) != 2 or not 0 <= limits[0] <= limits[1]:
+            raise ValueError(
+                f"training.dataset.augmentation.{name} must be [low, high] with 0 <= low <= high, got {limits}"
+            )
+    for entry in fields(CameraNoiseConfig):
+        value = getattr(augmentation.camera_noise, entry.name)
+        if value < 0:
+            raise ValueError(
+                f"training.dataset.augmentation.camera_noise.{entry.name} is a standard deviation and must be 0 or "
+                f"more, got {value}"
+            )
+
+
+def mix_percents(dataset: DatasetConfig) -> list[int]:
+    """Of 100 training items, how many come from `dataset_path` and from each dataset of `mix`."""
+    percents = []
+    for number, part in enumerate(dataset.mix):
+        percents.append(round(part.ratio * 100))
+        if abs(part.ratio * 100 - percents[-1]) > 1e-6 or percents[-1] < 1:
+            raise ValueError(
+                f"training.dataset.mix[{number}].ratio must be a whole number of hundredths above 0, so that the "
+                f"proportions can hold exactly, got {part.ratio}"
+            )
+    if sum(percents) > 99:
+        raise ValueError(
+            f"training.dataset.mix: the ratios add up to {sum(percents) / 100:g}, which leaves nothing for "
+            f"training.dataset.dataset_path ({dataset.dataset_path}); make it the dataset with the rest of the items"
+        )
+    return [100 - sum(percents), *percents]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -58,11 +59,17 @@ class Sample:
 
 
 def read_sample(
-    folder: Path | str, *, image_size: int | None = None, num_views: int | None = None, with_depth: bool = False
+    folder: Path | str,
+    *,
+    image_size: int | None = None,
+    num_views: int | None = None,
+    views: Sequence[int] | None = None,
+    with_depth: bool = False,
 ) -> Sample:
     """Reads a sample folder (FaceLift's included); pictures and cameras resized together to image_size if given.
 
-    num_views: read the first so many views only. with_depth: depth pictures are required.
+    num_views: read the first so many views only. views: read these only, in this order (no other picture is touched).
+    with_depth: depth pictures are required.
     """
     folder = Path(folder)
     path = folder / CAMERAS_FILE
@@ -72,7 +79,11 @@ def read_sample(
     frames = content.get("frames", []) if isinstance(content, dict) else []
     if num_views is not None and len(frames) < num_views:
         raise ValueError(f"sample {folder} has {len(frames)} views, {num_views} are needed")
-    frames = frames[:num_views]
+    chosen = list(range(len(frames)))[:num_views] if views is None else list(views)
+    outside = [view for view in chosen if not 0 <= view < len(frames)]
+    if outside:
+        raise ValueError(f"sample {folder} has {len(frames)} views, there are no views {outside}")
+    frames = [frames[view] for view in chosen]
     cameras = Cameras.from_frames(frames, str(path))
     pictures = []
     for frame in frames:
@@ -83,7 +94,7 @@ def read_sample(
                 f"{[cameras.height, cameras.width]}"
             )
         pictures.append(rgba)
-    depth = torch.stack([_read_depth(_depth_path(folder, i)) for i in range(len(frames))]) if with_depth else None
+    depth = torch.stack([_read_depth(_depth_path(folder, view)) for view in chosen]) if with_depth else None
     if image_size is not None and (cameras.height, cameras.width) != (image_size, image_size):
         if cameras.height != cameras.width:
             raise ValueError(f"sample {folder}: square pictures are expected, got {cameras.height} x {cameras.width}")

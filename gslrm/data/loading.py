@@ -5,22 +5,51 @@ from __future__ import annotations
 import torch
 from torch.utils.data import DataLoader
 
-from gslrm.config import GSLRMConfig
+from gslrm.config import GSLRMConfig, mix_percents
+from gslrm.data.mixing import MixedDataset, MixedStepSampler
 from gslrm.data.mouse_dataset import MouseViewDataset, StepSampler
-from multiview.run import Distributed
+from multiview.run import Distributed, seed_from
 
 
-def build_datasets(config: GSLRMConfig, overfit: int) -> tuple[MouseViewDataset, MouseViewDataset | None]:
-    """Training data, and validation data (every view of each sample, fixed inputs) unless validation is off."""
-    options, losses = config.training.dataset, config.training.losses
-    common = {
-        "image_size": config.model.image_tokenizer.image_size,
-        "num_input_views": options.num_input_views,
-        "on_bad_sample": options.on_bad_sample,
-        "seed": config.training.runtime.seed,
-    }
-    dataset = MouseViewDataset(
-        options.dataset_path,
+def build_datasets(
+    config: GSLRMConfig, overfit: int
+) -> tuple[MouseViewDataset | MixedDataset, MouseViewDataset | None]:
+    """Training data, and validation data (every view of each sample, fixed inputs) unless validation is off.
+
+    overfit: N > 0 takes the first N samples of `dataset_path` alone, without the datasets of `mix`.
+    """
+    options, seed = config.training.dataset, config.training.runtime.seed
+    dataset = training_dataset(config, options.dataset_path, seed=seed, limit=overfit or None)
+    if overfit > len(dataset):
+        raise ValueError(f"--overfit {overfit} needs {overfit} samples, {options.dataset_path} has {len(dataset)}")
+    if options.mix and not overfit:
+        others = [
+            training_dataset(config, part.dataset_path, seed=seed_from("gslrm-mix", seed, number))
+            for number, part in enumerate(options.mix, start=1)
+        ]
+        dataset = MixedDataset([dataset, *others], mix_percents(options))
+    if not config.validation.enabled:
+        return dataset, None
+    return dataset, MouseViewDataset(
+        config.validation.dataset_path,
+        image_size=config.model.image_tokenizer.image_size,
+        num_input_views=options.num_input_views,
+        num_views=None,
+        background="white" if options.background_color == "random" else options.background_color,
+        on_bad_sample=options.on_bad_sample,
+        seed=seed,
+        limit=config.validation.num_samples,
+    )
+
+
+def training_dataset(
+    config: GSLRMConfig, list_file: str, *, seed: int, limit: int | None = None
+) -> MouseViewDataset:
+    options = config.training.dataset
+    return MouseViewDataset(
+        list_file,
+        image_size=config.model.image_tokenizer.image_size,
+        num_input_views=options.num_input_views,
         num_views=options.num_views,
         target_has_input=options.target_has_input,
         random_views=options.random_view_selection,
@@ -28,30 +57,26 @@ def build_datasets(config: GSLRMConfig, overfit: int) -> tuple[MouseViewDataset,
         overlap_rule=options.overlap_rule,
         background=options.background_color,
         augmentation=options.augmentation,
-        with_depth=losses.direct_loss_weight > 0,
-        limit=overfit or None,
-        **common,
+        with_depth=config.training.losses.direct_loss_weight > 0,
+        on_bad_sample=options.on_bad_sample,
+        seed=seed,
+        limit=limit,
     )
-    if overfit > len(dataset):
-        raise ValueError(f"--overfit {overfit} needs {overfit} samples, {options.dataset_path} has {len(dataset)}")
-    if not config.validation.enabled:
-        return dataset, None
-    background = "white" if options.background_color == "random" else options.background_color
-    return dataset, MouseViewDataset(
-        config.validation.dataset_path, num_views=None, background=background,
-        limit=config.validation.num_samples, **common,
-    )  # fmt: skip
 
 
 def build_loader(
-    dataset: MouseViewDataset, config: GSLRMConfig, processes: Distributed, *, start: int, stop: int
+    dataset: MouseViewDataset | MixedDataset, config: GSLRMConfig, processes: Distributed, *, start: int, stop: int
 ) -> DataLoader:
     """This process's share of the global batches of passes start ... stop - 1."""
-    options = config.training.dataloader
-    sampler = StepSampler(
-        config.training.runtime.seed, len(dataset), batch_size=options.batch_size_per_gpu,
-        rank=processes.rank, world_size=processes.world_size, start=start, stop=stop,
-    )  # fmt: skip
+    options, seed = config.training.dataloader, config.training.runtime.seed
+    share = {
+        "batch_size": options.batch_size_per_gpu, "rank": processes.rank, "world_size": processes.world_size,
+        "start": start, "stop": stop,
+    }  # fmt: skip
+    if isinstance(dataset, MixedDataset):
+        sampler = MixedStepSampler(seed, dataset.parts, **share)
+    else:
+        sampler = StepSampler(seed, len(dataset), **share)
     return DataLoader(
         dataset, batch_sampler=sampler, num_workers=options.num_workers, pin_memory=torch.cuda.is_available(),
         prefetch_factor=options.prefetch_factor if options.num_workers else None,

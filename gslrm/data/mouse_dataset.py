@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -16,11 +17,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from gslrm.config import AugmentationConfig
-from multiview.cameras import Cameras
-from multiview.image import BACKGROUNDS, composite
+from gslrm.data.augmentation import choose_background, jitter
+from multiview.camera_noise import perturb
+from multiview.cameras import Cameras, read_cameras
+from multiview.image import composite
 from multiview.rig import ViewRig, check_posed_views
 from multiview.run import make_generator
-from multiview.sample import Sample, read_dataset_info, read_sample, read_split
+from multiview.sample import CAMERAS_FILE, Sample, read_dataset_info, read_sample, read_split
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +75,9 @@ class MouseViewDataset(Dataset):
                 f"num_input_views is {num_input_views}, but rig {self.rig.name} of {list_file} has "
                 f"{self.rig.num_views} views; lower training.dataset.num_input_views or use a rig with more views"
             )
+        noise = asdict(self.augmentation.camera_noise) if self.augmentation is not None else {}
+        self.camera_noise = noise if any(noise.values()) else None
+        self._known_cameras: dict[int, Cameras] = {}
         self.num_skipped = self._drop_bad_samples() if on_bad_sample == "skip" else 0
 
     def __len__(self) -> int:
@@ -83,17 +89,22 @@ class MouseViewDataset(Dataset):
         Returns, with n views of which the first num_input_views are inputs: image [n, 3, h, w] and alpha [n, 1, h, w]
         in 0..1, composited on `background` [3]; c2w [n, 4, 4]; fxfycxcy [n, 4] pixels; index [n, 2] int64 as
         [view_idx, scene_idx]; targets [t] int64, the views to render; depth [n, 1, h, w] if asked for.
+
+        With camera noise c2w and fxfycxcy of the inputs are what the model is told; inputs that are targets too then
+        follow a second time behind the others, with their true cameras, and `targets` points at those.
         """
         epoch, index = key if isinstance(key, tuple) else (0, key)
-        sample = self._read(index)
         generator = make_generator("gslrm-item", self.seed, epoch, index)
-        views = self._choose_views(sample, generator)
+        views = self._choose_views(index, generator)
+        sample = self._read(index, views)
         background = choose_background(self.background, generator)
-        rgba = sample.rgba[views]
+        rgba, cameras, depth = sample.rgba, sample.cameras, sample.depth
+        targets = torch.arange(0 if self.target_has_input else self.num_input_views, len(views))
         if self.augmentation is not None:
             rgba = jitter(rgba, self.augmentation, generator)
-        cameras = sample.cameras[views]
-        first_target = 0 if self.target_has_input else self.num_input_views
+        if self.camera_noise is not None:
+            cameras, rows, targets = self._misplace(cameras, targets, generator)
+            views, rgba, depth = views[rows], rgba[rows], depth[rows] if self.with_depth else None
         item = {
             "image": composite(rgba, background[:, None, None]),
             "alpha": rgba[:, 3:],
@@ -101,29 +112,37 @@ class MouseViewDataset(Dataset):
             "c2w": cameras.c2w,
             "fxfycxcy": cameras.fxfycxcy,
             "index": torch.stack([views, torch.full_like(views, index)], dim=-1),
-            "targets": torch.arange(first_target, len(views)),
+            "targets": targets,
         }
         if self.with_depth:
-            item["depth"] = sample.depth[views]
+            item["depth"] = depth
         return item
 
-    def _read(self, index: int) -> Sample:
-        folder = self.folders[index]
-        sample = read_sample(folder, image_size=self.image_size, with_depth=self.with_depth)
-        needed = self.num_input_views if self.num_views is None else self.num_views
-        if len(sample.rgba) < needed:
-            raise ValueError(
-                f"sample {folder} has {len(sample.rgba)} views, {needed} are needed (num_views); lower "
-                "training.dataset.num_views or write the dataset with more novel views"
-            )
-        check_posed_views(self.rig, sample.cameras[: self.rig.num_views], str(folder))  # novel views may stand anywhere
-        return sample
+    def _cameras(self, index: int) -> Cameras:
+        """The cameras [v] of a sample's file, checked; from memory after the first time. Pictures are not touched."""
+        if index not in self._known_cameras:
+            folder = self.folders[index]
+            cameras = read_cameras(folder / CAMERAS_FILE)
+            needed = self.num_input_views if self.num_views is None else self.num_views
+            if len(cameras) < needed:
+                raise ValueError(
+                    f"sample {folder} has {len(cameras)} views, {needed} are needed (num_views); lower "
+                    "training.dataset.num_views or write the dataset with more novel views"
+                )
+            check_posed_views(self.rig, cameras[: self.rig.num_views], str(folder))  # novel views may stand anywhere
+            self._known_cameras[index] = cameras
+        return self._known_cameras[index]
+
+    def _read(self, index: int, views: Tensor) -> Sample:
+        return read_sample(
+            self.folders[index], image_size=self.image_size, views=views.tolist(), with_depth=self.with_depth
+        )
 
     def _drop_bad_samples(self) -> int:
         good = []
         for index, folder in enumerate(self.folders):
             try:
-                self._read(index)
+                self._read(index, torch.arange(len(self._cameras(index))))
             except ValueError as error:
                 log.warning("sample left out: %s", error)
             else:
@@ -133,12 +152,13 @@ class MouseViewDataset(Dataset):
             raise ValueError(f"{self.list_file}: none of its {skipped} samples can be read")
         if skipped:
             log.warning("%s: %d of %d samples left out (on_bad_sample: skip)", self.list_file, skipped, len(self))
-        self.folders = good
+        self.folders, self._known_cameras = good, {}
         return skipped
 
-    def _choose_views(self, sample: Sample, generator: torch.Generator) -> Tensor:
-        """View numbers [num_views], inputs first."""
-        total, num_inputs = len(sample.rgba), self.num_input_views
+    def _choose_views(self, index: int, generator: torch.Generator) -> Tensor:
+        """View numbers [num_views], inputs first; from the cameras alone, so that only chosen pictures are decoded."""
+        cameras = self._cameras(index)
+        total, num_inputs = len(cameras), self.num_input_views
         order = torch.randperm(total, generator=generator)
         if self.num_views is None:
             return torch.arange(total)
@@ -146,13 +166,33 @@ class MouseViewDataset(Dataset):
         others = order[~torch.isin(order, inputs)]
         num_others = self.num_views - num_inputs
         if self.maximize_view_overlap and num_others > 0:
-            others = others[overlapping(sample.cameras, inputs, self.overlap_rule)[others]]
+            others = others[overlapping(cameras, inputs, self.overlap_rule)[others]]
             if len(others) < num_others:
                 raise ValueError(
-                    f"sample {sample.folder}: only {len(others)} cameras stand within 60 degrees of an input view, "
-                    f"{num_others} are needed; set training.dataset.maximize_view_overlap=false"
+                    f"sample {self.folders[index]}: only {len(others)} cameras stand within 60 degrees of an input "
+                    f"view, {num_others} are needed; set training.dataset.maximize_view_overlap=false"
                 )
         return torch.cat([inputs, others[:num_others]])
+
+    def _misplace(
+        self, cameras: Cameras, targets: Tensor, generator: torch.Generator
+    ) -> tuple[Cameras, Tensor, Tensor]:
+        """Camera noise: cameras [m] as the model is told them, which of the n views each one shows [m], the targets.
+
+        Pictures are rendered with true cameras: an input that is also a target comes a second time, at the end.
+        """
+        n, num_inputs = len(cameras), self.num_input_views
+        told = perturb(cameras[:num_inputs], **self.camera_noise, generator=generator)
+        rows, others = torch.arange(n), torch.arange(num_inputs, n)
+        if self.target_has_input:
+            rows = torch.cat([rows, torch.arange(num_inputs)])
+            targets = torch.cat([torch.arange(n, n + num_inputs), others])
+        cameras = replace(
+            cameras,
+            c2w=torch.cat([told.c2w, cameras.c2w[rows[num_inputs:]]]),
+            fxfycxcy=torch.cat([told.fxfycxcy, cameras.fxfycxcy[rows[num_inputs:]]]),
+        )
+        return cameras, rows, targets
 
 
 def overlapping(cameras: Cameras, inputs: Tensor, rule: str) -> Tensor:
@@ -163,29 +203,10 @@ def overlapping(cameras: Cameras, inputs: Tensor, rule: str) -> Tensor:
     return (positions @ positions[inputs].mT >= OVERLAP_COSINE).any(-1)
 
 
-def choose_background(name: str, generator: torch.Generator) -> Tensor:
-    """[3] colour 0..1; `random` is white, gray or black with equal chance."""
-    if name == "random":
-        name = list(BACKGROUNDS)[int(torch.randint(len(BACKGROUNDS), (), generator=generator))]
-    return torch.full((3,), BACKGROUNDS[name])
-
-
-def jitter(rgba: Tensor, augmentation: AugmentationConfig, generator: torch.Generator) -> Tensor:
-    """Brightness and contrast of the animal, one draw for all views [v, 4, h, w]."""
-    low_b, high_b = augmentation.brightness_range
-    low_c, high_c = augmentation.contrast_range
-    draw = torch.rand(2, generator=generator)
-    brightness, contrast = low_b + (high_b - low_b) * draw[0], low_c + (high_c - low_c) * draw[1]
-    rgb, alpha = rgba[:, :3], rgba[:, 3:]
-    mean = (rgb * alpha).sum() / (3 * alpha.sum()).clamp_min(1.0)
-    rgb = ((rgb - mean) * contrast + mean) * brightness
-    return torch.cat([rgb.clamp(0.0, 1.0), alpha], dim=1)
-
-
 # ---- the order of training ------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=16)
 def epoch_order(seed: int, epoch: int, length: int) -> list[int]:
     """The order in which an epoch visits the samples."""
     return torch.randperm(length, generator=make_generator("gslrm-order", seed, epoch)).tolist()
@@ -212,7 +233,10 @@ class StepSampler:
     def __len__(self) -> int:
         return max(self.stop - self.start, 0)
 
+    def global_keys(self, step: int) -> list[tuple[int, int]]:
+        return batch_keys(self.seed, step, self.batch_size * self.world_size, self.length)
+
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         share = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
         for step in range(self.start, self.stop):
-            yield batch_keys(self.seed, step, self.batch_size * self.world_size, self.length)[share]
+            yield self.global_keys(step)[share]
