@@ -25,6 +25,7 @@ HOLE_NEIGHBOURS = 5  # an empty pixel with so many of 8 filled around it is a pi
 OCCLUSION_VOXELS = 2.5  # a point is hidden when something stands this far before it
 EMPTY = 0x7F800000 << 32  # key of a pixel that shows nothing: the bits of an infinite depth
 HIDDEN_WEIGHT = 1e-4  # what a view that does not see a point counts in its colour: only where none does
+RIM_WEIGHT = 0.01  # what a pixel at a mask's rim counts: only where the animal is too thin to have others
 
 
 @dataclass(frozen=True)
@@ -242,33 +243,30 @@ def surface(hull: VisualHull) -> Surface:
     return Surface(grid.points(index), normals, grid.voxel)
 
 
-def colour_surface(surface: Surface, rgb: Tensor, masks: Tensor, cameras: Cameras) -> Surface:
-    """The surface with colours from rgb [v, 3, h, w] 0..1, masks [v, 1, h, w] and cameras [v].
+def observe(surface: Surface, rgb: Tensor, masks: Tensor, cameras: Cameras) -> tuple[Tensor, Tensor]:
+    """What each view shows at each surface point: colours [v, n, 3] and how well it sees the point, weights [v, n].
 
-    A view counts by the squared cosine at which it sees a point, nothing where something stands before it. Points that
-    no view sees take the mean of what is before them. Rims, where the background shines through, count little.
+    rgb: [v, 3, h, w] 0..1, masks: [v, 1, h, w], cameras: [v]. The weight is the squared cosine between normal and view,
+    0 where something stands before the point; at the mask's rim, where the background shines through, it is small.
     """
-    height, width = cameras.height, cameras.width
     inner = -F.max_pool2d(-masks.float(), 3, stride=1, padding=1)
-    depth = render_depth(surface, cameras)
-    total = surface.points.new_zeros(len(surface.points), 3)
-    weights = surface.points.new_zeros(len(surface.points), 1)
-    for view in range(len(cameras)):
-        camera = cameras[view]
-        uv, z = camera.project(surface.points)
-        before = z > 0
-        scaled = uv / uv.new_tensor([width, height]) * 2 - 1
-        pictures = torch.cat([rgb[view].float(), inner[view], depth[view]])[None]
-        colour = F.grid_sample(pictures[:, :3], scaled[None, None], align_corners=False, padding_mode="border")
-        exact = F.grid_sample(pictures[:, 3:], scaled[None, None], mode="nearest", align_corners=False)
-        rim, nearest = exact[0, :, 0]
-        seen = before & ((nearest == 0) | (z < nearest + OCCLUSION_VOXELS * surface.voxel))
-        towards = F.normalize(camera.origins - surface.points, dim=-1)
-        facing = (surface.normals * towards).sum(-1).clamp_min(0).square()
-        weight = (seen * facing + HIDDEN_WEIGHT) * (rim + 0.01) * before
-        total += weight[:, None] * colour[0, :, 0].T
-        weights += weight[:, None]
-    return replace(surface, colours=total / weights.clamp_min(1e-12))
+    depth = nearest_points(surface, cameras)[1][:, None]
+    uv, z = cameras.project(surface.points.expand(len(cameras), -1, -1))
+    place = (uv / uv.new_tensor([cameras.width, cameras.height]) * 2 - 1)[:, None]
+    colours = F.grid_sample(rgb.float(), place, padding_mode="border", align_corners=False)[:, :, 0].mT
+    exact = F.grid_sample(torch.cat([inner, depth], dim=1), place, mode="nearest", align_corners=False)
+    rim, nearest = exact[:, 0, 0], exact[:, 1, 0]
+    seen = (z > 0) & ((nearest == 0) | (z < nearest + OCCLUSION_VOXELS * surface.voxel))
+    towards = F.normalize(cameras.origins[:, None] - surface.points, dim=-1)
+    facing = (surface.normals * towards).sum(-1).clamp_min(0).square()
+    return colours, seen * facing * (rim + RIM_WEIGHT)
+
+
+def colour_surface(surface: Surface, rgb: Tensor, masks: Tensor, cameras: Cameras) -> Surface:
+    """The surface with the views' colours, weighted as `observe` says; where no view sees a point, their plain mean."""
+    colours, weights = observe(surface, rgb, masks, cameras)
+    weights = weights + HIDDEN_WEIGHT
+    return replace(surface, colours=(colours * weights[..., None]).sum(0) / weights.sum(0)[:, None])
 
 
 # ---- rendering ------------------------------------------------------------------------------------------------------
@@ -279,13 +277,17 @@ def nearest_points(surface: Surface, cameras: Cameras) -> tuple[Tensor, Tensor]:
 
     The nearest wins (ties: the lower index, on every device).
     """
-    covered = _splat(surface, cameras, NARROW) != EMPTY
-    around = F.avg_pool2d(covered.float()[:, None], 3, stride=1, padding=1)[:, 0] * 9
-    filled = covered | (around > HOLE_NEIGHBOURS - 0.5)
-    key = torch.where(filled, _splat(surface, cameras, WIDE), EMPTY)
+    key = torch.where(silhouettes(surface, cameras)[:, 0], _splat(surface, cameras, WIDE), EMPTY)
     empty = key == EMPTY
     depth = (key >> 32).to(torch.int32).view(torch.float32).masked_fill(empty, 0)
     return torch.where(empty, -1, key & 0xFFFFFFFF), depth
+
+
+def silhouettes(surface: Surface, cameras: Cameras) -> Tensor:
+    """[v, 1, h, w] bool: where each camera sees the hull."""
+    covered = (_splat(surface, cameras, NARROW) != EMPTY)[:, None]
+    around = F.avg_pool2d(covered.float(), 3, stride=1, padding=1) * 9
+    return covered | (around > HOLE_NEIGHBOURS - 0.5)
 
 
 def _splat(surface: Surface, cameras: Cameras, reach: float) -> Tensor:
@@ -314,11 +316,6 @@ def _splat(surface: Surface, cameras: Cameras, reach: float) -> Tensor:
                 place = (row[inside] * width + column[inside]).long()
                 buffer[view].scatter_reduce_(0, place, key[inside], "amin")
     return buffer.unflatten(1, (height, width))
-
-
-def render_depth(surface: Surface, cameras: Cameras) -> Tensor:
-    """[v, 1, h, w] camera-frame z of the nearest voxel, 0 = none."""
-    return nearest_points(surface, cameras)[1][:, None]
 
 
 def render_hull(surface: Surface, cameras: Cameras, background: float = 1.0) -> HullViews:
