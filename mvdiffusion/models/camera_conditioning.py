@@ -31,8 +31,10 @@ if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
 
 CAMERA_MODES = ("none", "adaln", "cross_attention", "concat")
-ORDERS = (1, 2, 3, 4)  # of the Fourier series in an angle: smooth between trained views, distinct down to 45 degrees
-POSE_FEATURES = 2 * len(ORDERS) + 7
+# Of the Fourier series in the azimuth, each at 1 / order: low ones, because a rig has few azimuths, 45 to 90 degrees
+# apart, and what is learnt there shall carry over to the directions between them.
+ORDERS = (1, 2)
+POSE_FEATURES = 8
 FEATURES = 2 * len(ORDERS) + 2 * POSE_FEATURES
 RAY_CHANNELS = 6
 TOKENS = 4
@@ -49,10 +51,10 @@ def is_camera_weight(name: str) -> bool:
 def camera_features(cameras: Cameras, reference_view: int) -> Tensor:
     """Cameras [..., n] -> [..., n, FEATURES]: azimuth relative to the reference view, own pose, the reference's pose.
 
-    The pose (all of order 1, zero for FaceLift's own camera at the horizon except the constant cosines): elevation as
-    a Fourier series; log distance and log focal length over FaceLift's; direction of the world origin from the camera
-    (x, y of the unit vector: zero for a camera that looks at it); principal point off the centre over the picture's
-    size; tilt (world z of the camera's x axis: zero for an upright one).
+    The pose, zero for FaceLift's own front camera and of order 1 elsewhere: elevation in radians; log distance and log
+    focal length over FaceLift's; direction of the world origin from the camera (x, y of the unit vector: zero for a
+    camera that looks at it); principal point off the centre over the picture's size; tilt (world z of the camera's x
+    axis: zero for an upright one).
     """
     azimuth = torch.deg2rad(cameras.azimuth_deg)
     relative = azimuth - azimuth[..., reference_view, None]
@@ -61,7 +63,7 @@ def camera_features(cameras: Cameras, reference_view: int) -> Tensor:
     towards_origin = torch.einsum("...ij,...i->...j", rotation, -cameras.origins / distance)
     pose = torch.cat(
         [
-            _fourier(torch.deg2rad(cameras.elevation_deg)),
+            torch.deg2rad(cameras.elevation_deg)[..., None],
             (distance / FACELIFT_DISTANCE).log(),
             (cameras.fxfycxcy[..., :1] / cameras.width / FACELIFT_FOCAL).log(),
             towards_origin[..., :2],
@@ -107,8 +109,9 @@ def camera_inputs(mode: str, cameras: Cameras, reference_view: int, side: int, b
 
 def _fourier(angle: Tensor) -> Tensor:
     """Angles [...], radians -> [..., 2 * orders]."""
-    multiples = angle[..., None] * angle.new_tensor(ORDERS)
-    return torch.cat([multiples.sin(), multiples.cos()], dim=-1)
+    orders = angle.new_tensor(ORDERS)
+    multiples = angle[..., None] * orders
+    return torch.cat([multiples.sin() / orders, multiples.cos() / orders], dim=-1)
 
 
 # ---- the layers they enter ------------------------------------------------------------------------------------------
@@ -127,9 +130,11 @@ class CameraEmbedding(nn.Module):
             raise ValueError(f"the time embedding's width must be a multiple of {TOKENS}, got {width}")
         self.mlp = nn.Sequential(nn.Linear(FEATURES, width), nn.SiLU(), nn.Linear(width, width))
         generator = make_generator("camera conditioning")
-        for layer in (self.mlp[0], self.mlp[2]):
-            nn.init.xavier_uniform_(layer.weight, generator=generator)
-            nn.init.zeros_(layer.bias)
+        # Few features differ between the views of a rig, so the usual 1 / sqrt(inputs) would make all views alike.
+        nn.init.normal_(self.mlp[0].weight, generator=generator)
+        nn.init.kaiming_normal_(self.mlp[2].weight, generator=generator)
+        nn.init.zeros_(self.mlp[0].bias)
+        nn.init.zeros_(self.mlp[2].bias)
         # One projection for all tokens, each of its own part of the embedding: equal zero tokens would stay equal.
         self.tokens = TOKENS if mode == "cross_attention" else 1
         self.output = nn.Linear(width // self.tokens, outputs)
