@@ -90,6 +90,7 @@ def adapt(model: nn.Module, options: AdaptationConfig) -> None:
             ),
             model,
         )  # fmt: skip
+        model.train(model.training)  # peft's new modules would be in training mode, dropout active, in any case
     blocks = tuple(f"{BLOCKS}{layer}." for layer in layers)
     for name, parameter in model.named_parameters():
         if name.startswith(BLOCKS):
@@ -180,7 +181,7 @@ def save_adapters(model: nn.Module, folder: Path, rig: ViewRig, source: str | No
 
     tensors = {
         PEFT_PREFIX + name: tensor.detach().cpu().contiguous()
-        for name, tensor in get_peft_model_state_dict(model).items()
+        for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()
     }
     settings = model.peft_config[ADAPTER]
     settings.base_model_name_or_path = source

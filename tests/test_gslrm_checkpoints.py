@@ -1,0 +1,143 @@
+"""Stage 2's files against FaceLift's: what it wrote loads here, what is written here loads there."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from gslrm.checkpoints import VGG_PREFIX, export_weights, load_gslrm
+from gslrm.config import IGNORED_KEYS, GSLRMConfig
+from gslrm.model.gslrm import GSLRM
+from gslrm.state import Start, save, start_state
+from multiview.checkpoint import load_checkpoint, read_sidecar, sidecar_path, write_json
+from multiview.config import load_config
+from multiview.rig import load_rig
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = ROOT / "tests" / "golden" / "gslrm_small"
+CHECKPOINT = GOLDEN / "ckpt_0000000000000007.pt"
+RIG = load_rig("facelift6")
+
+
+@pytest.fixture(scope="module")
+def facelift():
+    """FaceLift's own file."""
+    return load_checkpoint(CHECKPOINT)
+
+
+@pytest.fixture(scope="module")
+def vgg(facelift):
+    """Names and values of the loss network that FaceLift stores among the weights."""
+    entries = json.loads((GOLDEN / "state_dict_keys_extra_when_perceptual_on.json").read_text())
+    return {entry["name"]: torch.full((1,), 0.5 + i).expand(entry["shape"]) for i, entry in enumerate(entries)}
+
+
+@pytest.fixture(scope="module")
+def vgg_folder(vgg, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vgg")
+    content = {name.removeprefix(VGG_PREFIX): tensor for name, tensor in vgg.items()}
+    torch.save(content, folder / "imagenet-vgg-verydeep-19.pt")
+    return folder
+
+
+def golden_config(folder) -> GSLRMConfig:
+    overrides = [
+        f"training.checkpointing.checkpoint_dir={folder}", f"training.checkpointing.resume_ckpt={CHECKPOINT}",
+        "training.optimizer.reset_training_state=false", "training.runtime.device=cpu",
+    ]  # fmt: skip
+    return load_config(GSLRMConfig, GOLDEN / "config.yaml", overrides, ignored=set(IGNORED_KEYS))
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory):
+    """FaceLift's training state, resumed and saved here."""
+    folder = tmp_path_factory.mktemp("resumed")
+    config = golden_config(folder)
+    state = start_state(GSLRM(config.model), config, Start(CHECKPOINT, whole=True), RIG)
+    save(state, config, RIG)
+    return state, folder
+
+
+def test_facelifts_training_state_is_resumed_and_written_back(resumed, facelift):
+    state, folder = resumed
+    assert (state.passes, state.updates) == (facelift["fwdbwd_pass_step"], facelift["param_update_step"])
+    content = load_checkpoint(folder / CHECKPOINT.name)
+    assert set(facelift) <= set(content) and set(content["model"]) == set(facelift["model"])
+    for index, moments in facelift["optimizer"]["state"].items():
+        for name, tensor in moments.items():
+            assert torch.equal(tensor, content["optimizer"]["state"][index][name]), (index, name)
+
+
+@pytest.mark.parametrize("layout", ["facelift", "with_vgg", "ddp", "bare", "bare_ddp_with_vgg"])
+def test_every_layout_of_weights_loads_strictly(facelift, vgg, tmp_path, layout):
+    tensors = dict(facelift["model"])
+    if "vgg" in layout:
+        tensors.update(vgg)
+    if "ddp" in layout:
+        tensors = {f"module.{name}": tensor for name, tensor in tensors.items()}
+    path = tmp_path / "ckpt_0000000000000001.pt"
+    torch.save(tensors if "bare" in layout else {**facelift, "model": tensors}, path)
+    model, rig, _ = load_gslrm(path, config_file=GOLDEN / "config.yaml")
+    assert rig is None
+    assert all(torch.equal(tensor, facelift["model"][name]) for name, tensor in model.state_dict().items())
+    del tensors[next(name for name in tensors if name.endswith("input_layer_norm.weight"))]
+    torch.save(tensors if "bare" in layout else {**facelift, "model": tensors}, path)
+    with pytest.raises(ValueError, match="missing: input_layer_norm.weight"):
+        load_gslrm(path, config_file=GOLDEN / "config.yaml")
+
+
+def test_a_file_without_weights_is_refused_by_name(tmp_path):
+    torch.save({"epoch": 3, "args": {}}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="other.pt has no key 'model'.*keys: epoch, args"):
+        load_gslrm(tmp_path / "other.pt", config_file=GOLDEN / "config.yaml")
+
+
+def test_a_checkpoint_whose_sidecar_is_a_stamped_rig_alone_loads(facelift, tmp_path, monkeypatch):
+    """As `scripts/stamp_rig.py` leaves public weights: without a configuration FaceLift's own counts."""
+    path = tmp_path / CHECKPOINT.name
+    torch.save(facelift, path)
+    write_json(sidecar_path(path), {"rig": RIG.to_dict()})
+    monkeypatch.setattr("gslrm.checkpoints.ModelConfig", lambda: golden_config(tmp_path).model)
+    _, rig, _ = load_gslrm(path)
+    assert rig == RIG
+
+
+def test_exports_for_facelift_have_exactly_its_names_shapes_and_bytes(resumed, facelift, vgg, vgg_folder, tmp_path):
+    _, folder = resumed
+    plain = load_checkpoint(export_weights(folder, tmp_path / "plain", facelift=True))
+    assert set(plain) == {"model", "fwdbwd_pass_step", "param_update_step"}
+    assert set(plain["model"]) == set(facelift["model"])
+    path = export_weights(folder, tmp_path / "full.pt", facelift=True, vgg_folder=vgg_folder)
+    tensors = load_checkpoint(path)["model"]
+    expected = {**facelift["model"], **vgg}
+    assert set(tensors) == set(expected) and len(vgg) == 32
+    for name, tensor in expected.items():
+        assert tensors[name].dtype == tensor.dtype and torch.equal(tensors[name], tensor), name
+    model, rig, _ = load_gslrm(path)  # and its own sidecar keeps configuration and rig
+    assert rig == RIG and torch.equal(model.state_dict()["input_layer_norm.weight"], tensors["input_layer_norm.weight"])
+    with pytest.raises(ValueError, match=r"nowhere has no imagenet-vgg-verydeep-19.mat.*--no_vgg"):
+        export_weights(folder, tmp_path / "x", facelift=True, vgg_folder=tmp_path / "nowhere")
+    assert not (tmp_path / "x").exists()
+
+
+def test_exported_weights_load_for_inference(resumed, tmp_path):
+    state, folder = resumed
+    path = export_weights(folder, tmp_path / "shipped", dtype=torch.float16)
+    model, rig, _ = load_gslrm(tmp_path / "shipped")
+    assert rig == RIG and not model.training and "config" in read_sidecar(path)
+    assert path.stat().st_size < 0.3 * (folder / CHECKPOINT.name).stat().st_size
+    for name, tensor in state.model.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor.half().float())
+
+
+def test_the_export_command(resumed, tmp_path):
+    _, folder = resumed
+    command = [sys.executable, "scripts/export_gslrm.py", "--checkpoint", str(folder), "--output", str(tmp_path / "o")]
+    options = {"cwd": ROOT, "capture_output": True, "text": True}
+    done = subprocess.run([*command, "--facelift", "--vgg_folder", str(tmp_path)], **options)
+    assert done.returncode == 1 and "imagenet-vgg-verydeep-19.mat" in done.stderr and "Traceback" not in done.stderr
+    done = subprocess.run([*command, "--facelift", "--no_vgg"], **options)
+    assert done.returncode == 0 and (tmp_path / "o" / CHECKPOINT.name).is_file(), done.stderr

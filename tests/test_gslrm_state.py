@@ -1,0 +1,351 @@
+"""What a Stage 2 run keeps: skipped updates, schedules, what trains, and what a resumed run gets back."""
+
+import json
+
+import pytest
+import torch
+from gslrm_toys import SIZE, config_of, logged, write_toys
+
+from gslrm.adaptation import adapt, check_adaptation, parse_layers, plain_weights
+from gslrm.checkpoints import load_gslrm
+from gslrm.config import AdaptationConfig
+from gslrm.model.gslrm import GSLRM
+from gslrm.model.transformer import TransformerBlock
+from gslrm.state import (
+    SKIP_WINDOW,
+    Start,
+    TrainingDivergedError,
+    build_scheduler,
+    build_state,
+    check_skips,
+    find_start,
+    load_state,
+    save,
+    start_state,
+    trained_names,
+    update,
+)
+from gslrm.training import compile_blocks, train
+from multiview.checkpoint import load_checkpoint
+from multiview.rig import load_rig
+
+RIG = load_rig("mouse6")
+LAST = "ckpt_0000000000000006.pt"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_toys(tmp_path_factory.mktemp("toys"))
+
+
+@pytest.fixture(scope="module")
+def started(data, tmp_path_factory):
+    """A checkpoint to start from."""
+    return train(config_of(data, tmp_path_factory.mktemp("started"), **{"validation.enabled": "false"})) / LAST
+
+
+def weights_of(path) -> dict[str, torch.Tensor]:
+    return load_checkpoint(path)["model"]
+
+
+def views():
+    generator = torch.Generator().manual_seed(3)
+    return torch.rand(1, 6, 3, SIZE, SIZE, generator=generator), RIG.cameras(SIZE)[None]
+
+
+# ---- updates --------------------------------------------------------------------------------------------------------
+
+
+def test_schedule_warms_up_and_falls_to_zero():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = build_scheduler(optimizer, warmup=4, updates=20)
+    rates = []
+    for _ in range(21):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[4] == 1.0 and rates[-1] == pytest.approx(0.0) and all(a >= b for a, b in zip(rates[3:], rates[4:]))
+
+
+@pytest.mark.parametrize("case", ["fine", "exploding", "spoiled", "nan", "overflow"])
+def test_updates_are_skipped_and_counted(data, tmp_path, case):
+    config = config_of(data, tmp_path)
+    state = build_state(GSLRM(config.model), config)
+    if case == "overflow":
+        state.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        state.scaler.scale(torch.zeros(1))  # as a backward pass would
+    before = state.model.input_layer_norm.weight.detach().clone()
+    values = {"exploding": 1e3, "nan": float("nan"), "overflow": float("inf")}
+    for parameter in state.model.parameters():
+        parameter.grad = torch.full_like(parameter, values.get(case, 1e-3))
+    norm = update(state, config.training.runtime, spoiled=case == "spoiled")
+    skipped = case in ("exploding", "spoiled", "overflow")
+    assert (not torch.equal(before, state.model.input_layer_norm.weight)) == (case == "fine")
+    reason = {"spoiled": "skipped_nan_loss", "exploding": "skipped_gradient", "overflow": "skipped_overflow"}
+    expected = dict.fromkeys(reason.values(), 0)
+    assert state.counts == ({**expected, reason[case]: 1} if skipped else expected)
+    assert list(state.recent) == [skipped] and state.updates == int(not skipped) and state.scheduler.last_epoch == 1
+    assert all(parameter.grad is None for parameter in state.model.parameters())
+    assert (norm is None) == (case == "spoiled") and (case != "nan" or norm == 0)
+
+
+def test_fp16_scaler_is_updated_after_a_skipped_step(data, tmp_path):
+    config = config_of(data, tmp_path)
+    state = build_state(GSLRM(config.model), config)
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    for size in (1e4, 1e-3):  # skipped, then taken: unscale_ twice without update() would raise
+        loss = sum(parameter.sum() for parameter in state.model.parameters()) * size
+        state.scaler.scale(loss).backward()
+        update(state, config.training.runtime, spoiled=False)
+    assert state.updates == 1 and state.counts["skipped_gradient"] == 1
+
+
+def test_more_than_half_of_the_last_200_updates_skipped_is_the_end_and_survives_a_resume(data, tmp_path):
+    config = config_of(data, tmp_path)
+    state = build_state(GSLRM(config.model), config)
+    state.recent.extend([True] * 300 + [False] * 100 + [True] * 100)  # half of the last 200, whatever was before
+    assert len(state.recent) == SKIP_WINDOW
+    check_skips(state, config)
+    state.counts["skipped_gradient"] = 100
+    save(state, config, RIG)
+    start = find_start(config)
+    resumed = start_state(GSLRM(config.model), config, start, RIG)
+    assert start.own and resumed.recent == state.recent and resumed.counts == state.counts
+    check_skips(resumed, config)
+    update(resumed, config.training.runtime, spoiled=True)
+    with pytest.raises(TrainingDivergedError, match="101 of the last 200.*skipped_gradient 100.*lr.*warmup.*reset_lr"):
+        check_skips(resumed, config)
+
+
+# ---- schedules of resumed runs --------------------------------------------------------------------------------------
+
+
+def test_reset_lr_starts_warm_up_and_cosine_again_once(data, started, tmp_path):
+    changes = {
+        "training.checkpointing.resume_ckpt": started, "training.optimizer.reset_training_state": "false",
+        "training.optimizer.lr": 4e-4, "training.schedule.max_fwdbwd_passes": 12, "validation.enabled": "false",
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="is at pass 6.*max_fwdbwd_passes=6 leaves nothing to do"):
+        train(config_of(data, tmp_path / "no", **{**changes, "training.schedule.max_fwdbwd_passes": 6}))
+    reset = {**changes, "training.optimizer.reset_lr": "true"}
+    whole = train(config_of(data, tmp_path / "whole", **reset))
+    # two updates of warm-up, then the cosine over the six passes that are left
+    assert logged(whole, "lr") == pytest.approx(
+        [4e-4, 4e-4, *(2e-4 * (1 + torch.cos(torch.tensor(torch.pi * k / 4))).item() for k in (1, 2, 3, 4))]
+    )
+    train(config_of(data, tmp_path / "part", **reset))
+    for path in (tmp_path / "part").glob("ckpt_*0012.pt*"):
+        path.unlink()
+    train(config_of(data, tmp_path / "part", **reset))  # repeated: goes on, does not start again
+    assert logged(tmp_path / "part", "lr") == logged(whole, "lr") and logged(tmp_path / "part") == logged(whole)
+
+
+def test_without_reset_the_checkpoints_lr_and_decay_count_and_the_log_says_so(data, started, tmp_path, caplog):
+    changes = {
+        "training.checkpointing.resume_ckpt": started, "training.optimizer.reset_training_state": "false",
+        "training.schedule.max_fwdbwd_passes": 60, "training.optimizer.lr": 5e-4,
+        "training.optimizer.weight_decay": 0.2,
+    }  # fmt: skip
+    config = config_of(data, tmp_path, **changes)
+    state = start_state(GSLRM(config.model), config, find_start(config), RIG)
+    assert state.passes == 6 and state.schedule_start == 0 and state.scheduler.base_lrs == [1e-3, 1e-3]
+    assert [group["weight_decay"] for group in state.optimizer.param_groups] == [0.05, 0.0]
+    assert "reset_lr=true" in caplog.text and "reset_weight_decay=true" in caplog.text
+    config = config_of(data, tmp_path, **changes, **{"training.optimizer.reset_weight_decay": "true"})
+    state = start_state(GSLRM(config.model), config, find_start(config), RIG)
+    assert [group["weight_decay"] for group in state.optimizer.param_groups] == [0.2, 0.0]
+
+
+def test_scaler_and_averaged_weights_come_back(data, tmp_path):
+    config = config_of(data, tmp_path, **{"training.runtime.ema_decay": 0.5})
+    state = start_state(GSLRM(config.model), config, Start(), RIG)
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for parameter in state.model.parameters():
+        parameter.grad = torch.full_like(parameter, 1e-3)
+    state.scaler.scale(torch.zeros(1))
+    update(state, config.training.runtime, spoiled=False)
+    save(state, config, RIG)
+    resumed = build_state(GSLRM(config.model), config)
+    resumed.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    load_state(resumed, find_start(config), config)
+    assert resumed.scaler.get_scale() == 1024.0 and resumed.updates == 1
+    name = "input_layer_norm.weight"
+    assert torch.equal(resumed.ema[name], state.ema[name])
+    assert not torch.equal(resumed.ema[name], resumed.model.state_dict()[name])
+    off = config_of(data, tmp_path)
+    assert start_state(GSLRM(off.model), off, find_start(off), RIG).ema is None
+
+
+# ---- what trains ----------------------------------------------------------------------------------------------------
+
+
+def test_layer_ranges():
+    assert parse_layers(None, 3) == [0, 1, 2] and parse_layers("none", 3) == []
+    assert parse_layers("20-23", 24) == [20, 21, 22, 23] and parse_layers("5, 0-1,1", 24) == [0, 1, 5]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"trainable_layers": "2-4"}, "2-4 is not a range within blocks 0-3"),
+        ({"trainable_layers": "3-2"}, "3-2 is not a range"),
+        ({"trainable_layers": "last"}, "must look like 20-23"),
+        ({"lora_rank": -1}, "lora_rank must be 0"),
+        ({"lora_rank": 2, "lora_dropout": 1.0}, r"lora_dropout in \[0, 1\)"),
+        ({"lora_rank": 2, "lora_targets": ["attn.qkv"]}, "lora_targets must be some of attn.to_qkv"),
+        ({"lora_rank": 2, "trainable_layers": "none"}, "needs blocks to adapt"),
+        ({"trainable_layers": "none", "freeze_embedder": True, "freeze_heads": True}, "freezes everything"),
+        ({"lora_rank": 2, "save_adapters": True}, "save_adapters needs.*freeze_heads=true"),
+    ],
+)
+def test_adaptation_that_cannot_be_meant_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        check_adaptation(AdaptationConfig(**options), 4)
+
+
+LORA = {
+    "training.adaptation.lora_rank": 2, "training.adaptation.trainable_layers": 1,
+    "training.adaptation.lora_targets": "[attn.to_qkv,mlp.mlp.0]", "training.adaptation.lora_dropout": 0.1,
+    "training.adaptation.freeze_embedder": "true", "training.adaptation.freeze_heads": "true",
+    "training.adaptation.save_adapters": "true", "training.runtime.ema_decay": 0.5,
+    "training.runtime.grad_checkpoint_every": 1, "training.runtime.recompute_rendering": "true",
+    "training.optimizer.lr": 1e-2,
+}  # fmt: skip
+ADAPTED = ("transformer_layers.1.attn.to_qkv.weight", "transformer_layers.1.mlp.mlp.0.weight")
+
+
+@pytest.fixture(scope="module")
+def adapted(data, started, tmp_path_factory):
+    """A finished run with adapters, and its configuration."""
+    options = {**LORA, "training.checkpointing.resume_ckpt": started}
+    config = config_of(data, tmp_path_factory.mktemp("adapted"), **options)
+    return train(config), config
+
+
+def test_adapters_change_nothing_at_first_and_count_as_soon_as_they_move(data, tmp_path):
+    config = config_of(data, tmp_path, **LORA)
+    torch.manual_seed(0)
+    model = GSLRM(config.model).eval()
+    before, weights = model(*views()), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    adapt(model, config.training.adaptation)
+    assert torch.equal(model(*views()).gaussians.xyz, before.gaussians.xyz)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in plain_weights(model).items())
+    trained = trained_names(model)
+    assert len(trained) == 4 and all(".lora_" in name and name.startswith("transformer_layers.1.") for name in trained)
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    merged = GSLRM(config.model).eval()
+    merged.load_state_dict(plain_weights(model), strict=True)
+    got, plain = model(*views()).gaussians, merged(*views()).gaussians
+    assert (got.xyz - before.gaussians.xyz).abs().max() > 1e-3
+    for name in ("xyz", "features", "scaling", "rotation", "opacity"):
+        assert (getattr(got, name) - getattr(plain, name)).abs().max() < 1e-5, name
+
+
+def test_a_run_with_adapters_moves_only_them_and_writes_plain_weights(adapted, started):
+    folder, config = adapted
+    content, before = load_checkpoint(folder / LAST), weights_of(started)
+    assert list(content["model"]) == list(before)
+    moved = {name for name in before if not torch.equal(before[name], content["model"][name])}
+    assert moved == set(ADAPTED)
+    assert set(content["lora"]["base"]) == {name.replace(".weight", ".base_layer.weight") for name in ADAPTED}
+    assert len(content["optimizer"]["state"]) == 4
+    model, rig, _ = load_gslrm(folder)  # as inference would: averaged, merged
+    assert rig.name == "mouse6" and torch.equal(model.state_dict()[ADAPTED[0]], content["ema"][ADAPTED[0]])
+    assert not torch.equal(content["ema"][ADAPTED[0]], content["model"][ADAPTED[0]])
+
+
+def test_a_resumed_run_with_adapters_takes_the_same_steps(data, started, adapted, tmp_path):
+    whole, _ = adapted
+    options = {**LORA, "training.checkpointing.resume_ckpt": started}
+    train(config_of(data, tmp_path, **options))
+    for path in tmp_path.glob("ckpt_*0006.pt*"):
+        path.unlink()
+    train(config_of(data, tmp_path, **options))
+    assert logged(tmp_path) == logged(whole)
+    one, two = load_checkpoint(whole / LAST), load_checkpoint(tmp_path / LAST)
+    for key in ("model", "ema"):
+        assert all(torch.equal(one[key][name], two[key][name]) for name in one[key])
+    for name, tensor in one["lora"]["adapters"].items():
+        assert torch.equal(tensor, two["lora"]["adapters"][name]), name
+
+
+def test_saved_adapters_are_small_and_peft_puts_them_on(adapted, started):
+    from peft import PeftModel
+
+    folder, config = adapted
+    size = sum(path.stat().st_size for path in (folder / "adapters").iterdir())
+    assert size < 0.1 * (folder / LAST).stat().st_size
+    assert (folder / "adapters" / "rig.json").is_file()
+    model = GSLRM(config.model)
+    model.load_state_dict(weights_of(started), strict=True)
+    adapted_model = PeftModel.from_pretrained(model, folder / "adapters").eval()
+    merged = GSLRM(config.model).eval()
+    merged.load_state_dict(weights_of(folder / LAST), strict=True)
+    got, plain = adapted_model(*views()).gaussians, merged(*views()).gaussians
+    assert (got.xyz - plain.xyz).abs().max() < 1e-5
+
+
+def test_other_adaptation_than_the_checkpoints_is_refused(data, started, adapted, tmp_path):
+    folder, _ = adapted
+    whole = {"training.optimizer.reset_training_state": "false", "training.schedule.max_fwdbwd_passes": 9}
+    for resume, options, message in (
+        (folder, {}, "lora_rank.*reset_training_state=true"),
+        (started, LORA, "without adapters"),
+        (folder, {**LORA, "training.adaptation.lora_alpha": 8}, "lora_alpha"),
+        (started, {"training.adaptation.freeze_heads": "true"}, "trained other parameters"),
+    ):
+        config = config_of(data, tmp_path, **whole, **options, **{"training.checkpointing.resume_ckpt": resume})
+        with pytest.raises(ValueError, match=message):
+            start_state(GSLRM(config.model), config, find_start(config), RIG)
+    config = config_of(data, tmp_path, **{"training.checkpointing.resume_ckpt": folder})  # merged weights start any run
+    state = start_state(GSLRM(config.model), config, find_start(config), RIG)
+    assert torch.equal(state.model.state_dict()[ADAPTED[0]], load_checkpoint(folder / LAST)["ema"][ADAPTED[0]])
+
+
+def test_freezing_by_layer_range_moves_the_rest_alone(data, started, tmp_path):
+    options = {
+        "training.checkpointing.resume_ckpt": started, "training.adaptation.trainable_layers": "0",
+        "training.adaptation.freeze_embedder": "true", "training.schedule.max_fwdbwd_passes": 2,
+    }  # fmt: skip
+    folder = train(config_of(data, tmp_path, **options))
+    before, after = weights_of(started), weights_of(folder / "ckpt_0000000000000002.pt")
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    heads = ("gaussian_upsampler.", "pixel_gaussian_decoder.")
+    assert moved == {name for name in before if name.startswith(("transformer_layers.0.", *heads))}
+    assert json.loads((folder / "config.json").read_text())["config"]["training"]["adaptation"]["freeze_embedder"]
+
+
+# ---- compiled blocks ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prune", [False, True])
+def test_compiled_blocks_keep_names_and_numbers(data, tmp_path, monkeypatch, prune):
+    """Traced by torch.compile; the code generator is left out, which would take a C++ compiler and minutes."""
+    seen = []
+
+    def compile_eagerly(self, **options):
+        seen.append(options)
+        torch.nn.Module.compile(self, backend="eager", **options)
+
+    monkeypatch.setattr(TransformerBlock, "compile", compile_eagerly)
+    config = config_of(data, tmp_path, **{"model.prune_background_tokens": str(prune).lower()})
+    model = GSLRM(config.model).eval()
+    images, cameras = views()
+    masks = (images[:, :, :1] > 0.9).float() if prune else None
+    with torch.no_grad():
+        expected, names = model(images, cameras, masks=masks), list(model.state_dict())
+        compile_blocks(model)
+        got = model(images, cameras, masks=masks)
+    assert (got.gaussians.xyz - expected.gaussians.xyz).abs().max() < 1e-5
+    assert list(model.state_dict()) == names and seen == [{"dynamic": True if prune else None}] * 2
