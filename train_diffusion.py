@@ -29,10 +29,10 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    from multiview.config import config_to_yaml, load_config
-    from mvdiffusion.config import IGNORED_KEYS, MVDiffusionConfig
+    from multiview.config import config_to_yaml
+    from mvdiffusion.upstream import load_training_config
 
-    config = load_config(MVDiffusionConfig, arguments.config, arguments.overrides, ignored=IGNORED_KEYS).validate()
+    config = load_training_config(arguments.config, arguments.overrides)
     if arguments.dry_run:
         print(config_to_yaml(config))
         return

@@ -6,9 +6,30 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from multiview.run import WandbOptions
-from mvdiffusion.upstream import IGNORED_KEYS, UpstreamKeys, fold
 
-__all__ = ["IGNORED_KEYS", "MVDiffusionConfig", "MixEntry"]
+# Switches of FaceLift's YAML that have no effect here; they are listed when a file sets them.
+IGNORED_KEYS = frozenset(
+    {
+        "enable_xformers_memory_efficient_attention",  # attention is exact whatever is installed
+        "allow_tf32",
+        "revision",
+        "report_to",  # wandb.mode says so
+        "local_rank",
+        "prediction_type",  # read from the scheduler
+        "logging_dir",
+        "vis_dir",
+        "val_out_dir",
+        "checkpoint_prefix",  # output_dir is joined once
+        "scale_lr",
+        "tracker_project_name",
+        "dataset_type",
+        "validation_batch_size",
+        "validation_train_batch_size",
+        "validation_sanity_check",
+        "validation_grid_nrow",
+        "wandb_job_type",
+    }
+)
 
 
 @dataclass
@@ -20,7 +41,7 @@ class MixEntry:
 
 
 @dataclass
-class MVDiffusionConfig(UpstreamKeys):
+class MVDiffusionConfig:
     """Everything `train_diffusion.py` needs; steps are optimiser updates. FaceLift's other keys: upstream.py."""
 
     # What is trained
@@ -107,7 +128,6 @@ class MVDiffusionConfig(UpstreamKeys):
         """Checks values that depend on each other; returns itself. Raises ValueError naming the key."""
         from multiview.image import BACKGROUNDS
 
-        fold(self)
         if self.mixed_precision == "False":
             self.mixed_precision = "no"  # YAML reads a bare `no` as false
         unknown = set(self.backgrounds) - set(BACKGROUNDS)

@@ -1,36 +1,17 @@
 """FaceLift's flat training YAML: its keys with their meaning here, its switches without one, and what is refused.
 
-`UpstreamKeys` are accepted in a file and folded into this project's own keys by `fold`, so nothing else knows them.
+They are folded into this project's own keys where the file is read, so nothing else knows them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
-# Switches that have no effect here; they are listed when a file sets them.
-IGNORED_KEYS = frozenset(
-    {
-        "enable_xformers_memory_efficient_attention",  # attention is exact whatever is installed
-        "allow_tf32",
-        "revision",
-        "report_to",  # wandb.mode says so
-        "local_rank",
-        "prediction_type",  # read from the scheduler
-        "logging_dir",
-        "vis_dir",
-        "val_out_dir",
-        "checkpoint_prefix",  # output_dir is joined once
-        "scale_lr",
-        "tracker_project_name",
-        "dataset_type",
-        "validation_batch_size",
-        "validation_train_batch_size",
-        "validation_sanity_check",
-        "validation_grid_nrow",
-        "wandb_job_type",
-    }
-)
+from multiview.config import load_config
+from mvdiffusion.config import IGNORED_KEYS, MVDiffusionConfig
+
 # Of unet_from_pretrained_kwargs: what the UNet's own config says, or what is decided by its weights.
 IGNORED_UNET_KEYS = frozenset(
     {
@@ -59,8 +40,8 @@ class UpstreamData:
 
 
 @dataclass
-class UpstreamKeys:
-    """FaceLift's names, None where a file does not use them."""
+class FlatConfig(MVDiffusionConfig):
+    """A training file: this project's keys and FaceLift's, the latter None where a file does not use them."""
 
     n_views: int | None = None
     img_wh: Any = None  # 512 or [512, 512]
@@ -78,11 +59,20 @@ class UpstreamKeys:
     unet_from_pretrained_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
-def fold(config) -> None:
-    """Moves FaceLift's keys of an MVDiffusionConfig into its own and empties them.
+def load_training_config(path: Path | str | None, overrides: list[str] = ()) -> MVDiffusionConfig:
+    """Typed defaults <- YAML of this project or FaceLift's <- `key=value` overrides, checked.
 
-    Raises ValueError for values that have no counterpart here.
+    Raises ValueError for unknown keys, and for values of FaceLift's that have no counterpart here.
     """
+    flat = load_config(FlatConfig, path, overrides, ignored=IGNORED_KEYS)
+    _fold(flat)
+    return MVDiffusionConfig(
+        **{entry.name: getattr(flat, entry.name) for entry in fields(MVDiffusionConfig)}
+    ).validate()
+
+
+def _fold(config: FlatConfig) -> None:
+    """Moves the values of FaceLift's keys into this project's."""
     for key, (value, reason) in FIXED_KEYS.items():
         if getattr(config, key) not in (None, value):
             raise ValueError(f"{key} must be {value!r}: {reason}; got {getattr(config, key)!r}")
@@ -107,12 +97,9 @@ def fold(config) -> None:
         config.wandb.group = config.wandb_group
     _fold_data(config)
     _fold_kwargs(config)
-    empty = UpstreamKeys()
-    for key in vars(empty):
-        setattr(config, key, getattr(empty, key))
 
 
-def _fold_data(config) -> None:
+def _fold_data(config: FlatConfig) -> None:
     train, validation = config.train_dataset, config.validation_dataset
     config.validation_data = validation.path or config.validation_data
     if validation.bg_color not in (None, "white"):
@@ -134,7 +121,7 @@ def _fold_data(config) -> None:
         config.mirror_probability = 0.5  # with mirrored cameras, view order and prompts
 
 
-def _fold_kwargs(config) -> None:
+def _fold_kwargs(config: FlatConfig) -> None:
     unet = dict(config.unet_from_pretrained_kwargs)
     for key in IGNORED_UNET_KEYS:
         unet.pop(key, None)

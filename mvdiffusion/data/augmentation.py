@@ -59,7 +59,7 @@ def draw_augmentation(options: Augmentation, generator: torch.Generator) -> Draw
         brightness=1.0 + options.brightness * (2 * u[1] - 1),
         contrast=1.0 + options.contrast * (2 * u[2] - 1),
         saturation=1.0 + options.saturation * (2 * u[3] - 1),
-        hue_deg=options.hue_deg * (2 * u[4] - 1),
+        hue_deg=0.0 + options.hue_deg * (2 * u[4] - 1),  # not -0.0: equal draws have equal names in the cache
         crop=((1.0 - side) * u[6], (1.0 - side) * u[7], side),
         mirrored=u[8] < options.mirror,
     )

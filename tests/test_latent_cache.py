@@ -1,0 +1,163 @@
+"""The latent cache: the live batches' content, computed once, safe to share, checked when read."""
+
+import threading
+from dataclasses import fields
+
+import pytest
+import torch
+from mvdiffusion_tiny import SIZE, UNET, prepare
+
+from multiview.rig import load_rig
+from multiview.run import make_generator
+from mvdiffusion.components import load_components
+from mvdiffusion.config import MVDiffusionConfig
+from mvdiffusion.data.augmentation import Augmentation
+from mvdiffusion.data.mixing import StepSampler
+from mvdiffusion.data.mouse_dataset import MouseMVDiffusionDataset
+from mvdiffusion.encoding import live_batches
+from mvdiffusion.latent_cache import LatentCache, encoder_fingerprint
+from mvdiffusion.models.unet import create_unet
+from mvdiffusion.prompts import load_prompt_embeds
+from mvdiffusion.training import training_loss
+
+CPU = torch.device("cpu")
+EVERYTHING = Augmentation(
+    backgrounds=("white", "gray", "black"), brightness=0.1, contrast=0.1, saturation=0.2, hue_deg=10, crop_ratio=0.7,
+    mirror=0.5,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    found = prepare(tmp_path_factory.mktemp("tiny"))
+    return {**found, "loaded": load_components(found["components"], with_unet=False)}
+
+
+@pytest.fixture
+def calls(tiny):
+    """How many pictures pass the VAE's encoder and CLIP."""
+    counts = {"vae": 0, "clip": 0}
+
+    def count(name):
+        def hook(module, arguments, output):
+            counts[name] += len(arguments[0])
+
+        return hook
+
+    hooks = [
+        tiny["loaded"].vae.encoder.register_forward_hook(count("vae")),
+        tiny["loaded"].image_encoder.register_forward_hook(count("clip")),
+    ]
+    yield counts
+    for hook in hooks:
+        hook.remove()
+
+
+def dataset_of(tiny, **options) -> MouseMVDiffusionDataset:
+    defaults = {"reference_view_idx": "random", "augmentation": EVERYTHING, "variants": 2, "with_cameras": True}
+    return MouseMVDiffusionDataset(tiny["data"], load_rig("mouse6"), SIZE, **{**defaults, **options})
+
+
+def tensors(batch) -> dict[str, torch.Tensor]:
+    found = {entry.name: getattr(batch, entry.name) for entry in fields(batch) if entry.name != "cameras"}
+    return {**found, "c2w": batch.cameras.c2w, "fxfycxcy": batch.cameras.fxfycxcy}
+
+
+def test_cached_batches_are_the_live_ones(tiny, tmp_path):
+    """All augmentations at once, moved references included; and so are the losses of the same draws."""
+    dataset, components = dataset_of(tiny), tiny["loaded"]
+    sampler = StepSampler(len(dataset), 3, seed=0)
+    live = live_batches(components, dataset, sampler, 0, CPU)
+    cached = LatentCache(components, dataset, CPU, tmp_path).batches(sampler)
+    torch.manual_seed(0)
+    unet = create_unet(dict(UNET), 6, "sparse", "adaln")
+    embeds, config = load_prompt_embeds(tiny["embeds"]), MVDiffusionConfig()
+    for step in range(5):
+        pair = next(live), next(cached)
+        for name, value in tensors(pair[0]).items():
+            torch.testing.assert_close(value, tensors(pair[1])[name], atol=2e-3, rtol=2e-3, msg=name)
+        losses = [
+            training_loss(unet, components, embeds, batch, config, make_generator("t", step)).item() for batch in pair
+        ]
+        assert losses[0] == pytest.approx(losses[1], rel=2e-3)
+
+
+def test_conditions_are_encoded_once_per_object(tiny, tmp_path, calls):
+    """Each view passes the VAE once, the input CLIP once; with the cache, once ever."""
+    dataset = dataset_of(tiny, reference_view_idx="0")
+    sampler = StepSampler(len(dataset), 3, seed=0)
+    next(live_batches(tiny["loaded"], dataset, sampler, 0, CPU))
+    assert calls == {"vae": 3 * 6, "clip": 3}
+    calls.update(vae=0, clip=0)
+    for _ in range(2):  # a second cache on the same folder: another run, another rank
+        cache = LatentCache(tiny["loaded"], dataset, CPU, tmp_path)
+        for number in range(4):  # two epochs of six samples
+            cache.batch(sampler.batch(number))
+    assert calls == {"vae": 6 * 6 * 2, "clip": 6 * 2}  # six samples, two variants
+    # Every view may become the input; two variants that turn out equal are one entry.
+    rotating = LatentCache(tiny["loaded"], dataset_of(tiny, augmentation=None), CPU, tmp_path / "rotating")
+    calls.update(vae=0, clip=0)
+    for number in range(12):
+        rotating.batch(sampler.batch(number))
+    assert calls == {"vae": 6 * 6, "clip": 6 * 6}
+
+
+def test_a_damaged_entry_is_encoded_anew_and_counted(tiny, tmp_path):
+    dataset = dataset_of(tiny, augmentation=None, variants=1)
+    cache = LatentCache(tiny["loaded"], dataset, CPU, tmp_path)
+    keys = [(0, index) for index in range(4)]
+    before = tensors(cache.batch(keys))
+    files = sorted(tmp_path.rglob("*.safetensors"))
+    assert len(files) == 4 and not list(tmp_path.rglob("*.tmp"))
+    files[0].write_bytes(files[0].read_bytes()[:-20])  # cut off
+    content = bytearray(files[1].read_bytes())
+    content[-3] ^= 0xFF  # one value another
+    files[1].write_bytes(content)
+    files[2].write_bytes(b"")
+    again = LatentCache(tiny["loaded"], dataset, CPU, tmp_path)
+    for name, value in tensors(again.batch(keys)).items():
+        assert torch.equal(value, before[name])
+    assert (again.damaged, again.encoded) == (3, 3)
+    assert LatentCache(tiny["loaded"], dataset, CPU, tmp_path).batch(keys) is not None
+
+
+def test_a_changed_picture_or_encoder_is_another_entry(tiny, tmp_path):
+    dataset = dataset_of(tiny, augmentation=None, variants=1)
+    cache = LatentCache(tiny["loaded"], dataset, CPU, tmp_path)
+    cache.batch([(0, 0)])
+    picture = dataset.folders[0] / "images" / "cam_003.png"
+    content = picture.read_bytes()
+    try:
+        other = (dataset.folders[1] / "images" / "cam_003.png").read_bytes()
+        picture.write_bytes(other)
+        changed = LatentCache(tiny["loaded"], dataset, CPU, tmp_path)
+        changed.batch([(0, 0)])
+        assert changed.encoded == 1
+    finally:
+        picture.write_bytes(content)
+    before = encoder_fingerprint(tiny["loaded"])
+    with torch.no_grad():
+        weight = tiny["loaded"].vae.encoder.conv_in.weight
+        weight[0, 0, 0, 0] += 1e-3
+        assert encoder_fingerprint(tiny["loaded"]) != before
+        weight[0, 0, 0, 0] -= 1e-3
+
+
+def test_ranks_may_fill_one_folder_at_once(tiny, tmp_path):
+    dataset = dataset_of(tiny)
+    caches = [LatentCache(tiny["loaded"], dataset, CPU, tmp_path) for _ in range(3)]
+    found: dict[int, list] = {}
+
+    def fill(rank: int) -> None:
+        found[rank] = [tensors(caches[rank].batch([(epoch, index)])) for epoch in (0, 1) for index in range(4)]
+
+    threads = [threading.Thread(target=fill, args=(rank,)) for rank in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for rank in (1, 2):
+        for a, b in zip(found[0], found[rank], strict=True):
+            assert all(torch.equal(a[name], b[name]) for name in a)
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 8 and not list(tmp_path.rglob("*.tmp"))
+    assert sum(cache.damaged for cache in caches) == 0

@@ -1,0 +1,210 @@
+"""Stage 1's samples: what moves with the reference, the mirror and the crop; several data sets by ratio."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from mvdiffusion_tiny import write_dataset
+
+from multiview.cameras import Cameras
+from multiview.rig import View, ViewRig, load_rig
+from multiview.sample import Sample, write_dataset_info, write_sample, write_split
+from mvdiffusion.data.arrangement import arrange, mirror_cameras
+from mvdiffusion.data.augmentation import Augmentation, chroma_matrix
+from mvdiffusion.data.mixing import BLOCK, MixedDataset, StepSampler
+from mvdiffusion.data.mouse_dataset import MouseMVDiffusionDataset
+
+SIZE = 32
+
+
+def irregular_rig() -> ViewRig:
+    """Directions that are the same neither from another view nor in the mirror, as a calibrated rig's."""
+    angles = [(0, 9), (54, 25), (120, 17), (171, 20), (238, 12), (300, 22)]
+    views = tuple(View(f"camera_{k}", azimuth, elevation) for k, (azimuth, elevation) in enumerate(angles))
+    return ViewRig("irregular", views)
+
+
+def animal() -> tuple[torch.Tensor, torch.Tensor]:
+    """Points [n, 3] of no symmetry, and their colours [n, 3]."""
+    generator = torch.Generator().manual_seed(0)
+    xyz = torch.rand(300, 3, generator=generator) * torch.tensor([0.9, 0.5, 0.4]) + torch.tensor([-0.2, -0.1, -0.2])
+    return xyz, torch.randint(0, 256, (300, 3), generator=generator).float() / 255
+
+
+def draw_points(xyz: torch.Tensor, colours: torch.Tensor, cameras: Cameras) -> torch.Tensor:
+    """One pixel per point, the nearest in front: RGBA [v, 4, h, w]."""
+    pictures = torch.zeros(len(cameras), 4, cameras.height, cameras.width)
+    uv, depth = cameras.project(xyz.expand(len(cameras), -1, -1))
+    for view in range(len(cameras)):
+        for k in depth[view].argsort(descending=True):
+            column, row = uv[view, k].floor().int().tolist()
+            pictures[view, :, row, column] = torch.cat([colours[k], torch.ones(1)])
+    return pictures
+
+
+def write_animal(folder: Path, rig: ViewRig) -> Path:
+    cameras = rig.cameras(SIZE)
+    write_sample(folder / "sample_000000", Sample("a", draw_points(*animal(), cameras), cameras, rig.view_names))
+    write_dataset_info(folder, rig, source="points")
+    write_split(folder / "data_mouse_train.txt", [folder / "sample_000000"])
+    return folder / "data_mouse_train.txt"
+
+
+def turned(xyz: torch.Tensor, turn_deg: float) -> torch.Tensor:
+    """The points of a world turned as `Cameras.rotate` turns cameras."""
+    point = Cameras(torch.eye(4).repeat(len(xyz), 1, 1), torch.ones(len(xyz), 4), 1, 1)
+    point.c2w[:, :3, 3] = xyz
+    return point.rotate(turn_deg).origins
+
+
+# ---- reference and mirror -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["mouse6", "facelift6", "uniform4", "irregular"])
+def test_an_item_is_a_picture_of_the_moved_animal_by_its_own_cameras(tmp_path, name):
+    """Every rotation and mirroring: rendering the mirrored, turned animal with the item's cameras gives its pixels."""
+    rig = irregular_rig() if name == "irregular" else load_rig(name)
+    data = write_animal(tmp_path, rig)
+    dataset = MouseMVDiffusionDataset(
+        data, rig, SIZE, reference_view_idx="random", with_cameras=True,
+        augmentation=Augmentation(backgrounds=("black",), mirror=0.5),
+    )  # fmt: skip
+    xyz, colours = animal()
+    seen = set()
+    for epoch in range(40):
+        item = dataset[epoch, 0]
+        rotation, mirrored = int(item["rotation"]), bool(item["mirrored"])
+        if (rotation, mirrored) in seen:
+            continue
+        seen.add((rotation, mirrored))
+        moved = xyz * torch.tensor([-1.0, 1.0, 1.0]) if mirrored else xyz
+        arrangement = arrange(rig, rotation, mirrored=mirrored)
+        cameras = Cameras(item["c2w"], item["fxfycxcy"], SIZE, SIZE).validate()
+        expected = draw_points(turned(moved, arrangement.turn_deg), colours, cameras)
+        # A point on the border of a pixel may fall to either side.
+        assert ((item["targets"] - expected[:, :3]).abs().amax(1) > 1e-3).sum() <= 6
+        assert torch.equal(item["reference"], item["targets"][0])
+        if arrangement.is_rig:
+            assert item["prompts"].tolist() == list(range(rig.num_views))
+            torch.testing.assert_close(cameras.c2w, rig.cameras(SIZE).c2w, atol=1e-4, rtol=0)
+    assert len(seen) == 2 * rig.num_views
+
+
+@pytest.mark.parametrize("name", ["mouse6", "facelift6", "uniform8"])
+def test_a_mirrored_sample_is_the_mirrored_mouse_on_the_same_rig(tmp_path, name):
+    rig = load_rig(name)
+    augmentation = Augmentation(backgrounds=("black",), mirror=1.0)
+    item = MouseMVDiffusionDataset(write_animal(tmp_path, rig), rig, SIZE, augmentation=augmentation)[0]
+    xyz, colours = animal()
+    expected = draw_points(xyz * torch.tensor([-1.0, 1.0, 1.0]), colours, rig.cameras(SIZE))
+    assert bool(item["mirrored"]) and item["prompts"].tolist() == list(range(rig.num_views))
+    assert ((item["targets"] - expected[:, :3]).abs().amax(1) > 1e-3).sum() <= 6
+    plain = draw_points(xyz, colours, rig.cameras(SIZE))
+    assert ((item["targets"] - plain[:, :3]).abs().amax(1) > 1e-3).sum() > 100
+
+
+def test_only_cameras_can_tell_what_an_irregular_rig_shows(tmp_path):
+    rig = irregular_rig()
+    data = write_animal(tmp_path, rig)
+    with pytest.raises(ValueError, match="mirror_probability: 0, or tell the UNet the cameras"):
+        MouseMVDiffusionDataset(data, rig, SIZE, augmentation=Augmentation(mirror=0.5))
+    with pytest.raises(ValueError, match="irregular does not; use reference_view_idx: 0"):
+        MouseMVDiffusionDataset(data, rig, SIZE, reference_view_idx="random")
+
+
+def test_a_turned_heading_rig_keeps_the_names_of_its_views():
+    """FaceLift's views are named after the head: from the right, the right view is still called right."""
+    found = arrange(load_rig("facelift6"), 2)
+    assert found.rows.tolist() == [2, 3, 4, 5, 0, 1] == found.prompts.tolist()
+    assert found.turn_deg == 0.0 and not found.is_rig
+
+
+def test_mirroring_twice_is_nothing():
+    cameras = replace(load_rig("mouse6").cameras(SIZE).crop(3, 1, 20, 20))
+    again = mirror_cameras(mirror_cameras(cameras))
+    assert torch.equal(again.c2w, cameras.c2w)
+    torch.testing.assert_close(again.fxfycxcy, cameras.fxfycxcy)
+    mirrored_deg = mirror_cameras(cameras).azimuth_deg
+    torch.testing.assert_close(mirrored_deg % 360, (-cameras.azimuth_deg) % 360, atol=1e-3, rtol=0)
+
+
+# ---- crop and colour ------------------------------------------------------------------------------------------------
+
+
+def test_a_crop_takes_its_cameras_along(tmp_path):
+    """The centre of a ball's picture lies where the item's cameras project the ball, whatever was cut off."""
+    rig, size, ball = load_rig("mouse6"), 128, torch.tensor([[0.12, -0.07, 0.05]])
+    cameras = rig.cameras(size)
+    uv, _ = cameras.project(ball.expand(6, -1, -1))
+    rows, columns = torch.meshgrid(torch.arange(size) + 0.5, torch.arange(size) + 0.5, indexing="ij")
+    inside = [((columns - u).square() + (rows - v).square() < 36).float() for u, v in uv[:, 0]]
+    rgba = torch.stack([torch.stack([mask] * 4) for mask in inside])
+    write_sample(tmp_path / "sample_000000", Sample("b", rgba, cameras, rig.view_names))
+    write_dataset_info(tmp_path, rig, source="ball")
+    write_split(tmp_path / "list.txt", [tmp_path / "sample_000000"])
+    augmentation = Augmentation(crop_ratio=0.6, mirror=0.5)
+    dataset = MouseMVDiffusionDataset(tmp_path / "list.txt", rig, 64, augmentation=augmentation)
+    sides = set()
+    for epoch in range(8):
+        item = dataset[epoch, 0]
+        found = Cameras(item["c2w"], item["fxfycxcy"], 64, 64)
+        sign = torch.tensor([-1.0, 1.0, 1.0]) if item["mirrored"] else torch.ones(3)
+        expected, _ = found.project((ball * sign).expand(6, -1, -1))
+        mask = item["masks"][:, 0]
+        v, u = torch.meshgrid(torch.arange(64) + 0.5, torch.arange(64) + 0.5, indexing="ij")
+        centre = torch.stack([(mask * u).sum((1, 2)), (mask * v).sum((1, 2))], -1) / mask.sum((1, 2))[:, None]
+        assert (centre - expected[:, 0]).abs().max() < 0.35
+        assert found.fxfycxcy[:, 0].unique().numel() == 1  # one crop for all views
+        sides.add(round(float(cameras.fxfycxcy[0, 0] / 2 / found.fxfycxcy[0, 0]), 3))
+    assert len(sides) > 4 and min(sides) >= 0.59 and max(sides) <= 1.0
+
+
+def test_hue_and_saturation_leave_greys_alone():
+    grey = torch.full((3,), 0.4, dtype=torch.float64)
+    torch.testing.assert_close(chroma_matrix(1.7, 40) @ grey, grey)
+    torch.testing.assert_close(chroma_matrix(1.0, 0.0), torch.eye(3, dtype=torch.float64))
+    red = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
+    assert (chroma_matrix(0.0, 0.0) @ red - 0.299).abs().max() < 2e-3
+    assert (chroma_matrix(1.0, 120.0) @ red).argmax() != 0
+
+
+def test_variants_come_back_and_differ():
+    tiny = Augmentation(backgrounds=("white", "gray", "black"), brightness=0.1)
+    dataset = MouseMVDiffusionDataset.__new__(MouseMVDiffusionDataset)
+    dataset.augmentation, dataset.variants, dataset.seed, dataset.first_index = tiny, 3, 0, 0
+    draws = [dataset.draw(epoch, 5) for epoch in range(6)]
+    assert draws[:3] == draws[3:] and len(set(draws)) == 3
+    dataset.variants = 0
+    assert len({dataset.draw(epoch, 5) for epoch in range(6)}) == 6
+
+
+# ---- several data sets ----------------------------------------------------------------------------------------------
+
+
+def test_mixed_batches_hold_the_ratios_and_resume():
+    sampler = StepSampler([7, 30], 4, seed=0, ratios=[0.7, 0.3])
+    keys = [key for number in range(3 * BLOCK // 4) for key in sampler.batch(number)]
+    for block in range(3):
+        part = keys[block * BLOCK : (block + 1) * BLOCK]
+        assert sum(index < 7 for _, index in part) == 70
+    first = [key for key in keys if key[1] < 7]
+    for epoch in range(30):  # each data set has epochs of its own: every sample once in each
+        assert sorted(index for e, index in first if e == epoch) == list(range(7))
+    assert next(iter(StepSampler([7, 30], 4, seed=0, ratios=[0.7, 0.3], start=33))) == sampler.batch(33)
+    halves = [StepSampler([7, 30], 2, seed=0, ratios=[0.7, 0.3], rank=r, world_size=2).batch(9) for r in (0, 1)]
+    assert halves[0] + halves[1] == sampler.batch(9)
+    with pytest.raises(ValueError, match="of sum 1"):
+        StepSampler([7, 30], 4, seed=0, ratios=[0.7, 0.7])
+    with pytest.raises(ValueError, match="never drawn"):
+        StepSampler([7, 30], 4, seed=0, ratios=[0.999, 0.001])
+
+
+def test_mixed_items_come_from_the_right_data_set(tmp_path):
+    rig = load_rig("uniform4")
+    lists = [write_dataset(tmp_path / name, rig, count=count) for name, count in (("a", 5), ("b", 4))]
+    parts = [MouseMVDiffusionDataset(path, rig, SIZE) for path in lists]
+    mixed = MixedDataset(parts)
+    assert len(mixed) == 5 and [len(part) for part in parts] == [3, 2]
+    assert torch.equal(mixed[0, 4]["targets"], parts[1][0, 1]["targets"]) and int(mixed[0, 4]["index"]) == 4
+    assert mixed.part(2) == (parts[0], 2) and mixed.part(3) == (parts[1], 0)
