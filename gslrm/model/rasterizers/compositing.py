@@ -29,6 +29,8 @@ from .layout import (
     REACH_Y,
     RED,
     TILE_PX,
+    U_REST,
+    V_REST,
     U,
     V,
 )
@@ -127,6 +129,7 @@ P1, P2, P3, P4, P5 = (np.uint32(i * PLANE) for i in range(1, 6))
 LIVE = 5 * PLANE
 RUN = 8  # pixels worked on at once
 HAND = 32  # splats taken from the table at once
+# Changes nothing, but tells LLVM that the planes end before the backward pass's sums: else it does not vectorise.
 RUN_MASK = np.uint32(PLANE - RUN)
 SUMS = 6 * PLANE  # backward: ten sums, RUN lanes each, behind the planes
 L0, L1, L2, L3, L4, L5, L6, L7, L8, L9 = (np.uint32(SUMS + i * RUN) for i in range(NUM_GRADS))
@@ -204,11 +207,11 @@ def composite(splats, tile_starts, pair_splat, tile_order, worker, workers, pict
                 _gather(splats, pair_splat, pair, min(pair + HAND, tile_starts[tile + 1]), hand)
             splat = hand[held]
             first_row, last_row, first_run, last_run = _touched_box(splat, top, left, rows, columns)
-            u, v, opacity = splat[U] - np.float32(left), splat[V], splat[OPACITY]
+            u, v = splat[U] - np.float32(left) + splat[U_REST], splat[V] - np.float32(top) + splat[V_REST]
             a, b, c = splat[CONIC_A], splat[CONIC_B], splat[CONIC_C]
-            red, green, blue, depth = splat[RED], splat[GREEN], splat[BLUE], splat[DEPTH]
+            red, green, blue, depth, opacity = splat[RED], splat[GREEN], splat[BLUE], splat[DEPTH], splat[OPACITY]
             for i in range(first_row, last_row):
-                dy = v - (np.float32(top + i) + HALF)
+                dy = v - (np.float32(i) + HALF)
                 for run in range(first_run, last_run):
                     start = np.uint32(i * TILE_PX + run * RUN) & RUN_MASK
                     u_run = u - np.float32(run * RUN)
@@ -271,15 +274,13 @@ def composite_backward(
                 _gather(splats, pair_splat, pair, min(pair + HAND, tile_starts[tile + 1]), hand)
             splat = hand[held]
             first_row, last_row, first_run, last_run = _touched_box(splat, top, left, rows, columns)
-            u, v, opacity = splat[U] - np.float32(left), splat[V], splat[OPACITY]
+            u, v = splat[U] - np.float32(left) + splat[U_REST], splat[V] - np.float32(top) + splat[V_REST]
             a, b, c = splat[CONIC_A], splat[CONIC_B], splat[CONIC_C]
-            red, green, blue, depth = splat[RED], splat[GREEN], splat[BLUE], splat[DEPTH]
+            red, green, blue, depth, opacity = splat[RED], splat[GREEN], splat[BLUE], splat[DEPTH], splat[OPACITY]
             acc[SUMS:] = ZERO
             for i in range(first_row, last_row):
-                dy = v - (np.float32(top + i) + HALF)
+                dy = v - (np.float32(i) + HALF)
                 for run in range(first_run, last_run):
-                    # The mask changes nothing but tells LLVM that the planes end before the sums, without which it
-                    # does not vectorise (4 times slower).
                     start = np.uint32(i * TILE_PX + run * RUN) & RUN_MASK
                     u_run = u - np.float32(run * RUN)
                     for lane in range(RUN):

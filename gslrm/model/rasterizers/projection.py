@@ -22,6 +22,8 @@ from .layout import (
     REACH_Y,
     RED,
     TILE_PX,
+    U_REST,
+    V_REST,
     U,
     V,
 )
@@ -130,14 +132,14 @@ def project(xyz, quaternion, scale, opacity, color, w2c, intrinsics, height, wid
     for g in range(start, stop):
         tiles[g, 0] = tiles[g, 1] = tiles[g, 2] = tiles[g, 3] = 0
         x, y, z = _to_camera(w2c, xyz, g)
-        rotation = _rotation(quaternion, g)
         o = np.float64(opacity[g])
         check = x + y + z + o + color[g, 0] + color[g, 1] + color[g, 2] + scale[g, 0] + scale[g, 1] + scale[g, 2]
-        if not math.isfinite(check + rotation[0][0] + rotation[1][0] + rotation[1][1]):
+        if not math.isfinite(check + quaternion[g, 0] + quaternion[g, 1] + quaternion[g, 2] + quaternion[g, 3]):
             broken += 1
             continue
         if z < NEAR_PLANE or z > FAR_PLANE or opacity[g] < MIN_ALPHA:
-            continue
+            continue  # before anything that costs: batches are padded with Gaussians that nobody sees
+        rotation = _rotation(quaternion, g)
         slope_x, _ = _clamped_slope(x / z, fx, cx, width)
         slope_y, _ = _clamped_slope(y / z, fy, cy, height)
         s00, s01, s11 = EPS_2D, 0.0, EPS_2D
@@ -161,6 +163,7 @@ def project(xyz, quaternion, scale, opacity, color, w2c, intrinsics, height, wid
         tiles[g, 0], tiles[g, 1] = _tile_range(u, reach_x, width)
         tiles[g, 2], tiles[g, 3] = _tile_range(v, reach_y, height)
         splats[g, U], splats[g, V] = u, v
+        splats[g, U_REST], splats[g, V_REST] = u - splats[g, U], v - splats[g, V]
         splats[g, CONIC_A], splats[g, CONIC_B], splats[g, CONIC_C] = s11 / det, -s01 / det, s00 / det
         splats[g, OPACITY] = opacity[g]
         splats[g, RED], splats[g, GREEN], splats[g, BLUE] = color[g, 0], color[g, 1], color[g, 2]
