@@ -43,6 +43,19 @@ def test_resizing_moves_the_cameras_with_the_pixels(tmp_path):
     assert torch.allclose(half.cameras.fxfycxcy, load_rig("mouse6").cameras(8).fxfycxcy[:2])
 
 
+def test_chosen_views_come_in_the_order_asked_for_and_the_rest_is_not_read(tmp_path):
+    write_sample(tmp_path / "s", make())
+    whole = read_sample(tmp_path / "s", with_depth=True)
+    for unread in (0, 1, 2, 4):
+        (tmp_path / "s" / "images" / f"cam_{unread:03d}.png").unlink()
+    some = read_sample(tmp_path / "s", views=[5, 3], with_depth=True)
+    assert torch.equal(some.rgba, whole.rgba[[5, 3]]) and torch.equal(some.depth, whole.depth[[5, 3]])
+    assert torch.equal(some.cameras.c2w, whole.cameras.c2w[[5, 3]])
+    assert some.view_names == [whole.view_names[5], whole.view_names[3]]
+    with pytest.raises(ValueError, match=r"has 6 views, there are no views \[6, -1\]"):
+        read_sample(tmp_path / "s", views=[6, 5, -1])
+
+
 def test_facelift_frames_without_view_names_load(tmp_path):
     write_sample(tmp_path / "s", make())
     path = tmp_path / "s" / "opencv_cameras.json"

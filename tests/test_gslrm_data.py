@@ -1,0 +1,292 @@
+"""Stage 2's data: views read, mixtures, augmentation, what depends on what. Random pictures of 16 pixels."""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+
+from gslrm.config import AugmentationConfig, CameraNoiseConfig, GSLRMConfig, check_config
+from gslrm.data.augmentation import jitter
+from gslrm.data.loading import build_datasets, build_loader
+from gslrm.data.mixing import MixedStepSampler, Part, mixed_key, window_length
+from gslrm.data.mouse_dataset import MouseViewDataset
+from gslrm.validation import prepare
+from multiview import sample as samples
+from multiview.cameras import Cameras
+from multiview.config import load_config
+from multiview.rig import RigMismatchError, load_rig
+from multiview.run import Distributed
+from multiview.sample import Sample, write_dataset_info, write_sample, write_split
+
+SIZE = 16
+
+
+def write_data(folder, num_samples: int, rig_name: str = "mouse6", first: int = 0):
+    rig = load_rig(rig_name)
+    own = rig.cameras(SIZE)
+    extra = Cameras.orbit(torch.tensor([25.0, 200.0]), torch.tensor([10.0, 40.0]), rig.distance, rig.focal, SIZE)
+    cameras = Cameras(torch.cat([own.c2w, extra.c2w]), torch.cat([own.fxfycxcy, extra.fxfycxcy]), SIZE, SIZE)
+    names = rig.view_names + [None, None]
+    for number in range(num_samples):
+        generator = torch.Generator().manual_seed(first + number)
+        rgba = torch.rand(len(names), 4, SIZE, SIZE, generator=generator)
+        rgba[:, 3] = (rgba[:, 3] > 0.5).float()
+        depth = (2.0 + 0.1 * torch.arange(8).view(-1, 1, 1, 1)).expand(-1, 1, SIZE, SIZE)
+        write_sample(folder / f"sample_{number}", Sample(f"s{number}", rgba, cameras, names, depth))
+    write_dataset_info(folder, rig)
+    write_split(folder / "train.txt", [folder / f"sample_{number}" for number in range(num_samples)])
+    return folder / "train.txt"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    return write_data(folder / "real", 3), write_data(folder / "synthetic", 4, first=100)
+
+
+OPTIONS = {"image_size": SIZE, "num_input_views": 3, "num_views": 5}
+
+
+# ---- only what is needed is read ------------------------------------------------------------------------------------
+
+
+def test_only_the_chosen_pictures_are_decoded(data, monkeypatch):
+    dataset = MouseViewDataset(data[0], random_views=True, with_depth=True, **OPTIONS)
+    read = []
+    for name in ("read_rgba", "_read_depth"):
+        plain = getattr(samples, name)
+        monkeypatch.setattr(samples, name, lambda path, plain=plain: read.append(path.stem) or plain(path))
+    for epoch in range(3):
+        read.clear()
+        item = dataset[epoch, 1]
+        chosen = [f"cam_{view:03d}" for view in item["index"][:, 0].tolist()]
+        assert read == chosen * 2  # colours, then depths
+
+
+def test_an_item_holds_the_views_it_names(data):
+    dataset = MouseViewDataset(data[0], random_views=True, with_depth=True, **OPTIONS)
+    item = dataset[4, 2]
+    whole = samples.read_sample(dataset.folders[2], with_depth=True)
+    views = item["index"][:, 0]
+    assert torch.equal(item["alpha"], whole.rgba[views, 3:]) and torch.equal(item["depth"], whole.depth[views])
+    assert torch.equal(item["c2w"], whole.cameras.c2w[views])
+    shown = item["alpha"].expand(-1, 3, -1, -1) == 1
+    assert torch.equal(item["image"][shown], whole.rgba[views, :3][shown]) and (item["image"][~shown] == 1).all()
+
+
+def test_cameras_are_read_once(data, monkeypatch):
+    from gslrm.data import mouse_dataset
+
+    calls, plain = [], mouse_dataset.read_cameras
+    monkeypatch.setattr(mouse_dataset, "read_cameras", lambda path: calls.append(path) or plain(path))
+    dataset = MouseViewDataset(data[0], **OPTIONS)
+    for epoch in range(3):
+        dataset[epoch, 0]
+    assert len(calls) == 1
+
+
+def test_too_few_views_are_refused(data):
+    with pytest.raises(ValueError, match="sample_0 has 8 views, 9 are needed"):
+        MouseViewDataset(data[0], image_size=SIZE, num_input_views=6, num_views=9)[0]
+    with pytest.raises(ValueError, match="num_input_views is 7.*6 views"):
+        MouseViewDataset(data[0], image_size=SIZE, num_input_views=7, num_views=8)
+
+
+# ---- mixing ---------------------------------------------------------------------------------------------------------
+
+
+def mixed_config(data, *overrides: str) -> GSLRMConfig:
+    return load_config(GSLRMConfig, None, [
+        f"training.dataset.dataset_path={data[0]}",
+        "training.dataset.mix=[{dataset_path: " + str(data[1]) + ", ratio: 0.7}]",
+        "training.dataset.num_views=5", "training.dataset.num_input_views=3", "validation.enabled=false",
+        f"model.image_tokenizer.image_size={SIZE}", "training.dataloader.num_workers=0",
+        "training.losses.lpips_loss_weight=0", "training.losses.perceptual_loss_weight=0", *overrides,
+    ])  # fmt: skip
+
+
+PARTS = (Part(11, 30, 30), Part(12, 7, 45), Part(13, 50, 25))
+
+
+def owner(index: int, parts=PARTS) -> int:
+    return [number for number, part in enumerate(parts) for _ in range(part.length)][index]
+
+
+def test_every_window_has_the_exact_proportions_in_an_order_of_its_own():
+    length = window_length((30, 45, 25))
+    assert length == 20 and window_length((30, 70)) == 10 and window_length((67, 33)) == 100
+    windows = []
+    for window in range(6):
+        keys = [mixed_key(5, PARTS, position) for position in range(window * length, (window + 1) * length)]
+        windows.append(tuple(owner(index) for _, index in keys))
+        assert Counter(windows[-1]) == {0: 6, 1: 9, 2: 5}
+    assert len(set(windows)) == 6
+
+
+def test_every_dataset_of_a_mixture_is_visited_whole_before_it_is_visited_again():
+    keys = [mixed_key(5, PARTS, position) for position in range(2000)]
+    start = 0
+    for number, part in enumerate(PARTS):
+        own = [(epoch, index - start) for epoch, index in keys if owner(index) == number]
+        for epoch in range(len(own) // part.length):
+            visit = own[epoch * part.length : (epoch + 1) * part.length]
+            assert sorted(visit) == [(epoch, index) for index in range(part.length)]
+        assert len(own) == 2000 * part.percent // 100
+        start += part.length
+
+
+def test_mixed_global_batches_depend_on_seed_and_step_only():
+    def batches(start, world_size, batch_size, seed=5):
+        ranks = [
+            list(MixedStepSampler(seed, PARTS, batch_size=batch_size, rank=rank, world_size=world_size, start=start,
+                                  stop=30))
+            for rank in range(world_size)
+        ]  # fmt: skip
+        return [sum(keys, []) for keys in zip(*ranks)]
+
+    whole = batches(0, 1, 6)
+    assert batches(0, 3, 2) == whole and batches(17, 2, 3) == whole[17:]  # other processes; resumed
+    assert batches(0, 1, 6, seed=6) != whole
+
+
+def test_a_mixture_loads_from_the_config(data):
+    config = mixed_config(data)
+    check_config(config)
+    dataset, _ = build_datasets(config, 0)
+    assert len(dataset) == 7 and dataset.rig.name == "mouse6"
+    item = dataset[2, 4]  # sample 1 of the second dataset
+    assert item["index"][:, 1].tolist() == [4] * 5
+    assert torch.equal(item["image"], dataset.datasets[1][2, 1]["image"])
+    own = dict.fromkeys(range(3), 0) | dict.fromkeys(range(3, 7), 1)
+    scenes = [int(batch["index"][0, 0, 1]) for batch in build_loader(
+        dataset, replace(config, training=replace(config.training, dataloader=replace(
+            config.training.dataloader, batch_size_per_gpu=1))), Distributed(), start=0, stop=20)]  # fmt: skip
+    assert Counter(own[scene] for scene in scenes) == {0: 6, 1: 14}
+    only, _ = build_datasets(config, 2)  # --overfit
+    assert isinstance(only, MouseViewDataset) and len(only) == 2 and only.list_file == data[0]
+
+
+def test_equal_keys_in_two_datasets_draw_differently(data):
+    config = mixed_config((data[0], data[0]), "training.dataset.random_view_selection=true")
+    dataset, _ = build_datasets(config, 0)
+    views = [[tuple(d[epoch, 0]["index"][:, 0].tolist()) for epoch in range(4)] for d in dataset.datasets]
+    assert views[0] != views[1]
+
+
+def test_a_dataset_of_another_rig_is_not_mixed_in(data, tmp_path):
+    other = write_data(tmp_path / "other", 1, "uniform6")
+    with pytest.raises(RigMismatchError, match=f"{other}.*does not go with.*{data[0]}"):
+        build_datasets(mixed_config((data[0], other)), 0)
+
+
+@pytest.mark.parametrize(
+    ("ratios", "message"),
+    [((0.125,), r"mix\[0\].ratio.*hundredths"), ((0.5, 0.0), r"mix\[1\].ratio"), ((0.6, 0.4), "add up to 1,")],
+)
+def test_ratios_that_cannot_hold_are_refused(data, ratios, message):
+    entries = ", ".join(f"{{dataset_path: {data[1]}, ratio: {ratio}}}" for ratio in ratios)
+    with pytest.raises(ValueError, match=message):
+        check_config(load_config(GSLRMConfig, None, [f"training.dataset.mix=[{entries}]"]))
+    with pytest.raises(ValueError, match="ratio"):
+        load_config(GSLRMConfig, None, ["training.dataset.mix=[{dataset_path: x}]"])
+
+
+# ---- augmentation ---------------------------------------------------------------------------------------------------
+
+
+def fixed(**ranges) -> AugmentationConfig:
+    values = {"brightness_range": 1.0, "contrast_range": 1.0, "saturation_range": 1.0, "cast_range": 1.0, **ranges}
+    return AugmentationConfig(enabled=True, **{name: [value, value] for name, value in values.items()})
+
+
+def test_each_colour_change_is_what_it_says():
+    rgba = torch.rand(3, 4, 8, 8, generator=torch.Generator().manual_seed(0)) * 0.5 + 0.2
+    rgb, alpha = rgba[:, :3], rgba[:, 3:]
+    mean = (rgb * alpha).sum() / (3 * alpha.sum())
+    grey = (0.299 * rgb[:, 0] + 0.587 * rgb[:, 1] + 0.114 * rgb[:, 2])[:, None]
+    for options, expected in (
+        ({}, rgb), ({"brightness_range": 1.1}, rgb * 1.1), ({"contrast_range": 0.5}, mean + 0.5 * (rgb - mean)),
+        ({"saturation_range": 0.0}, grey.expand_as(rgb)), ({"cast_range": 0.9}, rgb * 0.9),
+        ({"brightness_range": 9.0}, torch.ones_like(rgb)),
+    ):  # fmt: skip
+        changed = jitter(rgba, fixed(**options), torch.Generator())
+        assert torch.allclose(changed[:, :3], expected, atol=1e-6) and torch.equal(changed[:, 3:], alpha)
+
+
+def test_one_draw_of_colours_serves_all_views():
+    rgba = torch.rand(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).expand(4, -1, -1, -1)
+    wide = {name: [0.5, 1.5] for name in ("brightness_range", "contrast_range", "saturation_range", "cast_range")}
+    one = jitter(rgba, AugmentationConfig(True, **wide), torch.Generator().manual_seed(1))
+    two = jitter(rgba, AugmentationConfig(True, **wide), torch.Generator().manual_seed(2))
+    assert all(torch.equal(view, one[0]) for view in one) and not torch.equal(one, two)
+
+
+def noisy_dataset(list_file, **options) -> MouseViewDataset:
+    noise = CameraNoiseConfig(rotation_deg=1.0, translation=0.02, pixels=0.5)
+    return MouseViewDataset(list_file, augmentation=replace(fixed(), camera_noise=noise), **{**OPTIONS, **options})
+
+
+@pytest.mark.parametrize("target_has_input", [True, False])
+def test_noisy_cameras_are_told_and_true_ones_rendered(data, target_has_input):
+    options = {"target_has_input": target_has_input, "with_depth": True}
+    plain = MouseViewDataset(data[0], **OPTIONS, **options)[3, 1]
+    item = noisy_dataset(data[0], **options)[3, 1]
+    told, true = (prepare({k: v[None] for k, v in x.items()}, 3, torch.device("cpu")) for x in (item, plain))
+    assert torch.allclose(told.images, true.images, atol=1e-6) and torch.equal(told.masks, true.masks)
+    assert torch.allclose(told.targets.rgb, true.targets.rgb, atol=1e-6)
+    assert torch.equal(told.targets.alpha, true.targets.alpha)
+    assert torch.equal(told.target_cameras.c2w, true.target_cameras.c2w)
+    assert torch.equal(told.target_cameras.fxfycxcy, true.target_cameras.fxfycxcy)
+    shift = (told.cameras.origins - true.cameras.origins).norm(dim=-1)
+    assert (shift > 0).all() and shift.max() < 0.2 and len(set(shift[0].tolist())) == 3  # every camera its own
+    assert not torch.equal(told.cameras.fxfycxcy, true.cameras.fxfycxcy)
+    views = item["index"][:, 0].tolist()
+    assert views == plain["index"][:, 0].tolist() + (views[:3] if target_has_input else [])
+    assert all(len(item[name]) == len(views) for name in ("image", "alpha", "depth", "c2w", "fxfycxcy"))
+
+
+def test_camera_noise_depends_on_seed_epoch_and_index_and_is_off_without_augmentation(data):
+    first = noisy_dataset(data[0])[3, 1]["c2w"]
+    assert torch.equal(noisy_dataset(data[0])[3, 1]["c2w"], first)
+    for other in (noisy_dataset(data[0])[4, 1], noisy_dataset(data[0])[3, 2], noisy_dataset(data[0], seed=1)[3, 1]):
+        assert not torch.equal(other["c2w"], first)
+    off = replace(noisy_dataset(data[0]).augmentation, enabled=False)
+    assert len(MouseViewDataset(data[0], augmentation=off, **OPTIONS)[3, 1]["image"]) == 5
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("camera_noise.rotation_deg=-1", "camera_noise.rotation_deg is a standard deviation"),
+        ("brightness_range=[1.1,0.9]", r"brightness_range must be \[low, high\]"),
+        ("cast_range=[1.0]", r"cast_range must be \[low, high\]"),
+    ],
+)
+def test_augmentation_that_makes_no_sense_is_refused(override, message):
+    with pytest.raises(ValueError, match=message):
+        check_config(load_config(GSLRMConfig, None, [f"training.dataset.augmentation.{override}"]))
+
+
+# ---- view sampling --------------------------------------------------------------------------------------------------
+
+
+def test_random_views_with_overlap_stay_near_an_input(data):
+    dataset = MouseViewDataset(data[0], random_views=True, maximize_view_overlap=True, image_size=SIZE,
+                               num_input_views=2, num_views=4)  # fmt: skip
+    seen = set()
+    for epoch in range(8):
+        item = dataset[epoch, 0]
+        position = torch.nn.functional.normalize(item["c2w"][:, :3, 3], dim=-1)
+        assert ((position @ position[:2].T).amax(1) >= 0.5 - 1e-6).all()
+        assert len(set(item["index"][:, 0].tolist())) == 4
+        seen.add(tuple(item["index"][:2, 0].tolist()))
+    assert len(seen) > 3
+
+
+@pytest.mark.parametrize("name", ["white", "gray", "black"])
+def test_backgrounds(data, name):
+    item = MouseViewDataset(data[0], background=name, **OPTIONS)[0]
+    value = {"white": 1.0, "gray": 0.5, "black": 0.0}[name]
+    assert (item["background"] == value).all()
+    assert (item["image"][item["alpha"].expand(-1, 3, -1, -1) == 0] == value).all()
