@@ -18,6 +18,7 @@ from multiview.cameras import Cameras
 from multiview.checkpoint import load_checkpoint, load_strict
 from multiview.config import config_to_dict, load_config
 from multiview.rig import load_rig
+from tests import oracle_gslrm
 
 GOLDEN = Path(__file__).parent / "golden" / "gslrm_small"
 CHECKPOINT = GOLDEN / "ckpt_0000000000000007.pt"
@@ -49,6 +50,21 @@ def posed_views(num_views=3, size=16, batch=1, seed=0):
     cameras = Cameras.orbit(azimuths, torch.full_like(azimuths, 20.0), 2.7, 1.07, size)
     stacked = Cameras(cameras.c2w.expand(batch, -1, -1, -1), cameras.fxfycxcy.expand(batch, -1, -1), size, size)
     return images, stacked
+
+
+def spread(model: GSLRM) -> GSLRM:
+    """Weights ten times the initial ones, so that the output's values differ."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(10.0)
+    return model
+
+
+def rows_of(gaussians) -> torch.Tensor:
+    """[b, n, D]: xyz, SH, log-scale, rotation, opacity."""
+    fields = ("xyz", "features", "scaling", "rotation", "opacity")
+    return torch.cat([getattr(gaussians, name).flatten(2) for name in fields], dim=-1)
 
 
 # ---- the golden checkpoint ------------------------------------------------------------------------------------------
@@ -156,6 +172,79 @@ def test_optimizer_groups_are_facelifts():
 # ---- input variants -------------------------------------------------------------------------------------------------
 
 
+AUGMENTED = {"use_custom_plucker": False, "use_aug_plucker": True, "in_channels": 12}
+PLAIN = {"use_custom_plucker": False}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {"use_aug_plucker": True},  # custom takes precedence
+        {"depth_preact_bias": 1.5},
+        {"depth_min": 1.0, "depth_max": 4.0, "depth_reference_origin": True},  # of plain input only
+        {"add_refsrc_marker": True},
+        {"hard_pixelalign": False},
+        {"gaussians": {"sh_degree": 1, "n_gaussians": 0}},
+        {"gaussians": {"sh_degree": 2, "n_gaussians": 5, "scaling_modifier": 0.5}},
+        {"gaussians": {"sh_degree": 3}},
+        AUGMENTED,
+        {**AUGMENTED, "add_refsrc_marker": True, "gaussians": {"n_gaussians": 1}},
+        PLAIN,
+        {**PLAIN, "depth_min": 1.0, "depth_max": 4.0},
+        {**PLAIN, "depth_min": 1.0},  # needs both
+        {**PLAIN, "depth_reference_origin": True, "depth_preact_bias": -0.7},
+        {**PLAIN, "hard_pixelalign": False},
+    ],
+    ids=str,
+)
+def test_every_flag_follows_the_formulas(flags):
+    torch.manual_seed(0)
+    model = spread(GSLRM(tiny(**flags)))
+    images, cameras = posed_views()
+    output = model(images, cameras)
+    rows = rows_of(output.gaussians)[0]
+    expected = oracle_gslrm.gaussians(model, images[0], cameras[0])
+    assert rows.shape == expected.shape and output.n_free == model.config.gaussians.n_gaussians
+    assert expected.std(0).min() > 0.01
+    assert ((rows - expected).abs() / (1 + expected.abs())).max() < 2e-5
+
+
+@pytest.mark.parametrize("flags", [{}, {"hard_pixelalign": False}], ids=str)
+def test_clipping_moves_image_gaussians_that_lie_on_their_rays_alone(flags):
+    torch.manual_seed(0)
+    model = spread(GSLRM(tiny(clip_xyz=True, **flags)))
+    with torch.no_grad():
+        model.gaussian_upsampler.linear.weight *= 20.0
+    images, cameras = posed_views()
+    free, clipped, whole = 2, model(images, cameras, clip_xyz=True), model(images, cameras)
+    assert whole.gaussians.xyz[:, :free].abs().max() > 1 and whole.pixel_xyz.abs().max() > 1
+    assert torch.equal(clipped.gaussians.xyz[:, :free], whole.gaussians.xyz[:, :free])
+    expected = whole.pixel_xyz if flags else whole.pixel_xyz.clamp(-1, 1)
+    assert torch.equal(clipped.pixel_xyz, expected)
+
+
+@pytest.mark.parametrize("num_views", [1, 2, 4, 6, 9])
+def test_any_number_of_views_follows_the_formulas(num_views):
+    torch.manual_seed(0)
+    model = spread(GSLRM(tiny(add_refsrc_marker=True)))
+    images, cameras = posed_views(num_views)
+    rows = rows_of(model(images, cameras).gaussians)[0]
+    assert rows.shape[0] == 2 + num_views * 256
+    assert (rows - oracle_gslrm.gaussians(model, images[0], cameras[0])).abs().max() < 2e-5
+
+
+def test_pictures_need_not_be_square_nor_cameras_centred():
+    torch.manual_seed(0)
+    model = spread(GSLRM(tiny()))
+    _, square = posed_views()
+    shift = torch.tensor([1.3, -2.1, 3.7, 0.4])
+    cameras = Cameras(square.c2w, square.fxfycxcy + shift, 16, 24)
+    images = torch.rand(1, 3, 3, 16, 24)
+    rows = rows_of(model(images, cameras).gaussians)[0]
+    assert (rows - oracle_gslrm.gaussians(model, images[0], cameras[0])).abs().max() < 2e-5
+
+
 def test_ray_channels_of_the_three_inputs():
     images, cameras = posed_views()
     origins, directions = (ray[0, 1, 4, 7] for ray in cameras.rays())
@@ -213,15 +302,42 @@ def test_markers_tell_view_zero_from_the_others():
     assert (before - after).abs().max() > 1e-4
 
 
-def test_any_number_of_views_and_scaling_modifier():
+def test_scaling_modifier_multiplies_every_scale():
     model = GSLRM(tiny())
-    for num_views in (2, 5):
-        output = model(*posed_views(num_views))
-        assert output.gaussians.xyz.shape == (1, 2 + num_views * 256, 3)
     doubled = GSLRM(tiny(gaussians={"scaling_modifier": 2.0}))
     doubled.load_state_dict(model.state_dict())
     difference = doubled(*posed_views()).gaussians.scaling - model(*posed_views()).gaussians.scaling
     assert torch.allclose(difference, torch.full_like(difference, math.log(2.0)), atol=1e-6)
+
+
+def test_inference_gives_the_numbers_of_training(monkeypatch):
+    """Without gradients linear layers go through oneDNN's layout, unless something is wrapped around them."""
+    torch.manual_seed(0)
+    model = spread(GSLRM(tiny()))
+    images, cameras = posed_views()
+    expected = rows_of(model(images, cameras).gaussians)
+    calls, original = [], torch.Tensor.to_mkldnn
+    monkeypatch.setattr(torch.Tensor, "to_mkldnn", lambda x: calls.append(1) or original(x))
+    with torch.no_grad():
+        assert (rows_of(model(images, cameras).gaussians) - expected).abs().max() < 1e-5
+        used = len(calls)
+        assert used == (3 * 2 if torch.backends.mkldnn.is_available() else 0)
+        for layer in model.transformer_layers:
+            layer.attn.fc = Wrapped(layer.attn.fc)
+        assert (rows_of(model(images, cameras).gaussians) - expected).abs().max() < 1e-5
+    assert len(calls) - used == used * 2 // 3
+
+
+class Wrapped(torch.nn.Module):
+    """As an adapter library wraps a layer."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        assert not x.is_mkldnn
+        return self.layer(x)
 
 
 def test_gradient_checkpointing_changes_nothing():
@@ -275,6 +391,11 @@ def test_model_config_survives_the_sidecar():
 def test_wrong_channel_count_is_refused():
     with pytest.raises(ValueError, match="in_channels must be 12"):
         GSLRM(tiny(use_custom_plucker=False, use_aug_plucker=True))
+
+
+def test_negative_margin_is_refused():
+    with pytest.raises(ValueError, match="prune_margin_px must be at least 0, got -1"):
+        GSLRM(tiny(prune_margin_px=-1))
 
 
 def test_mouse6_cameras_work_as_input():

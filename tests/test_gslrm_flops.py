@@ -19,7 +19,6 @@ def config_of(**changes) -> ModelConfig:
 
 
 @pytest.mark.parametrize("free, degree, num_views", [(2, 0, 3), (0, 1, 2), (5, 3, 1)])
-@torch.no_grad()
 def test_count_is_what_torch_counts(free, degree, num_views):
     config = config_of(gaussians=GaussiansConfig(n_gaussians=free, sh_degree=degree))
     azimuths = torch.arange(num_views) * 60.0

@@ -96,6 +96,8 @@ class GSLRM(nn.Module):
                 f"model.image_tokenizer.in_channels must be {expected_channels} for the chosen ray input, "
                 f"got {config.image_tokenizer.in_channels}"
             )
+        if config.prune_margin_px < 0:
+            raise ValueError(f"model.prune_margin_px must be at least 0, got {config.prune_margin_px}")
         self.num_sh = (config.gaussians.sh_degree + 1) ** 2
         self.num_values = 3 + 3 * self.num_sh + 3 + 4 + 1
 

@@ -26,10 +26,12 @@ class Attention(nn.Module):
 
     def forward(self, tokens: Tensor, lengths: list[int]) -> Tensor:
         """tokens: [T, d], the sequences of all samples one after the other; lengths: of each. Samples do not mix."""
-        qkv = self.to_qkv(tokens).unflatten(-1, (3, -1, self.d_head))  # [T, 3, heads, d_head]
+        qkv = run_linear(self.to_qkv, tokens).unflatten(-1, (3, -1, self.d_head))  # [T, 3, heads, d_head]
         if len(set(lengths)) == 1:
-            return self.fc(attend(qkv.unflatten(0, (len(lengths), lengths[0]))))
-        return self.fc(torch.cat([attend(sequence[None]) for sequence in qkv.split(lengths)]))
+            attended = attend(qkv.unflatten(0, (len(lengths), lengths[0])))
+        else:
+            attended = torch.cat([attend(sequence[None]) for sequence in qkv.split(lengths)])
+        return run_linear(self.fc, attended)
 
 
 def attend(qkv: Tensor) -> Tensor:
@@ -45,7 +47,28 @@ class MLP(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(d, 4 * d, bias=False), nn.GELU(), nn.Linear(4 * d, d, bias=False))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.mlp(tokens)
+        return run_linear(self.mlp, tokens)
+
+
+def run_linear(layers: nn.Linear | nn.Sequential, tokens: Tensor) -> Tensor:
+    """`layers(tokens)`, tokens [T, d].
+
+    Inference in float32 on a CPU goes through oneDNN's layout: the same products, rounded differently, at up to twice
+    the speed of the default library. Only for torch's own layers: an adapter around one runs as it is.
+    """
+    parts = layers if isinstance(layers, nn.Sequential) else (layers,)
+    if (
+        tokens.device.type == "cpu"
+        and tokens.dtype == torch.float32
+        and len(tokens) > 0
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and torch.backends.mkldnn.is_available()
+        and all(type(part) in (nn.Linear, nn.GELU) for part in parts)
+    ):
+        return layers(tokens.to_mkldnn()).to_dense()
+    return layers(tokens)
 
 
 class TransformerBlock(nn.Module):
