@@ -91,14 +91,22 @@ def logged(folder, name="loss", split="train") -> list[float]:
     return [line[name] for line in lines if line["split"] == split]
 
 
-def run_script(*arguments, torchrun: int = 0) -> subprocess.Popen:
-    launcher = [sys.executable, "train_gslrm.py"]
+def run_script(
+    *arguments: str, torchrun: int = 0, script: str = "train_gslrm.py", file_limit_bytes: int | None = None
+) -> subprocess.Popen:
+    """The training command (or a script around it) in a process of its own, or `torchrun` of them.
+
+    file_limit_bytes: no file may grow beyond this, as if the disk were full.
+    """
+    launcher = [sys.executable, script]
     if torchrun:
         launcher = [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(torchrun),
-            "train_gslrm.py",
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(torchrun), script
         ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if file_limit_bytes is not None:
+        launcher = ["bash", "-c", f'ulimit -f {file_limit_bytes // 1024}; exec "$@"', "limited", *launcher]
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     return subprocess.Popen(
         [*launcher, *arguments], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
