@@ -1,133 +1,82 @@
-"""Times of the rasterizer and of the GS-LRM with random weights: medians, as a Markdown table.
+"""Times of the rasterizer and the GS-LRM with random weights, beside plain PyTorch versions in the same run.
 
-Wall times; run it on a quiet machine. Scenes: `trained-like` is an ellipsoid shell of mostly opaque splats of about one
-point spacing, `untrained` is uniform in +-0.6 with scale 0.1 and opacity logit -2.
+  rasterizer  forward and backward beside a tiled rasterizer in plain PyTorch (benchmarks/peer_rasterizer.py)
+  gslrm       the network beside the same one written with plain torch modules (benchmarks/peer_gslrm.py)
+  tokens      dense against pruned, by the share of each view that the animal covers
+  training    a whole training step, with and without gradient checkpointing
+  rendering   the input views of one reconstruction
+
+Wall times: `median (first to third quartile)` after one run that warms up. Ratios are of runs that took turns, so they
+hold on a busy machine too; milliseconds need a quiet one. demo is the demo model's size (runs on a CPU), full is
+FaceLift's (d 1024, 24 layers, six views of 512 px: for a GPU, in bfloat16).
 """
 
 import argparse
-import statistics
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from chain.flags import positive
 from multiview.run import main_guard
 
-SCENES = {"demo": ((20_000, 128), (100_000, 128), (100_000, 256)), "full": ((100_000, 256), (400_000, 512))}
+PARTS = ("rasterizer", "gslrm", "tokens", "training", "rendering")
 
 
-def parse_arguments() -> argparse.Namespace:
+def parts(text: str) -> tuple[str, ...]:
+    chosen = tuple(part.strip() for part in text.split(",") if part.strip())
+    unknown = [part for part in chosen if part not in PARTS]
+    if unknown or not chosen:
+        raise argparse.ArgumentTypeError(f"must be one or more of {', '.join(PARTS)}, got {text!r}")
+    return chosen
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=("demo", "full"), default="demo", help="sizes (default: demo)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
-    parser.add_argument("--repeats", type=int, default=9, help="timed runs after one that warms up (default: 9)")
-    return parser.parse_args()
-
-
-def main() -> None:
-    arguments = parse_arguments()
-    import torch
-
-    from multiview.run import resolve_device
-
-    device = resolve_device(arguments.device)
-    print(f"{device}, torch {torch.__version__}, {torch.get_num_threads()} threads, median of {arguments.repeats}\n")
-    print("| what | forward, ms | forward + backward, ms |\n|---|---|---|")
-    for name, make in (("trained-like", trained_like), ("untrained", untrained)):
-        for count, size in SCENES[arguments.preset]:
-            forward, both = time_rasterizer(make(count).to(device), size, arguments.repeats)
-            print(f"| rasterizer, {name}, {count // 1000}k at {size} px | {forward:.0f} | {both:.0f} |")
-    name, forward, both = time_gslrm(arguments.preset, device, arguments.repeats)
-    print(f"| {name} | {forward:.0f} | {both:.0f} |")
-
-
-def median_ms(run, device, repeats: int) -> float:
-    import torch
-
-    times = []
-    for _ in range(repeats + 1):
-        started = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    return 1e3 * statistics.median(times[1:])
-
-
-def trained_like(count: int):
-    import torch
-
-    from gslrm.model.gaussians import Gaussians
-
-    g = torch.Generator().manual_seed(0)
-    direction = torch.nn.functional.normalize(torch.randn(1, count, 3, generator=g), dim=-1)
-    return Gaussians(
-        xyz=direction * torch.tensor([0.3, 0.6, 0.3]) + 0.005 * torch.randn(1, count, 3, generator=g),
-        features=torch.randn(1, count, 1, 3, generator=g),
-        scaling=torch.full((1, count, 3), (1.8 / count) ** 0.5).log() + 0.4 * torch.randn(1, count, 3, generator=g),
-        rotation=torch.randn(1, count, 4, generator=g),
-        opacity=1.5 + 1.5 * torch.randn(1, count, 1, generator=g),
+    parser.add_argument(
+        "--what", type=parts, default=PARTS, metavar="PART[,PART...]", help=f"(default: {','.join(PARTS)})"
     )
+    parser.add_argument("--repeats", type=positive, default=9, help="timed runs after one that warms up (default: 9)")
+    parser.add_argument("--compile", action="store_true", help="network and training also under torch.compile")
+    parser.add_argument("--no_memory", action="store_true", help="leave peak memory out (CPU: a process per figure)")
+    parser.add_argument("--output", type=Path, help="JSON file to write; the table goes beside it as .md")
+    return parser.parse_args(arguments)
 
 
-def untrained(count: int):
-    import torch
+def main(arguments: list[str] | None = None) -> None:
+    options = parse_arguments(arguments)
+    from benchmarks.presets import PRESETS, measure
+    from benchmarks.report import describe_machine
+    from multiview.run import git_hash, resolve_device
 
-    from gslrm.model.gaussians import Gaussians
-
-    g = torch.Generator().manual_seed(0)
-    return Gaussians(
-        xyz=torch.rand(1, count, 3, generator=g) * 1.2 - 0.6,
-        features=torch.randn(1, count, 1, 3, generator=g),
-        scaling=torch.full((1, count, 3), 0.1).log(),
-        rotation=torch.randn(1, count, 4, generator=g),
-        opacity=torch.full((1, count, 1), -2.0),
-    )
-
-
-def time_rasterizer(gaussians, size: int, repeats: int) -> tuple[float, float]:
-    import torch
-
-    from gslrm.model.gaussians_renderer import render
-    from multiview.cameras import Cameras
-
-    cameras = Cameras.turntable(6, size)[None, :1].to(gaussians.device)
-    leaves = gaussians.map(lambda tensor: tensor.clone().requires_grad_())
-
-    def backward() -> None:
-        output = render(leaves, cameras)
-        (output.rgb.sum() + output.alpha.sum()).backward()
-
-    with torch.no_grad():
-        forward = median_ms(lambda: render(gaussians, cameras), gaussians.device, repeats)
-    return forward, median_ms(backward, gaussians.device, repeats)
+    device = resolve_device(options.device)
+    header = {
+        "preset": options.preset, "repeats": options.repeats, "git": git_hash(), **describe_machine(device)
+    }  # fmt: skip
+    text = ", ".join(f"{key} {value}" for key, value in header.items()) + "\n"
+    print(text)
+    tables = []
+    for what in options.what:
+        table = measure(
+            what, PRESETS[options.preset], device, options.repeats,
+            compile=options.compile, memory=not options.no_memory,
+        )  # fmt: skip
+        print(table.markdown(), flush=True)
+        tables.append(table)
+    if options.output:
+        write_results(options.output, header, text, tables)
 
 
-def time_gslrm(preset: str, device, repeats: int) -> tuple[str, float, float]:
-    """The demo's network, or FaceLift's, on six views of one scene, nothing pruned."""
-    import torch
+def write_results(path: Path, header: dict, text: str, tables: list) -> None:
+    """The same tables as JSON and as Markdown."""
+    from multiview.checkpoint import atomic_write, write_json
 
-    from gslrm.config import ImageTokenizerConfig, ModelConfig, TransformerConfig
-    from gslrm.model.gslrm import GSLRM
-    from multiview.rig import load_rig
-
-    size, d, layers = (128, 256, 6) if preset == "demo" else (512, 1024, 24)
-    config = ModelConfig(
-        image_tokenizer=ImageTokenizerConfig(image_size=size), transformer=TransformerConfig(d=d, n_layer=layers)
-    )
-    model = GSLRM(config, grad_checkpoint_every=1 if preset == "full" else 0).to(device)
-    images, cameras = torch.rand(1, 6, 3, size, size, device=device), load_rig("mouse6").cameras(size)[None].to(device)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-
-    def run() -> torch.Tensor:
-        with torch.autocast(device.type, dtype=dtype, enabled=device.type == "cuda"):
-            return model(images, cameras).gaussians.xyz.square().mean()
-
-    with torch.no_grad():
-        forward = median_ms(run, device, repeats)
-    name = f"GS-LRM d {d}, {layers} layers, six views of {size} px"
-    return name, forward, median_ms(lambda: run().backward(), device, repeats)
+    write_json(path, {**header, "tables": [table.to_dict() for table in tables]})
+    with atomic_write(path.with_suffix(".md")) as temporary:
+        temporary.write_text("\n".join([text, *(table.markdown() for table in tables)]))
+    print(f"{path}, {path.with_suffix('.md')}")
 
 
 if __name__ == "__main__":

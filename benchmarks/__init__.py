@@ -1,0 +1,1 @@
+"""What scripts/benchmark.py measures; imported by that script and by tests only."""

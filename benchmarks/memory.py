@@ -1,0 +1,69 @@
+"""Peak memory of one run of a case.
+
+On a GPU: what torch allocated at most beyond what was there before the run. On the CPU: by how much the process grew at
+most, in a fresh process (Linux only: the kernel's high-water mark is reset between the warm-up and the run).
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks.cases import NetworkCase
+
+ROOT = Path(__file__).resolve().parent.parent
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+RESET_HIGH_WATER = "5"
+
+
+def peak_memory(case: NetworkCase, device: torch.device) -> float | None:
+    """Bytes that one run of `case` needs at most beside weights and inputs; None where it cannot be measured."""
+    if device.type == "cuda":
+        run = case.build(device)
+        run()
+        gc.collect()
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        return float(torch.cuda.max_memory_allocated(device) - before)
+    if not STATUS.is_file():
+        return None
+    # Large blocks straight from the kernel, so that what is freed does not stay with the process.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "benchmarks.memory", json.dumps(case.to_dict()), str(torch.get_num_threads())]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"measuring the memory of {case} failed:\n{done.stderr}")
+    return float(done.stdout)
+
+
+def grown_by(run) -> float:
+    """Bytes by which this process grows at most while `run()` runs once more after warming up."""
+    run()
+    gc.collect()
+    CLEAR.write_text(RESET_HIGH_WATER)
+    before = _status_bytes("VmRSS")
+    run()
+    return max(0.0, _status_bytes("VmHWM") - before)
+
+
+def _status_bytes(name: str) -> float:
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(name + ":"))
+    return 1024.0 * int(line.split()[1])
+
+
+def main() -> None:
+    torch.set_num_threads(int(sys.argv[2]))
+    case = NetworkCase.from_dict(json.loads(sys.argv[1]))
+    print(grown_by(case.build(torch.device("cpu"))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""Wall times and the machine's matrix rate.
+
+What is compared runs in turn (a, b, a, b, ...), so that other work on a shared machine slows both alike, and a ratio is
+the median of the ratios of neighbours.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+MATRIX_SIDE = {"cpu": 1536, "cuda": 8192}  # large enough to reach the rate, small enough for a second
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of `repeats` runs after the one that warmed up."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    def to_dict(self) -> dict:
+        """Milliseconds, for JSON."""
+        low, high = quartiles(self.seconds)
+        return {
+            "median_ms": 1e3 * self.median, "quartile_ms": [1e3 * low, 1e3 * high],
+            "lowest_ms": 1e3 * min(self.seconds), "repeats": len(self.seconds),
+        }  # fmt: skip
+
+
+def quartiles(values: tuple[float, ...]) -> tuple[float, float]:
+    """First and third quartile; of a single value that value twice."""
+    if len(values) == 1:
+        return values[0], values[0]
+    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
+    return first, third
+
+
+def time_in_turn(runs: list[Callable[[], object]], device: torch.device, repeats: int) -> list[Timing]:
+    """Times of all `runs`, one after the other in each of `repeats` rounds, after a round that warms up."""
+    seconds: list[list[float]] = [[] for _ in runs]
+    for turn in range(repeats + 1):
+        for number, run in enumerate(runs):
+            synchronize(device)
+            started = time.perf_counter()
+            run()
+            synchronize(device)
+            if turn:
+                seconds[number].append(time.perf_counter() - started)
+    return [Timing(tuple(values)) for values in seconds]
+
+
+def ratio(slow: Timing, fast: Timing) -> float:
+    """Median over the rounds of slow / fast: how many times faster `fast` is."""
+    return statistics.median(a / b for a, b in zip(slow.seconds, fast.seconds))
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def matrix_dtype(device: torch.device) -> torch.dtype:
+    """What the networks compute in here: bfloat16 on a GPU, float32 on the CPU."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def matrix_rate(device: torch.device, repeats: int, side: int | None = None) -> float:
+    """Operations per second of a large square matrix product in `matrix_dtype`; a multiply-add counts 2."""
+    side = side or MATRIX_SIDE[device.type]
+    a, b = (torch.randn(side, side, device=device, dtype=matrix_dtype(device)) for _ in range(2))
+    with torch.no_grad():
+        timing = time_in_turn([lambda: a @ b], device, repeats)[0]
+    return 2 * side**3 / timing.median
