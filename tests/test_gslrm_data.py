@@ -1,5 +1,6 @@
 """Stage 2's data: views read, mixtures, augmentation, what depends on what. Random pictures of 16 pixels."""
 
+import json
 from collections import Counter
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ from gslrm.data.augmentation import jitter
 from gslrm.data.loading import build_datasets, build_loader
 from gslrm.data.mixing import MixedStepSampler, Part, mixed_key, window_length
 from gslrm.data.mouse_dataset import MouseViewDataset
+from gslrm.training import train
 from gslrm.validation import prepare
 from multiview import sample as samples
 from multiview.cameras import Cameras
@@ -290,3 +292,29 @@ def test_backgrounds(data, name):
     value = {"white": 1.0, "gray": 0.5, "black": 0.0}[name]
     assert (item["background"] == value).all()
     assert (item["image"][item["alpha"].expand(-1, 3, -1, -1) == 0] == value).all()
+
+
+# ---- all of it in training ------------------------------------------------------------------------------------------
+
+
+def test_a_resumed_run_on_a_mixture_with_noisy_cameras_and_masked_losses_takes_the_same_steps(data, tmp_path):
+    config = mixed_config(
+        data, "training.runtime.device=cpu", "model.transformer.d=16", "model.transformer.d_head=8",
+        "model.transformer.n_layer=1", "model.prune_background_tokens=true",
+        "training.dataset.augmentation.enabled=true", "training.dataset.random_view_selection=true",
+        "training.dataset.augmentation.camera_noise.rotation_deg=1.0", "training.losses.masked_l2_loss=true",
+        "training.losses.masked_ssim_loss=true", "training.losses.masked_pointsdist_loss=true",
+        "training.losses.pointsdist_loss_weight=0.1", "training.losses.pixelalign_loss_weight=0.1",
+        f"training.checkpointing.checkpoint_dir={tmp_path}", "training.checkpointing.checkpoint_every=2",
+        "training.schedule.max_fwdbwd_passes=4", "training.logging.print_every=1",
+    )  # fmt: skip
+
+    def logged() -> list[list[float]]:
+        train(config)
+        lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+        return [[line[name] for name in ("loss", "l2", "ssim", "pointsdist", "pixelalign")] for line in lines]
+
+    whole = logged()
+    for path in tmp_path.glob("ckpt_*0004.pt*"):
+        path.unlink()  # as if killed after pass 2
+    assert logged() == whole and len(whole) == 4

@@ -179,7 +179,8 @@ class MouseViewDataset(Dataset):
     ) -> tuple[Cameras, Tensor, Tensor]:
         """Camera noise: cameras [m] as the model is told them, which of the n views each one shows [m], the targets.
 
-        Pictures are rendered with true cameras: an input that is also a target comes a second time, at the end.
+        Pictures are rendered with true cameras: an input that is also a target comes a second time, at the end. Losses
+        on rays (pixel-align, direct) go with the rays that the model was told.
         """
         n, num_inputs = len(cameras), self.num_input_views
         told = perturb(cameras[:num_inputs], **self.camera_noise, generator=generator)
