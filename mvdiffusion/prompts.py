@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 COLOUR_FILE, NORMAL_FILE, METADATA_FILE = "clr_embeds.pt", "normal_embeds.pt", "metadata.json"
 TRACKED_FOLDER = "mvdiffusion/data/mouse_prompt_embeds_6view"
 TOKENS = 77
+# From here on two views are nearly the same to the text encoder (FaceLift's own front and back: 0.979).
+NEARLY_THE_SAME = 0.975
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,22 @@ def encode_prompts(prompts: list[str], tokenizer: CLIPTokenizer, text_encoder: C
     tokens = tokenizer(prompts, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
     with torch.no_grad():
         return text_encoder(tokens.input_ids)[0].float()
+
+
+def view_similarity(tensor: Tensor) -> Tensor:
+    """[n, 77, width] -> [n, n]: cosine between two views' whole token sequences, which is what cross-attention gets.
+
+    Its scale is set by what the prompts share: the words around the view's name and the padding make 0.7 to 0.9.
+    """
+    flat = torch.nn.functional.normalize(tensor.double().flatten(1), dim=-1)
+    return (flat @ flat.T).float()
+
+
+def alike_views(similarity: Tensor, names: list[str], threshold: float = NEARLY_THE_SAME) -> list[str]:
+    """`front and back 0.979` for each pair of views at or above the threshold, the most alike first."""
+    pairs = [(float(similarity[i, j]), i, j) for i in range(len(names)) for j in range(i)]
+    pairs = sorted((pair for pair in pairs if pair[0] >= threshold), reverse=True)
+    return [f"{names[j]} and {names[i]} {value:.3f}" for value, i, j in pairs]
 
 
 def text_encoder_fingerprint(folder: Path | str) -> str:
@@ -91,6 +109,11 @@ def write_prompt_embeds(
         },
         "shape": list(embeddings[COLOUR_FILE].shape),
         "dtype": "float16",
+        "similarity": {
+            "measure": "cosine of two views' token sequences",
+            "views": rig.view_names,
+            "matrix": [[round(value, 3) for value in row] for row in view_similarity(embeddings[COLOUR_FILE]).tolist()],
+        },
     }
     write_json(folder / METADATA_FILE, metadata)
     return metadata
@@ -127,11 +150,6 @@ def load_prompt_embeds(path: Path | str, rig: ViewRig | None = None) -> PromptEm
         raise RigMismatchError(
             f"prompt embeddings {path} describe {len(tensor)} views, rig {rig.name} has {rig.num_views}; make new: "
             f"python scripts/generate_mouse_prompt_embeds.py --rig {rig.name} --output_dir {path.parent}"
-        )
-    if rig.reference_view != 0:
-        raise ValueError(
-            f"rig {rig.name} has reference_view {rig.reference_view}, but Stage 1's attention takes the first view as "
-            "the reference: order the rig's views so that the reference comes first"
         )
     return PromptEmbeds(tensor.float().contiguous(), rig, str(path), metadata)
 

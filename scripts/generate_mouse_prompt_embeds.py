@@ -1,4 +1,4 @@
-"""Makes the prompt embeddings of a rig: clr_embeds.pt, normal_embeds.pt, metadata.json.
+"""Makes the prompt embeddings of a rig: clr_embeds.pt, normal_embeds.pt, metadata.json; says which views look alike.
 
 Without arguments: rig mouse6 with the demo text encoder, into the tracked folder. For the full-size model name the
 folder that holds its text encoder: --model_name checkpoints/mvdiffusion/pipeckpts.
@@ -32,8 +32,10 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
+    import torch
+
     from multiview.rig import load_rig
-    from mvdiffusion.prompts import rig_at_elevation, write_prompt_embeds
+    from mvdiffusion.prompts import alike_views, rig_at_elevation, write_prompt_embeds
 
     rig = rig_at_elevation(load_rig(arguments.rig), arguments.elevation)
     style = arguments.style or rig.prompt_style
@@ -41,8 +43,17 @@ def main() -> None:
     print(f"{arguments.output_dir}: rig {rig.name}, style {style}, shape {metadata['shape']}, {metadata['dtype']}")
     for prompt in metadata["prompts"]:
         print(f"  {prompt}")
-    if len(set(metadata["prompts"])) < len(metadata["prompts"]):
-        print("note: the prompts do not tell the views apart; add --angles")
+    similarity = metadata["similarity"]
+    print(f"similarity ({similarity['measure']}):")
+    width = max(map(len, similarity["views"]))
+    for name, row in zip(similarity["views"], similarity["matrix"]):
+        print(f"  {name:<{width}}  " + "  ".join(f"{value:.3f}" for value in row))
+    alike = alike_views(torch.tensor(similarity["matrix"]), similarity["views"])
+    if alike:
+        print(
+            f"warning: nearly the same to the text encoder: {', '.join(alike)}. The UNet can hardly tell these views "
+            "apart by their prompts: add --angles, choose another --style, or train with camera_conditioning=adaln"
+        )
 
 
 if __name__ == "__main__":

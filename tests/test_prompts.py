@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,14 @@ from mvdiffusion.demo_components import (
     make_text_encoder,
     make_tokenizer,
 )
-from mvdiffusion.prompts import encode_prompts, load_prompt_embeds, rig_at_elevation, write_prompt_embeds
+from mvdiffusion.prompts import (
+    alike_views,
+    encode_prompts,
+    load_prompt_embeds,
+    rig_at_elevation,
+    view_similarity,
+    write_prompt_embeds,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -78,11 +84,25 @@ def test_facelifts_own_file_needs_its_rig_stated(tmp_path):
         load_prompt_embeds(tmp_path / "clr_embeds.pt", load_rig("uniform8"))
 
 
-def test_a_rig_whose_reference_is_not_first_is_refused(tmp_path, text_folder):
-    rig = replace(load_rig("mouse6"), reference_view=2)
-    write_prompt_embeds(tmp_path, text_folder, rig, "mouse", angles=False)
-    with pytest.raises(ValueError, match="reference_view 2"):
-        load_prompt_embeds(tmp_path)
+def test_similar_views_are_reported(tmp_path, text_folder):
+    """FaceLift's own front and back are 0.98 alike; prompts that do not name the view are 1."""
+    generator = torch.Generator().manual_seed(0)
+    common = torch.randn(77, 16, generator=generator)
+    tensor = torch.stack([common, 3 * common, common + 0.02 * torch.randn(77, 16, generator=generator), -common])
+    similarity = view_similarity(tensor)
+    torch.testing.assert_close(similarity.diagonal(), torch.ones(4))
+    torch.testing.assert_close(similarity[0], torch.tensor([1.0, 1.0, float(similarity[0, 2]), -1.0]))
+    assert alike_views(similarity, ["a", "b", "c", "d"], 0.9999) == ["a and b 1.000"]
+    assert len(alike_views(similarity, ["a", "b", "c", "d"])) == 3
+    stored = write_prompt_embeds(tmp_path, text_folder, load_rig("uniform4"), "laboratory", angles=False)["similarity"]
+    assert stored["matrix"] == [[1.0] * 4] * 4 and stored["views"] == load_rig("uniform4").view_names
+    command = [
+        sys.executable, "scripts/generate_mouse_prompt_embeds.py", "--rig", "uniform4", "--style", "laboratory",
+        "--model_name", str(text_folder), "--output_dir", str(tmp_path / "script"),
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    names = load_rig("uniform4").view_names
+    assert "warning: nearly the same" in done.stdout and f"{names[0]} and {names[1]} 1.000" in done.stdout
 
 
 def test_missing_and_misshapen_files_are_refused(tmp_path):
@@ -126,6 +146,8 @@ def test_tracked_embeddings_are_the_demo_text_encoders(tmp_path):
     write_prompt_embeds(tmp_path, demo, load_rig("mouse6"), "mouse", angles=False)
     made, stored = (json.loads((folder / "metadata.json").read_text()) for folder in (tmp_path, tracked))
     made["text_encoder"]["folder"] = stored["text_encoder"]["folder"]
+    matrices = [torch.tensor(metadata.pop("similarity")["matrix"]) for metadata in (made, stored)]
+    torch.testing.assert_close(*matrices, atol=2e-3, rtol=0)
     assert made == stored
     for name in ("clr_embeds.pt", "normal_embeds.pt"):
         # On one machine the bytes are equal; another CPU may round the last bit of a float16 otherwise.
