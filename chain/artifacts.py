@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,19 @@ STAMP = "python scripts/stamp_rig.py --rig <rig> --path {path}"
 
 
 @dataclass(frozen=True)
+class Stage1Options:
+    """How Stage 1 runs. sampler: ddim, dpm++, unipc. num_seeds: sets of views painted, of which the most consistent is
+    kept. The rest is speed and memory (mvdiffusion.components: `tune`, `load_components`)."""
+
+    sampler: str = "ddim"
+    num_seeds: int = 1
+    vae_slicing: bool = False
+    channels_last: bool = False
+    compiled: bool = False
+    offload: bool = False
+
+
+@dataclass(frozen=True)
 class Artifacts:
     """Resolved files of a chain that describe one rig. Stage 1 entries are None when only Stage 2 runs."""
 
@@ -34,6 +47,7 @@ class Artifacts:
     camera_json: Path | None = None
     num_steps: int = 0  # Stage 1 sampling: as asked for, else what suits the UNet
     guidance_scale: float = 0.0
+    options: Stage1Options = Stage1Options()
 
     def describe(self) -> dict:
         """For run.json."""
@@ -44,6 +58,7 @@ class Artifacts:
             "gslrm": str(self.gslrm),
             "gslrm_config": self.gslrm_config and str(self.gslrm_config),
             "camera_json": self.camera_json and str(self.camera_json),
+            "stage1_options": self.components and asdict(self.options),
         }
 
     def stage2_cameras(self, size: int) -> Cameras:
@@ -64,15 +79,17 @@ def resolve_chain(
     camera_json: Path | None = None,
     num_steps: int | None = None,
     guidance_scale: float | None = None,
+    options: Stage1Options | None = None,
 ) -> Artifacts:
     """Finds every file of the chain and compares their rigs, before any weights are loaded.
 
-    Neither checkpoint given: the demo models. Raises ValueError for what is missing, RigMismatchError for a mismatch.
+    Neither checkpoint given: the demo models. A UNet with camera conditioning may be asked for another rig than it was
+    trained on, by stating it (`rig`). Raises ValueError for what is missing, RigMismatchError for a mismatch.
     """
     from gslrm.checkpoints import read_checkpoint_rig, resolve_checkpoint
     from mvdiffusion.checkpoints import components_folder_of, embeds_of, sampling_of
     from mvdiffusion.components import DEMO_FOLDER, PUBLIC_FOLDER
-    from mvdiffusion.models.unet import resolve_unet_folder, unet_rig
+    from mvdiffusion.models.unet import camera_conditioning_of, resolve_unet_folder, unet_rig
     from mvdiffusion.prompts import TRACKED_FOLDER, check_embeds_fit, load_prompt_embeds
 
     if (unet is None) != (gslrm is None):
@@ -86,9 +103,12 @@ def resolve_chain(
 
     prompt_embeds = load_prompt_embeds(embeds or embeds_of(unet_folder) or TRACKED_FOLDER, requested)
     check_embeds_fit(prompt_embeds, unet_folder)
+    own_rig = require_rig(unet_rig(unet_folder), requested, f"the UNet {unet_folder}", unet_folder)
+    if requested is not None and camera_conditioning_of(unet_folder) != "none":
+        own_rig = requested  # it is told by its cameras where to look from, not by having seen only one rig
     common = check_alignment(
         requested,
-        unet=require_rig(unet_rig(unet_folder), requested, f"the UNet {unet_folder}", unet_folder),
+        unet=own_rig,
         embeddings=prompt_embeds.rig,
         gslrm=require_rig(read_checkpoint_rig(gslrm_file), requested, f"the GS-LRM {gslrm_file}", gslrm_file),
     )
@@ -98,6 +118,7 @@ def resolve_chain(
     return Artifacts(
         common, gslrm_file, gslrm_config, Path(components), unet_folder, prompt_embeds, camera_json,
         own_steps if num_steps is None else num_steps, own_guidance if guidance_scale is None else guidance_scale,
+        options or Stage1Options(),
     )  # fmt: skip
 
 
@@ -125,10 +146,19 @@ def load_stage1(artifacts: Artifacts, device: torch.device) -> Components:
     """Components with the UNet; float16 on a GPU as FaceLift's inference, float32 on the CPU."""
     import torch
 
-    from mvdiffusion.components import load_components
+    from mvdiffusion.components import load_components, tune
 
-    dtype = torch.float16 if device.type == "cuda" else torch.float32
-    return load_components(artifacts.components, unet=artifacts.unet, device=device, dtype=dtype)
+    dtype, options = torch.float16 if device.type == "cuda" else torch.float32, artifacts.options
+    components = load_components(
+        artifacts.components, unet=artifacts.unet, device=device, dtype=dtype, offload=options.offload
+    )
+    tune(
+        components,
+        vae_slicing=options.vae_slicing,
+        channels_last=options.channels_last,
+        compiled=options.compiled,
+    )
+    return components
 
 
 def load_stage2(artifacts: Artifacts, device: torch.device) -> GSLRM:

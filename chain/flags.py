@@ -2,6 +2,10 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from chain.artifacts import Stage1Options
 
 
 def positive(text: str) -> int:
@@ -29,6 +33,34 @@ def add_chain_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of each photograph, whatever its place in a folder")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+
+
+def add_stage1_flags(parser: argparse.ArgumentParser) -> None:
+    """How Stage 1 samples, and what it trades for memory; read by `stage1_options`."""
+    parser.add_argument(
+        "--sampler", choices=("ddim", "dpm++", "unipc"), default="ddim",
+        help="ddim: FaceLift's; dpm++ and unipc need fewer --num_steps",
+    )  # fmt: skip
+    parser.add_argument(
+        "--num_seeds", type=positive, default=1, help="paint so many sets of views, keep the most consistent one"
+    )
+    for flag, text in (
+        ("--vae_slicing", "encode and decode pictures one by one: less memory"),
+        ("--channels_last", "memory layout of convolutions: faster on a GPU"),
+        ("--compile", "torch.compile for the UNet: minutes at first, faster afterwards"),
+        ("--cpu_offload", "each part of Stage 1 on the device only while it works: less memory, slower"),
+    ):
+        parser.add_argument(flag, action="store_true", help=text)
+
+
+def stage1_options(arguments: argparse.Namespace) -> "Stage1Options":
+    """What `add_stage1_flags` asked for."""
+    from chain.artifacts import Stage1Options
+
+    return Stage1Options(
+        sampler=arguments.sampler, num_seeds=arguments.num_seeds, vae_slicing=arguments.vae_slicing,
+        channels_last=arguments.channels_last, compiled=arguments.compile, offload=arguments.cpu_offload,
+    )  # fmt: skip
 
 
 def add_photo_flags(parser: argparse.ArgumentParser) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,11 +22,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PosedViews:
-    """What passes between the stages. rgb: [v, 3, h, w] on white. masks: [v, 1, h, w]. cameras: [v]."""
+    """What passes between the stages. rgb: [v, 3, h, w] on white. masks: [v, 1, h, w]. cameras: [v].
+
+    seed_scores: consistency by seed, where several were painted; these views are the best one's.
+    """
 
     rgb: Tensor
     masks: Tensor
     cameras: Cameras
+    seed_scores: dict[int, float] | None = None
 
 
 def paint_views(
@@ -40,21 +44,39 @@ def paint_views(
 ) -> PosedViews:
     """Stage 1. photo: [4, s, s] RGBA framed as the training data (`multiview.photo`). CPU tensors come back.
 
+    artifacts.options.num_seeds: so many sets are painted, from `seed` on, and the geometrically most consistent one
+    (`multiview.consistency`) is kept; the reference view counts as the photograph where that stands for it.
     keep_input_view: the photograph itself stands for the reference view instead of its painted copy.
     """
-    from mvdiffusion.pipelines.multiview import generate_views
+    from multiview.consistency import view_consistency
+    from mvdiffusion.pipelines.multiview import generate_best_views, generate_views
 
     size, reference = components.image_size, artifacts.rig.reference_view
-    rgb = generate_views(
-        components, composite(photo, 1.0)[None], artifacts.embeds, seeds=[seed],
-        num_steps=artifacts.num_steps, guidance_scale=artifacts.guidance_scale, progress=progress,
-    )[0].cpu()  # fmt: skip
-    rgb = (rgb * 255).round() / 255  # the pictures that are written are the pictures that are used
-    masks = mask_from_white(rgb)
-    if keep_input_view:
-        own = resize_rgba(photo, size)
-        rgb[reference], masks[reference] = composite(own, 1.0), own[3:]
-    return PosedViews(rgb, masks, artifacts.stage2_cameras(size))
+    cameras, own = artifacts.stage2_cameras(size), resize_rgba(photo, size)
+
+    def posed(rgb: Tensor) -> PosedViews:
+        rgb = (rgb.cpu() * 255).round() / 255  # the pictures that are written are the pictures that are used
+        masks = mask_from_white(rgb)
+        if keep_input_view:
+            rgb[reference], masks[reference] = composite(own, 1.0), own[3:]
+        return PosedViews(rgb, masks, cameras)
+
+    def consistency(rgb: Tensor) -> float:
+        views = posed(rgb)
+        return view_consistency(views.rgb, views.masks, views.cameras)["score"]
+
+    options = {
+        "num_steps": artifacts.num_steps, "guidance_scale": artifacts.guidance_scale,
+        "sampler": artifacts.options.sampler, "progress": progress,
+    }  # fmt: skip
+    picture = composite(photo, 1.0)
+    if artifacts.options.num_seeds == 1:  # nothing to choose, and nothing to measure
+        return posed(generate_views(components, picture[None], artifacts.embeds, seeds=[seed], **options)[0])
+    best = generate_best_views(
+        components, picture, artifacts.embeds, seed=seed, num_seeds=artifacts.options.num_seeds, score=consistency,
+        **options,
+    )  # fmt: skip
+    return replace(posed(best.views), seed_scores=best.scores)
 
 
 def views_of_sample(rgba: Tensor, cameras: Cameras) -> PosedViews:

@@ -7,6 +7,8 @@ text_encoder, tokenizer}: FaceLift's released `pipeckpts`, and the demo componen
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,13 +28,18 @@ FROZEN_FOLDERS = (
     "vae", "image_encoder", "feature_extractor", "image_normalizer", "image_noising_scheduler", "scheduler",
 )  # fmt: skip
 TEXT_FOLDERS = ("text_encoder", "tokenizer")
+# What asks for a download: nothing else does.
+HUB_PREFIX = "hub:"
 # Buffers that older transformers stored and newer ones compute.
 COMPUTED_BUFFERS = ("position_ids",)
 
 
 @dataclass(frozen=True)
 class Components:
-    """Frozen parts (eval mode, no gradients) and, unless left out, the UNet. All on one device."""
+    """Frozen parts (eval mode, no gradients) and, unless left out, the UNet.
+
+    All on `device`; with `offload` the UNet, the VAE and the image encoder wait on the CPU and are there only in use.
+    """
 
     vae: AutoencoderKL
     image_encoder: CLIPVisionModelWithProjection
@@ -43,6 +50,22 @@ class Components:
     unet: UNet2DConditionModel | None
     unet_folder: Path | None
     folder: Path
+    device: torch.device = torch.device("cpu")
+    offload: bool = False
+
+    @contextmanager
+    def on_device(self, *names: str) -> Iterator[None]:
+        """Inside, the named parts are on `device`; afterwards, with `offload`, on the CPU again."""
+        if not self.offload:
+            yield
+            return
+        for name in names:
+            getattr(self, name).to(self.device)
+        try:
+            yield
+        finally:
+            for name in names:
+                getattr(self, name).to("cpu")
 
     @property
     def vae_factor(self) -> int:
@@ -57,6 +80,23 @@ class Components:
         return self.unet.config.sample_size * self.vae_factor
 
 
+def tune(
+    components: Components, *, vae_slicing: bool = False, channels_last: bool = False, compiled: bool = False
+) -> None:
+    """Sets the components up, in place, for speed or memory; what they compute stays the same up to rounding.
+
+    vae_slicing: encode and decode picture by picture (memory of one). channels_last: memory layout of convolutions,
+    faster in half precision on a GPU. compiled: torch.compile for the UNet (its first call takes minutes).
+    """
+    if vae_slicing:
+        components.vae.enable_slicing()
+    if channels_last:
+        components.unet.to(memory_format=torch.channels_last)
+        components.vae.to(memory_format=torch.channels_last)
+    if compiled:
+        components.unet.compile()
+
+
 def require_folders(folder: Path, names: tuple[str, ...]) -> None:
     """Raises one sentence that says which component folders are missing and where they come from."""
     missing = [name for name in names if not (folder / name).is_dir()]
@@ -65,8 +105,32 @@ def require_folders(folder: Path, names: tuple[str, ...]) -> None:
         raise ValueError(
             f"components folder {folder} {what}: put FaceLift's released folder (wlyu/OpenFaceLift, `mvdiffusion/"
             f"pipeckpts`) at {PUBLIC_FOLDER}, or make the small ones with `python scripts/make_demo_components.py` and "
-            f"name {DEMO_FOLDER}"
+            f"name {DEMO_FOLDER}. Nothing is downloaded unless the folder is named as {HUB_PREFIX}<owner>/<repository>"
+            f"[/<folder>], here: {HUB_PREFIX}wlyu/OpenFaceLift/mvdiffusion/pipeckpts"
         )
+
+
+def local_folder(name: Path | str) -> Path:
+    """A folder on disk; `hub:<owner>/<repository>[/<folder>]` is downloaded from the Hugging Face hub (and cached).
+
+    Raises ValueError for a malformed hub name and for a download that fails.
+    """
+    if not str(name).startswith(HUB_PREFIX):
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    parts = str(name).removeprefix(HUB_PREFIX).strip("/").split("/")
+    if len(parts) < 2 or not all(parts):
+        raise ValueError(f"{name} must have the form {HUB_PREFIX}<owner>/<repository>[/<folder>]")
+    repository, inner = "/".join(parts[:2]), "/".join(parts[2:])
+    try:
+        root = snapshot_download(repository, allow_patterns=[f"{inner}/*"] if inner else None)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        raise ValueError(
+            f"{name} cannot be downloaded ({str(error).splitlines()[0]}); download it elsewhere and name the folder"
+        ) from error
+    return Path(root) / inner
 
 
 def load_components(
@@ -76,28 +140,30 @@ def load_components(
     with_unet: bool = True,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    offload: bool = False,
 ) -> Components:
-    """Loads a components folder.
+    """Loads a components folder (or `hub:...`, see `local_folder`).
 
     unet: a UNet folder (or training checkpoint) to use instead of `<folder>/unet`. dtype: float16 reproduces FaceLift's
-    inference on a GPU; the CPU wants float32.
+    inference on a GPU; the CPU wants float32. offload: UNet, VAE and image encoder stay on the CPU but while they work.
     Raises ValueError for missing folders and for weights that do not fit.
     """
     from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler
     from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
     from transformers import CLIPVisionModelWithProjection
 
-    folder = Path(folder)
+    folder = local_folder(folder)
     require_folders(folder, FROZEN_FOLDERS)
+    resting = torch.device("cpu") if offload else device
     network, unet_folder = None, None
     if with_unet:
         unet_folder = resolve_unet_folder(unet if unet is not None else folder / "unet")
-        network = load_unet(unet_folder, dtype=dtype).to(device).requires_grad_(False)
+        network = load_unet(unet_folder, dtype=dtype).to(resting).requires_grad_(False)
     scheduler = DDIMScheduler.from_config(_read_config(folder / "scheduler", "scheduler_config.json"))
     noising = DDPMScheduler.from_config(_read_config(folder / "image_noising_scheduler", "scheduler_config.json"))
     return Components(
-        vae=_frozen(AutoencoderKL, folder / "vae", device, dtype),
-        image_encoder=_frozen(CLIPVisionModelWithProjection, folder / "image_encoder", device, dtype),
+        vae=_frozen(AutoencoderKL, folder / "vae", resting, dtype),
+        image_encoder=_frozen(CLIPVisionModelWithProjection, folder / "image_encoder", resting, dtype),
         feature_extractor=load_feature_extractor(folder / "feature_extractor"),
         image_normalizer=_frozen(StableUnCLIPImageNormalizer, folder / "image_normalizer", device, dtype),
         image_noising_scheduler=noising,
@@ -105,6 +171,8 @@ def load_components(
         unet=network,
         unet_folder=unet_folder,
         folder=folder,
+        device=torch.device(device),
+        offload=offload,
     )
 
 
@@ -112,7 +180,7 @@ def load_text(folder: Path | str) -> tuple[CLIPTokenizer, CLIPTextModel]:
     """Tokenizer and text encoder of a components folder (float32, CPU); used to make prompt embeddings only."""
     from transformers import CLIPTextModel, CLIPTokenizer
 
-    folder = Path(folder)
+    folder = local_folder(folder)
     require_folders(folder, TEXT_FOLDERS)
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
     return tokenizer, _frozen(CLIPTextModel, folder / "text_encoder", "cpu", torch.float32)

@@ -8,14 +8,17 @@ import torch
 from mvdiffusion_tiny import SIZE, UNET, prepare
 from PIL import Image
 
+from multiview.cameras import Cameras
 from multiview.rig import RigMismatchError, load_rig
 from multiview.run import make_generator
 from multiview.sample import read_sample, read_split
 from mvdiffusion.checkpoints import components_folder_of, embeds_of
-from mvdiffusion.components import load_components
+from mvdiffusion.components import load_components, load_text, local_folder, tune
 from mvdiffusion.conditioning import class_labels, clip_pixels_exact, clip_pixels_fast, condition_latents
+from mvdiffusion.models.camera_conditioning import is_camera_weight
 from mvdiffusion.models.unet import create_unet, save_unet
-from mvdiffusion.pipelines.multiview import generate_views
+from mvdiffusion.pipelines.multiview import generate_best_views, generate_views
+from mvdiffusion.pipelines.samplers import SAMPLERS, make_sampler, resolve_eta
 from mvdiffusion.prompts import check_embeds_fit, load_prompt_embeds
 
 
@@ -134,3 +137,149 @@ def test_a_components_folder_knows_itself(tiny):
     assert components_folder_of(tiny["components"] / "unet") == tiny["components"]
     assert components_folder_of(tiny["components"]) == tiny["components"]
     assert embeds_of(tiny["components"]) is None
+
+
+# ---- samplers -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["v_prediction", "epsilon"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_perfect_prediction_leads_every_sampler_to_the_picture(tiny, sampler, kind):
+    """Whatever the scheduler's prediction type: a misread one ends far away."""
+    recorded = type(tiny["loaded"].scheduler).from_config(tiny["loaded"].scheduler.config, prediction_type=kind)
+    scheduler = make_sampler(recorded, sampler)
+    assert scheduler.config.prediction_type == kind
+    scheduler.set_timesteps(6)
+    generator = torch.Generator().manual_seed(0)
+    clean, x = (torch.randn(1, 4, 8, 8, generator=generator) for _ in range(2))
+    for step in scheduler.timesteps.tolist():
+        a = recorded.alphas_cumprod[step]
+        noise = (x - a.sqrt() * clean) / (1 - a).sqrt()
+        prediction = noise if kind == "epsilon" else a.sqrt() * noise - (1 - a).sqrt() * clean
+        x = scheduler.step(prediction, step, x).prev_sample
+    assert (x - clean).square().mean().sqrt() < 0.05  # ddim ends at the first trained noise level, 0.03
+
+
+def test_fast_samplers_paint_and_have_no_eta(tiny):
+    arguments = (tiny["loaded"], tiny["picture"][None], tiny["prompts"])
+    painted = {name: generate_views(*arguments, num_steps=3, sampler=name) for name in SAMPLERS}
+    for name in SAMPLERS:
+        assert torch.equal(painted[name], generate_views(*arguments, num_steps=3, sampler=name))
+        assert 0 <= painted[name].min() and painted[name].max() <= 1
+    assert (painted["dpm++"] - painted["ddim"]).abs().max() > 1e-3
+    assert (painted["dpm++"] - painted["unipc"]).abs().max() > 1e-5
+    with pytest.raises(ValueError, match="eta is an option of sampler ddim"):
+        generate_views(*arguments, num_steps=3, sampler="unipc", eta=1.0)
+    with pytest.raises(ValueError, match="sampler must be one of ddim, dpm\\+\\+, unipc, got 'euler'"):
+        make_sampler(tiny["loaded"].scheduler, "euler")
+    assert resolve_eta("ddim", None) == 1.0 and resolve_eta("ddim", 0.0) == 0.0
+
+
+# ---- several seeds ------------------------------------------------------------------------------------------------
+
+
+def test_the_best_of_several_seeds_is_kept_and_can_be_repeated(tiny):
+    seen = []
+
+    def brightness(views):
+        seen.append(views)
+        return views.mean()
+
+    arguments = (tiny["loaded"], tiny["picture"], tiny["prompts"])
+    best = generate_best_views(*arguments, seed=3, num_seeds=3, score=brightness, num_steps=2)
+    means = [float(views.mean()) for views in seen]
+    assert list(best.scores) == [3, 4, 5] and list(best.scores.values()) == pytest.approx(means)
+    assert len(set(means)) == 3 and best.seed == 3 + means.index(max(means))
+    again = generate_views(tiny["loaded"], tiny["picture"][None], tiny["prompts"], seeds=[best.seed], num_steps=2)
+    assert torch.equal(again[0], best.views)
+    with pytest.raises(ValueError, match="num_seeds must be at least 1"):
+        generate_best_views(*arguments, seed=0, num_seeds=0, score=brightness)
+
+
+# ---- cameras ------------------------------------------------------------------------------------------------------
+
+
+def test_views_are_painted_from_the_cameras_asked_for(tiny):
+    torch.manual_seed(0)
+    unet = create_unet(UNET, 6, "sparse", "adaln").eval()
+    with torch.no_grad():
+        for name, tensor in unet.named_parameters():
+            if is_camera_weight(name):
+                tensor.normal_(std=0.5)
+    loaded, rig = replace(tiny["loaded"], unet=unet), tiny["prompts"].rig
+
+    def paint(cameras=None):
+        return generate_views(loaded, tiny["picture"][None], tiny["prompts"], num_steps=2, cameras=cameras)[0]
+
+    own = paint()
+    assert torch.equal(paint(rig.cameras(64)), own)
+    assert (paint(rig.cameras(64).rotate(33.0)) - own).abs().max() < 1e-3  # only relative to the input view
+    azimuths = torch.tensor([0.0, 60.0, 120.0, 180.0, 240.0, 310.0])
+    moved = paint(Cameras.orbit(azimuths, torch.full((6,), 20.0), torch.tensor(2.7), rig.focal, 64))
+    changed = (moved - own).flatten(1).abs().amax(1)
+    assert changed[5] > 1e-3 and changed[5] > 10 * changed[1:5].max()
+    with pytest.raises(ValueError, match=r"cameras must have shape \[6\]"):
+        paint(rig.cameras(64)[:4])
+    with pytest.raises(ValueError, match="cameras are for a UNet with camera conditioning"):
+        generate_views(tiny["loaded"], tiny["picture"][None], tiny["prompts"], cameras=rig.cameras(64))
+
+
+# ---- speed and memory ---------------------------------------------------------------------------------------------
+
+
+def test_offloading_moves_each_part_in_and_out_and_changes_nothing(tiny, monkeypatch):
+    arguments = {"embeds": tiny["prompts"], "num_steps": 2}
+    expected = generate_views(tiny["loaded"], tiny["picture"][None], **arguments)
+    loaded = load_components(tiny["components"], offload=True)
+    moves = []
+    for name in ("unet", "vae", "image_encoder"):
+        part = getattr(loaded, name)
+        monkeypatch.setattr(part, "to", lambda target, name=name: moves.append((name, str(target))))
+    target = replace(loaded, device=torch.device("cpu", 0))
+    assert torch.equal(generate_views(target, tiny["picture"][None], **arguments), expected)
+    visits = [name for name, where in moves if where == "cpu:0"]
+    assert visits == ["image_encoder", "vae", "unet", "vae"]
+    assert [name for name, where in moves if where == "cpu"] == visits
+    # One part at a time: whoever came has left before the next one comes.
+    assert all(moves[k][0] == moves[k + 1][0] for k in range(0, len(moves), 2))
+
+
+def test_tuned_components_paint_the_same(tiny):
+    expected = generate_views(tiny["loaded"], tiny["picture"][None], tiny["prompts"], num_steps=2)
+    loaded = load_components(tiny["components"])
+    tune(loaded, vae_slicing=True, channels_last=True)
+    assert loaded.vae.use_slicing and loaded.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    painted = generate_views(loaded, tiny["picture"][None], tiny["prompts"], num_steps=2)
+    assert (painted - expected).abs().max() < 1e-3
+
+
+# ---- nothing is downloaded unless asked for -----------------------------------------------------------------------
+
+
+def test_only_a_hub_name_downloads(tiny, tmp_path, monkeypatch):
+    asked = []
+
+    def download(repository, allow_patterns):
+        asked.append((repository, allow_patterns))
+        return str(tiny["components"].parent)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(ValueError, match="stabilityai/sd2 does not exist.*Nothing is downloaded unless .* hub:"):
+        load_components("stabilityai/sd2")
+    with pytest.raises(ValueError, match="stabilityai/sd2 does not exist"):
+        load_text("stabilityai/sd2")
+    with pytest.raises(ValueError, match="must have the form hub:<owner>/<repository>"):
+        load_components("hub:nobody")
+    assert local_folder(tmp_path) == tmp_path and not asked
+    name = f"hub:owner/name/{tiny['components'].name}"
+    assert load_components(name, with_unet=False).folder == tiny["components"]
+    assert asked == [("owner/name", [f"{tiny['components'].name}/*"])]
+
+
+def test_a_failed_download_says_so(monkeypatch):
+    def refuse(repository, allow_patterns):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    with pytest.raises(ValueError, match=r"hub:owner/name cannot be downloaded \(no route to host\)"):
+        local_folder("hub:owner/name")

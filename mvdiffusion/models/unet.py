@@ -296,6 +296,11 @@ def unet_rig(folder: Path | str) -> ViewRig | None:
     return read_rig(Path(folder))
 
 
+def camera_conditioning_of(folder: Path | str) -> str:
+    """What a UNet folder's config says, without loading weights: `none`, `adaln`, `cross_attention` or `concat`."""
+    return json.loads((Path(folder) / "config.json").read_text()).get("camera_conditioning", "none")
+
+
 def _what_is_there(folder: Path) -> str:
     if not folder.exists():
         return "the folder does not exist"
