@@ -1,0 +1,223 @@
+"""Exported files read back the way viewers read them: each reader is written out here from the format's description."""
+
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from plyfile import PlyData
+from safetensors.torch import load_file
+
+from gslrm.model.export import FORMATS, export
+from gslrm.model.filters import filter_gaussians
+from gslrm.model.gaussians import Gaussians
+from gslrm.model.ply import save_ply
+from tests.test_gaussians import random_gaussians
+
+C0 = 0.28209479177387814
+
+
+def soft(n=600, degree=0):
+    """Random Gaussians whose colours lie within 0..1, most of them visible."""
+    gaussians = random_gaussians(n, degree)
+    return replace(gaussians, features=gaussians.features * 0.4, scaling=gaussians.scaling - 3)
+
+
+def matched(decoded_xyz, gaussians, tolerance):
+    """Row of `gaussians` for every decoded row, by position (exporters reorder)."""
+    distance = torch.cdist(torch.from_numpy(decoded_xyz).double(), gaussians.xyz[0].double())
+    nearest = distance.argmin(dim=1)
+    assert distance.amin(dim=1).max() < tolerance and nearest.unique().numel() == len(nearest)
+    return nearest
+
+
+def same_rotation(decoded, gaussians, rows):
+    """|dot product| of unit quaternions (w, x, y, z): q and -q are one rotation."""
+    return (torch.from_numpy(decoded).float() * gaussians.get_rotation[0, rows]).sum(-1).abs()
+
+
+# ---- the INRIA PLY, as viewers read it ------------------------------------------------------------------------------
+
+
+def read_like_a_viewer(path):
+    """What viser's example, SuperSplat and gsplat make of the INRIA layout: activations of named columns."""
+    table = PlyData.read(str(path))["vertex"]
+    degree_of = {0: 0, 9: 1, 24: 2, 45: 3}  # SuperSplat counts f_rest_* and refuses other numbers
+    rest = [p.name for p in table.properties if p.name.startswith("f_rest_")]
+    assert {p.val_dtype for p in table.properties} == {"f4"} and len(rest) in degree_of
+    stack = lambda *names: np.stack([table[name] for name in names], axis=-1)  # noqa: E731
+    quaternion = stack("rot_0", "rot_1", "rot_2", "rot_3")
+    sh = stack("f_dc_0", "f_dc_1", "f_dc_2")[:, :, None]
+    if rest:  # channel-major: [n, 3, k - 1]
+        sh = np.concatenate([sh, stack(*[f"f_rest_{i}" for i in range(len(rest))]).reshape(len(table), 3, -1)], axis=2)
+    return {
+        "centers": stack("x", "y", "z"),
+        "scales": np.exp(stack("scale_0", "scale_1", "scale_2")),
+        "opacities": 1 / (1 + np.exp(-table["opacity"])),
+        "rgbs": 0.5 + C0 * stack("f_dc_0", "f_dc_1", "f_dc_2"),
+        "wxyz": quaternion / np.linalg.norm(quaternion, axis=-1, keepdims=True),
+        "sh": sh,
+        "degree": degree_of[len(rest)],
+    }
+
+
+@pytest.mark.parametrize("degree", [0, 1, 2, 3])
+def test_ply_reads_in_viewers_as_the_same_gaussians(tmp_path, degree):
+    gaussians = random_gaussians(degree=degree)
+    export(tmp_path / "a.ply", gaussians, "ply")
+    seen = read_like_a_viewer(tmp_path / "a.ply")
+    assert seen["degree"] == degree
+    for name, value in (
+        ("centers", gaussians.xyz), ("scales", gaussians.get_scaling), ("wxyz", gaussians.get_rotation),
+        ("opacities", gaussians.get_opacity[..., 0]), ("rgbs", 0.5 + C0 * gaussians.features[:, :, 0]),
+        ("sh", gaussians.features.mT),
+    ):  # fmt: skip
+        np.testing.assert_allclose(seen[name], value[0].numpy(), rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("degree", [0, 3])
+def test_ply_holds_the_bytes_gsplat_writes(tmp_path, degree):
+    """gsplat's exporter has no normals; every other column must be byte for byte the same, in the same order."""
+    exporter = pytest.importorskip("gsplat.exporter")
+    gaussians = random_gaussians(degree=degree)
+    save_ply(tmp_path / "ours.ply", gaussians)
+    (tmp_path / "theirs.ply").write_bytes(
+        exporter.export_splats(
+            gaussians.xyz[0], gaussians.scaling[0], gaussians.rotation[0], gaussians.opacity[0, :, 0],
+            gaussians.features[0, :, :1], gaussians.features[0, :, 1:], format="ply",
+        )
+    )  # fmt: skip
+    ours, theirs = (PlyData.read(str(tmp_path / name))["vertex"].data for name in ("ours.ply", "theirs.ply"))
+    assert [name for name in ours.dtype.names if name not in ("nx", "ny", "nz")] == list(theirs.dtype.names)
+    for name in theirs.dtype.names:
+        assert ours[name].tobytes() == theirs[name].tobytes(), name
+
+
+def test_ply_holds_the_bytes_of_facelifts_file(tmp_path):
+    """Golden file of FaceLift's code: every property that both layouts have, byte for byte, Gaussian for Gaussian."""
+    golden = Path(__file__).parent / "golden"
+    raw = load_file(golden / "gslrm_small" / "outputs.safetensors")
+    names = ("xyz", "features_dc", "scaling", "rotation", "opacity")
+    gaussians = filter_gaussians(Gaussians(*[raw[f"clip_off.raw.{name}"][None] for name in names]), "facelift_cli")
+    theirs = PlyData.read(str(golden / "gaussians" / "facelift_filtered_cli.ply"))["vertex"].data
+    save_ply(tmp_path / "a.ply", gaussians)
+    ours = PlyData.read(str(tmp_path / "a.ply"))["vertex"].data
+    shared = [name for name in ours.dtype.names if name in theirs.dtype.names]
+    assert len(shared) == 14 and len(ours) == len(theirs) > 0
+    assert all(ours[name].tobytes() == theirs[name].tobytes() for name in shared)
+
+
+# ---- .splat ---------------------------------------------------------------------------------------------------------
+
+
+def test_splat_records_decode_to_the_gaussians(tmp_path):
+    gaussians = soft()
+    export(tmp_path / "a.splat", gaussians, "splat")
+    assert (tmp_path / "a.splat").stat().st_size == 600 * 32
+    record = np.dtype([("xyz", "<f4", 3), ("scale", "<f4", 3), ("rgba", "u1", 4), ("wxyz", "u1", 4)])
+    table = np.fromfile(tmp_path / "a.splat", record)
+    rows = matched(table["xyz"], gaussians, 1e-6)
+    np.testing.assert_allclose(table["scale"], gaussians.get_scaling[0, rows].numpy(), rtol=1e-6)
+    color = (0.5 + C0 * gaussians.features[0, rows, 0]).clamp(0, 1)
+    rgba = torch.cat([color, gaussians.get_opacity[0, rows]], dim=-1)
+    np.testing.assert_allclose(table["rgba"] / 255, rgba.numpy(), atol=1.01 / 255)
+    rotation = (table["wxyz"].astype(np.float32) - 128) / 128
+    rotation /= np.linalg.norm(rotation, axis=-1, keepdims=True)
+    assert same_rotation(rotation, gaussians, rows).min() > 0.9997  # 8 bit: within 3 degrees
+
+
+# ---- compressed PLY -------------------------------------------------------------------------------------------------
+
+
+def bits(packed, shift, count):
+    return ((packed >> shift) & ((1 << count) - 1)) / ((1 << count) - 1)
+
+
+def read_compressed(path):
+    """SuperSplat's format: chunk bounds, and 16 bytes per Gaussian (four uint32) packed between them."""
+    content = PlyData.read(str(path))
+    chunk = {name: content["chunk"][name] for name in content["chunk"].data.dtype.names}
+    vertex = {name: content["vertex"][name].astype(np.int64) for name in content["vertex"].data.dtype.names}
+    of = np.arange(len(content["vertex"])) // 256
+
+    def between(name, shares, axes):
+        lowest, highest = (np.stack([chunk[f"{end}_{name}{a}"] for a in axes], -1)[of] for end in ("min", "max"))
+        return lowest + np.stack(shares, -1) * (highest - lowest)
+
+    def packed_111011(values):
+        return [bits(values, 21, 11), bits(values, 11, 10), bits(values, 0, 11)]
+
+    color = vertex["packed_color"]
+    rotation = vertex["packed_rotation"]
+    small = np.stack([(bits(rotation, shift, 10) - 0.5) * np.sqrt(2) for shift in (20, 10, 0)], -1)
+    largest = np.sqrt(np.clip(1 - (small**2).sum(-1), 0, None))
+    wxyz = np.empty((len(rotation), 4))
+    for row, index in enumerate(rotation >> 30):  # which of w, x, y, z was left out, being the largest
+        wxyz[row] = np.insert(small[row], index, largest[row])
+    sh = None
+    if len(content.elements) == 3:
+        names = content["sh"].data.dtype.names
+        assert len(names) in (9, 24, 45)  # SuperSplat refuses other numbers, none included
+        sh = (np.stack([content["sh"][name] for name in names], -1) + 0.5) / 256 * 8 - 4
+    return {
+        "elements": [element.name for element in content.elements],
+        "xyz": between("", packed_111011(vertex["packed_position"]), "xyz"),
+        "log_scale": between("scale_", packed_111011(vertex["packed_scale"]), "xyz"),
+        "rgb": between("", [bits(color, shift, 8) for shift in (24, 16, 8)], "rgb"),
+        "opacity": bits(color, 0, 8), "wxyz": wxyz, "sh": sh,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("degree", [0, 1, 2, 3])
+def test_compressed_ply_decodes_to_the_gaussians(tmp_path, degree):
+    gaussians = soft(degree=degree)
+    gaussians.opacity[0, :7] = -8.0  # below 1/255: left out
+    export(tmp_path / "a.compressed.ply", gaussians, "ply_compressed")
+    seen = read_compressed(tmp_path / "a.compressed.ply")
+    assert seen["elements"] == ["chunk", "vertex", "sh"][: 3 if degree else 2]
+    rows = matched(seen["xyz"], gaussians, 0.01)  # chunks span up to 6 units, in 1024 or 2048 steps
+    assert len(rows) == 593 and rows.min() >= 7
+    np.testing.assert_allclose(seen["log_scale"], gaussians.scaling[0, rows].numpy(), atol=0.005)
+    np.testing.assert_allclose(seen["rgb"], (0.5 + C0 * gaussians.features[0, rows, 0]).numpy(), atol=0.003)
+    np.testing.assert_allclose(seen["opacity"], gaussians.get_opacity[0, rows, 0].numpy(), atol=0.6 / 255)
+    assert same_rotation(seen["wxyz"], gaussians, rows).min() > 0.99999
+    if degree:
+        np.testing.assert_allclose(seen["sh"], gaussians.features[0, rows, 1:].mT.flatten(1).numpy(), atol=4.1 / 256)
+
+
+def test_compressed_ply_takes_gaussians_that_are_all_alike(tmp_path):
+    """Bounds without extent: 0 / 0 in the encoder must not reach the file."""
+    gaussians = soft(n=3)
+    gaussians = replace(gaussians, scaling=torch.full((1, 3, 3), -2.0), features=torch.zeros(1, 3, 1, 3))
+    gaussians.opacity[:] = 1.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        export(tmp_path / "a.ply", gaussians, "ply_compressed")
+    seen = read_compressed(tmp_path / "a.ply")
+    matched(seen["xyz"], gaussians, 0.01)
+    np.testing.assert_allclose(seen["log_scale"], -2.0)
+    np.testing.assert_allclose(seen["rgb"], 0.5)
+
+
+# ---- errors ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_wrong_gaussians_are_refused_and_leave_the_old_file(tmp_path, name):
+    path = tmp_path / f"a{FORMATS[name]}"
+    export(path, soft(n=20), name)
+    whole = path.read_bytes()
+    broken = soft(n=20)
+    broken.scaling[0, 3, 1] = torch.nan
+    with pytest.raises(ValueError, match=r"a\..*scal.* must be finite"):
+        export(path, broken, name)
+    with pytest.raises(ValueError, match="one scene, got 2"):
+        export(path, random_gaussians(b=2), name)
+    with pytest.raises(ValueError, match="export format must be one of ply, splat, ply_compressed"):
+        export(path, soft(n=20), "spz")
+    if name != "ply":
+        with pytest.raises(ValueError, match="nothing"):
+            export(path, soft(n=0), name)
+    assert path.read_bytes() == whole and [p.name for p in tmp_path.iterdir()] == [path.name]
