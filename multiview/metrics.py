@@ -18,13 +18,8 @@ def psnr(prediction: Tensor, target: Tensor) -> Tensor:
 
 def foreground_psnr(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """PSNR in dB over the pixels of the ground-truth mask (weighted by it), [...]."""
-    if mask.shape[-3] != 1:
-        raise ValueError(f"mask must have 1 channel, got shape {list(mask.shape)}")
-    weight = mask.flatten(-3).sum(-1)
-    if (weight <= 0).any():
-        raise ValueError("foreground_psnr: a mask is empty, its foreground has no PSNR")
-    error = ((prediction - target).square().mean(-3, keepdim=True) * mask).flatten(-3).sum(-1)
-    return _decibel(error / weight)
+    error = (prediction - target).square().mean(-3, keepdim=True)
+    return _decibel(_masked_mean(error, mask, "foreground_psnr"))
 
 
 def mask_iou(prediction: Tensor, target: Tensor) -> Tensor:
@@ -50,11 +45,51 @@ def mask_from_white(rgb: Tensor) -> Tensor:
 
 def ssim(prediction: Tensor, target: Tensor) -> Tensor:
     """Structural similarity per picture, [...] (Gaussian window 11, sigma 1.5, data range 1; Wang et al. 2004)."""
+    return _ssim_map(prediction, target).mean((-3, -2, -1))
+
+
+def foreground_ssim(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """Structural similarity averaged over the ground-truth mask (weighted by it), [...]; windows reach beyond it."""
+    return _masked_mean(_ssim_map(prediction, target).mean(-3, keepdim=True), mask, "foreground_ssim")
+
+
+def _ssim_map(prediction: Tensor, target: Tensor) -> Tensor:
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     a, b = prediction.flatten(0, -4), target.flatten(0, -4)
-    values = structural_similarity_index_measure(a, b, sigma=1.5, kernel_size=11, data_range=1.0, reduction="none")
-    return values.reshape(prediction.shape[:-3])
+    _, values = structural_similarity_index_measure(
+        a, b, sigma=1.5, kernel_size=11, data_range=1.0, reduction="none", return_full_image=True
+    )
+    return values.reshape(prediction.shape)
+
+
+def _masked_mean(values: Tensor, mask: Tensor, name: str) -> Tensor:
+    """Mean of values [..., 1, h, w] weighted by mask [..., 1, h, w], [...]."""
+    if mask.shape[-3] != 1:
+        raise ValueError(f"mask must have 1 channel, got shape {list(mask.shape)}")
+    weight = mask.flatten(-3).sum(-1)
+    if (weight <= 0).any():
+        raise ValueError(f"{name}: a mask is empty, there is no foreground to measure")
+    return (values * mask).flatten(-3).sum(-1) / weight
+
+
+@torch.no_grad()
+def lpips_distances(
+    network: torch.nn.Module, prediction: Tensor, target: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    """LPIPS of whole pictures and its map averaged over the ground-truth mask, [...] each; smaller is better.
+
+    network: from `load_lpips`. prediction, target: [..., 3, h, w] 0..1.
+    """
+    whole, inside = [], []
+    for a, b, m in zip(prediction.flatten(0, -4), target.flatten(0, -4), mask.flatten(0, -4)):
+        a, b = a[None] * 2 - 1, b[None] * 2 - 1
+        network.spatial = True
+        inside.append(_masked_mean(network(a, b), m[None], "lpips_distances")[0])
+        network.spatial = False
+        whole.append(network(a, b).flatten()[0])
+    shape = prediction.shape[:-3]
+    return torch.stack(whole).reshape(shape), torch.stack(inside).reshape(shape)
 
 
 def lpips_backbone_path(root: Path | str = ".") -> Path:

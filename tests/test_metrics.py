@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from multiview.metrics import foreground_psnr, load_lpips, mask_from_white, mask_iou, psnr, ssim
+from multiview.metrics import (
+    foreground_psnr,
+    foreground_ssim,
+    load_lpips,
+    lpips_distances,
+    mask_from_white,
+    mask_iou,
+    psnr,
+    ssim,
+)
 
 
 def test_psnr_and_its_foreground_form():
@@ -27,6 +36,19 @@ def test_ssim_is_one_for_equal_pictures_and_falls_with_noise():
     picture = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     assert torch.allclose(ssim(picture, picture), torch.ones(2), atol=1e-5)
     assert (ssim(picture, 1 - picture) < 0.2).all()
+
+
+def test_foreground_ssim_looks_inside_the_mask_only():
+    target = torch.rand(2, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    mask = torch.zeros(2, 1, 48, 48)
+    mask[..., :12, :12] = 1
+    prediction = target.clone()
+    prediction[..., 30:, 30:] = 0.5  # more than a window away from the mask
+    assert torch.allclose(foreground_ssim(prediction, target, mask), torch.ones(2), atol=1e-5)
+    assert (ssim(prediction, target) < 0.95).all()
+    assert torch.allclose(foreground_ssim(prediction, target, torch.ones_like(mask)), ssim(prediction, target))
+    with pytest.raises(ValueError, match="foreground_ssim: a mask is empty"):
+        foreground_ssim(prediction, target, mask * 0)
 
 
 def test_mask_from_white_keeps_a_pale_animal_and_halves_a_dark_ones_rim():
@@ -53,5 +75,14 @@ def test_lpips_reads_its_backbone_from_disk(tmp_path):
     network = load_lpips(path=tmp_path / "vgg.pth")
     a, b = torch.rand(1, 3, 64, 64) * 2 - 1, torch.rand(1, 3, 64, 64) * 2 - 1
     assert network(a, a).item() == pytest.approx(0, abs=1e-6) and network(a, b).item() > 0
+    pair = torch.stack([a, b])[None, :, 0] / 2 + 0.5  # [1, 2, 3, h, w]
+    mask = torch.zeros(1, 2, 1, 64, 64)
+    mask[..., :8] = 1
+    changed = pair.clone()
+    changed[..., 40:] = 0
+    whole, inside = lpips_distances(network, changed, pair, mask)
+    assert whole.shape == inside.shape == (1, 2) and (whole > 0).all()
+    assert whole[0, 0].item() == pytest.approx(network(changed[:, 0] * 2 - 1, pair[:, 0] * 2 - 1).item(), rel=1e-5)
+    assert (inside < whole).all()  # what changed is far from the mask
     stored = torch.load(tmp_path / "vgg.pth", weights_only=True)
     assert torch.equal(network.net.slice1[0].weight, stored["features.0.weight"])
