@@ -161,7 +161,10 @@ def load_state(state: TrainingState, start: Start, config: GSLRMConfig) -> None:
     Raises ValueError for a file that holds less, or that was trained with other parameters frozen.
     """
     path, checkpoint = start.path, load_checkpoint(start.path)
-    weights_only = "set training.optimizer.reset_training_state=true to start from its weights"
+    weights_only = (
+        f"start from its weights: another checkpoint_dir with training.checkpointing.resume_ckpt={path} and "
+        "training.optimizer.reset_training_state=true"
+    )
     missing = set(STATE_KEYS) - set(checkpoint)
     if missing:
         raise ValueError(f"checkpoint {path} lacks {', '.join(sorted(missing))} and cannot be resumed; {weights_only}")

@@ -82,9 +82,9 @@ ADAPTED = {
     "training.adaptation.lora_rank": 2, "training.adaptation.trainable_layers": 1,
     "training.adaptation.freeze_embedder": "true",
     "training.runtime.grad_checkpoint_every": 1, "training.runtime.grad_accum_steps": 2,
-    "training.optimizer.lr": 1e-2, "training.schedule.max_fwdbwd_passes": 10, "validation.enabled": "false",
+    "training.optimizer.lr": 1e-2, "training.schedule.max_fwdbwd_passes": 12, "validation.enabled": "false",
 }  # fmt: skip
-PLAN = {3: "nan", 6: "wild"}  # in the second of two passes of an update, and in the first
+PLAN = {3: "nan", 6: "wild", 8: "inf"}  # in the second of two passes of an update, in the first, in the first
 
 
 def test_two_processes_with_adapters_skip_together_what_only_one_of_them_met(data, tmp_path):
@@ -105,15 +105,15 @@ def test_two_processes_with_adapters_skip_together_what_only_one_of_them_met(dat
         script=str(driver),
     )  # fmt: skip
     try:
-        printed = process.communicate(timeout=150)[0]
+        printed = process.communicate(timeout=400)[0]
     except subprocess.TimeoutExpired:
         process.kill()
         raise
     assert process.returncode == 0, printed
     one, two = (load_checkpoint(newest_checkpoint(tmp_path / name)) for name in ("one", "two"))
-    assert one["counts"] == two["counts"] == {"skipped_nan_loss": 1, "skipped_gradient": 1, "skipped_overflow": 0}
+    assert one["counts"] == two["counts"] == {"skipped_nan_loss": 2, "skipped_gradient": 1, "skipped_overflow": 0}
     assert one["param_update_step"] == two["param_update_step"] == 3
     expected, got = torch.tensor(logged(tmp_path / "one")), torch.tensor(logged(tmp_path / "two"))
-    fine = torch.tensor([number not in PLAN for number in range(10)])
+    fine = torch.tensor([number not in PLAN for number in range(12)])
     assert ((got - expected).abs() / expected)[fine].max() < 1e-4 and got[3].isnan()
     assert expected[0] - expected[-1] > 0.01  # every pass holds all four samples, and the updates taken helped

@@ -10,6 +10,7 @@ import torch
 from gslrm_toys import ROOT, SIZE, config_of, logged, run_script, settings, toy_sample, write_toys
 
 from gslrm import losses as loss_functions
+from gslrm.adaptation import check_adaptation
 from gslrm.config import GSLRMConfig, check_config
 from gslrm.data.mouse_dataset import MouseViewDataset, StepSampler, batch_keys, jitter, overlapping
 from gslrm.model.gslrm import GSLRM
@@ -182,6 +183,9 @@ def test_every_config_of_stage_2_loads():
     assert (config.training.losses.lpips_loss_weight, config.training.losses.perceptual_loss_weight) == (0.8, 0.8)
     assert config.training.checkpointing.resume_ckpt == "checkpoints/gslrm/mouse_finetune"
     check_config(load_config(GSLRMConfig, ROOT / "configs" / "demo_gslrm.yaml"))
+    config = load_config(GSLRMConfig, ROOT / "configs" / "mouse_gslrm_lora.yaml")
+    check_config(config)
+    assert check_adaptation(config.training.adaptation, config.model.transformer.n_layer) == list(range(24))
 
 
 def test_facelifts_own_yaml_layout_is_accepted(tmp_path):
@@ -285,7 +289,7 @@ def test_two_processes_take_the_steps_of_one_with_twice_the_batch(data, tmp_path
     train(config_of(data, tmp_path / "one", **one))
     two = {**steps, "training.dataloader.batch_size_per_gpu": 2}
     process = run_script("--config", str(empty_yaml), *settings(data, tmp_path / "two", **two), torchrun=2)
-    assert process.wait(150) == 0, process.stdout.read()
+    assert process.wait(400) == 0, process.stdout.read()
     expected, got = torch.tensor(logged(tmp_path / "one")), torch.tensor(logged(tmp_path / "two"))
     assert len(got) == 20
     assert ((got - expected).abs() / expected).max() < 1e-4
