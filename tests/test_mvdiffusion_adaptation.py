@@ -1,0 +1,234 @@
+"""What of the UNet trains and how fast: LoRA, the frozen encoder, layer-wise rates, schedules; resumed exactly."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from mvdiffusion_tiny import UNET, prepare
+from safetensors.torch import load_file
+
+from multiview.run import seed_everything
+from mvdiffusion.checkpoints import newest_training
+from mvdiffusion.config import MVDiffusionConfig
+from mvdiffusion.lora import add_lora, has_adapters, is_adapter_weight, merged_state
+from mvdiffusion.models.unet import create_unet, load_unet, unet_rig
+from mvdiffusion.optimization import (
+    drop_encoder_gradients,
+    is_encoder,
+    lr_factor,
+    make_optimizer,
+    parameter_groups,
+    set_learning_rates,
+    trained_parameters,
+)
+from mvdiffusion.training import train
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return prepare(tmp_path_factory.mktemp("tiny"), "uniform4")
+
+
+def config_for(tiny, output: Path, **changes) -> MVDiffusionConfig:
+    values = {
+        "pretrained_model_name_or_path": str(tiny["components"]), "prompt_embeds": str(tiny["embeds"]),
+        "train_data": str(tiny["data"]), "validation_data": str(tiny["data"].with_name("data_mouse_val.txt")),
+        "unet": dict(UNET), "output_dir": str(output), "max_train_steps": 4, "train_batch_size": 2,
+        "gradient_accumulation_steps": 1, "dataloader_num_workers": 0, "learning_rate": 1e-2, "lr_warmup_steps": 0,
+        "checkpointing_steps": 2, "validation_steps": 100, "validation_samples": 1, "validation_num_steps": 1,
+        "validation_guidance_scales": [1.0], "device": "cpu",
+    }  # fmt: skip
+    return MVDiffusionConfig(**{**values, **changes})
+
+
+def losses(output: Path) -> dict[int, float]:
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if line["split"] == "train"}
+
+
+def small_unet(camera_conditioning: str = "none"):
+    torch.manual_seed(0)
+    return create_unet(dict(UNET), 4, "sparse", camera_conditioning)
+
+
+def first_weights(camera_conditioning: str = "none") -> dict[str, torch.Tensor]:
+    """What a run of seed 0 begins with."""
+    seed_everything("mvdiffusion unet", 0)
+    return create_unet(dict(UNET), 4, "sparse", camera_conditioning).state_dict()
+
+
+def run_stock(unet):
+    generator = torch.Generator().manual_seed(1)
+    inputs = [torch.randn(shape, generator=generator) for shape in ((4, 8, 8, 8), (4, 77, 16), (4, 16))]
+    with torch.no_grad():
+        return unet(inputs[0], 7, encoder_hidden_states=inputs[1], class_labels=inputs[2]).sample
+
+
+# ---- LoRA -----------------------------------------------------------------------------------------------------------
+
+
+def test_merged_adapters_are_the_adapted_unet():
+    unet, plain = small_unet(), small_unet()
+    config = MVDiffusionConfig(lora_rank=3, lora_alpha=6.0, lora_targets=["to_q", "to_out.0", "conv1"])
+    add_lora(unet, config)
+    torch.testing.assert_close(run_stock(unet), run_stock(plain), atol=0, rtol=0)  # B is zero: no effect yet
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in unet.named_parameters():
+            if is_adapter_weight(name):
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    state = merged_state(unet)
+    assert state.keys() == plain.state_dict().keys() and not has_adapters(plain)
+    plain.load_state_dict(state)
+    adapted = run_stock(unet)
+    torch.testing.assert_close(run_stock(plain), adapted, atol=2e-5, rtol=1e-4)
+    assert (adapted - run_stock(small_unet())).abs().max() > 1e-2
+
+
+def test_adapters_and_new_camera_weights_train_and_nothing_else():
+    unet = small_unet("adaln")
+    add_lora(unet, MVDiffusionConfig(lora_rank=2, lora_also_train=["conv_in"]))
+    names = set(trained_parameters(unet))
+    assert {"conv_in.weight", "conv_in.bias", "camera.output.weight"} <= names
+    rest = {name for name in names if not is_adapter_weight(name) and not name.startswith(("conv_in.", "camera."))}
+    assert not rest and sum(map(is_adapter_weight, names)) > 10
+    with pytest.raises(ValueError, match="no module of the UNet is called .'to_w'"):
+        add_lora(small_unet(), MVDiffusionConfig(lora_rank=2, lora_targets=["to_q", "to_w"]))
+
+
+def test_lora_run_resumes_exactly_and_saves_both_forms(tiny, tmp_path):
+    changes = {"lora_rank": 2, "lora_save_merged": False, "camera_conditioning": "adaln"}
+    output = tmp_path / "run"
+    train(config_for(tiny, output, **changes))
+    whole, last = losses(output), output / "checkpoint-4"
+    assert not (output / "checkpoint-2" / "unet").exists()  # adapters alone on the way, everything at the end
+    merged = load_unet(last / "unet_ema")
+    assert merged.config.camera_conditioning == "adaln" and not has_adapters(merged)
+    shipped = load_file(last / "lora" / "adapter_model.safetensors")
+    settings = json.loads((last / "lora" / "adapter_config.json").read_text())
+    assert all(name.startswith("base_model.model.") and ".default." not in name for name in shipped)
+    assert settings["r"] == 2 and settings["peft_type"] == "LORA"
+    # The last merged weights are first weights + B A, layer by layer.
+    name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    up, down = (shipped[f"base_model.model.{name}.lora_{letter}.weight"] for letter in "BA")
+    first = first_weights("adaln")[f"{name}.weight"]
+    torch.testing.assert_close(merged.state_dict()[f"{name}.weight"], first + up @ down)
+    assert (up @ down).abs().max() > 1e-5
+
+    (last / "optimizer.pt").write_bytes(b"cut")  # as killed while it was written
+    train(config_for(tiny, output, **changes))
+    assert losses(output) == whole
+    found = newest_training(output, unet_rig(last / "unet"))
+    assert found.step == 4 and set(found.trained) == {"own", "ema", "base"}
+
+
+def test_adapters_of_other_first_weights_are_refused(tiny, tmp_path):
+    output = tmp_path / "run"
+    train(config_for(tiny, output, lora_rank=2, max_train_steps=2))
+    with pytest.raises(ValueError, match="adapters of other weights"):
+        train(config_for(tiny, output, lora_rank=2, seed=1))  # another seed, another fresh UNet
+    with pytest.raises(ValueError, match="run of another model .lora_rank: 2 there, 4 now"):
+        train(config_for(tiny, output, lora_rank=4))
+
+
+# ---- the frozen encoder ---------------------------------------------------------------------------------------------
+
+
+def test_encoder_stands_still_for_the_first_half(tiny, tmp_path):
+    output = tmp_path / "run"
+    config = config_for(tiny, output, freeze_encoder=True, checkpointing_steps=1, checkpoints_total_limit=4)
+    train(config)
+    whole = losses(output)
+    states = [load_unet(output / f"checkpoint-{step}" / "unet").state_dict() for step in (1, 2, 3)]
+    encoder = [name for name in states[0] if is_encoder(name)]
+    assert encoder and all(torch.equal(states[0][name], states[1][name]) for name in encoder)
+    assert not torch.equal(states[0]["conv_in.weight"], states[1]["conv_in.weight"])
+    moved = [name for name in encoder if not torch.equal(states[1][name], states[2][name])]
+    assert len(moved) > 0.9 * len(encoder)
+    # Resumed before the half: the encoder's moments start when it is let go, as in the unbroken run.
+    for step in (2, 3, 4):
+        (output / f"checkpoint-{step}" / "optimizer.pt").write_bytes(b"cut")
+    train(config_for(tiny, output, freeze_encoder=True, checkpointing_steps=1, checkpoints_total_limit=4))
+    assert losses(output) == whole
+
+
+def test_new_weights_in_the_encoder_are_not_frozen():
+    assert is_encoder("down_blocks.0.resnets.0.conv1.weight")
+    assert not is_encoder("down_blocks.0.camera.weight") and not is_encoder("conv_in.weight")
+    unet = small_unet()
+    for parameter in unet.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    config = MVDiffusionConfig(freeze_encoder=True, max_train_steps=10)
+    drop_encoder_gradients(unet, config, 5)
+    assert all(parameter.grad is not None for parameter in unet.parameters())
+    drop_encoder_gradients(unet, config, 4)
+    assert {name for name, p in unet.named_parameters() if p.grad is None} == {
+        name for name, _ in unet.named_parameters() if name.startswith("down_blocks.")
+    }
+
+
+# ---- rates ----------------------------------------------------------------------------------------------------------
+
+
+def test_layers_have_rates_of_their_own():
+    unet = small_unet("concat")
+    config = MVDiffusionConfig(
+        learning_rate=1e-3, lr_warmup_steps=0, lr_multipliers={r"\.attn1\.": 0.1, r"(^|\.)camera\.": 10.0},
+        camera_embedding_lr_mult=2.0,
+    )  # fmt: skip
+    optimizer = make_optimizer(trained_parameters(unet), config, CPU)
+    set_learning_rates(optimizer, config, 0)
+    rates = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+    expected = {"attn1": 1e-4, "camera": 1e-2, "class_embedding": 2e-3}
+    for name, parameter in unet.named_parameters():
+        rate = next((rate for part, rate in expected.items() if part in name.split(".")), 1e-3)
+        assert rates[id(parameter)] == pytest.approx(rate), name
+    with pytest.raises(ValueError, match="no trained parameter's name matches"):
+        parameter_groups(trained_parameters(unet), MVDiffusionConfig(lr_multipliers={"atn1": 2.0}))
+
+
+def test_rates_survive_a_resumed_run(tiny, tmp_path):
+    output, changes = tmp_path / "run", {"lr_multipliers": {"attn1": 0.0}, "learning_rate": 1e-2}
+    train(config_for(tiny, output, max_train_steps=2, **changes))
+    train(config_for(tiny, output, **changes))
+    state = load_unet(output / "checkpoint-4" / "unet").state_dict()
+    first = first_weights()
+    still = {name for name in first if torch.equal(first[name], state[name])}
+    assert still == {name for name in first if ".attn1." in name}
+    with pytest.raises(ValueError, match="run of another model .lr_multipliers"):
+        train(config_for(tiny, output))
+
+
+def test_schedules():
+    piecewise = MVDiffusionConfig(lr_scheduler="piecewise_constant", step_rules="1:10,0.5:20,0.1", lr_warmup_steps=100)
+    assert [lr_factor(piecewise, step) for step in (0, 9, 10, 19, 20, 999)] == [1, 1, 0.5, 0.5, 0.1, 0.1]
+    with pytest.raises(ValueError, match="step_rules must look like"):
+        lr_factor(MVDiffusionConfig(lr_scheduler="piecewise_constant", step_rules="1:x,2"), 0)
+    for name, middle in (("constant", 1.0), ("linear", 0.5), ("cosine", 0.5)):
+        config = MVDiffusionConfig(lr_scheduler=name, lr_warmup_steps=10, max_train_steps=110)
+        assert lr_factor(config, 0) == 0.1 and lr_factor(config, 9) == 1.0
+        assert lr_factor(config, 60) == pytest.approx(middle)
+
+
+def test_8bit_adam_is_refused_where_it_cannot_be(monkeypatch):
+    config, parameters = MVDiffusionConfig(use_8bit_adam=True), trained_parameters(small_unet())
+    with pytest.raises(ValueError, match="needs a CUDA device, got cpu"):
+        make_optimizer(parameters, config, CPU)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as where it is not installed
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(ValueError, match="pip install bitsandbytes"):
+        make_optimizer(parameters, config, torch.device("cuda"))
+
+
+def test_only_named_modules_train(tiny, tmp_path):
+    train(config_for(tiny, tmp_path / "run", max_train_steps=1, trainable_modules=["attn1"]))
+    own = load_unet(tmp_path / "run" / "checkpoint-1" / "unet").state_dict()
+    first = first_weights()
+    moved = {name for name in own if not torch.equal(own[name], first[name])}
+    assert moved and all("attn1" in name for name in moved)
+    with pytest.raises(ValueError, match="names no parameter"):
+        train(config_for(tiny, tmp_path / "other", trainable_modules=["attn9"]))
