@@ -93,6 +93,8 @@ def _check_keys(content: dict, known: set[str], source: str, prefix: str = "") -
             nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
             leaf = [k for k in known if k.rsplit(".", 1)[-1] == str(key)]
             raise ValueError(f"{source}: unknown key '{name}'; the nearest known one is '{(leaf or nearest)[0]}'")
+        if not isinstance(value, dict) and any(other.startswith(name + ".") for other in known):
+            raise ValueError(f"{source}: key '{name}' must hold a mapping of keys to values, got {value!r}")
         if isinstance(value, dict) and name + ".*" not in known:
             _check_keys(value, known, source, name + ".")
 
@@ -101,8 +103,8 @@ def _drop_ignored(tree: Any, ignored: set[str], source: str) -> None:
     from omegaconf import OmegaConf
 
     for name in sorted(ignored):
-        if OmegaConf.select(tree, name, default=None) is not None:
-            parent, _, key = name.rpartition(".")
-            node = OmegaConf.select(tree, parent) if parent else tree
+        parent, _, key = name.rpartition(".")
+        node = OmegaConf.select(tree, parent) if parent else tree
+        if OmegaConf.is_dict(node) and key in node:  # also where its value is null
             del node[key]
             log.info("%s: key '%s' has no effect here and is ignored", source, name)

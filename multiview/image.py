@@ -76,7 +76,7 @@ def composite(rgba: Tensor, background: Tensor | float) -> Tensor:
     if rgba.shape[-3] != 4:
         raise ValueError(f"rgba must have 4 channels at dimension -3, got shape {list(rgba.shape)}")
     rgb, alpha = rgba[..., :3, :, :], rgba[..., 3:, :, :]
-    return rgb * alpha + background * (1.0 - alpha)
+    return torch.lerp(torch.as_tensor(background).to(rgb), rgb, alpha)  # one pass over the pixels
 
 
 def grid(pictures: Tensor, columns: int) -> Tensor:

@@ -57,6 +57,8 @@ def test_unknown_yaml_keys_name_the_file_and_ignored_ones_are_listed(tmp_path, c
     with caplog.at_level("INFO"):
         assert load_config(Settings, path, ignored={"enable_xformers"}).steps == 3
     assert "enable_xformers" in caplog.text
+    path.write_text("steps: 3\nenable_xformers: null\n")
+    assert load_config(Settings, path, ignored={"enable_xformers"}).steps == 3
 
 
 def test_a_missing_or_broken_file_is_refused(tmp_path):
