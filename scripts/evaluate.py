@@ -4,6 +4,10 @@
   2     the sample's rig views -> Gaussians, rendered from its extra views, which were never inputs
   full  the input view -> painted views -> Gaussians, rendered from the other rig views and from the extra views
 Writes metrics.json, table.md and sheet.png (rows of truth and prediction). Foreground: inside the true mask.
+
+Sweeps (stage 2): each list given is measured on its own, the others at no noise and all views. Noise is put on the
+cameras that the model is told; the true ones stay for rendering. Of k input views those are taken that stand farthest
+apart, the reference view among them. A table and a plot (sweep_<flag>.png) per list.
 """
 
 import argparse
@@ -17,9 +21,17 @@ from chain.flags import add_chain_flags, positive
 from multiview.run import main_guard
 
 SHEET_ROWS = 8
+SWEEPS = ("camera_noise_deg", "camera_noise_mm", "camera_noise_px", "num_input_views")
 
 
-def parse_arguments() -> argparse.Namespace:
+def not_negative(text: str) -> float:
+    number = float(text)
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be 0 or more, got {text}")
+    return number
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--data", type=Path, default=Path("data_mouse/data_mouse_val.txt"), help="split list of samples"
@@ -30,141 +42,195 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, help="Stage 2; default: the demo model")
     add_chain_flags(parser)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/evaluation"))
-    return parser.parse_args()
+    sweeps = parser.add_argument_group("sweeps of stage 2")
+    for unit, text in (
+        ("deg", "rotation of each camera, standard deviations in degrees"),
+        ("mm", "position of each camera along each axis, standard deviations in mm"),
+        ("px", "principal point of each camera, standard deviations in pixels of the model's input"),
+    ):
+        sweeps.add_argument(f"--camera_noise_{unit}", type=not_negative, nargs="+", metavar="X", default=[], help=text)
+    sweeps.add_argument("--num_input_views", type=positive, nargs="+", metavar="N", default=[], help="how many go in")
+    sweeps.add_argument(
+        "--world_units_per_mm", type=not_negative, help="scale of the data; default: from dataset.json, if it says so"
+    )
+    options = parser.parse_args(arguments)
+    given = [name for name in SWEEPS if getattr(options, name)]
+    if given and options.stage != "2":
+        parser.error(f"--{given[0]} is a sweep of --stage 2, got --stage {options.stage}")
+    if options.world_units_per_mm == 0:
+        parser.error("--world_units_per_mm must be above 0, got 0")
+    return options
 
 
-def main() -> None:
-    arguments = parse_arguments()
-    from tqdm import tqdm
-
+def main(arguments: list[str] | None = None) -> None:
+    options = parse_arguments(arguments)
     from chain.artifacts import load_stage1, load_stage2, resolve_chain, resolve_stage2
     from multiview.rig import check_alignment
     from multiview.run import resolve_device
-    from multiview.sample import read_dataset_info, read_sample, read_split
+    from multiview.sample import read_dataset_info
 
-    device = resolve_device(arguments.device)
-    if arguments.stage == "2":
-        artifacts = resolve_stage2(rig=arguments.rig, gslrm=arguments.checkpoint, gslrm_config=arguments.gslrm_config)
+    device = resolve_device(options.device)
+    if options.stage == "2":
+        artifacts = resolve_stage2(rig=options.rig, gslrm=options.checkpoint, gslrm_config=options.gslrm_config)
     else:
         artifacts = resolve_chain(
-            rig=arguments.rig, unet=arguments.mvdiffusion_checkpoint, gslrm=arguments.checkpoint,
-            gslrm_config=arguments.gslrm_config, embeds=arguments.prompt_embeds,
-            components=arguments.mvdiff_pretrained,
-            num_steps=arguments.num_steps, guidance_scale=arguments.guidance_scale,
+            rig=options.rig, unet=options.mvdiffusion_checkpoint, gslrm=options.checkpoint,
+            gslrm_config=options.gslrm_config, embeds=options.prompt_embeds,
+            components=options.mvdiff_pretrained,
+            num_steps=options.num_steps, guidance_scale=options.guidance_scale,
         )  # fmt: skip
-    check_alignment(artifacts.rig, dataset=read_dataset_info(arguments.data.parent)["rig"])
-    components = load_stage1(artifacts, device) if arguments.stage != "2" else None
-    model = load_stage2(artifacts, device) if arguments.stage != "1" else None
+    info = read_dataset_info(options.data.parent)
+    check_alignment(artifacts.rig, dataset=info["rig"])
+    components = load_stage1(artifacts, device) if options.stage != "2" else None
+    model = load_stage2(artifacts, device) if options.stage != "1" else None
+    lpips = load_lpips_if_there(device)
+    if any(getattr(options, name) for name in SWEEPS):
+        run_sweeps(options, artifacts, model, info, lpips, device)
+    else:
+        run_stage(options, artifacts, components, model, lpips, device)
+
+
+def load_lpips_if_there(device):
+    from multiview.metrics import load_lpips, lpips_backbone_path
+
+    if lpips_backbone_path().is_file():
+        return load_lpips(device)
+    print(f"LPIPS is not measured: no weights at {lpips_backbone_path()}")
+    return None
+
+
+# ---- one measurement of a stage -------------------------------------------------------------------------------------
+
+
+def run_stage(options, artifacts, components, model, lpips, device) -> None:
+    import statistics
+
+    from tqdm import tqdm
+
+    from chain.evaluation import predict_chain, predict_stage1, predict_stage2, table
+    from multiview.sample import read_sample, read_split
+
     size = components.image_size if components else model.config.image_tokenizer.image_size
-    folders = read_split(arguments.data)[: arguments.num_samples]
     records, sheet = [], []
-    for folder in tqdm(folders, desc=f"stage {arguments.stage}", unit="mouse"):
+    for folder in tqdm(read_split(options.data)[: options.num_samples], desc=f"stage {options.stage}", unit="mouse"):
         sample = read_sample(folder, image_size=size)
         started = time.perf_counter()
-        pairs = predict(arguments, artifacts, components, model, sample, device)
+        if options.stage == "1":
+            predictions = predict_stage1(components, artifacts, sample, seed=options.seed)
+        elif options.stage == "2":
+            predictions = predict_stage2(model, sample, artifacts.rig.num_views, device)
+        else:
+            predictions = predict_chain(components, model, artifacts, sample, device, seed=options.seed)
         seconds = time.perf_counter() - started
-        for split, (rgb, mask, truth) in pairs.items():
-            records += measure(folder.name, split, rgb, mask, truth, seconds)
+        records += rows_of({"sample": folder.name, "seconds": seconds}, predictions, lpips)
         if len(sheet) < 2 * SHEET_ROWS:
-            sheet += sheet_rows(pairs)
-    write_results(arguments, artifacts, records, sheet)
+            shown = next(iter(predictions.values()))
+            sheet += [shown.target, shown.rgb]
+    write_sheet(options.output_dir / "sheet.png", sheet)
+    write_results(options, artifacts, table(records, "split", "split"), {"views": records})
+    seconds = statistics.median(record["seconds"] for record in records)
+    print(f"median {seconds:.2f} s per mouse; {options.output_dir / 'sheet.png'}")
 
 
-def predict(arguments, artifacts, components, model, sample, device) -> dict:
-    """By split: predicted pictures [n, 3, h, w], masks [n, 1, h, w], and the true RGBA views [n, 4, h, w]."""
-    from chain.stages import paint_views, reconstruct, views_of_sample
-    from gslrm.model.gaussians_renderer import render
-    from multiview.metrics import mask_from_white
-
-    count, reference = artifacts.rig.num_views, artifacts.rig.reference_view
-    others = [k for k in range(count) if k != reference]
-    if arguments.stage == "2":
-        views = views_of_sample(sample.rgba[:count], sample.cameras[:count])
-    else:
-        views = paint_views(components, artifacts, sample.rgba[reference], seed=arguments.seed, keep_input_view=True)
-    if arguments.stage == "1":
-        copied = views.rgb[reference].expand(len(others), -1, -1, -1)
-        return {
-            "painted views": (views.rgb[others], mask_from_white(views.rgb[others]), sample.rgba[others]),
-            "baseline: input copied": (copied, mask_from_white(copied), sample.rgba[others]),
-        }
-    gaussians = reconstruct(model, views, device)
-    splits = {"novel views": list(range(count, len(sample.rgba)))}
-    if arguments.stage == "full":
-        splits["rig views but the input"] = others
-    found = {}
-    for split, indices in splits.items():
-        if indices:
-            output = render(gaussians, sample.cameras[indices][None].to(device), background=1.0)
-            found[split] = output.rgb[0].cpu().clamp(0, 1), output.alpha[0].cpu(), sample.rgba[indices]
-    return found
+# ---- sweeps ---------------------------------------------------------------------------------------------------------
 
 
-def measure(name: str, split: str, rgb, mask, truth, seconds: float) -> list[dict]:
-    """One record per view."""
-    from multiview.image import composite
-    from multiview.metrics import foreground_psnr, mask_iou, psnr, ssim
+def run_sweeps(options, artifacts, model, info: dict, lpips, device) -> None:
+    from tqdm import tqdm
 
-    target, true_mask = composite(truth, 1.0), truth[:, 3:]
-    columns = {
-        "foreground_psnr": foreground_psnr(rgb, target, true_mask), "psnr": psnr(rgb, target),
-        "ssim": ssim(rgb, target), "mask_iou": mask_iou(mask, true_mask),
-    }  # fmt: skip
+    from chain.plots import plot_sweep
+    from chain.sweeps import find_world_units_per_mm, plan_sweeps, predict_levels
+    from multiview.sample import read_sample, read_split
+
+    size, notes, scale = model.config.image_tokenizer.image_size, [], None
+    if options.camera_noise_mm:
+        source = (options.data.parent / "dataset.json").as_posix()
+        scale, note = find_world_units_per_mm(info, options.world_units_per_mm, source)
+        notes.append(f"Camera positions: {note}.")
+    if options.camera_noise_px:
+        notes.append(f"Pixels are those of the model's input, {size} x {size}.")
+    values = {name: getattr(options, name) for name in SWEEPS if getattr(options, name)}
+    sweeps = plan_sweeps(values, artifacts.rig, scale)
+    folders = read_split(options.data)[: options.num_samples]
+    records, sheets = [], {factor: [] for factor in sweeps}
+    for folder in tqdm(folders, desc="sweeps", unit="mouse"):
+        sample = read_sample(folder, image_size=size)
+        levels = predict_levels(model, sample, folder.name, artifacts.rig, sweeps, device, seed=options.seed)
+        for level, predictions in levels:
+            head = {"factor": level.factor, "value": level.value, "sample": folder.name}
+            records += rows_of(head, predictions, lpips)
+            if folder == folders[0]:
+                shown, sheet = next(iter(predictions.values())), sheets[level.factor]
+                sheet += [shown.rgb] if sheet else [shown.target, shown.rgb]
+    for factor in sweeps:
+        rows = [record for record in records if record["factor"] == factor]
+        title = f"{len(folders)} mice, {rows[0]['split']}; line: mean over views, band: middle half"
+        plot_sweep(options.output_dir / f"sweep_{factor}.png", factor, rows, title)
+        write_sheet(options.output_dir / f"sheet_{factor}.png", sheets[factor])
+    write_sweeps(options, artifacts, sweeps, records, notes)
+
+
+def write_sweeps(options, artifacts, sweeps: dict, records: list[dict], notes: list[str]) -> None:
+    from chain.evaluation import summarise, table
+    from chain.sweeps import FACTORS
+
+    blocks, summaries = [], {}
+    for factor, levels in sweeps.items():
+        rows = [record for record in records if record["factor"] == factor]
+        blocks.append(f"## {FACTORS[factor]}\n\n" + table(rows, "value", factor))
+        if factor == "num_input_views":
+            used = (f"{len(level.views)}: {', '.join(map(str, level.views))}" for level in levels)
+            notes.append(f"Input views used, numbered in rig order: {'; '.join(used)}.")
+        summaries[factor] = [
+            {
+                "value": level.value, "views": list(level.views), "rotation_deg": level.rotation_deg,
+                "translation_world_units": level.translation, "pixels": level.pixels,
+                **summarise([row for row in rows if row["value"] == level.value]),
+            }
+            for level in levels
+        ]  # fmt: skip
+    text = "\n".join([*blocks, *(note + "\n" for note in notes)])
+    write_results(options, artifacts, text, {"sweeps": summaries, "notes": notes, "views": records})
+
+
+# ---- shared ---------------------------------------------------------------------------------------------------------
+
+
+def rows_of(head: dict, predictions: dict, lpips) -> list[dict]:
+    """One record per split and view."""
+    from chain.evaluation import measure
+
     return [
-        {
-            "sample": name,
-            "split": split,
-            "view": view,
-            "seconds": seconds,
-            **{k: v[view].item() for k, v in columns.items()},
-        }
-        for view in range(len(rgb))
+        {**head, "split": split, "view": view, **metrics}
+        for split, prediction in predictions.items()
+        for view, metrics in enumerate(measure(prediction, lpips))
     ]
 
 
-def sheet_rows(pairs: dict) -> list:
-    """A row of truth and a row of prediction of the first split."""
-    from multiview.image import composite
-
-    rgb, _, truth = next(iter(pairs.values()))
-    return [composite(truth, 1.0), rgb]
-
-
-def write_results(arguments, artifacts, records: list[dict], sheet: list) -> None:
-    """metrics.json, table.md (also printed) and sheet.png."""
-    import statistics
-
+def write_sheet(path: Path, rows: list) -> None:
+    """Rows of pictures [n, 3, h, w] below one another."""
     import torch
 
-    from multiview.checkpoint import atomic_write, write_json
     from multiview.image import grid, write_image
+
+    write_image(path, grid(torch.cat(rows), columns=len(rows[0])))
+
+
+def write_results(options, artifacts, table: str, content: dict) -> None:
+    """metrics.json and table.md; the table is printed too."""
+    from multiview.checkpoint import atomic_write, write_json
     from multiview.run import git_hash
 
-    names = ("foreground_psnr", "psnr", "ssim", "mask_iou")
-    lines = ["| split | mice | views | " + " | ".join(f"{name} mean (median, worst 5 %)" for name in names) + " |"]
-    lines.append("|---" * (3 + len(names)) + "|")
-    for split in dict.fromkeys(record["split"] for record in records):
-        rows = [record for record in records if record["split"] == split]
-        cells = []
-        for name in names:
-            values = sorted(record[name] for record in rows)
-            worst = values[max(0, round(0.05 * len(values)) - 1)]
-            cells.append(f"{statistics.fmean(values):.3f} ({statistics.median(values):.3f}, {worst:.3f})")
-        mice = len({record["sample"] for record in rows})
-        lines.append(f"| {split} | {mice} | {len(rows)} | " + " | ".join(cells) + " |")
-    table = "\n".join(lines) + "\n"
-    folder = arguments.output_dir
-    content = {
-        "stage": arguments.stage, "data": arguments.data.as_posix(), "rig": artifacts.rig.to_dict(),
+    folder = options.output_dir
+    head = {
+        "stage": options.stage, "data": options.data.as_posix(), "rig": artifacts.rig.to_dict(),
         "artifacts": artifacts.describe(), "num_steps": artifacts.num_steps,
-        "guidance_scale": artifacts.guidance_scale, "seed": arguments.seed, "git": git_hash(), "views": records,
+        "guidance_scale": artifacts.guidance_scale, "seed": options.seed, "git": git_hash(),
     }  # fmt: skip
-    write_json(folder / "metrics.json", content)
+    write_json(folder / "metrics.json", head | content)
     with atomic_write(folder / "table.md") as temporary:
         temporary.write_text(table)
-    write_image(folder / "sheet.png", grid(torch.cat(sheet), columns=len(sheet[0])))
-    seconds = statistics.median(record["seconds"] for record in records)
-    print(f"{table}median {seconds:.2f} s per mouse; {folder / 'metrics.json'}, {folder / 'sheet.png'}")
+    print(f"{table}{folder / 'metrics.json'}")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ FORBIDDEN_IMPORTS = {
 }
 HOMES = {  # library -> the only places that may import it
     "diffusers": ("mvdiffusion/", "scripts/make_demo_components.py"),
+    "matplotlib": ("chain/plots.py",),
     "gsplat": ("gslrm/model/rasterizers/",),
     "wandb": ("multiview/run.py",),
 }
