@@ -1,0 +1,256 @@
+"""Stage 1 over a dataset: sample folders whose rig views are painted, with the rig's own cameras."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from chain.artifacts import Artifacts, require_rig
+from multiview.cameras import Cameras
+from multiview.consistency import view_consistency
+from multiview.image import composite, resize_rgba
+from multiview.metrics import mask_from_white
+from multiview.rig import ViewRig, check_alignment, load_rig
+from multiview.run import seed_from
+from multiview.sample import (
+    DATASET_FILE,
+    Sample,
+    is_complete_sample,
+    open_dataset,
+    read_dataset_info,
+    read_sample,
+    read_split,
+    write_dataset_info,
+    write_sample,
+    write_split,
+)
+
+if TYPE_CHECKING:
+    from mvdiffusion.components import Components
+
+POSE_TOLERANCE = 2e-3  # world units and picture widths: a camera that is the rig's own, up to rounding
+REFERENCE_TOLERANCES = {"elevation, degrees": 5.0, "distance, relative": 0.15, "focal length, relative": 0.1}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One sample to paint: view `reference` of the sample folder `source`, under a new name."""
+
+    source: Path
+    reference: int
+    name: str
+
+
+@dataclass(frozen=True)
+class Painting:
+    """What decides a painted sample besides the weights. seed: of the dataset; each sample derives its own from it."""
+
+    seed: int
+    keep_input_view: bool = True
+    keep_novel_views: bool = False
+
+    def sample_seed(self, name: str) -> int:
+        return seed_from("synthetic data", self.seed, name)
+
+
+# ---- what is painted ------------------------------------------------------------------------------------------------
+
+
+def resolve_stage1(
+    *, rig: str | None, unet: Path | None, components: Path | None = None, embeds: Path | None = None,
+    num_steps: int | None = None, guidance_scale: float | None = None,
+) -> Artifacts:  # fmt: skip
+    """Finds the files of Stage 1 alone and compares their rigs; no UNet given: the demo model. Stage 2 stays empty."""
+    from mvdiffusion.checkpoints import components_folder_of, embeds_of, sampling_of
+    from mvdiffusion.components import DEMO_FOLDER, PUBLIC_FOLDER
+    from mvdiffusion.models.unet import resolve_unet_folder, unet_rig
+    from mvdiffusion.prompts import TRACKED_FOLDER, check_embeds_fit, load_prompt_embeds
+
+    folder = resolve_unet_folder(unet or DEMO_FOLDER)
+    requested = load_rig(rig) if rig else None
+    prompt_embeds = load_prompt_embeds(embeds or embeds_of(folder) or TRACKED_FOLDER, requested)
+    check_embeds_fit(prompt_embeds, folder)
+    own = require_rig(unet_rig(folder), requested, f"the UNet {folder}", folder)
+    common = check_alignment(requested, unet=own, embeddings=prompt_embeds.rig)
+    own_steps, own_guidance = sampling_of(folder)
+    return Artifacts(
+        common, gslrm=None, gslrm_config=None, unet=folder, embeds=prompt_embeds,
+        components=Path(components or components_folder_of(folder) or PUBLIC_FOLDER),
+        num_steps=own_steps if num_steps is None else num_steps,
+        guidance_scale=own_guidance if guidance_scale is None else guidance_scale,
+    )  # fmt: skip
+
+
+def make_jobs(lists: Sequence[Path], rig: ViewRig, references: str, num_samples: int | None) -> dict[Path, list[Job]]:
+    """By split list: what is to be painted. references: `reference` (the rig's) or `all` (each rig view in turn)."""
+    folders = {path.parent.resolve() for path in lists}
+    if len(folders) != 1 or len({path.name for path in lists}) != len(lists):
+        raise ValueError(f"the split lists must be different ones of one dataset, got {', '.join(map(str, lists))}")
+    if references == "all" and rig.azimuth_zero != "reference":
+        raise ValueError(
+            f"--references all needs a rig whose azimuths count from the input view, rig {rig.name} counts from the "
+            "animal's heading: its input is always the reference view"
+        )
+    source_rig = read_dataset_info(lists[0].parent)["rig"]
+    views = range(source_rig.num_views) if references == "all" else (source_rig.reference_view,)
+    for view in views:
+        check_reference(rig, source_rig, view)
+    jobs = {}
+    for path in lists:
+        jobs[path] = [
+            Job(folder, view, folder.name if references != "all" else f"{folder.name}_ref{view}")
+            for folder in read_split(path)[:num_samples]
+            for view in views
+        ]
+    return jobs
+
+
+def check_reference(rig: ViewRig, source: ViewRig, view: int) -> None:
+    """Refuses pictures that are not taken as the rig's reference view is: other elevation, distance or focal length.
+
+    The other views may stand anywhere: they are painted anew.
+    """
+    wanted, given = rig.views[rig.reference_view], source.views[view]
+    far, distance = source.view_distance(given), rig.view_distance(wanted)
+    gaps = (
+        abs(given.elevation_deg - wanted.elevation_deg), abs(far / distance - 1), abs(source.focal / rig.focal - 1)
+    )  # fmt: skip
+    for (what, limit), gap in zip(REFERENCE_TOLERANCES.items(), gaps):
+        if gap > limit:
+            raise ValueError(
+                f"view {given.name} of the dataset (rig {source.name}) is not taken as the reference view of rig "
+                f"{rig.name} is: {what} differs by {gap:.3g}, at most {limit:g} is allowed; paint with a UNet of the "
+                "dataset's rig, or leave --references all out"
+            )
+
+
+# ---- painting -------------------------------------------------------------------------------------------------------
+
+
+def paint_samples(
+    components: Components, artifacts: Artifacts, jobs: Sequence[Job], painting: Painting
+) -> list[Sample]:
+    """Paints a few samples together: each is what `chain.stages.paint_views` gives with the sample's own seed."""
+    from mvdiffusion.pipelines.multiview import generate_views
+
+    size, rig = components.image_size, artifacts.rig
+    sources = [read_sample(job.source, image_size=size) for job in jobs]
+    photos = [source.rgba[job.reference] for source, job in zip(sources, jobs)]
+    rgb = generate_views(
+        components, torch.stack([composite(photo, 1.0) for photo in photos]), artifacts.embeds,
+        seeds=[painting.sample_seed(job.name) for job in jobs], num_steps=artifacts.num_steps,
+        guidance_scale=artifacts.guidance_scale,
+    ).cpu()  # fmt: skip
+    rgb = (rgb * 255).round() / 255
+    return [
+        posed_sample(rig, size, views, photo, source, job, painting)
+        for views, photo, source, job in zip(rgb, photos, sources, jobs)
+    ]
+
+
+def posed_sample(
+    rig: ViewRig, size: int, rgb: Tensor, photo: Tensor, source: Sample, job: Job, painting: Painting
+) -> Sample:
+    """Painted pictures [v, 3, s, s] and the photograph [4, s, s] as a sample with the rig's cameras."""
+    masks, cameras = mask_from_white(rgb), rig.cameras(size)
+    rgba = torch.cat([rgb, masks], dim=1)
+    if painting.keep_input_view:
+        rgba[rig.reference_view] = resize_rgba(photo, size)
+    scores = view_consistency(composite(rgba, 1.0), rgba[:, 3:], cameras)
+    extra = {
+        "painted": {
+            "source": source.id, "reference": job.reference, "seed": painting.sample_seed(job.name),
+            "consistency": round(scores["score"], 4),
+        }
+    }  # fmt: skip
+    sample = Sample(job.name, rgba, cameras, list(rig.view_names), extra=extra)
+    return with_novel_views(sample, rig, source, job.reference) if painting.keep_novel_views else sample
+
+
+def with_novel_views(sample: Sample, rig: ViewRig, source: Sample, reference: int) -> Sample:
+    """The sample and the source's extra views, turned into the world where the photograph's camera is the rig's.
+
+    A source whose reference camera is not the rig's own (another elevation, distance or lens) gives none: its world
+    cannot be turned into the rig's.
+    """
+    extra = [index for index, name in enumerate(source.view_names) if name is None]
+    own = sample.cameras[[rig.reference_view]]
+    turn = float(own.azimuth_deg[0] - source.cameras.azimuth_deg[reference])
+    turned = source.cameras.rotate(turn)
+    pose_gap = (turned.c2w[reference] - own.c2w[0]).abs().max()
+    lens_gap = (turned.fxfycxcy[reference] - own.fxfycxcy[0]).abs().max() / own.width
+    if not extra or max(pose_gap, lens_gap) > POSE_TOLERANCE:
+        return sample
+    kept = turned[extra]
+    cameras = Cameras(
+        torch.cat([sample.cameras.c2w, kept.c2w]), torch.cat([sample.cameras.fxfycxcy, kept.fxfycxcy]),
+        sample.cameras.height, sample.cameras.width,
+    )  # fmt: skip
+    rgba = torch.cat([sample.rgba, source.rgba[extra]])
+    return replace(sample, rgba=rgba, cameras=cameras, view_names=sample.view_names + [None] * len(extra))
+
+
+# ---- the dataset ----------------------------------------------------------------------------------------------------
+
+
+def start_dataset(folder: Path, rig: ViewRig, parameters: dict) -> None:
+    """Starts or continues the dataset folder; several shards may do so at the same time."""
+    present = folder.iterdir() if folder.is_dir() else ()
+    if not (folder / DATASET_FILE).is_file() and all(path.name.startswith(".") for path in present):
+        write_dataset_info(folder, rig, **parameters)  # every shard writes the same
+    else:
+        open_dataset(folder, rig, parameters)
+
+
+def pending_batches(
+    jobs: Sequence[Job], folder: Path, batch_size: int, shard: tuple[int, int]
+) -> Iterator[tuple[list[Job], list[Job]]]:
+    """(batch, those of it that are missing in folder) of this shard (number, count).
+
+    Batches are cut from the list before anything is skipped, and painted whole: rounding in a batch depends on its
+    size, so that a run that was interrupted, or shared out, gives the very same pictures.
+    """
+    number, count = shard
+    batches = [list(jobs[first : first + batch_size]) for first in range(0, len(jobs), batch_size)]
+    for batch in batches[number::count]:
+        missing = [job for job in batch if not is_complete_sample(folder / job.name)]
+        if missing:
+            yield batch, missing
+
+
+def write_batch(
+    folder: Path, components: Components, artifacts: Artifacts, batch: list[Job], missing: list[Job], painting: Painting
+) -> int:
+    """Paints a batch and writes what is missing of it; returns how many novel views that kept."""
+    wanted, novel = {job.name for job in missing}, 0
+    for sample in paint_samples(components, artifacts, batch, painting):
+        if sample.id in wanted:
+            write_sample(folder / sample.id, sample)
+            novel += len(sample.rgba) - artifacts.rig.num_views
+    return novel
+
+
+def write_list(path: Path, jobs: Sequence[Job]) -> int:
+    """Lists the complete samples; repeated until it is true, since another shard may finish meanwhile."""
+    listed: list[Path] | None = None
+    while True:
+        complete = [path.parent / job.name for job in jobs if is_complete_sample(path.parent / job.name)]
+        if complete == listed:
+            return len(complete)
+        listed = complete
+        write_split(path, complete)
+
+
+def fingerprint(paths: Iterable[Path]) -> str:
+    """sha256 over the contents of weight files, 16 digits."""
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        with open(path, "rb") as handle:
+            digest.update(hashlib.file_digest(handle, "sha256").digest())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,243 @@
+"""Stage 1 over a dataset: what is painted, whose cameras it carries, resuming, shards, refusals."""
+
+import importlib
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from chain_tiny import write_unet
+from mvdiffusion_tiny import SIZE, prepare
+
+from chain.artifacts import load_stage1
+from chain.stages import paint_views
+from chain.synthetic import (
+    Painting,
+    check_reference,
+    make_jobs,
+    paint_samples,
+    pending_batches,
+    resolve_stage1,
+    with_novel_views,
+    write_batch,
+    write_list,
+)
+from multiview.cameras import Cameras
+from multiview.rig import RigMismatchError, View, load_rig
+from multiview.sample import (
+    Sample,
+    is_complete_sample,
+    read_dataset_info,
+    read_sample,
+    read_split,
+    write_dataset_info,
+    write_sample,
+    write_split,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("synthetic")
+    paths = prepare(folder)
+    paths["unet"] = write_unet(folder / "unet", load_rig("mouse6"))
+    return paths
+
+
+@pytest.fixture(scope="module")
+def script():
+    sys.path.insert(0, str(ROOT / "scripts"))
+    yield importlib.import_module("generate_synthetic_data")
+    sys.path.remove(str(ROOT / "scripts"))
+
+
+@pytest.fixture(scope="module")
+def artifacts(tiny):
+    return resolve_stage1(
+        rig=None, unet=tiny["unet"], components=tiny["components"], embeds=tiny["embeds"], num_steps=2
+    )
+
+
+@pytest.fixture(scope="module")
+def components(artifacts):
+    return load_stage1(artifacts, torch.device("cpu"))
+
+
+@pytest.fixture
+def generate(tiny, script, monkeypatch, capsys):
+    """Runs the script in this process; returns what it printed."""
+
+    def run(output: Path, *more, **environment) -> str:
+        arguments = [
+            "--data", tiny["data"], "--output_dir", output, "--mvdiffusion_checkpoint", tiny["unet"],
+            "--mvdiff_pretrained", tiny["components"], "--prompt_embeds", tiny["embeds"], "--num_steps", 2,
+            "--device", "cpu", *more,
+        ]  # fmt: skip
+        monkeypatch.setattr(sys, "argv", ["generate_synthetic_data.py", *map(str, arguments)])
+        for name in ("RANK", "WORLD_SIZE"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        script.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a dataset by its path."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_script_writes_painted_views_with_the_rigs_cameras_and_continues(
+    tiny, generate, artifacts, components, tmp_path
+):
+    generate(tmp_path / "out", "--num_samples", 2)
+    info = read_dataset_info(tmp_path / "out")
+    assert info["rig"].name == "mouse6" and info["num_steps"] == 2 and info["source"] == "stage1"
+    assert all(len(info[f"{name}_sha256"]) == 16 for name in ("unet", "vae", "prompt_embeds"))
+    folders, sources = read_split(tmp_path / "out" / "data_mouse_train.txt"), read_split(tiny["data"])
+    assert [folder.name for folder in folders] == [folder.name for folder in sources[:2]]
+    found, source = read_sample(folders[1]), read_sample(sources[1])
+    seed = Painting(0).sample_seed(folders[1].name)
+    painted = paint_views(components, artifacts, source.rgba[0], seed=seed, keep_input_view=True)
+    assert torch.equal(found.rgba[1:, :3], (painted.rgb[1:] * 255).round() / 255)
+    assert torch.equal(found.rgba[:, 3:], painted.masks) and torch.equal(found.rgba[0], source.rgba[0])
+    rig = load_rig("mouse6")
+    assert (found.cameras.c2w - rig.cameras(SIZE).c2w).abs().max() < 1e-5 and found.view_names == rig.view_names
+    assert found.extra["painted"]["source"] == source.id and 0 <= found.extra["painted"]["consistency"] <= 1
+    before = contents(tmp_path / "out")
+    # Continued: the first two stay as they are, two more come.
+    assert "4 of 4 samples; painted now: 2" in generate(tmp_path / "out", "--num_samples", 4)
+    after = contents(tmp_path / "out")
+    assert all(after[name] == content for name, content in before.items() if name.startswith("sample_"))
+    with pytest.raises(ValueError, match="seed: 0 there, 1 asked for"):
+        generate(tmp_path / "out", "--num_samples", 4, "--seed", 1)
+
+
+def test_two_shards_and_a_killed_run_give_what_one_run_gives(tiny, artifacts, components, tmp_path):
+    jobs = make_jobs([tiny["data"]], artifacts.rig, "reference", 5)[tiny["data"]]
+
+    def run(folder: Path, shard=(0, 1), stop: int | None = None) -> None:
+        batches = list(pending_batches(jobs, folder, 2, shard))[:stop]
+        for batch, missing in batches:
+            write_batch(folder, components, artifacts, batch, missing, Painting(3))
+        write_list(folder / "data_mouse_train.txt", jobs)
+
+    for name in ("whole", "shards", "killed"):
+        (tmp_path / name).mkdir()
+    run(tmp_path / "whole")
+    run(tmp_path / "shards", (1, 2))
+    assert len(read_split(tmp_path / "shards" / "data_mouse_train.txt")) == 2
+    run(tmp_path / "shards", (0, 2))
+    # Killed after one batch of two, in the middle of the second: one sample there, one half written.
+    run(tmp_path / "killed", stop=2)
+    shutil.rmtree(tmp_path / "killed" / jobs[3].name)
+    (tmp_path / "killed" / f".{jobs[3].name}.0a0a0a0a.tmp").mkdir()
+    run(tmp_path / "killed")
+    whole = contents(tmp_path / "whole")
+    assert len([name for name in whole if name.endswith("opencv_cameras.json")]) == 5
+    assert contents(tmp_path / "shards") == whole and contents(tmp_path / "killed") == whole
+    assert [folder.name for folder in read_split(tmp_path / "whole" / "data_mouse_train.txt")] == [j.name for j in jobs]
+
+
+def test_torchrun_ranks_are_shards(tiny, script, generate, tmp_path):
+    generate(tmp_path / "out", "--num_samples", 2, RANK="1", WORLD_SIZE="2")
+    names = [folder.name for folder in read_split(tiny["data"])]
+    assert not is_complete_sample(tmp_path / "out" / names[0]) and is_complete_sample(tmp_path / "out" / names[1])
+    with pytest.raises(ValueError, match="use one of them"):
+        generate(tmp_path / "out", "--shard", "0/2", RANK="1", WORLD_SIZE="2")
+    with pytest.raises(SystemExit):
+        generate(tmp_path / "out", "--shard", "2/2")
+
+
+# ---- references and novel views -------------------------------------------------------------------------------------
+
+
+def source_with_novel_views(folder: Path, turn_deg: float = 0.0) -> Sample:
+    """A sample of the rig's six views and two others, its whole world turned."""
+    rig = load_rig("mouse6")
+    own, extra = (
+        rig.cameras(SIZE),
+        Cameras.orbit(torch.tensor([25.0, 200.0]), torch.tensor([40.0, 5.0]), 2.6, rig.focal, SIZE),
+    )
+    cameras = Cameras(torch.cat([own.c2w, extra.c2w]), torch.cat([own.fxfycxcy, extra.fxfycxcy]), SIZE, SIZE)
+    rgba = torch.rand(8, 4, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    rgba[:, 3:] = (rgba[:, 3:] > 0.5).float()
+    sample = Sample("s", (rgba * 255).round() / 255, cameras.rotate(turn_deg), [*rig.view_names, None, None])
+    write_sample(folder, sample)
+    return sample
+
+
+def test_novel_views_come_along_in_the_rigs_own_world(tmp_path):
+    """From view k as the input, the animal stands turned by k steps: the extra cameras turn with it, exactly."""
+    rig = load_rig("mouse6")
+    straight = source_with_novel_views(tmp_path / "a")
+    turned = source_with_novel_views(tmp_path / "b", turn_deg=77.0)
+    painted = Sample("p", straight.rgba[:6], rig.cameras(SIZE), rig.view_names)
+    for source in (straight, turned):
+        kept = with_novel_views(painted, rig, source, 0)
+        assert len(kept.rgba) == 8 and kept.view_names[6:] == [None, None]
+        assert torch.equal(kept.rgba[6:], source.rgba[6:])
+        assert (kept.cameras.c2w[6:] - straight.cameras.c2w[6:]).abs().max() < 1e-4
+    from_third = with_novel_views(painted, rig, straight, 2)
+    gap = from_third.cameras.azimuth_deg[6:] - straight.cameras.azimuth_deg[6:]
+    assert torch.allclose(gap % 360, torch.full((2,), 240.0), atol=1e-2)
+    assert (from_third.cameras.c2w[:6] - rig.cameras(SIZE).c2w).abs().max() == 0
+
+
+def test_novel_views_of_another_world_are_left_out(tmp_path):
+    rig = load_rig("mouse6")
+    source = source_with_novel_views(tmp_path / "a")
+    farther = replace(source, cameras=source.cameras.recentre(torch.zeros(3), 1.05))
+    painted = Sample("p", source.rgba[:6], rig.cameras(SIZE), rig.view_names)
+    assert len(with_novel_views(painted, rig, farther, 0).rgba) == 6
+
+
+def test_every_view_can_be_the_input(artifacts, components, tmp_path):
+    source_with_novel_views(tmp_path / "sample_000000")
+    write_split(tmp_path / "list.txt", [tmp_path / "sample_000000"])
+    write_dataset_info(tmp_path, load_rig("mouse6"))
+    jobs = make_jobs([tmp_path / "list.txt"], artifacts.rig, "all", None)[tmp_path / "list.txt"]
+    assert [job.name for job in jobs] == [f"sample_000000_ref{k}" for k in range(6)]
+    painting = Painting(0, keep_novel_views=True)
+    (sample,) = paint_samples(components, artifacts, [jobs[4]], painting)
+    source = read_sample(tmp_path / "sample_000000")
+    assert torch.equal(sample.rgba[0], source.rgba[4]) and len(sample.rgba) == 8
+    (repainted,) = paint_samples(components, artifacts, [jobs[4]], replace(painting, keep_input_view=False))
+    assert not torch.equal(repainted.rgba[0], source.rgba[4])
+    assert torch.equal(repainted.rgba[1:], sample.rgba[1:])
+
+
+# ---- refusals -------------------------------------------------------------------------------------------------------
+
+
+def test_pictures_not_taken_as_the_reference_view_are_refused(tmp_path):
+    mouse6 = load_rig("mouse6")
+    measured = replace(mouse6, views=tuple(View(f"v{k}", 57.0 * k, 22.0, 2.8) for k in range(5)))
+    check_reference(mouse6, measured, 3)  # a real recording's views differ a little
+    with pytest.raises(ValueError, match="elevation, degrees differs by 20"):
+        check_reference(mouse6, load_rig("facelift6"), 0)
+    with pytest.raises(ValueError, match="distance, relative differs by 1"):
+        check_reference(mouse6, mouse6.with_framing("fill"), 0)
+    write_split(tmp_path / "a.txt", [tmp_path / "s"])
+    write_dataset_info(tmp_path, load_rig("facelift6"))
+    with pytest.raises(ValueError, match="counts from the animal's heading"):
+        make_jobs([tmp_path / "a.txt"], load_rig("facelift6"), "all", None)
+    with pytest.raises(ValueError, match="different ones of one dataset"):
+        make_jobs([tmp_path / "a.txt", tmp_path / "a.txt"], mouse6, "reference", None)
+
+
+def test_artifacts_of_different_rigs_are_refused(tiny, tmp_path):
+    other = write_unet(tmp_path / "unet", load_rig("uniform6"))
+    with pytest.raises(RigMismatchError):
+        resolve_stage1(rig=None, unet=other, components=tiny["components"], embeds=tiny["embeds"])
+
+
+def test_seed_of_a_sample_is_its_own():
+    assert len({Painting(seed).sample_seed(name) for seed in (0, 1) for name in ("a", "b")}) == 4
+    assert Painting(0).sample_seed("a") == Painting(0, False, True).sample_seed("a")
