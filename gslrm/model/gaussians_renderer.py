@@ -27,6 +27,10 @@ class RenderOutput(NamedTuple):
     alpha: Tensor
     depth: Tensor
 
+    def mean_depth(self, min_alpha: float = 0.5) -> Tensor:
+        """[b, v, 1, h, w]: camera-frame z of what a pixel shows, 0 where alpha is below `min_alpha` (no surface)."""
+        return torch.where(self.alpha >= min_alpha, self.depth / self.alpha.clamp_min(1e-6), 0.0)
+
 
 def render(
     gaussians: Gaussians,
