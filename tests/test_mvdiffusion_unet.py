@@ -13,7 +13,7 @@ from mvdiffusion.models.attention import MultiViewAttnProcessor, set_multiview_a
 from mvdiffusion.models.unet import attention_mode, create_unet, load_unet, resolve_unet_folder, save_unet
 
 GOLDEN = Path(__file__).parent / "golden" / "unet_small"
-TOLERANCE = 2e-5  # float32 noise floor 3e-6; another thread count moves 2e-6; one weight moved by 0.01 gives 6e-4
+TOLERANCE = 1e-5  # float32 noise floor 3e-6; another thread count moves 2e-6; one weight moved by 0.01 gives 6e-4
 
 
 @pytest.fixture(scope="module")
@@ -79,12 +79,12 @@ def test_saved_folder_round_trips_and_keeps_facelifts_config(tmp_path, golden):
     save_unet(unet, tmp_path / "unet", rig)
     written = json.loads((tmp_path / "unet" / "config.json").read_text())
     original = json.loads((GOLDEN / "config.json").read_text())
-    differing = {key for key in original if key != "_diffusers_version" and written.get(key) != original[key]}
-    assert not differing
+    del written["_diffusers_version"], original["_diffusers_version"]  # of the writer
+    assert written == original
+    name = "diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "unet" / name).read_bytes() == (GOLDEN / name).read_bytes()
     assert json.loads((tmp_path / "unet" / "rig.json").read_text())["name"] == "facelift6"
     assert (run(load_unet(tmp_path / "unet"), inputs) - outputs["sparse"]).abs().max() < TOLERANCE
-    weights = load_file(tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
-    assert set(weights) == set(load_file(GOLDEN / "diffusion_pytorch_model.safetensors"))
     assert resolve_unet_folder(tmp_path) == tmp_path / "unet"
 
 

@@ -50,6 +50,8 @@ FACELIFT_UNUSED = {
     "cd_attention_mid": False,
     "selfattn_block": "custom",
 }
+# Constructor arguments that FaceLift's class does not have: left out of its form where they say nothing.
+UNKNOWN_TO_FACELIFT = {"attention_type": "default", "dropout": 0.0, "reverse_transformer_layers_per_block": None}
 VIEW_KEYS = ("num_views", "multiview_attention", "sparse_mv_attention", "camera_conditioning")
 # What diffusers' EMAModel adds to the config of an EMA folder.
 EMA_KEYS = ("decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup")
@@ -94,7 +96,11 @@ def to_stock_config(config: dict, source: str) -> tuple[dict, int | None, str | 
 
 def to_facelift_config(stock: dict, num_views: int, attention: str, camera_conditioning: str = "none") -> dict:
     """The inverse of `to_stock_config`: what is written, loadable by FaceLift (without cameras) and by this project."""
-    config = {key: value for key, value in stock.items() if not key.startswith("_")}
+    config = {
+        key: value
+        for key, value in stock.items()
+        if not key.startswith("_") and (key, value) not in UNKNOWN_TO_FACELIFT.items()
+    }
     for key in BLOCK_KEYS:
         config[key] = _map_names(config[key], lambda name: MULTIVIEW_BLOCKS.get(name, name))
     config.update(FACELIFT_UNUSED)
