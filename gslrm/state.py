@@ -36,9 +36,10 @@ SKIP_WINDOW, MAX_SKIPPED = 200, 100  # a run stops when more than this many of i
 STATE_KEYS = ("model", "optimizer", "lr_scheduler", "fwdbwd_pass_step", "param_update_step")
 REASONS = {  # why an update is skipped -> what the log says
     "skipped_nan_loss": "the loss was not finite",
-    "skipped_gradient": "the gradient exploded",
+    "skipped_gradient": "the gradient exploded or was nothing but NaN",
     "skipped_overflow": "float16 gradients overflowed",
 }
+MENDED = "mended_gradient"  # counts updates whose gradient had entries that were not finite
 
 
 class TrainingDivergedError(ValueError):
@@ -57,7 +58,7 @@ class TrainingState:
     passes: int = 0  # forward/backward passes done
     updates: int = 0  # parameter updates done
     schedule_start: int = 0  # pass at which the learning rate's warm-up began; above 0 after reset_lr
-    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(REASONS, 0))
+    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys([*REASONS, MENDED], 0))
     recent: deque[bool] = field(default_factory=lambda: deque(maxlen=SKIP_WINDOW))  # True: that update was skipped
 
 
@@ -250,12 +251,10 @@ def update(state: TrainingState, runtime: RuntimeConfig, *, spoiled: bool) -> fl
         skipped = "skipped_nan_loss"
     else:
         state.scaler.unscale_(state.optimizer)
-        parameters = [p for group in state.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        for parameter in parameters:
-            parameter.grad.nan_to_num_(nan=0.0, posinf=INF_GRADIENT, neginf=-INF_GRADIENT)
-        norm = nn.utils.clip_grad_norm_(parameters, runtime.grad_clip_norm).item()
+        norm, mended = clip_gradients(state.optimizer, runtime.grad_clip_norm)
+        state.counts[MENDED] += mended
         scale = state.scaler.get_scale()
-        if norm > runtime.grad_clip_norm * runtime.allowed_gradnorm_factor:
+        if norm > runtime.grad_clip_norm * runtime.allowed_gradnorm_factor or (mended and norm == 0):
             skipped = "skipped_gradient"
         else:
             state.scaler.step(state.optimizer)
@@ -276,6 +275,23 @@ def update(state: TrainingState, runtime: RuntimeConfig, *, spoiled: bool) -> fl
         warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step.*")
         state.scheduler.step()
     return norm
+
+
+def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float) -> tuple[float, bool]:
+    """Scales all gradients to at most `max_norm`, in place: (norm before, whether entries had to be mended first).
+
+    Entries that are not finite become 0 (NaN) or +-0.001 (infinite), as in FaceLift's trainer.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    gradients = [parameter.grad for parameter in parameters]
+    norm, mended = nn.utils.get_total_norm(gradients), False
+    if not math.isfinite(norm.item()):
+        for gradient in gradients:
+            gradient.nan_to_num_(nan=0.0, posinf=INF_GRADIENT, neginf=-INF_GRADIENT)
+        norm = nn.utils.get_total_norm(gradients)
+        mended = math.isfinite(norm.item())  # else all were finite and merely too large to be squared
+    nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm.item(), mended
 
 
 def check_skips(state: TrainingState, config: GSLRMConfig) -> None:

@@ -25,7 +25,16 @@ from gslrm.losses import NEEDS_RENDERING, POINTSDIST_WARMUP_STEPS, loss_weights,
 from gslrm.model.gaussians_renderer import render
 from gslrm.model.gslrm import GSLRM, GSLRMOutput
 from gslrm.perceptual import load_networks
-from gslrm.state import TrainingState, check_skips, find_start, network_to_measure, save, start_state, update
+from gslrm.state import (
+    REASONS,
+    TrainingState,
+    check_skips,
+    find_start,
+    network_to_measure,
+    save,
+    start_state,
+    update,
+)
 from gslrm.validation import Batch, picture_metrics, prepare, run_model, validate
 from multiview.checkpoint import full_disk_explained
 from multiview.config import config_to_dict
@@ -268,5 +277,5 @@ def training_sheet(batch: Batch, rgb: Tensor) -> Tensor:
 def summary(values: dict[str, float], state: TrainingState, seconds: float) -> str:
     shown = ("loss", "psnr", "fg_psnr", "iou", "gradient_norm", "lr", "seconds_per_pass")
     text = "  ".join(f"{name} {values[name]:.4g}" for name in shown if name in values)
-    skipped = sum(state.counts.values())
+    skipped = sum(state.counts[reason] for reason in REASONS)
     return f"{text}  {seconds:.0f} s" + (f"  skipped {skipped}" if skipped else "")

@@ -37,7 +37,8 @@ def test_training_survives_wild_gradients_nan_losses_and_a_full_disk(data, tmp_p
     # Passes after the last checkpoint before a stop are done again, so more may have happened than was kept.
     assert 0 < counts["skipped_nan_loss"] <= happened["nan"] + happened["inf"]
     assert 0 < counts["skipped_gradient"] <= happened["wild"]
-    assert result["updates"] == STEPS - sum(counts.values())
+    assert 0 < counts["mended_gradient"] <= happened["nan_gradient"]
+    assert result["updates"] == STEPS - sum(count for name, count in counts.items() if name.startswith("skipped_"))
 
     monkeypatch.setattr("gslrm.state.MAX_SKIPPED", 30)
     hopeless = hopeless_run(data, tmp_path / "run", STEPS + 40)
@@ -111,7 +112,8 @@ def test_two_processes_with_adapters_skip_together_what_only_one_of_them_met(dat
         raise
     assert process.returncode == 0, printed
     one, two = (load_checkpoint(newest_checkpoint(tmp_path / name)) for name in ("one", "two"))
-    assert one["counts"] == two["counts"] == {"skipped_nan_loss": 2, "skipped_gradient": 1, "skipped_overflow": 0}
+    assert one["counts"] == two["counts"]
+    assert (one["counts"]["skipped_nan_loss"], one["counts"]["skipped_gradient"]) == (2, 1)
     assert one["param_update_step"] == two["param_update_step"] == 3
     expected, got = torch.tensor(logged(tmp_path / "one")), torch.tensor(logged(tmp_path / "two"))
     fine = torch.tensor([number not in PLAN for number in range(12)])

@@ -76,7 +76,7 @@ def test_schedule_warms_up_and_falls_to_zero():
     assert rates[4] == 1.0 and rates[-1] == pytest.approx(0.0) and all(a >= b for a, b in zip(rates[3:], rates[4:]))
 
 
-@pytest.mark.parametrize("case", ["fine", "exploding", "spoiled", "nan", "overflow"])
+@pytest.mark.parametrize("case", ["fine", "exploding", "huge", "spoiled", "nan", "partly_nan", "overflow"])
 def test_updates_are_skipped_and_counted(data, tmp_path, case):
     config = config_of(data, tmp_path)
     state = build_state(GSLRM(config.model), config)
@@ -84,15 +84,22 @@ def test_updates_are_skipped_and_counted(data, tmp_path, case):
         state.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
         state.scaler.scale(torch.zeros(1))  # as a backward pass would
     before = state.model.input_layer_norm.weight.detach().clone()
-    values = {"exploding": 1e3, "nan": float("nan"), "overflow": float("inf")}
+    values = {"exploding": 1e3, "huge": 1e30, "nan": float("nan"), "overflow": float("inf")}  # 1e60 is no float32
     for parameter in state.model.parameters():
         parameter.grad = torch.full_like(parameter, values.get(case, 1e-3))
+    if case == "partly_nan":
+        state.model.gaussian_position_embeddings.grad[0] = float("nan")
     norm = update(state, config.training.runtime, spoiled=case == "spoiled")
-    skipped = case in ("exploding", "spoiled", "overflow")
-    assert (not torch.equal(before, state.model.input_layer_norm.weight)) == (case == "fine")
-    reason = {"spoiled": "skipped_nan_loss", "exploding": "skipped_gradient", "overflow": "skipped_overflow"}
-    expected = dict.fromkeys(reason.values(), 0)
+    reason = {
+        "spoiled": "skipped_nan_loss", "exploding": "skipped_gradient", "huge": "skipped_gradient",
+        "nan": "skipped_gradient", "overflow": "skipped_overflow",
+    }  # fmt: skip
+    expected = dict.fromkeys(["skipped_nan_loss", "skipped_gradient", "skipped_overflow", "mended_gradient"], 0)
+    expected["mended_gradient"] = int(case in ("nan", "partly_nan", "overflow"))
+    skipped = case in reason
     assert state.counts == ({**expected, reason[case]: 1} if skipped else expected)
+    assert (not torch.equal(before, state.model.input_layer_norm.weight)) == (not skipped)
+    assert all(bool(parameter.isfinite().all()) for parameter in state.model.parameters())
     assert list(state.recent) == [skipped] and state.updates == int(not skipped) and state.scheduler.last_epoch == 1
     assert all(parameter.grad is None for parameter in state.model.parameters())
     assert (norm is None) == (case == "spoiled") and (case != "nan" or norm == 0)
