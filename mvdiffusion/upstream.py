@@ -54,8 +54,6 @@ class FlatConfig(MVDiffusionConfig):
     resume_from_checkpoint: str | None = None
     wandb_exp_name: str | None = None
     wandb_group: str | None = None
-    revision: str | None = None  # null in FaceLift's file; with a value it is among the ignored
-    prediction_type: str | None = None  # the same
     pipe_kwargs: dict[str, Any] = field(default_factory=dict)
     pipe_validation_kwargs: dict[str, Any] = field(default_factory=dict)
     unet_from_pretrained_kwargs: dict[str, Any] = field(default_factory=dict)
