@@ -25,10 +25,10 @@ def plot_sweep(path: Path, factor: str, records: list[dict], title: str) -> None
         quartiles = [statistics.quantiles(c, n=4, method="inclusive") if len(c) > 1 else [c[0]] * 3 for c in columns]
         axes.fill_between(values, [q[0] for q in quartiles], [q[2] for q in quartiles], alpha=0.2, linewidth=0)
         axes.plot(values, [statistics.fmean(column) for column in columns], marker="o")
-        axes.set_xlabel(FACTORS[factor])
         axes.set_ylabel(label)
         axes.set_xticks(values)
         axes.grid(alpha=0.3)
     figure.suptitle(title)
+    figure.supxlabel(FACTORS[factor])
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
