@@ -10,6 +10,7 @@ from pathlib import Path
 from chain.flags import add_chain_flags, add_photo_flags, positive
 from multiview.run import main_guard
 
+EXPORTS = ("splat", "ply_compressed")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
@@ -30,6 +31,16 @@ def parse_arguments() -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--no_filter", action="store_true", help="keep every Gaussian")
     parser.add_argument("--turntable_size", type=int, default=256, help="pixels")
+    parser.add_argument(
+        "--export", type=export_formats, default=(), metavar="FORMAT[,FORMAT]",
+        help=f"also gaussians.splat or gaussians.compressed.ply: {', '.join(EXPORTS)}",
+    )  # fmt: skip
+    parser.add_argument("--maps", action="store_true", help="also depth/ and alpha/ as seen by the views' cameras")
+    parser.add_argument("--sheet", action="store_true", help="also sheet.png: input and views above their renderings")
+    parser.add_argument(
+        "--mesh", nargs="?", choices=("ply", "glb"), const="ply",
+        help="also mesh.ply (the value may be left out) or mesh.glb; needs requirements-extra.txt",
+    )  # fmt: skip
     parser.add_argument("--video_stride", type=positive, default=10, help="use every so many-th frame of --input_video")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs"))
     arguments = parser.parse_args()
@@ -40,11 +51,23 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
+def export_formats(text: str) -> tuple[str, ...]:
+    """An argparse type: comma-separated names in EXPORTS."""
+    names = tuple(text.split(","))
+    if not set(names) <= set(EXPORTS):
+        raise argparse.ArgumentTypeError(f"must be of {', '.join(EXPORTS)}, got {text!r}")
+    return names
+
+
 def main() -> None:
     arguments = parse_arguments()
     from chain.artifacts import load_stage1, load_stage2, resolve_chain, resolve_stage2
     from multiview.run import resolve_device
 
+    if arguments.mesh is not None:
+        from gslrm.model.mesh import check_libraries
+
+        check_libraries(f".{arguments.mesh}")
     device = resolve_device(arguments.device)
     if arguments.sample_dir is not None:
         artifacts = resolve_stage2(rig=arguments.rig, gslrm=arguments.checkpoint, gslrm_config=arguments.gslrm_config)
@@ -132,7 +155,7 @@ def reconstruct_photo(name, photo, arguments, artifacts, components, model, devi
     write_views(folder, views, artifacts.rig)
     gaussians = reconstruct(model, views, device)
     reconstructed = time.perf_counter()
-    kept, total = write_result(folder, gaussians, views, arguments)
+    kept, total = write_result(folder, gaussians, views, arguments, prepared)
     write_run(
         folder, artifacts.rig,
         {
@@ -177,11 +200,11 @@ def reconstruct_sample(arguments, artifacts, model, device) -> None:
     print(f"{folder}: {kept} Gaussians in gaussians.ply from {count} views, {seconds:.1f} s")
 
 
-def write_result(folder, gaussians, views, arguments) -> tuple[int, int]:
-    """Filters, writes PLY and turntable; returns how many Gaussians were kept and predicted."""
+def write_result(folder, gaussians, views, arguments, photo=None) -> tuple[int, int]:
+    """Filters, writes PLY, turntable and what was asked for; returns how many Gaussians were kept and predicted."""
     from tqdm import tqdm
 
-    from chain.outputs import write_gaussians
+    from chain.outputs import write_extras, write_gaussians
     from gslrm.model.filters import filter_gaussians
 
     total = gaussians.num_gaussians
@@ -192,6 +215,10 @@ def write_result(folder, gaussians, views, arguments) -> tuple[int, int]:
             folder, gaussians, turntable_views=arguments.turntable_views, turntable_size=arguments.turntable_size,
             elevation_deg=float(views.cameras.elevation_deg.mean()), on_frame=lambda done, _: bar.update(1),
         )  # fmt: skip
+    write_extras(
+        folder, gaussians, views, exports=arguments.export, mesh=arguments.mesh, maps=arguments.maps,
+        sheet=arguments.sheet, photo=photo,
+    )  # fmt: skip
     return gaussians.num_gaussians, total
 
 

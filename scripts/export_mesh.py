@@ -31,10 +31,11 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    from gslrm.model.mesh import extract_mesh, save_mesh
+    from gslrm.model.mesh import check_libraries, extract_mesh, save_mesh
     from gslrm.model.ply import load_ply
     from multiview.run import resolve_device
 
+    check_libraries(arguments.output.suffix)
     gaussians = load_ply(arguments.ply).to(resolve_device(arguments.device))
     mesh = extract_mesh(gaussians, resolution=arguments.resolution, num_views=arguments.views, size=arguments.view_size)
     save_mesh(arguments.output, mesh)

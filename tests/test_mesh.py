@@ -13,7 +13,7 @@ import torch
 from plyfile import PlyData
 
 from gslrm.model.gaussians import Gaussians, concatenate
-from gslrm.model.mesh import Mesh, extract_mesh, save_mesh
+from gslrm.model.mesh import Mesh, check_libraries, extract_mesh, save_mesh
 from gslrm.model.ply import save_ply
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -99,6 +99,11 @@ def test_a_missing_library_is_named_with_the_command(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ValueError, match=r"scikit-image .*pip install -r requirements-extra\.txt"):
         small(sphere(n=50))
+    with pytest.raises(ValueError, match=r"scikit-image .*requirements-extra\.txt"):
+        check_libraries(".ply")
+    with pytest.raises(ValueError, match=r"\.glb needs trimesh .*requirements-extra\.txt"):
+        save_mesh("never.glb", tetrahedron())
+    assert not Path("never.glb").exists()
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------

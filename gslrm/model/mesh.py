@@ -62,6 +62,13 @@ def extract_mesh(
     return Mesh(vertices.cpu().numpy(), faces.astype(np.int64), colors.cpu().numpy())
 
 
+def check_libraries(suffix: str) -> None:
+    """Raises ValueError, with the command that installs it, where a library that `suffix` needs is missing."""
+    _marching_cubes()
+    if suffix == ".glb":
+        _trimesh()
+
+
 def save_mesh(path: Path | str, mesh: Mesh) -> None:
     """Writes `.ply` (binary; vertices with 8-bit colours, z up) or `.glb` (glTF's own axes, y up), atomically.
 
@@ -211,11 +218,15 @@ def _write_ply(path: Path, mesh: Mesh, colors: np.ndarray) -> None:
     PlyData([PlyElement.describe(table, "vertex"), PlyElement.describe(faces, "face")], byte_order="<").write(str(path))
 
 
-def _glb(mesh: Mesh, colors: np.ndarray) -> bytes:
+def _trimesh():
     try:
         import trimesh
     except ImportError as error:
         raise ValueError(f".glb needs trimesh ({error}): pip install -r requirements-extra.txt") from error
+    return trimesh
+
+
+def _glb(mesh: Mesh, colors: np.ndarray) -> bytes:
     y_up = mesh.vertices[:, [0, 2, 1]] * np.array([1, 1, -1], np.float32)
-    whole = trimesh.Trimesh(y_up, mesh.faces, vertex_colors=colors, process=False)
+    whole = _trimesh().Trimesh(y_up, mesh.faces, vertex_colors=colors, process=False)
     return whole.export(file_type="glb")
