@@ -114,7 +114,8 @@ class NetworkCase:
 
 
 def _compile(model: torch.nn.Module) -> None:
-    """As training does it; the plain network as a whole."""
+    """As training does it; the plain network as a whole. Graphs of earlier cases are forgotten."""
+    torch.compiler.reset()
     if isinstance(model, PlainGSLRM):
         model.compile()
         return

@@ -102,12 +102,15 @@ MEMORY_NOTE = "Peak memory: what a run needs beside weights and inputs."
 
 
 def try_to_time(cases: list[NetworkCase], device: torch.device, repeats: int) -> list[Timing | str]:
-    """Times of the cases run in turn; TOO_LARGE for all where the GPU's memory does not hold them."""
+    """Times of the cases run in turn; one by one where a GPU does not hold all of them, TOO_LARGE where not even one."""
     try:
         return time_in_turn([case.build(device) for case in cases], device, repeats)
     except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        return [TOO_LARGE] * len(cases)
+        pass  # what the failed runs held is free only outside this block
+    torch.cuda.empty_cache()
+    if len(cases) == 1:
+        return [TOO_LARGE]
+    return [try_to_time([case], device, repeats)[0] for case in cases]
 
 
 def times_faster(slow: Timing | str, fast: Timing | str) -> float | None:
@@ -129,9 +132,10 @@ def mebibytes(case: NetworkCase, device: torch.device) -> float | str | None:
     try:
         peak = peak_memory(case, device)
     except torch.OutOfMemoryError:
+        peak = TOO_LARGE
+    if peak == TOO_LARGE:
         torch.cuda.empty_cache()
-        return TOO_LARGE
-    return None if peak is None else peak / 2**20
+    return peak / 2**20 if isinstance(peak, float) else peak
 
 
 def rate_note(device: torch.device, rate: float) -> str:

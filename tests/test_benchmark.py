@@ -12,6 +12,7 @@ import torch
 from benchmarks import peer_rasterizer
 from benchmarks.cases import NetworkCase, NetworkSize, disc_mask
 from benchmarks.memory import peak_memory
+from benchmarks.network import TOO_LARGE, times_faster, try_to_time, work_columns
 from benchmarks.peer_gslrm import PlainGSLRM
 from benchmarks.presets import PRESETS, Preset, measure
 from benchmarks.report import Table, format_number
@@ -134,6 +135,20 @@ def test_every_part_runs_at_any_size():
     assert training["TFLOP/s"] == pytest.approx(expected / training["ms"].median)
     with pytest.raises(ValueError, match="what"):
         measure("nothing", preset, CPU, 1)
+
+
+def test_cases_too_large_together_are_timed_alone_and_named_when_too_large_alone(monkeypatch):
+    def build(case, device):
+        if case.network == "plain":
+            raise torch.OutOfMemoryError("too large")
+        return lambda: None
+
+    monkeypatch.setattr(NetworkCase, "build", build)
+    own, peer = try_to_time([NetworkCase(TINY), NetworkCase(TINY, network="plain")], CPU, 2)
+    assert len(own.seconds) == 2 and peer == TOO_LARGE
+    assert times_faster(peer, own) is None and work_columns(NetworkCase(TINY), peer, 1.0)["TFLOP/s"] is None
+    table = Table("T", [{"ms": peer}])
+    assert "| out of memory |" in table.markdown()
 
 
 def test_peak_memory_grows_with_the_work():

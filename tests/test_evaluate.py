@@ -157,6 +157,21 @@ def test_measures_see_a_perfect_and_a_wrong_prediction():
     assert bad["foreground_psnr"] == pytest.approx(expected.item(), abs=1e-4) and bad["mask_iou"] == 0
 
 
+def test_lpips_is_measured_with_its_network_on_pictures_of_minus_one_to_one():
+    class Furthest(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(()))
+
+        def forward(self, a, b):
+            return self.weight * (a - b).abs().amax((1, 2, 3), keepdim=True)
+
+    truth = make_sample(0).rgba[:2]
+    blank = Prediction(torch.ones(2, 3, SIZE, SIZE), truth[:, 3:], truth)
+    values = [record["lpips"] for record in measure(blank, Furthest())]
+    assert values == pytest.approx([2 * (1 - 0.3)] * 2)
+
+
 def test_the_worst_is_the_largest_where_smaller_is_better():
     records = [{"psnr": float(i), "lpips": float(i), "sample": "s", "value": i % 2} for i in range(40)]
     summary = summarise(records)
