@@ -102,7 +102,7 @@ MEMORY_NOTE = "Peak memory: what a run needs beside weights and inputs."
 
 
 def try_to_time(cases: list[NetworkCase], device: torch.device, repeats: int) -> list[Timing | str]:
-    """Times of the cases run in turn; one by one where a GPU does not hold all of them, TOO_LARGE where not even one."""
+    """Times of the cases run in turn; one by one where a GPU does not hold all of them, TOO_LARGE where not one."""
     try:
         return time_in_turn([case.build(device) for case in cases], device, repeats)
     except torch.OutOfMemoryError:
