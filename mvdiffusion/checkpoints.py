@@ -52,25 +52,27 @@ def save_training(
     step: int,
     *,
     unet,
-    state: dict[str, Tensor] | None,
     ema: dict[str, Tensor] | None,
     optimizer: dict,
     embeds: PromptEmbeds,
     config: dict,
     keep: int,
+    state: dict[str, Tensor] | None = None,
+    whole: bool = True,
     trained: dict | None = None,
     extras: Callable[[Path], None] | None = None,
 ) -> Path:
     """Writes checkpoint-<step> and deletes all but the newest `keep`. Returns its folder.
 
-    state, ema: the UNet's weights and their average under stock names; None leaves the folder out. extras: writes more
+    ema: the averaged weights under stock names, None without. state: weights to write instead of the UNet's own.
+    whole: False leaves the folders unet and unet_ema out. trained: what a resumed LoRA run needs. extras: writes more
     into the checkpoint's folder before it appears.
     """
     folder = Path(output_dir) / f"checkpoint-{step}"
     with atomic_folder(folder) as temporary:
-        if state is not None:
+        if whole:
             save_unet(unet, temporary / "unet", embeds.rig, state=state)
-        if ema is not None:
+        if whole and ema is not None:
             save_unet(unet, temporary / "unet_ema", embeds.rig, state=ema)
         save_embeds(temporary / "prompt_embeds", embeds)
         torch.save(optimizer, temporary / OPTIMIZER_FILE)

@@ -158,8 +158,8 @@ class Trainer:
                 trained = {"own": own, "ema": self.ema.weights if average else None, "base": self.base}
             save_training(
                 config.output_dir, self.step, unet=self.unet, state=self.state(False) if whole else None,
-                ema=self.state(True) if whole and average else None, optimizer=optimizer, embeds=self.embeds,
-                config=config_to_dict(config), keep=config.checkpoints_total_limit, trained=trained,
+                ema=self.state(True) if whole and average else None, whole=whole, optimizer=optimizer,
+                embeds=self.embeds, config=config_to_dict(config), keep=config.checkpoints_total_limit, trained=trained,
                 extras=self.save_adapters if config.lora_rank else None,
             )  # fmt: skip
         self.accelerator.wait_for_everyone()

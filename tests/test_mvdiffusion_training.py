@@ -8,13 +8,12 @@ import pytest
 import torch
 from mvdiffusion_tiny import SIZE, UNET, prepare, write_dataset
 
-from multiview.config import load_config
 from multiview.image import composite
 from multiview.rig import RigMismatchError, load_rig
 from multiview.run import make_generator
 from multiview.sample import read_sample, read_split
 from mvdiffusion.checkpoints import components_folder_of, embeds_of
-from mvdiffusion.config import IGNORED_KEYS, MVDiffusionConfig
+from mvdiffusion.config import MVDiffusionConfig
 from mvdiffusion.data.augmentation import Augmentation, Draw, jittered
 from mvdiffusion.data.mixing import StepSampler
 from mvdiffusion.data.mouse_dataset import MouseMVDiffusionDataset
@@ -22,6 +21,7 @@ from mvdiffusion.losses import diffusion_loss, draw_timesteps, drop_masks, noise
 from mvdiffusion.models.unet import load_unet, unet_rig
 from mvdiffusion.prompts import load_prompt_embeds
 from mvdiffusion.training import train
+from mvdiffusion.upstream import load_training_config
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -253,7 +253,7 @@ def test_pretrained_unet_takes_the_rigs_number_of_views(tiny, tmp_path):
 
 @pytest.mark.parametrize("name", ["mouse_mvdiffusion", "mouse_mvdiffusion_6x_aug", "demo_mvdiffusion"])
 def test_shipped_configs_load(name):
-    config = load_config(MVDiffusionConfig, ROOT / "configs" / f"{name}.yaml", ignored=IGNORED_KEYS).validate()
+    config = load_training_config(ROOT / "configs" / f"{name}.yaml")
     expected = {"mouse_mvdiffusion": (30000, 5e-5, "0"), "mouse_mvdiffusion_6x_aug": (30000, 1e-5, "random")}
     if name in expected:
         found = config.max_train_steps, config.learning_rate, config.reference_view_idx
