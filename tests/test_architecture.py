@@ -20,7 +20,7 @@ FORBIDDEN_IMPORTS = {
 HOMES = {  # library -> the only places that may import it
     "diffusers": ("mvdiffusion/", "scripts/make_demo_components.py"),
     "matplotlib": ("chain/plots.py",),
-    "gsplat": ("gslrm/model/rasterizers/",),
+    "gsplat": ("gslrm/model/rasterizers/", "gslrm/model/export.py"),
     "wandb": ("multiview/run.py",),
 }
 SCRIPTS = sorted(path.relative_to(ROOT) for path in [*ROOT.glob("*.py"), *(ROOT / "scripts").glob("*.py")])
