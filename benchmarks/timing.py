@@ -18,9 +18,13 @@ MATRIX_SIDE = {"cpu": 1536, "cuda": 8192}  # large enough to reach the rate, sma
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of `repeats` runs after the one that warmed up."""
+    """Seconds of the runs after the one that warmed up, by the clock on the wall and of the process (all its threads).
+
+    On a machine busy with other work the process's seconds say more.
+    """
 
     seconds: tuple[float, ...]
+    cpu_seconds: tuple[float, ...] = ()
 
     @property
     def median(self) -> float:
@@ -32,6 +36,7 @@ class Timing:
         return {
             "median_ms": 1e3 * self.median, "quartile_ms": [1e3 * low, 1e3 * high],
             "lowest_ms": 1e3 * min(self.seconds), "repeats": len(self.seconds),
+            "median_cpu_ms": 1e3 * statistics.median(self.cpu_seconds) if self.cpu_seconds else None,
         }  # fmt: skip
 
 
@@ -45,16 +50,16 @@ def quartiles(values: tuple[float, ...]) -> tuple[float, float]:
 
 def time_in_turn(runs: list[Callable[[], object]], device: torch.device, repeats: int) -> list[Timing]:
     """Times of all `runs`, one after the other in each of `repeats` rounds, after a round that warms up."""
-    seconds: list[list[float]] = [[] for _ in runs]
+    rounds: list[list[tuple[float, float]]] = [[] for _ in runs]
     for turn in range(repeats + 1):
         for number, run in enumerate(runs):
             synchronize(device)
-            started = time.perf_counter()
+            started = time.perf_counter(), time.process_time()
             run()
             synchronize(device)
             if turn:
-                seconds[number].append(time.perf_counter() - started)
-    return [Timing(tuple(values)) for values in seconds]
+                rounds[number].append((time.perf_counter() - started[0], time.process_time() - started[1]))
+    return [Timing(*zip(*values)) for values in rounds]
 
 
 def ratio(slow: Timing, fast: Timing) -> float:
