@@ -51,9 +51,10 @@ def main() -> None:
 
     def on_cell(cell, result: dict) -> None:
         results.append(result)
-        figures = "failed: " + result["reason"]
         if result["status"] == "done":
             figures = ", ".join(f"{name} {result['metrics'][name]:.3f}" for name in spec.metrics)
+        else:
+            figures = f"failed: {result['reason']}"
         print(f"{len(results)} of {len(chosen)} {cell.name} ({result['seconds']:.0f} s): {figures}", flush=True)
         with atomic_write(folder / "table.md") as temporary:
             temporary.write_text(markdown(results, levels, spec.metrics, spec.seeds))
