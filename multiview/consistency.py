@@ -46,17 +46,6 @@ def view_consistency(
     }  # fmt: skip
 
 
-def most_consistent(rgb: Tensor, masks: Tensor, cameras: Cameras) -> tuple[int, list[float]]:
-    """Which of several sets to keep. rgb: [s, v, 3, h, w], masks: [s, v, 1, h, w], cameras [v] of every set.
-
-    Returns the index of the highest score (ties: the first) and all scores.
-    """
-    if not len(rgb):
-        raise ValueError("most_consistent needs at least one set of views")
-    scores = [view_consistency(pictures, own, cameras)["score"] for pictures, own in zip(rgb, masks)]
-    return max(range(len(scores)), key=scores.__getitem__), scores
-
-
 def _check(rgb: Tensor, masks: Tensor, cameras: Cameras) -> None:
     views, size = len(cameras), [cameras.height, cameras.width]
     for name, tensor, channels in (("rgb", rgb, 3), ("masks", masks, 1)):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from multiview.cameras import Cameras
-from multiview.consistency import most_consistent, view_consistency
+from multiview.consistency import view_consistency
 from multiview.hull import carve, carve_leave_one_out, colour_surface, render_hull, silhouettes, surface, viewed_cube
 from multiview.image import composite
 from multiview.metrics import foreground_psnr, mask_iou
@@ -183,14 +183,6 @@ def test_every_damage_changes_the_views_and_is_repeatable(mice, script):
         assert torch.equal(rgba, again)
         assert not torch.equal(rgba, mice[1].rgba) or not torch.equal(cameras.c2w, mice[1].cameras.c2w), name
     assert script.separation([1, 2], [0, 1]) == pytest.approx(0.875)
-
-
-def test_most_consistent_set_is_chosen(mice, script):
-    rgb, masks, cameras = read(mice[0])
-    shuffled, _ = script.damage("shuffled", mice, 0)
-    sets = torch.stack([composite(shuffled, 1.0), rgb, rgb]), torch.stack([shuffled[:, 3:], masks, masks])
-    best, scores = most_consistent(*sets, cameras)
-    assert best == 1 and scores[1] == scores[2] > scores[0]
 
 
 def test_views_that_agree_on_nothing_score_zero(mice):
