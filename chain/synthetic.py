@@ -145,7 +145,7 @@ def paint_samples(
     rgb = generate_views(
         components, torch.stack([composite(photo, 1.0) for photo in photos]), artifacts.embeds,
         seeds=[painting.sample_seed(job.name) for job in jobs], num_steps=artifacts.num_steps,
-        guidance_scale=artifacts.guidance_scale,
+        guidance_scale=artifacts.guidance_scale, sampler=artifacts.options.sampler,
     ).cpu()  # fmt: skip
     rgb = (rgb * 255).round() / 255
     return [
