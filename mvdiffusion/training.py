@@ -55,6 +55,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+SHOWN_FIGURES = (
+    "foreground_psnr", "unseen_foreground_psnr", "unseen_mask_iou", "unseen_difference_ratio", "consistency",
+)  # fmt: skip
+
 FROZEN_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -288,6 +292,6 @@ def summary(values: dict[str, float]) -> str:
     groups: dict[str, list[str]] = {}
     for name, value in values.items():
         group, figure = name.split("/")
-        if figure in ("foreground_psnr", "mask_iou", "unseen_foreground_psnr", "unseen_mask_iou"):
+        if figure in SHOWN_FIGURES:
             groups.setdefault(group, []).append(f"{figure} {value:.2f}")
     return "; ".join(f"{group}: {', '.join(figures)}" for group, figures in groups.items())

@@ -21,6 +21,7 @@ from multiview.metrics import (
     psnr,
     ssim,
 )
+from mvdiffusion.collapse import difference_ratio
 from mvdiffusion.components import Components
 from mvdiffusion.conditioning import condition_latents, decode_latents
 from mvdiffusion.data.mouse_dataset import MouseMVDiffusionDataset
@@ -45,6 +46,7 @@ def figures(
         found["lpips"], found["foreground_lpips"] = lpips_distances(lpips, pictures, targets, masks)
     unseen = [view for view in range(pictures.shape[1]) if view != reference_view]
     result = {name: float(value.mean()) for name, value in found.items()}
+    result["unseen_difference_ratio"] = float(difference_ratio(pictures, targets, masks, reference_view).mean())
     return {**result, **{f"unseen_{name}": float(value[:, unseen].mean()) for name, value in found.items()}}
 
 
