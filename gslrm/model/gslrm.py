@@ -142,13 +142,11 @@ class GSLRM(nn.Module):
         tokens = run_blocks(
             self.transformer_layers, self._embed(images, cameras, selection), lengths, self.grad_checkpoint_every
         )
-        parts = tokens.split([size for count in selection.patches_per_sample for size in (n_free, count)])
-        free, image = torch.stack(parts[::2]), parts[1] if b == 1 else torch.cat(parts[1::2])
         # Heads in full precision: a depth rounded to bf16 moves a point by up to 5e-2 along its ray.
         with torch.autocast(tokens.device.type, enabled=False):
-            free = self.gaussian_upsampler(free.float())
-            values = self.pixel_gaussian_decoder(image.float()).view(-1, self.num_values)
-            return self._decode(free, selection.pixels_of(values), cameras, selection, clip_xyz)
+            free, image = self._heads(tokens, selection)
+            del tokens  # as large as the Gaussians
+            return self._decode(free, image, cameras, selection, clip_xyz)
 
     def _check_inputs(self, images: Tensor, cameras: Cameras, masks: Tensor | None) -> None:
         p = self.config.image_tokenizer.patch_size
@@ -206,11 +204,19 @@ class GSLRM(nn.Module):
         if self.config.use_custom_plucker or self.config.use_aug_plucker:
             rays.append(origins + nearest_depth(origins, directions) * directions)
         patches = selection.patches_of(images)
-        posed = patches.new_empty(*patches.shape[:-1], 3 + 3 * len(rays))
+        posed = directions.new_empty(*patches.shape[:-1], 3 + 3 * len(rays))
         posed[..., :3] = patches * 2.0 - 1.0
         for i, ray in enumerate(rays):  # torch.cat of threes takes three times as long
             posed[..., 3 + 3 * i : 6 + 3 * i] = ray
         return posed
+
+    def _heads(self, tokens: Tensor, selection: PatchSelection) -> tuple[Tensor, Tensor]:
+        """Packed tokens -> values of the free Gaussians [b, n_free, D] and of the image Gaussians, packed [K, D]."""
+        n_free = self.config.gaussians.n_gaussians
+        parts = tokens.split([size for count in selection.patches_per_sample for size in (n_free, count)])
+        free, image = torch.stack(parts[::2]), parts[1] if len(parts) == 2 else torch.cat(parts[1::2])
+        values = self.pixel_gaussian_decoder(image.float()).view(-1, self.num_values)
+        return self.gaussian_upsampler(free.float()), selection.pixels_of(values)
 
     def _decode(
         self, free: Tensor, image: Tensor, cameras: Cameras, selection: PatchSelection, clip_xyz: bool
