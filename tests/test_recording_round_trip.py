@@ -14,6 +14,7 @@ import torch
 from multiview.cameras import Cameras
 from multiview.image import composite
 from multiview.metrics import foreground_psnr, mask_iou
+from multiview.recording.film import FilmConditions
 from multiview.recording.process import process_recording
 from multiview.recording.settings import ImportSettings
 from multiview.recording.write import ARENA_REACH, load_real_rig, stand_in_arena, write_recording
@@ -24,6 +25,7 @@ from multiview.synthetic.motion import mouse_sequence
 ROOT = Path(__file__).resolve().parent.parent
 NUM_FRAMES, WIDTH, SIZE = 6, 384, 256  # a photograph's pixel is about one of the picture's
 BACKGROUND = 0.8
+CONDITIONS = FilmConditions(background=BACKGROUND)
 
 
 def load_script():
@@ -47,7 +49,7 @@ def clouds():
 @pytest.fixture(scope="module")
 def recording(tmp_path_factory, clouds, render):
     folder = tmp_path_factory.mktemp("raw") / "recording"
-    write_recording(folder, load_real_rig(width=WIDTH)[0], clouds, render, background=BACKGROUND, quality_crf=0)
+    write_recording(folder, load_real_rig(width=WIDTH)[0], clouds, render, conditions=CONDITIONS, quality_crf=0)
     return folder
 
 

@@ -14,28 +14,39 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from multiview.checkpoint import atomic_folder, write_json
+from multiview.checkpoint import atomic_folder
 from multiview.image import to_uint8
 from multiview.recording.calibration import PIXEL_CENTRE, Calibration, read_calibration
+from multiview.recording.film import Film, FilmConditions, Truth
 
 RECORDINGS_FOLDER = Path(__file__).resolve().parent.parent.parent / "configs" / "rigs" / "recordings"
 BODY_LENGTH_MM = 73.0  # nose to tail base of an adult mouse, stretched
 ARENA_REACH = 0.6  # arena_radius for mouse_sequence (world units; 36 mm): all real cameras see the whole animal
 VIDEO_FOLDER, MASK_FOLDER = "videos_undist", "simpleclick_undist"
-CALIBRATION_FILE, TRUTH_FILE = "new_cam.pkl", "truth.json"
+CALIBRATION_FILE = "new_cam.pkl"
 
 
-def load_real_rig(name: str = "dannce_mouse1", *, width: int | None = None) -> tuple[Calibration, dict]:
+def load_real_rig(
+    name: str = "dannce_mouse1", *, width: int | None = None, lens: str = "none"
+) -> tuple[Calibration, dict]:
     """A real recording's calibration that ships with the project, and its arena {centre [3], inner_radius}, in mm.
 
-    width: of the pictures, even; by default as filmed. Heights follow, rounded to even numbers.
+    width: of the pictures, even; by default as filmed. Heights follow, rounded to even numbers. lens: `none` for the
+    undistorted pictures, `real` for the photographs as filmed (lens distortion, skew).
     """
     path = RECORDINGS_FOLDER / f"{name}.json"
     calibration = read_calibration(path)
-    arena = json.loads(path.read_text())["arena"]
-    return (calibration if width is None else resize_calibration(calibration, width)), arena
+    content = json.loads(path.read_text())
+    if lens == "real":
+        raw = [frame["raw"] for frame in content["frames"]]
+        K = np.array([camera["K"] for camera in raw])
+        K[:, :2, 2] += PIXEL_CENTRE
+        distortion = np.array([camera["distortion"] for camera in raw])
+        calibration = replace(calibration, K=K, distortion=distortion).validate()
+    elif lens != "none":
+        raise ValueError(f"lens must be none or real, got {lens!r}")
+    return (calibration if width is None else resize_calibration(calibration, width)), content["arena"]
 
 
 def resize_calibration(calibration: Calibration, width: int) -> Calibration:
@@ -59,35 +70,32 @@ def write_recording(
     clouds: Iterable,
     render: Callable,
     *,
-    background: float = 0.8,
+    conditions: FilmConditions | None = None,
     frames_per_second: float = 100.0,
     quality_crf: int = 12,
 ) -> None:
     """Writes a recording in MAMMAL's layout: videos_undist/k.mp4, simpleclick_undist/k.mp4, new_cam.pkl, truth.json.
 
     clouds: one per frame, in the calibration's world and unit (mm). quality_crf: x264's constant rate factor; 0 also
-    keeps full colour resolution. truth.json holds each frame's centre [3] and keypoints [n, 3]. The folder appears when
-    it is complete.
+    keeps full colour resolution. conditions: what the cameras add to the renderings. truth.json and truth.npz: see
+    `film.Truth`. The folder appears when it is complete.
     """
-    cameras = calibration.cameras().to(torch.float32)
-    size = (cameras.width, cameras.height)
+    conditions = conditions or FilmConditions()
+    film, truth = Film(calibration, render, conditions), Truth(conditions.seed)
     with atomic_folder(folder) as temporary:
         for name in (VIDEO_FOLDER, MASK_FOLDER):
             (temporary / name).mkdir()
         paths = [temporary / name / f"{k}.mp4" for name in (VIDEO_FOLDER, MASK_FOLDER) for k in range(len(calibration))]
-        writers = [video_writer(path, size, frames_per_second, quality_crf) for path in paths]
-        truth = []
-        for cloud in clouds:
-            rgb, alpha = render(cloud, cameras)[:2]
-            pictures = rgb + background * (1.0 - alpha)
-            masks = (alpha >= 0.5).float().expand(-1, 3, -1, -1)
-            for writer, picture in zip(writers, (*pictures, *masks), strict=True):
+        writers = [video_writer(path, film.size, frames_per_second, quality_crf) for path in paths]
+        for frame, cloud in enumerate(clouds):
+            pictures, masks = film(cloud, frame)
+            for writer, picture in zip(writers, (*pictures, *masks.expand(-1, 3, -1, -1)), strict=True):
                 writer.send(np.ascontiguousarray(to_uint8(picture)))
-            truth.append({"centre": cloud.centre.tolist(), "keypoints": cloud.keypoints.tolist()})
+            truth.add(cloud)
         for writer in writers:
             writer.close()
         write_mammal_pickle(temporary / CALIBRATION_FILE, calibration)
-        write_json(temporary / TRUTH_FILE, {"unit": "mm", "frames": truth})
+        truth.write(temporary, unit="mm")
 
 
 def video_writer(path: Path, size: tuple[int, int], frames_per_second: float, crf: int):
