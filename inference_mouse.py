@@ -7,7 +7,7 @@ import argparse
 import time
 from pathlib import Path
 
-from chain.flags import add_chain_flags, add_photo_flags, positive
+from chain.flags import add_chain_flags, add_photo_flags, add_stage1_flags, positive, stage1_options
 from multiview.run import main_guard
 
 EXPORTS = ("splat", "ply_compressed")
@@ -24,6 +24,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--mvdiffusion_checkpoint", type=Path, help="Stage 1: UNet folder or checkpoint-<step>")
     parser.add_argument("--checkpoint", type=Path, help="Stage 2: ckpt_*.pt or a folder of them")
     add_chain_flags(parser)
+    add_stage1_flags(parser)
     add_photo_flags(parser)
     parser.add_argument(
         "--keep_input_view", action=argparse.BooleanOptionalAction, default=True,
@@ -77,7 +78,7 @@ def main() -> None:
     artifacts = resolve_chain(
         rig=arguments.rig, unet=arguments.mvdiffusion_checkpoint, gslrm=arguments.checkpoint,
         gslrm_config=arguments.gslrm_config, components=arguments.mvdiff_pretrained, embeds=arguments.prompt_embeds,
-        num_steps=arguments.num_steps, guidance_scale=arguments.guidance_scale,
+        num_steps=arguments.num_steps, guidance_scale=arguments.guidance_scale, options=stage1_options(arguments),
     )  # fmt: skip
     print(f"rig {artifacts.rig.name}: {artifacts.rig.num_views} views; embeddings, UNet and GS-LRM agree")
     components, model = load_stage1(artifacts, device), load_stage2(artifacts, device)
@@ -162,6 +163,7 @@ def reconstruct_photo(name, photo, arguments, artifacts, components, model, devi
             "input": name, "photo": asdict(report), "artifacts": artifacts.describe(), "seed": arguments.seed,
             "num_steps": artifacts.num_steps, "guidance_scale": artifacts.guidance_scale,
             "keep_input_view": arguments.keep_input_view, "filtered": not arguments.no_filter,
+            "seed_scores": views.seed_scores,
             "gaussians": {"predicted": total, "kept": kept},
             "seconds": {
                 "stage1": round(painted - started, 2), "stage2": round(reconstructed - painted, 2),

@@ -7,7 +7,7 @@ import argparse
 import time
 from pathlib import Path
 
-from chain.flags import add_chain_flags, add_photo_flags
+from chain.flags import add_chain_flags, add_photo_flags, add_stage1_flags, stage1_options
 from multiview.run import main_guard
 
 
@@ -18,6 +18,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--gslrm_checkpoint", type=Path, help="Stage 2: ckpt_*.pt or a folder of them; default: demo")
     parser.add_argument("--camera_json", type=Path, help="cameras of the painted views; must be the rig's")
     add_chain_flags(parser)
+    add_stage1_flags(parser)
     add_photo_flags(parser)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/pipeline"))
     return parser.parse_args()
@@ -41,7 +42,7 @@ def main() -> None:
         rig=arguments.rig, unet=arguments.mvdiff_unet, gslrm=arguments.gslrm_checkpoint,
         gslrm_config=arguments.gslrm_config, components=arguments.mvdiff_pretrained, embeds=arguments.prompt_embeds,
         num_steps=arguments.num_steps, guidance_scale=arguments.guidance_scale,
-        camera_json=arguments.camera_json,
+        camera_json=arguments.camera_json, options=stage1_options(arguments),
     )  # fmt: skip
     print(f"rig {artifacts.rig.name}: embeddings, UNet, GS-LRM and cameras agree")
     settings = {

@@ -12,7 +12,7 @@ from multiview.rig import ViewRig, check_alignment, check_start, load_rig
 from multiview.run import resolve_device, seed_everything
 from multiview.sample import read_dataset_info
 from mvdiffusion.checkpoints import Checkpoint
-from mvdiffusion.components import Components
+from mvdiffusion.components import Components, local_folder
 from mvdiffusion.config import MixEntry, MVDiffusionConfig
 from mvdiffusion.data.augmentation import Augmentation
 from mvdiffusion.data.mixing import MixedDataset
@@ -66,7 +66,9 @@ def starting_unet(config: MVDiffusionConfig, rig: ViewRig):
     if config.unet:
         seed_everything("mvdiffusion unet", config.seed)
         return create_unet(config.unet, rig.num_views, config.attention or "sparse", cameras or "none")
-    folder = resolve_unet_folder(config.pretrained_unet_path or Path(config.pretrained_model_name_or_path) / "unet")
+    folder = resolve_unet_folder(
+        config.pretrained_unet_path or local_folder(config.pretrained_model_name_or_path) / "unet"
+    )
     stored = unet_rig(folder)
     if stored is not None and not config.allow_rig_change:
         check_start(rig, "allow_rig_change", unet=stored)

@@ -171,7 +171,8 @@ def check_embeds_fit(embeds: PromptEmbeds, unet: UNet2DConditionModel | Path | s
             "another text encoder. Make them with the UNet's own: python scripts/generate_mouse_prompt_embeds.py "
             f"--rig {embeds.rig.name} --model_name {folder} --output_dir <folder>"
         )
-    if views is not None and embeds.rig.num_views != views:
+    told_by_cameras = config.get("camera_conditioning", "none") != "none"  # then any number of views can be asked for
+    if views is not None and embeds.rig.num_views != views and not told_by_cameras:
         raise RigMismatchError(
             f"prompt embeddings {embeds.source} describe {embeds.rig.num_views} views (rig {embeds.rig.name}), the "
             f"{name} was trained with {views}; use embeddings of its rig: python "

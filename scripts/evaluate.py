@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from chain.flags import add_chain_flags, positive
+from chain.flags import add_chain_flags, add_stage1_flags, positive, stage1_options
 from multiview.run import main_guard
 
 SHEET_ROWS = 8
@@ -41,6 +41,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--mvdiffusion_checkpoint", type=Path, help="Stage 1; default: the demo model")
     parser.add_argument("--checkpoint", type=Path, help="Stage 2; default: the demo model")
     add_chain_flags(parser)
+    add_stage1_flags(parser)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/evaluation"))
     sweeps = parser.add_argument_group("sweeps of stage 2")
     for unit, text in (
@@ -77,7 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
             rig=options.rig, unet=options.mvdiffusion_checkpoint, gslrm=options.checkpoint,
             gslrm_config=options.gslrm_config, embeds=options.prompt_embeds,
             components=options.mvdiff_pretrained,
-            num_steps=options.num_steps, guidance_scale=options.guidance_scale,
+            num_steps=options.num_steps, guidance_scale=options.guidance_scale, options=stage1_options(options),
         )  # fmt: skip
     info = read_dataset_info(options.data.parent)
     check_alignment(artifacts.rig, dataset=info["rig"])

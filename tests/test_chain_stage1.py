@@ -84,3 +84,14 @@ def test_a_unet_that_is_told_its_cameras_paints_another_rig_when_asked(tiny, tmp
         resolve(tiny, rig="uniform6", **others)
     with pytest.raises(RigMismatchError):  # not stated, so not meant
         resolve(tiny, unet=tmp_path / "unet", **others)
+
+
+def test_a_unet_that_is_told_its_cameras_paints_any_number_of_views(tiny, tmp_path):
+    wanted = load_rig("uniform4")
+    torch.manual_seed(0)
+    save_unet(create_unet(UNET, 6, "sparse", "concat"), tmp_path / "unet", load_rig("mouse6"))
+    write_prompt_embeds(tmp_path / "embeds", tiny["components"], wanted, "mouse", angles=False)
+    gslrm = write_gslrm(tmp_path / "gslrm", wanted)
+    artifacts = resolve(tiny, rig="uniform4", unet=tmp_path / "unet", embeds=tmp_path / "embeds", gslrm=gslrm)
+    components = load_stage1(artifacts, torch.device("cpu"))
+    assert paint_views(components, artifacts, tiny["photo"], seed=0, keep_input_view=False).rgb.shape[0] == 4
