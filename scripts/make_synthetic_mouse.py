@@ -4,7 +4,7 @@ Every sample depends on --seed and its number only. Repeating a command continue
 
 With --as_recording it writes a raw recording instead, as a laboratory would have it: one mouse walking about, filmed by
 the six cameras of the public markerless_mouse_1 rig (videos_undist/, simpleclick_undist/, new_cam.pkl, and the truth in
-truth.json), ready for scripts/process_mouse_data.py.
+truth.json and truth.npz: centre, keypoints, points of the surface), ready for scripts/process_mouse_data.py.
 """
 
 import argparse
@@ -42,6 +42,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--body_model", type=Path, default=None, help="an external skinned mesh (.npz) to draw instead")
     parser.add_argument("--body_model_poses", type=Path, default=None, help="its pose library (.npz)")
     parser.add_argument("--as_recording", action="store_true", help="write a raw recording of --num_samples frames")
+    parser.add_argument(
+        "--lens_distortion", choices=("none", "real"), default="none",
+        help="of the recording: undistorted pictures, or photographs through the rig's real lenses (skew included)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--noise", type=float, default=0.0, help="of the recording's sensors: deviation at white, in levels of 255"
+    )
+    parser.add_argument(
+        "--uneven_light", action="store_true",
+        help="in the recording: uneven gain, vignetting, an exposure per camera, a textured wall behind the animal",
+    )  # fmt: skip
     parser.add_argument("--video_width", type=int, default=1152, help="pixels, of the recording's videos")
     parser.add_argument("--fps", type=float, default=25.0, help="frames per second of the recording")
     parsed = parser.parse_args(arguments)
@@ -54,6 +65,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--fps must be positive, got {parsed.fps}")
     if parsed.as_recording and parsed.body_model is not None:
         parser.error("--as_recording films the procedural mouse; leave --body_model out")
+    if parsed.noise < 0:
+        parser.error(f"--noise must not be negative, got {parsed.noise}")
+    filmed = parsed.lens_distortion != "none" or parsed.noise or parsed.uneven_light
+    if filmed and not parsed.as_recording:
+        parser.error("--lens_distortion, --noise and --uneven_light are a recording's: add --as_recording")
     if not 0.0 <= parsed.val_fraction < 1.0:
         parser.error(f"--val_fraction must be in [0, 1), got {parsed.val_fraction}")
     if parsed.body_model_poses is not None and parsed.body_model is None:
@@ -129,12 +145,14 @@ def write_one(index: int) -> None:
 def write_raw_recording(options: argparse.Namespace) -> None:
     from tqdm import tqdm
 
+    from multiview.recording.film import FilmConditions
     from multiview.recording.write import ARENA_REACH, load_real_rig, stand_in_arena, write_recording
     from multiview.synthetic.motion import mouse_sequence
 
     if options.output_dir.exists() and any(options.output_dir.iterdir()):
         raise ValueError(f"--output_dir {options.output_dir} is not empty; a recording is written into a new folder")
-    calibration, arena = load_real_rig(width=options.video_width)
+    calibration, arena = load_real_rig(width=options.video_width, lens=options.lens_distortion)
+    conditions = FilmConditions(noise=options.noise, uneven_light=options.uneven_light, seed=options.seed)
     poses = {"poses": (options.pose,)} if options.pose else {}
     clouds = mouse_sequence(
         options.seed, options.num_samples, fps=options.fps, arena_radius=ARENA_REACH, coat=options.coat, **poses
@@ -142,7 +160,7 @@ def write_raw_recording(options: argparse.Namespace) -> None:
     clouds = tqdm(clouds, total=options.num_samples, desc="frames", unit="frame", disable=None)
     write_recording(
         options.output_dir, calibration, (stand_in_arena(cloud, arena) for cloud in clouds),
-        make_renderer(options.device), frames_per_second=options.fps,
+        make_renderer(options.device), conditions=conditions, frames_per_second=options.fps,
     )  # fmt: skip
     print(f"{options.output_dir}: {options.num_samples} frames from {len(calibration)} cameras; import it with")
     print(
