@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,11 +36,11 @@ class Stage1Options:
 
 @dataclass(frozen=True)
 class Artifacts:
-    """Resolved files of a chain that describe one rig. Stage 1 entries are None when only Stage 2 runs."""
+    """Resolved files of a chain that describe one rig. A stage's entries are None when only the other runs."""
 
     rig: ViewRig
-    gslrm: Path
-    gslrm_config: Path | None
+    gslrm: Path | None = None
+    gslrm_config: Path | None = None
     components: Path | None = None
     unet: Path | None = None
     embeds: PromptEmbeds | None = None
@@ -55,7 +55,7 @@ class Artifacts:
             "components": self.components and str(self.components),
             "unet": self.unet and str(self.unet),
             "prompt_embeds": self.embeds and self.embeds.source,
-            "gslrm": str(self.gslrm),
+            "gslrm": self.gslrm and str(self.gslrm),
             "gslrm_config": self.gslrm_config and str(self.gslrm_config),
             "camera_json": self.camera_json and str(self.camera_json),
             "stage1_options": self.components and asdict(self.options),
@@ -74,52 +74,64 @@ def resolve_chain(
     unet: Path | None,
     gslrm: Path | None,
     gslrm_config: Path | None = None,
+    camera_json: Path | None = None,
+    **stage1,
+) -> Artifacts:
+    """Finds every file of the chain and compares their rigs, before any weights are loaded.
+
+    Neither checkpoint given: the demo models. stage1: what `resolve_stage1` takes besides.
+    Raises ValueError for what is missing, RigMismatchError for a mismatch.
+    """
+    from gslrm.checkpoints import read_checkpoint_rig, resolve_checkpoint
+
+    if (unet is None) != (gslrm is None):
+        given, other = ("Stage 2", "Stage 1") if unet is None else ("Stage 1", "Stage 2")
+        raise ValueError(f"a {given} checkpoint without a {other} one: name both, or neither for the demo models")
+    painter = resolve_stage1(rig=rig, unet=unet, **stage1)
+    gslrm_file, requested = resolve_checkpoint(gslrm or DEMO_STAGE2), load_rig(rig) if rig else None
+    own = require_rig(read_checkpoint_rig(gslrm_file), requested, f"the GS-LRM {gslrm_file}", gslrm_file)
+    check_alignment(unet=painter.rig, embeddings=painter.embeds.rig, gslrm=own)
+    if camera_json is not None:
+        check_rig_cameras(painter.rig, read_cameras(camera_json), str(camera_json))
+    return replace(painter, gslrm=gslrm_file, gslrm_config=gslrm_config, camera_json=camera_json)
+
+
+def resolve_stage1(
+    *,
+    rig: str | None,
+    unet: Path | None,
     components: Path | None = None,
     embeds: Path | None = None,
-    camera_json: Path | None = None,
     num_steps: int | None = None,
     guidance_scale: float | None = None,
     options: Stage1Options | None = None,
 ) -> Artifacts:
-    """Finds every file of the chain and compares their rigs, before any weights are loaded.
+    """The same for Stage 1 alone; no UNet given: the demo model.
 
-    Neither checkpoint given: the demo models. A UNet with camera conditioning may be asked for another rig than it was
-    trained on, by stating it (`rig`). Raises ValueError for what is missing, RigMismatchError for a mismatch.
+    A UNet with camera conditioning may be asked for another rig than it was trained on, by stating it (`rig`).
     """
-    from gslrm.checkpoints import read_checkpoint_rig, resolve_checkpoint
     from mvdiffusion.checkpoints import components_folder_of, embeds_of, sampling_of
     from mvdiffusion.components import DEMO_FOLDER, PUBLIC_FOLDER
     from mvdiffusion.models.unet import camera_conditioning_of, resolve_unet_folder, unet_rig
     from mvdiffusion.prompts import TRACKED_FOLDER, check_embeds_fit, load_prompt_embeds
 
-    if (unet is None) != (gslrm is None):
-        given, other = ("Stage 2", "Stage 1") if unet is None else ("Stage 1", "Stage 2")
-        raise ValueError(f"a {given} checkpoint without a {other} one: name both, or neither for the demo models")
-    demo = unet is None
-    unet_folder = resolve_unet_folder(DEMO_FOLDER if demo else unet)
-    components = components or components_folder_of(unet_folder) or PUBLIC_FOLDER
-    gslrm_file = resolve_checkpoint(DEMO_STAGE2 if demo else gslrm)
+    folder = resolve_unet_folder(unet or DEMO_FOLDER)
     requested = load_rig(rig) if rig else None
-
-    prompt_embeds = load_prompt_embeds(embeds or embeds_of(unet_folder) or TRACKED_FOLDER, requested)
-    check_embeds_fit(prompt_embeds, unet_folder)
-    own_rig = require_rig(unet_rig(unet_folder), requested, f"the UNet {unet_folder}", unet_folder)
-    if requested is not None and camera_conditioning_of(unet_folder) != "none":
-        own_rig = requested  # it is told by its cameras where to look from, not by having seen only one rig
-    common = check_alignment(
-        requested,
-        unet=own_rig,
-        embeddings=prompt_embeds.rig,
-        gslrm=require_rig(read_checkpoint_rig(gslrm_file), requested, f"the GS-LRM {gslrm_file}", gslrm_file),
-    )
-    if camera_json is not None:
-        check_rig_cameras(common, read_cameras(camera_json), str(camera_json))
-    own_steps, own_guidance = sampling_of(unet_folder)
+    prompt_embeds = load_prompt_embeds(embeds or embeds_of(folder) or TRACKED_FOLDER, requested)
+    check_embeds_fit(prompt_embeds, folder)
+    own = require_rig(unet_rig(folder), requested, f"the UNet {folder}", folder)
+    if requested is not None and camera_conditioning_of(folder) != "none":
+        own = requested  # it is told by its cameras where to look from, not by having seen only one rig
+    own_steps, own_guidance = sampling_of(folder)
     return Artifacts(
-        common, gslrm_file, gslrm_config, Path(components), unet_folder, prompt_embeds, camera_json,
-        own_steps if num_steps is None else num_steps, own_guidance if guidance_scale is None else guidance_scale,
-        options or Stage1Options(),
-    )  # fmt: skip
+        check_alignment(requested, unet=own, embeddings=prompt_embeds.rig),
+        components=Path(components or components_folder_of(folder) or PUBLIC_FOLDER),
+        unet=folder,
+        embeds=prompt_embeds,
+        num_steps=own_steps if num_steps is None else num_steps,
+        guidance_scale=own_guidance if guidance_scale is None else guidance_scale,
+        options=options or Stage1Options(),
+    )
 
 
 def resolve_stage2(*, rig: str | None, gslrm: Path | None, gslrm_config: Path | None = None) -> Artifacts:

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from chain.artifacts import Artifacts, require_rig
+from chain.artifacts import Artifacts
 from multiview.cameras import Cameras
 from multiview.consistency import view_consistency
 from multiview.image import composite, resize_rgba
 from multiview.metrics import mask_from_white
-from multiview.rig import ViewRig, check_alignment, load_rig
+from multiview.rig import ViewRig
 from multiview.run import seed_from
 from multiview.sample import (
     DATASET_FILE,
@@ -60,31 +60,6 @@ class Painting:
 
 
 # ---- what is painted ------------------------------------------------------------------------------------------------
-
-
-def resolve_stage1(
-    *, rig: str | None, unet: Path | None, components: Path | None = None, embeds: Path | None = None,
-    num_steps: int | None = None, guidance_scale: float | None = None,
-) -> Artifacts:  # fmt: skip
-    """Finds the files of Stage 1 alone and compares their rigs; no UNet given: the demo model. Stage 2 stays empty."""
-    from mvdiffusion.checkpoints import components_folder_of, embeds_of, sampling_of
-    from mvdiffusion.components import DEMO_FOLDER, PUBLIC_FOLDER
-    from mvdiffusion.models.unet import resolve_unet_folder, unet_rig
-    from mvdiffusion.prompts import TRACKED_FOLDER, check_embeds_fit, load_prompt_embeds
-
-    folder = resolve_unet_folder(unet or DEMO_FOLDER)
-    requested = load_rig(rig) if rig else None
-    prompt_embeds = load_prompt_embeds(embeds or embeds_of(folder) or TRACKED_FOLDER, requested)
-    check_embeds_fit(prompt_embeds, folder)
-    own = require_rig(unet_rig(folder), requested, f"the UNet {folder}", folder)
-    common = check_alignment(requested, unet=own, embeddings=prompt_embeds.rig)
-    own_steps, own_guidance = sampling_of(folder)
-    return Artifacts(
-        common, gslrm=None, gslrm_config=None, unet=folder, embeds=prompt_embeds,
-        components=Path(components or components_folder_of(folder) or PUBLIC_FOLDER),
-        num_steps=own_steps if num_steps is None else num_steps,
-        guidance_scale=own_guidance if guidance_scale is None else guidance_scale,
-    )  # fmt: skip
 
 
 def make_jobs(lists: Sequence[Path], rig: ViewRig, references: str, num_samples: int | None) -> dict[Path, list[Job]]:

@@ -80,13 +80,12 @@ def main() -> None:
     arguments = parse_arguments()
     from tqdm import tqdm
 
-    from chain.artifacts import load_stage1
+    from chain.artifacts import load_stage1, resolve_stage1
     from chain.synthetic import (
         Painting,
         fingerprint,
         make_jobs,
         pending_batches,
-        resolve_stage1,
         start_dataset,
         write_batch,
         write_list,

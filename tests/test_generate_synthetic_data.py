@@ -11,7 +11,7 @@ import torch
 from chain_tiny import write_unet
 from mvdiffusion_tiny import SIZE, prepare
 
-from chain.artifacts import load_stage1
+from chain.artifacts import load_stage1, resolve_stage1
 from chain.stages import paint_views
 from chain.synthetic import (
     Painting,
@@ -19,7 +19,6 @@ from chain.synthetic import (
     make_jobs,
     paint_samples,
     pending_batches,
-    resolve_stage1,
     with_novel_views,
     write_batch,
     write_list,
