@@ -15,6 +15,7 @@ from multiview.recording.calibration import (
     find_calibration,
     load_numpy_pickle,
     read_calibration,
+    write_mammal_pickle,
 )
 from multiview.recording.geometry import (
     assign_views,
@@ -29,7 +30,7 @@ from multiview.recording.masks import clean_mask, measure_mask
 from multiview.recording.process import split_by_time
 from multiview.recording.rectify import rectify
 from multiview.recording.video import VideoReader, check_videos, find_videos, probe
-from multiview.recording.write import load_real_rig, video_writer, write_mammal_pickle
+from multiview.recording.write import load_real_rig, video_writer
 from multiview.rig import load_rig
 
 MOUSE6 = load_rig("mouse6")

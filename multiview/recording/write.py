@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,14 +16,14 @@ import numpy as np
 
 from multiview.checkpoint import atomic_folder
 from multiview.image import to_uint8
-from multiview.recording.calibration import PIXEL_CENTRE, Calibration, read_calibration
+from multiview.recording.calibration import PIXEL_CENTRE, Calibration, read_calibration, write_calibration
 from multiview.recording.film import Film, FilmConditions, Truth
 
 RECORDINGS_FOLDER = Path(__file__).resolve().parent.parent.parent / "configs" / "rigs" / "recordings"
 BODY_LENGTH_MM = 73.0  # nose to tail base of an adult mouse, stretched
 ARENA_REACH = 0.6  # arena_radius for mouse_sequence (world units; 36 mm): all real cameras see the whole animal
 VIDEO_FOLDER, MASK_FOLDER = "videos_undist", "simpleclick_undist"
-CALIBRATION_FILE = "new_cam.pkl"
+CALIBRATION_FOLDER = "calibrations"  # of the further formats of one recording
 
 
 def load_real_rig(
@@ -70,17 +69,21 @@ def write_recording(
     clouds: Iterable,
     render: Callable,
     *,
+    calibration_formats: Sequence[str] = (),
     conditions: FilmConditions | None = None,
     frames_per_second: float = 100.0,
     quality_crf: int = 12,
 ) -> None:
     """Writes a recording in MAMMAL's layout: videos_undist/k.mp4, simpleclick_undist/k.mp4, new_cam.pkl, truth.json.
 
-    clouds: one per frame, in the calibration's world and unit (mm). quality_crf: x264's constant rate factor; 0 also
-    keeps full colour resolution. conditions: what the cameras add to the renderings. truth.json and truth.npz: see
-    `film.Truth`. The folder appears when it is complete.
+    clouds: one per frame, in the calibration's world and unit (mm). calibration_formats: of `calibration.FORMATS`; the
+    first lies in the folder, where it is found without being named, every other one in calibrations/<format>/. Left
+    out: mammal, or dannce where there is lens distortion, which mammal cannot hold. quality_crf: x264's constant rate
+    factor; 0 also keeps full colour resolution. conditions: what the cameras add to the renderings. truth.json and
+    truth.npz: see `film.Truth`. The folder appears when it is complete.
     """
     conditions = conditions or FilmConditions()
+    formats = calibration_formats or (("dannce",) if np.any(calibration.distortion) else ("mammal",))
     film, truth = Film(calibration, render, conditions), Truth(conditions.seed)
     with atomic_folder(folder) as temporary:
         for name in (VIDEO_FOLDER, MASK_FOLDER):
@@ -94,7 +97,8 @@ def write_recording(
             truth.add(cloud)
         for writer in writers:
             writer.close()
-        write_mammal_pickle(temporary / CALIBRATION_FILE, calibration)
+        for index, name in enumerate(formats):
+            write_calibration(temporary / CALIBRATION_FOLDER / name if index else temporary, calibration, name)
         truth.write(temporary, unit="mm")
 
 
@@ -109,13 +113,3 @@ def video_writer(path: Path, size: tuple[int, int], frames_per_second: float, cr
     )  # fmt: skip
     writer.send(None)
     return writer
-
-
-def write_mammal_pickle(path: Path, calibration: Calibration) -> None:
-    """new_cam.pkl: list of {K, R, T}; pixel centres counted from 0, so the principal point loses half a pixel."""
-    entries = []
-    for K, w2c in zip(calibration.K, calibration.w2c, strict=True):
-        K = K.copy()
-        K[:2, 2] -= PIXEL_CENTRE
-        entries.append({"K": K, "R": w2c[:3, :3].copy(), "T": w2c[:3, 3].copy()})
-    path.write_bytes(pickle.dumps(entries, protocol=4))
