@@ -186,7 +186,7 @@ def check_facing(calibration: Calibration) -> None:
     if meant is not None:
         how = "do not look at a common volume" if not written.possible else f"look past each other by {worst:.0f} deg"
         raise ValueError(
-            f"{calibration.source}: as written the cameras {how}, but they do when read as {meant} (or fix the file)"
+            f"{calibration.source}: as written the cameras {how}, but they do when read as {meant}"
         )
     if written.possible:
         return check_distances(calibration, written)
@@ -204,14 +204,18 @@ def check_facing(calibration: Calibration) -> None:
 
 
 def _better_reading(w2c: np.ndarray, half: np.ndarray, written: Layout) -> str | None:
-    """The reading under which the axes meet well, if there is one and the file as written is far from it."""
+    """The readings under which the axes meet well, if there are any and the file as written is far from them.
+
+    Several may do equally, e.g. where the world is the first camera's: then all are named.
+    """
     found = {}
     for name, read in READINGS.items():
         other = layout(read(w2c), half)
         better = other.ball > written.ball and float(other.off_deg.max()) < 0.5 * float(written.off_deg.max())
         if other.converged and (better or not written.possible):
             found[name] = float(other.off_deg.max())
-    return min(found, key=found.get) if found else None
+    best = min(found.values(), default=0.0)
+    return ", or as ".join(name for name, off in found.items() if off <= best + 1.0) or None
 
 
 def _odd_cameras(w2c: np.ndarray, half: np.ndarray, written: Layout) -> tuple[list[int], str]:
