@@ -1,41 +1,103 @@
-"""The quality report of an imported recording: quality_report.json for programs, quality_report.html for eyes."""
+"""quality_report.json for programs and quality_report.html for eyes: of an import, and of any dataset."""
 
 from __future__ import annotations
 
-import base64
-import html
-import io
-import math
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from multiview.checkpoint import atomic_write, write_json
-from multiview.image import composite, grid, to_uint8
 from multiview.recording.analysis import Analysis
 from multiview.recording.calibration import Calibration
 from multiview.recording.geometry import Placement, Plan, circular_mean_deg, directions_from, frame_extent, label_error
-from multiview.sample import Sample, read_sample
+from multiview.recording.quality.dataset import choose_evenly, find_samples, measure_folders
+from multiview.recording.quality.findings import Finding, dataset_findings, grade
+from multiview.recording.quality.measure import Measured, measure_sample
+from multiview.recording.quality.page import to_html
+from multiview.recording.quality.summary import summarise
+from multiview.rig import View, load_rig
+from multiview.sample import read_sample
 
-INSPECTED = 24  # samples whose pictures are read
+INSPECTED = 24  # samples of an import whose pictures are read
 SHOWN = 4  # samples shown side by side
-VOXELS = 96
+USABLE_CENTRE, POOR_CENTRE = 0.02, 0.05  # of the picture's size
+TOLERATED_LABEL_ERROR = 0.07  # of the half length: what facelift framing costs with exact poses
+SMALL_ZOOM = 0.6
+# Findings that follow from labels which are not the true cameras (facelift framing, nearest poses).
+LABEL_ERRORS = ("silhouettes_disagree", "focal", "principal_point", "camera_off", "cameras_off", "views_scaled",
+                "views_moved", "views_scaled_and_moved", "view_scale", "view_shift", "view_roll", "each_scaled",
+                "each_moved", "each_scaled_and_moved")  # fmt: skip
+JSON_NAME, HTML_NAME = "quality_report.json", "quality_report.html"
+
+
+def check_dataset(
+    data: Path,
+    output_dir: Path,
+    *,
+    rig: str | None = None,
+    num_samples: int = 200,
+    num_views: int | None = None,
+    workers: int = 2,
+    progress: bool = False,
+) -> dict:
+    """Measures any dataset, writes the report into output_dir, returns it.
+
+    data: split list, dataset folder or sample folder, FaceLift's included. rig: name or file, by default what
+    dataset.json states. num_samples: evenly spaced over the dataset. num_views: the first so many of each sample; by
+    default the rig's, or all.
+    """
+    found = find_samples(data)
+    stated = load_rig(rig) if rig is not None else found.rig
+    count = num_views if num_views is not None else stated.num_views if stated is not None else None
+    folders = [found.folders[index] for index in choose_evenly(len(found.folders), num_samples)]
+    measured, broken = measure_folders(folders, num_views=count, workers=workers, progress=progress)
+    if not measured:
+        raise ValueError(
+            f"none of the {len(folders)} samples of {data} can be read; the first: {broken[str(folders[0])]}"
+        )
+    summary, diagnosis = summarise(measured, stated)
+    report = {
+        "dataset_samples": len(found.folders),
+        "unreadable": {_short(name, data): reason for name, reason in broken.items()},
+        **summary,
+        **grade(dataset_findings(summary, diagnosis, stated, broken, found.notes)),
+    }
+    _write(output_dir, f"Quality of {data.name}", report, report["views"], stated.views if stated else (), measured)
+    return report
 
 
 def write_report(
     folder: Path, calibration: Calibration, analysis: Analysis, plan: Plan, placements: list[Placement], image_size: int
 ) -> dict:
-    """Measures the dataset, writes quality_report.json and .html into it, returns the former's content."""
-    picks = np.unique(np.round(np.linspace(0, len(placements) - 1, min(INSPECTED, len(placements)))).astype(int))
-    samples = [read_sample(folder / f"sample_{index:06d}") for index in picks]
+    """Measures an imported dataset, writes the report into it, returns quality_report.json's content."""
+    picks = choose_evenly(len(placements), INSPECTED)
+    measured = [measure_sample(read_sample(folder / f"sample_{index:06d}")) for index in picks]
     report = measure_geometry(calibration, analysis, plan, placements, image_size)
-    report["pictures"] = measure_pictures(samples, plan.rig.view_names)
-    report["grade"], report["reasons"] = grade(report)
-    write_json(folder / "quality_report.json", report)
-    with atomic_write(folder / "quality_report.html") as temporary:
-        temporary.write_text(to_html(report, plan, samples[:: max(1, len(samples) // SHOWN)][:SHOWN]))
+    summary, diagnosis = summarise(measured, plan.rig)
+    views = [{**seen, **view} for view, seen in zip(report["views"], summary["views"], strict=True)]
+    exact = report["label_error_rms"] < 1e-6
+    findings = dataset_findings(summary, diagnosis, plan.rig, {}, [])
+    if not exact:  # what the labels get wrong is known and reported as such
+        findings = [finding for finding in findings if finding.code not in LABEL_ERRORS]
+    report["pictures"] = summary
+    report.update(grade([*import_findings(report), *findings]))
+    wanted = plan.requested.views if plan.requested else ()
+    _write(folder, "Quality report", report, views, wanted, measured)
     return report
+
+
+def _write(
+    folder: Path, title: str, report: dict, views: list[dict], wanted: tuple[View, ...], measured: list[Measured]
+) -> None:
+    shown = [measured[index].folder for index in choose_evenly(len(measured), SHOWN)]
+    samples = [read_sample(path, num_views=len(views)) for path in shown]
+    areas = [
+        [one.views[slot]["area"] if one.views[slot]["usable"] else None for one in measured]
+        for slot in range(len(views))
+    ]
+    write_json(folder / JSON_NAME, report)
+    with atomic_write(folder / HTML_NAME) as temporary:
+        temporary.write_text(to_html(title, report, views, wanted, areas, samples))
 
 
 def measure_geometry(
@@ -95,152 +157,42 @@ def measure_geometry(
     }
 
 
-def measure_pictures(samples: list[Sample], names: list[str]) -> dict:
-    """From some samples' pictures: mask areas, rim, brightness, and how well the silhouettes agree in 3D."""
-    alpha = torch.stack([sample.rgba[:, 3] for sample in samples])  # [t, v, h, w]
-    rgb = torch.stack([sample.rgba[:, :3] for sample in samples])
-    area = alpha.mean(dim=(-1, -2))
-    rim = torch.cat([alpha[..., 0, :], alpha[..., -1, :], alpha[..., :, 0], alpha[..., :, -1]], dim=-1)
-    brightness = (rgb * alpha[:, :, None]).mean(dim=(2, 3, 4)) / area.clamp_min(1e-6)
-    agreement = np.array([silhouette_agreement(sample) for sample in samples[:8]])
-    return {
-        "inspected": len(samples),
-        "mask_area_mean": float(area.mean()),
-        "mask_area_variation": float(area.std(unbiased=False) / area.mean()),
-        "views_touching_rim": int((rim.amax(dim=-1) > 0).sum()),
-        "silhouette_iou_mean": float(agreement.mean()),
-        "per_view": [
-            {
-                "name": name,
-                "mask_area": float(area[:, slot].mean()),
-                "brightness": float(brightness[:, slot].mean()),
-                "silhouette_iou": float(agreement[:, slot].mean()),
-            }
-            for slot, name in enumerate(names)
-        ],
-    }
-
-
-def silhouette_agreement(sample: Sample) -> list[float]:
-    """Per view: IoU of its mask with the outline of the visual hull of all views; 1 when cameras and masks agree.
-
-    The hull is carved on a grid and projected back, so about 0.95 is what a perfect sample reaches.
-    """
-    import torch.nn.functional as F
-
-    count = len(sample.view_names)
-    masks = F.interpolate(sample.rgba[:, 3:], size=(VOXELS, VOXELS), mode="area") > 0.5
-    cameras = sample.cameras.resize(VOXELS, VOXELS)
-    half = float((cameras.distance / cameras.fxfycxcy[:, 0]).mean()) * VOXELS / 2
-    ticks = (torch.arange(VOXELS) + 0.5) / VOXELS * 2 * half - half
-    points = torch.stack(torch.meshgrid(ticks, ticks, ticks, indexing="ij"), dim=-1).reshape(-1, 3)
-    for view in range(count):
-        inside = _look_up(masks[view, 0], cameras[[view]].project(points[None])[0][0])
-        points = points[inside]
-    result = []
-    for view in range(count):
-        outline = torch.zeros(VOXELS, VOXELS, dtype=torch.bool)
-        if len(points):
-            column, row = cameras[[view]].project(points[None])[0][0].floor().long().clamp(0, VOXELS - 1).unbind(-1)
-            outline[row, column] = True
-        # Close the gaps that voxels nearer than the centre leave.
-        closed = F.max_pool2d(outline[None, None].float(), 3, 1, 1)
-        closed = 1 - F.max_pool2d(1 - closed, 3, 1, 1) > 0.5
-        both, either = (closed[0, 0] & masks[view, 0]).sum(), (closed[0, 0] | masks[view, 0]).sum()
-        result.append(float(both / either.clamp_min(1)))
-    return result
-
-
-def _look_up(mask: torch.Tensor, uv: torch.Tensor) -> torch.Tensor:
-    column, row = uv.floor().long().unbind(-1)
-    inside = (column >= 0) & (column < mask.shape[1]) & (row >= 0) & (row < mask.shape[0])
-    return inside & mask[row.clamp(0, mask.shape[0] - 1), column.clamp(0, mask.shape[1] - 1)]
-
-
-def grade(report: dict) -> tuple[str, list[str]]:
-    """`good`, `usable` or `poor`, with every reason and what to do about it."""
-    size = report["image_size"]
-    poor, usable = [], []
-    if report["clipped_views"] or report["pictures"]["views_touching_rim"]:
-        poor.append("animals are clipped by the pictures' border")
-    if report["centre_off_px_rms"] > 0.05 * size:
-        poor.append("the masks' centres do not meet in 3D: check calibration, camera numbering and synchronisation")
-    elif report["centre_off_px_rms"] > 0.02 * size:
-        usable.append("the masks' centres meet loosely: look for bad masks in the views with a large centre_off_px_rms")
-    if report["pictures"]["silhouette_iou_mean"] < 0.75:
-        poor.append("silhouettes do not agree in 3D: check calibration and masks" + _nearest_hint(report))
-    elif report["pictures"]["silhouette_iou_mean"] < 0.88:
-        usable.append("silhouettes agree only roughly in 3D" + _nearest_hint(report))
-    if report["zoom"] < 0.6:
-        usable.append(
-            f"pictures are {report['zoom']:.2f} of their standard size because one mask reaches far out; a bad mask "
-            "can do that"
+def import_findings(report: dict) -> list[Finding]:
+    """What only the recording itself shows: all masks of all frames, and the calibration."""
+    size, found = report["image_size"], []
+    if report["clipped_views"]:
+        what = f"{report['clipped_views']} masks reach beyond their pictures"
+        found.append(Finding("clipped", "poor", what, "import again with a smaller --zoom or a larger --body_length"))
+    off = report["centre_off_px_rms"]
+    if off > USABLE_CENTRE * size:
+        severity = "poor" if off > POOR_CENTRE * size else "usable"
+        what = f"the masks' centres miss each other in 3D by {off:.1f} px rms of {size}"
+        remedy = (
+            "check calibration, camera numbering, synchronisation, and masks of views with a large centre_off_px_rms"
         )
+        found.append(Finding("centres", severity, what, remedy))
+    if report["label_error_rms"] > 1e-6:
+        what = (
+            f"the cameras written ({report['framing']} framing, {report['poses']} poses) are not the true ones: off by "
+            f"{100 * report['label_error_rms']:.1f} % of the animal's half length at its ends (rms)"
+        )
+        remedy = "this was asked for; --framing fill --poses exact has no such error, for models trained so"
+        severity = "usable" if report["label_error_rms"] > TOLERATED_LABEL_ERROR else "note"
+        found.append(Finding("labels", severity, what, remedy))
+    if report["zoom"] < SMALL_ZOOM:
+        what = f"pictures are {report['zoom']:.2f} of their standard size because one mask reaches far out"
+        found.append(Finding("zoom", "usable", what, "look at the frame that decides: a bad mask can do that"))
     if report["cut_by_photograph"]:
-        cut = report["cut_by_photograph"]
-        usable.append(f"{cut} masks touch the edge of their photograph: the animal is cut there")
+        what = f"{report['cut_by_photograph']} masks touch the edge of their photograph: the animal is cut there"
+        found.append(Finding("cut", "usable", what, "leave these frames out, or film a wider field"))
     if report["skipped_frames"]:
-        usable.append(f"{report['skipped_frames']} frames were left out for empty masks")
-    return ("poor" if poor else "usable" if usable else "good"), poor + usable
+        what = f"{report['skipped_frames']} frames were left out for empty masks"
+        found.append(Finding("skipped", "usable", what, "segment these frames again if they matter"))
+    return found
 
 
-def _nearest_hint(report: dict) -> str:
-    return (
-        " (poses nearest moves cameras to the rig's places, which costs this)" if report["poses"] == "nearest" else ""
-    )
-
-
-# ---- HTML -------------------------------------------------------------------------------------------------------
-
-
-def to_html(report: dict, plan: Plan, samples: list[Sample]) -> str:
-    """One self-contained page."""
-    totals = {key: value for key, value in report.items() if not isinstance(value, (dict, list))}
-    columns = list(report["views"][0]) + ["mask_area", "brightness", "silhouette_iou"]
-    rows = [{**view, **seen} for view, seen in zip(report["views"], report["pictures"]["per_view"], strict=True)]
-    table = "".join("<tr>" + "".join(f"<td>{_cell(row[c])}</td>" for c in columns) + "</tr>" for row in rows)
-    pictures = "".join(
-        f"<p>{html.escape(sample.id)} (frame {sample.extra.get('frame')})<br>"
-        f"<img src='data:image/png;base64,{_sheet(sample)}'></p>"
-        for sample in samples
-    )
-    reasons = "".join(f"<li>{html.escape(reason)}</li>" for reason in report["reasons"])
-    return (
-        "<!doctype html><meta charset='utf-8'><title>Quality report</title><style>body{font:14px sans-serif;margin:2em}"
-        "td,th{border:1px solid #ccc;padding:3px 8px;text-align:right}table{border-collapse:collapse}</style>"
-        f"<h1>Quality report: {report['grade']}</h1><ul>{reasons}</ul>"
-        "<table>" + "".join(f"<tr><th>{k}</th><td>{_cell(v)}</td></tr>" for k, v in totals.items()) + "</table>"
-        "<h2>Views</h2><table><tr>" + "".join(f"<th>{c}</th>" for c in columns) + f"</tr>{table}</table>"
-        "<h2>Directions</h2><p>From above; radius is 90 degrees minus elevation. Filled: cameras, open: rig.</p>"
-        f"{_polar(report, plan)}<h2>Samples</h2>{pictures}"
-    )
-
-
-def _cell(value) -> str:
-    return f"{value:.3f}" if isinstance(value, float) else html.escape(str(value))
-
-
-def _sheet(sample: Sample) -> str:
-    from PIL import Image
-
-    from multiview.image import resize_rgba
-
-    small = torch.stack([resize_rgba(rgba, 192) for rgba in sample.rgba])
-    buffer = io.BytesIO()
-    Image.fromarray(to_uint8(grid(composite(small, 1.0), columns=len(small)))).save(buffer, format="PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
-
-
-def _polar(report: dict, plan: Plan) -> str:
-    """Cameras (filled) and the requested rig's views (open) as an SVG seen from above; azimuth 0 is below (-y)."""
-    size, marks = 260, []
-    wanted = plan.requested.views if plan.requested else ()
-    dots = [(view["azimuth_deg"], view["elevation_deg"], "#c33") for view in report["views"]]
-    dots += [(view.azimuth_deg, view.elevation_deg, "none") for view in wanted]
-    for azimuth, elevation, fill in dots:
-        radius = (90 - elevation) / 90 * 0.45 * size
-        x = size / 2 - radius * math.sin(math.radians(azimuth))
-        y = size / 2 + radius * math.cos(math.radians(azimuth))
-        marks.append(f"<circle cx='{x:.1f}' cy='{y:.1f}' r='6' fill='{fill}' stroke='#333'/>")
-    ring = f"<circle cx='{size / 2}' cy='{size / 2}' r='{0.45 * size}' fill='none' stroke='#bbb'/>"
-    return f"<svg width='{size}' height='{size}'>{ring}{''.join(marks)}</svg>"
+def _short(name: str, data: Path) -> str:
+    """A sample's path relative to its dataset, so that a report does not name a machine."""
+    root = data if data.is_dir() else data.parent
+    path = Path(name)
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
