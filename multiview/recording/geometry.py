@@ -1,4 +1,4 @@
-"""Where the animal is, how large it becomes, and which camera is which view.
+"""How large the animal becomes, which camera is which view, and where the cameras of a sample stand.
 
 Two cameras stand behind every processed view. The *true* camera sits where the real one does, turned to look at the
 animal's centre; its picture is an exact warp of the photograph. The *label* camera is what is written down. With
@@ -24,24 +24,7 @@ STANDARD_BODY_LENGTH = 1.2  # world units, nose to tail base, where the framing 
 CALIBRATED = "calibrated"  # the rig name that means: whatever the cameras are
 FRAMINGS = ("exact", "fill", "facelift")
 POSES = ("exact", "nearest")
-
-
-def triangulate(origins: np.ndarray, directions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The point nearest to rays [v, 3] (unit directions), and its distance to each [v]. Few wrong rays are outvoted.
-
-    Iteratively reweighted least squares on the perpendicular distances, weighted by 1 / distance to the camera (what a
-    pixel is worth) and by Geman-McClure's weight, which vanishes for rays that miss by far more than the median.
-    """
-    projectors = np.eye(3) - directions[:, :, None] * directions[:, None, :]
-    weights = np.ones(len(origins))
-    for _ in range(30):
-        weighted = projectors * weights[:, None, None]
-        point = np.linalg.solve(weighted.sum(0), np.einsum("vij,vj->i", weighted, origins))
-        distances = np.linalg.norm(point - origins, axis=-1)
-        residuals = np.linalg.norm(np.einsum("vij,vj->vi", projectors, point - origins), axis=-1)
-        spread = max(2.0 * float(np.median(residuals)), 1e-3 * float(distances.mean()))
-        weights = (1.0 / (1.0 + (residuals / spread) ** 2)) ** 2 * (distances.mean() / distances) ** 2
-    return point, residuals
+SCALES = ("dataset", "sample")
 
 
 def directions_from(centres: np.ndarray, camera_centres: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -88,12 +71,29 @@ def assign_views(
     return best[1], best[2]
 
 
+def assign_by_heading(
+    azimuth: np.ndarray, elevation: np.ndarray, headings_deg: np.ndarray, rig: ViewRig
+) -> tuple[np.ndarray, np.ndarray]:
+    """The same for azimuths counted from the animal's front: per frame the camera of each view [t, v], degrees off."""
+    rig_azimuth = np.array([view.azimuth_deg for view in rig.views])
+    rig_elevation = np.array([view.elevation_deg for view in rig.views])
+    orders, off = [], []
+    for own, up, heading in zip(azimuth, elevation, headings_deg, strict=True):
+        angle = angular_distance(rig_azimuth[:, None], rig_elevation[:, None], (own - heading)[None], up[None])
+        rows, columns = linear_sum_assignment(angle**2)
+        orders.append(columns)
+        off.append(angle[rows, columns])
+    return np.stack(orders), np.stack(off)
+
+
 @dataclass(frozen=True)
 class Plan:
     """Everything that is one for the whole dataset.
 
     rig: what the dataset's views amount to (label cameras, mean over the frames). requested: the rig the views are
-    named after, None for `calibrated`. order: camera of each view. scale: world units per unit of the calibration.
+    named after, None for `calibrated`. order: camera of each view, of the first frame where it follows the animal's
+    heading (see `Placement.order`). scale: world units per unit of the calibration, of all samples, or on average where
+    `scaling` is sample. mean_distance: of the cameras from the animal, in the calibration's unit.
     focal: label focal length over width; label_distance: [v] per view, None where the true distance is the label.
     body_length: in the calibration's unit. zoom: at most 1, see `make_plan`. view_off_deg: [v] how far each view's mean
     direction is from the requested rig's.
@@ -110,6 +110,9 @@ class Plan:
     body_length: float
     zoom: float
     view_off_deg: np.ndarray
+    mean_distance: float
+    scaling: str = "dataset"
+    by_heading: bool = False
 
     @property
     def reference_camera(self) -> int:
@@ -118,12 +121,16 @@ class Plan:
 
 @dataclass(frozen=True)
 class Placement:
-    """One frame's cameras in view order. true_rotation: [v, 3, 3] world (of the calibration) to the true cameras' axes.
+    """One frame's cameras in view order. order: [v] camera of each view. scale: world units per calibration unit.
+
+    true_rotation: [v, 3, 3] world (of the calibration) to the true cameras' axes.
 
     true_focal: [v] over width. label: Cameras [v] float64 (unit picture, width 1) in the sample's world.
     to_sample: [4, 4] similarity, calibration's world -> sample's world.
     """
 
+    order: list[int]
+    scale: float
     centre: np.ndarray
     true_rotation: np.ndarray
     true_focal: np.ndarray
@@ -146,11 +153,15 @@ def make_plan(
     body_length: float,
     reference_camera: int | None,
     zoom: float = 1.0,
+    scaling: str = "dataset",
+    headings_deg: np.ndarray | None = None,
 ) -> Plan:
     """The dataset's one scale, one focal length and one naming of the views, from the animal's centres [t, 3].
 
     rig: the rig asked for, None for `calibrated`. body_length: of the animal, in the calibration's unit. zoom: at most
-    1, how much smaller than the standard the animal is made so that nothing is clipped.
+    1, how much smaller than the standard the animal is made so that nothing is clipped. scaling: `sample` gives each
+    sample the scale at which its own mean camera distance is the dataset's. headings_deg: [t] azimuth of the animal's
+    nose, for rigs that count from there.
     """
     azimuth, elevation, distance = directions_from(centres, calibration.centres)
     if elevation.mean() < -5.0:
@@ -166,14 +177,16 @@ def make_plan(
             f"the recording has {len(calibration)} cameras, rig {named.name} has {named.num_views} views; choose a rig "
             f"of {len(calibration)} views, or --rig {CALIBRATED} to name the views by their measured directions"
         )
-    if named.azimuth_zero != "reference":
-        raise ValueError(
-            f"rig {named.name} counts azimuth from the animal's own front (azimuth_zero: heading), which a recording "
-            f"does not say; choose a rig that counts from the reference view, e.g. mouse6, or --rig {CALIBRATED}"
-        )
-    relative = azimuth - azimuth[:, [0]]
-    mean_azimuth = circular_mean_deg(relative)
-    order, off = assign_views(mean_azimuth, elevation.mean(0), named, reference_camera)
+    _check_heading(named, headings_deg is not None)
+    if headings_deg is None:
+        mean_azimuth = circular_mean_deg(azimuth - azimuth[:, [0]])
+        order, off = assign_views(mean_azimuth, elevation.mean(0), named, reference_camera)
+        orders = np.tile(order, (len(centres), 1))
+        reference = named.reference_view
+        turn = named.views[reference].azimuth_deg - azimuth[:, order[reference]]
+    else:
+        orders, frame_off = assign_by_heading(azimuth, elevation, headings_deg, named)
+        order, off, turn = orders[0].tolist(), frame_off.mean(axis=0), -headings_deg
     ratio = named.focal / named.distance
     mean_distance = float(distance.mean())
     label_distance, focal = None, named.focal
@@ -191,22 +204,36 @@ def make_plan(
         focal = named.focal
     if poses == "nearest" or framing == "facelift":
         label_distance = np.array([named.view_distance(view) for view in named.views])
-    measured = _mean_rig(named, order, azimuth, elevation, distance * scale, label_distance, focal, framing)
+    seen = [np.take_along_axis(values, orders, axis=1) for values in (azimuth, elevation, distance * scale)]
+    seen[0] = seen[0] + turn[:, None]
+    measured = _mean_rig(named, seen, label_distance, focal, framing, fixed=headings_deg is None)
     dataset_rig = replace(named, framing=framing) if poses == "nearest" else measured
     if rig is not None and not dataset_rig.differences(replace(named, framing=framing)):
         dataset_rig = replace(named, framing=framing)
     return Plan(
         rig=dataset_rig, requested=rig, order=order, scale=scale, focal=focal, label_distance=label_distance,
-        framing=framing, poses=poses, body_length=body_length, zoom=zoom, view_off_deg=off,
+        framing=framing, poses=poses, body_length=body_length, zoom=zoom, view_off_deg=off, mean_distance=mean_distance,
+        scaling=scaling, by_heading=headings_deg is not None,
     )  # fmt: skip
 
 
-def place(plan: Plan, calibration: Calibration, centre: np.ndarray) -> Placement:
-    """True and label cameras of one frame, for the animal's centre [3] in the calibration's world."""
-    camera_centres = calibration.centres[plan.order]
-    azimuth, elevation, distance = (values[0] for values in directions_from(centre[None], camera_centres))
-    reference = plan.rig.reference_view
-    turn = plan.rig.views[reference].azimuth_deg - azimuth[reference]
+def place(plan: Plan, calibration: Calibration, centre: np.ndarray, heading_deg: float | None = None) -> Placement:
+    """True and label cameras of one frame, for the animal's centre [3] in the calibration's world.
+
+    heading_deg: azimuth of its nose there, for a plan that was made by heading.
+    """
+    azimuth, elevation, distance = directions_from(centre[None], calibration.centres)
+    scale = plan.scale
+    if plan.scaling == "sample":
+        scale = scale * plan.mean_distance / float(distance.mean())
+    if plan.by_heading:
+        orders, _ = assign_by_heading(azimuth, elevation, np.array([heading_deg]), plan.requested)
+        order, turn = orders[0].tolist(), -heading_deg
+    else:
+        order, reference = plan.order, plan.rig.reference_view
+        turn = plan.rig.views[reference].azimuth_deg - azimuth[0, order[reference]]
+    camera_centres = calibration.centres[order]
+    azimuth, elevation, distance = azimuth[0, order], elevation[0, order], distance[0, order]
     rig_azimuth = np.array([view.azimuth_deg for view in plan.rig.views])
     rig_elevation = np.array([view.elevation_deg for view in plan.rig.views])
     deviation = angular_distance(azimuth + turn, elevation, rig_azimuth, rig_elevation)
@@ -214,7 +241,7 @@ def place(plan: Plan, calibration: Calibration, centre: np.ndarray) -> Placement
         label_azimuth, label_elevation = rig_azimuth, rig_elevation
     else:
         label_azimuth, label_elevation = azimuth + turn, elevation
-    label_distance = distance * plan.scale if plan.label_distance is None else plan.label_distance
+    label_distance = distance * scale if plan.label_distance is None else plan.label_distance
     unit = torch.tensor([plan.focal, plan.focal, 0.5, 0.5], dtype=torch.float64)
     eyes = _directions(label_azimuth, label_elevation) * label_distance[:, None]
     label = Cameras.look_at(torch.from_numpy(eyes), torch.zeros(3, dtype=torch.float64), unit, 1, 1)
@@ -222,12 +249,14 @@ def place(plan: Plan, calibration: Calibration, centre: np.ndarray) -> Placement
     to_sample = np.eye(4)
     angle = math.radians(-turn)  # azimuth runs clockwise
     to_sample[:2, :2] = [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]
-    to_sample[:3, :3] *= plan.scale
+    to_sample[:3, :3] *= scale
     to_sample[:3, 3] = -to_sample[:3, :3] @ centre
     return Placement(
+        order=order,
+        scale=scale,
         centre=centre,
         true_rotation=true.w2c[:, :3, :3].numpy(),
-        true_focal=plan.focal * distance * plan.scale / label_distance,
+        true_focal=plan.focal * distance * scale / label_distance,
         label=label,
         to_sample=to_sample,
         deviation_deg=deviation,
@@ -246,13 +275,13 @@ def label_error(plan: Plan, calibration: Calibration, placement: Placement) -> t
     ring = np.sqrt(1 - height**2)
     points = np.stack([ring * np.cos(angle), ring * np.sin(angle), height], axis=-1) * plan.body_length / 2
     world = points + placement.centre
-    offset = world[None] - calibration.centres[plan.order][:, None]
+    offset = world[None] - calibration.centres[placement.order][:, None]
     true = np.einsum("vij,vnj->vni", placement.true_rotation, offset)
     true = true[..., :2] / true[..., 2:] * placement.true_focal[:, None, None] + 0.5
     sample = world @ placement.to_sample[:3, :3].T + placement.to_sample[:3, 3]
-    label, _ = placement.label.project(torch.from_numpy(sample).expand(len(plan.order), -1, -1))
+    label, _ = placement.label.project(torch.from_numpy(sample).expand(len(placement.order), -1, -1))
     error = np.linalg.norm(true - label.numpy(), axis=-1)
-    half = plan.focal * plan.scale * plan.body_length / 2 / float(placement.label.distance.mean())
+    half = plan.focal * placement.scale * plan.body_length / 2 / float(placement.label.distance.mean())
     return float(np.sqrt((error**2).mean()) / half), float(error.max() / half)
 
 
@@ -261,8 +290,8 @@ def frame_extent(calibration: Calibration, plan: Plan, placement: Placement, hul
 
     hulls: per camera (calibration's order), [n, 2] pixels of the photograph.
     """
-    extents = np.empty(len(plan.order))
-    for slot, camera in enumerate(plan.order):
+    extents = np.empty(len(placement.order))
+    for slot, camera in enumerate(placement.order):
         points = calibration.rays(camera, hulls[camera]) @ placement.true_rotation[slot].T
         if (points[:, 2] <= 0).any():
             extents[slot] = np.inf
@@ -289,15 +318,34 @@ def _measured_rig(azimuth: np.ndarray, elevation: np.ndarray, reference_camera: 
     return ViewRig(name=CALIBRATED, views=views, distance=FACELIFT_DISTANCE, focal=FACELIFT_FOCAL)
 
 
-def _mean_rig(named, order, azimuth, elevation, distance, label_distance, focal, framing) -> ViewRig:
-    """What the dataset's views amount to: directions averaged over the frames, relative to the reference view."""
-    reference = order[named.reference_view]
-    mean_azimuth = circular_mean_deg(azimuth - azimuth[:, [reference]] + named.views[named.reference_view].azimuth_deg)
-    mean_azimuth[reference] = named.views[named.reference_view].azimuth_deg
-    distances = distance.mean(0)[order] if label_distance is None else label_distance
+def _check_heading(rig: ViewRig, given: bool) -> None:
+    if rig.azimuth_zero == "heading" and not given:
+        raise ValueError(
+            f"rig {rig.name} counts azimuth from the animal's own front (azimuth_zero: heading); find the front with "
+            f"--heading motion or pca, or choose a rig that counts from the reference view, e.g. mouse6, or --rig "
+            f"{CALIBRATED}"
+        )
+    if given and rig.azimuth_zero != "heading":
+        raise ValueError(
+            f"--heading turns every sample so that the animal faces azimuth 0, rig {rig.name} counts azimuth from the "
+            "reference view; choose a rig that counts from the animal's front, e.g. --rig facelift6, or --heading none"
+        )
+
+
+def _mean_rig(named, seen, label_distance, focal, framing, fixed: bool) -> ViewRig:
+    """What the dataset's views amount to: directions averaged over the frames.
+
+    seen: azimuth (the rig's), elevation, distance (world units), each [t, v]. fixed: the reference view's azimuth is
+    the rig's in every frame.
+    """
+    azimuth, elevation, distance = seen
+    mean_azimuth = circular_mean_deg(azimuth)
+    if fixed:
+        mean_azimuth[named.reference_view] = named.views[named.reference_view].azimuth_deg
+    distances = distance.mean(0) if label_distance is None else label_distance
     views = tuple(
-        View(view.name, float(mean_azimuth[camera]), float(elevation[:, camera].mean()), float(far))
-        for view, camera, far in zip(named.views, order, distances, strict=True)
+        View(view.name, float(angle), float(up), float(far))
+        for view, angle, up, far in zip(named.views, mean_azimuth, elevation.mean(0), distances, strict=True)
     )
     name = named.name if named.name == CALIBRATED else f"{named.name}-measured"
     return replace(named, name=name, views=views, distance=float(distances.mean()), focal=focal, framing=framing)

@@ -14,6 +14,7 @@ HOLE_FRACTION = 0.05  # holes up to this share of the mask are faults; larger on
 # synthetic mice, whose true length and centre are known.
 TAIL_RADIUS = 0.08
 LIMB_RADIUS = 0.18
+MEASURED_AREA = 10_000  # pixels: larger masks are measured at a whole fraction of their resolution
 
 
 @dataclass(frozen=True)
@@ -32,31 +33,60 @@ class MaskStatistics:
     touches_border: bool
 
 
-def clean_mask(picture: np.ndarray) -> np.ndarray:
-    """A mask-video frame [h, w, 3] uint8 -> bool [h, w]: thresholded, largest component, small holes filled.
+@dataclass(frozen=True)
+class Silhouette:
+    """A cleaned mask without the empty rest of its photograph. window: [h, w] bool; its corner is pixel (x, y).
 
-    Where nothing reaches the threshold the result is all False.
+    size: (width, height) of the photograph. An empty mask has a window of 0 x 0.
+    """
+
+    window: np.ndarray
+    x: int
+    y: int
+    size: tuple[int, int]
+
+    def full(self) -> np.ndarray:
+        """[height, width] bool, as large as the photograph."""
+        mask = np.zeros(self.size[::-1], dtype=bool)
+        mask[self.y : self.y + self.window.shape[0], self.x : self.x + self.window.shape[1]] = self.window
+        return mask
+
+    @staticmethod
+    def of(mask: np.ndarray) -> Silhouette:
+        """Of a cleaned mask [height, width] bool."""
+        import cv2
+
+        x, y, width, height = cv2.boundingRect(np.ascontiguousarray(mask).view(np.uint8))
+        return Silhouette(mask[y : y + height, x : x + width], x, y, mask.shape[1::-1])
+
+
+def clean_mask(picture: np.ndarray) -> Silhouette:
+    """One channel [h, w] uint8 of a mask video -> its animal: thresholded, largest component, small holes filled.
+
+    Thin tails stay, since nothing is eroded. Where nothing reaches the threshold the result is empty.
     """
     import cv2
 
-    binary = (picture[..., 0] >= 255 * THRESHOLD).astype(np.uint8)
-    box = cv2.boundingRect(binary)
-    if box[2] == 0:
-        return binary.astype(bool)
-    x, y, width, height = box
+    _, binary = cv2.threshold(picture, math.ceil(255 * THRESHOLD) - 1, 1, cv2.THRESH_BINARY)
+    size = (picture.shape[1], picture.shape[0])
+    x, y, width, height = cv2.boundingRect(binary)
+    if width == 0:
+        return Silhouette(np.zeros((0, 0), bool), 0, 0, size)
     window = binary[y : y + height, x : x + width]
-    _, labels, stats, _ = cv2.connectedComponentsWithStats(window, connectivity=8)
+    count, labels, stats, _ = cv2.connectedComponentsWithStats(window, connectivity=8)
     largest = 1 + int(stats[1:, cv2.CC_STAT_AREA].argmax())
-    component = (labels == largest).astype(np.uint8)
-    limit = HOLE_FRACTION * stats[largest, cv2.CC_STAT_AREA]
-    padded = np.pad(1 - component, 1, constant_values=1)
-    _, labels, stats, _ = cv2.connectedComponentsWithStats(padded, connectivity=4)
-    outside = labels[0, 0]
-    holes = (stats[:, cv2.CC_STAT_AREA] <= limit) & (np.arange(len(stats)) != outside) & (np.arange(len(stats)) > 0)
-    filled = component.astype(bool) | holes[labels[1:-1, 1:-1]]
-    result = np.zeros(binary.shape, dtype=bool)
-    result[y : y + height, x : x + width] = filled
-    return result
+    if count > 2:
+        left, top, width, height = stats[largest, : cv2.CC_STAT_AREA]
+        x, y = x + int(left), y + int(top)
+        window = (labels[top : top + height, left : left + width] == largest).astype(np.uint8)
+    padded = cv2.copyMakeBorder(1 - window, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=1)
+    count, labels, holes, _ = cv2.connectedComponentsWithStats(padded, connectivity=4)
+    filled = window.astype(bool)
+    if count > 2:  # 0 is the animal; one of the others, at the corner, is what lies around it
+        small = holes[:, cv2.CC_STAT_AREA] <= HOLE_FRACTION * stats[largest, cv2.CC_STAT_AREA]
+        small[[0, labels[0, 0]]] = False
+        filled |= small[labels[1:-1, 1:-1]]
+    return Silhouette(filled, x, y, size)
 
 
 def without_thin_parts(mask: np.ndarray, radius: float) -> np.ndarray:
@@ -76,30 +106,48 @@ def without_thin_parts(mask: np.ndarray, radius: float) -> np.ndarray:
     return near[1:-1, 1:-1] & mask
 
 
-def measure_mask(mask: np.ndarray) -> MaskStatistics | None:
-    """Statistics of a cleaned mask [h, w]; None when it is empty."""
+def measure_mask(mask: Silhouette | np.ndarray) -> MaskStatistics | None:
+    """Statistics of a cleaned mask, or of one as large as its photograph [h, w] bool; None when it is empty."""
     import cv2
 
-    x, y, width, height = cv2.boundingRect(mask.astype(np.uint8))
-    if width == 0:
+    mask = mask if isinstance(mask, Silhouette) else Silhouette.of(mask)
+    if mask.window.size == 0:
         return None
-    window = mask[y : y + height, x : x + width]
-    points = _pixel_centres(without_thin_parts(window, TAIL_RADIUS))
+    area = int(np.count_nonzero(mask.window))
+    # Lengths and centres of mass need no full resolution: averaged to some ten thousand pixels, they cost a quarter.
+    step = max(1, int(math.sqrt(area / MEASURED_AREA)))
+    small = _reduced(mask.window, step)
+    body, trunk = without_thin_parts(small, TAIL_RADIUS), without_thin_parts(small, LIMB_RADIUS)
+    points = _pixel_centres(body)
     _, vectors = np.linalg.eigh(np.cov(points.T) if len(points) > 1 else np.eye(2))
     along = points @ vectors[:, -1]
-    outline, _ = cv2.findContours(window.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+    outline, _ = cv2.findContours(mask.window.view(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
     hull = cv2.convexHull(np.concatenate(outline))[:, 0].astype(np.float64)
     # Hull of pixel squares, not of their centres: all four corners of each hull pixel.
     corners = (hull[:, None] + np.array([[0, 0], [1, 0], [0, 1], [1, 1]])).reshape(-1, 2)
-    corners = cv2.convexHull(corners.astype(np.float32))[:, 0].astype(np.float64) + [x, y]
+    corners = cv2.convexHull(corners.astype(np.float32))[:, 0].astype(np.float64) + [mask.x, mask.y]
+    height, width = mask.window.shape
     return MaskStatistics(
-        area=float(window.sum()),
-        body_area=float(len(points)),
-        centre=_pixel_centres(without_thin_parts(window, LIMB_RADIUS)).mean(axis=0) + [x, y],
-        axis_length=float(along.max() - along.min() + 1.0),
+        area=float(area),
+        body_area=float(len(points) * step * step),
+        centre=_pixel_centres(trunk).mean(axis=0) * step + [mask.x, mask.y],
+        axis_length=float(along.max() - along.min() + 1.0) * step,
         hull=corners,
-        touches_border=bool(mask[[0, -1]].any() or mask[:, [0, -1]].any()),
+        touches_border=mask.x == 0 or mask.y == 0 or mask.x + width == mask.size[0] or mask.y + height == mask.size[1],
     )
+
+
+def _reduced(mask: np.ndarray, step: int) -> np.ndarray:
+    """The mask [h, w] at 1 / step of its resolution, by majority; what is left over at its end counts as empty."""
+    import cv2
+
+    if step == 1:
+        return mask
+    height, width = (-(-side // step) for side in mask.shape)
+    padded = np.zeros((height * step, width * step), np.uint8)
+    padded[: mask.shape[0], : mask.shape[1]] = mask
+    padded *= 255
+    return cv2.resize(padded, (width, height), interpolation=cv2.INTER_AREA) >= 128
 
 
 def _pixel_centres(mask: np.ndarray) -> np.ndarray:

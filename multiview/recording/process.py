@@ -3,54 +3,92 @@
 from __future__ import annotations
 
 import json
-from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from multiview.recording.analysis import Analysis, Recording, analyse, choose_frames, open_recording
+from multiview.recording.analysis import (
+    Analysis,
+    Recording,
+    analyse,
+    choose_frames,
+    mask_folder,
+    open_recording,
+    record_masks,
+)
 from multiview.recording.calibration import Calibration
 from multiview.recording.geometry import CALIBRATED, Placement, Plan, frame_extent, label_error, make_plan, place
-from multiview.recording.masks import clean_mask
-from multiview.recording.rectify import rectify
+from multiview.recording.output import alone, finish, is_finished, sample_name, start_dataset, write_samples
 from multiview.recording.settings import ImportSettings
-from multiview.recording.video import VideoReader
+from multiview.recording.splits import split_blocks, split_random
 from multiview.rig import ViewRig, load_rig
-from multiview.sample import DATASET_FILE, Sample, is_complete_sample, open_dataset, write_sample, write_split
+from multiview.sample import DATASET_FILE, write_split
 
 MARGIN_PX = 2.0  # free rim of every picture, at the size written
-VALIDATION_SHARE = 0.2
-MIN_FOR_TWO_BLOCKS = 20
+FILTER_REACH = 0.5  # photograph pixels by which the warp widens a mask
 
 
-def process_recording(settings: ImportSettings, say: Callable[[str], None] = lambda text: None) -> dict:
-    """Imports a recording into settings.output_dir and returns the quality report; repeating the call resumes it."""
-    from multiview.recording.report import write_report
+def process_recording(settings: ImportSettings, say: Callable[[str], None] = lambda text: None) -> dict | None:
+    """Imports a recording into settings.output_dir and returns the quality report; repeating the call resumes it.
 
+    With a shard of several, None is returned while other shards' samples are missing; the last one writes split lists
+    and report.
+    """
     rig = None if settings.rig == CALIBRATED else load_rig(settings.rig)
     recording = open_recording(settings)
     frames = choose_frames(recording.num_frames, settings.num_samples)
     if len(frames) < settings.num_samples:
         say(f"the recording has {recording.num_frames} frames: {len(frames)} samples instead of {settings.num_samples}")
     say(f"{len(recording.videos)} cameras, {recording.num_frames} frames; reading the masks of {len(frames)}")
-    analysis = analyse(recording, frames, settings, say)
+    with alone(mask_folder(settings)):  # other shards wait for the masks, then share them
+        tracks = record_masks(recording, frames, settings)
+    recording, analysis = analyse(recording, frames, tracks, settings, say)
     plan = plan_dataset(recording.calibration, analysis, rig, settings)
-    placements = [place(plan, recording.calibration, centre) for centre in analysis.centres]
+    placements = place_all(plan, recording.calibration, analysis)
     for line in describe(settings.output_dir, plan, recording.calibration, analysis, placements):
         say(line)
     parameters = json.loads(json.dumps(dataset_parameters(settings, recording, analysis, plan)))
-    open_dataset(settings.output_dir, plan.rig, parameters)
-    write_samples(recording, analysis, plan, placements, settings)
-    folders = [settings.output_dir / sample_name(index) for index in range(len(analysis.frames))]
-    train, val = split_by_time(folders)
-    write_split(settings.output_dir / "data_mouse_train.txt", train)
-    write_split(settings.output_dir / "data_mouse_val.txt", val)
+    with alone(mask_folder(settings)):
+        start_dataset(settings.output_dir, plan.rig, parameters)
+    write_samples(recording, analysis, plan, placements, tracks, settings)
+    if not is_finished(settings.output_dir, len(placements)):
+        say(f"shard {settings.shard[0]}/{settings.shard[1]} is complete; the last shard writes split lists and report")
+        return None
+    return _conclude(recording, analysis, plan, placements, settings, say)
+
+
+def _conclude(
+    recording: Recording,
+    analysis: Analysis,
+    plan: Plan,
+    placements: list[Placement],
+    settings: ImportSettings,
+    say: Callable[[str], None],
+) -> dict:
+    """Split lists and report of a dataset whose samples are all there."""
+    from multiview.recording.report import write_report
+
+    folders = [settings.output_dir / sample_name(index) for index in range(len(placements))]
+    if settings.split == "random":
+        train, val = split_random(folders, settings.split_seed)
+    else:
+        rate = recording.videos[0].rate
+        train, val = split_blocks(folders, seconds=[frame / rate for frame in analysis.frames] if rate else None)
+    with finish(settings):
+        write_split(settings.output_dir / "data_mouse_train.txt", train)
+        write_split(settings.output_dir / "data_mouse_val.txt", val)
+        report = write_report(
+            settings.output_dir, recording.calibration, analysis, plan, placements, settings.image_size
+        )
     say(f"{len(train)} training and {len(val)} validation samples in {settings.output_dir}")
-    return write_report(settings.output_dir, recording.calibration, analysis, plan, placements, settings.image_size)
+    return report
+
+
+def place_all(plan: Plan, calibration: Calibration, analysis: Analysis) -> list[Placement]:
+    """The cameras of every kept frame."""
+    headings = [None] * len(analysis.centres) if analysis.headings_deg is None else analysis.headings_deg.tolist()
+    return [place(plan, calibration, *where) for where in zip(analysis.centres, headings, strict=True)]
 
 
 def plan_dataset(calibration: Calibration, analysis: Analysis, rig: ViewRig | None, settings: ImportSettings) -> Plan:
@@ -61,22 +99,36 @@ def plan_dataset(calibration: Calibration, analysis: Analysis, rig: ViewRig | No
         "poses": settings.poses,
         "body_length": analysis.body_length,
         "reference_camera": settings.reference_camera,
+        "scaling": settings.scale,
+        "headings_deg": analysis.headings_deg,
     }
     plan = make_plan(calibration, analysis.centres, **options)
-    extents = mask_extents(calibration, plan, analysis)
+    placements = place_all(plan, calibration, analysis)
+    extents = mask_extents(calibration, plan, analysis, placements)
     if not np.isfinite(extents).all():
         bad = analysis.frames[int(np.argwhere(~np.isfinite(extents))[0, 0])]
         raise ValueError(f"frame {bad}: a mask reaches behind its camera; the mask or the calibration is wrong")
-    zoom = min(1.0, (1.0 - 2.0 * MARGIN_PX / settings.image_size) / float(extents.max()))
+    zoom = min(1.0, _largest_extent(calibration, placements, settings.image_size) / float(extents.max()))
     return make_plan(calibration, analysis.centres, **options, zoom=zoom) if zoom < 1.0 else plan
 
 
-def mask_extents(calibration: Calibration, plan: Plan, analysis: Analysis) -> np.ndarray:
+def _largest_extent(calibration: Calibration, placements: list[Placement], size: int) -> float:
+    """How far a mask may reach from the centre, over half the width, so that the border's pixels stay empty."""
+    focal_px = max(float(placement.true_focal.max()) for placement in placements) * size
+    magnification = focal_px / float(calibration.K[:, 0, 0].min())
+    return 1.0 - 2.0 * max(MARGIN_PX, 0.6 + FILTER_REACH * magnification) / size
+
+
+def mask_extents(
+    calibration: Calibration, plan: Plan, analysis: Analysis, placements: list[Placement]
+) -> np.ndarray:
     """[t, v] how far the masks reach from the pictures' centres, over half the width."""
-    rows = []
-    for centre, masks in zip(analysis.centres, analysis.masks, strict=True):
-        rows.append(frame_extent(calibration, plan, place(plan, calibration, centre), [mask.hull for mask in masks]))
-    return np.stack(rows)
+    return np.stack(
+        [
+            frame_extent(calibration, plan, placement, [mask.hull for mask in masks])
+            for placement, masks in zip(placements, analysis.masks, strict=True)
+        ]
+    )
 
 
 def describe(
@@ -88,7 +140,7 @@ def describe(
         f"body {plan.body_length:.3g} long in the calibration's unit = {body:.3g} world units; {plan.framing} framing"
     ]
     if plan.zoom < 1.0:
-        worst = int(mask_extents(calibration, plan, analysis).max(axis=1).argmax())
+        worst = int(mask_extents(calibration, plan, analysis, placements).max(axis=1).argmax())
         lines.append(
             f"all pictures made smaller by {plan.zoom:.3f} so that nothing is clipped (frame {analysis.frames[worst]} "
             "decides)"
@@ -98,8 +150,9 @@ def describe(
         lines.append("views named by their measured azimuth (rig calibrated)")
     for slot, view in enumerate(plan.rig.views):
         lines.append(
-            f"  {view.name:<16} camera {plan.order[slot]}  az {view.azimuth_deg:6.1f}  el {view.elevation_deg:5.1f}"
-            f"  d {plan.rig.view_distance(view):.3f}  {plan.view_off_deg[slot]:4.1f} deg from the rig's view;"
+            f"  {view.name:<16} {_camera_of(placements, slot)}  az {view.azimuth_deg:6.1f}"
+            f"  el {view.elevation_deg:5.1f}  d {plan.rig.view_distance(view):.3f}"
+            f"  {plan.view_off_deg[slot]:4.1f} deg from the rig's view;"
             f" single frames up to {deviation[:, slot].max():.1f} deg from this"
         )
     if plan.requested is not None and plan.rig.differences(plan.requested):
@@ -118,15 +171,14 @@ def describe(
     return lines
 
 
-# ---- output -----------------------------------------------------------------------------------------------------
-
-
-def sample_name(index: int) -> str:
-    return f"sample_{index:06d}"
+def _camera_of(placements: list[Placement], slot: int) -> str:
+    cameras = sorted({placement.order[slot] for placement in placements})
+    return f"camera{'s' if len(cameras) > 1 else ''} {', '.join(map(str, cameras))}"
 
 
 def dataset_parameters(settings: ImportSettings, recording: Recording, analysis: Analysis, plan: Plan) -> dict:
     """What dataset.json says beside the rig; file names only, so that nothing points at one machine."""
+    asked = ("image_size", "framing", "poses", "scale", "segment", "centre", "smooth_frames", "time_jumps", "heading")
     return {
         "kind": "recording",
         "source": {
@@ -136,96 +188,15 @@ def dataset_parameters(settings: ImportSettings, recording: Recording, analysis:
             "frames_per_second": recording.videos[0].rate,
             "up": settings.up,
         },
-        "image_size": settings.image_size,
         "requested_rig": settings.rig,
-        "framing": settings.framing,
-        "poses": settings.poses,
-        "view_cameras": plan.order,
-        "reference_camera": plan.reference_camera,
+        **{name: getattr(settings, name) for name in asked},
+        "split": settings.split,
+        "split_seed": settings.split_seed if settings.split == "random" else None,
+        "view_cameras": None if plan.by_heading else plan.order,
+        "reference_camera": None if plan.by_heading else plan.reference_camera,
         "world_units_per_calibration_unit": plan.scale,
         "body_length": analysis.body_length,
         "zoom": plan.zoom,
         "frames": analysis.frames,
         "skipped_frames": {str(frame): reason for frame, reason in analysis.skipped.items()},
     }
-
-
-def write_samples(
-    recording: Recording, analysis: Analysis, plan: Plan, placements: list[Placement], settings: ImportSettings
-) -> None:
-    """Decodes all videos in order and writes the samples that are not there yet."""
-    from tqdm import tqdm
-
-    todo = [
-        index
-        for index in range(len(analysis.frames))
-        if not is_complete_sample(settings.output_dir / sample_name(index))
-    ]
-    if not todo:
-        return
-    with ExitStack() as stack:
-        readers = [stack.enter_context(VideoReader(video)) for video in (*recording.videos, *recording.masks)]
-        decoders = stack.enter_context(ThreadPoolExecutor(min(len(readers), 2 * settings.workers)))
-        writers = stack.enter_context(ThreadPoolExecutor(settings.workers))
-        pending: deque[Future] = deque()
-        for index in tqdm(todo, desc="samples", unit="sample", disable=None):
-            frame = analysis.frames[index]
-            pictures = list(decoders.map(lambda reader, frame=frame: reader.read(frame), readers))
-            if len(pending) >= 2 * settings.workers:  # memory stays flat
-                pending.popleft().result()
-            pending.append(
-                writers.submit(_write_one, recording, plan, placements[index], pictures, index, frame, settings)
-            )
-        while pending:
-            pending.popleft().result()
-
-
-def _write_one(
-    recording: Recording,
-    plan: Plan,
-    placement: Placement,
-    pictures: list[np.ndarray],
-    index: int,
-    frame: int,
-    settings: ImportSettings,
-) -> None:
-    size, count = settings.image_size, len(recording.videos)
-    rgba = np.stack(
-        [
-            rectify(
-                recording.calibration,
-                camera,
-                pictures[camera],
-                clean_mask(pictures[count + camera]),
-                rotation=placement.true_rotation[slot],
-                focal_px=float(placement.true_focal[slot]) * size,
-                size=size,
-            )
-            for slot, camera in enumerate(plan.order)
-        ]
-    )
-    sample = Sample(
-        id=sample_name(index),
-        rgba=torch.from_numpy(rgba),
-        cameras=placement.label_cameras(size),
-        view_names=list(plan.rig.view_names),
-        extra={"frame": frame, "calibration_to_sample": placement.to_sample.tolist()},
-    )
-    write_sample(settings.output_dir / sample.id, sample)
-
-
-def split_by_time(folders: list[Path]) -> tuple[list[Path], list[Path]]:
-    """80/20 by blocks of time: frames next to each other are nearly the same picture, so they stay on one side.
-
-    Validation takes one block from the middle of a short recording, two (around 1/4 and 3/4) of a longer one.
-    """
-    count = len(folders)
-    number = max(1, round(VALIDATION_SHARE * count)) if count > 1 else 0
-    if count < MIN_FOR_TWO_BLOCKS:
-        held_out = set(range((count - number) // 2, (count - number) // 2 + number))
-    else:
-        first, second = number - number // 2, number // 2
-        starts = (count // 4 - first // 2, 3 * count // 4 - second // 2)
-        held_out = {*range(starts[0], starts[0] + first), *range(starts[1], starts[1] + second)}
-    train = [folder for index, folder in enumerate(folders) if index not in held_out]
-    return train, [folder for index, folder in enumerate(folders) if index in held_out]

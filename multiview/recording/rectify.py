@@ -8,57 +8,118 @@ the lens model. Pictures and masks are warped together, premultiplied, so that n
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 
-from multiview.recording.calibration import Calibration
+from multiview.recording.calibration import Calibration, valid_radius
+from multiview.recording.masks import Silhouette
 
 MAX_OVERSAMPLING = 4
+RIM = 6  # picture pixels around the mask: the cubic filter's reach, and that of the colour carried over the rim
+SOURCE_RIM = 4  # photograph pixels around the mask that the filter may read
+MAP_STEP = 8  # fine pixels between the points at which the lens model is evaluated; between them the map is straight
+
+
+@dataclass(frozen=True)
+class Cutout:
+    """What of a square picture is not white and transparent. rgba: [h, w, 4] uint8 straight; its corner is (x, y)."""
+
+    rgba: np.ndarray
+    x: int
+    y: int
+    size: int
+
+    def full(self) -> np.ndarray:
+        """[size, size, 4] uint8."""
+        picture = np.full((self.size, self.size, 4), 255, np.uint8)
+        picture[..., 3] = 0
+        picture[self.y : self.y + self.rgba.shape[0], self.x : self.x + self.rgba.shape[1]] = self.rgba
+        return picture
 
 
 def rectify(
     calibration: Calibration,
     camera: int,
     picture: np.ndarray,
-    mask: np.ndarray,
+    mask: Silhouette,
     *,
     rotation: np.ndarray,
     focal_px: float,
     size: int,
-) -> np.ndarray:
-    """Photograph [h, w, 3] uint8 and mask [h, w] bool of one camera -> RGBA [4, size, size] float32, 0..1, straight.
+    bgr: bool = False,
+) -> Cutout:
+    """Photograph [h, w, 3] uint8 and mask of one camera -> the animal in a square picture, straight alpha.
 
     rotation: [3, 3] world to the new camera's axes. focal_px: its focal length; its principal point is the centre.
+    bgr: the photograph's channels come in this order. Only the part around the mask is computed.
     """
     import cv2
 
     # Photograph pixels per picture pixel: so many samples per pixel and direction, averaged, avoid aliasing.
     step = float(calibration.K[camera, 0, 0]) / focal_px
     over = min(max(math.ceil(step), 1), MAX_OVERSAMPLING) if step > 1.0 else 1
-    fine, focal = size * over, focal_px * over
-    window = _window(mask)
-    premultiplied = np.empty((window[3] - window[1], window[2] - window[0], 4), dtype=np.float32)
-    opaque = mask[window[1] : window[3], window[0] : window[2]].astype(np.float32)
-    premultiplied[..., :3] = picture[window[1] : window[3], window[0] : window[2]]
-    premultiplied[..., :3] *= opaque[..., None]
-    premultiplied[..., 3] = 255.0 * opaque
-    pixel_to_photo = photo_from_picture(calibration, camera, rotation, focal, fine)
+    box = _picture_box(calibration, camera, mask, rotation, focal_px, size)
+    if box is None:
+        return Cutout(np.zeros((0, 0, 4), np.uint8), 0, 0, size)
+    left, top, width, height = box
+    premultiplied, corner = _premultiplied(picture, mask, bgr)
+    fine = (width * over, height * over)
+    to_photo = photo_from_picture(calibration, camera, rotation, focal_px * over, size * over)
+    to_photo = to_photo @ np.array([[1.0, 0.0, left * over], [0.0, 1.0, top * over], [0.0, 0.0, 1.0]])
     if np.any(calibration.distortion[camera]):
-        maps = _maps(calibration, camera, pixel_to_photo, fine)
-        warped = cv2.remap(
-            premultiplied, maps[0] - window[0], maps[1] - window[1], cv2.INTER_CUBIC, borderMode=cv2.BORDER_CONSTANT
-        )
+        columns, rows = lens_maps(calibration, camera, to_photo, *fine)
+        columns -= corner[0]
+        rows -= corner[1]
+        warped = cv2.remap(premultiplied, columns, rows, cv2.INTER_CUBIC, borderMode=cv2.BORDER_CONSTANT)
     else:
         K = calibration.K[camera].copy()
-        K[:2, 2] -= [window[0] + 0.5, window[1] + 0.5]  # OpenCV's warps count pixel centres from 0
+        K[:2, 2] -= [corner[0] + 0.5, corner[1] + 0.5]  # OpenCV's warps count pixel centres from 0
         to_centre = np.array([[1.0, 0.0, 0.5], [0.0, 1.0, 0.5], [0.0, 0.0, 1.0]])
         warped = cv2.warpPerspective(
-            premultiplied, K @ pixel_to_photo @ to_centre, (fine, fine), flags=cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP,
+            premultiplied, K @ to_photo @ to_centre, fine, flags=cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP,
             borderMode=cv2.BORDER_CONSTANT,
         )  # fmt: skip
     if over > 1:
-        warped = cv2.resize(warped, (size, size), interpolation=cv2.INTER_AREA)
-    return _straight(warped)
+        warped = cv2.resize(warped, (width, height), interpolation=cv2.INTER_AREA)
+    return Cutout(_straight(warped), left, top, size)
+
+
+def _picture_box(
+    calibration: Calibration, camera: int, mask: Silhouette, rotation: np.ndarray, focal_px: float, size: int
+) -> tuple[int, int, int, int] | None:
+    """left, top, width, height of the part of the picture that the mask can reach; None if it reaches none."""
+    height, width = mask.window.shape
+    # Along the border of the mask's box, not its corners alone: a lens bends straight lines.
+    share = np.linspace(0.0, 1.0, 5)
+    across, along = np.concatenate([share, share, 0 * share, 0 * share + 1]), np.concatenate(
+        [0 * share, 0 * share + 1, share, share]
+    )
+    border = np.stack([mask.x + across * width, mask.y + along * height], axis=-1)
+    points = calibration.rays(camera, border) @ rotation.T
+    if (points[:, 2] <= 0).any():
+        return 0, 0, size, size
+    seen = points[:, :2] / points[:, 2:] * focal_px + size / 2
+    low = np.clip(np.floor(seen.min(axis=0)).astype(int) - RIM, 0, size)
+    high = np.clip(np.ceil(seen.max(axis=0)).astype(int) + RIM, 0, size)
+    if (high <= low).any():
+        return None
+    return int(low[0]), int(low[1]), int(high[0] - low[0]), int(high[1] - low[1])
+
+
+def _premultiplied(picture: np.ndarray, mask: Silhouette, bgr: bool) -> tuple[np.ndarray, tuple[int, int]]:
+    """The photograph's animal, [h, w, 4] float32 0..255, RGB times alpha, and the pixel of its corner."""
+    x, y = max(mask.x - SOURCE_RIM, 0), max(mask.y - SOURCE_RIM, 0)
+    height, width = mask.window.shape
+    right = min(mask.x + width + SOURCE_RIM, mask.size[0])
+    bottom = min(mask.y + height + SOURCE_RIM, mask.size[1])
+    result = np.zeros((bottom - y, right - x, 4), np.float32)
+    inner = result[mask.y - y : mask.y - y + height, mask.x - x : mask.x - x + width]
+    colours = picture[mask.y : mask.y + height, mask.x : mask.x + width]
+    opaque = mask.window[..., None]
+    np.multiply(colours[..., ::-1] if bgr else colours, opaque, out=inner[..., :3], casting="unsafe")
+    inner[..., 3:] = 255.0 * opaque
+    return result, (x, y)
 
 
 def photo_from_picture(
@@ -71,52 +132,44 @@ def photo_from_picture(
     return calibration.w2c[camera, :3, :3] @ rotation.T @ inverse_K
 
 
-def _maps(calibration: Calibration, camera: int, pixel_to_photo: np.ndarray, size: int):
-    """cv2.remap tables through the lens model."""
-    centres = np.arange(size) + 0.5
-    v, u = np.meshgrid(centres, centres, indexing="ij")
+def lens_maps(calibration: Calibration, camera: int, pixel_to_photo: np.ndarray, width: int, height: int):
+    """cv2.remap tables [height, width] through the lens model, exact every MAP_STEP pixels and straight between."""
+    import cv2
+
+    cells = (-(-width // MAP_STEP) + 2, -(-height // MAP_STEP) + 2)
+    # Cell centres, one cell before the picture and one after it, as cv2.resize interpolates.
+    across, down = ((np.arange(count) - 0.5) * MAP_STEP for count in cells)
+    u, v = np.meshgrid(across, down)
     points = np.stack([u, v, np.ones_like(u)], axis=-1) @ pixel_to_photo.T
     normalised = points[..., :2] / points[..., 2:]
     pixels = calibration.to_pixels(camera, normalised)
     outside = points[..., 2] <= 0
     outside |= np.linalg.norm(normalised, axis=-1) > valid_radius(calibration.distortion[camera])
     pixels[outside] = -1e4
-    return (pixels[..., 0] - 0.5).astype(np.float32), (pixels[..., 1] - 0.5).astype(np.float32)
-
-
-def valid_radius(distortion: np.ndarray) -> float:
-    """The normalised radius up to which the radial lens model grows; beyond it the model folds back inwards."""
-    k1, k2, _, _, k3 = distortion
-    squares = np.linspace(0.0, 4.0, 4001)
-    slope = 1 + squares * (3 * k1 + squares * (5 * k2 + squares * 7 * k3))  # derivative of r (1 + k1 r^2 + ...)
-    falling = np.flatnonzero(slope <= 0)
-    return float(np.sqrt(squares[falling[0]])) if len(falling) else np.inf
-
-
-def _window(mask: np.ndarray, margin: int = 4) -> tuple[int, int, int, int]:
-    """left, top, right, bottom of the mask with a margin: nothing outside it can reach the picture."""
-    import cv2
-
-    x, y, width, height = cv2.boundingRect(mask.astype(np.uint8))
-    return (
-        max(x - margin, 0),
-        max(y - margin, 0),
-        min(x + width + margin, mask.shape[1]),
-        min(y + height + margin, mask.shape[0]),
+    fine = cv2.resize(
+        pixels.astype(np.float32) - 0.5, (cells[0] * MAP_STEP, cells[1] * MAP_STEP), interpolation=cv2.INTER_LINEAR
     )
+    fine = fine[MAP_STEP : MAP_STEP + height, MAP_STEP : MAP_STEP + width]
+    return np.ascontiguousarray(fine[..., 0]), np.ascontiguousarray(fine[..., 1])
 
 
 def _straight(premultiplied: np.ndarray) -> np.ndarray:
-    """Premultiplied RGBA [h, w, 4] 0..255 -> straight [4, h, w] 0..1.
+    """Premultiplied RGBA [h, w, 4] float32 0..255 -> straight uint8.
 
     Where alpha is 0 the colour is the nearest animal's, then white, so that a later resize mixes in no dark rim.
     """
     import cv2
 
-    alpha = np.clip(premultiplied[..., 3:] / 255.0, 0.0, 1.0)
-    alpha[alpha < 1 / 510] = 0.0  # rounds to 0 in 8 bits
-    rgb = np.clip(premultiplied[..., :3] / 255.0, 0.0, alpha)
-    wide_alpha = cv2.blur(alpha[..., 0], (9, 9))[..., None]
-    around = np.where(wide_alpha > 1e-3, cv2.blur(rgb, (9, 9)) / np.maximum(wide_alpha, 1e-3), 1.0)
-    rgb = np.where(alpha > 0, rgb / np.maximum(alpha, 1e-6), around)
-    return np.concatenate([np.clip(rgb, 0.0, 1.0), alpha], axis=-1).transpose(2, 0, 1).astype(np.float32)
+    premultiplied[..., 3][premultiplied[..., 3] < 0.5] = 0.0  # rounds to 0
+    np.clip(premultiplied, 0.0, 255.0, out=premultiplied)
+    alpha = premultiplied[..., 3]
+    around = cv2.blur(premultiplied, (9, 9))
+    result = np.empty(premultiplied.shape, np.uint8)
+    result[..., 3] = np.rint(alpha)
+    near = np.where(alpha > 0, alpha, around[..., 3])
+    source = np.where((alpha > 0)[..., None], premultiplied[..., :3], around[..., :3])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        colour = source * (255.0 / near)[..., None]
+    colour[near < 0.255] = 255.0
+    result[..., :3] = np.rint(np.minimum(colour, 255.0))
+    return result

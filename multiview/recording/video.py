@@ -9,12 +9,16 @@ from pathlib import Path
 import numpy as np
 
 MASK_FOLDERS = ("simpleclick_undist", "masks")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 RATE_TOLERANCE = 1e-3  # relative
 
 
 @dataclass(frozen=True)
 class Video:
-    """One camera's video: one file, or consecutive chunks. size: (width, height)."""
+    """One camera's video: one file, consecutive chunks, or one picture file per frame. size: (width, height).
+
+    counts: frames of each file. rate: frames/s, 0 where it is not known (pictures).
+    """
 
     files: tuple[Path, ...]
     counts: tuple[int, ...]
@@ -26,8 +30,14 @@ class Video:
         return sum(self.counts)
 
     @property
+    def is_pictures(self) -> bool:
+        return self.files[0].suffix.lower() in IMAGE_SUFFIXES
+
+    @property
     def name(self) -> str:
-        return str(self.files[0]) if len(self.files) == 1 else f"{self.files[0].parent} ({len(self.files)} chunks)"
+        if len(self.files) == 1:
+            return str(self.files[0])
+        return f"{self.files[0].parent} ({len(self.files)} {'pictures' if self.is_pictures else 'chunks'})"
 
 
 class VideoReader:
@@ -41,16 +51,21 @@ class VideoReader:
 
     def read(self, index: int) -> np.ndarray:
         """Frame `index` as [h, w, 3] uint8, RGB. Frames before the last one read are an error."""
-        import cv2
+        return np.ascontiguousarray(self.read_bgr(index)[..., ::-1])
 
+    def read_bgr(self, index: int) -> np.ndarray:
+        """As `read`, in the decoder's own order of channels: a whole picture less to copy."""
         if not self._next <= index < self.video.num_frames:
             raise ValueError(
                 f"{self.video.name}: frame {index} was asked for after frame {self._next - 1} of "
                 f"{self.video.num_frames}; frames are read in increasing order"
             )
+        if self.video.is_pictures:
+            self._next = index + 1
+            return _read_picture(self.video.files[index], index, self.video.size)
+        while self._chunk_end <= index:
+            self._open_next_chunk()
         while self._next <= index:
-            if self._next == self._chunk_end:
-                self._open_next_chunk()
             if not self._capture.grab():
                 raise ValueError(
                     f"{self.video.files[self._chunk]}: frame {self._next} cannot be decoded although the file says it "
@@ -60,13 +75,20 @@ class VideoReader:
         ok, frame = self._capture.retrieve()
         if not ok or frame.shape[1::-1] != self.video.size:
             raise ValueError(f"{self.video.files[self._chunk]}: frame {index} cannot be decoded")
-        return cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+        return frame
+
+    def read_mask(self, index: int) -> np.ndarray:
+        """One channel [h, w] uint8 of frame `index`: all that a mask video holds."""
+        import cv2
+
+        return cv2.extractChannel(self.read_bgr(index), 2)
 
     def _open_next_chunk(self) -> None:
         self.close()
         self._chunk += 1
-        self._capture = _open(self.video.files[self._chunk])
+        self._next = self._chunk_end
         self._chunk_end += self.video.counts[self._chunk]
+        self._capture = _open(self.video.files[self._chunk])
 
     def close(self) -> None:
         if self._capture is not None:
@@ -81,18 +103,23 @@ class VideoReader:
 
 
 def find_videos(folder: Path | str, num_cameras: int, flag: str) -> list[Video]:
-    """The videos of cameras 0..n-1: `0.mp4 ... 5.mp4` (MAMMAL), or `Camera1/0.mp4[, 3000.mp4, ...]` (DANNCE).
+    """The videos of cameras 0..n-1, in one of three layouts.
 
+    `0.mp4 ... 5.mp4` (MAMMAL); `Camera1/0.mp4[, 3000.mp4, ...]` (DANNCE, chunks named by their first frame); folders
+    `0 ... 5` or `Camera1 ... Camera6` of pictures, one per frame, in the order of the numbers in their names.
     flag: the command-line flag that named the folder, for messages.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{flag} {folder} is not a folder; 0.mp4 ... {num_cameras - 1}.mp4 are expected in it")
-    flat = [folder / f"{index}.mp4" for index in range(num_cameras)]
     if (folder / "Camera1").is_dir():
         listed = [_chunks(folder / f"Camera{index + 1}") for index in range(num_cameras)]
         extra = folder / f"Camera{num_cameras + 1}"
+    elif (folder / "0").is_dir():
+        listed = [_chunks(folder / str(index)) for index in range(num_cameras)]
+        extra = folder / str(num_cameras)
     else:
+        flat = [folder / f"{index}.mp4" for index in range(num_cameras)]
         missing = [path.name for path in flat if not path.is_file()]
         if missing:
             inner = [path.name for path in sorted(folder.iterdir()) if path.is_dir() and (path / "0.mp4").is_file()]
@@ -114,9 +141,9 @@ def check_videos(videos: list[Video], masks: list[Video]) -> None:
                 f"{video.name} has {video.num_frames} frames, {first.name} has {first.num_frames}; frame n must be the "
                 "same instant in every video, so the counts must be equal"
             )
-        if abs(video.rate - first.rate) > RATE_TOLERANCE * first.rate:
+        if video.rate and first.rate and abs(video.rate - first.rate) > RATE_TOLERANCE * first.rate:
             raise ValueError(f"{video.name} runs at {video.rate:g} frames/s, {first.name} at {first.rate:g}")
-    for video, mask in zip(videos, masks, strict=True):
+    for video, mask in zip(videos, masks):  # no masks where they are still to be found
         if video.size != mask.size:
             raise ValueError(
                 f"{mask.name} is {mask.size[0]} x {mask.size[1]}, its video {video.name} {video.size[0]} x "
@@ -125,9 +152,12 @@ def check_videos(videos: list[Video], masks: list[Video]) -> None:
 
 
 def probe(files: list[Path]) -> Video:
-    """Counts, size and rate of one camera's file(s), from their headers."""
+    """Counts, size and rate of one camera's file(s), from their headers. Of pictures the first one's size is taken."""
     import cv2
 
+    if files[0].suffix.lower() in IMAGE_SUFFIXES:
+        height, width = _read_picture(files[0], 0).shape[:2]
+        return Video(tuple(files), (1,) * len(files), (width, height), 0.0)
     counts, sizes, rates = [], set(), []
     for path in files:
         capture = _open(path)
@@ -143,10 +173,37 @@ def probe(files: list[Path]) -> Video:
 
 
 def _chunks(folder: Path) -> list[Path]:
-    files = [path for path in folder.glob("*.mp4") if re.fullmatch(r"\d+", path.stem)] if folder.is_dir() else []
-    if not files:
-        raise ValueError(f"{folder} holds no chunk named by its first frame (0.mp4, 3000.mp4, ...)")
-    return sorted(files, key=lambda path: int(path.stem))
+    """The video chunks of a camera's folder, or its pictures, in order."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder} does not exist: a camera's videos or pictures are missing")
+    files = [path for path in folder.glob("*.mp4") if re.fullmatch(r"\d+", path.stem)]
+    if files:
+        return sorted(files, key=lambda path: int(path.stem))
+    pictures = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
+    if not pictures:
+        raise ValueError(f"{folder} holds neither chunks named by their first frame (0.mp4, 3000.mp4) nor pictures")
+    unnumbered = [path.name for path in pictures if not re.search(r"\d", path.stem)]
+    if unnumbered:
+        raise ValueError(f"{folder / unnumbered[0]}: pictures are named by frame numbers (000000.png, frame_12.jpg)")
+    numbered = sorted((int(re.findall(r"\d+", path.stem)[-1]), path) for path in pictures)
+    for (number, path), (following, other) in zip(numbered, numbered[1:]):
+        if following != number + 1:
+            raise ValueError(f"{folder}: {path.name} is followed by {other.name}; every frame needs one picture")
+    return [path for _, path in numbered]
+
+
+def _read_picture(path: Path, index: int, size: tuple[int, int] | None = None) -> np.ndarray:
+    import cv2
+
+    picture = cv2.imread(str(path), cv2.IMREAD_COLOR)
+    if picture is None:
+        raise ValueError(f"{path}: the picture of frame {index} cannot be read; it is missing or damaged")
+    if size is not None and picture.shape[1::-1] != size:
+        raise ValueError(
+            f"{path}: the picture of frame {index} is {picture.shape[1]} x {picture.shape[0]}, the first one is "
+            f"{size[0]} x {size[1]}"
+        )
+    return picture
 
 
 def _open(path: Path):
@@ -154,7 +211,8 @@ def _open(path: Path):
 
     if not path.is_file():
         raise ValueError(f"video {path} does not exist")
-    capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)
+    # One thread each: the import runs as many decoders as it was given processes.
+    capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
     if not capture.isOpened():
         raise ValueError(f"video {path} cannot be opened; it is truncated, damaged or of an unknown codec")
     return capture

@@ -1,0 +1,115 @@
+"""Work that must be done in order per camera, spread over processes: a video is decoded once, front to back, in one.
+
+Only small results travel between processes; pictures stay where they were decoded. The result does not depend on the
+number of processes.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+AHEAD = 24  # steps by which a process may be ahead of the slowest: what is unfinished stays bounded
+
+
+def run_streams(
+    make: Callable[[int], Iterator[Any]], lanes: Sequence[int], steps: int, *, workers: int
+) -> Iterator[tuple[int, int, Any]]:
+    """Runs make(lane), an iterator of at least `steps` items, for every lane; yields (lane, step, item) as they come.
+
+    Each lane's steps come in order. A lane lives in one of `workers` processes, in this one if workers is 1; `make` and
+    the items must be picklable then. A ValueError or OSError in a lane is raised here.
+    """
+    if workers == 1 or len(lanes) < 2:
+        streams = {lane: make(lane) for lane in lanes}
+        try:
+            for step in range(steps):
+                for lane, stream in streams.items():
+                    yield lane, step, next(stream)
+        finally:
+            for stream in streams.values():
+                stream.close()
+        return
+    workers = min(workers, len(lanes))
+    context = _context()
+    pipes, processes = [], []
+    try:
+        for number in range(workers):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(theirs, make, list(lanes[number::workers]), steps))
+            process.start()
+            theirs.close()  # else its end would go unnoticed
+            pipes.append(ours)
+            processes.append(process)
+        yield from _collect(pipes, [len(lanes[number::workers]) for number in range(workers)], steps)
+        for process in processes:
+            process.join()
+    finally:
+        for pipe in pipes:
+            pipe.close()
+        for process in processes:
+            if process.is_alive():
+                process.terminate()
+            process.join()
+
+
+def _collect(pipes: list[Connection], lanes: list[int], steps: int) -> Iterator[tuple[int, int, Any]]:
+    """What the processes send; tells them how far they may go."""
+    done = dict.fromkeys(range(len(pipes)), 0)
+    allowed = 0
+    while True:
+        slowest = min(count // lanes[number] for number, count in done.items())
+        if slowest == steps:
+            return
+        if min(slowest + AHEAD, steps) > allowed:
+            allowed = min(slowest + AHEAD, steps)
+            for number, pipe in enumerate(pipes):
+                if done[number] < steps * lanes[number]:
+                    pipe.send(allowed)
+        open_pipes = [pipe for number, pipe in enumerate(pipes) if done[number] < steps * lanes[number]]
+        for pipe in wait(open_pipes):
+            try:
+                message = pipe.recv()
+            except (EOFError, ConnectionResetError):
+                raise RuntimeError(
+                    "a worker process ended unexpectedly (was it killed for want of memory?); repeat the command to "
+                    "continue, with fewer --workers"
+                ) from None
+            if isinstance(message, Exception):
+                raise message
+            done[pipes.index(pipe)] += 1
+            yield message
+
+
+def _work(pipe: Connection, make: Callable[[int], Iterator[Any]], lanes: list[int], steps: int) -> None:
+    """A process: its lanes in turn, step by step. Ends when the main process is gone."""
+    import cv2
+    import torch
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process says when to stop
+    cv2.setNumThreads(1)
+    torch.set_num_threads(1)
+    try:
+        streams = [(lane, make(lane)) for lane in lanes]
+        allowed = 0
+        for step in range(steps):
+            while step >= allowed:
+                allowed = pipe.recv()
+            for lane, stream in streams:
+                pipe.send((lane, step, next(stream)))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return
+    except (ValueError, OSError) as error:
+        pipe.send(error)
+
+
+def _context():
+    """Processes from a server that has imported the package once; plain spawning where the system has no such thing."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["multiview.recording.process"])
+    return context
