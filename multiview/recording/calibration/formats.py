@@ -53,12 +53,16 @@ def find_calibration(meta_dir: Path | str) -> Path:
     return found[0]
 
 
-def read_calibration(path: Path | str, *, up: str = "z") -> Calibration:
-    """Reads a calibration file or a COLMAP folder, recognised by name and content; checks it, turns `up` to +z."""
+def read_calibration(path: Path | str, *, up: str = "z", validate: bool = True) -> Calibration:
+    """Reads a calibration file or a COLMAP folder, recognised by name and content; checks it, turns `up` to +z.
+
+    validate=False leaves out `Calibration.validate`, for looking at what is wrong.
+    """
     path = Path(path)
     if not path.exists():
         raise ValueError(f"calibration {path} does not exist; {EXPECTED} is expected")
-    return _reader(path)(path).validate().with_up(up)
+    calibration = _reader(path)(path)
+    return (calibration.validate() if validate else calibration).with_up(up)
 
 
 def _reader(path: Path) -> Callable[[Path], Calibration]:
