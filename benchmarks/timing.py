@@ -18,7 +18,7 @@ MATRIX_SIDE = {"cpu": 1536, "cuda": 8192}  # large enough to reach the rate, sma
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of the runs after the one that warmed up, by the clock on the wall and of the process (all its threads).
+    """Seconds of the runs that were not there to warm up, on the wall and of the process (all its threads).
 
     On a machine busy with other work the process's seconds say more.
     """
@@ -49,16 +49,20 @@ def quartiles(values: tuple[float, ...]) -> tuple[float, float]:
 
 
 def time_in_turn(runs: list[Callable[[], object]], device: torch.device, repeats: int) -> list[Timing]:
-    """Times of all `runs`, one after the other in each of `repeats` rounds, after a round that warms up."""
+    """Times of all `runs`, one after the other in each of `repeats` rounds.
+
+    Each runs twice in a row and the second counts: the first pays for the caches and the allocator's heap that its
+    neighbour left (0.1 s after a large autograd graph).
+    """
     rounds: list[list[tuple[float, float]]] = [[] for _ in runs]
-    for turn in range(repeats + 1):
+    for _ in range(repeats):
         for number, run in enumerate(runs):
+            run()
             synchronize(device)
             started = time.perf_counter(), time.process_time()
             run()
             synchronize(device)
-            if turn:
-                rounds[number].append((time.perf_counter() - started[0], time.process_time() - started[1]))
+            rounds[number].append((time.perf_counter() - started[0], time.process_time() - started[1]))
     return [Timing(*zip(*values)) for values in rounds]
 
 

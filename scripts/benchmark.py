@@ -6,8 +6,8 @@
   training    a whole training step, with and without gradient checkpointing
   rendering   the input views of one reconstruction
 
-Wall times: `median (first to third quartile)` after one run that warms up. Ratios are of runs that took turns, so they
-hold on a busy machine too; milliseconds need a quiet one. demo is the demo model's size (runs on a CPU), full is
+Wall times: `median (first to third quartile)`, each after a run that warms up. Ratios are of runs that took turns, so
+they hold on a busy machine too; milliseconds need a quiet one. demo is the demo model's size (runs on a CPU), full is
 FaceLift's (d 1024, 24 layers, six views of 512 px: for a GPU, in bfloat16).
 """
 
