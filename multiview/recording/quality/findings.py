@@ -21,6 +21,7 @@ RIG_OFF_DEG, LOOK_OFF_DEG = 3.0, 3.0
 CENTRE_OFF, AREA_SMALL, AREA_LARGE, AREA_VARIATION = 0.15, 0.02, 0.45, 0.6
 DIM, LOST_SHARE, DULL = 0.2, 0.10, 0.5  # of the views' median brightness; share of pixels; of the median sharpness
 IOU_POOR = 0.6
+ENOUGH = 5  # samples from which differences between views are the cameras', not the animal's sides
 REPROCESS = "make the samples again with scripts/process_mouse_data.py, which writes every change into the cameras"
 
 
@@ -225,17 +226,13 @@ def _pictures(summary: dict) -> list[Finding]:
         ("sharpness", "blur", "less sharp than the others", "clean or focus these lenses; check the video's bit rate"),
         ("brightness", "exposure", "darker or brighter than the others", "match the exposures"),
     ):
-        known = np.array([np.nan if view[key] is None else view[key] for view in views])
-        if np.isnan(known).all():
-            continue
-        ratio = known / np.nanmedian(known)
-        off = ratio < DULL if key == "sharpness" else np.abs(ratio - 1) > DIM
-        if off.any():
-            worst = ratio[np.nanargmax(np.abs(np.log(ratio)))]
-            chosen = np.flatnonzero(off).tolist()
-            found.append(
-                Finding(code, "usable", f"{_names(summary, chosen)}: {what} ({worst:.2f} of the median)", remedy)
-            )
+        ratios = [view[f"{key}_relative"] or 1.0 for view in views]
+        off = [k for k, r in enumerate(ratios) if (r < DULL if key == "sharpness" else abs(r - 1) > DIM)]
+        if off:
+            worst = max((ratios[k] for k in off), key=lambda ratio: abs(np.log(ratio)))
+            what = f"{_names(summary, off)}: {what} ({worst:.2f} of the views' median)"
+            severity = "usable" if summary["num_samples"] >= ENOUGH else "note"
+            found.append(Finding(code, severity, what, remedy))
     lost = [k for k, view in enumerate(views) if (view["bright_share"] or 0) > LOST_SHARE]
     if lost:
         found.append(
@@ -253,11 +250,13 @@ FAULTS = {  # code: (what, remedy); {views}, {scale}, {degrees}, {pixels} are fi
     "view_looks_away": ("the cameras of {views} look away from the animal",
                         "their axes are OpenGL's, or R and T are wrong; negate rows y and z of these w2c"),
     "views_swapped": ("the pictures of {views} are swapped", "exchange the two, or their cameras"),
-    "views_reversed": ("the views run the other way round than their cameras",
-                       "list the pictures in the cameras' order (azimuth grows clockwise seen from above)"),
+    # On a rig that is its own mirror image these two look the same.
+    "views_reversed": ("the views run the other way round than their cameras, or all pictures are mirrored",
+                       "list the pictures in the cameras' order (azimuth grows clockwise), or flip them"),
     "views_shifted": ("the pictures are {step} places off in the cameras' order", "list them in the cameras' order"),
     "view_mirrored": ("the picture of {views} is mirrored", "flip it left to right"),
-    "all_mirrored": ("all pictures are mirrored", "flip them, or look for a left-handed world in the calibration"),
+    "all_mirrored": ("all pictures are mirrored, or the views run the other way round than their cameras",
+                     "flip them, or look for a left-handed world in the calibration"),
     "view_upside_down": ("the picture of {views} is upside down", "flip it"),
     "all_upside_down": ("all pictures are upside down", "flip them, or the cameras' y axes"),
     "focal": ("the focal length written is {scale:.2f} of the one the silhouettes fit",

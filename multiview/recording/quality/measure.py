@@ -35,15 +35,18 @@ class Measured:
     view_names: list[str | None]
 
 
-def measure_sample(sample: Sample) -> Measured:
-    """rgba [v, 4, h, w], cameras [v] -> figures; a view without a usable mask has None where it has no figure."""
+def measure_sample(sample: Sample, *, hulls: bool = True) -> Measured:
+    """rgba [v, 4, h, w], cameras [v] -> figures; a view without a usable mask has None where it has no figure.
+
+    hulls: whether to carve the hulls that predict each mask from the others, nearly all of the time.
+    """
     alpha = sample.rgba[:, 3]
     width = sample.cameras.width
     views = [
         {**_camera_figures(sample, view), **_mask_figures(alpha[view]), **_light_figures(sample.rgba[view])}
         for view in range(len(alpha))
     ]
-    _add_silhouettes(sample, views)
+    _add_silhouettes(sample, views, hulls)
     points = np.full((len(alpha), DIRECTIONS, 2), np.nan)
     for view, figures in enumerate(views):
         # A clipped mask's hull ends at the border, where the animal does not.
@@ -127,9 +130,9 @@ def _light_figures(rgba: Tensor) -> dict:
     }
 
 
-def _add_silhouettes(sample: Sample, views: list[dict]) -> None:
+def _add_silhouettes(sample: Sample, views: list[dict], hulls: bool) -> None:
     """Adds per view how well the hull of the other views predicts its mask: IoU, and share of the mask it fills."""
-    usable = len(views) >= 3 and all(view["usable"] for view in views)
+    usable = hulls and len(views) >= 3 and all(view["usable"] for view in views)
     iou, filled = [None] * len(views), [None] * len(views)
     if usable and not any(view["look_off_deg"] > 60 for view in views):
         rgb = sample.rgba[:, :3]

@@ -24,6 +24,9 @@ def summarise(measured: list[Measured], rig: ViewRig | None) -> tuple[dict, Diag
     count = min(counts)
     views = [_view_summary([one.views[slot] for one in measured]) for slot in range(count)]
     names = measured[0].view_names[:count]
+    for key in ("brightness", "sharpness"):
+        for view, ratio in zip(views, _relative(measured, key, count), strict=True):
+            view[f"{key}_relative"] = ratio
     for slot, view in enumerate(views):
         view["name"] = names[slot] or f"view {slot}"
         if rig is not None and slot < rig.num_views:
@@ -116,6 +119,16 @@ def _view_summary(rows: list[dict]) -> dict:
         "silhouette_iou": _mean(known("silhouette_iou")),
         "silhouette_filled": _mean(known("silhouette_filled")),
     }
+
+
+def _relative(measured: list[Measured], key: str, count: int) -> list[float | None]:
+    """Per view, the median over the samples of its figure over the median of the sample's views.
+
+    Within a sample the animal and its light are the same, so what remains is the camera, and the side it sees.
+    """
+    rows = np.array([[view[key] for view in one.views[:count]] for one in measured], dtype=float)
+    ratios = [row / np.median(row) for row in rows if np.isfinite(row).all() and np.median(row) > 0]
+    return np.median(ratios, axis=0).tolist() if ratios else [None] * count
 
 
 def _mean(values) -> float | None:

@@ -14,7 +14,7 @@ from itertools import combinations
 
 import numpy as np
 
-DIRECTIONS = 96  # support points per outline
+DIRECTIONS = 72  # support points per outline
 FINE = 256  # outlines are taken from masks enlarged to at least this many pixels, so that soft rims count
 WIDEST_DEG = 120.0  # a pair whose baseline runs nearly through the animal says nothing
 CAP = 0.05  # of the width: a larger disagreement counts as this much

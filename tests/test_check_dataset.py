@@ -1,0 +1,285 @@
+"""Any dataset is graded; datasets broken on purpose get the reason they were broken for."""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from multiview.cameras import Cameras
+from multiview.recording.quality.dataset import find_samples, measure_folders
+from multiview.recording.quality.diagnose import adjust
+from multiview.recording.quality.findings import FAULTS, dataset_findings, grade
+from multiview.recording.quality.measure import measure_sample
+from multiview.recording.quality.summary import outlines, summarise
+from multiview.recording.quality.tangency import Views, disagreement, outline, pairs, rms, rms_per_view
+from multiview.recording.report import check_dataset
+from multiview.rig import load_rig
+from multiview.sample import Sample, read_sample, read_split, write_dataset_info, write_sample, write_split
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = ROOT / "data_mouse"
+SIZE, COUNT = 64, 6
+MOUSE6 = load_rig("mouse6")
+
+
+@pytest.fixture(scope="module")
+def samples() -> list[Sample]:
+    folders = [*read_split(EXAMPLES / "data_mouse_train.txt"), *read_split(EXAMPLES / "data_mouse_val.txt")]
+    return [read_sample(folder, image_size=SIZE, num_views=6) for folder in folders[:COUNT]]
+
+
+def warped(picture: torch.Tensor, *, zoom: float = 1.0, turn_deg: float = 0.0, move_px=(0.0, 0.0)) -> torch.Tensor:
+    """[4, h, w], enlarged, turned clockwise, then moved right and down, as a careless preprocessing would."""
+    a = np.radians(turn_deg)
+    rows = np.array([[np.cos(a), np.sin(a)], [-np.sin(a), np.cos(a)]]) / zoom
+    offset = -rows @ (2 * np.array(move_px) / SIZE)
+    theta = torch.from_numpy(np.column_stack([rows, offset])).float()[None]
+    grid = F.affine_grid(theta, (1, 4, SIZE, SIZE), align_corners=False)
+    return F.grid_sample(picture[None], grid, align_corners=False)[0]
+
+
+def with_pictures(sample: Sample, change) -> Sample:
+    return replace(sample, rgba=torch.stack([change(view, picture) for view, picture in enumerate(sample.rgba)]))
+
+
+def reordered(sample: Sample, order: list[int]) -> Sample:
+    return replace(sample, rgba=sample.rgba[order])
+
+
+def with_intrinsics(sample: Sample, factor, views=slice(None)) -> Sample:
+    values = sample.cameras.fxfycxcy.clone()
+    values[views] *= torch.tensor(factor)
+    return replace(sample, cameras=replace(sample.cameras, fxfycxcy=values))
+
+
+def with_poses(sample: Sample, change) -> Sample:
+    return replace(sample, cameras=replace(sample.cameras, c2w=change(sample.cameras.c2w.clone())))
+
+
+def opengl(c2w, views=slice(None)):
+    c2w[views, :3, 1:3] *= -1
+    return c2w
+
+
+def moved_camera(sample: Sample, view: int, degrees: float) -> Sample:
+    moved = sample.cameras[[view]].rotate(degrees).c2w[0]
+    return with_poses(sample, lambda c2w: torch.cat([c2w[:view], moved[None], c2w[view + 1 :]]))
+
+
+def empty(sample: Sample, index: int) -> Sample:
+    return with_pictures(sample, lambda view, x: x * 0 if view == 4 and index % 2 else x)
+
+
+ZOOMS = (1.0, 0.8, 0.9, 0.75, 0.95, 0.7)
+TAMPERING = {  # name: (what is done to sample i, the code it must be found under, the views it must name)
+    "views swapped": (lambda s, i: reordered(s, [0, 1, 4, 3, 2, 5]), "views_swapped", (2, 4)),
+    "neighbours swapped": (lambda s, i: reordered(s, [1, 0, 2, 3, 4, 5]), "views_swapped", (0, 1)),
+    "views reversed": (lambda s, i: reordered(s, [0, 5, 4, 3, 2, 1]), "views_reversed", ()),
+    "one mirrored": (lambda s, i: with_pictures(s, lambda v, x: x.flip(-1) if v == 1 else x), "view_mirrored", (1,)),
+    # The mirror image of a regular rig is the rig itself with its views in reverse.
+    "all mirrored": (lambda s, i: with_pictures(s, lambda v, x: x.flip(-1)), "views_reversed", ()),
+    "focal too long": (lambda s, i: with_intrinsics(s, [1.35, 1.35, 1.0, 1.0]), "focal", ()),
+    "focal too short": (lambda s, i: with_intrinsics(s, [0.8, 0.8, 1.0, 1.0]), "focal", ()),
+    "one view's focal": (lambda s, i: with_intrinsics(s, [1.2, 1.2, 1.0, 1.0], 3), "view_scale", (3,)),
+    "one crop shifted": (
+        lambda s, i: with_pictures(s, lambda v, x: warped(x, move_px=(3.0, -2.0)) if v == 2 else x), "view_shift", (2,)
+    ),
+    "all crops shifted": (
+        lambda s, i: with_pictures(s, lambda v, x: warped(x, move_px=(4.0, 0.0))), "principal_point", ()
+    ),
+    "one camera 5 degrees off": (lambda s, i: moved_camera(s, 3, 5.0), "camera_off", (3,)),
+    "one picture turned": (
+        lambda s, i: with_pictures(s, lambda v, x: warped(x, turn_deg=6.0) if v == 4 else x), "view_roll", (4,)
+    ),
+    "views scaled": (lambda s, i: with_pictures(s, lambda v, x: warped(x, zoom=ZOOMS[v])), "views_scaled", ()),
+    "every picture scaled": (
+        lambda s, i: with_pictures(s, lambda v, x: warped(x, zoom=ZOOMS[(v * (i % 5 + 1) + i) % 6])), "each_scaled", ()
+    ),
+    "OpenGL axes": (lambda s, i: with_poses(s, opengl), "opengl_axes", ()),
+    "one camera's axes": (lambda s, i: with_poses(s, lambda c: opengl(c, 5)), "view_looks_away", (5,)),
+    "empty masks": (empty, "empty_masks", None),
+    "no masks": (lambda s, i: replace(s, rgba=s.rgba.index_fill(1, torch.tensor(3), 1.0)), "no_masks", None),
+    "clipped": (lambda s, i: with_pictures(s, lambda v, x: warped(x, zoom=2.2)), "clipped", None),
+    "millimetres": (
+        lambda s, i: replace(s, cameras=s.cameras.recentre(torch.zeros(3), 1000.0)), "units", None
+    ),
+    "other animals": (None, "silhouettes_disagree", None),
+    "one blurred": (
+        lambda s, i: with_pictures(s, lambda v, x: torch.cat([blurred(x[:3]), x[3:]]) if v == 2 else x), "blur", None
+    ),
+    "one dark": (lambda s, i: with_pictures(s, lambda v, x: darkened(x) if v == 1 else x), "exposure", None),
+    "another rig": (lambda s, i: replace(s, cameras=higher(s.cameras)), "directions", None),
+}  # fmt: skip
+
+
+def blurred(rgb: torch.Tensor) -> torch.Tensor:
+    return F.avg_pool2d(F.pad(rgb[None], (2, 2, 2, 2), mode="replicate"), 5, 1)[0]
+
+
+def darkened(rgba: torch.Tensor) -> torch.Tensor:
+    return torch.cat([0.6 * rgba[:3], rgba[3:]])
+
+
+def higher(cameras: Cameras) -> Cameras:
+    return Cameras.orbit(cameras.azimuth_deg, cameras.elevation_deg + 8.0, 2.7, MOUSE6.focal, SIZE)
+
+
+def findings_of(samples: list[Sample], rig=MOUSE6, hulls: bool = False):
+    summary, diagnosis = summarise([measure_sample(sample, hulls=hulls) for sample in samples], rig)
+    return summary, diagnosis, dataset_findings(summary, diagnosis, rig, {}, [])
+
+
+def test_true_views_are_good(samples):
+    summary, diagnosis, findings = findings_of(samples, hulls=True)
+    assert grade(findings)["grade"] == "good" and not findings
+    assert diagnosis.agrees and diagnosis.rms < 0.003 and not diagnosis.faults  # 0.2 px of 64
+    assert 0.7 < summary["silhouette_iou_mean"] < 1.0 and summary["silhouette_filled_mean"] > 0.95
+
+
+@pytest.mark.parametrize("name", TAMPERING)
+def test_tampering_is_found_under_its_name(samples, name):
+    change, code, views = TAMPERING[name]
+    if name == "other animals":
+        others = samples[2:] + samples[:2]
+        broken = [replace(s, rgba=torch.cat([s.rgba[:3], o.rgba[3:]])) for s, o in zip(samples, others, strict=True)]
+    else:
+        broken = [change(sample, index) for index, sample in enumerate(samples)]
+    _, diagnosis, findings = findings_of(broken)
+    found = {finding.code: finding for finding in findings}
+    assert code in found, (name, [str(finding) for finding in findings], diagnosis.faults)
+    assert grade(findings)["grade"] in ("poor", "usable") and found[code].remedy
+    if code in FAULTS:
+        assert diagnosis.faults[0].code == code and diagnosis.faults[0].views == views
+        assert diagnosis.explained and diagnosis.left < 0.5 * diagnosis.rms
+        assert grade(findings)["grade"] == "poor"
+    if name == "one blurred" or name == "one dark":
+        assert "top-" in found[code].what and diagnosis.agrees
+
+
+def test_silhouettes_of_a_cyclic_shift_agree_but_not_of_the_wrong_direction(samples):
+    """The whole animal turned by one view's step is another true animal: nothing to find, as it should be."""
+    _, diagnosis, _ = findings_of([reordered(sample, [5, 0, 1, 2, 3, 4]) for sample in samples])
+    assert diagnosis.agrees
+
+
+# ---- tangency ---------------------------------------------------------------------------------------------------
+
+
+def test_tangents_of_points_seen_by_true_cameras_coincide():
+    """Exact outlines (projected points of a solid) leave nothing but rounding; a moved camera does not."""
+    rng = np.random.default_rng(0)
+    solid = rng.normal(size=(400, 3)) * [0.5, 0.2, 0.2]
+    cameras = MOUSE6.cameras(100)
+    uv, _ = cameras.project(torch.from_numpy(solid).float().expand(6, -1, -1))
+    points = uv.double().numpy()[None] / 100
+    intrinsics, w2c = cameras.fxfycxcy.double().numpy()[None] / 100, cameras.w2c.double().numpy()[None]
+    assert rms(disagreement(Views(points, intrinsics, w2c))) < 1e-6
+    moved = adjust(Views(points, intrinsics, w2c), azimuth=np.radians([0, 0, 0, 1.0, 0, 0]))
+    gaps = disagreement(moved)
+    assert rms(gaps) > 5e-4 and int(np.argmax(rms_per_view(gaps, 6))) == 3
+    untouched = [3 not in pair for pair in pairs(6)]
+    assert rms(gaps[:, untouched]) < 1e-6
+
+
+def test_outline_is_the_masks_hull_to_a_fraction_of_a_pixel():
+    y, x = np.mgrid[:64, :64] + 0.5
+    disc = np.clip(20.0 - np.hypot(x - 30.3, y - 33.1) + 0.5, 0, 1)
+    points = outline(disc) * 64
+    assert np.abs(np.hypot(points[:, 0] - 30.3, points[:, 1] - 33.1) - 20.0).max() < 0.25
+    assert outline(np.zeros((8, 8))) is None
+
+
+def test_pairs_without_tangents_are_left_out(samples):
+    measured = [measure_sample(sample, hulls=False) for sample in samples]
+    views = outlines(measured, 6)
+    views.points[0, 2] = np.nan
+    gaps = disagreement(views)
+    assert np.isnan(gaps[0][[2 in pair for pair in pairs(6)]]).all() and np.isfinite(gaps[1:]).all()
+
+
+# ---- whole datasets ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(samples, tmp_path) -> Path:
+    """FaceLift's way: sample folders, no dataset.json, no view names."""
+    for sample in samples[:3]:
+        write_sample(tmp_path / "data" / sample.id, replace(sample, view_names=[None] * 6, extra={}))
+    return tmp_path / "data"
+
+
+def test_folder_without_rig_is_measured_and_described(folder, tmp_path):
+    report = check_dataset(folder, tmp_path / "report", workers=1)
+    assert report["grade"] == "good" and report["rig"] is None
+    assert [round(view["azimuth_deg"]) for view in report["measured_rig"]["views"]] == [0, 60, 120, 180, 240, 300]
+    page = (tmp_path / "report" / "quality_report.html").read_text()
+    assert page.count("<img") == 3 and "<svg" in page and "http" not in page.replace("http://www.w3.org", "")
+    assert json.loads((tmp_path / "report" / "quality_report.json").read_text()) == json.loads(json.dumps(report))
+    assert 0.7 < report["silhouette_iou_mean"] < 1.0 and str(tmp_path) not in page
+
+
+def test_workers_do_not_change_the_figures(folder):
+    folders = find_samples(folder).folders
+    one, broken = measure_folders(folders, num_views=6, workers=1)
+    two, _ = measure_folders(folders, num_views=6, workers=2)
+    assert not broken and [a.views for a in one] == [b.views for b in two]
+
+
+def test_lists_of_facelifts_style_are_followed_and_noted(folder, tmp_path):
+    names = sorted(path.name for path in folder.iterdir())
+    listed = folder.parent / "facelift.txt"
+    listed.write_text("".join(f"{folder / name}/opencv_cameras.json\n" for name in names))
+    found = find_samples(listed)
+    assert [path.name for path in found.folders] == names and found.notes == ["absolute_paths", "camera_files"]
+    report = check_dataset(listed, tmp_path / "report", num_samples=2, workers=1)
+    assert report["grade"] == "usable" and report["num_samples"] == 2 and report["findings"][0]["code"] == "list_style"
+    listed.write_text("/nowhere/sample_000000\n")
+    with pytest.raises(ValueError, match="facelift.txt names 1 of 1 sample folders that are not there"):
+        find_samples(listed)
+    write_split(folder / "data_mouse_train.txt", [folder / names[0]])
+    assert find_samples(folder / "data_mouse_train.txt").notes == []
+
+
+def test_unreadable_samples_are_reported_by_name(folder, tmp_path):
+    broken = sorted(path for path in folder.iterdir())[1]
+    (broken / "images" / "cam_002.png").write_bytes(b"not a picture")
+    report = check_dataset(folder, tmp_path / "report", workers=1)
+    assert report["grade"] == "poor" and report["findings"][0]["code"] == "unreadable"
+    assert list(report["unreadable"]) == [broken.name] and "cam_002.png" in report["unreadable"][broken.name]
+    for path in folder.glob("*/opencv_cameras.json"):
+        path.write_text("{")
+    with pytest.raises(ValueError, match="none of the 3 samples"):
+        check_dataset(folder, tmp_path / "report", workers=1)
+
+
+def test_stated_rig_is_compared_with_the_cameras(folder, tmp_path):
+    write_dataset_info(folder, load_rig("facelift6"))
+    codes = {finding["code"] for finding in check_dataset(folder, tmp_path / "one", workers=1)["findings"]}
+    assert "directions" in codes
+    assert check_dataset(folder, tmp_path / "two", rig="mouse6", workers=1)["grade"] == "good"
+
+
+def test_data_that_is_none_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="holds no sample folder"):
+        find_samples(tmp_path)
+    with pytest.raises(ValueError, match="does not exist"):
+        find_samples(tmp_path / "absent")
+
+
+def test_command_line_prints_the_grade_and_fails_below(folder, tmp_path):
+    script = [sys.executable, str(ROOT / "scripts" / "check_dataset.py"), "--data", str(folder), "--workers", "1"]
+    done = subprocess.run([*script, "--output_dir", str(tmp_path / "r")], capture_output=True, text=True)
+    assert done.returncode == 0 and "quality: good" in done.stdout, done.stderr
+    for path in folder.glob("*/images/cam_001.png"):
+        shutil.copy(path.with_name("cam_004.png"), path)
+    done = subprocess.run(
+        [*script, "--output_dir", str(tmp_path / "r"), "--fail_below", "good"], capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "quality: poor" in done.stdout and "Traceback" not in done.stderr
