@@ -18,6 +18,9 @@ from multiview.run import main_guard
 # Written out, so that --help needs no heavy import; a test compares them with the package.
 COATS = ("black", "agouti", "brown", "grey", "white", "piebald")
 POSES = ("walk", "stand", "crouch", "turn", "rear", "groom", "sniff", "rest")
+CALIBRATION_FORMATS = (
+    "mammal", "dannce", "anipose", "transforms", "colmap_text", "colmap_binary", "opencv", "blender"
+)  # fmt: skip
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -53,6 +56,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--uneven_light", action="store_true",
         help="in the recording: uneven gain, vignetting, an exposure per camera, a textured wall behind the animal",
     )  # fmt: skip
+    parser.add_argument(
+        "--calibration_formats", type=calibration_formats, default=(), metavar="A,B,...",
+        help="of the recording: mammal, dannce, anipose, transforms, colmap (or colmap_text), opencv, blender; the "
+        "first lies in the folder, the others in calibrations/; left out: mammal, or dannce with real lens distortion",
+    )  # fmt: skip
     parser.add_argument("--video_width", type=int, default=1152, help="pixels, of the recording's videos")
     parser.add_argument("--fps", type=float, default=25.0, help="frames per second of the recording")
     parsed = parser.parse_args(arguments)
@@ -77,6 +85,16 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     if parsed.body_model is not None and parsed.pose is not None:
         parser.error("--pose names procedural poses; with --body_model poses come from --body_model_poses")
     return parsed
+
+
+def calibration_formats(text: str) -> tuple[str, ...]:
+    """Formats of `multiview.recording.calibration.FORMATS`, parted by commas; colmap is the binary one."""
+    names = tuple("colmap_binary" if name == "colmap" else name for name in text.split(","))
+    unknown = [name for name in names if name not in CALIBRATION_FORMATS]
+    if unknown or len(set(names)) != len(names):
+        known = ", ".join(CALIBRATION_FORMATS)
+        raise argparse.ArgumentTypeError(f"different ones of {known}, parted by commas, are expected, got {text!r}")
+    return names
 
 
 def make_renderer(device: str = "cpu"):
@@ -160,7 +178,8 @@ def write_raw_recording(options: argparse.Namespace) -> None:
     clouds = tqdm(clouds, total=options.num_samples, desc="frames", unit="frame", disable=None)
     write_recording(
         options.output_dir, calibration, (stand_in_arena(cloud, arena) for cloud in clouds),
-        make_renderer(options.device), conditions=conditions, frames_per_second=options.fps,
+        make_renderer(options.device), calibration_formats=options.calibration_formats, conditions=conditions,
+        frames_per_second=options.fps,
     )  # fmt: skip
     print(f"{options.output_dir}: {options.num_samples} frames from {len(calibration)} cameras; import it with")
     print(

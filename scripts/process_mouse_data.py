@@ -2,8 +2,9 @@
 
 Looked for: video_dir/0.mp4 ... (or Camera1/0.mp4 ..., DANNCE; or folders of pictures, 0/ ... or Camera1/ ...);
 meta_dir/simpleclick_undist/ or masks/ with mask videos of the same names; in meta_dir one of new_cam.pkl (MAMMAL),
-label3d_dannce.mat (DANNCE), transforms.json (NeRF, OpenGL axes), opencv_cameras.json. Video k belongs to camera k;
-which view that is follows from where the camera stands.
+label3d_dannce.mat (DANNCE), calibration.toml (Anipose), transforms.json (NeRF, instant-ngp, Blender's exporters),
+blender_cameras.json, opencv_cameras.json, or a COLMAP model (its folder, or colmap/ or sparse/0/ there). Video k
+belongs to camera k; which view that is follows from where the camera stands.
 
 Framing says how large the animal stands in the pictures and what the cameras written beside them say:
   facelift  the body fills half the picture, cameras say distance 2.7 and a 50-degree lens, which is what the released
@@ -36,9 +37,9 @@ class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsH
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
-    parser.add_argument("--video_dir", required=True, type=Path, help="folder of the videos")
-    parser.add_argument("--meta_dir", required=True, type=Path, help="folder of the calibration and the mask videos")
-    parser.add_argument("--output_dir", required=True, type=Path, help="dataset folder, new or to be continued")
+    parser.add_argument("--video_dir", type=Path, help="folder of the videos (required)")
+    parser.add_argument("--meta_dir", type=Path, help="folder of the calibration and the mask videos (required)")
+    parser.add_argument("--output_dir", type=Path, help="dataset folder, new or to be continued (required)")
     parser.add_argument("--num_samples", type=int, default=2000, help="frames, evenly spaced over the recording")
     parser.add_argument("--image_size", type=int, default=512, help="pixels, square pictures")
     parser.add_argument("--rig", default="mouse6", help="whose view names to use: a rig, its file, or 'calibrated'")
@@ -89,7 +90,21 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--workers", type=int, default=2, help="processes, at most one per camera; the result does not depend on it"
     )
+    look = parser.add_argument_group("a look at the calibration (--calibration or --meta_dir) instead of an import")
+    look.add_argument("--check", action="store_true", help="draw and tabulate the calibration, reproject points, stop")
+    look.add_argument(
+        "--check_points", type=Path, default=None,
+        help="3D points: .npy [n, 3]; .npz, .json with points_3d (points_2d); label3d_dannce.mat (which finds its own)",
+    )  # fmt: skip
+    look.add_argument("--check_output", type=Path, default=Path("calibration_check.png"), help="the picture")
     parsed = parser.parse_args(arguments)
+    if parsed.check and parsed.calibration is None and parsed.meta_dir is None:
+        parser.error("--check needs --calibration or --meta_dir")
+    if parsed.check and parsed.up in ("floor", "rig"):
+        parser.error(f"--check needs an axis for --up, got {parsed.up}")
+    missing = [f"--{name}" for name in ("video_dir", "meta_dir", "output_dir") if getattr(parsed, name) is None]
+    if missing and not parsed.check:
+        parser.error(f"the following arguments are required: {', '.join(missing)}")
     least_values = {"num_samples": 1, "image_size": 16, "workers": 1, "smooth_frames": 0, "split_seed": 0}
     for name, least in least_values.items():
         if getattr(parsed, name) < least:
@@ -108,8 +123,21 @@ def shard(text: str) -> tuple[int, int]:
     return int(index), int(count)
 
 
+def look_at_calibration(options: argparse.Namespace) -> None:
+    from multiview.recording.calibration import find_calibration
+    from multiview.recording.check import check_calibration
+
+    path = options.calibration or find_calibration(options.meta_dir)
+    video_dir = options.video_dir
+    check_calibration(path, options.check_points, options.check_output, up=options.up, video_dir=video_dir, say=print)
+
+
 def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
+    if options.check:
+        return look_at_calibration(options)
+    for name in ("check", "check_points", "check_output"):
+        delattr(options, name)
     from multiview.recording.process import process_recording
     from multiview.recording.settings import ImportSettings
 

@@ -11,7 +11,8 @@ import numpy as np
 
 from multiview.recording.calibration import Calibration, read_calibration, read_dannce_labels
 from multiview.recording.calibration.checks import READINGS, field_of_view, layout
-from multiview.recording.calibration.model import distort, valid_radius
+from multiview.recording.calibration.model import UP_ROTATIONS, distort, valid_radius
+from multiview.recording.video import find_videos
 
 GOOD_PX = 2.0  # reprojection of clicked labels with a sound calibration
 EXPLAINED = 0.2  # another reading must leave at most this share of the error to be named
@@ -19,7 +20,7 @@ EXPLAINED = 0.2  # another reading must leave at most this share of the error to
 
 @dataclass(frozen=True)
 class Points:
-    """xyz: [n, 3] in the calibration's world. pixels: [v, n, 2], outer-corner origin, nan where unseen; or None."""
+    """xyz: [n, 3] in the world of the calibration file. pixels: [v, n, 2] or None, outer-corner origin, nan unseen."""
 
     xyz: np.ndarray
     pixels: np.ndarray | None
@@ -32,23 +33,27 @@ def check_calibration(
     output: Path | str | None = None,
     *,
     up: str = "z",
-    sizes: list[tuple[int, int]] | None = None,
+    video_dir: Path | str | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict:
     """Reads a calibration, draws it into the PNG `output`, reprojects points; returns the numbers that it says.
 
-    points: a file for `read_points`; left out, a label3d_dannce.mat's own labels where it has some. sizes: (width,
-    height) of the videos, for formats that do not say. A calibration that is wrong is drawn as far as it can be, and
-    the ValueError of `Calibration.validate` follows.
+    points: a file for `read_points`, in the file's world; left out, a label3d_dannce.mat's own labels where it has
+    some. video_dir: whose pictures' sizes are taken, for formats that do not say. A calibration that is wrong is drawn
+    as far as it can be, and the ValueError of `Calibration.validate` follows.
     """
     calibration = read_calibration(path, up=up, validate=False)
     problem: ValueError | None = None
     try:
         calibration.validate()
-        calibration = calibration if sizes is None else calibration.with_sizes(sizes)
+        if video_dir is not None:
+            videos = find_videos(Path(video_dir), len(calibration), "--video_dir")
+            calibration = calibration.with_sizes([video.size for video in videos])
     except ValueError as error:
         problem = error
-    found = _own_labels(path, up) if points is None else read_points(points, len(calibration))
+    found = _own_labels(path) if points is None else read_points(points, len(calibration))
+    if found is not None:
+        found = replace(found, xyz=found.xyz @ np.array(UP_ROTATIONS[up], dtype=np.float64).T)
     report = {"calibration": str(path), **describe(calibration)}
     for line in table(report):
         say(line)
@@ -208,16 +213,10 @@ def _numbers(values, what: str) -> np.ndarray:
         raise ValueError(f"{what} must be a full array of numbers: {error}") from error
 
 
-def _own_labels(path: Path | str, up: str) -> Points | None:
-    """A label file's own labels; they are in the file's world, so not where another axis was turned up."""
-    if Path(path).suffix != ".mat" or up != "z":
+def _own_labels(path: Path | str) -> Points | None:
+    if Path(path).suffix != ".mat" or read_dannce_labels(path) is None:
         return None
-    labels = read_dannce_labels(path)
-    return (
-        None
-        if labels is None
-        else Points(labels[0].reshape(-1, 3), labels[1].reshape(len(labels[1]), -1, 2), str(path))
-    )
+    return read_points(path, len(read_dannce_labels(path)[1]))
 
 
 def reproject(calibration: Calibration, points: Points) -> dict:

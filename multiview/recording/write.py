@@ -86,6 +86,8 @@ def write_recording(
     formats = calibration_formats or (("dannce",) if np.any(calibration.distortion) else ("mammal",))
     film, truth = Film(calibration, render, conditions), Truth(conditions.seed)
     with atomic_folder(folder) as temporary:
+        for index, name in enumerate(formats):
+            write_calibration(temporary / CALIBRATION_FOLDER / name if index else temporary, calibration, name)
         for name in (VIDEO_FOLDER, MASK_FOLDER):
             (temporary / name).mkdir()
         paths = [temporary / name / f"{k}.mp4" for name in (VIDEO_FOLDER, MASK_FOLDER) for k in range(len(calibration))]
@@ -97,8 +99,6 @@ def write_recording(
             truth.add(cloud)
         for writer in writers:
             writer.close()
-        for index, name in enumerate(formats):
-            write_calibration(temporary / CALIBRATION_FOLDER / name if index else temporary, calibration, name)
         truth.write(temporary, unit="mm")
 
 

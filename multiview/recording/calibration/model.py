@@ -110,7 +110,7 @@ class Calibration:
         if not skew and np.any(self.K[:, 0, 1]):
             lacks.append("cannot hold skew")
         if lacks:
-            raise ValueError(f"{target}: the format {' and '.join(lacks)}; choose one that can, e.g. anipose")
+            raise ValueError(f"{Path(target).name}: this format {' and '.join(lacks)}; choose one that can (anipose)")
 
     def close_to(self, other: Calibration, tolerance: float = 1e-9) -> bool:
         """Whether both describe the same cameras, relative to the size of the numbers."""
