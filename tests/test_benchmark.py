@@ -97,10 +97,10 @@ def test_cases_count_the_tokens_the_network_sees_and_travel_as_json():
         NetworkCase(TINY, passes="sideways")
 
 
-def test_runs_take_turns_and_ratios_are_of_neighbours():
+def test_runs_take_turns_each_after_one_of_its_own_and_ratios_are_of_neighbours():
     order = []
     timings = time_in_turn([lambda: order.append("a"), lambda: order.append("b")], CPU, 3)
-    assert "".join(order) == "ab" * 4 and [len(t.seconds) for t in timings] == [3, 3]
+    assert "".join(order) == "aabb" * 3 and [len(t.seconds) for t in timings] == [3, 3]
     assert all(len(t.cpu_seconds) == 3 and t.to_dict()["median_cpu_ms"] >= 0 for t in timings)
     # The middle round was disturbed: both took ten times as long, the ratio is unmoved.
     assert ratio(Timing((2.0, 20.0, 2.0)), Timing((1.0, 10.0, 1.0))) == 2.0
