@@ -1,0 +1,369 @@
+"""Calibration files: every format both ways, and what each means. Bad ones: tests/test_calibration_checks.py."""
+
+import json
+import pickle
+import struct
+from dataclasses import replace
+
+import cv2
+import numpy as np
+import pytest
+
+from multiview.recording.calibration import (
+    FORMATS,
+    Calibration,
+    find_calibration,
+    load_numpy_pickle,
+    read_calibration,
+    read_dannce_labels,
+    write_calibration,
+)
+from multiview.recording.calibration.model import distort, undistort, valid_radius
+from multiview.recording.write import load_real_rig
+
+HOLDS = {  # format -> can it hold lens distortion, skew
+    "mammal": (False, True), "dannce": (True, True), "anipose": (True, True), "transforms": (True, False),
+    "colmap_text": (True, False), "colmap_binary": (True, False), "opencv": (False, False), "blender": (False, False),
+}  # fmt: skip
+RATIONAL = np.array([-0.16, 0.9, -0.001, -0.004, -2.7, 0.05, 0.02, -0.3])
+
+
+@pytest.fixture(scope="module")
+def real() -> Calibration:
+    return load_real_rig()[0]
+
+
+@pytest.fixture(scope="module")
+def lens() -> Calibration:
+    """The same cameras as filmed: skew and lens distortion."""
+    return load_real_rig(lens="real")[0]
+
+
+@pytest.fixture(scope="module")
+def arena() -> dict:
+    return load_real_rig()[1]
+
+
+@pytest.fixture(scope="module")
+def points(arena) -> np.ndarray:
+    return np.array(arena["centre"]) + np.random.default_rng(0).uniform(-50, 50, (40, 3))
+
+
+def without_skew(calibration):
+    K = calibration.K.copy()
+    K[:, 0, 1] = 0.0
+    return replace(calibration, K=K)
+
+
+def opencv_projection(calibration, index, xyz):
+    """OpenCV's own projection (no skew), its pixels moved to the outer-corner origin."""
+    K = calibration.K[index].copy()
+    K[:2, 2] -= 0.5
+    rotation, _ = cv2.Rodrigues(calibration.w2c[index, :3, :3])
+    seen, _ = cv2.projectPoints(xyz, rotation, calibration.w2c[index, :3, 3], K, calibration.distortion[index])
+    return seen[:, 0] + 0.5
+
+
+# ---- every format, both ways ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_is_written_is_read_back(tmp_path, real, lens, name):
+    distorted, skewed = HOLDS[name]
+    for calibration in [real, *([lens if skewed else without_skew(lens)] if distorted else [])]:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        path = write_calibration(folder, calibration, name)
+        assert find_calibration(folder) == path
+        read = read_calibration(path)
+        assert read.close_to(calibration, 1e-9)
+        assert read.sizes in (calibration.sizes, (None,) * 6) and read.unit in (None, "mm")
+    assert set(HOLDS) == set(FORMATS)
+
+
+@pytest.mark.parametrize("name", ["anipose", "colmap_text", "colmap_binary"])
+def test_the_rational_lens_model_survives(tmp_path, lens, name):
+    calibration = replace(without_skew(lens), distortion=np.tile(RATIONAL, (6, 1)))
+    assert read_calibration(write_calibration(tmp_path, calibration, name)).close_to(calibration, 1e-9)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_a_format_cannot_hold_is_refused(tmp_path, real, lens, name):
+    distorted, skewed = HOLDS[name]
+    if not distorted:
+        with pytest.raises(ValueError, match="cannot hold lens distortion"):
+            write_calibration(tmp_path, without_skew(lens), name)
+    if not skewed:
+        with pytest.raises(ValueError, match="cannot hold skew"):
+            write_calibration(tmp_path, replace(lens, distortion=real.distortion), name)
+    if name in ("dannce", "transforms"):
+        with pytest.raises(ValueError, match="k4, k5, k6"):
+            write_calibration(tmp_path, replace(without_skew(lens), distortion=np.tile(RATIONAL, (6, 1))), name)
+
+
+def test_projection_and_lens_are_opencvs(lens, points):
+    for distortion in (lens.distortion, np.tile(RATIONAL, (6, 1))):
+        calibration = replace(without_skew(lens), distortion=distortion)
+        projected = calibration.project(points)
+        for index in range(6):
+            np.testing.assert_allclose(projected[index], opencv_projection(calibration, index, points), atol=1e-7)
+            expected = points - calibration.centres[index]
+            expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+            np.testing.assert_allclose(calibration.rays(index, projected[index]), expected, atol=1e-10)
+
+
+def test_a_strong_lens_is_undone_or_refused():
+    barrel = np.array([-0.4, 0.0, 0.0, 0.0, 0.0])  # folds back at 1 / sqrt(1.2)
+    assert valid_radius(barrel) == pytest.approx(0.9129, abs=2e-3)
+    inside = np.stack(np.meshgrid(np.linspace(-0.6, 0.6, 9), np.linspace(-0.6, 0.6, 9)), -1)
+    np.testing.assert_allclose(undistort(distort(inside, barrel), barrel), inside, atol=1e-10)
+    assert undistort(np.array([[0.9, 0.0]]), barrel) is None  # the lens model reaches 0.61 at most
+
+
+# ---- single formats --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+@pytest.mark.parametrize("layout", ["list", "dict", "string keys"])
+def test_mammal_pickle_is_read_with_half_a_pixel_added(tmp_path, real, protocol, layout):
+    entries = []
+    for K, w2c in zip(real.K, real.w2c):
+        K = K.copy()
+        K[:2, 2] -= 0.5  # as OpenCV counts
+        entries.append({"K": K, "R": w2c[:3, :3], "T": w2c[:3, 3:], "mapx": np.zeros((1024, 1152), np.float32)})
+    numbered = {
+        "list": entries,
+        "dict": dict(enumerate(entries)),
+        "string keys": {str(k): e for k, e in enumerate(entries)},
+    }
+    (tmp_path / "new_cam.pkl").write_bytes(pickle.dumps(numbered[layout], protocol=protocol))
+    read = read_calibration(find_calibration(tmp_path))
+    np.testing.assert_allclose(read.K, real.K, atol=1e-9)
+    np.testing.assert_allclose(read.w2c, real.w2c, atol=1e-9)
+    assert read.sizes[0] == (1152, 1024)
+
+
+def test_pickle_that_runs_code_is_refused_and_not_run(tmp_path):
+    marker = tmp_path / "was_run"
+
+    class Attack:
+        def __reduce__(self):
+            return (exec, (f"open({str(marker)!r}, 'w').close()",))
+
+    path = tmp_path / "new_cam.pkl"
+    path.write_bytes(pickle.dumps([{"K": Attack()}]))
+    with pytest.raises(ValueError, match="builtins.exec"):
+        load_numpy_pickle(path)
+    assert not marker.exists()
+    path.write_bytes(b"cos\nsystem\n(S'touch " + str(marker).encode() + b"'\ntR.")
+    with pytest.raises(ValueError, match="os.system"):
+        load_numpy_pickle(path)
+    assert not marker.exists()
+
+
+def test_dannce_mat_is_transposed(tmp_path, lens, points):
+    from scipy.io import savemat
+
+    cells = np.empty((6, 1), dtype=object)
+    for index in range(6):
+        K = lens.K[index].copy()
+        K[:2, 2] -= 0.5
+        k1, k2, p1, p2, k3 = lens.distortion[index]
+        cells[index, 0] = {
+            "K": K.T, "r": lens.w2c[index, :3, :3].T, "t": lens.w2c[index, :3, 3][None],
+            "RDistort": np.array([[k1, k2, k3]]), "TDistort": np.array([[p1, p2]]),
+        }  # fmt: skip
+    path = tmp_path / "label3d_dannce.mat"
+    savemat(path, {"params": cells})
+    read = read_calibration(path)
+    assert read.close_to(lens) and read.unit == "mm" and read_dannce_labels(path) is None
+    cells[3, 0] = {key: value for key, value in cells[3, 0].items() if key != "RDistort"}
+    savemat(path, {"params": cells})
+    with pytest.raises(ValueError, match=r"label3d_dannce.mat: params\{4\} lacks RDistort"):
+        read_calibration(path)
+
+
+def test_transforms_json_has_opengl_axes_turned(tmp_path, real):
+    frames = []
+    for K, w2c in zip(real.K, real.w2c):
+        c2w = np.linalg.inv(w2c) @ np.diag([1.0, -1.0, -1.0, 1.0])
+        frames.append(
+            {"transform_matrix": c2w.tolist(), "fl_x": K[0, 0], "fl_y": K[1, 1], "cx": K[0, 2], "cy": K[1, 2]}
+        )
+    (tmp_path / "transforms.json").write_text(json.dumps({"w": 1152, "h": 1024, "frames": frames}))
+    read = read_calibration(find_calibration(tmp_path))
+    np.testing.assert_allclose(read.w2c, real.w2c, atol=1e-6)
+    np.testing.assert_allclose(read.K, real.K, atol=1e-9)
+
+
+def test_anipose_toml_is_opencvs(tmp_path, lens, points):
+    """A file as aniposelib writes it; the cameras stand in the order of their numbers, not of their letters."""
+    tables = []
+    for place, index in enumerate([0, 1, 2, 3, 4, 5]):
+        K = lens.K[index].copy()
+        K[:2, 2] -= 0.5
+        K[0, 1] = 0.0
+        rotation, _ = cv2.Rodrigues(lens.w2c[index, :3, :3])
+        tables.append(
+            f'[cam_{8 + place}]\nname = "{"ABCDEF"[index]}"\nsize = [ 1152, 1024,]\nmatrix = {K.tolist()}\n'
+            f"distortions = {lens.distortion[index].tolist()}\nrotation = {rotation.ravel().tolist()}\n"
+            f"translation = {lens.w2c[index, :3, 3].tolist()}\n"
+        )
+    path = tmp_path / "calibration.toml"
+    path.write_text("\n".join([*reversed(tables), "[metadata]\nadjusted = false\nerror = 0.3\n"]))
+    read = read_calibration(path)
+    assert read.names == tuple("ABCDEF") and read.sizes == ((1152, 1024),) * 6 and read.unit is None
+    for index in range(6):
+        np.testing.assert_allclose(
+            read.project(points)[index], opencv_projection(without_skew(lens), index, points), atol=1e-6
+        )
+    path.write_text("[metadata]\nerror = 0.3\n")
+    with pytest.raises(ValueError, match="calibration.toml has no cameras"):
+        read_calibration(path)
+    path.write_text(tables[0].replace("[cam_8]", "[cam_8]\nfisheye = true") + tables[1])
+    with pytest.raises(ValueError, match=r"\[cam_8\]: fisheye"):
+        read_calibration(path)
+
+
+def nerf_frames(calibration, **keys):
+    c2w = np.linalg.inv(calibration.w2c) @ np.diag([1.0, -1.0, -1.0, 1.0])
+    return [{**{k: v[i] for k, v in keys.items()}, "transform_matrix": m.tolist()} for i, m in enumerate(c2w)]
+
+
+def test_blenders_nerf_export_takes_its_size_from_the_videos_or_the_pictures(tmp_path, real):
+    angle, path = 0.6911, tmp_path / "transforms.json"
+    frames = nerf_frames(real, file_path=[f"./train/r_{k}" for k in range(6)])
+    path.write_text(json.dumps({"camera_angle_x": angle, "frames": frames}))
+    read = read_calibration(path)
+    with pytest.raises(ValueError, match="picture sizes"):
+        read.project(np.zeros((1, 3)))
+    sized = read.with_sizes([(640, 480)] * 6)
+    assert sized.K[2] == pytest.approx(
+        np.array([[320 / np.tan(angle / 2), 0, 320], [0, 320 / np.tan(angle / 2), 240], [0, 0, 1]])
+    )
+    (tmp_path / "train").mkdir()
+    for k in range(6):
+        cv2.imwrite(str(tmp_path / "train" / f"r_{k}.png"), np.zeros((480, 640, 3), np.uint8))
+    assert read_calibration(path).sizes == ((640, 480),) * 6
+    np.testing.assert_allclose(read_calibration(path).K, sized.K)
+
+
+def test_frames_of_one_static_camera_are_one_camera_in_the_order_of_their_numbers(tmp_path, real):
+    frames = nerf_frames(real, file_path=[f"cam{k}/0.png" for k in range(6)])
+    later = [{**frame, "file_path": frame["file_path"].replace("0.png", "1.png")} for frame in frames]
+    mixed = [frame for index in (5, 3, 0, 1, 4, 2) for frame in (frames[index], later[index])]
+    for frame in mixed:
+        k = int(frame["file_path"][3])
+        frame |= {"fl_x": real.K[k, 0, 0], "fl_y": real.K[k, 1, 1], "cx": real.K[k, 0, 2], "cy": real.K[k, 1, 2]}
+    path = tmp_path / "transforms.json"
+    path.write_text(json.dumps({"w": 1152, "h": 1024, "camera_model": "OPENCV", "frames": mixed}))
+    assert read_calibration(path).close_to(real)
+    path.write_text(json.dumps({"w": 1152, "h": 1024, "camera_model": "OPENCV_FISHEYE", "frames": mixed}))
+    with pytest.raises(ValueError, match="frame 0: camera model OPENCV_FISHEYE"):
+        read_calibration(path)
+
+
+def colmap_text(folder, calibration, cameras, *, order=range(6), camera_of=lambda k: k + 1):
+    """images.txt as COLMAP writes it: comments, any order, a line of points after each image, sometimes empty."""
+    from scipy.spatial.transform import Rotation
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = ["# Image list with two lines of data per image:", "# Number of images: 6"]
+    for k in order:
+        x, y, z, w = Rotation.from_matrix(calibration.w2c[k, :3, :3]).as_quat()
+        pose = " ".join(map(repr, map(float, (w, x, y, z, *calibration.w2c[k, :3, 3]))))
+        lines += [f"{k + 7} {pose} {camera_of(k)} cam{k + 8}.png", "" if k % 2 else "12.5 3.25 -1 700.0 20.5 33"]
+    (folder / "images.txt").write_text("\n".join(lines) + "\n")
+    (folder / "cameras.txt").write_text("# Camera list\n" + "\n".join(cameras) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "model, values, focal, lens_values",
+    [
+        ("SIMPLE_PINHOLE", [1600, 570, 500], (1600, 1600), []),
+        ("PINHOLE", [1600, 1610, 570, 500], (1600, 1610), []),
+        ("SIMPLE_RADIAL", [1600, 570, 500, -0.1], (1600, 1600), [-0.1]),
+        ("RADIAL", [1600, 570, 500, -0.1, 0.2], (1600, 1600), [-0.1, 0.2]),
+        ("OPENCV", [1600, 1610, 570, 500, -0.1, 0.2, 1e-3, 2e-3], (1600, 1610), [-0.1, 0.2, 1e-3, 2e-3]),
+        ("FULL_OPENCV", [1600, 1610, 570, 500, *RATIONAL.tolist()], (1600, 1610), RATIONAL.tolist()),
+    ],
+)
+def test_colmap_models_and_order(tmp_path, real, model, values, focal, lens_values):
+    one = f"3 {model} 1152 1024 {' '.join(map(str, values))}"
+    folder = colmap_text(tmp_path / "sparse" / "0", real, [one], order=(4, 2, 0, 1, 3, 5), camera_of=lambda k: 3)
+    read = read_calibration(find_calibration(tmp_path))
+    assert find_calibration(tmp_path) == folder and read.names[0] == "cam8.png" and read.names[2] == "cam10.png"
+    np.testing.assert_allclose(read.w2c, real.w2c, atol=1e-9)
+    np.testing.assert_allclose(read.K[4], [[focal[0], 0, 570], [0, focal[1], 500], [0, 0, 1]])  # 0.5, 0.5: first pixel
+    assert read.distortion[1].tolist()[: len(lens_values)] == lens_values
+    assert not read.distortion[1][len(lens_values) :].any()
+
+
+def test_colmap_files_that_are_wrong_are_named(tmp_path, real):
+    folder = colmap_text(tmp_path / "a", real, ["1 FOV 1152 1024 1600 1600 570 500 0.9"])
+    with pytest.raises(ValueError, match=r"cameras.txt: line 2: COLMAP camera model FOV is not supported"):
+        read_calibration(folder)
+    folder = colmap_text(tmp_path / "a", real, ["1 SIMPLE_PINHOLE 1152 1024 1600 570 500"])
+    with pytest.raises(ValueError, match=r"images.txt: image cam9.png uses camera 2, which cameras.txt lacks"):
+        read_calibration(folder)
+    (folder / "images.txt").unlink()
+    with pytest.raises(ValueError, match="lacks images.txt"):
+        read_calibration(folder)
+    binary = write_calibration(tmp_path / "b", real, "colmap_binary")
+    for name in ("cameras.bin", "images.bin"):
+        whole = (binary / name).read_bytes()
+        for size in range(0, len(whole), 37):
+            (binary / name).write_bytes(whole[:size])
+            with pytest.raises(ValueError, match=f"{name} is truncated"):
+                read_calibration(binary)
+        (binary / name).write_bytes(whole + b"\0")
+        with pytest.raises(ValueError, match=f"{name} has 1 bytes too many"):
+            read_calibration(binary)
+        (binary / name).write_bytes(whole)
+    cameras = bytearray((binary / "cameras.bin").read_bytes())
+    struct.pack_into("<i", cameras, 12, 5)
+    (binary / "cameras.bin").write_bytes(cameras)
+    with pytest.raises(ValueError, match="cameras.bin: camera 1: COLMAP camera model OPENCV_FISHEYE"):
+        read_calibration(binary)
+
+
+def test_colmap_text_and_binary_side_by_side_must_agree(tmp_path, real):
+    write_calibration(tmp_path, real, "colmap_text")
+    path = write_calibration(
+        tmp_path, replace(real, K=real.K * [[1.01, 1, 1], [1, 1.01, 1], [1, 1, 1]]), "colmap_binary"
+    )
+    with pytest.raises(ValueError, match="differ"):
+        read_calibration(path)
+    assert read_calibration(path / "images.txt").close_to(real)
+    write_calibration(tmp_path, real, "colmap_binary")
+    assert read_calibration(path).close_to(real)
+
+
+@pytest.mark.parametrize(
+    "width, height, fit, fx, cx, cy",
+    [
+        (1920, 1080, "AUTO", 50 / 36 * 1920, 960, 540),
+        (1080, 1920, "AUTO", 50 / 36 * 1920, 540, 960),
+        (1080, 1920, "HORIZONTAL", 50 / 36 * 1080, 540, 960),
+        (1920, 1080, "VERTICAL", 50 / 24 * 1080, 960, 540),
+    ],
+)
+def test_blender_cameras_fit_the_side_that_blender_fits(tmp_path, real, width, height, fit, fx, cx, cy):
+    c2w = np.linalg.inv(real.w2c) @ np.diag([1.0, -1.0, -1.0, 1.0])
+    c2w[2, :3, :3] *= 3.0  # an object's scale does not move its camera
+    cameras = [
+        {"name": f"Camera.{k}", "matrix_world": m.tolist(), "lens": 50.0, "sensor_fit": fit} for k, m in enumerate(c2w)
+    ]
+    cameras[1] |= {"shift_x": 0.1, "shift_y": -0.05}
+    render = {"resolution_x": 2 * width, "resolution_y": 2 * height, "resolution_percentage": 50}
+    path = tmp_path / "blender_cameras.json"
+    path.write_text(json.dumps({"render": render, "cameras": cameras}))
+    read = read_calibration(path)
+    np.testing.assert_allclose(read.w2c, real.w2c, atol=1e-9)
+    assert read.K[0] == pytest.approx(np.array([[fx, 0, cx], [0, fx, cy], [0, 0, 1]]))
+    span = fx / 50 * (24 if fit == "VERTICAL" else 36)
+    assert read.K[1, :2, 2] == pytest.approx([cx - 0.1 * span, cy - 0.05 * span])
+    cameras[0]["type"] = "ORTHO"
+    path.write_text(json.dumps({"render": render, "cameras": cameras}))
+    with pytest.raises(ValueError, match="camera 0: only perspective"):
+        read_calibration(path)
