@@ -1,8 +1,6 @@
-"""Parts of the import of recordings: calibrations, videos, masks, geometry, warp. The whole is in the round trip."""
+"""Parts of the import of recordings: videos, masks, geometry, warp. The whole is in the round trip."""
 
-import json
 import math
-import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -10,13 +8,7 @@ import pytest
 import torch
 
 from multiview.cameras import Cameras
-from multiview.recording.calibration import (
-    Calibration,
-    find_calibration,
-    load_numpy_pickle,
-    read_calibration,
-    write_mammal_pickle,
-)
+from multiview.recording.calibration import Calibration
 from multiview.recording.centre import triangulate
 from multiview.recording.geometry import (
     assign_views,
@@ -51,151 +43,7 @@ def plan_for(calibration, centre, **options):
     return make_plan(calibration, np.atleast_2d(centre), **{**defaults, **options})
 
 
-# ---- calibration files ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("protocol", [2, 4, 5])
-@pytest.mark.parametrize("layout", ["list", "dict", "string keys"])
-def test_mammal_pickle_is_read_with_half_a_pixel_added(tmp_path, real, protocol, layout):
-    entries = []
-    for K, w2c in zip(real.K, real.w2c):
-        K = K.copy()
-        K[:2, 2] -= 0.5  # as OpenCV counts
-        entries.append({"K": K, "R": w2c[:3, :3], "T": w2c[:3, 3:], "mapx": np.zeros((1024, 1152), np.float32)})
-    numbered = {
-        "list": entries,
-        "dict": dict(enumerate(entries)),
-        "string keys": {str(k): e for k, e in enumerate(entries)},
-    }
-    (tmp_path / "new_cam.pkl").write_bytes(pickle.dumps(numbered[layout], protocol=protocol))
-    read = read_calibration(find_calibration(tmp_path))
-    np.testing.assert_allclose(read.K, real.K, atol=1e-9)
-    np.testing.assert_allclose(read.w2c, real.w2c, atol=1e-9)
-    assert read.sizes[0] == (1152, 1024)
-
-
-def test_pickle_that_runs_code_is_refused_and_not_run(tmp_path):
-    marker = tmp_path / "was_run"
-
-    class Attack:
-        def __reduce__(self):
-            return (exec, (f"open({str(marker)!r}, 'w').close()",))
-
-    path = tmp_path / "new_cam.pkl"
-    path.write_bytes(pickle.dumps([{"K": Attack()}]))
-    with pytest.raises(ValueError, match="builtins.exec"):
-        load_numpy_pickle(path)
-    assert not marker.exists()
-    path.write_bytes(b"cos\nsystem\n(S'touch " + str(marker).encode() + b"'\ntR.")
-    with pytest.raises(ValueError, match="os.system"):
-        load_numpy_pickle(path)
-    assert not marker.exists()
-
-
-def test_dannce_mat_is_transposed_and_distorted_as_opencv_projects(tmp_path, real, arena):
-    import cv2
-    from scipy.io import savemat
-
-    lens = np.array([-0.159, 0.94, -0.0011, -0.0038, -2.71])
-    cells = np.empty((len(real), 1), dtype=object)
-    for index in range(len(real)):
-        K = real.K[index].copy()
-        K[:2, 2] -= 0.5
-        cells[index, 0] = {
-            "K": K.T, "r": real.w2c[index, :3, :3].T, "t": real.w2c[index, :3, 3][None],
-            "RDistort": lens[[0, 1, 4]][None], "TDistort": lens[[2, 3]][None],
-        }  # fmt: skip
-    savemat(tmp_path / "label3d_dannce.mat", {"params": cells})
-    read = read_calibration(find_calibration(tmp_path))
-    points = np.array(arena["centre"]) + np.random.default_rng(0).uniform(-50, 50, (20, 3))
-    for index in range(len(real)):
-        rotation, _ = cv2.Rodrigues(real.w2c[index, :3, :3])
-        K = real.K[index].copy()
-        K[:2, 2] -= 0.5
-        expected, _ = cv2.projectPoints(points, rotation, real.w2c[index, :3, 3], K, lens)
-        np.testing.assert_allclose(read.project(points)[index], expected[:, 0] + 0.5, atol=1e-4)
-    pixels = read.project(points)[0]
-    directions = read.rays(0, pixels)
-    expected = points - read.centres[0]
-    np.testing.assert_allclose(directions, expected / np.linalg.norm(expected, axis=1, keepdims=True), atol=1e-8)
-
-
-def write_json_cameras(path, calibration, *, opengl_axes=False):
-    frames = calibration.cameras().to_frames()
-    if opengl_axes:
-        for frame in frames:
-            frame["w2c"] = (np.diag([1.0, -1.0, -1.0, 1.0]) @ np.array(frame["w2c"])).tolist()
-    path.write_text(json.dumps({"frames": frames}))
-
-
-def test_transforms_json_has_opengl_axes_turned(tmp_path, real):
-    frames = []
-    for K, w2c in zip(real.K, real.w2c):
-        c2w = np.linalg.inv(w2c) @ np.diag([1.0, -1.0, -1.0, 1.0])
-        frames.append(
-            {"transform_matrix": c2w.tolist(), "fl_x": K[0, 0], "fl_y": K[1, 1], "cx": K[0, 2], "cy": K[1, 2]}
-        )
-    (tmp_path / "transforms.json").write_text(json.dumps({"w": 1152, "h": 1024, "frames": frames}))
-    read = read_calibration(find_calibration(tmp_path))
-    np.testing.assert_allclose(read.w2c, real.w2c, atol=1e-6)
-    np.testing.assert_allclose(read.K, real.K, atol=1e-9)
-
-
-def test_opengl_axes_declared_as_opencv_are_detected(tmp_path, real):
-    write_json_cameras(tmp_path / "opencv_cameras.json", real)
-    np.testing.assert_allclose(read_calibration(tmp_path / "opencv_cameras.json").w2c, real.w2c, atol=1e-3)
-    write_json_cameras(tmp_path / "opencv_cameras.json", real, opengl_axes=True)
-    with pytest.raises(ValueError, match="OpenGL"):
-        read_calibration(tmp_path / "opencv_cameras.json")
-
-
-def spoil(calibration, what):
-    K, w2c = calibration.K.copy(), calibration.w2c.copy()
-    if what == "nan":
-        K[2, 0, 0] = np.nan
-    elif what == "left-handed":
-        w2c[1, 0, :3] *= -1
-    elif what == "transposed K":
-        K = K.transpose(0, 2, 1)
-    elif what == "scaled rotation":
-        w2c[3, :3, :3] *= 1.1
-    elif what == "looks away":
-        w2c[4, :3] = np.diag([1.0, -1.0, -1.0]) @ w2c[4, :3]
-    return replace(calibration, K=K, w2c=w2c)
-
-
-@pytest.mark.parametrize(
-    "what, message",
-    [
-        ("nan", "finite"),
-        ("left-handed", "mirrors"),
-        ("transposed K", "transposed"),
-        ("scaled rotation", "orthonormal"),
-        ("looks away", r"camera\(s\) \[4\]"),
-    ],
-)
-def test_bad_calibration_is_refused_by_name(tmp_path, real, what, message):
-    path = tmp_path / "new_cam.pkl"
-    write_mammal_pickle(path, spoil(real, what))
-    with pytest.raises(ValueError, match=message) as caught:
-        read_calibration(path)
-    assert "new_cam.pkl" in str(caught.value)
-
-
-def test_missing_or_ambiguous_calibration_is_named(tmp_path, real):
-    with pytest.raises(ValueError, match="holds no calibration"):
-        find_calibration(tmp_path)
-    write_mammal_pickle(tmp_path / "new_cam.pkl", real)
-    write_json_cameras(tmp_path / "opencv_cameras.json", real)
-    with pytest.raises(ValueError, match=r"new_cam.pkl, opencv_cameras.json; exactly one"):
-        find_calibration(tmp_path)
-
-
-def test_calibration_of_other_pictures_is_refused(real):
-    with pytest.raises(ValueError, match="calibrated for 1152 x 1024"):
-        real.with_sizes([(576, 512)] * 6)
-    with pytest.raises(ValueError, match="principal point"):
-        replace(real, sizes=(None,) * 6).with_sizes([(576, 512)] * 6)
+# ---- the world ---------------------------------------------------------------------------------------------------
 
 
 def test_up_axis_is_turned_to_z(real, arena):
