@@ -185,9 +185,10 @@ def check_facing(calibration: Calibration) -> None:
     meant = _better_reading(calibration.w2c, half, written)
     if meant is not None:
         how = "do not look at a common volume" if not written.possible else f"look past each other by {worst:.0f} deg"
-        raise ValueError(
-            f"{calibration.source}: as written the cameras {how}, but they do when read as {meant}"
-        )
+        raise ValueError(f"{calibration.source}: as written the cameras {how}, but they do when read as {meant}")
+    odd = None if written.twins else _odd_camera(calibration.w2c, half, written)
+    if odd is not None:
+        raise ValueError(f"{calibration.source}: camera {odd[0]} looks away from what all the others look at; {odd[1]}")
     if written.possible:
         return check_distances(calibration, written)
     if written.twins:
@@ -195,47 +196,48 @@ def check_facing(calibration: Calibration) -> None:
             f"{calibration.source}: cameras {written.twins[0]} and {written.twins[1]} are one and the same pose; a "
             "camera is there twice, or R and T are not per camera"
         )
-    odd, why = _odd_cameras(calibration.w2c, half, written)
-    raise ValueError(
-        f"{calibration.source}: camera(s) {odd} look away from the volume the others look at; {why}"
-        if odd
-        else f"{calibration.source}: the cameras look at no common volume; their R or T is wrong, or K is"
-    )
+    away = np.flatnonzero(written.depth <= 0).tolist()
+    which = f"camera(s) {away} look away from it" if away else "or their frusta miss each other"
+    raise ValueError(f"{calibration.source}: the cameras look at no common volume ({which}); R or T is wrong, or K is")
 
 
 def _better_reading(w2c: np.ndarray, half: np.ndarray, written: Layout) -> str | None:
     """The readings under which the axes meet well, if there are any and the file as written is far from them.
 
-    Several may do equally, e.g. where the world is the first camera's: then all are named.
+    Several may do, e.g. where the world is the first camera's: then all are named, the usual mistakes first.
     """
-    found = {}
+    found = []
     for name, read in READINGS.items():
         other = layout(read(w2c), half)
         better = other.ball > written.ball and float(other.off_deg.max()) < 0.5 * float(written.off_deg.max())
         if other.converged and (better or not written.possible):
-            found[name] = float(other.off_deg.max())
-    best = min(found.values(), default=0.0)
-    return ", or as ".join(name for name, off in found.items() if off <= best + 1.0) or None
+            found.append(name)
+    return ", or as ".join(found) or None
 
 
-def _odd_cameras(w2c: np.ndarray, half: np.ndarray, written: Layout) -> tuple[list[int], str]:
-    """Cameras without which, or with which read otherwise, the rest make sense; and what would mend them."""
-    for index in range(len(w2c)):
-        rest = np.delete(np.arange(len(w2c)), index)
-        if len(rest) < 2 or not layout(w2c[rest], half[rest]).possible:
-            continue
+def _odd_camera(w2c: np.ndarray, half: np.ndarray, written: Layout) -> tuple[int, str] | None:
+    """The one camera whose axis misses what all others' axes meet in, and what would mend it."""
+    index = int(np.argmax(written.off_deg))
+    rest = np.delete(np.arange(len(w2c)), index)
+    if len(rest) < 3 or written.off_deg[index] < 3 * CONVERGED_DEG or not layout(w2c[rest], half[rest]).converged:
+        return None
+    mended = {}
+    for name, read in READINGS.items():
+        mended[f"matrices are {name}"] = read(w2c[[index]])[0]
+    for factor in (1000.0, 0.001):
+        scaled = w2c[index].copy()
+        scaled[:3, 3] *= factor
+        mended[f"T is to be multiplied by {factor:g} (millimetres and metres mixed)"] = scaled
+    fits = {}
+    for name, matrix in mended.items():
         changed = w2c.copy()
-        for name, read in READINGS.items():
-            changed[index] = read(w2c[[index]])[0]
-            if layout(changed, half).possible:
-                return [index], f"it would look there if it held {name}"
-        for factor in (1000.0, 0.001):
-            changed[index] = w2c[index]
-            changed[index, :3, 3] *= factor
-            if layout(changed, half).possible:
-                return [index], f"it would look there with T times {factor:g}: millimetres and metres are mixed"
-        return [index], "its R or T is wrong"
-    return np.flatnonzero(written.depth <= 0).tolist(), "their R or T is wrong"
+        changed[index] = matrix
+        found = layout(changed, half)
+        if found.converged:
+            fits[name] = float(found.off_deg[index])
+    if fits:
+        return index, f"it would look there if its {min(fits, key=fits.get)}"
+    return None if written.possible else (index, "its R or T is wrong")
 
 
 def check_distances(calibration: Calibration, found: Layout) -> None:

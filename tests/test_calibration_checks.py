@@ -1,0 +1,338 @@
+"""Calibrations that are wrong, in themselves or beside their pictures: refused, and what was meant is named."""
+
+import json
+import pickle
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from multiview.cameras import Cameras
+from multiview.recording.calibration import (
+    Calibration,
+    check_body_length,
+    find_calibration,
+    read_calibration,
+    write_calibration,
+    write_mammal_pickle,
+)
+from multiview.recording.calibration.checks import READINGS
+from multiview.recording.calibration.dannce import write_dannce_mat
+from multiview.recording.check import check_calibration, read_points
+from multiview.recording.misfit import check_belongs, explain_misfit, ray_misfit, suspect_mirrored
+from multiview.recording.write import load_real_rig
+from multiview.rig import load_rig
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def real() -> Calibration:
+    return load_real_rig()[0]
+
+
+@pytest.fixture(scope="module")
+def points() -> np.ndarray:
+    """Where an animal's centre is seen, [t, 3] mm."""
+    centre = np.array(load_real_rig()[1]["centre"]) + [0.0, 0.0, 15.0]
+    return centre + np.random.default_rng(0).uniform(-50, 50, (12, 3)) * [1.0, 1.0, 0.2]
+
+
+def moved(calibration, seed):
+    """The same cameras in a world turned and moved at random."""
+    rng = np.random.default_rng(seed)
+    world = np.eye(4)
+    world[:3, :3] = np.linalg.qr(rng.normal(size=(3, 3)))[0]
+    world[:3, :3] *= np.linalg.det(world[:3, :3])
+    world[:3, 3] = rng.normal(size=3) * 300
+    return replace(calibration, w2c=calibration.w2c @ np.linalg.inv(world))
+
+
+def misread(w2c, name):
+    """Matrices that are right only when read as `name`."""
+    if "centres C" in name:
+        wrong = w2c.copy()
+        wrong[:, :3, 3] = -np.einsum("vji,vj->vi", w2c[:, :3, :3], w2c[:, :3, 3])
+        return wrong
+    if "camera-to-world matrices with OpenGL" in name:
+        return np.linalg.inv(np.diag([1.0, -1.0, -1.0, 1.0]) @ w2c)
+    return READINGS[name](w2c)  # its own inverse
+
+
+# ---- wrong in themselves ----------------------------------------------------------------------------------------
+
+
+def spoil(calibration, what):
+    K, w2c = calibration.K.copy(), calibration.w2c.copy()
+    if what == "nan":
+        K[2, 0, 0] = np.nan
+    elif what == "left-handed":
+        w2c[1, 0, :3] *= -1
+    elif what == "transposed K":
+        K = K.transpose(0, 2, 1)
+    elif what == "scaled rotation":
+        w2c[3, :3, :3] *= 1.1
+    elif what == "nan T":
+        w2c[5, 1, 3] = np.nan
+    elif what == "looks away":
+        w2c[4, :3] = np.diag([1.0, -1.0, -1.0]) @ w2c[4, :3]
+    elif what == "one in metres":
+        w2c[2, :3, 3] *= 0.001
+    elif what == "metres":
+        w2c[:, :3, 3] *= 0.001
+    elif what == "twice the same":
+        w2c[3] = w2c[1]
+    elif what == "mirrored":
+        K[0, 0, 0] *= -1
+    elif what == "millimetres for pixels":
+        K[1, :2, :2] *= 0.005
+    return replace(calibration, K=K, w2c=w2c)
+
+
+@pytest.mark.parametrize(
+    "what, message",
+    [
+        ("nan", "K of camera 2 must be finite"),
+        ("nan T", "camera 5: T must be finite"),
+        ("left-handed", "camera 1: R mirrors"),
+        ("transposed K", "transposed"),
+        ("scaled rotation", "camera 3: R must be orthonormal"),
+        ("looks away", "camera 4 looks away .* its matrices are OpenGL axes"),
+        ("one in metres", "camera 2 looks away .* its T is to be multiplied by 1000"),
+        ("metres", "0.312 mm, taking its mm at its word.* 312 mm with T times 1000"),
+        ("twice the same", "cameras 1 and 3 are one and the same pose"),
+        ("mirrored", "camera 0: fx is negative .* mirrored"),
+        ("millimetres for pixels", "camera 1: fx 7.784 is .* fx in pixels"),
+    ],
+)
+def test_bad_calibration_is_refused_by_name(tmp_path, real, what, message):
+    path = tmp_path / "new_cam.pkl"
+    bad = spoil(real, what)
+    write_mammal_pickle(path, bad)
+    entries = [{**e, "mapx": np.zeros((1024, 1152), np.float32)} for e in pickle.loads(path.read_bytes())]
+    path.write_bytes(pickle.dumps(entries))
+    with pytest.raises(ValueError, match=message) as caught:
+        read_calibration(path)
+    assert "new_cam.pkl" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_missing_or_ambiguous_calibration_is_named(tmp_path, real):
+    with pytest.raises(ValueError, match="holds no calibration"):
+        find_calibration(tmp_path)
+    write_mammal_pickle(tmp_path / "new_cam.pkl", real)
+    write_calibration(tmp_path, real, "opencv")
+    with pytest.raises(ValueError, match=r"new_cam.pkl, opencv_cameras.json; exactly one"):
+        find_calibration(tmp_path)
+
+
+def test_calibration_of_other_pictures_is_refused(real):
+    with pytest.raises(ValueError, match="calibrated for 1152 x 1024"):
+        real.with_sizes([(576, 512)] * 6)
+    with pytest.raises(ValueError, match="principal point"):
+        replace(real, sizes=(None,) * 6).with_sizes([(576, 512)] * 6)
+
+
+def test_a_camera_that_is_missing_is_named(tmp_path, real):
+    path = write_calibration(tmp_path, real, "mammal")
+    entries = dict(enumerate(pickle.loads(path.read_bytes())))
+    del entries[2]
+    path.write_bytes(pickle.dumps(entries))
+    with pytest.raises(ValueError, match=r"new_cam.pkl: .* without a gap, got keys \[0, 1, 3, 4, 5\]"):
+        read_calibration(path)
+    path.write_bytes(pickle.dumps([entries[0], {"K": np.eye(4), "R": np.eye(3), "T": np.zeros(3)}]))
+    with pytest.raises(ValueError, match=r"K of camera 1 must have shape \(3, 3\), got \(4, 4\)"):
+        read_calibration(path)
+    path.write_bytes(pickle.dumps([entries[0], {"K": np.eye(3), "R": np.eye(3), "T": np.zeros(4)}]))
+    with pytest.raises(ValueError, match=r"camera 1: T must hold 3 numbers, got shape \(4,\)"):
+        read_calibration(path)
+
+
+@pytest.mark.parametrize("name", READINGS)
+def test_extrinsics_meant_otherwise_are_detected_and_named(tmp_path, real, name):
+    path = write_calibration(tmp_path, replace(real, w2c=misread(real.w2c, name)), "opencv")
+    with pytest.raises(ValueError, match="opencv_cameras.json: as written the cameras") as caught:
+        read_calibration(path)
+    assert name in str(caught.value)
+    refused = named = 0
+    for seed in range(20):  # where the world's axes lie by chance, some wrong readings look as sound as the right one
+        right = moved(real, seed).validate()
+        try:
+            replace(right, w2c=misread(right.w2c, name)).validate()
+        except ValueError as error:
+            refused, named = refused + 1, named + (name in str(error))
+    assert refused >= (20 if name.startswith("OpenGL") else 16) and named >= 0.9 * refused
+
+
+def test_sound_rigs_are_not_suspected(real):
+    """Every rig that ships, rolled cameras, bad aim, one side only, two cameras; each in worlds of its own."""
+    rng = np.random.default_rng(0)
+    rigs = [load_rig(name).cameras(512) for name in ("mouse6", "facelift6", "uniform4", "uniform8")]
+    arc = Cameras.orbit(torch.linspace(-40, 40, 5), torch.full((5,), 20.0), 2.7, 1.07, 512)
+    for cameras in [*rigs, arc, arc[:2], arc[[0, 2, 4]]]:
+        w2c = cameras.w2c.double().numpy()
+        u, _, v = np.linalg.svd(w2c[:, :3, :3])
+        w2c[:, :3, :3] = u @ v
+        for k in range(len(w2c)):
+            turn, _ = cv2.Rodrigues(rng.normal(size=3) * 0.06)
+            quarter, _ = cv2.Rodrigues(np.array([0.0, 0.0, np.pi / 2 * rng.integers(4)]))
+            w2c[k, :3] = quarter @ turn @ w2c[k, :3]
+        K = cameras.intrinsic_matrix().double().numpy()
+        sound = Calibration(K, w2c, np.zeros((len(K), 5)), ((512, 512),) * len(K), "rig")
+        for seed in range(4):
+            moved(sound, seed).validate()
+        replace(sound, w2c=w2c @ np.linalg.inv(w2c[0])).validate()
+
+
+def test_units_are_taken_at_their_word(tmp_path, real):
+    path = write_calibration(tmp_path, replace(real, unit="m"), "opencv")
+    with pytest.raises(ValueError, match="taking its m at its word.* T times 0.001 .metres and millimetres confused"):
+        read_calibration(path)
+    path = write_calibration(tmp_path, replace(real, unit="inch"), "opencv")
+    with pytest.raises(ValueError, match="unit must be one of mm, cm, m"):
+        read_calibration(path)
+    metres = replace(real, w2c=real.w2c * np.array([1, 1, 1, 0.001])[None, None] + 0, unit="m")
+    assert read_calibration(write_calibration(tmp_path, metres, "opencv")).close_to(metres)
+    check_body_length(real, 73.0)
+    check_body_length(real, 73.0, 70.0)
+    check_body_length(replace(real, unit=None), 0.073)
+    with pytest.raises(ValueError, match="0.073 mm, taking its mm at its word.* T times 1000"):
+        check_body_length(real, 0.073)
+    with pytest.raises(ValueError, match=r"--body_length 0.073 .* 73 long, 1000 times as much \(millimetres"):
+        check_body_length(replace(real, unit=None), 73.0, 0.073)
+    with pytest.raises(ValueError, match="--body_length 300 "):
+        check_body_length(replace(real, unit=None), 73.0, 300.0)
+
+
+def test_a_camera_in_another_unit_is_seen_where_its_axis_still_fits():
+    """In a world around the animal, a T in metres leaves the camera on its axis, only far nearer."""
+    cameras = load_rig("mouse6").cameras(512)
+    w2c, K = cameras.w2c.double().numpy(), cameras.intrinsic_matrix().double().numpy()
+    w2c[:, :3, 3] *= 1000.0
+    sound = Calibration(K, w2c, np.zeros((6, 5)), ((512, 512),) * 6, "rig").validate()
+    w2c = w2c.copy()
+    w2c[3, :3, 3] *= 0.001
+    with pytest.raises(ValueError, match="camera 3 stands 2.7 from .* others about 2700; .*factor of 1000"):
+        replace(sound, w2c=w2c).validate()
+
+
+# ---- wrong beside their pictures --------------------------------------------------------------------------------
+
+
+def seen_by(calibration, points, noise=0.5):
+    """[t, v, 2] pixels of the points, with an error of the size that centres of mass have."""
+    seen = calibration.project(points).transpose(1, 0, 2)
+    return seen + np.random.default_rng(1).normal(size=seen.shape) * noise
+
+
+def test_pictures_tell_what_a_calibration_cannot(real, points):
+    seen = seen_by(real, points, noise=2.0)
+    assert ray_misfit(real, seen) < 0.004 and not explain_misfit(real, seen)
+    check_belongs(real, seen)
+    mirrored = seen * [-1.0, 1.0] + [1152.0, 0.0]
+    with pytest.raises(ValueError, match="the pictures are mirrored"):
+        check_belongs(real, mirrored)
+    swapped = seen[:, [1, 2, 0, 3, 4, 5]]  # video 0 shows what camera 1 filmed ...
+    assert explain_misfit(real, swapped)[0].startswith("camera k filmed video [2, 0, 1, 3, 4, 5][k]")
+    # In the world of the first camera matrices read as well backwards: no check of the file alone can tell.
+    own_world = replace(real, w2c=np.linalg.inv(real.w2c @ np.linalg.inv(real.w2c[0])))
+    own_world.validate()
+    assert explain_misfit(own_world, seen)[0].endswith("where world-to-camera is meant; invert them")
+
+
+def silhouettes(calibration, centre):
+    """Masks [v, 1, h, w] of a lopsided body (a long one with a head up on one side), drawn point by point."""
+    rng = np.random.default_rng(0)
+    ball = rng.normal(size=(6000, 3))
+    ball /= np.linalg.norm(ball, axis=1, keepdims=True)
+    body = np.concatenate([ball[:3000] * [35, 14, 12], ball[3000:] * [11, 9, 12] + [34, 16, 16]]) + centre
+    width, height = calibration.sizes[0]
+    masks = np.zeros((len(calibration), 1, height, width), np.uint8)
+    for picture, pixels in zip(masks, calibration.project(body)):
+        for x, y in np.floor(pixels).astype(int).tolist():
+            cv2.circle(picture[0], (x, y), 2, 1, -1)
+        picture[0] = cv2.morphologyEx(picture[0], cv2.MORPH_CLOSE, np.ones((9, 9), np.uint8))
+    return torch.from_numpy(masks).float()
+
+
+def test_silhouettes_tell_mirrored_pictures():
+    calibration, arena = load_real_rig(width=160)
+    cameras = calibration.cameras().to(torch.float32)
+    masks = silhouettes(calibration, np.array(arena["centre"]) + [10.0, -15.0, 14.0])
+    assert suspect_mirrored(masks, cameras) == ()
+    assert suspect_mirrored(masks.flip(-1), cameras) == (0, 1, 2, 3, 4, 5)
+    one = masks.clone()
+    one[2] = one[2].flip(-1)
+    assert suspect_mirrored(one, cameras) == (2,)
+
+
+# ---- the look at one --------------------------------------------------------------------------------------------
+
+
+def test_check_draws_and_reprojects_a_label_files_own_labels(tmp_path, points):
+    lens = load_real_rig(lens="real")[0]
+    labels = points.reshape(3, 4, 3).copy()
+    labels[1, 2] = np.nan
+    path = tmp_path / "label3d_dannce.mat"
+    write_dannce_mat(path, lens, (labels, np.stack([lens.project(frame) for frame in labels], axis=1)))
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "process_mouse_data.py"), "--check", "--calibration", str(path),
+         "--check_output", str(tmp_path / "look.png")],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "6 cameras" in done.stdout and "11 points" in done.stdout and "azimuth" in done.stdout
+    picture = cv2.imread(str(tmp_path / "look.png"))
+    assert picture.shape == (800, 2404, 3)
+    report = check_calibration(path)
+    assert report["points"]["rms_px"] < 1e-9 and [row["seen"] for row in report["points"]["cameras"]] == [11] * 6
+    assert report["mean_distance"] == pytest.approx(312, abs=2) and report["unit"] == "mm"
+    for index, row in enumerate(report["cameras"]):  # each camera's number is drawn in a colour of its own
+        from multiview.recording.check_picture import CAMERA_COLOURS
+
+        assert (picture == CAMERA_COLOURS[index]).all(axis=-1).sum() > 50, row
+
+
+def test_check_measures_what_it_is_given(tmp_path, real, points):
+    path = write_calibration(tmp_path, real, "mammal")
+    seen = real.project(points) + np.array([[[3.0, 4.0]]])
+    given = tmp_path / "points.json"
+    given.write_text(json.dumps({"points_3d": points.tolist(), "points_2d": (seen - 0.5).tolist(), "pixel_centre": 0}))
+    report = check_calibration(path, given)
+    assert [row["rms_px"] for row in report["points"]["cameras"]] == pytest.approx([5.0] * 6)
+    assert not report["points"]["meant"]
+    given.write_text(json.dumps({"points_3d": (points / 1000).tolist(), "points_2d": seen.tolist()}))
+    assert "1000 times as large" in check_calibration(path, given)["points"]["meant"][0]
+    np.save(tmp_path / "points.npy", points)
+    report = check_calibration(path, tmp_path / "points.npy", up="-y")
+    assert [row["in_front"] for row in report["points"]["cameras"]] == [12] * 6
+    given.write_text(json.dumps({"points_3d": points.tolist(), "points_2d": seen[:5].tolist()}))
+    with pytest.raises(ValueError, match=r"points.json: points_2d must be \[6, 12, 2\].*got \[5, 12, 2\]"):
+        read_points(given, 6)
+
+
+def test_check_draws_a_wrong_calibration_before_it_refuses(tmp_path, real):
+    wrong = replace(real, w2c=misread(real.w2c, next(iter(READINGS))))
+    path, picture = write_calibration(tmp_path, wrong, "opencv"), tmp_path / "look.png"
+    with pytest.raises(ValueError, match="OpenGL"):
+        check_calibration(path, output=picture)
+    assert cv2.imread(str(picture)) is not None
+
+
+def test_the_script_knows_every_format():
+    import importlib.util
+
+    from multiview.recording.calibration import FORMATS
+
+    spec = importlib.util.spec_from_file_location("make", ROOT / "scripts" / "make_synthetic_mouse.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert script.CALIBRATION_FORMATS == tuple(FORMATS)
+    chosen = ["--output_dir", "x", "--as_recording", "--calibration_formats", "mammal,dannce,colmap"]
+    assert script.parse_arguments(chosen).calibration_formats == ("mammal", "dannce", "colmap_binary")
+    with pytest.raises(SystemExit):
+        script.parse_arguments([*chosen[:-1], "mammal,matlab"])
