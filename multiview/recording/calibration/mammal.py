@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import io
 import pickle
+import re
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -20,42 +22,102 @@ FILE_NAME = "new_cam.pkl"
 UNIT = "mm"
 
 
-def _encode_latin1(text: str, encoding: str) -> bytes:
-    """What protocol-2 pickles use to hold bytes; any other codec is refused."""
-    if encoding not in ("latin1", "latin-1"):
-        raise pickle.UnpicklingError(f"codec {encoding!r} is not allowed")
-    return text.encode("latin1")
-
-
-class NumpyUnpickler(pickle.Unpickler):
-    """Loads plain containers, numbers, strings and numpy arrays; anything else in the file is refused, not run."""
-
-    def find_class(self, module: str, name: str):
-        module = module.replace("numpy._core", "numpy.core")
-        if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
-            return getattr(np, name)
-        if (module, name) in (("numpy.core.multiarray", "_reconstruct"), ("numpy.core.multiarray", "scalar")):
-            return getattr(np._core.multiarray, name)
-        if (module, name) == ("numpy.core.numeric", "_frombuffer"):
-            return np._core.numeric._frombuffer
-        if (module, name) == ("_codecs", "encode"):
-            return _encode_latin1
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}; only numpy arrays and plain containers are allowed")
-
-
 UNPICKLING_ERRORS = (
     pickle.UnpicklingError, EOFError, AttributeError, IndexError, KeyError, TypeError, ValueError, OverflowError,
-    MemoryError,
+    MemoryError, RecursionError, struct.error,
 )  # fmt: skip
+
+
+class NumpyUnpickler(pickle._Unpickler):
+    """Loads plain containers, numbers, strings and numpy arrays; anything else in the file is refused, not run.
+
+    Python's own implementation, and no function of numpy's: a damaged file crashes the C code of either. What a pickle
+    of arrays calls is answered by stand-ins, made anew for each file, which know numbers and raw bytes only.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(io.BytesIO(data))
+        self.answers = _stand_ins()
+
+    def find_class(self, module: str, name: str):
+        found = self.answers.get((module.replace("numpy._core", "numpy.core"), name))
+        if found is None:
+            raise pickle.UnpicklingError(
+                f"it asks for {module}.{name}; only numpy arrays and plain containers are allowed"
+            )
+        return found
+
+
+def _stand_ins() -> dict:
+    class Dtype:
+        """numpy.dtype(kind and size, ...) with the byte order from its state."""
+
+        def __init__(self, text: str, *_) -> None:
+            if not isinstance(text, str) or not re.fullmatch(r"[fiub][1248]", text):
+                raise pickle.UnpicklingError(f"arrays of dtype {text!r} are not allowed; numbers only")
+            self.text, self.order = text, "="
+
+        def __setstate__(self, state: tuple) -> None:
+            self.order = state[1] if state[1] in ("<", ">", "=") else "="
+
+        def of(self, raw: bytes, shape: tuple, fortran: bool) -> np.ndarray:
+            values = np.frombuffer(raw, dtype=np.dtype(self.order + self.text))
+            return values.reshape(shape, order="F" if fortran else "C").astype(values.dtype.newbyteorder("="))
+
+    class Array:
+        """numpy.ndarray, empty until its state comes."""
+
+        value = None
+
+        def __setstate__(self, state: tuple) -> None:
+            _, shape, dtype, fortran, raw = state
+            raw = raw.encode("latin1") if isinstance(raw, str) else bytes(raw)
+            self.value = dtype.of(raw, shape, bool(fortran))
+
+    def reconstruct(*_) -> Array:
+        return Array()
+
+    def scalar(dtype: Dtype, raw) -> int | float | bool:
+        raw = raw.encode("latin1") if isinstance(raw, str) else bytes(raw)
+        return dtype.of(raw, (1,), False)[0].item()
+
+    def from_buffer(buffer, dtype: Dtype, shape: tuple, order: str) -> np.ndarray:
+        return dtype.of(bytes(buffer), shape, order == "F")
+
+    def encode(text: str, encoding: str) -> bytes:  # protocol 2 keeps bytes as text
+        if encoding not in ("latin1", "latin-1"):
+            raise pickle.UnpicklingError(f"codec {encoding!r} is not allowed")
+        return text.encode("latin1")
+
+    return {
+        ("numpy", "ndarray"): Array, ("numpy", "dtype"): Dtype, ("_codecs", "encode"): encode,
+        ("numpy.core.multiarray", "_reconstruct"): reconstruct, ("numpy.core.multiarray", "scalar"): scalar,
+        ("numpy.core.numeric", "_frombuffer"): from_buffer,
+    }  # fmt: skip
+
+
+def _plain(content):
+    """The content with every stand-in array replaced by its ndarray."""
+    if isinstance(content, dict):
+        return {key: _plain(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return type(content)(_plain(value) for value in content)
+    if type(content).__name__ == "Array" and hasattr(content, "value"):
+        if content.value is None:
+            raise pickle.UnpicklingError("an array has no content")
+        return content.value
+    if content is None or isinstance(content, (str, bytes, bytearray, int, float, complex, np.ndarray, set, frozenset)):
+        return content
+    raise pickle.UnpicklingError(f"it holds a {type(content).__name__}; only arrays and plain containers are allowed")
 
 
 def load_numpy_pickle(path: Path | str):
     """The content of a pickle of numpy arrays and plain containers. Raises ValueError for any other content."""
     path = Path(path)
     try:
-        return NumpyUnpickler(io.BytesIO(path.read_bytes())).load()
+        return _plain(NumpyUnpickler(path.read_bytes()).load())
     except UNPICKLING_ERRORS as error:
-        raise ValueError(f"pickle {path} refused: {error}") from error
+        raise ValueError(f"pickle {path} refused: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
 def read_mammal_pickle(path: Path | str) -> Calibration:
