@@ -1,6 +1,5 @@
 """A synthetic mouse filmed by a real rig, written as a raw recording and imported again, end to end."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -10,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from round_trip import cameras_in_the_arena, load_script
 
-from multiview.cameras import Cameras
 from multiview.image import composite
 from multiview.metrics import foreground_psnr, mask_iou
 from multiview.recording.film import FilmConditions
@@ -26,13 +25,6 @@ ROOT = Path(__file__).resolve().parent.parent
 NUM_FRAMES, WIDTH, SIZE = 6, 384, 256  # a photograph's pixel is about one of the picture's
 BACKGROUND = 0.8
 CONDITIONS = FilmConditions(background=BACKGROUND)
-
-
-def load_script():
-    spec = importlib.util.spec_from_file_location("make_synthetic_mouse", ROOT / "scripts" / "make_synthetic_mouse.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -63,18 +55,6 @@ def dataset(tmp_path_factory, recording):
     folder = tmp_path_factory.mktemp("processed") / "data_mouse"
     report = process_recording(settings_for(recording, folder))
     return folder, report
-
-
-def cameras_in_the_arena(sample) -> Cameras:
-    """A sample's cameras, moved back into the recording's world (mm)."""
-    to_sample = np.array(sample.extra["calibration_to_sample"])
-    scale = np.linalg.norm(to_sample[:3, 0])
-    rotation = torch.from_numpy(to_sample[:3, :3] / scale)
-    c2w = sample.cameras.c2w.double()
-    moved = c2w.clone()
-    moved[:, :3, :3] = rotation.T @ c2w[:, :3, :3]
-    moved[:, :3, 3] = (c2w[:, :3, 3] - torch.from_numpy(to_sample[:3, 3])) @ rotation / scale
-    return replace(sample.cameras, c2w=moved.float())
 
 
 def test_processed_pictures_equal_direct_renderings(dataset, clouds, render):
@@ -125,20 +105,20 @@ def test_views_are_in_the_rigs_order_by_direction(dataset):
 
 def test_nothing_is_clipped_and_one_zoom_serves_all_views(dataset):
     folder, report = dataset
-    assert report["clipped_views"] == 0 and report["pictures"]["views_touching_rim"] == 0
+    assert report["clipped_views"] == 0 and report["pictures"]["clipped"] == 0
     focals = []
     for index in range(NUM_FRAMES):
         sample = read_sample(folder / f"sample_{index:06d}")
         focals += sample.cameras.fxfycxcy[:, :2].flatten().tolist()
         assert (sample.cameras.fxfycxcy[:, 2:] == SIZE / 2).all()
     assert np.ptp(focals) < 1e-3
-    assert report["pictures"]["silhouette_iou_mean"] > 0.88
+    assert report["pictures"]["silhouette_iou_mean"] > 0.7 and report["pictures"]["tangency_rms"] < 0.004
 
 
 def test_zoom_is_reduced_for_all_when_a_mask_would_be_clipped(recording, tmp_path):
     """A body stated too short would fill more than the picture."""
-    report = process_recording(settings_for(recording, tmp_path / "data", body_length=25.0, num_samples=3))
-    assert report["zoom"] < 0.8 and report["clipped_views"] == 0 and report["pictures"]["views_touching_rim"] == 0
+    report = process_recording(settings_for(recording, tmp_path / "data", body_length=27.0, num_samples=3))
+    assert report["zoom"] < 0.8 and report["clipped_views"] == 0 and report["pictures"]["clipped"] == 0
     assert max(view["extent_max"] for view in report["views"]) == pytest.approx(1 - 4 / SIZE, abs=1e-3)
 
 
@@ -243,7 +223,7 @@ def test_command_line_imports_and_refuses(recording, tmp_path):
     assert done.returncode == 0, done.stderr
     assert f"{NUM_FRAMES} samples instead of 2000" in done.stdout and "dataset.json" in done.stdout
     assert json.loads((output / "quality_report.json").read_text())["num_samples"] == NUM_FRAMES
-    assert "<img src=" in (output / "quality_report.html").read_text()
+    assert "<img " in (output / "quality_report.html").read_text()
     missing = subprocess.run(
         [*script, "--video_dir", str(tmp_path / "none"), "--meta_dir", str(recording), "--output_dir", str(output)],
         capture_output=True, text=True,

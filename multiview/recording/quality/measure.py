@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from multiview.consistency import view_consistency
-from multiview.recording.masks import LIMB_RADIUS, without_thin_parts
 from multiview.recording.quality.tangency import DIRECTIONS, outline
 from multiview.sample import Sample
 
@@ -83,22 +82,26 @@ def _camera_figures(sample: Sample, view: int) -> dict:
 
 
 def _mask_figures(alpha: Tensor) -> dict:
-    """alpha: [h, w]. area: share of the picture. centre: the trunk's centre from the picture's, over the width."""
+    """alpha: [h, w]. area: share of the picture. centre: the body's centre from the picture's, over the width."""
+    import cv2
+
     height, width = alpha.shape
     rim = torch.cat([alpha[0], alpha[-1], alpha[:, 0], alpha[:, -1]])
     area = float(alpha.mean())
     binary = (alpha > 0.5).numpy()
     usable = bool(binary.any()) and EMPTY_SHARE < area < OPAQUE_SHARE
     if usable:
-        rows, columns = np.nonzero(without_thin_parts(binary, LIMB_RADIUS))
-        centre = (columns.mean() + 0.5 - width / 2) / width, (rows.mean() + 0.5 - height / 2) / width
+        # Weighted by the squared distance from the outline, so that tail and legs hardly count.
+        depth = cv2.distanceTransform(np.pad(binary, 1).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_5)[1:-1, 1:-1] ** 2
+        x = (depth.sum(0) @ np.arange(width)) / depth.sum() + 0.5 - width / 2
+        y = (depth.sum(1) @ np.arange(height)) / depth.sum() + 0.5 - height / 2
     return {
         "usable": usable,
         "no_mask": area >= OPAQUE_SHARE,
         "area": area,
         "clipped": bool((rim > RIM_ALPHA).any()),
-        "centre_x": float(centre[0]) if usable else None,
-        "centre_y": float(centre[1]) if usable else None,
+        "centre_x": float(x) / width if usable else None,
+        "centre_y": float(y) / width if usable else None,
     }
 
 
