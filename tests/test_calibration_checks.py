@@ -236,6 +236,9 @@ def test_pictures_tell_what_a_calibration_cannot(real, points):
     mirrored = seen * [-1.0, 1.0] + [1152.0, 0.0]
     with pytest.raises(ValueError, match="the pictures are mirrored"):
         check_belongs(real, mirrored)
+    one = seen.copy()
+    one[:, 4] = mirrored[:, 4]
+    assert explain_misfit(real, one) == ["the pictures of camera 4 are mirrored (flip its video)"]
     swapped = seen[:, [1, 2, 0, 3, 4, 5]]  # video 0 shows what camera 1 filmed ...
     assert explain_misfit(real, swapped)[0].startswith("camera k filmed video [2, 0, 1, 3, 4, 5][k]")
     # In the world of the first camera matrices read as well backwards: no check of the file alone can tell.

@@ -50,8 +50,8 @@ def check_belongs(calibration: Calibration, pixels: np.ndarray) -> None:
 def explain_misfit(calibration: Calibration, pixels: np.ndarray) -> list[str]:
     """What would make the rays through pixels [t, v, 2] of one point per instant meet, best first; [] if nothing does.
 
-    Tried: every reading of the extrinsics (`checks.READINGS`), mirrored pictures, and (six cameras at most) the videos
-    in another order. nan: a camera does not see the point then; such instants are left out.
+    Tried: every reading of the extrinsics (`checks.READINGS`), all pictures mirrored or one camera's, and (six cameras
+    at most) the videos in another order. nan: a camera does not see the point then; such instants are left out.
     """
     pixels = pixels[np.isfinite(pixels).all(axis=(1, 2))]
     if not len(pixels) or len(calibration) < 3:
@@ -68,6 +68,10 @@ def explain_misfit(calibration: Calibration, pixels: np.ndarray) -> list[str]:
         width = np.array([size[0] for size in calibration.sizes], dtype=np.float64)
         flipped = pixels * [-1.0, 1.0] + np.stack([width, 0 * width], axis=-1)
         found["the pictures are mirrored (flip every video left to right)"] = ray_misfit(calibration, flipped)
+        for camera in range(len(calibration)):
+            one = pixels.copy()
+            one[:, camera] = flipped[:, camera]
+            found[f"the pictures of camera {camera} are mirrored (flip its video)"] = ray_misfit(calibration, one)
     found |= _other_orders(calibration, pixels)
     limit = min(FITS, CONVINCING * written)
     return [name for name, misfit in sorted(found.items(), key=lambda item: item[1]) if misfit <= limit]
