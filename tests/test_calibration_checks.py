@@ -152,6 +152,13 @@ def test_a_camera_that_is_missing_is_named(tmp_path, real):
         read_calibration(path)
 
 
+@pytest.mark.parametrize("format", ["opencv", "mammal", "anipose", "colmap_text"])
+def test_opengl_axes_declared_as_opencv_are_detected(tmp_path, real, format):
+    flipped = replace(real, w2c=np.diag([1.0, -1.0, -1.0, 1.0]) @ real.w2c)
+    with pytest.raises(ValueError, match="when read as OpenGL axes"):
+        read_calibration(write_calibration(tmp_path, flipped, format))
+
+
 @pytest.mark.parametrize("name", READINGS)
 def test_extrinsics_meant_otherwise_are_detected_and_named(tmp_path, real, name):
     path = write_calibration(tmp_path, replace(real, w2c=misread(real.w2c, name)), "opencv")
