@@ -111,7 +111,7 @@ class AugmentationConfig:
     brightness_range: list[float] = field(default_factory=lambda: [0.9, 1.1])  # factor, one draw for all views
     contrast_range: list[float] = field(default_factory=lambda: [0.9, 1.1])
     saturation_range: list[float] = field(default_factory=lambda: [1.0, 1.0])
-    cast_range: list[float] = field(default_factory=lambda: [1.0, 1.0])  # factor, a draw for each colour channel
+    hue_range_deg: list[float] = field(default_factory=lambda: [0.0, 0.0])  # turn in the chroma plane
     camera_noise: CameraNoiseConfig = field(default_factory=CameraNoiseConfig)
 
 
@@ -330,11 +330,11 @@ def check_config(config: GSLRMConfig) -> None:
 
 def check_augmentation(augmentation: AugmentationConfig) -> None:
     """Raises ValueError for a range that is not one, or noise of negative size."""
-    for name in ("brightness_range", "contrast_range", "saturation_range", "cast_range"):
-        limits = getattr(augmentation, name)
-        if len(limits) != 2 or not 0 <= limits[0] <= limits[1]:
+    for name in ("brightness_range", "contrast_range", "saturation_range", "hue_range_deg"):
+        limits, lowest = getattr(augmentation, name), -180.0 if name == "hue_range_deg" else 0.0
+        if len(limits) != 2 or not lowest <= limits[0] <= limits[1]:
             raise ValueError(
-                f"training.dataset.augmentation.{name} must be [low, high] with 0 <= low <= high, got {limits}"
+                f"training.dataset.augmentation.{name} must be [low, high] with {lowest:g} <= low <= high, got {limits}"
             )
     for entry in fields(CameraNoiseConfig):
         value = getattr(augmentation.camera_noise, entry.name)

@@ -5,6 +5,7 @@ Pictures are float32 tensors 0..1, RGB(A) straight alpha, [..., c, h, w].
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ from torch import Tensor
 from multiview.checkpoint import atomic_write
 
 BACKGROUNDS = {"white": 1.0, "gray": 0.5, "black": 0.0}
+# Luminance and two chroma axes (NTSC YIQ): hue turns, and saturation stretches, the chroma plane about grey.
+YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]], dtype=torch.float64)
 
 
 def read_rgba(path: Path | str) -> Tensor:
@@ -77,6 +80,33 @@ def composite(rgba: Tensor, background: Tensor | float) -> Tensor:
         raise ValueError(f"rgba must have 4 channels at dimension -3, got shape {list(rgba.shape)}")
     rgb, alpha = rgba[..., :3, :, :], rgba[..., 3:, :, :]
     return torch.lerp(torch.as_tensor(background).to(rgb), rgb, alpha)  # one pass over the pixels
+
+
+def adjust_colours(
+    rgba: Tensor, *, brightness: float = 1.0, contrast: float = 1.0, saturation: float = 1.0, hue_deg: float = 0.0
+) -> Tensor:
+    """RGBA views [n, 4, h, w] of one animal under other light: the same factors and hue turn for all of them.
+
+    Contrast turns about the animal's own mean colour, saturation and hue about grey. Alpha stays, and so does the
+    background, which is composited afterwards.
+    """
+    rgb, alpha = rgba[:, :3], rgba[:, 3:]
+    if brightness != 1 or contrast != 1:
+        mean = (rgb * alpha).sum(dim=(0, 2, 3), keepdim=True) / alpha.sum().clamp_min(1e-6)
+        rgb = (((rgb - mean) * contrast + mean) * brightness).clamp(0, 1)
+    if saturation != 1 or hue_deg != 0:
+        rgb = torch.einsum("ij,njhw->nihw", chroma_matrix(saturation, hue_deg).to(rgb), rgb).clamp(0, 1)
+    return torch.cat([rgb, alpha], dim=1)
+
+
+def chroma_matrix(saturation: float, hue_deg: float) -> Tensor:
+    """[3, 3] for RGB columns: greys stay, chroma is scaled and turned. float64."""
+    angle = math.radians(hue_deg)
+    turn = torch.eye(3, dtype=torch.float64)
+    turn[1:, 1:] = saturation * torch.tensor(
+        [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]], dtype=torch.float64
+    )
+    return torch.linalg.inv(YIQ) @ turn @ YIQ
 
 
 def grid(pictures: Tensor, columns: int) -> Tensor:

@@ -198,18 +198,18 @@ def test_ratios_that_cannot_hold_are_refused(data, ratios, message):
 
 
 def fixed(**ranges) -> AugmentationConfig:
-    values = {"brightness_range": 1.0, "contrast_range": 1.0, "saturation_range": 1.0, "cast_range": 1.0, **ranges}
+    values = {"brightness_range": 1.0, "contrast_range": 1.0, "saturation_range": 1.0, "hue_range_deg": 0.0, **ranges}
     return AugmentationConfig(enabled=True, **{name: [value, value] for name, value in values.items()})
 
 
 def test_each_colour_change_is_what_it_says():
     rgba = torch.rand(3, 4, 8, 8, generator=torch.Generator().manual_seed(0)) * 0.5 + 0.2
     rgb, alpha = rgba[:, :3], rgba[:, 3:]
-    mean = (rgb * alpha).sum() / (3 * alpha.sum())
+    mean = ((rgb * alpha).sum(dim=(0, 2, 3)) / alpha.sum())[:, None, None]
     grey = (0.299 * rgb[:, 0] + 0.587 * rgb[:, 1] + 0.114 * rgb[:, 2])[:, None]
     for options, expected in (
         ({}, rgb), ({"brightness_range": 1.1}, rgb * 1.1), ({"contrast_range": 0.5}, mean + 0.5 * (rgb - mean)),
-        ({"saturation_range": 0.0}, grey.expand_as(rgb)), ({"cast_range": 0.9}, rgb * 0.9),
+        ({"saturation_range": 0.0}, grey.expand_as(rgb)), ({"hue_range_deg": 360.0}, rgb),
         ({"brightness_range": 9.0}, torch.ones_like(rgb)),
     ):  # fmt: skip
         changed = jitter(rgba, fixed(**options), torch.Generator())
@@ -218,7 +218,8 @@ def test_each_colour_change_is_what_it_says():
 
 def test_one_draw_of_colours_serves_all_views():
     rgba = torch.rand(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).expand(4, -1, -1, -1)
-    wide = {name: [0.5, 1.5] for name in ("brightness_range", "contrast_range", "saturation_range", "cast_range")}
+    wide = {name: [0.5, 1.5] for name in ("brightness_range", "contrast_range", "saturation_range")}
+    wide["hue_range_deg"] = [-20.0, 20.0]
     one = jitter(rgba, AugmentationConfig(True, **wide), torch.Generator().manual_seed(1))
     two = jitter(rgba, AugmentationConfig(True, **wide), torch.Generator().manual_seed(2))
     assert all(torch.equal(view, one[0]) for view in one) and not torch.equal(one, two)
@@ -262,7 +263,7 @@ def test_camera_noise_depends_on_seed_epoch_and_index_and_is_off_without_augment
     [
         ("camera_noise.rotation_deg=-1", "camera_noise.rotation_deg is a standard deviation"),
         ("brightness_range=[1.1,0.9]", r"brightness_range must be \[low, high\]"),
-        ("cast_range=[1.0]", r"cast_range must be \[low, high\]"),
+        ("hue_range_deg=[1.0]", r"hue_range_deg must be \[low, high\]"),
     ],
 )
 def test_augmentation_that_makes_no_sense_is_refused(override, message):

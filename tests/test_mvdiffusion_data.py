@@ -8,10 +8,11 @@ import torch
 from mvdiffusion_tiny import write_dataset
 
 from multiview.cameras import Cameras
+from multiview.image import chroma_matrix
 from multiview.rig import View, ViewRig, load_rig
 from multiview.sample import Sample, write_dataset_info, write_sample, write_split
 from mvdiffusion.data.arrangement import arrange, mirror_cameras
-from mvdiffusion.data.augmentation import Augmentation, chroma_matrix
+from mvdiffusion.data.augmentation import Augmentation
 from mvdiffusion.data.mixing import BLOCK, MixedDataset, StepSampler
 from mvdiffusion.data.mouse_dataset import MouseMVDiffusionDataset
 

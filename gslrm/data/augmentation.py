@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 from gslrm.config import AugmentationConfig
-from multiview.image import BACKGROUNDS
-
-LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601
+from multiview.image import BACKGROUNDS, adjust_colours
 
 
 def choose_background(name: str, generator: torch.Generator) -> Tensor:
@@ -19,24 +17,17 @@ def choose_background(name: str, generator: torch.Generator) -> Tensor:
 
 
 def jitter(rgba: Tensor, augmentation: AugmentationConfig, generator: torch.Generator) -> Tensor:
-    """Brightness, contrast, saturation and colour cast of the animal, one draw for all views [v, 4, h, w].
-
-    Contrast turns about the animal's own mean, saturation about each pixel's luminance; the cast is a factor per
-    channel. Alpha stays, and so does the background, which is composited afterwards.
-    """
-    draw = torch.rand(6, generator=generator)
-    brightness = between(augmentation.brightness_range, draw[0])
-    contrast = between(augmentation.contrast_range, draw[1])
-    saturation = between(augmentation.saturation_range, draw[2])
-    cast = between(augmentation.cast_range, draw[3:])[:, None, None]
-    rgb, alpha = rgba[:, :3], rgba[:, 3:]
-    mean = (rgb * alpha).sum() / (3 * alpha.sum()).clamp_min(1.0)
-    rgb = ((rgb - mean) * contrast + mean) * brightness
-    grey = (rgb * torch.tensor(LUMINANCE)[:, None, None]).sum(1, keepdim=True)
-    rgb = ((rgb - grey) * saturation + grey) * cast
-    return torch.cat([rgb.clamp(0.0, 1.0), alpha], dim=1)
+    """Brightness, contrast, saturation and hue of the animal, one draw for all views [v, 4, h, w]."""
+    draw = torch.rand(4, generator=generator)
+    return adjust_colours(
+        rgba,
+        brightness=between(augmentation.brightness_range, draw[0]),
+        contrast=between(augmentation.contrast_range, draw[1]),
+        saturation=between(augmentation.saturation_range, draw[2]),
+        hue_deg=between(augmentation.hue_range_deg, draw[3]),
+    )
 
 
-def between(limits: list[float], share: Tensor) -> Tensor:
+def between(limits: list[float], share: Tensor) -> float:
     low, high = limits
-    return low + (high - low) * share
+    return low + (high - low) * share.item()

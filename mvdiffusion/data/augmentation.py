@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
 from multiview.cameras import Cameras
-from multiview.image import BACKGROUNDS, composite, resize_rgba
+from multiview.image import BACKGROUNDS, adjust_colours, composite, resize_rgba
 from mvdiffusion.data.arrangement import mirror_cameras
-
-# Luminance and two chroma axes (NTSC YIQ): hue turns, and saturation stretches, the chroma plane about grey.
-YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]], dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -74,32 +70,10 @@ def apply_draw(rgba: Tensor, cameras: Cameras, draw: Draw, size: int) -> tuple[T
     rgba, cameras = torch.stack([resize_rgba(view, size) for view in rgba]), cameras.resize(size, size)
     if draw.mirrored:
         rgba, cameras = rgba.flip(-1), mirror_cameras(cameras)
-    rgb = jittered(rgba, draw)
-    return composite(torch.cat([rgb, rgba[:, 3:]], dim=1), BACKGROUNDS[draw.background]), rgba[:, 3:], cameras
-
-
-def jittered(rgba: Tensor, draw: Draw) -> Tensor:
-    """RGB [n, 3, h, w] of RGBA [n, 4, h, w] with one brightness, contrast, saturation and hue for all views.
-
-    Contrast turns about the animal's own mean colour: the background is composited afterwards and stays itself.
-    """
-    rgb, alpha = rgba[:, :3], rgba[:, 3:]
-    if draw.brightness != 1 or draw.contrast != 1:
-        mean = (rgb * alpha).sum(dim=(0, 2, 3), keepdim=True) / alpha.sum().clamp_min(1e-6)
-        rgb = (((rgb - mean) * draw.contrast + mean) * draw.brightness).clamp(0, 1)
-    if draw.saturation != 1 or draw.hue_deg != 0:
-        rgb = torch.einsum("ij,njhw->nihw", chroma_matrix(draw.saturation, draw.hue_deg).to(rgb), rgb).clamp(0, 1)
-    return rgb
-
-
-def chroma_matrix(saturation: float, hue_deg: float) -> Tensor:
-    """[3, 3] for RGB columns: greys stay, chroma is scaled and turned. float64."""
-    angle = math.radians(hue_deg)
-    turn = torch.eye(3, dtype=torch.float64)
-    turn[1:, 1:] = saturation * torch.tensor(
-        [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]], dtype=torch.float64
+    rgba = adjust_colours(
+        rgba, brightness=draw.brightness, contrast=draw.contrast, saturation=draw.saturation, hue_deg=draw.hue_deg
     )
-    return torch.linalg.inv(YIQ) @ turn @ YIQ
+    return composite(rgba, BACKGROUNDS[draw.background]), rgba[:, 3:], cameras
 
 
 def _cropped(rgba: Tensor, cameras: Cameras, crop: tuple[float, float, float]) -> tuple[Tensor, Cameras]:
