@@ -1,6 +1,8 @@
 """Raw recordings (synchronised videos, mask videos, one calibration) to sample folders, and back.
 
-calibration.py   calibration files -> Calibration (K, distortion, w2c in float64)
+calibration/     calibration files of every usual format <-> Calibration (K, distortion, w2c in float64), checked
+misfit.py        whether a calibration belongs to the pictures, and what is the matter if not
+check.py         a look at a calibration in numbers (--check), check_picture.py draws it
 video.py         finding and sequentially decoding the videos
 masks.py         cleaning masks, what is measured on them
 geometry.py      the animal's centre, world scale, naming views by measured direction, label cameras

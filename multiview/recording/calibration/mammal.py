@@ -48,41 +48,47 @@ class NumpyUnpickler(pickle._Unpickler):
         return found
 
 
+class _Dtype:
+    """A numpy.dtype of numbers; its state holds the byte order."""
+
+    def __init__(self, text) -> None:
+        if not isinstance(text, str) or not re.fullmatch(r"[fiub][1248]", text):
+            raise pickle.UnpicklingError(f"arrays of dtype {text!r} are not allowed; numbers only")
+        self.text, self.order = text, "="
+
+    def __setstate__(self, state: tuple) -> None:
+        self.order = state[1] if state[1] in ("<", ">") else "="
+
+    def array(self, raw, shape: tuple, fortran: bool) -> np.ndarray:
+        data = raw.encode("latin1") if isinstance(raw, str) else bytes(raw)
+        values = np.frombuffer(data, dtype=np.dtype(self.order + self.text))
+        return values.reshape(shape, order="F" if fortran else "C").astype(values.dtype.newbyteorder("="))
+
+
+class _Array:
+    """A numpy.ndarray, empty until its state comes."""
+
+    value: np.ndarray | None = None
+
+    def __setstate__(self, state: tuple) -> None:
+        _, shape, dtype, fortran, raw = state
+        self.value = dtype.array(raw, shape, bool(fortran))
+
+
 def _stand_ins() -> dict:
-    class Dtype:
-        """numpy.dtype(kind and size, ...) with the byte order from its state."""
+    """(module, name) -> what answers for it; functions of this one load, so that no file can change another's."""
 
-        def __init__(self, text: str, *_) -> None:
-            if not isinstance(text, str) or not re.fullmatch(r"[fiub][1248]", text):
-                raise pickle.UnpicklingError(f"arrays of dtype {text!r} are not allowed; numbers only")
-            self.text, self.order = text, "="
+    def dtype(text, *_) -> _Dtype:
+        return _Dtype(text)
 
-        def __setstate__(self, state: tuple) -> None:
-            self.order = state[1] if state[1] in ("<", ">", "=") else "="
+    def reconstruct(*_) -> _Array:
+        return _Array()
 
-        def of(self, raw: bytes, shape: tuple, fortran: bool) -> np.ndarray:
-            values = np.frombuffer(raw, dtype=np.dtype(self.order + self.text))
-            return values.reshape(shape, order="F" if fortran else "C").astype(values.dtype.newbyteorder("="))
+    def scalar(kind: _Dtype, raw) -> int | float | bool:
+        return kind.array(raw, (1,), False)[0].item()
 
-    class Array:
-        """numpy.ndarray, empty until its state comes."""
-
-        value = None
-
-        def __setstate__(self, state: tuple) -> None:
-            _, shape, dtype, fortran, raw = state
-            raw = raw.encode("latin1") if isinstance(raw, str) else bytes(raw)
-            self.value = dtype.of(raw, shape, bool(fortran))
-
-    def reconstruct(*_) -> Array:
-        return Array()
-
-    def scalar(dtype: Dtype, raw) -> int | float | bool:
-        raw = raw.encode("latin1") if isinstance(raw, str) else bytes(raw)
-        return dtype.of(raw, (1,), False)[0].item()
-
-    def from_buffer(buffer, dtype: Dtype, shape: tuple, order: str) -> np.ndarray:
-        return dtype.of(bytes(buffer), shape, order == "F")
+    def from_buffer(raw, kind: _Dtype, shape: tuple, order: str) -> np.ndarray:
+        return kind.array(raw, shape, order == "F")
 
     def encode(text: str, encoding: str) -> bytes:  # protocol 2 keeps bytes as text
         if encoding not in ("latin1", "latin-1"):
@@ -90,10 +96,13 @@ def _stand_ins() -> dict:
         return text.encode("latin1")
 
     return {
-        ("numpy", "ndarray"): Array, ("numpy", "dtype"): Dtype, ("_codecs", "encode"): encode,
-        ("numpy.core.multiarray", "_reconstruct"): reconstruct, ("numpy.core.multiarray", "scalar"): scalar,
+        ("numpy", "ndarray"): "ndarray",  # only named, as what _reconstruct is to make
+        ("numpy", "dtype"): dtype,
+        ("_codecs", "encode"): encode,
+        ("numpy.core.multiarray", "_reconstruct"): reconstruct,
+        ("numpy.core.multiarray", "scalar"): scalar,
         ("numpy.core.numeric", "_frombuffer"): from_buffer,
-    }  # fmt: skip
+    }
 
 
 def _plain(content):
@@ -102,7 +111,7 @@ def _plain(content):
         return {key: _plain(value) for key, value in content.items()}
     if isinstance(content, (list, tuple)):
         return type(content)(_plain(value) for value in content)
-    if type(content).__name__ == "Array" and hasattr(content, "value"):
+    if isinstance(content, _Array):
         if content.value is None:
             raise pickle.UnpicklingError("an array has no content")
         return content.value
