@@ -14,7 +14,7 @@ HOLE_FRACTION = 0.05  # holes up to this share of the mask are faults; larger on
 # synthetic mice, whose true length and centre are known.
 TAIL_RADIUS = 0.08
 LIMB_RADIUS = 0.18
-MEASURED_AREA = 10_000  # pixels: larger masks are measured at a whole fraction of their resolution
+MEASURED_AREA = 2_500  # pixels: larger masks are measured at a whole fraction of their resolution
 
 
 @dataclass(frozen=True)
@@ -73,37 +73,50 @@ def clean_mask(picture: np.ndarray) -> Silhouette:
     if width == 0:
         return Silhouette(np.zeros((0, 0), bool), 0, 0, size)
     window = binary[y : y + height, x : x + width]
-    count, labels, stats, _ = cv2.connectedComponentsWithStats(window, connectivity=8)
+    # Borders say at once whether there is more than one part, or a hole: mostly there is not.
+    _, tree = cv2.findContours(window, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
+    if tree.shape[1] > 1:
+        window, x, y = _largest_part(window, x, y)
+    return Silhouette(window.astype(bool), x, y, size)
+
+
+def _largest_part(binary: np.ndarray, x: int, y: int) -> tuple[np.ndarray, int, int]:
+    """The largest component of [h, w] uint8 with its small holes filled, cut out, and its corner."""
+    import cv2
+
+    _, labels, stats, _ = cv2.connectedComponentsWithStats(binary, connectivity=8)
     largest = 1 + int(stats[1:, cv2.CC_STAT_AREA].argmax())
-    if count > 2:
-        left, top, width, height = stats[largest, : cv2.CC_STAT_AREA]
-        x, y = x + int(left), y + int(top)
-        window = (labels[top : top + height, left : left + width] == largest).astype(np.uint8)
-    padded = cv2.copyMakeBorder(1 - window, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=1)
-    count, labels, holes, _ = cv2.connectedComponentsWithStats(padded, connectivity=4)
-    filled = window.astype(bool)
-    if count > 2:  # 0 is the animal; one of the others, at the corner, is what lies around it
-        small = holes[:, cv2.CC_STAT_AREA] <= HOLE_FRACTION * stats[largest, cv2.CC_STAT_AREA]
-        small[[0, labels[0, 0]]] = False
-        filled |= small[labels[1:-1, 1:-1]]
-    return Silhouette(filled, x, y, size)
+    left, top, width, height = (int(value) for value in stats[largest, : cv2.CC_STAT_AREA])
+    part = (labels[top : top + height, left : left + width] == largest).astype(np.uint8)
+    padded = cv2.copyMakeBorder(1 - part, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=1)
+    _, labels, holes, _ = cv2.connectedComponentsWithStats(padded, connectivity=4)
+    small = holes[:, cv2.CC_STAT_AREA] <= HOLE_FRACTION * stats[largest, cv2.CC_STAT_AREA]
+    small[[0, labels[0, 0]]] = False  # the animal, and what lies around it
+    return part | small[labels[1:-1, 1:-1]], x + left, y + top
 
 
 def without_thin_parts(mask: np.ndarray, radius: float) -> np.ndarray:
-    """The mask [h, w] opened with a disc whose radius is `radius` times the square root of the mask's area."""
+    """The mask [h, w] bool opened with a disc whose radius is `radius` times the square root of the mask's area."""
+    return openings(mask, radius)[0]
+
+
+def openings(mask: np.ndarray, *radii: float) -> list[np.ndarray]:
+    """`without_thin_parts` for several radii, which share half the work."""
     import cv2
 
-    area = int(mask.sum())
-    radius_px = radius * math.sqrt(area)
-    if radius_px < 1.0:
-        return mask
+    scale = math.sqrt(np.count_nonzero(mask))
+    padded = cv2.copyMakeBorder(mask.view(np.uint8), 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0)
+    depth = cv2.distanceTransform(padded, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
     # Opening by two distance transforms: its cost does not grow with the radius.
-    padded = np.pad(mask, 1).astype(np.uint8)
-    core = cv2.distanceTransform(padded, cv2.DIST_L2, cv2.DIST_MASK_PRECISE) > radius_px
-    if not core.any():
-        return mask
-    near = cv2.distanceTransform((~core).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE) <= radius_px
-    return near[1:-1, 1:-1] & mask
+    opened = []
+    for radius_px in (radius * scale for radius in radii):
+        shell = (depth <= radius_px).view(np.uint8)
+        if radius_px < 1.0 or shell.all():
+            opened.append(mask)
+            continue
+        near = cv2.distanceTransform(shell, cv2.DIST_L2, cv2.DIST_MASK_PRECISE) <= radius_px
+        opened.append(near[1:-1, 1:-1] & mask)
+    return opened
 
 
 def measure_mask(mask: Silhouette | np.ndarray) -> MaskStatistics | None:
@@ -114,10 +127,10 @@ def measure_mask(mask: Silhouette | np.ndarray) -> MaskStatistics | None:
     if mask.window.size == 0:
         return None
     area = int(np.count_nonzero(mask.window))
-    # Lengths and centres of mass need no full resolution: averaged to some ten thousand pixels, they cost a quarter.
+    # Lengths and centres of mass need no full resolution: reduced to some thousand pixels, they cost little.
     step = max(1, int(math.sqrt(area / MEASURED_AREA)))
     small = _reduced(mask.window, step)
-    body, trunk = without_thin_parts(small, TAIL_RADIUS), without_thin_parts(small, LIMB_RADIUS)
+    body, trunk = openings(small, TAIL_RADIUS, LIMB_RADIUS)
     points = _pixel_centres(body)
     _, vectors = np.linalg.eigh(np.cov(points.T) if len(points) > 1 else np.eye(2))
     along = points @ vectors[:, -1]

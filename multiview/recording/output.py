@@ -6,6 +6,7 @@ its repetition removes them. Shards write disjoint samples into one dataset.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -16,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 
-from multiview.checkpoint import write_json
 from multiview.recording.analysis import Analysis, Recording, mask_folder
 from multiview.recording.calibration import Calibration
 from multiview.recording.geometry import Placement, Plan
@@ -186,5 +186,6 @@ def _complete(
     if plan.by_heading:
         extra |= {"view_cameras": list(placement.order), "heading_deg": float(analysis.headings_deg[index])}
     part = _part(folder, index)
-    write_json(part / CAMERAS_FILE, {"id": sample_name(index), **extra, "frames": frames})
+    content = {"id": sample_name(index), **extra, "frames": frames}
+    (part / CAMERAS_FILE).write_text(json.dumps(content, indent=1) + "\n")
     os.replace(part, folder / sample_name(index))

@@ -26,9 +26,8 @@ def encode_png(cutout: Cutout) -> bytes:
     rows = _filtered(cutout)
     packer = _packer()
     body = packer.compress(rows) + packer.flush(zlib.Z_FULL_FLUSH)
-    checksum = 1
-    for raw in (_blank(size)[: above * (1 + 4 * size)], rows, _blank(size)[: below * (1 + 4 * size)]):
-        checksum = zlib.adler32(raw, checksum)
+    checksum = _joined(_blank_checksum(size, above), zlib.adler32(rows), len(rows))
+    checksum = _joined(checksum, _blank_checksum(size, below), below * (1 + 4 * size))
     end = _packer().flush()  # an empty last block
     parts = (b"\x78\x01", _deflated_blank(size, above), body, _deflated_blank(size, below), end)
     stream = b"".join(parts) + struct.pack(">I", checksum)
@@ -73,6 +72,18 @@ def _deflated_blank(size: int, count: int) -> bytes:
     """The first `count` of these rows, compressed."""
     packer = _packer()
     return packer.compress(_blank(size)[: count * (1 + 4 * size)]) + packer.flush(zlib.Z_FULL_FLUSH)
+
+
+@lru_cache(maxsize=2048)
+def _blank_checksum(size: int, count: int) -> int:
+    return zlib.adler32(_blank(size)[: count * (1 + 4 * size)])
+
+
+def _joined(first: int, second: int, second_length: int) -> int:
+    """Adler-32 of two pieces of data, one after the other, from theirs (RFC 1950, section 8.2)."""
+    low = (first & 0xFFFF) + (second & 0xFFFF) - 1
+    high = (first >> 16) + (second >> 16) + second_length * ((first & 0xFFFF) - 1)
+    return (high % 65521) << 16 | low % 65521
 
 
 def _chunk(kind: bytes, content: bytes) -> bytes:

@@ -16,7 +16,7 @@ from multiview.recording.calibration import Calibration, valid_radius
 from multiview.recording.masks import Silhouette
 
 MAX_OVERSAMPLING = 4
-RIM = 6  # picture pixels around the mask: the cubic filter's reach, and that of the colour carried over the rim
+RIM = 6  # picture pixels around the mask: the filter's reach, and that of the colour carried over the rim
 SOURCE_RIM = 4  # photograph pixels around the mask that the filter may read
 MAP_STEP = 8  # fine pixels between the points at which the lens model is evaluated; between them the map is straight
 
@@ -56,7 +56,8 @@ def rectify(
     """
     import cv2
 
-    # Photograph pixels per picture pixel: so many samples per pixel and direction, averaged, avoid aliasing.
+    # Photograph pixels per picture pixel: so many samples per pixel and direction, averaged, avoid aliasing. They are
+    # read by straight interpolation: a cubic filter rings at the mask's rim, and costs 1 dB and twice the time.
     step = float(calibration.K[camera, 0, 0]) / focal_px
     over = min(max(math.ceil(step), 1), MAX_OVERSAMPLING) if step > 1.0 else 1
     box = _picture_box(calibration, camera, mask, rotation, focal_px, size)
@@ -71,13 +72,13 @@ def rectify(
         columns, rows = lens_maps(calibration, camera, to_photo, *fine)
         columns -= corner[0]
         rows -= corner[1]
-        warped = cv2.remap(premultiplied, columns, rows, cv2.INTER_CUBIC, borderMode=cv2.BORDER_CONSTANT)
+        warped = cv2.remap(premultiplied, columns, rows, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT)
     else:
         K = calibration.K[camera].copy()
         K[:2, 2] -= [corner[0] + 0.5, corner[1] + 0.5]  # OpenCV's warps count pixel centres from 0
         to_centre = np.array([[1.0, 0.0, 0.5], [0.0, 1.0, 0.5], [0.0, 0.0, 1.0]])
         warped = cv2.warpPerspective(
-            premultiplied, K @ to_photo @ to_centre, fine, flags=cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP,
+            premultiplied, K @ to_photo @ to_centre, fine, flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
             borderMode=cv2.BORDER_CONSTANT,
         )  # fmt: skip
     if over > 1:
@@ -108,17 +109,18 @@ def _picture_box(
 
 
 def _premultiplied(picture: np.ndarray, mask: Silhouette, bgr: bool) -> tuple[np.ndarray, tuple[int, int]]:
-    """The photograph's animal, [h, w, 4] float32 0..255, RGB times alpha, and the pixel of its corner."""
-    x, y = max(mask.x - SOURCE_RIM, 0), max(mask.y - SOURCE_RIM, 0)
+    """The photograph's animal, [h, w, 4] uint8, RGB times alpha, and the pixel of its corner."""
+    import cv2
+
     height, width = mask.window.shape
+    colours = picture[mask.y : mask.y + height, mask.x : mask.x + width]
+    rgba = cv2.cvtColor(colours, cv2.COLOR_BGR2RGBA if bgr else cv2.COLOR_RGB2RGBA)
+    x, y = max(mask.x - SOURCE_RIM, 0), max(mask.y - SOURCE_RIM, 0)
     right = min(mask.x + width + SOURCE_RIM, mask.size[0])
     bottom = min(mask.y + height + SOURCE_RIM, mask.size[1])
-    result = np.zeros((bottom - y, right - x, 4), np.float32)
+    result = np.zeros((bottom - y, right - x, 4), np.uint8)
     inner = result[mask.y - y : mask.y - y + height, mask.x - x : mask.x - x + width]
-    colours = picture[mask.y : mask.y + height, mask.x : mask.x + width]
-    opaque = mask.window[..., None]
-    np.multiply(colours[..., ::-1] if bgr else colours, opaque, out=inner[..., :3], casting="unsafe")
-    inner[..., 3:] = 255.0 * opaque
+    cv2.copyTo(rgba, mask.window.view(np.uint8), inner)
     return result, (x, y)
 
 
@@ -154,22 +156,21 @@ def lens_maps(calibration: Calibration, camera: int, pixel_to_photo: np.ndarray,
 
 
 def _straight(premultiplied: np.ndarray) -> np.ndarray:
-    """Premultiplied RGBA [h, w, 4] float32 0..255 -> straight uint8.
+    """Premultiplied RGBA [h, w, 4] uint8 -> straight uint8.
 
     Where alpha is 0 the colour is the nearest animal's, then white, so that a later resize mixes in no dark rim.
     """
     import cv2
 
-    premultiplied[..., 3][premultiplied[..., 3] < 0.5] = 0.0  # rounds to 0
-    np.clip(premultiplied, 0.0, 255.0, out=premultiplied)
     alpha = premultiplied[..., 3]
-    around = cv2.blur(premultiplied, (9, 9))
-    result = np.empty(premultiplied.shape, np.uint8)
-    result[..., 3] = np.rint(alpha)
-    near = np.where(alpha > 0, alpha, around[..., 3])
-    source = np.where((alpha > 0)[..., None], premultiplied[..., :3], around[..., :3])
-    with np.errstate(divide="ignore", invalid="ignore"):
-        colour = source * (255.0 / near)[..., None]
-    colour[near < 0.255] = 255.0
-    result[..., :3] = np.rint(np.minimum(colour, 255.0))
+    blurred = cv2.blur(premultiplied, (9, 9), borderType=cv2.BORDER_CONSTANT)
+    result = cv2.copyTo(premultiplied, cv2.inRange(alpha, 255, 255), np.full_like(premultiplied, (255, 255, 255, 0)))
+    # Only the rim is left: partly transparent pixels, and empty ones near the animal.
+    rim = np.flatnonzero((alpha < 255) & (blurred[..., 3] > 0))
+    own, near = premultiplied.reshape(-1, 4)[rim], blurred.reshape(-1, 4)[rim]
+    source = np.where(own[:, 3:] > 0, own, near).astype(np.float32)
+    colour = np.minimum(source[:, :3] * (255.0 / source[:, 3:]), 255.0)
+    flat = result.reshape(-1, 4)
+    flat[rim, :3] = np.rint(colour)
+    flat[rim, 3] = own[:, 3]
     return result

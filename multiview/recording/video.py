@@ -48,13 +48,14 @@ class VideoReader:
         self._chunk, self._capture = -1, None
         self._next = 0  # number of the frame the decoder stands before
         self._chunk_end = 0
+        self._frame: np.ndarray | None = None
 
     def read(self, index: int) -> np.ndarray:
         """Frame `index` as [h, w, 3] uint8, RGB. Frames before the last one read are an error."""
         return np.ascontiguousarray(self.read_bgr(index)[..., ::-1])
 
     def read_bgr(self, index: int) -> np.ndarray:
-        """As `read`, in the decoder's own order of channels: a whole picture less to copy."""
+        """As `read`, in the decoder's own order of channels, and valid until the next call: a picture less to copy."""
         if not self._next <= index < self.video.num_frames:
             raise ValueError(
                 f"{self.video.name}: frame {index} was asked for after frame {self._next - 1} of "
@@ -72,7 +73,8 @@ class VideoReader:
                     f"holds {self.video.counts[self._chunk]} frames; it is truncated or damaged"
                 )
             self._next += 1
-        ok, frame = self._capture.retrieve()
+        ok, self._frame = self._capture.retrieve(self._frame)  # into the memory of the last one
+        frame = self._frame
         if not ok or frame.shape[1::-1] != self.video.size:
             raise ValueError(f"{self.video.files[self._chunk]}: frame {index} cannot be decoded")
         return frame

@@ -1,0 +1,84 @@
+"""A mouse made of spheres, filmed by the real rig: recordings for the tests of the import, in a moment."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+
+from multiview.recording.calibration import Calibration, write_mammal_pickle
+from multiview.recording.write import load_real_rig, video_writer
+
+# x forward, y left, z up, mm; radius; the first five are trunk and head.
+TRUNK = [(-18, 0, 0, 14), (-6, 0, 1, 15), (7, 0, 0, 13), (19, 0, 2, 10), (29, 0, 3, 7)]
+LEGS = [(18, 9, -9, 4), (18, -9, -9, 4), (-18, 11, -9, 4), (-18, -11, -9, 4)]
+TAIL = [(-33 - 4 * k, 0.12 * k * k, -6, 2.5) for k in range(14)]
+
+
+def spheres(place: np.ndarray, heading_deg: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Centres [n, 3], radii [n], the trunk's centre of volume [3] of a mouse at `place`, nose towards an azimuth."""
+    parts = np.array(TRUNK + LEGS + TAIL, dtype=np.float64)
+    a = math.radians(heading_deg)  # azimuth 0 looks along -y, 90 along -x
+    forward, left = np.array([-math.sin(a), -math.cos(a)]), np.array([math.cos(a), -math.sin(a)])
+    xy = parts[:, :1] * forward + parts[:, 1:2] * left
+    centres = np.concatenate([xy, parts[:, 2:3]], axis=1) + place
+    weight = parts[:5, 3] ** 3
+    return centres, parts[:, 3], weight @ centres[:5] / weight.sum()
+
+
+def silhouettes(calibration: Calibration, centres: np.ndarray, radii: np.ndarray) -> np.ndarray:
+    """[v, h, w] uint8 0 or 255."""
+    import cv2
+
+    masks = []
+    for k in range(len(calibration)):
+        width, height = calibration.sizes[k]
+        mask = np.zeros((height, width), np.uint8)
+        depth = centres @ calibration.w2c[k, 2, :3] + calibration.w2c[k, 2, 3]
+        for (x, y), reach in zip(calibration.project(centres)[k], radii * calibration.K[k, 0, 0] / depth):
+            at = (round((x - 0.5) * 16), round((y - 0.5) * 16))
+            cv2.circle(mask, at, round(reach * 16), 255, -1, cv2.LINE_8, 4)
+        masks.append(mask)
+    return np.stack(masks)
+
+
+def walk(count: int, arena: dict, radius: float = 30.0, step_deg: float = 9.0) -> list[tuple[np.ndarray, float]]:
+    """(place, heading) on a circle about the arena's centre, the nose ahead. radius: mm."""
+    steps = []
+    for index in range(count):
+        angle = math.radians(step_deg * index)
+        place = np.array(arena["centre"]) + [radius * math.cos(angle), radius * math.sin(angle), 16.0]
+        ahead = np.array([-math.sin(angle), math.cos(angle)])
+        steps.append((place, math.degrees(math.atan2(-ahead[0], -ahead[1])) % 360.0))
+    return steps
+
+
+def film(
+    folder: Path, count: int, width: int = 192, *, noise: float = 0.0, flicker: float = 0.0, **walking: float
+) -> dict:
+    """Writes videos_undist/, masks/ and new_cam.pkl; returns the truth: centres, headings, masks [t, v, h, w] bool."""
+    calibration, arena = load_real_rig(width=width)
+    rng = np.random.default_rng(0)
+    (size,) = set(calibration.sizes)
+    rows, columns = np.mgrid[: size[1], : size[0]]
+    light = 150 + 50 * np.sin(columns / 31.0) * np.cos(rows / 23.0)  # uneven
+    writers = {}
+    for name in ("videos_undist", "masks"):
+        (folder / name).mkdir(parents=True)
+        writers[name] = [video_writer(folder / name / f"{k}.mp4", size, 25.0, 0) for k in range(6)]
+    truth = {"centres": [], "headings": [], "masks": []}
+    for place, heading in walk(count, arena, **walking):
+        centres, radii, middle = spheres(place, heading)
+        masks = silhouettes(calibration, centres, radii)
+        gain = 1.0 + flicker * rng.standard_normal()
+        for k, mask in enumerate(masks):
+            picture = np.where(mask > 0, 40.0 + 0.1 * columns, light)[..., None] * [1.0, 0.95, 0.9] * gain
+            picture = picture + noise * rng.standard_normal(picture.shape)
+            writers["videos_undist"][k].send(np.ascontiguousarray(picture.clip(0, 255).astype(np.uint8)))
+            writers["masks"][k].send(np.repeat(mask[..., None], 3, axis=-1))
+        truth["centres"].append(middle)
+        truth["headings"].append(heading)
+        truth["masks"].append(masks > 0)
+    for writer in (*writers["videos_undist"], *writers["masks"]):
+        writer.close()
+    write_mammal_pickle(folder / "new_cam.pkl", calibration)
+    return {"centres": np.stack(truth["centres"]), "headings": np.array(truth["headings"]), "masks": truth["masks"]}

@@ -1,0 +1,282 @@
+"""Parts of the import: the animal's place over time, framing in random poses, splits, picture files, processes."""
+
+import io
+import math
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from filmed_spheres import silhouettes, spheres
+from PIL import Image
+
+from multiview.recording.analysis import Analysis
+from multiview.recording.calibration import Calibration
+from multiview.recording.centre import floor_up, headings_deg, hull_place, locate, rig_up, smooth, turn_to_z
+from multiview.recording.geometry import make_plan, place
+from multiview.recording.masks import clean_mask, measure_mask
+from multiview.recording.output import MaskTrack, sample_name
+from multiview.recording.png import encode_png
+from multiview.recording.process import place_all, plan_dataset
+from multiview.recording.rectify import Cutout, rectify
+from multiview.recording.settings import ImportSettings
+from multiview.recording.splits import split_blocks, split_random
+from multiview.recording.streams import run_streams
+from multiview.recording.tracks import read_track, record_track
+from multiview.recording.write import load_real_rig
+from multiview.rig import load_rig
+
+LENS = np.array([-0.15, 0.2, 0.001, -0.004, 0.0])
+
+
+@pytest.fixture(scope="module")
+def small() -> Calibration:
+    return load_real_rig(width=240)[0]
+
+
+def seen(calibration: Calibration, where, heading_deg: float):
+    """Masks, their statistics and the true centre of a mouse of spheres."""
+    centres, radii, middle = spheres(where, heading_deg)
+    masks = [clean_mask(mask) for mask in silhouettes(calibration, centres, radii)]
+    return masks, [measure_mask(mask) for mask in masks], middle
+
+
+def in_arena(rng) -> np.ndarray:
+    return np.array([48.3, 54.2, 16.0]) + [*rng.uniform(-45, 45, 2), rng.uniform(0, 15)]
+
+
+# ---- where the animal is ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("distorted", [False, True])
+def test_hull_finds_the_centre_within_two_millimetres(small, distorted):
+    calibration = replace(small, distortion=np.tile(LENS, (6, 1))) if distorted else small
+    rng = np.random.default_rng(5)
+    errors, rough_errors, turned = [], [], []
+    for _ in range(6):
+        heading = float(rng.uniform(0, 360))
+        masks, statistics, middle = seen(calibration, in_arena(rng), heading)
+        rough, _, length = locate(calibration, statistics)
+        found = hull_place(calibration, masks, rough, length)
+        errors.append(np.linalg.norm(found.centre - middle))
+        rough_errors.append(np.linalg.norm(rough - middle))
+        nose = found.axis * (1 if found.reach[0] < found.reach[1] else -1)  # the tail reaches farther
+        turned.append((math.degrees(math.atan2(-nose[0], -nose[1])) - heading + 180) % 360 - 180)
+    assert max(errors) < 1.5 and np.mean(errors) < np.mean(rough_errors) < 1.0
+    assert np.abs(turned).max() < 6.0
+
+
+def test_hull_of_masks_without_common_volume_is_none(small):
+    masks, statistics, middle = seen(small, np.array([48.3, 54.2, 16.0]), 0.0)
+    away = replace(masks[1], x=0, y=0)
+    assert hull_place(small, [masks[0], away, *masks[2:]], middle, 73.0) is None
+
+
+def test_smoothing_averages_noise_but_not_across_a_jump():
+    rng = np.random.default_rng(0)
+    frames = list(range(0, 400, 2))
+    true = np.array([[0.05 * f + (500.0 if f >= 200 else 0.0), 0.0, 10.0] for f in frames])
+    seen_centres = true + rng.normal(0, 2.0, true.shape)
+    smoothed = smooth(seen_centres, frames, 24, (200,))
+    inner = slice(10, 90)
+    assert np.abs((smoothed - true)[inner]).mean() < 0.5 * np.abs((seen_centres - true)[inner]).mean()
+    assert np.abs(smoothed - true).max() < 6.0
+    assert np.abs(smooth(seen_centres, frames, 24, ()) - true).max() > 100
+    np.testing.assert_array_equal(smooth(seen_centres, frames, 0, ()), seen_centres)
+
+
+def test_up_is_found_from_the_floor_and_from_the_cameras(small):
+    axis = np.array([0.3, -0.5, 0.8])
+    turn = turn_to_z(axis / np.linalg.norm(axis))
+    move = np.eye(4)
+    move[:3, :3] = turn
+    tilted = replace(small, w2c=small.w2c @ move.T)
+    up = turn @ [0.0, 0.0, 1.0]
+    assert math.degrees(math.acos(rig_up(tilted) @ up)) < 4.0  # the cameras stand not quite evenly
+    rng = np.random.default_rng(1)
+    centres = np.stack([in_arena(rng) * [1, 1, 0] + [0, 0, 16 + rng.normal()] for _ in range(60)])
+    centres[::12, 2] += 40.0  # it rears
+    assert math.degrees(math.acos(floor_up(centres @ turn.T, rig_up(tilted), 73.0, "x") @ up)) < 0.5
+    np.testing.assert_allclose(turn_to_z(up) @ up, [0, 0, 1], atol=1e-12)
+    np.testing.assert_allclose(turn_to_z(np.array([0, 0, -1.0])) @ [0, 0, -1], [0, 0, 1])
+    with pytest.raises(ValueError, match="--up floor needs an animal that walks about"):
+        floor_up(centres[:1] + rng.normal(0, 1, (60, 3)), rig_up(small), 73.0, "x")
+
+
+@pytest.mark.parametrize("rule", ["pca", "motion"])
+def test_heading_is_one_way_round_for_a_whole_run(small, rule):
+    from multiview.recording.centre import HullPlace
+
+    rng = np.random.default_rng(2)
+    true = np.cumsum(rng.normal(0, 6, 50)) + 100
+    places, centres = [], [np.zeros(3)]
+    for index, heading in enumerate(true):
+        a = math.radians(heading)
+        nose = np.array([-math.sin(a), -math.cos(a), 0.0])
+        if index:
+            centres.append(centres[-1] + (6.0 * nose if index % 3 else -1.0 * nose))  # it steps back at times
+        sign = rng.choice([-1.0, 1.0])  # an axis has two ends
+        front, back = (45.0, 90.0) if index % 4 else (60.0, 55.0)  # a curled tail misleads
+        places.append(HullPlace(np.zeros(3), sign * nose, (front, back) if sign > 0 else (back, front)))
+    found = headings_deg(places, np.stack(centres), list(range(50)), rule=rule, rate=25.0, body_length=73.0)
+    assert np.abs((found - true + 180) % 360 - 180).max() < 1e-6
+
+
+# ---- framing ----------------------------------------------------------------------------------------------------
+
+
+def analysis_of(calibration, count, rng) -> tuple[Analysis, list]:
+    """Random poses, placed off their centres as smoothed or triangulated centres are."""
+    rows, tracks, centres, residuals = [], [], [], []
+    for _ in range(count):
+        masks, statistics, _ = seen(calibration, in_arena(rng), float(rng.uniform(0, 360)))
+        centre, residual, _ = locate(calibration, statistics)
+        rows.append(statistics)
+        tracks.append(masks)
+        centres.append(centre)
+        residuals.append(residual)
+    numbers = list(range(count))
+    return Analysis(numbers, rows, np.stack(centres), np.stack(residuals), 73.0, {}, numbers), tracks
+
+
+def check_rims(calibration, settings, count, seed) -> int:
+    """Number of pictures whose border shows something."""
+    analysis, tracks = analysis_of(calibration, count, np.random.default_rng(seed))
+    plan = plan_dataset(calibration, analysis, load_rig("mouse6"), settings)
+    size, touching = settings.image_size, 0
+    for placement, masks in zip(place_all(plan, calibration, analysis), tracks):
+        for slot, camera in enumerate(placement.order):
+            picture = np.zeros((*masks[camera].size[::-1], 3), np.uint8)
+            alpha = rectify(
+                calibration, camera, picture, masks[camera], rotation=placement.true_rotation[slot],
+                focal_px=float(placement.true_focal[slot]) * size, size=size,
+            ).full()[..., 3]  # fmt: skip
+            assert alpha.max() == 255
+            touching += bool(alpha[[0, -1]].any() or alpha[:, [0, -1]].any())
+    return touching
+
+
+@pytest.mark.parametrize(
+    ("framing", "poses", "scale", "size", "body_length"),
+    [
+        ("fill", "exact", "dataset", 48, 30.0),
+        ("facelift", "nearest", "sample", 64, 20.0),
+        ("exact", "exact", "sample", 32, 73.0),
+    ],
+)
+def test_no_mask_reaches_the_border_in_random_poses(small, framing, poses, scale, size, body_length):
+    """A body stated too short asks for more than fits."""
+    calibration = replace(small, distortion=np.tile(LENS, (6, 1))) if framing == "fill" else small
+    settings = ImportSettings(
+        Path("v"), Path("m"), Path("o"), image_size=size, framing=framing, poses=poses, scale=scale,
+        body_length=body_length,
+    )  # fmt: skip
+    assert check_rims(calibration, settings, 12, size) == 0
+
+
+def test_each_sample_may_have_the_rigs_distance(small):
+    rng = np.random.default_rng(4)
+    centres = np.stack([in_arena(rng) for _ in range(8)])
+    options = {"rig": load_rig("mouse6"), "framing": "exact", "poses": "exact", "body_length": 73.0}
+    means = {}
+    for scaling in ("dataset", "sample"):
+        plan = make_plan(small, centres, **options, reference_camera=None, scaling=scaling)
+        placements = [place(plan, small, centre) for centre in centres]
+        means[scaling] = [float(placement.label.distance.mean()) for placement in placements]
+        for placement in placements:
+            assert np.linalg.norm(placement.to_sample[:3, 0]) == pytest.approx(placement.scale)
+    np.testing.assert_allclose(means["sample"], 2.7, rtol=1e-6)
+    assert np.ptp(means["dataset"]) > 0.01 and np.mean(means["dataset"]) == pytest.approx(2.7, rel=1e-6)
+
+
+def test_headings_choose_each_samples_views_by_the_animals_front(small):
+    rig = load_rig("facelift6")
+    centres = np.tile([48.3, 54.2, 16.0], (4, 1))
+    headings = np.array([0.0, 60.0, 180.0, 300.0])
+    options = {"rig": rig, "framing": "fill", "poses": "exact", "body_length": 73.0, "reference_camera": None}
+    plan = make_plan(small, centres, **options, headings_deg=headings)
+    orders = set()
+    for centre, heading in zip(centres, headings):
+        placement = place(plan, small, centre, heading)
+        orders.add(tuple(placement.order))
+        nose = np.array([-math.sin(math.radians(heading)), -math.cos(math.radians(heading)), 0.0])
+        turned = placement.to_sample[:3, :3] @ nose
+        np.testing.assert_allclose(turned / np.linalg.norm(turned), [0, -1, 0], atol=1e-9)  # azimuth 0
+        back = np.linalg.inv(placement.to_sample)
+        origins = placement.label.origins.numpy() @ back[:3, :3].T + back[:3, 3]
+        np.testing.assert_allclose(origins, small.centres[placement.order], atol=1e-6)
+        assert placement.deviation_deg.max() < 60
+    assert len(orders) > 1
+    with pytest.raises(ValueError, match="--heading motion or pca"):
+        make_plan(small, centres, **options)
+    with pytest.raises(ValueError, match="--rig facelift6"):
+        make_plan(small, centres, **{**options, "rig": load_rig("mouse6")}, headings_deg=headings)
+
+
+# ---- splits, files, processes -----------------------------------------------------------------------------------
+
+
+def test_split_leaves_a_gap_between_training_and_validation():
+    folders = [Path(sample_name(index)) for index in range(200)]
+    seconds = [0.1 * index for index in range(200)]
+    train, val = split_blocks(folders, seconds=seconds)
+    times = {folder: second for folder, second in zip(folders, seconds)}
+    nearest = min(abs(times[a] - times[b]) for a in train for b in val)
+    assert nearest >= 0.5 - 1e-9 and len(val) == 40 and len(train) == 200 - 40 - 16
+    far = [float(index) for index in range(200)]
+    train, val = split_blocks(folders, seconds=far)  # nothing is near anything
+    assert len(train) == 160
+
+
+def test_random_split_depends_on_the_seed_only():
+    folders = [Path(sample_name(index)) for index in range(50)]
+    train, val = split_random(folders, 3)
+    assert sorted(train + val) == folders and len(val) == 10 and (train, val) == split_random(folders, 3)
+    assert val != split_random(folders, 4)[1]
+
+
+def test_png_of_a_cutout_is_read_as_the_whole_picture():
+    rng = np.random.default_rng(6)
+    for _ in range(30):
+        size = int(rng.integers(1, 40))
+        x, y = rng.integers(0, size + 1, 2)
+        shape = (rng.integers(0, size - y + 1), rng.integers(0, size - x + 1), 4)
+        rgba = np.zeros((0, 0, 4), np.uint8) if 0 in shape else rng.integers(0, 256, shape, dtype=np.uint8)
+        cutout = Cutout(rgba, int(x) if rgba.size else 0, int(y) if rgba.size else 0, size)
+        picture = Image.open(io.BytesIO(encode_png(cutout)))
+        picture.verify()
+        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(encode_png(cutout)))), cutout.full())
+
+
+def test_masks_are_kept_as_they_were(tmp_path):
+    rng = np.random.default_rng(7)
+    pictures = [np.zeros((30, 40), np.uint8) for _ in range(5)]
+    for picture in pictures[1:]:
+        top, left = rng.integers(0, 15, 2)
+        picture[top : top + 9, left : left + 13] = 255
+    masks = [clean_mask(picture) for picture in pictures]
+    assert len(list(record_track(tmp_path, 2, {"a": 1}, masks))) == len(masks) + 1
+    track: MaskTrack = read_track(tmp_path, 2)
+    assert track.statistics[0] is None
+    for index, mask in enumerate(masks):
+        np.testing.assert_array_equal(track.silhouette(index).full(), mask.full())
+        if index:
+            np.testing.assert_array_equal(track.statistics[index].hull, measure_mask(mask).hull)
+
+
+def counted(limit, lane):
+    for step in range(10):
+        if (lane, step) == limit:
+            raise ValueError(f"lane {lane} fails")
+        yield 100 * lane + step
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_streams_keep_each_lanes_order_and_pass_on_errors(workers):
+    got = list(run_streams(partial(counted, None), [0, 1, 2], 10, workers=workers))
+    assert sorted(got) == [(lane, step, 100 * lane + step) for lane in range(3) for step in range(10)]
+    for lane in range(3):
+        assert [step for own, step, _ in got if own == lane] == list(range(10))
+    with pytest.raises(ValueError, match="lane 1 fails"):
+        list(run_streams(partial(counted, (1, 4)), [0, 1, 2], 10, workers=workers))
