@@ -1,4 +1,4 @@
-"""One-factor sweeps of Stage 2: how much calibration errors and fewer input views cost.
+"""One-factor sweeps: how much calibration errors and fewer input views cost, and which Gaussians to filter away.
 
 Noise changes the cameras that the model is told, never those that the result is rendered from.
 """
@@ -8,12 +8,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from chain.evaluation import Prediction, predict_stage2
+from chain.evaluation import Prediction, predict_gaussians, reconstruct_sample
+from gslrm.model.filters import PRESETS, FilterSettings, filter_gaussians
 from multiview.camera_noise import perturb
 from multiview.recording.write import BODY_LENGTH_MM
 from multiview.rig import ViewRig
@@ -21,6 +22,7 @@ from multiview.run import make_generator
 from multiview.synthetic.cloud import BODY_LENGTH
 
 if TYPE_CHECKING:
+    from gslrm.model.gaussians import Gaussians
     from gslrm.model.gslrm import GSLRM
     from multiview.sample import Sample
 
@@ -29,15 +31,19 @@ FACTORS = {  # flag -> what its values are
     "camera_noise_mm": "camera position error per axis, standard deviation in mm",
     "camera_noise_px": "principal point error per axis, standard deviation in px",
     "num_input_views": "input views",
+    "min_opacity": "filter: least opacity kept, the rest as in the preset 'animal'",
+    "max_scaling": "filter: largest standard deviation kept in world units, the rest as in the preset 'animal'",
 }
+FILTERS = ("min_opacity", "max_scaling")  # factors that act on the Gaussians, whoever made them
 MM_CALIBRATIONS = ("new_cam.pkl",)  # formats whose unit of length is the millimetre
 
 
 @dataclass(frozen=True)
 class Level:
-    """One setting of one factor; everything else is at its best (no noise, all views).
+    """One setting of one factor; everything else is at its best (no noise, all views, no filter).
 
-    translation: world units. pixels: of the model's input pictures. views: which rig views go in.
+    translation: world units. pixels: of the model's input pictures. views: which rig views go in. filters: None keeps
+    every Gaussian.
     """
 
     factor: str
@@ -46,12 +52,14 @@ class Level:
     rotation_deg: float = 0.0
     translation: float = 0.0
     pixels: float = 0.0
+    filters: FilterSettings | None = None
 
     @property
     def name(self) -> str:
         return f"{self.factor}={self.value:g}"
 
     def is_undisturbed(self, rig: ViewRig) -> bool:
+        """Whether the Gaussians, before any filter, are those of true cameras and all views."""
         return not (self.rotation_deg or self.translation or self.pixels) and len(self.views) == rig.num_views
 
 
@@ -75,6 +83,11 @@ def plan_sweeps(
             sweeps[factor] = [Level(factor, degrees, everything, rotation_deg=degrees) for degrees in numbers]
         elif factor == "camera_noise_px":
             sweeps[factor] = [Level(factor, pixels, everything, pixels=pixels) for pixels in numbers]
+        elif factor in FILTERS:
+            sweeps[factor] = [
+                Level(factor, number, everything, filters=replace(PRESETS["animal"], **{factor: number}))
+                for number in numbers
+            ]
         else:
             raise ValueError(f"factor must be one of {', '.join(FACTORS)}, got {factor!r}")
     return sweeps
@@ -130,23 +143,36 @@ def find_world_units_per_mm(info: dict, given: float | None, source: str) -> tup
 
 
 def predict_levels(
-    model: GSLRM, sample: Sample, name: str, rig: ViewRig, sweeps: dict[str, list[Level]], device: torch.device, *,
-    seed: int,
+    model: GSLRM, sample: Sample, name: str, rig: ViewRig, sweeps: dict[str, list[Level]],
+    splits: dict[str, list[int]], device: torch.device, *, seed: int, gaussians: Gaussians | None = None,
 ) -> Iterator[tuple[Level, dict[str, Prediction]]]:  # fmt: skip
-    """Stage 2 on one sample at every level of every sweep. The noise depends on (seed, name, level) alone.
+    """One sample at every level of every sweep, by split. The noise depends on (seed, name, level) alone.
 
-    Levels without noise and with all views are the same thing under several names: it is computed once.
+    gaussians: those of the undisturbed model, where they are made already (the chain's); else Stage 2 makes them.
+    What levels have in common is computed once.
     """
     undisturbed = None
     for level in itertools.chain(*sweeps.values()):
-        if level.is_undisturbed(rig) and undisturbed is not None:
+        plain = level.is_undisturbed(rig)
+        if plain and level.filters is None and undisturbed is not None:
             yield level, undisturbed
             continue
-        cameras = perturb(
-            sample.cameras[: rig.num_views], rotation_deg=level.rotation_deg, translation=level.translation,
-            pixels=level.pixels, generator=make_generator(seed, name, level.name),
-        )  # fmt: skip
-        predictions = predict_stage2(model, sample, rig.num_views, device, views=level.views, seen_cameras=cameras)
-        if level.is_undisturbed(rig):
+        if plain and gaussians is None:
+            gaussians = reconstruct_sample(model, sample, rig.num_views, device)
+        made = gaussians if plain else _disturbed(model, sample, name, rig, level, device, seed)
+        if level.filters is not None:
+            made = filter_gaussians(made, level.filters)
+        predictions = predict_gaussians(made, sample, splits, device)
+        if plain and level.filters is None:
             undisturbed = predictions
         yield level, predictions
+
+
+def _disturbed(
+    model: GSLRM, sample: Sample, name: str, rig: ViewRig, level: Level, device: torch.device, seed: int
+) -> Gaussians:
+    cameras = perturb(
+        sample.cameras[: rig.num_views], rotation_deg=level.rotation_deg, translation=level.translation,
+        pixels=level.pixels, generator=make_generator(seed, name, level.name),
+    )  # fmt: skip
+    return reconstruct_sample(model, sample, rig.num_views, device, views=level.views, seen_cameras=cameras)

@@ -1,4 +1,4 @@
-"""Sweeps of scripts/evaluate.py: which views, how much noise, on which cameras; tables, plots and refusals."""
+"""scripts/evaluate.py: sweeps (which views, how much noise, which filter), metrics, tables, plots and refusals."""
 
 import json
 import runpy
@@ -11,7 +11,8 @@ from chain_tiny import write_gslrm
 
 import chain.evaluation
 from benchmarks.scenes import trained_like
-from chain.evaluation import NOVEL, RIG_VIEWS, Prediction, measure, summarise, table
+from chain.evaluation import NOVEL, OTHER_RIG_VIEWS, RIG_VIEWS, Prediction, measure, splits_of, summarise
+from chain.page import metrics_table
 from chain.plots import plot_sweep
 from chain.sweeps import Level, find_world_units_per_mm, plan_sweeps, predict_levels, spread_views
 from multiview.cameras import Cameras
@@ -53,7 +54,8 @@ def told(monkeypatch):
 
 
 def run_levels(sweeps, *, sample=None, name="s", seed=0):
-    return list(predict_levels(None, sample or make_sample(2), name, RIG, sweeps, CPU, seed=seed))
+    sample = sample or make_sample(2)
+    return list(predict_levels(None, sample, name, RIG, sweeps, splits_of("2", sample, RIG), CPU, seed=seed))
 
 
 # ---- which views ----------------------------------------------------------------------------------------------------
@@ -144,6 +146,22 @@ def test_without_extra_views_the_rig_views_are_rendered_under_their_own_name(tol
     assert list(predictions) == [RIG_VIEWS] and len(predictions[RIG_VIEWS].rgb) == 6
 
 
+def test_filters_act_on_the_undisturbed_gaussians_alone(told):
+    sweeps = plan_sweeps({"camera_noise_deg": [0], "min_opacity": [0.04, 0.999999]}, RIG, None)
+    (_, plain), (_, mild), (_, bare) = run_levels(sweeps)
+    assert len(told) == 1 and plain[NOVEL].mask.mean() > 0.01
+    assert bare[NOVEL].mask.max() == 0 and torch.equal(bare[NOVEL].rgb, torch.ones_like(bare[NOVEL].rgb))
+    assert mild[NOVEL].mask.mean() > 0.01
+    given, sample = trained_like(200), make_sample(2)
+    made = list(
+        predict_levels(
+            None, sample, "s", RIG, plan_sweeps({"max_scaling": [1.0]}, RIG, None), splits_of("full", sample, RIG), CPU,
+            seed=0, gaussians=given,
+        )
+    )  # fmt: skip
+    assert len(told) == 1 and list(made[0][1]) == [NOVEL, OTHER_RIG_VIEWS]
+
+
 # ---- numbers, tables, plots -----------------------------------------------------------------------------------------
 
 
@@ -157,27 +175,29 @@ def test_measures_see_a_perfect_and_a_wrong_prediction():
     assert bad["foreground_psnr"] == pytest.approx(expected.item(), abs=1e-4) and bad["mask_iou"] == 0
 
 
-def test_lpips_is_measured_with_its_network_on_pictures_of_minus_one_to_one():
+def test_lpips_is_measured_with_its_network_whole_and_inside_the_mask():
     class Furthest(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.weight = torch.nn.Parameter(torch.ones(()))
+            self.weight, self.spatial = torch.nn.Parameter(torch.ones(())), False
 
         def forward(self, a, b):
-            return self.weight * (a - b).abs().amax((1, 2, 3), keepdim=True)
+            difference = self.weight * (a - b).abs().amax(1, keepdim=True)
+            return difference if self.spatial else difference.amax((1, 2, 3), keepdim=True)
 
     truth = make_sample(0).rgba[:2]
     blank = Prediction(torch.ones(2, 3, SIZE, SIZE), truth[:, 3:], truth)
-    values = [record["lpips"] for record in measure(blank, Furthest())]
-    assert values == pytest.approx([2 * (1 - 0.3)] * 2)
+    records = measure(blank, Furthest())  # pictures of -1 to 1 reach the network
+    assert [record["lpips"] for record in records] == pytest.approx([2 * (1 - 0.3)] * 2)
+    assert [record["foreground_lpips"] for record in records] == pytest.approx([2 * (1 - 0.3)] * 2)
 
 
 def test_the_worst_is_the_largest_where_smaller_is_better():
     records = [{"psnr": float(i), "lpips": float(i), "sample": "s", "value": i % 2} for i in range(40)]
     summary = summarise(records)
     assert summary["psnr"]["worst_5_percent"] == 1 and summary["lpips"]["worst_5_percent"] == 38
-    lines = table(records, "value", "noise").splitlines()
-    assert len(lines) == 4 and lines[2].startswith("| 0 | 1 | 20 | 19.000 (19.000, 0.000) |")
+    lines = metrics_table("t", records, {"value": "noise"}).markdown().splitlines()
+    assert len(lines) == 6 and lines[4].startswith("| 0 | 1 | 20 | 19.00 (19.00, 0.00) |")
 
 
 def test_plots_are_pictures_with_a_line_in_them(tmp_path):
@@ -232,6 +252,8 @@ def test_sweeps_write_tables_plots_and_records(workspace, tmp_path, capsys):
     [
         ["--stage", "1", "--camera_noise_deg", "1"], ["--stage", "2", "--camera_noise_px", "-1"],
         ["--stage", "2", "--num_input_views", "0"], ["--stage", "2", "--world_units_per_mm", "0"],
+        ["--stage", "full", "--num_input_views", "2"], ["--stage", "1", "--min_opacity", "0.1"],
+        ["--stage", "2", "--baselines", "none", "copy"], ["--stage", "2", "--baselines", "oracle"],
     ],
 )  # fmt: skip
 def test_bad_arguments_end_before_anything_is_loaded(arguments):

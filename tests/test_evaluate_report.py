@@ -1,0 +1,278 @@
+"""scripts/evaluate.py: what is compared with what, baselines, depth, consistency, the report and its pages."""
+
+import json
+import math
+import re
+import runpy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from chain_tiny import write_gslrm
+
+from chain.baselines import NAMES, TrainingMice, copy_input, describe, predict_baselines, predict_hull, show_hull
+from chain.cost import measure_cost
+from chain.evaluation import (
+    DIRECTIONS,
+    NOVEL,
+    OTHER_RIG_VIEWS,
+    RIG_VIEWS,
+    angle_from_input,
+    compare,
+    consistency_of,
+    direction_of,
+    margins,
+    measure,
+    splits_of,
+)
+from chain.page import Table, picture_html, write_page
+from chain.report import Album, Report, picture_rows, sheet
+from chain.stages import PosedViews, views_of_sample
+from multiview.cameras import Cameras
+from multiview.image import composite
+from multiview.rig import RigMismatchError, load_rig
+from multiview.sample import Sample, write_dataset_info, write_sample, write_split
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+SIZE, RADIUS = 48, 0.4
+RIG = load_rig("mouse6")
+COLOUR = (0.6, 0.3, 0.2)
+
+
+def ball(num_extra: int = 2, radius: float = RADIUS, colour=COLOUR, with_depth: bool = True) -> Sample:
+    """A ball of one colour at the origin from the rig's views and `num_extra` others, with exact masks and depth."""
+    extra = Cameras.orbit(
+        torch.arange(num_extra) * 100.0 + 30, torch.full((num_extra,), 10.0), RIG.distance, RIG.focal, SIZE
+    )
+    own = RIG.cameras(SIZE)
+    cameras = replace(
+        own, c2w=torch.cat([own.c2w, extra.c2w]), fxfycxcy=torch.cat([own.fxfycxcy, extra.fxfycxcy])
+    )  # fmt: skip
+    origins, directions = cameras.rays()
+    along = -(origins * directions).sum(-1)
+    gap = radius**2 - ((origins + along[..., None] * directions).square().sum(-1))
+    mask = (gap > 0).float()[:, None]
+    reach = along - gap.clamp_min(0).sqrt()
+    forward = cameras.c2w[:, None, None, :3, 2]
+    depth = (reach * (directions * forward).sum(-1))[:, None] * mask
+    rgb = torch.tensor(colour)[:, None, None].expand(len(cameras), 3, SIZE, SIZE)
+    names = [*RIG.view_names, *[None] * num_extra]
+    return Sample("ball", torch.cat([rgb, mask], dim=1), cameras, names, depth if with_depth else None)
+
+
+def dataset(folder: Path, samples: dict[str, Sample]) -> Path:
+    for name, sample in samples.items():
+        write_sample(folder / name, sample)
+    write_split(folder / "list.txt", [folder / name for name in samples])
+    write_dataset_info(folder, RIG)
+    return folder / "list.txt"
+
+
+# ---- what is compared -----------------------------------------------------------------------------------------------
+
+
+def test_views_compared_were_never_inputs():
+    sample = ball(2)
+    assert splits_of("1", sample, RIG) == {OTHER_RIG_VIEWS: [1, 2, 3, 4, 5]}
+    assert splits_of("2", sample, RIG) == {NOVEL: [6, 7]}
+    assert splits_of("full", sample, RIG) == {NOVEL: [6, 7], OTHER_RIG_VIEWS: [1, 2, 3, 4, 5]}
+    assert splits_of("2", ball(0), RIG) == {RIG_VIEWS: [0, 1, 2, 3, 4, 5]}  # a recording: its name says so
+    assert splits_of("full", ball(0), RIG) == {OTHER_RIG_VIEWS: [1, 2, 3, 4, 5]}
+
+
+def test_directions_are_angles_from_the_input_view():
+    near, side, back = DIRECTIONS
+    assert angle_from_input(RIG.cameras(SIZE), 0) == [0, 60, 120, 180, 120, 60]
+    assert angle_from_input(RIG.cameras(SIZE), 2) == [120, 60, 0, 60, 120, 180]
+    assert [direction_of(a) for a in (0, 60, 60.1, 120, 120.1, 180)] == [near, near, side, side, back, back]
+
+
+def test_depth_error_is_the_mean_over_what_both_show():
+    sample = ball(0)
+    perfect = compare(sample, [0, 1], composite(sample.rgba[:2], 1.0), sample.rgba[:2, 3:], sample.depth[:2])
+    nearer = replace(perfect, depth=(perfect.depth - 0.05) * (perfect.depth > 0))
+    half = perfect.mask.clone()
+    half[..., : SIZE // 2] = 0
+    elsewhere = replace(nearer, mask=half, depth=torch.where(half > 0, nearer.depth, 9.0))
+    nothing = replace(perfect, mask=torch.zeros_like(half))
+    assert measure(perfect)[0]["depth_error"] == 0
+    assert measure(nearer)[1]["depth_error"] == pytest.approx(0.05, abs=1e-5)
+    assert measure(elsewhere)[0]["depth_error"] == pytest.approx(0.05, abs=1e-5)  # not the 9 outside its mask
+    assert "depth_error" not in measure(nothing)[0] and not any(map(math.isnan, measure(nothing)[0].values()))
+    assert "depth_error" not in measure(compare(ball(0, with_depth=False), [0], perfect.rgb[:1], half[:1], half[:1]))[0]
+
+
+def test_consistency_of_true_views_is_the_measure_of_painted_ones():
+    sample = ball(0)
+    rgb = composite(sample.rgba, 1.0)
+    broken = rgb.roll(9, dims=-1)
+    broken[0] = rgb[0]
+    views = PosedViews(broken, sample.rgba[:, 3:], sample.cameras)
+    found = consistency_of(views, sample, 6, copied=rgb[0])
+    assert found["true views"]["of_truth"] == 1 and found["true views"]["score"] > 0.97
+    assert found["painted views"]["of_truth"] < 0.9  # although the masks that came with them are the true ones
+    assert consistency_of(replace(views, rgb=rgb), sample, 6, copied=None)["painted views"]["of_truth"] == 1
+    assert set(found) == {"painted views", "true views", "input copied"}
+
+
+# ---- baselines ------------------------------------------------------------------------------------------------------
+
+
+def test_copied_input_is_the_input_everywhere():
+    sample = ball(1)
+    found = copy_input(sample, splits_of("full", sample, RIG), RIG.reference_view)
+    for split, views in {NOVEL: (6,), OTHER_RIG_VIEWS: (1, 2, 3, 4, 5)}.items():
+        assert found[split].views == views and len(found[split].rgb) == len(views)
+        assert torch.equal(found[split].rgb[-1], composite(sample.rgba[0], 1.0))
+        assert torch.equal(found[split].truth, sample.rgba[list(views)])
+
+
+def test_hull_of_a_ball_is_the_ball_and_disagreeing_masks_leave_nothing():
+    sample = ball(2)
+    views = views_of_sample(sample.rgba[:6], sample.cameras[:6])
+    found = predict_hull(views, sample, splits_of("full", sample, RIG))
+    record = measure(found[NOVEL])[0]
+    assert record["mask_iou"] > 0.85 and record["foreground_psnr"] > 25 and record["depth_error"] < 0.1
+    assert found[NOVEL].views == (6, 7) and found[OTHER_RIG_VIEWS].views == (1, 2, 3, 4, 5)
+    apart = replace(views, masks=torch.zeros_like(views.masks))
+    apart.masks[::2, :, :5, :5], apart.masks[1::2, :, -5:, -5:] = 1, 1
+    rgb, mask, depth = show_hull(apart, sample.cameras[6:])
+    assert rgb.min() == 1 and mask.max() == 0 and depth.max() == 0 and rgb.shape == (2, 3, SIZE, SIZE)
+
+
+def test_nearest_training_mouse_is_like_the_input_and_held_out(tmp_path):
+    mice = {"small": ball(0, 0.3), "grey": ball(0, 0.4, (0.5, 0.5, 0.5)), "like": ball(0, 0.41, (0.6, 0.32, 0.2))}
+    listed, sample = dataset(tmp_path / "train", mice), ball(1)
+    training = TrainingMice.read(listed, RIG, [tmp_path / "test" / "small"])
+    assert training.nearest(sample.rgba[0]).name == "like"
+    found = training.predict(sample, splits_of("full", sample, RIG))
+    shown = composite(mice["like"].rgba[3], 1.0)  # PNG: steps of 1/255
+    assert torch.allclose(found[OTHER_RIG_VIEWS].rgb[2], shown, atol=0.003)
+    assert found[NOVEL].views == (6,) and measure(found[NOVEL])[0]["mask_iou"] > 0.8
+    with pytest.raises(ValueError, match="share 1 samples.*grey.*not held out"):
+        TrainingMice.read(listed, RIG, [tmp_path / "train" / "grey"])
+    with pytest.raises(RigMismatchError):
+        TrainingMice.read(listed, load_rig("facelift6"), [])
+
+
+@pytest.mark.parametrize("stage", ["1", "2", "full"])
+def test_baselines_say_what_they_were_given_and_keep_to_unseen_views(stage, tmp_path, monkeypatch):
+    import chain.baselines
+
+    sample = ball(1)
+    views = views_of_sample(sample.rgba[:6], sample.cameras[:6])
+    training = TrainingMice.read(dataset(tmp_path, {"a": ball(0)}), RIG, [])
+    monkeypatch.setattr(chain.baselines, "reconstruct_sample", lambda *a: "gaussians")
+    monkeypatch.setattr(
+        chain.baselines, "predict_gaussians", lambda made, sample, splits, device: dict.fromkeys(splits, made)
+    )
+    names = ("copy", "nearest", "hull", "six_views")
+    painted = None if stage == "2" else views
+    given = {"painted": painted, "training": training, "model": None, "device": CPU}
+    found = predict_baselines(stage, names, sample, splits_of(stage, sample, RIG), RIG, **given)
+    assert set(found) == set(describe(stage, names, training)) and len(found) == {"1": 2, "2": 3, "full": 5}[stage]
+    for label, predictions in found.items():
+        if label.startswith("upper bound"):  # given the true rig views: those are no test of it
+            assert list(predictions) == [NOVEL]
+    assert predict_baselines(stage, ("none",), sample, splits_of(stage, sample, RIG), RIG, **given) == {}
+
+
+# ---- the report -----------------------------------------------------------------------------------------------------
+
+
+def records(method: str, quality: float, split: str = NOVEL) -> list[dict]:
+    return [
+        {
+            "sample": f"m{i}", "method": method, "split": split, "view": 6, "angle_deg": 45.0 * i,
+            "direction": direction_of(45.0 * i), "foreground_psnr": quality + i % 2, "mask_iou": quality / 40,
+        }
+        for i in range(4)
+    ]  # fmt: skip
+
+
+def test_margins_are_taken_mouse_by_mouse():
+    mixed = records("Stage 2", 20.0) + records("low", 18.0) + records("other split", 30.0, RIG_VIEWS)
+    mixed += [{**record, "foreground_psnr": 20.5} for record in records("even", 0.0)]
+    low, even = margins(mixed, "Stage 2", NOVEL)
+    assert low["method"] == "low" and low["foreground_psnr"]["mean"] == pytest.approx(2)
+    assert low["foreground_psnr"]["standard_error"] == pytest.approx(0) and low["mask_iou"]["better_share"] == 1
+    assert even["foreground_psnr"]["mean"] == pytest.approx(0) and even["foreground_psnr"]["better_share"] == 0.5
+    assert even["foreground_psnr"]["standard_error"] == pytest.approx(math.sqrt(1 / 3) / 2)
+
+
+def test_album_keeps_the_first_and_the_worst():
+    album = Album(num_mice=60)
+    for i in range(60):
+        album.add(f"m{i}", float((i * 7) % 60), torch.full((2, 3, 3, 4, 4), i / 255))
+    assert [name for _, name, _ in album.worst] == ["m0", "m43", "m26"]  # 5 % of 60; 7 i = 0, 1, 2 modulo 60
+    assert len(album.first) == 8 and album.first[3].unique().tolist() == [3]
+    assert sheet([album.first[1], album.first[2][:, :2]]).shape == (3, 16, 12)
+
+
+def test_rows_of_pictures_stand_below_their_truth():
+    sample = ball(1)
+    own = copy_input(sample, splits_of("full", sample, RIG), 0)
+    painted = views_of_sample(sample.rgba[:6], sample.cameras[:6])
+    rows = picture_rows(sample, 0, own, None, painted)
+    assert rows.shape == (3, 7, 3, SIZE, SIZE)  # truth, painted, model; the input, a novel view, five of the rig
+    assert torch.equal(rows[0, 2:], rows[1, 2:]) and rows[1, 1].min() == 1 and rows[2, 0].min() == 1
+
+
+def test_report_of_a_run_is_complete_and_self_contained(tmp_path):
+    report = Report("2", Album(4), rows="truth, <Stage 2>", records=records("Stage 2", 20.0) + records("hull", 18.0))
+    report.assets = [{"sample": f"m{i}", "seconds": float(i)} for i in range(4)]
+    report.album.add("m0", 20.0, torch.zeros(2, 2, 3, 8, 8))
+    report.notes = ["A note with <tags>."]
+    text = report.write(tmp_path, {"stage": "2"}, {"data": "list.txt"}, {"hull": "true views"})
+    content = json.loads((tmp_path / "metrics.json").read_text())
+    assert [row["method"] for row in content["summary"]] == ["Stage 2", "hull"] and content["cost"]["seconds"]
+    assert content["baselines"] == {"hull": "true views"} and content["worst"][0]["sample"] == "m0"
+    assert sum(row["views"] for row in content["by_direction"] if row["method"] == "hull") == 4
+    assert text == (tmp_path / "table.md").read_text() and "| novel views | hull | 4 | 4 | 18.50" in text
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("data:image/") == 3 and "18.50 (18.50, 18.00)" in page
+    assert "<tags>" not in page and "<Stage 2>" not in page and not re.search(r"(src|href)='(?!data:)", page)
+    assert all((tmp_path / name).is_file() for name in ("sheet.png", "worst.png", "directions.png"))
+
+
+def test_tables_and_pictures_of_the_page(tmp_path):
+    table = Table("T", ["a", "b"], [["x & y", "1"]])
+    assert table.markdown() == "## T\n\n| a | b |\n|---|---|\n| x & y | 1 |\n" and "x &amp; y" in table.html()
+    wide = picture_html(torch.rand(3, 4, 2600), "c'aption")
+    assert len(wide) < 40000 and "c&#x27;aption" in wide
+    write_page(tmp_path / "p.html", "t", {"a": "b"}, [table.html()], [])
+    assert (tmp_path / "p.html").read_text().startswith("<!doctype html>")
+
+
+def test_cost_sees_time_and_memory():
+    with measure_cost(CPU) as cost:
+        held = torch.ones(40 * 2**18)  # 40 MiB
+    with measure_cost(CPU) as less:
+        assert held.sum() > 0
+        del held
+    assert cost["seconds"] > 0 and less["peak_memory_mib"] > 40
+    with measure_cost(CPU) as later:
+        pass
+    assert later["peak_memory_mib"] < less["peak_memory_mib"] - 30  # the mark is reset, not the process's highest ever
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+def test_stage_2_with_every_baseline_from_the_command_line(tmp_path, capsys):
+    test = dataset(tmp_path / "test", {"a": ball(2), "b": ball(2, 0.3)})
+    train = dataset(tmp_path / "train", {"c": ball(0, 0.35)})
+    main = runpy.run_path(str(ROOT / "scripts" / "evaluate.py"))["main"]
+    flags = ["--checkpoint", write_gslrm(tmp_path / "gslrm", RIG), "--stage", 2, "--device", "cpu", "--data", test]
+    main([*map(str, flags), "--train_data", str(train), "--output_dir", str(tmp_path / "out")])
+    content = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert len(content["baselines"]) == len(NAMES["2"]) and len(content["assets"]) == 2
+    methods = {record["method"] for record in content["views"]}
+    assert methods == {"Stage 2", *content["baselines"]} and len(content["views"]) == 2 * 2 * len(methods)
+    assert "depth_error" in content["summary"][0] and content["worst"][0]["sample"] in ("a", "b")
+    assert "report.html" in capsys.readouterr().out
+    main([*map(str, flags), "--baselines", "none", "--output_dir", str(tmp_path / "none")])
+    alone = json.loads((tmp_path / "none" / "metrics.json").read_text())
+    assert {record["method"] for record in alone["views"]} == {"Stage 2"} and alone["baselines"] == {}
