@@ -255,7 +255,7 @@ def measure(run: Run, state: TrainingState, dataset: MouseViewDataset) -> None:
     runtime = run.config.training.runtime
     values, sheet = validate(
         network_to_measure(state), dataset, device=run.device, autocast=autocast(run.device, runtime),
-        backend=runtime.raster_backend,
+        backend=runtime.raster_backend, lpips=run.networks.get("lpips"),
     )  # fmt: skip
     run.folder.log(state.passes, values, split="val")
     run.folder.image("val", state.passes, sheet)

@@ -75,12 +75,13 @@ def picture_metrics(rgb: Tensor, alpha: Tensor, target_rgb: Tensor, target_alpha
 @torch.no_grad()
 def validate(
     model: GSLRM, dataset: MouseViewDataset, *, device: torch.device, autocast: torch.autocast, backend: str,
-    num_pictures: int = 4,
+    lpips: torch.nn.Module | None = None, num_pictures: int = 4,
 ) -> tuple[dict[str, float], Tensor]:
     """Means over the dataset (built with num_views None) and a contact sheet [3, H, W].
 
-    Metrics `input_*` are of the views the model saw, `novel_*` of the others (absent if there are none). The sheet has
-    two rows per sample: targets above, predictions below.
+    Metrics `input_*` are of the views the model saw, `novel_*` of the others (absent if there are none): those of
+    `picture_metrics`, SSIM, and LPIPS where its network is given. The sheet has two rows per sample: targets above,
+    predictions below.
     """
     num_inputs = dataset.num_input_views
     sums: dict[str, list[float]] = {}
@@ -95,11 +96,12 @@ def validate(
         rendered = render(output.gaussians, batch.target_cameras, batch.background, backend)
         parts = {"input": slice(0, num_inputs), "novel": slice(num_inputs, None)}
         for part, views in parts.items():
-            if batch.targets.rgb[0, views].shape[0]:
-                values = picture_metrics(
-                    rendered.rgb[0, views], rendered.alpha[0, views],
-                    batch.targets.rgb[0, views], batch.targets.alpha[0, views],
-                )  # fmt: skip
+            rgb, truth = rendered.rgb[0, views].clamp(0.0, 1.0), batch.targets.rgb[0, views]
+            if len(truth):
+                values = picture_metrics(rgb, rendered.alpha[0, views], truth, batch.targets.alpha[0, views])
+                values["ssim"] = metrics.ssim(rgb, truth).mean().item()
+                if lpips is not None:
+                    values["lpips"] = lpips(rgb, truth).mean().item()
                 for name, value in values.items():
                     sums.setdefault(f"{part}_{name}", []).append(value)
         if number < num_pictures:

@@ -244,7 +244,7 @@ def test_overfit_reaches_its_samples_and_validates_on_them(data, tmp_path):
     assert direct[-1] < 0.8 * direct[0]
     rendered = logged(folder)[15:]
     assert rendered[-1] < rendered[0]
-    assert {"input_fg_psnr", "novel_fg_psnr", "novel_iou"} <= set(
+    assert {"input_fg_psnr", "novel_fg_psnr", "novel_iou", "novel_ssim"} <= set(
         json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     )
     assert list((folder / "pictures").glob("val_*.png")) and list((folder / "pictures").glob("train_*.png"))
