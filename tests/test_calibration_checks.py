@@ -24,7 +24,7 @@ from multiview.recording.calibration import (
 from multiview.recording.calibration.checks import READINGS
 from multiview.recording.calibration.dannce import write_dannce_mat
 from multiview.recording.check import check_calibration, read_points
-from multiview.recording.misfit import check_belongs, explain_misfit, ray_misfit, suspect_mirrored
+from multiview.recording.misfit import check_belongs, check_silhouettes, explain_misfit, ray_misfit, suspect_mirrored
 from multiview.recording.write import load_real_rig
 from multiview.rig import load_rig
 
@@ -278,6 +278,11 @@ def test_silhouettes_tell_mirrored_pictures():
     one = masks.clone()
     one[2] = one[2].flip(-1)
     assert suspect_mirrored(one, cameras) == (2,)
+    upright, flipped = masks[:, 0].bool().numpy(), one[:, 0].bool().numpy()
+    check_silhouettes(calibration, [upright, upright])
+    check_silhouettes(calibration, [flipped, upright])  # instants that disagree accuse nobody
+    with pytest.raises(ValueError, match="pictures of camera 2 are mirrored"):
+        check_silhouettes(calibration, [flipped, flipped])
 
 
 # ---- the look at one --------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from multiview.recording.centre import (
 )
 from multiview.recording.geometry import directions_from
 from multiview.recording.masks import MaskStatistics, Silhouette, clean_mask
+from multiview.recording.misfit import check_belongs, check_silhouettes
 from multiview.recording.segment import check_method, segment
 from multiview.recording.settings import ImportSettings
 from multiview.recording.streams import run_streams
@@ -33,6 +34,7 @@ from multiview.recording.video import MASK_FOLDERS, Video, VideoReader, check_vi
 
 STRETCHED = 90  # percentile of the lengths seen in single frames that counts as the stretched animal
 MAX_RESIDUAL = 0.10  # of the camera distance: beyond it videos and calibration do not belong together
+MIRROR_CHECKS = 3  # instants whose silhouettes are asked whether pictures are mirrored
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,14 @@ def analyse(
     masks = [[track.statistics[index] for track in tracks] for index in kept]
     found = [locate(recording.calibration, row) for row in masks]
     centres, residuals = np.stack([one[0] for one in found]), np.stack([one[1] for one in found])
+    check_belongs(recording.calibration, np.array([[mask.centre for mask in row] for row in masks]))
+    check_silhouettes(
+        recording.calibration,
+        [
+            np.stack([track.silhouette(kept[index]).full() for track in tracks])
+            for index in np.unique(np.linspace(0, len(kept) - 1, MIRROR_CHECKS).round().astype(int))
+        ],
+    )
     _check_rays(recording.calibration, centres, residuals)
     measured = float(np.percentile([one[2] for one in found], STRETCHED))
     check_body_length(recording.calibration, measured, settings.body_length)

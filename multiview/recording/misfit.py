@@ -11,6 +11,7 @@ from dataclasses import replace
 from itertools import permutations
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from multiview.cameras import Cameras
@@ -114,6 +115,29 @@ def _misfit(centres: np.ndarray, directions: np.ndarray) -> np.ndarray:
 # ---- silhouettes ------------------------------------------------------------------------------------------------
 
 
+def check_silhouettes(calibration: Calibration, instants: list[np.ndarray]) -> None:
+    """Raises ValueError where the masks [v, h, w] bool of every instant say that the same pictures are mirrored.
+
+    Lens distortion and skew are left out: they are far smaller than what mirroring does.
+    """
+    if len(calibration) < 3 or len(set(calibration.sizes)) != 1 or calibration.sizes[0] is None:
+        return
+    width, height = calibration.sizes[0]
+    values = np.stack([calibration.K[:, row, column] for row, column in ((0, 0), (1, 1), (0, 2), (1, 2))], axis=-1)
+    w2c, fxfycxcy = (torch.from_numpy(array.astype(np.float32)) for array in (calibration.w2c, values))
+    cameras = Cameras.from_w2c(w2c, fxfycxcy, height, width)
+    found = set()
+    for masks in instants:
+        found.add(suspect_mirrored(torch.from_numpy(masks).float()[:, None], cameras))
+        if found != {next(iter(found))} or () in found:
+            return
+    which = ", ".join(map(str, next(iter(found))))
+    raise ValueError(
+        f"{calibration.source}: the pictures of camera {which} are mirrored: the animal's silhouettes fit together only "
+        "when these are flipped left to right; flip these videos and their masks"
+    )
+
+
 def suspect_mirrored(masks: Tensor, cameras: Cameras) -> tuple[int, ...]:
     """The cameras whose pictures are mirrored left to right, judged by silhouettes; () where nothing speaks for it.
 
@@ -124,6 +148,8 @@ def suspect_mirrored(masks: Tensor, cameras: Cameras) -> tuple[int, ...]:
     """
     everyone = tuple(range(len(cameras)))
     written = _silhouette_fit(masks, cameras, ())
+    if written >= MIRROR_FITS:
+        return ()
     fits = {chosen: _silhouette_fit(masks, cameras, chosen) for chosen in (everyone, *((k,) for k in everyone))}
     best = max(fits, key=fits.get)
     convincing = fits[best] >= MIRROR_FITS and 1.0 - fits[best] <= (1.0 - MIRROR_GAIN) * (1.0 - written)
