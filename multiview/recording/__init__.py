@@ -3,12 +3,19 @@
 calibration/     calibration files of every usual format <-> Calibration (K, distortion, w2c in float64), checked
 misfit.py        whether a calibration belongs to the pictures, and what is the matter if not
 check.py         a look at a calibration in numbers (--check), check_picture.py draws it
-video.py         finding and sequentially decoding the videos
+video.py         finding and sequentially decoding the videos, or folders of pictures
+streams.py       that decoding spread over processes, each video in one
 masks.py         cleaning masks, what is measured on them
-geometry.py      the animal's centre, world scale, naming views by measured direction, label cameras
+segment.py       masks for recordings without any, from the background
+tracks.py        the cleaned masks on disk between the two passes of an import
+centre.py        the animal's centre, smoothing, the world's up, the animal's heading
+geometry.py      world scale, naming views by measured direction, label cameras
 rectify.py       the exact warp: homography of a rotation about the camera centre
+png.py           picture files of what it cut out
 settings.py      what an import is asked to do
 analysis.py      the recording's parts, and what its masks say about the animal
+output.py        writing samples: complete or not at all, shards
+splits.py        which samples train and which validate
 process.py       the import: analyse, plan, write, report
 report.py        quality_report.json and quality_report.html
 write.py         a raw recording from renderings (for tests and demonstrations)
