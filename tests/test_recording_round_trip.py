@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from round_trip import cameras_in_the_arena, load_script
+from round_trip import load_script
 
 from multiview.image import composite
 from multiview.metrics import foreground_psnr, mask_iou
 from multiview.recording.film import FilmConditions
 from multiview.recording.process import process_recording
+from multiview.recording.round_trip import recording_cameras
 from multiview.recording.settings import ImportSettings
 from multiview.recording.write import ARENA_REACH, load_real_rig, stand_in_arena, write_recording
 from multiview.rig import RigMismatchError, check_alignment, load_rig
@@ -63,7 +64,7 @@ def test_processed_pictures_equal_direct_renderings(dataset, clouds, render):
     for index, cloud in enumerate(clouds):
         sample = read_sample(folder / f"sample_{index:06d}")
         assert sample.extra["frame"] == index
-        rgb, alpha = render(cloud, cameras_in_the_arena(sample))[:2]
+        rgb, alpha = render(cloud, recording_cameras(sample))[:2]
         mask = (alpha > 0.5).float()
         psnr.append(foreground_psnr(composite(sample.rgba, BACKGROUND), rgb + BACKGROUND * (1 - alpha), mask))
         overlap.append(mask_iou((sample.rgba[:, 3:] > 0.5).float(), mask))
@@ -77,7 +78,7 @@ def test_cameras_are_the_real_ones_and_keypoints_land_on_the_animal(dataset, clo
     real = load_real_rig(width=WIDTH)[0]
     for index, cloud in enumerate(clouds):
         sample = read_sample(folder / f"sample_{index:06d}")
-        cameras = cameras_in_the_arena(sample)
+        cameras = recording_cameras(sample)
         np.testing.assert_allclose(cameras.origins.numpy(), real.centres[order], atol=2e-3)
         to_sample = np.array(sample.extra["calibration_to_sample"])
         points = cloud.keypoints.astype(float) @ to_sample[:3, :3].T + to_sample[:3, 3]
