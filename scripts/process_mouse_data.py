@@ -45,6 +45,42 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rig", default="mouse6", help="whose view names to use: a rig, its file, or 'calibrated'")
     parser.add_argument("--framing", choices=("exact", "fill", "facelift"), default="facelift", help="see above")
     parser.add_argument("--poses", choices=("exact", "nearest"), default="exact", help="see above")
+    add_masks_and_geometry(parser)
+    parser.add_argument(
+        "--split", choices=("blocks", "random"), default="blocks", help="80/20 by blocks of time, or at random"
+    )
+    parser.add_argument("--split_seed", type=int, default=0, help="of --split random")
+    parser.add_argument("--shard", type=shard, default=(0, 1), metavar="i/n", help="part i of n, from 0")
+    parser.add_argument(
+        "--workers", type=int, default=2, help="processes, at most one per camera; the result does not depend on it"
+    )
+    look = parser.add_argument_group("a look at the calibration (--calibration or --meta_dir) instead of an import")
+    look.add_argument("--check", action="store_true", help="draw and tabulate the calibration, reproject points, stop")
+    look.add_argument(
+        "--check_points", type=Path, default=None,
+        help="3D points: .npy [n, 3]; .npz, .json with points_3d (points_2d); label3d_dannce.mat (which finds its own)",
+    )  # fmt: skip
+    look.add_argument("--check_output", type=Path, default=Path("calibration_check.png"), help="the picture")
+    parsed = parser.parse_args(arguments)
+    if parsed.check and parsed.calibration is None and parsed.meta_dir is None:
+        parser.error("--check needs --calibration or --meta_dir")
+    if parsed.check and parsed.up in ("floor", "rig"):
+        parser.error(f"--check needs an axis for --up, got {parsed.up}")
+    missing = [f"--{name}" for name in ("video_dir", "meta_dir", "output_dir") if getattr(parsed, name) is None]
+    if missing and not parsed.check:
+        parser.error(f"the following arguments are required: {', '.join(missing)}")
+    least_values = {"num_samples": 1, "image_size": 16, "workers": 1, "smooth_frames": 0, "split_seed": 0}
+    for name, least in least_values.items():
+        if getattr(parsed, name) < least:
+            parser.error(f"--{name} must be at least {least}, got {getattr(parsed, name)}")
+    if parsed.body_length is not None and parsed.body_length <= 0:
+        parser.error(f"--body_length must be positive, got {parsed.body_length}")
+    parsed.time_jumps = tuple(parsed.time_jumps)
+    return parsed
+
+
+def add_masks_and_geometry(parser: argparse.ArgumentParser) -> None:
+    """Where the masks come from, and what is done about the animal's place."""
     parser.add_argument(
         "--scale", choices=("dataset", "sample"), default="dataset",
         help="one world scale, or one per sample at which its own mean camera distance is the rig's",
@@ -82,37 +118,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="nose to tail base, in the calibration's unit; left out: measured",
     )
     parser.add_argument("--on_bad_frame", choices=("error", "skip"), default="error", help="when a mask is empty")
-    parser.add_argument(
-        "--split", choices=("blocks", "random"), default="blocks", help="80/20 by blocks of time, or at random"
-    )
-    parser.add_argument("--split_seed", type=int, default=0, help="of --split random")
-    parser.add_argument("--shard", type=shard, default=(0, 1), metavar="i/n", help="part i of n, from 0")
-    parser.add_argument(
-        "--workers", type=int, default=2, help="processes, at most one per camera; the result does not depend on it"
-    )
-    look = parser.add_argument_group("a look at the calibration (--calibration or --meta_dir) instead of an import")
-    look.add_argument("--check", action="store_true", help="draw and tabulate the calibration, reproject points, stop")
-    look.add_argument(
-        "--check_points", type=Path, default=None,
-        help="3D points: .npy [n, 3]; .npz, .json with points_3d (points_2d); label3d_dannce.mat (which finds its own)",
-    )  # fmt: skip
-    look.add_argument("--check_output", type=Path, default=Path("calibration_check.png"), help="the picture")
-    parsed = parser.parse_args(arguments)
-    if parsed.check and parsed.calibration is None and parsed.meta_dir is None:
-        parser.error("--check needs --calibration or --meta_dir")
-    if parsed.check and parsed.up in ("floor", "rig"):
-        parser.error(f"--check needs an axis for --up, got {parsed.up}")
-    missing = [f"--{name}" for name in ("video_dir", "meta_dir", "output_dir") if getattr(parsed, name) is None]
-    if missing and not parsed.check:
-        parser.error(f"the following arguments are required: {', '.join(missing)}")
-    least_values = {"num_samples": 1, "image_size": 16, "workers": 1, "smooth_frames": 0, "split_seed": 0}
-    for name, least in least_values.items():
-        if getattr(parsed, name) < least:
-            parser.error(f"--{name} must be at least {least}, got {getattr(parsed, name)}")
-    if parsed.body_length is not None and parsed.body_length <= 0:
-        parser.error(f"--body_length must be positive, got {parsed.body_length}")
-    parsed.time_jumps = tuple(parsed.time_jumps)
-    return parsed
 
 
 def shard(text: str) -> tuple[int, int]:

@@ -164,19 +164,7 @@ def make_plan(
     nose, for rigs that count from there.
     """
     azimuth, elevation, distance = directions_from(centres, calibration.centres)
-    if elevation.mean() < -5.0:
-        raise ValueError(
-            f"{calibration.source}: the cameras stand {-elevation.mean():.0f} degrees below the animal on average, so "
-            "the world's +z does not point up; name the axis that does with --up"
-        )
-    if reference_camera is not None and not 0 <= reference_camera < len(calibration):
-        raise ValueError(f"--reference_camera must be 0..{len(calibration) - 1}, got {reference_camera}")
-    named = rig if rig is not None else _measured_rig(azimuth, elevation, reference_camera or 0)
-    if named.num_views != len(calibration):
-        raise ValueError(
-            f"the recording has {len(calibration)} cameras, rig {named.name} has {named.num_views} views; choose a rig "
-            f"of {len(calibration)} views, or --rig {CALIBRATED} to name the views by their measured directions"
-        )
+    named = _named_rig(calibration, rig, azimuth, elevation, reference_camera)
     _check_heading(named, headings_deg is not None)
     if headings_deg is None:
         mean_azimuth = circular_mean_deg(azimuth - azimuth[:, [0]])
@@ -215,6 +203,30 @@ def make_plan(
         framing=framing, poses=poses, body_length=body_length, zoom=zoom, view_off_deg=off, mean_distance=mean_distance,
         scaling=scaling, by_heading=headings_deg is not None,
     )  # fmt: skip
+
+
+def _named_rig(
+    calibration: Calibration,
+    rig: ViewRig | None,
+    azimuth: np.ndarray,
+    elevation: np.ndarray,
+    reference_camera: int | None,
+) -> ViewRig:
+    """The rig whose names the views take; refused where the recording cannot have them."""
+    if elevation.mean() < -5.0:
+        raise ValueError(
+            f"{calibration.source}: the cameras stand {-elevation.mean():.0f} degrees below the animal on average, so "
+            "the world's +z does not point up; name the axis that does with --up"
+        )
+    if reference_camera is not None and not 0 <= reference_camera < len(calibration):
+        raise ValueError(f"--reference_camera must be 0..{len(calibration) - 1}, got {reference_camera}")
+    named = rig if rig is not None else _measured_rig(azimuth, elevation, reference_camera or 0)
+    if named.num_views != len(calibration):
+        raise ValueError(
+            f"the recording has {len(calibration)} cameras, rig {named.name} has {named.num_views} views; choose a rig "
+            f"of {len(calibration)} views, or --rig {CALIBRATED} to name the views by their measured directions"
+        )
+    return named
 
 
 def place(plan: Plan, calibration: Calibration, centre: np.ndarray, heading_deg: float | None = None) -> Placement:
