@@ -133,8 +133,8 @@ def check_silhouettes(calibration: Calibration, instants: list[np.ndarray]) -> N
             return
     which = ", ".join(map(str, next(iter(found))))
     raise ValueError(
-        f"{calibration.source}: the pictures of camera {which} are mirrored: the animal's silhouettes fit together only "
-        "when these are flipped left to right; flip these videos and their masks"
+        f"{calibration.source}: the pictures of camera {which} are mirrored: the animal's silhouettes fit together "
+        "only when these are flipped left to right; flip these videos and their masks"
     )
 
 
