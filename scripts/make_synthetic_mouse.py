@@ -45,24 +45,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--body_model", type=Path, default=None, help="an external skinned mesh (.npz) to draw instead")
     parser.add_argument("--body_model_poses", type=Path, default=None, help="its pose library (.npz)")
     parser.add_argument("--as_recording", action="store_true", help="write a raw recording of --num_samples frames")
-    parser.add_argument(
-        "--lens_distortion", choices=("none", "real"), default="none",
-        help="of the recording: undistorted pictures, or photographs through the rig's real lenses (skew included)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--noise", type=float, default=0.0, help="of the recording's sensors: deviation at white, in levels of 255"
-    )
-    parser.add_argument(
-        "--uneven_light", action="store_true",
-        help="in the recording: uneven gain, vignetting, an exposure per camera, a textured wall behind the animal",
-    )  # fmt: skip
-    parser.add_argument(
-        "--calibration_formats", type=calibration_formats, default=(), metavar="A,B,...",
-        help="of the recording: mammal, dannce, anipose, transforms, colmap (or colmap_text), opencv, blender; the "
-        "first lies in the folder, the others in calibrations/; left out: mammal, or dannce with real lens distortion",
-    )  # fmt: skip
-    parser.add_argument("--video_width", type=int, default=1152, help="pixels, of the recording's videos")
-    parser.add_argument("--fps", type=float, default=25.0, help="frames per second of the recording")
+    add_recording_flags(parser)
     parsed = parser.parse_args(arguments)
     for name, low in (("num_samples", 1), ("image_size", 8), ("seed", 0), ("workers", 1), ("num_novel_views", 0)):
         if getattr(parsed, name) < low:
@@ -85,6 +68,28 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     if parsed.body_model is not None and parsed.pose is not None:
         parser.error("--pose names procedural poses; with --body_model poses come from --body_model_poses")
     return parsed
+
+
+def add_recording_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags that only --as_recording uses."""
+    parser.add_argument(
+        "--lens_distortion", choices=("none", "real"), default="none",
+        help="of the recording: undistorted pictures, or photographs through the rig's real lenses (skew included)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--noise", type=float, default=0.0, help="of the recording's sensors: deviation at white, in levels of 255"
+    )
+    parser.add_argument(
+        "--uneven_light", action="store_true",
+        help="in the recording: uneven gain, vignetting, an exposure per camera, a textured wall behind the animal",
+    )  # fmt: skip
+    parser.add_argument(
+        "--calibration_formats", type=calibration_formats, default=(), metavar="A,B,...",
+        help="of the recording: mammal, dannce, anipose, transforms, colmap (or colmap_text), opencv, blender; the "
+        "first lies in the folder, the others in calibrations/; left out: mammal, or dannce with real lens distortion",
+    )  # fmt: skip
+    parser.add_argument("--video_width", type=int, default=1152, help="pixels, of the recording's videos")
+    parser.add_argument("--fps", type=float, default=25.0, help="frames per second of the recording")
 
 
 def calibration_formats(text: str) -> tuple[str, ...]:
