@@ -1,7 +1,8 @@
 """What a number of scripts/evaluate.py has beside it: predictions that need no training, and upper bounds.
 
 Each says what it was given. The input view alone: `copy`, `nearest`. The views that Stage 2 gets: `hull` (true views
-for stage 2, painted ones in the chain). More than the chain gets, so an upper bound for it: `six_views`.
+for stage 2, painted ones in the chain). More than the stage gets, so an upper bound for it: `six_views` for the chain,
+`autoencoder` for Stage 1.
 """
 
 from __future__ import annotations
@@ -26,12 +27,17 @@ if TYPE_CHECKING:
     from multiview.cameras import Cameras
     from multiview.rig import ViewRig
     from multiview.sample import Sample
+    from mvdiffusion.components import Components
 
 COPY, NEAREST = "baseline: input copied", "baseline: nearest training mouse"
 HULL_OF_PAINTED = "baseline: hull of the painted views"
 HULL_OF_TRUE = "{kind}: hull of all true rig views"
 SIX_VIEWS = "upper bound: Stage 2 from all true rig views"
-NAMES = {"1": ("copy", "nearest"), "2": ("copy", "nearest", "hull"), "full": ("copy", "nearest", "hull", "six_views")}
+AUTOENCODER = "upper bound: the true views through the autoencoder"
+NAMES = {  # by stage
+    "1": ("copy", "nearest", "autoencoder"), "2": ("copy", "nearest", "hull"),
+    "full": ("copy", "nearest", "hull", "six_views"),
+}  # fmt: skip
 FEATURE_SIZE = 32  # input views are compared at this size
 
 
@@ -56,6 +62,8 @@ def describe(stage: str, names: tuple[str, ...], training: TrainingMice | None) 
         )
     if "hull" in names and stage != "1":
         told[hull_of_true(stage)] = "all true rig views with their true masks; compared on views outside the rig only"
+    if "autoencoder" in names and stage == "1":
+        told[AUTOENCODER] = "the views themselves; only encoded and decoded, as every painted view is"
     if "six_views" in names and stage == "full":
         told[SIX_VIEWS] = "all true rig views with their true masks; compared on views outside the rig only"
     return told
@@ -72,6 +80,22 @@ def copy_input(sample: Sample, splits: dict[str, list[int]], reference: int) -> 
         split: compare(sample, views, picture.expand(len(views), -1, -1, -1), mask.expand(len(views), -1, -1, -1))
         for split, views in splits.items()
     }
+
+
+@torch.no_grad()
+def predict_autoencoder(
+    components: Components, sample: Sample, splits: dict[str, list[int]]
+) -> dict[str, Prediction]:  # fmt: skip
+    """The true views encoded and decoded by Stage 1's autoencoder: what no painting can surpass by much."""
+    from mvdiffusion.conditioning import condition_latents, decode_latents
+
+    predictions = {}
+    for split, views in splits.items():
+        pictures = composite(sample.rgba[views], 1.0).to(components.device)
+        with components.on_device("vae"):
+            rgb = decode_latents(components, condition_latents(components, pictures)).cpu()
+        predictions[split] = compare(sample, views, rgb, mask_from_white(rgb))
+    return predictions
 
 
 def show_hull(views: PosedViews, cameras: Cameras) -> tuple[Tensor, Tensor, Tensor]:
@@ -152,7 +176,8 @@ def _features(rgba: Tensor) -> Tensor:
 
 def predict_baselines(
     stage: str, names: tuple[str, ...], sample: Sample, splits: dict[str, list[int]], rig: ViewRig, *,
-    painted: PosedViews | None, training: TrainingMice | None, model: GSLRM | None, device: torch.device,
+    painted: PosedViews | None, training: TrainingMice | None, components: Components | None, model: GSLRM | None,
+    device: torch.device,
 ) -> dict[str, dict[str, Prediction]]:  # fmt: skip
     """label -> split -> prediction, of the baselines in `names` that apply; the same labels as `describe`.
 
@@ -165,6 +190,8 @@ def predict_baselines(
         found[COPY] = copy_input(sample, splits, rig.reference_view)
     if "nearest" in names and training is not None:
         found[NEAREST] = training.predict(sample, splits)
+    if "autoencoder" in names and stage == "1":
+        found[AUTOENCODER] = predict_autoencoder(components, sample, splits)
     if "hull" in names and painted is not None and stage == "full":
         found[HULL_OF_PAINTED] = predict_hull(painted, sample, splits)
     if "hull" in names and stage != "1" and unseen:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 NOVEL, OTHER_RIG_VIEWS, RIG_VIEWS = "novel views", "rig views but the input", "rig views, inputs among them"
 OWN = {"1": "Stage 1", "2": "Stage 2", "full": "whole chain"}  # what is measured, by stage
+PAINTED = "the painted views, before Stage 2"
 METRICS = (
     "foreground_psnr", "psnr", "foreground_ssim", "ssim", "mask_iou", "depth_error", "foreground_lpips", "lpips",
 )  # fmt: skip

@@ -57,11 +57,11 @@ def plot_directions(path: Path, records: list[dict], title: str) -> None:
                 angles, [statistics.fmean(r[metric] for r in group) for group in groups], marker="o", label=method
             )
         axes.set_ylabel(label)
+        axes.set_xlabel("angle between the view and the input view, degrees")
         axes.set_xticks(range(0, 181, 30))
         axes.grid(alpha=0.3)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8)
     figure.suptitle(title)
-    figure.supxlabel("angle between the view and the input view, degrees")
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=100)

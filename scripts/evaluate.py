@@ -8,7 +8,8 @@ foreground_*: inside the true mask. depth_error: world units, where truth and pr
 
 Baselines (--baselines): copy, the input view as every view; nearest, the training mouse (--train_data) whose input view
 is most like this one; hull, the visual hull of the views that Stage 2 gets, in their colours; six_views, what Stage 2
-makes of the true rig views (for the chain: an upper bound). The report says what each was given.
+makes of the true rig views (for the chain: an upper bound); autoencoder, the true views only encoded and decoded (for
+stage 1: an upper bound). The report says what each was given.
 
 Sweeps: each list given is measured on its own, the others at no noise, all views and no filter. Noise (stage 2) is put
 on the cameras that the model is told; the true ones stay for rendering. Of k input views (stage 2) those are taken that
@@ -25,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from chain.flags import add_chain_flags, add_stage1_flags, positive, stage1_options
 from multiview.run import main_guard
 
-BASELINES = ("copy", "nearest", "hull", "six_views")
+BASELINES = ("copy", "nearest", "hull", "six_views", "autoencoder")
 NOISE_SWEEPS = ("camera_noise_deg", "camera_noise_mm", "camera_noise_px", "num_input_views")
 FILTER_SWEEPS = ("min_opacity", "max_scaling")
 SWEEPS = NOISE_SWEEPS + FILTER_SWEEPS
@@ -153,7 +154,9 @@ def evaluate_sample(report, folder: Path, options, artifacts, components, model,
     from chain.baselines import HULL_OF_PAINTED, NEAREST, hull_of_true, predict_baselines
     from chain.cost import measure_cost
     from chain.evaluation import (
+        OTHER_RIG_VIEWS,
         OWN,
+        PAINTED,
         angle_from_input,
         consistency_of,
         paint,
@@ -181,9 +184,12 @@ def evaluate_sample(report, folder: Path, options, artifacts, components, model,
             gaussians = gaussians or reconstruct_sample(model, sample, rig.num_views, device)
             own = predict_gaussians(gaussians, sample, splits, device)
     others = predict_baselines(
-        stage, tuple(options.baselines), sample, splits, rig, painted=painted, training=training, model=model,
-        device=device,
+        stage, tuple(options.baselines), sample, splits, rig, painted=painted, training=training,
+        components=components, model=model, device=device,
     )  # fmt: skip
+    if stage == "full":  # the same views, painted: whether Stage 2 gains or loses
+        rig_views = {split: views for split, views in splits.items() if split == OTHER_RIG_VIEWS}
+        others = {PAINTED: predict_stage1(painted, sample, rig_views), **others}
     angles = angle_from_input(sample.cameras, rig.reference_view)
     report.records += records_of({"sample": folder.name}, {OWN[stage]: own, **others}, angles, lpips)
     asset = {"sample": folder.name, **cost}
