@@ -311,7 +311,7 @@ def test_extent_says_when_a_mask_is_clipped(real, arena):
     right = placement.true_rotation[0][0]
     hulls = [real.project((centre + share * reach * right)[None])[plan.order[0]] for share in (0.5, 1.02)]
     for hull, expected in zip(hulls, (0.5, 1.02)):
-        extents = frame_extent(real, plan, placement, [hull] * 6)
+        extents = frame_extent(real, placement, [hull] * 6)
         assert extents[0] == pytest.approx(expected, rel=1e-3)
 
 

@@ -297,7 +297,7 @@ def label_error(plan: Plan, calibration: Calibration, placement: Placement) -> t
     return float(np.sqrt((error**2).mean()) / half), float(error.max() / half)
 
 
-def frame_extent(calibration: Calibration, plan: Plan, placement: Placement, hulls: list[np.ndarray]) -> np.ndarray:
+def frame_extent(calibration: Calibration, placement: Placement, hulls: list[np.ndarray]) -> np.ndarray:
     """[v] how far each view's mask reaches from the picture's centre, over half its width: above 1 it is clipped.
 
     hulls: per camera (calibration's order), [n, 2] pixels of the photograph.

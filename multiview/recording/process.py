@@ -125,7 +125,7 @@ def mask_extents(
     """[t, v] how far the masks reach from the pictures' centres, over half the width."""
     return np.stack(
         [
-            frame_extent(calibration, plan, placement, [mask.hull for mask in masks])
+            frame_extent(calibration, placement, [mask.hull for mask in masks])
             for placement, masks in zip(placements, analysis.masks, strict=True)
         ]
     )

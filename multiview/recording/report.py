@@ -105,24 +105,29 @@ def measure_geometry(
     calibration: Calibration, analysis: Analysis, plan: Plan, placements: list[Placement], image_size: int
 ) -> dict:
     """From the masks and cameras of every frame: directions, distances, centre's consistency, clipping, label error."""
-    order = plan.order
-    azimuth, elevation, distance = directions_from(analysis.centres, calibration.centres[order])
+    orders = np.array([placement.order for placement in placements])  # with a heading, cameras change their views
+    azimuth, elevation, distance = (
+        np.take_along_axis(values, orders, axis=1)
+        for values in directions_from(analysis.centres, calibration.centres)
+    )
     relative = azimuth - azimuth[:, [plan.rig.reference_view]]
     focal_px = np.stack([placement.true_focal for placement in placements]) * image_size
-    off_px = analysis.residuals[:, order] / distance * focal_px
+    off_px = np.take_along_axis(analysis.residuals, orders, axis=1) / distance * focal_px
     extents = np.stack(
         [
-            frame_extent(calibration, plan, placement, [mask.hull for mask in masks])
+            frame_extent(calibration, placement, [mask.hull for mask in masks])
             for placement, masks in zip(placements, analysis.masks, strict=True)
         ]
     )
     deviation = np.stack([placement.deviation_deg for placement in placements])
-    border = np.array([[masks[k].touches_border for k in order] for masks in analysis.masks])
+    border = np.array(
+        [[masks[k].touches_border for k in order] for order, masks in zip(orders, analysis.masks, strict=True)]
+    )
     errors = np.array([label_error(plan, calibration, placement) for placement in placements])
     views = [
         {
             "name": view.name,
-            "camera": order[slot],
+            "camera": plan.order[slot],
             "azimuth_deg": float(circular_mean_deg(relative[:, slot])),
             "elevation_deg": float(elevation[:, slot].mean()),
             "off_rig_view_deg": float(plan.view_off_deg[slot]) if plan.requested else 0.0,
