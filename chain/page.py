@@ -65,7 +65,7 @@ def metrics_table(title: str, records: list[dict], by: dict[str, str]) -> Table:
     for values in dict.fromkeys(tuple(record[key] for key in by) for record in records):
         chosen = [record for record in records if tuple(record[key] for key in by) == values]
         mice, summary = len({record["sample"] for record in chosen}), summarise(chosen)
-        rows.append([*map(str, values), str(mice), str(len(chosen)), *(_three(name, summary) for name in names)])
+        rows.append([*map(_text, values), str(mice), str(len(chosen)), *(_three(name, summary) for name in names)])
     return Table(title, heading, rows, text_columns=len(by))
 
 
@@ -105,6 +105,10 @@ def summary_table(title: str, rows: dict[str, list[dict]], names: Sequence[str])
         summary = summarise(records, names)
         lines.append([label, str(len(records)), *(_three(name, summary) for name in names)])
     return Table(title, ["", "mice", *(f"{name} mean (median, worst 5 %)" for name in names)], lines)
+
+
+def _text(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _three(name: str, summary: dict) -> str:
