@@ -1,9 +1,10 @@
-"""What runs of the network are timed: plain numbers, so that a case can be handed to a fresh process as JSON."""
+"""What runs of the network are timed: plain numbers, so that a case can be handed to a fresh process."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 
@@ -19,6 +20,14 @@ from multiview.rig import load_rig
 
 NETWORKS = ("gslrm", "plain")
 PASSES = ("forward", "forward + backward", "training step")
+
+
+class Case(Protocol):
+    """Anything that is timed: here NetworkCase, and Stage 1's workloads. Must pickle."""
+
+    def build(self, device: torch.device) -> Callable[[], object]: ...
+
+    def flops(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -56,13 +65,6 @@ class NetworkCase:
         for name, allowed in (("network", NETWORKS), ("passes", PASSES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-
-    def to_dict(self) -> dict:
-        return asdict(self)
-
-    @staticmethod
-    def from_dict(content: dict) -> NetworkCase:
-        return NetworkCase(**{**content, "size": NetworkSize(**content["size"])})
 
     def masks(self, device: torch.device | str = "cpu") -> torch.Tensor | None:
         if self.coverage is None:

@@ -7,22 +7,22 @@ most, in a fresh process (Linux only: the kernel's high-water mark is reset betw
 from __future__ import annotations
 
 import gc
-import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
 
-from benchmarks.cases import NetworkCase
+from benchmarks.cases import Case
 
 ROOT = Path(__file__).resolve().parent.parent
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_HIGH_WATER = "5"
 
 
-def peak_memory(case: NetworkCase, device: torch.device) -> float | None:
+def peak_memory(case: Case, device: torch.device) -> float | None:
     """Bytes that one run of `case` needs at most beside weights and inputs; None where it cannot be measured."""
     if device.type == "cuda":
         run = case.build(device)
@@ -37,10 +37,10 @@ def peak_memory(case: NetworkCase, device: torch.device) -> float | None:
         return None
     # Large blocks straight from the kernel, so that what is freed does not stay with the process.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "benchmarks.memory", json.dumps(case.to_dict()), str(torch.get_num_threads())]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "-m", "benchmarks.memory", str(torch.get_num_threads())]
+    done = subprocess.run(command, input=pickle.dumps(case), env=environment, cwd=ROOT, capture_output=True)
     if done.returncode:
-        raise RuntimeError(f"measuring the memory of {case} failed:\n{done.stderr}")
+        raise RuntimeError(f"measuring the memory of {case} failed:\n{done.stderr.decode()}")
     return float(done.stdout)
 
 
@@ -60,8 +60,8 @@ def _status_bytes(name: str) -> float:
 
 
 def main() -> None:
-    torch.set_num_threads(int(sys.argv[2]))
-    case = NetworkCase.from_dict(json.loads(sys.argv[1]))
+    torch.set_num_threads(int(sys.argv[1]))
+    case = pickle.load(sys.stdin.buffer)  # from `peak_memory` alone
     print(grown_by(case.build(torch.device("cpu"))))
 
 

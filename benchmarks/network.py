@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import torch
 
-from benchmarks.cases import NetworkCase, NetworkSize, variants
+from benchmarks.cases import Case, NetworkCase, NetworkSize, variants
 from benchmarks.memory import peak_memory
 from benchmarks.report import Table
-from benchmarks.timing import Timing, matrix_rate, ratio, time_in_turn
+from benchmarks.timing import Timing, matrix_dtype, matrix_rate, ratio, time_in_turn
 
 COVERAGES = (0.05, 0.15, 0.30, 0.60, 1.0)
 TOO_LARGE = "out of memory"
@@ -101,23 +101,23 @@ TIMED = ("forward", "forward + backward")
 MEMORY_NOTE = "Peak memory: what a run needs beside weights and inputs."
 
 
-def try_to_time(cases: list[NetworkCase], device: torch.device, repeats: int) -> list[Timing | str]:
+def try_to_time(cases: list[Case], device: torch.device, repeats: int, timer=time_in_turn) -> list[Timing | str]:
     """Times of the cases run in turn; one by one where a GPU does not hold all of them, TOO_LARGE where not one."""
     try:
-        return time_in_turn([case.build(device) for case in cases], device, repeats)
+        return timer([case.build(device) for case in cases], device, repeats)
     except torch.OutOfMemoryError:
         pass  # what the failed runs held is free only outside this block
     torch.cuda.empty_cache()
     if len(cases) == 1:
         return [TOO_LARGE]
-    return [try_to_time([case], device, repeats)[0] for case in cases]
+    return [try_to_time([case], device, repeats, timer)[0] for case in cases]
 
 
 def times_faster(slow: Timing | str, fast: Timing | str) -> float | None:
     return None if TOO_LARGE in (slow, fast) else ratio(slow, fast)
 
 
-def work_columns(case: NetworkCase, timing: Timing | str, rate: float) -> dict:
+def work_columns(case: Case, timing: Timing | str, rate: float) -> dict:
     """Useful operations, the rate they were done at and which share of the machine's matrix rate that is."""
     flops = case.flops()
     reached = None if timing == TOO_LARGE else flops / timing.median
@@ -128,7 +128,7 @@ def work_columns(case: NetworkCase, timing: Timing | str, rate: float) -> dict:
     }
 
 
-def mebibytes(case: NetworkCase, device: torch.device) -> float | str | None:
+def mebibytes(case: Case, device: torch.device) -> float | str | None:
     try:
         peak = peak_memory(case, device)
     except torch.OutOfMemoryError:
@@ -138,6 +138,6 @@ def mebibytes(case: NetworkCase, device: torch.device) -> float | str | None:
     return peak / 2**20 if isinstance(peak, float) else peak
 
 
-def rate_note(device: torch.device, rate: float) -> str:
-    dtype = "bfloat16" if device.type == "cuda" else "float32"
-    return f"Matrix rate, measured in this run by a large square product in {dtype}: {rate / 1e12:.3g} TFLOP/s."
+def rate_note(device: torch.device, rate: float, dtype: torch.dtype | None = None) -> str:
+    name = str(dtype or matrix_dtype(device)).removeprefix("torch.")
+    return f"Matrix rate, measured in this run by a large square product in {name}: {rate / 1e12:.3g} TFLOP/s."

@@ -81,10 +81,10 @@ def matrix_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def matrix_rate(device: torch.device, repeats: int, side: int | None = None) -> float:
-    """Operations per second of a large square matrix product in `matrix_dtype`; a multiply-add counts 2."""
-    side = side or MATRIX_SIDE[device.type]
-    a, b = (torch.randn(side, side, device=device, dtype=matrix_dtype(device)) for _ in range(2))
+def matrix_rate(device: torch.device, repeats: int, side: int | None = None, dtype: torch.dtype | None = None) -> float:
+    """Operations per second of a large square matrix product in `dtype` (None: `matrix_dtype`); a multiply-add is 2."""
+    side, dtype = side or MATRIX_SIDE[device.type], dtype or matrix_dtype(device)
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     with torch.no_grad():
         timing = time_in_turn([lambda: a @ b], device, repeats)[0]
     return 2 * side**3 / timing.median

@@ -20,7 +20,9 @@ from multiview.rig import PROMPT_STYLES, available_rigs, load_rig
 from multiview.run import seed_everything
 
 if TYPE_CHECKING:
+    from diffusers import DDIMScheduler, DDPMScheduler
     from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 log = logging.getLogger(__name__)
 
@@ -229,10 +231,26 @@ def make_vision_encoder(config: VisionConfig, seed: int) -> CLIPVisionModelWithP
     )
 
 
+def make_feature_extractor(size: int) -> CLIPImageProcessorPil:
+    """CLIP's image processor for a vision encoder of pictures of `size` px."""
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    return CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+
+
+def make_schedulers() -> tuple[DDIMScheduler, DDPMScheduler]:
+    """The sampler's noise schedule and that of the image embedding, with Stable Diffusion 2.1 unCLIP's own values."""
+    from diffusers import DDIMScheduler, DDPMScheduler
+
+    scheduler = DDIMScheduler(
+        num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+        prediction_type="v_prediction", steps_offset=1, set_alpha_to_one=False, clip_sample=False,
+    )  # fmt: skip
+    return scheduler, DDPMScheduler(beta_schedule="squaredcos_cap_v2")
+
+
 def write_small_parts(folder: Path, config: DemoComponentsConfig) -> None:
     """Tokenizer, text encoder, feature extractor and the two schedulers: everything that needs no training."""
-    from diffusers import DDIMScheduler, DDPMScheduler
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
@@ -246,13 +264,7 @@ def write_small_parts(folder: Path, config: DemoComponentsConfig) -> None:
         shutil.rmtree(folder / part, ignore_errors=True)
     tokenizer.save_pretrained(folder / "tokenizer")
     text_encoder.half().save_pretrained(folder / "text_encoder")
-    size = config.vision.image_size
-    CLIPImageProcessorPil(
-        size={"shortest_edge": size}, crop_size={"height": size, "width": size},
-    ).save_pretrained(folder / "feature_extractor")  # fmt: skip
-    # Stable Diffusion 2.1 unCLIP's own values.
-    DDIMScheduler(
-        num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-        prediction_type="v_prediction", steps_offset=1, set_alpha_to_one=False, clip_sample=False,
-    ).save_pretrained(folder / "scheduler")  # fmt: skip
-    DDPMScheduler(beta_schedule="squaredcos_cap_v2").save_pretrained(folder / "image_noising_scheduler")
+    make_feature_extractor(config.vision.image_size).save_pretrained(folder / "feature_extractor")
+    scheduler, noising = make_schedulers()
+    scheduler.save_pretrained(folder / "scheduler")
+    noising.save_pretrained(folder / "image_noising_scheduler")

@@ -1,14 +1,17 @@
-"""Times of the rasterizer and the GS-LRM with random weights, beside plain PyTorch versions in the same run.
+"""Times of both stages with random weights; rasterizer and GS-LRM beside plain PyTorch versions in the same run.
 
   rasterizer  forward and backward beside a tiled rasterizer in plain PyTorch (benchmarks/peer_rasterizer.py)
   gslrm       the network beside the same one written with plain torch modules (benchmarks/peer_gslrm.py)
   tokens      dense against pruned, by the share of each view that the animal covers
   training    a whole training step, with and without gradient checkpointing
   rendering   the input views of one reconstruction
+  sampling    Stage 1: one picture to the rig's views in 50 steps with guidance, sparse and full attention
+  diffusion_training
+              Stage 1: an update of train_diffusion.py, latents from the cache or encoded in each update
 
 Wall times: `median (first to third quartile)`, each after a run that warms up. Ratios are of runs that took turns, so
 they hold on a busy machine too; milliseconds need a quiet one. demo is the demo model's size (runs on a CPU), full is
-FaceLift's (d 1024, 24 layers, six views of 512 px: for a GPU, in bfloat16).
+FaceLift's (d 1024, 24 layers; Stage 1 as SD 2.1 unCLIP; six views of 512 px: for a GPU, in half precision).
 """
 
 import argparse
@@ -20,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from chain.flags import positive
 from multiview.run import main_guard
 
-PARTS = ("rasterizer", "gslrm", "tokens", "training", "rendering")
+DIFFUSION_PARTS = ("sampling", "diffusion_training")
+PARTS = ("rasterizer", "gslrm", "tokens", "training", "rendering", *DIFFUSION_PARTS)
 
 
 def parts(text: str) -> tuple[str, ...]:
@@ -39,7 +43,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--what", type=parts, default=PARTS, metavar="PART[,PART...]", help=f"(default: {','.join(PARTS)})"
     )
     parser.add_argument("--repeats", type=positive, default=9, help="timed runs after one that warms up (default: 9)")
-    parser.add_argument("--compile", action="store_true", help="network and training also under torch.compile")
+    parser.add_argument("--compile", action="store_true", help="gslrm, training and sampling also compiled")
     parser.add_argument("--no_memory", action="store_true", help="leave peak memory out (CPU: a process per figure)")
     parser.add_argument("--output", type=Path, help="JSON file to write; the table goes beside it as .md")
     return parser.parse_args(arguments)
@@ -47,7 +51,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
-    from benchmarks.presets import PRESETS, measure
     from benchmarks.report import describe_machine
     from multiview.run import git_hash, resolve_device
 
@@ -59,14 +62,30 @@ def main(arguments: list[str] | None = None) -> None:
     print(text)
     tables = []
     for what in options.what:
-        table = measure(
-            what, PRESETS[options.preset], device, options.repeats,
-            compile=options.compile, memory=not options.no_memory,
-        )  # fmt: skip
+        table = (measure_stage1 if what in DIFFUSION_PARTS else measure_stage2)(what, options, device)
         print(table.markdown(), flush=True)
         tables.append(table)
     if options.output:
         write_results(options.output, header, text, tables)
+
+
+def measure_stage1(what: str, options: argparse.Namespace, device):
+    from benchmarks.diffusion import measure_diffusion_training, measure_sampling
+    from mvdiffusion.workloads import workloads
+
+    sampling, training = workloads(options.preset)
+    memory = not options.no_memory
+    if what == "sampling":
+        return measure_sampling(sampling, device, options.repeats, compile=options.compile, memory=memory)
+    return measure_diffusion_training(training, device, options.repeats, memory=memory)
+
+
+def measure_stage2(what: str, options: argparse.Namespace, device):
+    from benchmarks.presets import PRESETS, measure
+
+    return measure(
+        what, PRESETS[options.preset], device, options.repeats, compile=options.compile, memory=not options.no_memory
+    )
 
 
 def write_results(path: Path, header: dict, text: str, tables: list) -> None:

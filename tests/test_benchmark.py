@@ -1,6 +1,7 @@
 """The peers compute the same as the project's code, the tables hold what was measured; no times are judged here."""
 
 import json
+import pickle
 import subprocess
 import sys
 from dataclasses import fields
@@ -86,13 +87,13 @@ def test_disc_refuses_an_empty_mask():
         disc_mask(0.0, 64)
 
 
-def test_cases_count_the_tokens_the_network_sees_and_travel_as_json():
+def test_cases_count_the_tokens_the_network_sees_and_travel_to_other_processes():
     dense, pruned = NetworkCase(TINY), NetworkCase(TINY, coverage=0.1, passes="forward + backward")
     assert dense.num_tokens() == 2 + 3 * 16 and pruned.num_tokens() < dense.num_tokens()
     assert dense.build(CPU)().num_gaussians == 2 + 3 * 32 * 32
     assert dense.flops() == forward_flops(TINY.config(), [50])
     assert pruned.flops() == 3 * forward_flops(TINY.config(), [pruned.num_tokens()])
-    assert NetworkCase.from_dict(json.loads(json.dumps(pruned.to_dict()))) == pruned
+    assert pickle.loads(pickle.dumps(pruned)) == pruned
     with pytest.raises(ValueError, match="passes"):
         NetworkCase(TINY, passes="sideways")
 
