@@ -82,9 +82,11 @@ def random_components(
         image_encoder = CLIPVisionModelWithProjection(CLIPVisionConfig(**shape.vision))
         normalizer = StableUnCLIPImageNormalizer(shape.vision["projection_dim"])
     scheduler, noising = make_schedulers()
-    frozen = [part.eval().requires_grad_(False) for part in (vae, image_encoder, normalizer)]
+    parts = [vae, image_encoder, normalizer]
     if dtype != torch.float32:
-        frozen = [part.to(dtype) for part in frozen]
+        parts = [part.to(dtype) for part in parts]
+    # In this order: the image normalizer's own `to` makes new parameters.
+    frozen = [part.eval().requires_grad_(False) for part in parts]
     return Components(
         vae=frozen[0], image_encoder=frozen[1], image_normalizer=frozen[2],
         feature_extractor=make_feature_extractor(shape.vision["image_size"]),

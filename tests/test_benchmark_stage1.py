@@ -156,7 +156,8 @@ def test_what_does_not_fit_is_named(monkeypatch):
 def test_random_components_have_the_asked_precision():
     parts = random_components(TINY, dtype=torch.float16)
     assert {parts.vae.dtype, parts.image_encoder.dtype, parts.image_normalizer.mean.dtype} == {torch.float16}
-    assert not any(p.requires_grad for p in parts.vae.parameters()) and not parts.vae.training
+    for part in (parts.vae, parts.image_encoder, parts.image_normalizer):
+        assert not any(weight.requires_grad for weight in part.parameters()) and not part.training
 
 
 def test_the_command_knows_the_parts():
