@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,13 +75,37 @@ def clean_mask(picture: np.ndarray) -> Silhouette:
         return Silhouette(np.zeros((0, 0), bool), 0, 0, size)
     window = binary[y : y + height, x : x + width]
     # Borders say at once whether there is more than one part, or a hole: mostly there is not.
-    _, tree = cv2.findContours(window, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
-    if tree.shape[1] > 1:
-        window, x, y = _largest_part(window, x, y)
+    borders, tree = cv2.findContours(window, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
+    if len(borders) > 1:
+        part = _plainly_largest(borders, tree[0, :, 3])
+        window, left, top = _largest_part(window) if part is None else part
+        x, y = x + left, y + top
     return Silhouette(window.astype(bool), x, y, size)
 
 
-def _largest_part(binary: np.ndarray, x: int, y: int) -> tuple[np.ndarray, int, int]:
+def _plainly_largest(borders: Sequence[np.ndarray], parents: np.ndarray) -> tuple[np.ndarray, int, int] | None:
+    """As `_largest_part`, from the borders alone; None where they leave in doubt what is largest, or a hole is not tiny.
+
+    parents: the border around each hole's border, -1 for those of parts. A border runs through the centres of its
+    part's pixels, so a hole is smaller than its border's inside, and a part larger.
+    """
+    import cv2
+
+    areas = np.array([cv2.contourArea(border) for border in borders])
+    main = int(np.where(parents < 0, areas, -1.0).argmax())
+    holes = areas[parents == main]
+    area = areas[main] - holes.sum()
+    if len(holes) and holes.max() > HOLE_FRACTION * area:
+        return None
+    for part, border in enumerate(borders):
+        if parents[part] < 0 and part != main and math.prod(cv2.boundingRect(border)[2:]) >= area:
+            return None
+    left, top, width, height = cv2.boundingRect(borders[main])
+    filled = np.zeros((height, width), np.uint8)
+    return cv2.drawContours(filled, borders, main, 1, cv2.FILLED, offset=(-left, -top)), left, top
+
+
+def _largest_part(binary: np.ndarray) -> tuple[np.ndarray, int, int]:
     """The largest component of [h, w] uint8 with its small holes filled, cut out, and its corner."""
     import cv2
 
@@ -92,7 +117,7 @@ def _largest_part(binary: np.ndarray, x: int, y: int) -> tuple[np.ndarray, int, 
     _, labels, holes, _ = cv2.connectedComponentsWithStats(padded, connectivity=4)
     small = holes[:, cv2.CC_STAT_AREA] <= HOLE_FRACTION * stats[largest, cv2.CC_STAT_AREA]
     small[[0, labels[0, 0]]] = False  # the animal, and what lies around it
-    return part | small[labels[1:-1, 1:-1]], x + left, y + top
+    return part | small[labels[1:-1, 1:-1]], left, top
 
 
 def without_thin_parts(mask: np.ndarray, radius: float) -> np.ndarray:

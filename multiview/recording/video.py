@@ -49,6 +49,7 @@ class VideoReader:
         self._next = 0  # number of the frame the decoder stands before
         self._chunk_end = 0
         self._frame: np.ndarray | None = None
+        self._channel: np.ndarray | None = None
 
     def read(self, index: int) -> np.ndarray:
         """Frame `index` as [h, w, 3] uint8, RGB. Frames before the last one read are an error."""
@@ -80,10 +81,11 @@ class VideoReader:
         return frame
 
     def read_mask(self, index: int) -> np.ndarray:
-        """One channel [h, w] uint8 of frame `index`: all that a mask video holds."""
+        """One channel [h, w] uint8 of frame `index`: all that a mask video holds. Valid until the next call."""
         import cv2
 
-        return cv2.extractChannel(self.read_bgr(index), 2)
+        self._channel = cv2.extractChannel(self.read_bgr(index), 2, self._channel)
+        return self._channel
 
     def _open_next_chunk(self) -> None:
         self.close()
