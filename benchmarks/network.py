@@ -138,6 +138,6 @@ def mebibytes(case: Case, device: torch.device) -> float | str | None:
     return peak / 2**20 if isinstance(peak, float) else peak
 
 
-def rate_note(device: torch.device, rate: float, dtype: torch.dtype | None = None) -> str:
-    name = str(dtype or matrix_dtype(device)).removeprefix("torch.")
+def rate_note(device: torch.device, rate: float) -> str:
+    name = str(matrix_dtype(device)).removeprefix("torch.")
     return f"Matrix rate, measured in this run by a large square product in {name}: {rate / 1e12:.3g} TFLOP/s."

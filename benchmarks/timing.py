@@ -30,6 +30,10 @@ class Timing:
     def median(self) -> float:
         return statistics.median(self.seconds)
 
+    def busy_median(self, device: torch.device) -> float:
+        """For rates: seconds of the process on the CPU, which other work on the machine leaves alone; wall on a GPU."""
+        return self.median if device.type == "cuda" else statistics.median(self.cpu_seconds)
+
     def to_dict(self) -> dict:
         """Milliseconds, for JSON."""
         low, high = quartiles(self.seconds)
@@ -81,10 +85,13 @@ def matrix_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def matrix_rate(device: torch.device, repeats: int, side: int | None = None, dtype: torch.dtype | None = None) -> float:
-    """Operations per second of a large square matrix product in `dtype` (None: `matrix_dtype`); a multiply-add is 2."""
-    side, dtype = side or MATRIX_SIDE[device.type], dtype or matrix_dtype(device)
+def matrix_rate(device: torch.device, repeats: int, side: int | None = None) -> float:
+    """Operations per second of a large square matrix product in `matrix_dtype`; a multiply-add counts 2."""
+    side = side or MATRIX_SIDE[device.type]
+    return 2 * side**3 / time_matrix_product(side, matrix_dtype(device), device, repeats).median
+
+
+def time_matrix_product(side: int, dtype: torch.dtype, device: torch.device, repeats: int) -> Timing:
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     with torch.no_grad():
-        timing = time_in_turn([lambda: a @ b], device, repeats)[0]
-    return 2 * side**3 / timing.median
+        return time_in_turn([lambda: a @ b], device, repeats)[0]

@@ -79,7 +79,7 @@ class SamplingWorkload:
 
 
 class SamplingRun:
-    """The function to time. step_seconds: of each call so far, its seconds per step of the UNet, on the wall."""
+    """The function to time. step_seconds: of each call so far, seconds per step of the UNet: (wall, process)."""
 
     def __init__(self, workload: SamplingWorkload, device: torch.device) -> None:
         rig, shape, dtype = load_rig(workload.rig), workload.shape, workload.dtype(device)
@@ -102,10 +102,11 @@ class SamplingRun:
 
     def _watched(self, steps: Iterable) -> Iterator:
         self._synchronize()
-        started = time.perf_counter()
+        started = time.perf_counter(), time.process_time()
         yield from steps
         self._synchronize()
-        self.step_seconds.append((time.perf_counter() - started) / self.workload.num_steps)
+        ended = time.perf_counter(), time.process_time()
+        self.step_seconds.append(tuple((end - start) / self.workload.num_steps for start, end in zip(started, ended)))
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
