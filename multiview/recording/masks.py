@@ -84,7 +84,7 @@ def clean_mask(picture: np.ndarray) -> Silhouette:
 
 
 def _plainly_largest(borders: Sequence[np.ndarray], parents: np.ndarray) -> tuple[np.ndarray, int, int] | None:
-    """As `_largest_part`, from the borders alone; None where they leave in doubt what is largest, or a hole is not tiny.
+    """As `_largest_part`, from the borders alone; None where they leave in doubt what is largest, or a hole's size.
 
     parents: the border around each hole's border, -1 for those of parts. A border runs through the centres of its
     part's pixels, so a hole is smaller than its border's inside, and a part larger.

@@ -165,8 +165,9 @@ def _cut_camera(
                 bgr=True,
             )
             pictures = _part(settings.output_dir, index) / "images"
-            pictures.mkdir(parents=True, exist_ok=True)
-            (pictures / _picture_name(own.slot[k])).write_bytes(encode_png(cutout))
+            os.makedirs(pictures, exist_ok=True)
+            with open(f"{pictures}/{_picture_name(own.slot[k])}", "wb") as handle:
+                handle.write(encode_png(cutout))
             yield
 
 

@@ -19,6 +19,7 @@ MAX_OVERSAMPLING = 4
 RIM = 6  # picture pixels around the mask: the filter's reach, and that of the colour carried over the rim
 SOURCE_RIM = 4  # photograph pixels around the mask that the filter may read
 MAP_STEP = 8  # fine pixels between the points at which the lens model is evaluated; between them the map is straight
+TRANSPARENT_WHITE = np.array([255, 255, 255, 0], np.uint8).view(np.uint32)[0]  # a pixel at once
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,9 @@ def _straight(premultiplied: np.ndarray) -> np.ndarray:
 
     alpha = premultiplied[..., 3]
     blurred = cv2.blur(premultiplied, (9, 9), borderType=cv2.BORDER_CONSTANT)
-    result = cv2.copyTo(premultiplied, cv2.inRange(alpha, 255, 255), np.full_like(premultiplied, (255, 255, 255, 0)))
+    result = np.empty_like(premultiplied)
+    result.view(np.uint32)[:] = TRANSPARENT_WHITE
+    cv2.copyTo(premultiplied, cv2.inRange(alpha, 255, 255), result)
     # Only the rim is left: partly transparent pixels, and empty ones near the animal.
     rim = np.flatnonzero((alpha < 255) & (blurred[..., 3] > 0))
     own, near = premultiplied.reshape(-1, 4)[rim], blurred.reshape(-1, 4)[rim]
