@@ -55,7 +55,9 @@ def test_shipped_models_keep_their_quality(evaluate, stage, views, least_psnr, l
     [
         ("1", "rig views but the input", "Stage 1", "baseline: input copied", 2.0, 0.1),
         ("2", "novel views", "Stage 2", "baseline: hull of all true rig views", 1.0, 0.03),
-        ("full", "novel views", "whole chain", "baseline: hull of the painted views", 0.5, 0.02),
+        ("full", "novel views", "whole chain", "baseline: input copied", 4.0, 0.15),
+        # In silhouette the chain is no better than the hull of the views it paints (model card): in colour it is.
+        ("full", "novel views", "whole chain", "baseline: hull of the painted views", 1.0, -0.05),
     ],
 )
 def test_shipped_models_beat_their_baselines(evaluate, stage, views, method, baseline, decibel, iou):
