@@ -55,8 +55,8 @@ def quartiles(values: tuple[float, ...]) -> tuple[float, float]:
 def time_in_turn(runs: list[Callable[[], object]], device: torch.device, repeats: int) -> list[Timing]:
     """Times of all `runs`, one after the other in each of `repeats` rounds.
 
-    Each runs twice in a row and the second counts: the first pays for the caches and the allocator's heap that its
-    neighbour left (0.1 s after a large autograd graph).
+    Each runs twice in a row and the second counts: the first pays for what its neighbour left in caches and heap
+    (0.1 s was seen beside a large autograd graph).
     """
     rounds: list[list[tuple[float, float]]] = [[] for _ in runs]
     for _ in range(repeats):

@@ -162,17 +162,6 @@ class ViewRig:
         was = FILL_FACTOR if self.framing == "fill" else 1.0
         return replace(self, framing=framing, distance=self.distance / was * factor, focal=self.focal / was * factor)
 
-    def is_cyclic(self) -> bool:
-        """True if rotating the reference to any view gives the rig itself (equal steps, one elevation and distance)."""
-        step = 360.0 / self.num_views
-        first = self.views[0]
-        return self.azimuth_zero == "reference" and all(
-            abs((view.azimuth_deg - first.azimuth_deg - k * step + 180.0) % 360.0 - 180.0) <= ANGLE_TOLERANCE_DEG
-            and abs(view.elevation_deg - first.elevation_deg) <= ANGLE_TOLERANCE_DEG
-            and self.view_distance(view) == self.view_distance(first)
-            for k, view in enumerate(self.views)
-        )
-
     # ---- storage ------------------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict:

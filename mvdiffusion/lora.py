@@ -47,10 +47,6 @@ def is_adapter_weight(name: str) -> bool:
     return ".lora_A." in name or ".lora_B." in name
 
 
-def has_adapters(unet: Module) -> bool:
-    return any(is_adapter_weight(name) for name, _ in unet.named_parameters())
-
-
 def stock_name(name: str) -> str:
     """The name of a base weight in the UNet without adapters."""
     return name.replace(LAYER, ".")

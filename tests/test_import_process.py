@@ -73,6 +73,7 @@ def killed_import(command, moment):
     killed = process.poll() is None
     process.kill()
     process.wait()
+    assert time.monotonic() < deadline, "the import neither ended nor came to the moment"
     return killed
 
 

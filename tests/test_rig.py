@@ -92,10 +92,6 @@ def test_prompts_name_every_view_and_carry_the_numbers_on_request():
         rig.prompts("poetry")
 
 
-def test_cyclic_rigs_are_recognised():
-    assert load_rig("mouse6").is_cyclic() and not load_rig("facelift6").is_cyclic()
-
-
 def test_fill_framing_doubles_distance_and_focal_length():
     fill = load_rig("mouse6").with_framing("fill")
     assert (fill.distance, fill.focal * 512) == (5.4, pytest.approx(2 * 548.9937744140625))

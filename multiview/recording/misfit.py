@@ -118,7 +118,8 @@ def _misfit(centres: np.ndarray, directions: np.ndarray) -> np.ndarray:
 def check_silhouettes(calibration: Calibration, instants: list[np.ndarray]) -> None:
     """Raises ValueError where the masks [v, h, w] bool of every instant say that the same pictures are mirrored.
 
-    Lens distortion and skew are left out: they are far smaller than what mirroring does.
+    Lens distortion and skew are left out: they are far smaller than what mirroring does. Says nothing about fewer than
+    three cameras or cameras of different picture sizes.
     """
     if len(calibration) < 3 or len(set(calibration.sizes)) != 1 or calibration.sizes[0] is None:
         return
