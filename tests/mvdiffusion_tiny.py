@@ -1,11 +1,13 @@
 """A tiny data set and tiny Stage 1 components for the tests: real classes and files, a few thousand weights."""
 
+import json
 from pathlib import Path
 
 import torch
 
 from multiview.rig import ViewRig, load_rig
 from multiview.sample import Sample, write_dataset_info, write_sample, write_split
+from mvdiffusion.config import MVDiffusionConfig
 from mvdiffusion.demo_components import DemoComponentsConfig, TextConfig, VaeConfig, VisionConfig
 from mvdiffusion.demo_training import make_demo_components
 from mvdiffusion.prompts import write_prompt_embeds
@@ -67,3 +69,22 @@ def prepare(folder: Path, rig_name: str = "mouse6") -> dict[str, Path]:
     components = write_components(folder / "components", data)
     write_prompt_embeds(folder / "embeds", components, rig, "mouse", angles=False)
     return {"data": data, "components": components, "embeds": folder / "embeds" / "clr_embeds.pt"}
+
+
+def config_for(tiny: dict, output: Path, **changes) -> MVDiffusionConfig:
+    """The smallest training of what `prepare` wrote: four updates, a checkpoint every two."""
+    values = {
+        "pretrained_model_name_or_path": str(tiny["components"]), "prompt_embeds": str(tiny["embeds"]),
+        "train_data": str(tiny["data"]), "validation_data": str(tiny["data"].with_name("data_mouse_val.txt")),
+        "unet": dict(UNET), "output_dir": str(output), "max_train_steps": 4, "train_batch_size": 2,
+        "gradient_accumulation_steps": 2, "dataloader_num_workers": 0, "learning_rate": 1e-3, "lr_warmup_steps": 2,
+        "checkpointing_steps": 2, "validation_steps": 100, "validation_samples": 1, "validation_num_steps": 2,
+        "validation_guidance_scales": [1.0], "device": "cpu",
+    }  # fmt: skip
+    return MVDiffusionConfig(**{**values, **changes})
+
+
+def losses(output: Path) -> dict[int, float]:
+    """Training losses of a run, by step."""
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if line["split"] == "train"}

@@ -32,12 +32,7 @@ def soft_mask(size: int = SIZE) -> torch.Tensor:
     return mask
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ---- pictures -------------------------------------------------------------------------------------------------------

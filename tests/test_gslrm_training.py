@@ -20,14 +20,7 @@ from multiview.config import load_config
 from multiview.rig import RigMismatchError, load_rig
 from multiview.sample import write_dataset_info, write_sample, write_split
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As in the subprocesses: sums of several threads differ in the last bit."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+from benchmarks.scenes import trained_like
 from gslrm.model.gaussians import Gaussians
 from gslrm.model.gaussians_renderer import render
 from multiview.cameras import Cameras
@@ -64,19 +65,6 @@ def test_gsplat_is_called_with_the_arguments_it_documents():
             torch.testing.assert_close(a, e, atol=1e-4, rtol=0)
 
 
-def shell(count):
-    """Like a trained model: an ellipsoid of mostly opaque splats of about one point spacing."""
-    g = torch.Generator().manual_seed(0)
-    direction = torch.nn.functional.normalize(torch.randn(1, count, 3, generator=g), dim=-1)
-    return Gaussians(
-        xyz=direction * torch.tensor([0.3, 0.6, 0.3]) + 0.005 * torch.randn(1, count, 3, generator=g),
-        features=torch.randn(1, count, 1, 3, generator=g),
-        scaling=torch.full((1, count, 3), (1.8 / count) ** 0.5).log() + 0.4 * torch.randn(1, count, 3, generator=g),
-        rotation=torch.randn(1, count, 4, generator=g),
-        opacity=1.5 + 1.5 * torch.randn(1, count, 1, generator=g),
-    )
-
-
 def of_degree(degree):
     return scene(b=2, n=20_000, degree=degree, log_scale=-4.0), cameras_for(2, 3, 96, 112)
 
@@ -84,7 +72,7 @@ def of_degree(degree):
 SCENES = {
     **{f"degree {degree}": functools.partial(of_degree, degree) for degree in range(4)},
     "inside": lambda: (scene(n=20_000, degree=1, log_scale=-4.0), cameras_for(1, 3, distance=0.5, hfov_deg=70)),
-    "trained-like, 256 px": lambda: (shell(100_000), Cameras.turntable(3, 256, elevation_deg=20)[None]),
+    "trained-like, 256 px": lambda: (trained_like(100_000), Cameras.turntable(3, 256, elevation_deg=20)[None]),
 }
 
 

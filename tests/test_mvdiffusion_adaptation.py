@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from mvdiffusion_tiny import UNET, prepare
+from mvdiffusion_tiny import UNET, config_for, losses, prepare
 from safetensors.torch import load_file
 
 from multiview.run import seed_everything
@@ -33,21 +33,10 @@ def tiny(tmp_path_factory):
     return prepare(tmp_path_factory.mktemp("tiny"), "uniform4")
 
 
-def config_for(tiny, output: Path, **changes) -> MVDiffusionConfig:
-    values = {
-        "pretrained_model_name_or_path": str(tiny["components"]), "prompt_embeds": str(tiny["embeds"]),
-        "train_data": str(tiny["data"]), "validation_data": str(tiny["data"].with_name("data_mouse_val.txt")),
-        "unet": dict(UNET), "output_dir": str(output), "max_train_steps": 4, "train_batch_size": 2,
-        "gradient_accumulation_steps": 1, "dataloader_num_workers": 0, "learning_rate": 1e-2, "lr_warmup_steps": 0,
-        "checkpointing_steps": 2, "validation_steps": 100, "validation_samples": 1, "validation_num_steps": 1,
-        "validation_guidance_scales": [1.0], "device": "cpu",
-    }  # fmt: skip
-    return MVDiffusionConfig(**{**values, **changes})
-
-
-def losses(output: Path) -> dict[int, float]:
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line["loss"] for line in lines if line["split"] == "train"}
+def quick(tiny, output: Path, **changes):
+    """Large steps without accumulation or warm-up: what trains moves visibly."""
+    fast = {"gradient_accumulation_steps": 1, "learning_rate": 1e-2, "lr_warmup_steps": 0, "validation_num_steps": 1}
+    return config_for(tiny, output, **{**fast, **changes})
 
 
 def small_unet(camera_conditioning: str = "none"):
@@ -103,7 +92,7 @@ def test_adapters_and_new_camera_weights_train_and_nothing_else():
 def test_lora_run_resumes_exactly_and_saves_both_forms(tiny, tmp_path):
     changes = {"lora_rank": 2, "lora_save_merged": False, "camera_conditioning": "adaln"}
     output = tmp_path / "run"
-    train(config_for(tiny, output, **changes))
+    train(quick(tiny, output, **changes))
     whole, last = losses(output), output / "checkpoint-4"
     assert not (output / "checkpoint-2" / "unet").exists()  # adapters alone on the way, everything at the end
     merged = load_unet(last / "unet_ema")
@@ -120,7 +109,7 @@ def test_lora_run_resumes_exactly_and_saves_both_forms(tiny, tmp_path):
     assert (up @ down).abs().max() > 1e-5
 
     (last / "optimizer.pt").write_bytes(b"cut")  # as killed while it was written
-    train(config_for(tiny, output, **changes))
+    train(quick(tiny, output, **changes))
     assert losses(output) == whole
     found = newest_training(output, unet_rig(last / "unet"))
     assert found.step == 4 and set(found.trained) == {"own", "ema", "base"}
@@ -128,11 +117,11 @@ def test_lora_run_resumes_exactly_and_saves_both_forms(tiny, tmp_path):
 
 def test_adapters_of_other_first_weights_are_refused(tiny, tmp_path):
     output = tmp_path / "run"
-    train(config_for(tiny, output, lora_rank=2, max_train_steps=2))
+    train(quick(tiny, output, lora_rank=2, max_train_steps=2))
     with pytest.raises(ValueError, match="adapters of other weights"):
-        train(config_for(tiny, output, lora_rank=2, seed=1))  # another seed, another fresh UNet
+        train(quick(tiny, output, lora_rank=2, seed=1))  # another seed, another fresh UNet
     with pytest.raises(ValueError, match="run of another model .lora_rank: 2 there, 4 now"):
-        train(config_for(tiny, output, lora_rank=4))
+        train(quick(tiny, output, lora_rank=4))
 
 
 # ---- the frozen encoder ---------------------------------------------------------------------------------------------
@@ -140,7 +129,7 @@ def test_adapters_of_other_first_weights_are_refused(tiny, tmp_path):
 
 def test_encoder_stands_still_for_the_first_half(tiny, tmp_path):
     output = tmp_path / "run"
-    config = config_for(tiny, output, freeze_encoder=True, checkpointing_steps=1, checkpoints_total_limit=4)
+    config = quick(tiny, output, freeze_encoder=True, checkpointing_steps=1, checkpoints_total_limit=4)
     train(config)
     whole = losses(output)
     states = [load_unet(output / f"checkpoint-{step}" / "unet").state_dict() for step in (1, 2, 3)]
@@ -152,7 +141,7 @@ def test_encoder_stands_still_for_the_first_half(tiny, tmp_path):
     # Resumed before the half: the encoder's moments start when it is let go, as in the unbroken run.
     for step in (2, 3, 4):
         (output / f"checkpoint-{step}" / "optimizer.pt").write_bytes(b"cut")
-    train(config_for(tiny, output, freeze_encoder=True, checkpointing_steps=1, checkpoints_total_limit=4))
+    train(quick(tiny, output, freeze_encoder=True, checkpointing_steps=1, checkpoints_total_limit=4))
     assert losses(output) == whole
 
 
@@ -193,14 +182,14 @@ def test_layers_have_rates_of_their_own():
 
 def test_rates_survive_a_resumed_run(tiny, tmp_path):
     output, changes = tmp_path / "run", {"lr_multipliers": {"attn1": 0.0}, "learning_rate": 1e-2}
-    train(config_for(tiny, output, max_train_steps=2, **changes))
-    train(config_for(tiny, output, **changes))
+    train(quick(tiny, output, max_train_steps=2, **changes))
+    train(quick(tiny, output, **changes))
     state = load_unet(output / "checkpoint-4" / "unet").state_dict()
     first = first_weights()
     still = {name for name in first if torch.equal(first[name], state[name])}
     assert still == {name for name in first if ".attn1." in name}
     with pytest.raises(ValueError, match="run of another model .lr_multipliers"):
-        train(config_for(tiny, output))
+        train(quick(tiny, output))
 
 
 def test_schedules():
@@ -225,10 +214,10 @@ def test_8bit_adam_is_refused_where_it_cannot_be(monkeypatch):
 
 
 def test_only_named_modules_train(tiny, tmp_path):
-    train(config_for(tiny, tmp_path / "run", max_train_steps=1, trainable_modules=["attn1"]))
+    train(quick(tiny, tmp_path / "run", max_train_steps=1, trainable_modules=["attn1"]))
     own = load_unet(tmp_path / "run" / "checkpoint-1" / "unet").state_dict()
     first = first_weights()
     moved = {name for name in own if not torch.equal(own[name], first[name])}
     assert moved and all("attn1" in name for name in moved)
     with pytest.raises(ValueError, match="names no parameter"):
-        train(config_for(tiny, tmp_path / "other", trainable_modules=["attn9"]))
+        train(quick(tiny, tmp_path / "other", trainable_modules=["attn9"]))

@@ -1,19 +1,17 @@
 """Stage 1's trainer: data order, losses, resume, checkpoints, refusals."""
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from mvdiffusion_tiny import SIZE, UNET, prepare, write_dataset
+from mvdiffusion_tiny import SIZE, config_for, losses, prepare, write_dataset
 
 from multiview.image import adjust_colours, composite
 from multiview.rig import RigMismatchError, load_rig
 from multiview.run import make_generator
 from multiview.sample import read_sample, read_split
 from mvdiffusion.checkpoints import components_folder_of, embeds_of
-from mvdiffusion.config import MVDiffusionConfig
 from mvdiffusion.data.augmentation import Augmentation
 from mvdiffusion.data.mixing import StepSampler
 from mvdiffusion.data.mouse_dataset import MouseMVDiffusionDataset
@@ -29,23 +27,6 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     return prepare(tmp_path_factory.mktemp("tiny"))
-
-
-def config_for(tiny, output: Path, **changes) -> MVDiffusionConfig:
-    values = {
-        "pretrained_model_name_or_path": str(tiny["components"]), "prompt_embeds": str(tiny["embeds"]),
-        "train_data": str(tiny["data"]), "validation_data": str(tiny["data"].with_name("data_mouse_val.txt")),
-        "unet": dict(UNET), "output_dir": str(output), "max_train_steps": 4, "train_batch_size": 2,
-        "gradient_accumulation_steps": 2, "dataloader_num_workers": 0, "learning_rate": 1e-3, "lr_warmup_steps": 2,
-        "checkpointing_steps": 2, "validation_steps": 100, "validation_samples": 1, "validation_num_steps": 2,
-        "validation_guidance_scales": [1.0], "device": "cpu",
-    }  # fmt: skip
-    return MVDiffusionConfig(**{**values, **changes})
-
-
-def losses(output: Path) -> dict[int, float]:
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line["loss"] for line in lines if line["split"] == "train"}
 
 
 # ---- data -----------------------------------------------------------------------------------------------------------
