@@ -39,6 +39,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--coat", choices=COATS, default=None, help="left out: drawn at random")
     parser.add_argument("--pose", choices=POSES, default=None, help="left out: drawn at random")
+    parser.add_argument(
+        "--photographic", type=float, default=0.0, metavar="SHARE",
+        help="share 0..1 of the mice whose rig views look like cut-out photographs: other light, framing, blur, noise, "
+        "imperfect masks; novel views stay clean",
+    )  # fmt: skip
     parser.add_argument("--val_fraction", type=float, default=0.2, help="share of the mice kept for validation")
     parser.add_argument("--prefix", default="data_mouse", help="names the split lists: <prefix>_train.txt, _val.txt")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or auto; draws the pictures")
@@ -63,6 +68,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--lens_distortion, --noise and --uneven_light are a recording's: add --as_recording")
     if not 0.0 <= parsed.val_fraction < 1.0:
         parser.error(f"--val_fraction must be in [0, 1), got {parsed.val_fraction}")
+    if not 0.0 <= parsed.photographic <= 1.0:
+        parser.error(f"--photographic must be in [0, 1], got {parsed.photographic}")
+    if parsed.photographic and parsed.as_recording:
+        parser.error("--photographic is a dataset's; a recording has --lens_distortion, --noise and --uneven_light")
     if parsed.body_model_poses is not None and parsed.body_model is None:
         parser.error("--body_model_poses needs --body_model")
     if parsed.body_model is not None and parsed.pose is not None:
@@ -161,6 +170,7 @@ def write_one(index: int) -> None:
         _worker["rig"], options.image_size, options.seed, index, _worker["render"],
         num_novel_views=options.num_novel_views, depth=options.depth, heading_deg=options.heading_deg,
         coat=options.coat, pose=options.pose, make_cloud=_worker["cloud"],
+        photographic=options.photographic,
     )  # fmt: skip
     write_sample(folder, sample)
 
@@ -217,6 +227,8 @@ def main(arguments: list[str] | None = None) -> None:
         "body_model": options.body_model.name if options.body_model else None,
         "body_model_poses": options.body_model_poses.name if options.body_model_poses else None,
     }
+    if options.photographic:  # left out at 0: datasets made before the flag existed can be continued
+        parameters["photographic"] = options.photographic
     open_dataset(options.output_dir, load_rig(options.rig), parameters)
     indices = range(options.num_samples)
     progress = {"total": options.num_samples, "desc": "mice", "unit": "mouse", "disable": None}

@@ -18,7 +18,7 @@ import numpy as np
 from multiview.synthetic import surface as parts
 from multiview.synthetic.cloud import BODY_LENGTH, KEYPOINT_NAMES, SplatCloud
 from multiview.synthetic.coat import random_coat
-from multiview.synthetic.scene import SPACING, random_light, splats_from_surface
+from multiview.synthetic.scene import SPACING, Light, random_light, splats_from_surface
 from multiview.synthetic.skeleton import TAIL_REACH
 
 BODY_KEYS = (
@@ -187,6 +187,7 @@ class BodyModelMice:
         coat: str | None = None,
         pose: str | None = None,
         heading_deg: float | None = None,
+        light: Light | None = None,
     ) -> SplatCloud:
         if pose is not None:
             raise ValueError(f"pose {pose!r}: a body model takes its poses from its pose library")
@@ -198,12 +199,12 @@ class BodyModelMice:
         scales = self.poses["bone_scale"][number] * np.exp(rng.normal(0, 0.02, self.poses["bone_scale"].shape[1]))
         length = BODY_LENGTH * float(np.clip(rng.normal(1.03, 0.035), 0.94, 1.10))
         vertices, keypoints = self._placed(vectors, scales, self.poses["global_R"][number], length)
-        drawn_coat, light, heading = random_coat(rng, coat), random_light(rng), float(rng.uniform(0, 360))
+        drawn_coat, drawn_light, heading = random_coat(rng, coat), random_light(rng), float(rng.uniform(0, 360))
         floor = vertices[self.model.arrays["faces"]][..., 2].min()
         vertices, keypoints = vertices - [0, 0, floor], keypoints - [0, 0, floor]
         surface, normals = self._surface(vertices, rng)
         openness = 0.50 + 0.50 * np.clip(0.75 + 0.5 * normals[:, 2], 0, 1)
-        splats = splats_from_surface(surface, openness, drawn_coat, light, rng, scale=length)
+        splats = splats_from_surface(surface, openness, drawn_coat, light or drawn_light, rng, scale=length)
         cloud = SplatCloud(
             **splats,
             centre=np.array([0.0, 0.0, -length * floor], dtype=np.float32),

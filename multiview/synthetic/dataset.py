@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,8 @@ Render = Callable[[SplatCloud, Cameras], tuple[Tensor, Tensor, Tensor]]
 
 NOVEL_ELEVATION_DEG = (-5.0, 60.0)
 NOVEL_DISTANCE = (2.4 / 2.7, 3.0 / 2.7)  # over the rig's distance
+PHOTOGRAPH_SCALE = (0.88, 1.12)  # a photograph is framed by its mask, not by the animal's true size and centre
+PHOTOGRAPH_SHIFT = 0.06  # world units, along each axis
 OPAQUE = 0.5  # a pixel has a depth where the animal covers more than this
 
 
@@ -37,6 +40,18 @@ def draw_heading(seed: int, index: int, heading_deg: tuple[float, float] | None)
         return None
     rng = np.random.default_rng(np.random.SeedSequence([seed, index, 2]))
     return float(heading_deg[0] + rng.uniform(-1, 1) * heading_deg[1])
+
+
+def is_photographic(seed: int, index: int, share: float) -> bool:
+    """Whether sample `index` is a photograph when this share of them is; a larger share only adds photographs."""
+    return np.random.default_rng(np.random.SeedSequence([seed, index, 5])).random() < share
+
+
+def moved(cloud: SplatCloud, rng: np.random.Generator) -> tuple[SplatCloud, dict]:
+    """The animal scaled about the origin and shifted (PHOTOGRAPH_SCALE, PHOTOGRAPH_SHIFT), and by how much."""
+    scale, shift = rng.uniform(*PHOTOGRAPH_SCALE), rng.uniform(-PHOTOGRAPH_SHIFT, PHOTOGRAPH_SHIFT, 3)
+    done = {"scale": round(float(scale), 4), "shift": np.round(shift, 4).tolist()}
+    return cloud.transformed(scale=scale, offset=shift), done
 
 
 def sample_from_cloud(
@@ -69,17 +84,30 @@ def make_sample(
     coat: str | None = None,
     pose: str | None = None,
     make_cloud: Callable[..., SplatCloud] | None = None,
+    photographic: float = 0.0,
 ) -> Sample:
     """Sample `index` of the series `seed`: the rig's views in order, then num_novel_views random ones.
 
     heading_deg: (centre, spread) of the direction of the nose as an azimuth relative to the rig's azimuth 0; None: any.
     make_cloud: what draws the animal, by default `scene.make_mouse` (same signature).
+    photographic: share 0..1 of the samples that are photographs: a laboratory's light and exposure, the animal a little
+    off its place and size, the rig's views as cameras and a segmentation would give them (`photograph`); its own random
+    numbers, so the other samples do not change. Novel views stay clean and depth true, of that same animal.
     The result depends on the arguments only.
     """
-    from multiview.synthetic.scene import make_mouse
+    from multiview.synthetic.photograph import draw_camera, photograph, toned
+    from multiview.synthetic.scene import laboratory_light, make_mouse
 
+    if not 0.0 <= photographic <= 1.0:
+        raise ValueError(f"photographic must be a share in [0, 1], got {photographic}")
     heading = draw_heading(seed, index, heading_deg)
-    cloud = (make_cloud or make_mouse)(seed, index, coat=coat, pose=pose, heading_deg=heading)
+    chosen = is_photographic(seed, index, photographic)
+    rng = np.random.default_rng(np.random.SeedSequence([seed, index, 6]))
+    light = {"light": laboratory_light(rng)} if chosen else {}
+    cloud = (make_cloud or make_mouse)(seed, index, coat=coat, pose=pose, heading_deg=heading, **light)
+    if chosen:
+        camera = draw_camera(rng)
+        cloud, framing = moved(replace(cloud, rgb=toned(cloud.rgb, camera)), rng)
     cameras, names = rig.cameras(size), list(rig.view_names)
     if num_novel_views:
         extra = novel_cameras(rig, size, num_novel_views, seed, index)
@@ -87,7 +115,11 @@ def make_sample(
             torch.cat([cameras.c2w, extra.c2w]), torch.cat([cameras.fxfycxcy, extra.fxfycxcy]), size, size
         )
         names += [None] * num_novel_views
-    return sample_from_cloud(cloud, cameras, names, render, id=sample_name(index), depth=depth)
+    sample = sample_from_cloud(cloud, cameras, names, render, id=sample_name(index), depth=depth)
+    if chosen:
+        sample = photograph(sample, len(rig.view_names), camera, rng)
+        sample.extra["photograph"].update(framing)
+    return sample
 
 
 def sample_name(index: int) -> str:

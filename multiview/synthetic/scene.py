@@ -20,13 +20,19 @@ SPACING = 0.0112  # between samples, body lengths: no holes in pictures up to 25
 
 @dataclass(frozen=True)
 class Light:
-    """direction: [3] unit, towards the key light. key, sky, ground: strengths; tint: per channel."""
+    """direction: [3] unit, towards the key light. key, sky, ground: strengths; tint: per channel.
+
+    fill, fill_direction: a second lamp. belly: 0..1, how much darker what faces down is.
+    """
 
     direction: np.ndarray
     key: float = 0.75
     sky: float = 0.62
     ground: float = 0.30
     tint: tuple = (1.0, 1.0, 1.0)
+    fill: float = 0.0
+    fill_direction: tuple = (0.0, 0.0, 1.0)
+    belly: float = 0.0
 
 
 def random_light(rng: np.random.Generator) -> Light:
@@ -38,6 +44,30 @@ def random_light(rng: np.random.Generator) -> Light:
         sky=rng.uniform(0.5, 0.72),
         ground=rng.uniform(0.22, 0.40),
         tint=tuple(np.exp(rng.normal(0, 0.025, 3))),
+    )
+
+
+def laboratory_light(rng: np.random.Generator) -> Light:
+    """Wider than `random_light`: soft light from above with weak lamps, or two lamps from two sides, dark bellies."""
+
+    def towards(azimuth: float, low: float, high: float) -> np.ndarray:
+        up = math.radians(rng.uniform(low, high))
+        return np.array([math.cos(azimuth) * math.cos(up), math.sin(azimuth) * math.cos(up), math.sin(up)])
+
+    azimuth = rng.uniform(0, 2 * math.pi)
+    soft = rng.random() < 0.4
+    total = rng.uniform(1.05, 1.6)  # strength of all light from above together
+    sky = total * (rng.uniform(0.6, 0.85) if soft else rng.uniform(0.28, 0.55))
+    fill = (total - sky) * (rng.uniform(0.15, 0.5) if rng.random() < 0.6 else 0.0)
+    return Light(
+        towards(azimuth, 30, 85),
+        key=total - sky - fill,
+        sky=sky,
+        ground=sky * rng.uniform(0.12, 0.5),
+        tint=tuple(np.exp(rng.normal(0, 0.02, 3))),
+        fill=fill,
+        fill_direction=tuple(towards(azimuth + rng.uniform(0.5, 1.5) * math.pi, 15, 70)),
+        belly=rng.uniform(0.0, 0.8),
     )
 
 
@@ -77,7 +107,10 @@ def shade(surface: parts.Surface, openness: np.ndarray, albedo: np.ndarray, ligh
     key = light.key * np.clip((facing + 0.25) / 1.25, 0, 1) * np.clip(openness * 1.25, 0, 1)
     thin = (part == parts.EAR_INNER) | (part == parts.EAR_OUTER)
     key = np.where(thin, light.key * (0.35 + 0.5 * np.clip(np.abs(facing), 0, 1)), key)  # light passes through ears
-    linear = albedo * ((ambient + key)[:, None] * np.array(light.tint))
+    if light.fill:
+        key = key + light.fill * np.clip((n @ light.fill_direction + 0.25) / 1.25, 0, 1) * np.clip(openness, 0, 1)
+    received = (ambient + key) * (1 - light.belly * np.clip(-n[:, 2], 0, 1))
+    linear = albedo * (received[:, None] * np.array(light.tint))
     half = light.direction + [0, 0, 0.6]
     half = half / np.linalg.norm(half)
     gloss = np.clip(n @ half, 0, 1)
@@ -172,18 +205,20 @@ def make_mouse(
     coat: str | None = None,
     pose: str | None = None,
     heading_deg: float | None = None,
+    light: Light | None = None,
 ) -> SplatCloud:
     """Mouse number `index` of the series `seed`, normalised: body's centre at the origin, z up.
 
     heading_deg: azimuth towards which the nose points (0 = -y, 90 = -x, as for cameras); None draws it uniformly.
+    light: instead of the drawn one; the animal stays the same.
     """
     rng = np.random.default_rng(np.random.SeedSequence([seed, index]))
     shape = random_shape(rng)
     drawn_pose = rest_pose() if pose == "rest" else random_pose(rng, pose)
     drawn_coat = random_coat(rng, coat)
-    light = random_light(rng)
+    drawn_light = random_light(rng)
     heading = float(rng.uniform(0, 360))
     heading = heading if heading_deg is None else heading_deg
-    cloud = build_cloud(shape, drawn_pose, drawn_coat, light, rng)
+    cloud = build_cloud(shape, drawn_pose, drawn_coat, light or drawn_light, rng)
     cloud.meta["heading_deg"] = heading % 360.0
     return cloud.centred().transformed(rotate_z_deg=-heading)

@@ -1,0 +1,197 @@
+"""Synthetic photographs: the same numbers give the same picture, and every fault stays within what it is said to be."""
+
+import importlib
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from multiview.rig import load_rig
+from multiview.sample import read_dataset_info, read_sample
+from multiview.synthetic import photograph as photo
+from multiview.synthetic.dataset import is_photographic, make_sample
+from multiview.synthetic.scene import laboratory_light, make_mouse
+
+SIZE = 96
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+
+
+@pytest.fixture(scope="module")
+def script():
+    sys.path.insert(0, str(SCRIPTS))
+    yield importlib.import_module("make_synthetic_mouse")
+    sys.path.remove(str(SCRIPTS))
+
+
+@pytest.fixture(scope="module")
+def render(script):
+    return script.make_renderer()
+
+
+@pytest.fixture(scope="module")
+def rig():
+    return load_rig("mouse6")
+
+
+@pytest.fixture(scope="module")
+def clean(rig, render):
+    return make_sample(rig, SIZE, 4, 2, render, num_novel_views=2, depth=True)
+
+
+def camera(**changes) -> photo.Camera:
+    return replace(photo.draw_camera(np.random.default_rng(0)), **changes)
+
+
+def disc(size: int, radius: float, colour: tuple[float, float, float]) -> np.ndarray:
+    """[size, size, 4] an antialiased disc of one colour in the middle."""
+    y, x = np.mgrid[:size, :size] + 0.5
+    alpha = np.clip(radius + 0.5 - np.hypot(x - size / 2, y - size / 2), 0, 1)
+    return np.concatenate(
+        [np.broadcast_to(colour, (size, size, 3)) * (alpha > 0)[..., None], alpha[..., None]], 2
+    ).astype(np.float32)
+
+
+def test_photographs_depend_on_seed_and_index_only(rig, render):
+    first = make_sample(rig, 48, 4, 2, render, num_novel_views=1, photographic=1.0)
+    make_sample(rig, 48, 4, 3, render, photographic=1.0)
+    again = make_sample(rig, 48, 4, 2, render, num_novel_views=1, photographic=1.0)
+    assert torch.equal(first.rgba, again.rgba) and first.extra == again.extra
+    other = make_sample(rig, 48, 5, 2, render, photographic=1.0).extra["photograph"]
+    assert other["noise"] != first.extra["photograph"]["noise"]
+
+
+def test_share_leaves_the_other_samples_alone_and_nests(rig, render):
+    chosen = {share: {i for i in range(200) if is_photographic(4, i, share)} for share in (0.0, 0.3, 0.7, 1.0)}
+    assert not chosen[0.0] and chosen[0.3] < chosen[0.7] < chosen[1.0] == set(range(200))
+    assert 40 < len(chosen[0.3]) < 80
+    index = min(set(range(200)) - chosen[0.7])
+    plain = make_sample(rig, 48, 4, index, render, num_novel_views=1, depth=True)
+    same = make_sample(rig, 48, 4, index, render, num_novel_views=1, depth=True, photographic=0.7)
+    assert torch.equal(plain.rgba, same.rgba) and torch.equal(plain.depth, same.depth) and plain.extra == same.extra
+    with pytest.raises(ValueError, match=r"photographic must be a share in \[0, 1\], got 1.5"):
+        make_sample(rig, 48, 4, 0, render, photographic=1.5)
+
+
+def test_clean_mice_look_as_they_always_did():
+    """Numbers of the release before photographs existed."""
+    cloud = make_mouse(3, 7)
+    assert cloud.rgb.mean() == pytest.approx(0.4468135, abs=1e-5)
+    assert np.allclose(cloud.rgb[1234], [0.4837958, 0.5037234, 0.50093323], atol=1e-5)
+
+
+def test_novel_views_cameras_and_depth_are_not_touched(clean, rig):
+    done = photo.photograph(clean, 6, camera(), np.random.default_rng(1))
+    assert torch.equal(done.rgba[6:], clean.rgba[6:]) and torch.equal(done.depth, clean.depth)
+    assert done.cameras is clean.cameras and done.rgba.min() >= 0 and done.rgba.max() <= 1
+    assert all((done.rgba[view] - clean.rgba[view]).abs().max() > 0.05 for view in range(6))
+    assert len(done.extra["photograph"]["views"]) == 6 and "photograph" not in clean.extra
+    assert json.loads(json.dumps(done.extra["photograph"])) == done.extra["photograph"]
+
+
+def test_animal_moves_but_cameras_stay_and_keypoints_follow(clean, rig, render):
+    moved = make_sample(rig, SIZE, 4, 2, render, num_novel_views=2, depth=True, photographic=1.0)
+    assert torch.equal(moved.cameras.c2w, clean.cameras.c2w)
+    done = moved.extra["photograph"]
+    assert 0.88 <= done["scale"] <= 1.12 and np.abs(done["shift"]).max() <= 0.06
+    expected = np.array(clean.extra["keypoints"]) * done["scale"] + done["shift"]
+    assert np.allclose(moved.extra["keypoints"], expected, atol=2e-3)
+    assert moved.extra["body_length"] == pytest.approx(done["scale"] * clean.extra["body_length"], rel=1e-4)
+
+
+@pytest.mark.parametrize("coarse", (1.0, 0.6))
+def test_blur_keeps_a_constant_colour_over_any_background(coarse):
+    colour = np.array([0.9, 0.5, 0.2], np.float32)
+    kernel, sigmas = photo.draw_blur(np.random.default_rng(3), 2.0)
+    assert kernel.sum() == pytest.approx(1.0, abs=1e-5) and 0 <= sigmas[1] <= photo.BLUR[1]
+    picture = disc(64, 20, tuple(colour))
+    blurred, alpha = photo.blurred(picture, kernel, coarse)
+    for background in (0.0, 0.4, 1.0):
+        over = blurred * alpha[..., None] + background * (1 - alpha[..., None])
+        expected = colour * alpha[..., None] + background * (1 - alpha[..., None])
+        assert np.abs(over - expected).max() < 2e-3
+    assert alpha.sum() == pytest.approx(picture[..., 3].sum(), rel=0.02)
+    assert ((alpha > 0.05) & (alpha < 0.95)).sum() > 1.3 * ((picture[..., 3] > 0.05) & (picture[..., 3] < 0.95)).sum()
+
+
+def test_noise_has_the_stated_level_and_stays_on_the_animal():
+    for value in (0.1, 0.9):
+        for grain in photo.NOISE_GRAIN:
+            settings = camera(noise=0.02, grain=grain)
+            noise = photo.noise_of(np.full((200, 200, 3), value, np.float32), settings, np.random.default_rng(0))
+            stated = photo.noise_level(np.float32(value), 0.02)
+            assert noise.std(axis=(0, 1)) == pytest.approx(np.full(3, stated), rel=0.05)
+    neighbours = np.corrcoef(noise[:, 1:, 0].ravel(), noise[:, :-1, 0].ravel())[0, 1]
+    assert neighbours > 0.2  # grain, not single pixels
+    assert photo.noise_level(np.float32(1.0), 0.02) == pytest.approx(0.02)
+    picture, _ = photo.photograph_view(disc(96, 20, (0.5, 0.5, 0.5)), camera(), np.random.default_rng(0), None)
+    assert picture[..., :3][:10].max() == 0 and picture[..., 3][:10].max() == 0
+
+
+def test_mask_moves_within_its_bound_and_both_ways():
+    size, radius = 128, 40.0
+    alpha = disc(size, radius, (1, 1, 1))[..., 3]
+    y, x = np.mgrid[:size, :size] + 0.5
+    distance = radius - np.hypot(x - size / 2, y - size / 2)
+    grown = lost = 0
+    for seed in range(30):
+        mask, _ = photo.segmented(alpha, 0.3, np.random.default_rng(seed), 1.0, None)
+        low, high = photo.MASK_SHIFT
+        inner = distance > -low + 1.0  # a pixel of slack: the grid and the ramp
+        assert (mask[distance < -high - 1.0] == 0).all()
+        assert (mask[inner] < 1).sum() <= 4 * (photo.HOLE_RADIUS[1] + 1) ** 2  # at most a hole
+        grown, lost = grown + (mask - alpha > 0.9).sum(), lost + (alpha - mask > 0.9).sum()
+    assert grown > 100 and lost > 100
+
+
+def test_rim_outside_the_animal_takes_the_background():
+    settings = camera(background=np.array([0.0, 1.0, 0.0], np.float32), noise=0.0, coarse=1.0, edge_width=0.3)
+    greens, cut = [], 0
+    for seed in range(12):
+        picture = disc(128, 30, (0.8, 0.1, 0.1))
+        done, _ = photo.photograph_view(picture, settings, np.random.default_rng(seed), None)
+        rim = (done[..., 3] > 0.9) & (picture[..., 3] < 0.1)
+        greens += list(done[rim, 1])
+        middle = done[54:74, 54:74, 1][done[54:74, 54:74, 3] > 0.9]
+        cut += middle.max() > 0.35
+    assert len(greens) > 30 and np.median(greens) > 0.5
+    assert cut == 0
+
+
+def test_lost_tails_leave_the_body(clean, monkeypatch):
+    monkeypatch.setattr(photo, "TAIL_LOSS_PROBABILITY", 1.0)
+    lost = photo.photograph(clean, 6, camera(), np.random.default_rng(2))
+    monkeypatch.setattr(photo, "TAIL_LOSS_PROBABILITY", 0.0)
+    kept = photo.photograph(clean, 6, camera(), np.random.default_rng(2))
+    assert all("tail_lost" in view for view in lost.extra["photograph"]["views"])
+    areas = lost.rgba[:6, 3].sum((1, 2)) / kept.rgba[:6, 3].sum((1, 2))
+    assert areas.min() > 0.75 and (areas < 0.99).sum() >= 3
+
+
+def test_laboratory_light_keeps_the_animal_and_darkens_bellies():
+    lights = [laboratory_light(np.random.default_rng(seed)) for seed in range(40)]
+    assert any(light.fill == 0 for light in lights) and any(light.fill > 0.1 for light in lights)
+    assert all(min(light.key, light.sky, light.ground) > 0 and 1.0 < light.key + light.sky + light.fill < 1.7
+               for light in lights)  # fmt: skip
+    dark = replace(lights[0], belly=0.8)
+    bright = replace(lights[0], belly=0.0)
+    first, second = make_mouse(0, 1, light=dark), make_mouse(0, 1, light=bright)
+    assert np.array_equal(first.means, second.means) and (first.rgb <= second.rgb + 1e-6).all()
+    assert first.rgb.mean() < second.rgb.mean()
+
+
+def test_script_writes_photographs_and_refuses_another_share(script, tmp_path):
+    common = ["--output_dir", str(tmp_path), "--num_samples", "2", "--image_size", "48", "--workers", "1"]
+    script.main([*common, "--photographic", "1"])
+    assert read_dataset_info(tmp_path)["photographic"] == 1.0
+    done = read_sample(tmp_path / "sample_000001").extra["photograph"]
+    assert len(done["views"]) == 6 and {"scale", "shift", "gain", "gamma", "noise"} <= set(done)
+    for other in ([], ["--photographic", "0.5"]):
+        with pytest.raises(ValueError, match="photographic: 1.0 there"):
+            script.main([*common, *other])
+    for wrong in (["--photographic", "1.2"], ["--photographic", "0.5", "--as_recording"]):
+        with pytest.raises(SystemExit):
+            script.parse_arguments(["--output_dir", str(tmp_path), *wrong])
