@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from multiview.cameras import Cameras
+from multiview.order import StepSampler
 from mvdiffusion.components import Components
 from mvdiffusion.conditioning import clip_pixels_fast, image_embeddings
-from mvdiffusion.data.mixing import MixedDataset, StepSampler
+from mvdiffusion.data.mixing import MixedDataset
 from mvdiffusion.data.mouse_dataset import MouseMVDiffusionDataset
 
 

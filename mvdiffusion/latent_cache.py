@@ -21,9 +21,10 @@ from torch import Tensor
 
 from multiview.cameras import Cameras
 from multiview.checkpoint import atomic_write
+from multiview.order import StepSampler
 from mvdiffusion.components import Components
 from mvdiffusion.data.augmentation import Draw
-from mvdiffusion.data.mixing import MixedDataset, StepSampler
+from mvdiffusion.data.mixing import MixedDataset
 from mvdiffusion.data.mouse_dataset import MouseMVDiffusionDataset
 from mvdiffusion.encoding import EncodedBatch, encode
 

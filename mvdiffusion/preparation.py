@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from multiview.order import HUNDREDTHS, hundredths
 from multiview.rig import ViewRig, check_alignment, check_start, load_rig
 from multiview.run import resolve_device, seed_everything
 from multiview.sample import read_dataset_info
@@ -146,8 +147,8 @@ def picture_size(config: MVDiffusionConfig, unet, components: Components) -> int
 
 def make_training_set(
     config: MVDiffusionConfig, rig: ViewRig, size: int, *, with_cameras: bool, limit: int | None = None
-) -> tuple[MixedDataset, list[float]]:
-    """The training data as the config says, and its parts' shares. limit: only the first part's first samples."""
+) -> tuple[MixedDataset, list[int]]:
+    """The training data as the config says, and each part's percents. limit: only the first part's first samples."""
     entries = training_lists(config)[:1] if limit else training_lists(config)
     augmentation = Augmentation(
         backgrounds=tuple(config.backgrounds), brightness=config.brightness_jitter, contrast=config.contrast_jitter,
@@ -162,7 +163,7 @@ def make_training_set(
             limit=limit, first_index=sum(map(len, parts)),
         )  # fmt: skip
         parts.append(part)
-    return MixedDataset(parts), [1.0] if limit else [entry.ratio for entry in entries]
+    return MixedDataset(parts), [HUNDREDTHS] if limit else hundredths([entry.ratio for entry in entries])
 
 
 @torch.no_grad()

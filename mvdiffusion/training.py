@@ -16,12 +16,12 @@ from torch.nn import Parameter
 
 from multiview.checkpoint import atomic_folder
 from multiview.config import config_to_dict
+from multiview.order import StepSampler
 from multiview.run import RunFolder, make_generator
 from mvdiffusion.checkpoints import check_same_run, newest_training, save_embeds, save_sampling, save_training
 from mvdiffusion.components import Components, load_components
 from mvdiffusion.conditioning import class_labels
 from mvdiffusion.config import MVDiffusionConfig
-from mvdiffusion.data.mixing import StepSampler
 from mvdiffusion.data.mouse_dataset import MouseMVDiffusionDataset
 from mvdiffusion.encoding import EncodedBatch, live_batches
 from mvdiffusion.latent_cache import LatentCache
@@ -224,9 +224,9 @@ def start(config: MVDiffusionConfig, overfit: int | None) -> tuple[Trainer, RunF
         restore(found, ema, optimizer, accelerator)
         log.info("continuing %s at step %d of %d", found.folder, step, config.max_train_steps)
     size = picture_size(config, unet, components)
-    train_set, ratios = make_training_set(config, rig, size, limit=overfit, with_cameras=has_cameras(unet))
+    train_set, percents = make_training_set(config, rig, size, limit=overfit, with_cameras=has_cameras(unet))
     sampler = StepSampler(
-        [len(part) for part in train_set.parts], config.train_batch_size, seed=config.seed, ratios=ratios,
+        [len(part) for part in train_set.parts], config.train_batch_size, seed=config.seed, percents=percents,
         start=step * config.gradient_accumulation_steps,
         rank=accelerator.process_index, world_size=accelerator.num_processes,
     )  # fmt: skip

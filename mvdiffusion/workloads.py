@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from multiview.order import StepSampler
 from multiview.rig import ViewRig, load_rig
 from multiview.sample import Sample, write_dataset_info, write_sample, write_split
 from mvdiffusion.components import tune
 from mvdiffusion.conditioning import clip_pixels_fast, condition_latents, decode_latents, image_embeddings
 from mvdiffusion.config import MVDiffusionConfig
-from mvdiffusion.data.mixing import StepSampler
 from mvdiffusion.encoding import live_batches
 from mvdiffusion.latent_cache import LatentCache
 from mvdiffusion.models.unet import create_unet, run_unet
@@ -190,9 +190,9 @@ def make_trainer(workload: TrainingWorkload, device: torch.device, folder: Path)
         unet.enable_gradient_checkpointing()
     trained = trained_parameters(unet)
     model, optimizer = accelerator.prepare(unet.train(), make_optimizer(trained, config, device))
-    train_set, ratios = make_training_set(config, rig, shape.image_size, with_cameras=False)
+    train_set, percents = make_training_set(config, rig, shape.image_size, with_cameras=False)
     sampler = StepSampler(
-        [len(part) for part in train_set.parts], config.train_batch_size, seed=config.seed, ratios=ratios
+        [len(part) for part in train_set.parts], config.train_batch_size, seed=config.seed, percents=percents
     )
     if config.cache_latents:
         cache = LatentCache(components, train_set, device, config.cache_dir)

@@ -10,7 +10,6 @@ import torch
 from gslrm.config import AugmentationConfig, CameraNoiseConfig, GSLRMConfig, check_config
 from gslrm.data.augmentation import jitter
 from gslrm.data.loading import build_datasets, build_loader
-from gslrm.data.mixing import MixedStepSampler, Part, mixed_key, window_length
 from gslrm.data.mouse_dataset import MouseViewDataset
 from gslrm.training import train
 from gslrm.validation import prepare
@@ -106,50 +105,6 @@ def mixed_config(data, *overrides: str) -> GSLRMConfig:
         f"model.image_tokenizer.image_size={SIZE}", "training.dataloader.num_workers=0",
         "training.losses.lpips_loss_weight=0", "training.losses.perceptual_loss_weight=0", *overrides,
     ])  # fmt: skip
-
-
-PARTS = (Part(11, 30, 30), Part(12, 7, 45), Part(13, 50, 25))
-
-
-def owner(index: int, parts=PARTS) -> int:
-    return [number for number, part in enumerate(parts) for _ in range(part.length)][index]
-
-
-def test_every_window_has_the_exact_proportions_in_an_order_of_its_own():
-    length = window_length((30, 45, 25))
-    assert length == 20 and window_length((30, 70)) == 10 and window_length((67, 33)) == 100
-    windows = []
-    for window in range(6):
-        keys = [mixed_key(5, PARTS, position) for position in range(window * length, (window + 1) * length)]
-        windows.append(tuple(owner(index) for _, index in keys))
-        assert Counter(windows[-1]) == {0: 6, 1: 9, 2: 5}
-    assert len(set(windows)) == 6
-
-
-def test_every_dataset_of_a_mixture_is_visited_whole_before_it_is_visited_again():
-    keys = [mixed_key(5, PARTS, position) for position in range(2000)]
-    start = 0
-    for number, part in enumerate(PARTS):
-        own = [(epoch, index - start) for epoch, index in keys if owner(index) == number]
-        for epoch in range(len(own) // part.length):
-            visit = own[epoch * part.length : (epoch + 1) * part.length]
-            assert sorted(visit) == [(epoch, index) for index in range(part.length)]
-        assert len(own) == 2000 * part.percent // 100
-        start += part.length
-
-
-def test_mixed_global_batches_depend_on_seed_and_step_only():
-    def batches(start, world_size, batch_size, seed=5):
-        ranks = [
-            list(MixedStepSampler(seed, PARTS, batch_size=batch_size, rank=rank, world_size=world_size, start=start,
-                                  stop=30))
-            for rank in range(world_size)
-        ]  # fmt: skip
-        return [sum(keys, []) for keys in zip(*ranks)]
-
-    whole = batches(0, 1, 6)
-    assert batches(0, 3, 2) == whole and batches(17, 2, 3) == whole[17:]  # other processes; resumed
-    assert batches(0, 1, 6, seed=6) != whole
 
 
 def test_a_mixture_loads_from_the_config(data):

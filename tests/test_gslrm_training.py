@@ -12,7 +12,7 @@ from gslrm_toys import ROOT, SIZE, config_of, logged, run_script, settings, toy_
 from gslrm import losses as loss_functions
 from gslrm.adaptation import check_adaptation
 from gslrm.config import GSLRMConfig, check_config
-from gslrm.data.mouse_dataset import MouseViewDataset, StepSampler, batch_keys, jitter, overlapping
+from gslrm.data.mouse_dataset import MouseViewDataset, jitter, overlapping
 from gslrm.model.gslrm import GSLRM
 from gslrm.training import overfit_config, train
 from multiview.cameras import Cameras
@@ -64,16 +64,6 @@ def test_items_depend_on_seed_epoch_and_index_only(data):
     seen = {tuple(one[(epoch, 2)]["index"][:, 0].tolist()) for epoch in range(6)}
     assert len(seen) > 1
     assert len({one[(epoch, 2)]["background"][0].item() for epoch in range(12)}) > 1
-
-
-def test_global_batches_do_not_depend_on_the_number_of_processes():
-    whole = [batch_keys(5, step, 4, 7) for step in range(9)]
-    visited = [key for keys in whole for key in keys]
-    assert sorted(visited[:28]) == sorted((epoch, index) for epoch in range(4) for index in range(7))
-    parts = [
-        list(StepSampler(5, 7, batch_size=2, rank=rank, world_size=2, start=3, stop=9)) for rank in range(2)
-    ]
-    assert [a + b for a, b in zip(*parts)] == whole[3:]
 
 
 def test_unreadable_sample_is_an_error_that_names_the_file_or_is_left_out(data, tmp_path):

@@ -7,12 +7,12 @@ import pytest
 import torch
 from mvdiffusion_tiny import SIZE, UNET, prepare
 
+from multiview.order import StepSampler
 from multiview.rig import load_rig
 from multiview.run import make_generator
 from mvdiffusion.components import load_components
 from mvdiffusion.config import MVDiffusionConfig
 from mvdiffusion.data.augmentation import Augmentation
-from mvdiffusion.data.mixing import StepSampler
 from mvdiffusion.data.mouse_dataset import MouseMVDiffusionDataset
 from mvdiffusion.encoding import live_batches
 from mvdiffusion.latent_cache import LatentCache, encoder_fingerprint
@@ -66,7 +66,7 @@ def tensors(batch) -> dict[str, torch.Tensor]:
 def test_cached_batches_are_the_live_ones(tiny, tmp_path):
     """All augmentations at once, moved references included; and so are the losses of the same draws."""
     dataset, components = dataset_of(tiny), tiny["loaded"]
-    sampler = StepSampler(len(dataset), 3, seed=0)
+    sampler = StepSampler([len(dataset)], 3, seed=0)
     live = live_batches(components, dataset, sampler, 0, CPU)
     cached = LatentCache(components, dataset, CPU, tmp_path).batches(sampler)
     torch.manual_seed(0)
@@ -85,7 +85,7 @@ def test_cached_batches_are_the_live_ones(tiny, tmp_path):
 def test_conditions_are_encoded_once_per_object(tiny, tmp_path, calls):
     """Each view passes the VAE once, the input CLIP once; with the cache, once ever."""
     dataset = dataset_of(tiny, reference_view_idx="0")
-    sampler = StepSampler(len(dataset), 3, seed=0)
+    sampler = StepSampler([len(dataset)], 3, seed=0)
     next(live_batches(tiny["loaded"], dataset, sampler, 0, CPU))
     assert calls == {"vae": 3 * 6, "clip": 3}
     calls.update(vae=0, clip=0)

@@ -13,7 +13,7 @@ from multiview.rig import View, ViewRig, load_rig
 from multiview.sample import Sample, write_dataset_info, write_sample, write_split
 from mvdiffusion.data.arrangement import arrange, mirror_cameras
 from mvdiffusion.data.augmentation import Augmentation
-from mvdiffusion.data.mixing import BLOCK, MixedDataset, StepSampler
+from mvdiffusion.data.mixing import MixedDataset
 from mvdiffusion.data.mouse_dataset import MouseMVDiffusionDataset
 
 SIZE = 32
@@ -181,24 +181,6 @@ def test_variants_come_back_and_differ():
 
 
 # ---- several data sets ----------------------------------------------------------------------------------------------
-
-
-def test_mixed_batches_hold_the_ratios_and_resume():
-    sampler = StepSampler([7, 30], 4, seed=0, ratios=[0.7, 0.3])
-    keys = [key for number in range(3 * BLOCK // 4) for key in sampler.batch(number)]
-    for block in range(3):
-        part = keys[block * BLOCK : (block + 1) * BLOCK]
-        assert sum(index < 7 for _, index in part) == 70
-    first = [key for key in keys if key[1] < 7]
-    for epoch in range(30):  # each data set has epochs of its own: every sample once in each
-        assert sorted(index for e, index in first if e == epoch) == list(range(7))
-    assert next(iter(StepSampler([7, 30], 4, seed=0, ratios=[0.7, 0.3], start=33))) == sampler.batch(33)
-    halves = [StepSampler([7, 30], 2, seed=0, ratios=[0.7, 0.3], rank=r, world_size=2).batch(9) for r in (0, 1)]
-    assert halves[0] + halves[1] == sampler.batch(9)
-    with pytest.raises(ValueError, match="of sum 1"):
-        StepSampler([7, 30], 4, seed=0, ratios=[0.7, 0.7])
-    with pytest.raises(ValueError, match="never drawn"):
-        StepSampler([7, 30], 4, seed=0, ratios=[0.999, 0.001])
 
 
 def test_mixed_items_come_from_the_right_data_set(tmp_path):

@@ -13,7 +13,6 @@ from multiview.run import make_generator
 from multiview.sample import read_sample, read_split
 from mvdiffusion.checkpoints import components_folder_of, embeds_of
 from mvdiffusion.data.augmentation import Augmentation
-from mvdiffusion.data.mixing import StepSampler
 from mvdiffusion.data.mouse_dataset import MouseMVDiffusionDataset
 from mvdiffusion.losses import diffusion_loss, draw_timesteps, drop_masks, noise_and_target, snr_weights
 from mvdiffusion.models.unet import load_unet, unet_rig
@@ -71,17 +70,6 @@ def test_background_and_jitter_are_one_for_all_views(tiny):
     grey = torch.cat([torch.full((3, 3, 4, 4), 0.5), torch.ones(3, 1, 4, 4)], 1)
     found = adjust_colours(grey, brightness=1.1, contrast=0.9)[:, :3]
     assert found.unique().numel() == 1 and found[0, 0, 0, 0] != 0.5
-
-
-def test_sampler_visits_everything_and_resumes():
-    sampler = StepSampler(10, 3, seed=0)
-    keys = [key for number in range(10) for key in sampler.batch(number)]
-    for epoch in range(3):
-        assert sorted(index for e, index in keys if e == epoch) == list(range(10))
-    later = StepSampler(10, 3, seed=0, start=7)
-    assert next(iter(later)) == sampler.batch(7)
-    halves = [StepSampler(10, 3, seed=0, rank=rank, world_size=2).batch(1) for rank in (0, 1)]
-    assert halves[0] + halves[1] == StepSampler(10, 6, seed=0).batch(1)
 
 
 def test_standardised_latents_change_nothing_else():

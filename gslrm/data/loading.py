@@ -6,8 +6,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from gslrm.config import GSLRMConfig, mix_percents
-from gslrm.data.mixing import MixedDataset, MixedStepSampler
-from gslrm.data.mouse_dataset import MouseViewDataset, StepSampler
+from gslrm.data.mixing import MixedDataset
+from gslrm.data.mouse_dataset import MouseViewDataset
+from multiview.order import HUNDREDTHS, StepSampler
 from multiview.run import Distributed, seed_from
 
 
@@ -69,14 +70,12 @@ def build_loader(
 ) -> DataLoader:
     """This process's share of the global batches of passes start ... stop - 1."""
     options, seed = config.training.dataloader, config.training.runtime.seed
-    share = {
-        "batch_size": options.batch_size_per_gpu, "rank": processes.rank, "world_size": processes.world_size,
-        "start": start, "stop": stop,
-    }  # fmt: skip
-    if isinstance(dataset, MixedDataset):
-        sampler = MixedStepSampler(seed, dataset.parts, **share)
-    else:
-        sampler = StepSampler(seed, len(dataset), **share)
+    mixed = isinstance(dataset, MixedDataset)
+    lengths, percents = (dataset.lengths, dataset.percents) if mixed else ([len(dataset)], [HUNDREDTHS])
+    sampler = StepSampler(
+        lengths, options.batch_size_per_gpu, seed=seed, percents=percents,
+        rank=processes.rank, world_size=processes.world_size, start=start, stop=stop,
+    )  # fmt: skip
     return DataLoader(
         dataset, batch_sampler=sampler, num_workers=options.num_workers, pin_memory=torch.cuda.is_available(),
         prefetch_factor=options.prefetch_factor if options.num_workers else None,

@@ -1,15 +1,9 @@
-"""MouseViewDataset: sample folders as training items, and the order in which training visits them.
-
-An item depends on (seed, epoch, index) only; the batch of a step depends on (seed, step) only. So a run continues after
-a kill exactly where it was, and any number of processes see the same global batches.
-"""
+"""MouseViewDataset: sample folders as training items. An item depends on (seed, epoch, index) only."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from dataclasses import asdict, replace
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -202,42 +196,3 @@ def overlapping(cameras: Cameras, inputs: Tensor, rule: str) -> Tensor:
     if rule == "normalised":
         positions = torch.nn.functional.normalize(positions, dim=-1)
     return (positions @ positions[inputs].mT >= OVERLAP_COSINE).any(-1)
-
-
-# ---- the order of training ------------------------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=16)
-def epoch_order(seed: int, epoch: int, length: int) -> list[int]:
-    """The order in which an epoch visits the samples."""
-    return torch.randperm(length, generator=make_generator("gslrm-order", seed, epoch)).tolist()
-
-
-def batch_keys(seed: int, step: int, batch_size: int, length: int) -> list[tuple[int, int]]:
-    """The (epoch, index) keys of global batch number `step`."""
-    keys = []
-    for position in range(step * batch_size, (step + 1) * batch_size):
-        epoch, place = divmod(position, length)
-        keys.append((epoch, epoch_order(seed, epoch, length)[place]))
-    return keys
-
-
-class StepSampler:
-    """Yields one process's share of the global batches from `start` to `stop` (a DataLoader's batch_sampler)."""
-
-    def __init__(
-        self, seed: int, length: int, *, batch_size: int, rank: int, world_size: int, start: int, stop: int
-    ) -> None:
-        self.seed, self.length, self.batch_size = seed, length, batch_size
-        self.rank, self.world_size, self.start, self.stop = rank, world_size, start, stop
-
-    def __len__(self) -> int:
-        return max(self.stop - self.start, 0)
-
-    def global_keys(self, step: int) -> list[tuple[int, int]]:
-        return batch_keys(self.seed, step, self.batch_size * self.world_size, self.length)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        share = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
-        for step in range(self.start, self.stop):
-            yield self.global_keys(step)[share]
