@@ -288,6 +288,8 @@ def test_body_model_mice_fill_a_normalised_cloud(tmp_path):
     mice = BodyModelMice.load(tmp_path / "body.npz", tmp_path / "poses.npz")
     cloud, again = mice(0, 3, coat="brown", heading_deg=90.0), mice(0, 3, coat="brown", heading_deg=90.0)
     assert np.array_equal(cloud.means, again.means)
+    lit = mice(0, 3, coat="brown", heading_deg=90.0, light=random_light(np.random.default_rng(5)))
+    assert np.array_equal(lit.means, cloud.means) and not np.allclose(lit.rgb, cloud.rgb)
     assert np.abs(cloud.centre).max() < 1e-6 and np.abs(cloud.means.mean(axis=0)).max() < 0.15
     nose = cloud.keypoints[KEYPOINT_NAMES.index("Snout")] - cloud.keypoints[KEYPOINT_NAMES.index("TailBase")]
     assert 0.9 * BODY_LENGTH < np.linalg.norm(nose) < 1.15 * BODY_LENGTH

@@ -21,8 +21,9 @@ from multiview.synthetic.cloud import KEYPOINT_NAMES
 REFERENCE_SIZE = 128  # pixels: where the lengths below are measured
 
 # per sample, the same in all views; the first four also in those that are not photographed
-EXPOSURE_SPREAD = 0.13  # deviation of the logarithm of the sRGB values' gain, cut at two deviations
-GAMMA = (0.85, 1.2)  # sRGB values are raised to this power about PIVOT, which it leaves alone
+# Deviation of the logarithm of the sRGB values' gain, cut at -2 and 1 deviations: white fur keeps its shading.
+EXPOSURE_SPREAD = 0.13
+GAMMA = (0.85, 1.4)  # sRGB values are raised to this power about PIVOT, which it leaves alone
 PIVOT = 0.3
 WHITE_BALANCE_SPREAD = (0.045, 0.012)  # deviations of the logarithm: red against blue, green against both
 COARSE_SENSOR = (0.55, 0.95)  # share of the pixels along a side that the sensor had
@@ -38,7 +39,7 @@ VIEW_GAIN = 0.05  # the views' gains lie within 1 +- this
 BLUR = (0.0, 0.9)  # sigma of the defocus
 MOTION_BLUR = (0.4, 1.3)  # sigma along the motion, instead of the defocus' own where that is smaller
 MOTION_BLUR_PROBABILITY = 0.3
-VEIL = (0.04, 0.18)  # share of light from the glass in front of a part of the picture
+VEIL = (0.04, 0.22)  # share of light from the glass in front of a part of the picture
 VEIL_GREY = (0.5, 0.85)
 VEIL_PROBABILITY = 0.35
 MASK_SHIFT = (-1.0, 1.5)  # how far the outline may move outwards, at most
@@ -66,7 +67,7 @@ class Camera:
 
 
 def draw_camera(rng: np.random.Generator) -> Camera:
-    exposure = math.exp(EXPOSURE_SPREAD * float(np.clip(rng.normal(), -2, 2)))
+    exposure = math.exp(EXPOSURE_SPREAD * float(np.clip(rng.normal(), -2, 1)))
     warm, green = np.clip(rng.normal(size=2), -2, 2) * WHITE_BALANCE_SPREAD
     gain = exposure * np.exp([warm - green, green, -warm - green])
     gamma = float(rng.uniform(*GAMMA))
@@ -170,7 +171,8 @@ def blurred(rgba: np.ndarray, kernel: np.ndarray, coarse: float) -> tuple[np.nda
     """
     import cv2
 
-    premultiplied = rgba * np.concatenate([np.repeat(rgba[..., 3:], 3, axis=2), np.ones_like(rgba[..., 3:])], axis=2)
+    premultiplied = rgba.copy()
+    premultiplied[..., :3] *= rgba[..., 3:]
     if kernel.size > 1:
         premultiplied = cv2.filter2D(premultiplied, -1, kernel, borderType=cv2.BORDER_REPLICATE)
     if coarse < 1.0:
@@ -222,8 +224,8 @@ def signed_distance(alpha: np.ndarray) -> np.ndarray:
     import cv2
 
     inside = (alpha >= 0.5).astype(np.uint8)
-    out = cv2.distanceTransform(1 - inside, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
-    into = cv2.distanceTransform(inside, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    out = cv2.distanceTransform(1 - inside, cv2.DIST_L2, cv2.DIST_MASK_5)
+    into = cv2.distanceTransform(inside, cv2.DIST_L2, cv2.DIST_MASK_5)
     distance = np.where(inside > 0, into - 0.5, 0.5 - out)
     # Within one pixel of the outline its place is known to a part of a pixel.
     return np.where(np.abs(distance) <= 0.51, alpha - 0.5, distance)

@@ -56,18 +56,18 @@ def laboratory_light(rng: np.random.Generator) -> Light:
 
     azimuth = rng.uniform(0, 2 * math.pi)
     soft = rng.random() < 0.4
-    total = rng.uniform(1.05, 1.6)  # strength of all light from above together
-    sky = total * (rng.uniform(0.6, 0.85) if soft else rng.uniform(0.28, 0.55))
+    total = rng.uniform(1.05, 1.65)  # strength of all light from above together
+    sky = total * (rng.uniform(0.6, 0.85) if soft else rng.uniform(0.2, 0.5))
     fill = (total - sky) * (rng.uniform(0.15, 0.5) if rng.random() < 0.6 else 0.0)
     return Light(
         towards(azimuth, 30, 85),
         key=total - sky - fill,
         sky=sky,
-        ground=sky * rng.uniform(0.12, 0.5),
+        ground=sky * rng.uniform(0.1, 0.45),
         tint=tuple(np.exp(rng.normal(0, 0.02, 3))),
         fill=fill,
         fill_direction=tuple(towards(azimuth + rng.uniform(0.5, 1.5) * math.pi, 15, 70)),
-        belly=rng.uniform(0.0, 0.8),
+        belly=rng.uniform(0.1, 0.9),
     )
 
 
