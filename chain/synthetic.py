@@ -34,6 +34,7 @@ from multiview.sample import (
 if TYPE_CHECKING:
     from mvdiffusion.components import Components
 
+TRUE_VIEWS = ("none", "novel", "all")
 POSE_TOLERANCE = 2e-3  # world units and picture widths: a camera that is the rig's own, up to rounding
 REFERENCE_TOLERANCES = {"elevation, degrees": 5.0, "distance, relative": 0.15, "focal length, relative": 0.1}
 
@@ -49,11 +50,15 @@ class Job:
 
 @dataclass(frozen=True)
 class Painting:
-    """What decides a painted sample besides the weights. seed: of the dataset; each sample derives its own from it."""
+    """What decides a painted sample besides the weights. seed: of the dataset; each sample derives its own from it.
+
+    true_views, one of TRUE_VIEWS: which of the source's own pictures follow the painted ones, for Stage 2 to aim at:
+    none, the novel ones (in no rig view), or all but the photograph.
+    """
 
     seed: int
     keep_input_view: bool = True
-    keep_novel_views: bool = False
+    true_views: str = "none"
 
     def sample_seed(self, name: str) -> int:
         return seed_from("synthetic data", self.seed, name)
@@ -145,16 +150,21 @@ def posed_sample(
         }
     }  # fmt: skip
     sample = Sample(job.name, rgba, cameras, list(rig.view_names), extra=extra)
-    return with_novel_views(sample, rig, source, job.reference) if painting.keep_novel_views else sample
+    if painting.true_views == "none":
+        return sample
+    return with_true_views(sample, rig, source, job.reference, painting.true_views)
 
 
-def with_novel_views(sample: Sample, rig: ViewRig, source: Sample, reference: int) -> Sample:
-    """The sample and the source's extra views, turned into the world where the photograph's camera is the rig's.
+def with_true_views(sample: Sample, rig: ViewRig, source: Sample, reference: int, which: str) -> Sample:
+    """The sample and the source's own views (`novel` or `all`, see Painting).
 
-    A source whose reference camera is not the rig's own (another elevation, distance or lens) gives none: its world
-    cannot be turned into the rig's.
+    They are turned into the world where the photograph's camera is the rig's. A source whose reference
+    camera is not the rig's own (another elevation, distance or lens) gives none: its world cannot be turned so.
     """
-    extra = [index for index, name in enumerate(source.view_names) if name is None]
+    extra = [
+        index for index, name in enumerate(source.view_names)
+        if name is None or (which == "all" and index != reference)
+    ]  # fmt: skip
     own = sample.cameras[[rig.reference_view]]
     turn = float(own.azimuth_deg[0] - source.cameras.azimuth_deg[reference])
     turned = source.cameras.rotate(turn)
@@ -202,13 +212,13 @@ def pending_batches(
 def write_batch(
     folder: Path, components: Components, artifacts: Artifacts, batch: list[Job], missing: list[Job], painting: Painting
 ) -> int:
-    """Paints a batch and writes what is missing of it; returns how many novel views that kept."""
-    wanted, novel = {job.name for job in missing}, 0
+    """Paints a batch and writes what is missing of it; returns how many true views that kept."""
+    wanted, true = {job.name for job in missing}, 0
     for sample in paint_samples(components, artifacts, batch, painting):
         if sample.id in wanted:
             write_sample(folder / sample.id, sample)
-            novel += len(sample.rgba) - artifacts.rig.num_views
-    return novel
+            true += len(sample.rgba) - artifacts.rig.num_views
+    return true
 
 
 def write_list(path: Path, jobs: Sequence[Job]) -> int:

@@ -48,8 +48,9 @@ def parse_arguments() -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--repaint_input", action="store_true", help="paint the reference view too, not the photograph")
     parser.add_argument(
-        "--keep_novel_views", action="store_true",
-        help="append the source's extra, true views where its reference camera is the rig's: targets for Stage 2",
+        "--keep_true_views", choices=("none", "novel", "all"), default="none",
+        help="append the source's own pictures, where its reference camera is the rig's, as targets for Stage 2: those "
+        "in no rig view, or all but the photograph (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--batch_size", type=positive, default=1, help="samples painted at once (default: %(default)s)")
     parser.add_argument("--shard", type=shard, help="i/n: every n-th batch from i (default: torchrun's rank, else all)")
@@ -97,7 +98,7 @@ def main() -> None:
     )  # fmt: skip
     number, count = own_shard(arguments.shard)
     jobs = make_jobs(arguments.data, artifacts.rig, arguments.references, arguments.num_samples)
-    painting = Painting(arguments.seed, not arguments.repaint_input, arguments.keep_novel_views)
+    painting = Painting(arguments.seed, not arguments.repaint_input, arguments.keep_true_views)
     components = load_stage1(artifacts, own_device(arguments.device))
     parameters = {
         "source": "stage1", "source_data": arguments.data[0].parent.as_posix(),
@@ -107,20 +108,20 @@ def main() -> None:
         "prompt_embeds_sha256": fingerprint([Path(artifacts.embeds.source)]),
         "num_steps": artifacts.num_steps, "guidance_scale": artifacts.guidance_scale, "seed": arguments.seed,
         "image_size": components.image_size, "references": arguments.references, "batch_size": arguments.batch_size,
-        "keep_input_view": painting.keep_input_view, "keep_novel_views": painting.keep_novel_views,
+        "keep_input_view": painting.keep_input_view, "true_views": painting.true_views,
     }  # fmt: skip
     start_dataset(arguments.output_dir, artifacts.rig, parameters)
     for path, own in jobs.items():
         batches = list(pending_batches(own, arguments.output_dir, arguments.batch_size, (number, count)))
-        total, novel = sum(len(missing) for _, missing in batches), 0
+        total, true = sum(len(missing) for _, missing in batches), 0
         with tqdm(total=total, desc=f"{path.name} {number}/{count}", unit="sample", disable=None) as bar:
             for batch, missing in batches:
-                novel += write_batch(arguments.output_dir, components, artifacts, batch, missing, painting)
+                true += write_batch(arguments.output_dir, components, artifacts, batch, missing, painting)
                 bar.update(len(missing))
         listed = write_list(arguments.output_dir / path.name, own)
         print(
-            f"{arguments.output_dir / path.name}: {listed} of {len(own)} samples; painted now: {total}, with {novel} "
-            "novel views"
+            f"{arguments.output_dir / path.name}: {listed} of {len(own)} samples; painted now: {total}, with {true} "
+            "true views"
         )
 
 

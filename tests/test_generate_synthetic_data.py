@@ -19,7 +19,7 @@ from chain.synthetic import (
     make_jobs,
     paint_samples,
     pending_batches,
-    with_novel_views,
+    with_true_views,
     write_batch,
     write_list,
 )
@@ -179,14 +179,18 @@ def test_novel_views_come_along_in_the_rigs_own_world(tmp_path):
     turned = source_with_novel_views(tmp_path / "b", turn_deg=77.0)
     painted = Sample("p", straight.rgba[:6], rig.cameras(SIZE), rig.view_names)
     for source in (straight, turned):
-        kept = with_novel_views(painted, rig, source, 0)
+        kept = with_true_views(painted, rig, source, 0, "novel")
         assert len(kept.rgba) == 8 and kept.view_names[6:] == [None, None]
         assert torch.equal(kept.rgba[6:], source.rgba[6:])
         assert (kept.cameras.c2w[6:] - straight.cameras.c2w[6:]).abs().max() < 1e-4
-    from_third = with_novel_views(painted, rig, straight, 2)
+    from_third = with_true_views(painted, rig, straight, 2, "novel")
     gap = from_third.cameras.azimuth_deg[6:] - straight.cameras.azimuth_deg[6:]
     assert torch.allclose(gap % 360, torch.full((2,), 240.0), atol=1e-2)
     assert (from_third.cameras.c2w[:6] - rig.cameras(SIZE).c2w).abs().max() == 0
+    everything = with_true_views(painted, rig, straight, 2, "all")  # view 2 is the photograph
+    assert torch.equal(everything.rgba[6:], straight.rgba[[0, 1, 3, 4, 5, 6, 7]])
+    gap = everything.cameras.azimuth_deg[6:11] - straight.cameras.azimuth_deg[[0, 1, 3, 4, 5]]
+    assert torch.allclose(gap % 360, torch.full((5,), 240.0), atol=1e-2)
 
 
 def test_novel_views_of_another_world_are_left_out(tmp_path):
@@ -194,7 +198,7 @@ def test_novel_views_of_another_world_are_left_out(tmp_path):
     source = source_with_novel_views(tmp_path / "a")
     farther = replace(source, cameras=source.cameras.recentre(torch.zeros(3), 1.05))
     painted = Sample("p", source.rgba[:6], rig.cameras(SIZE), rig.view_names)
-    assert len(with_novel_views(painted, rig, farther, 0).rgba) == 6
+    assert len(with_true_views(painted, rig, farther, 0, "novel").rgba) == 6
 
 
 def test_every_view_can_be_the_input(artifacts, components, tmp_path):
@@ -203,7 +207,7 @@ def test_every_view_can_be_the_input(artifacts, components, tmp_path):
     write_dataset_info(tmp_path, load_rig("mouse6"))
     jobs = make_jobs([tmp_path / "list.txt"], artifacts.rig, "all", None)[tmp_path / "list.txt"]
     assert [job.name for job in jobs] == [f"sample_000000_ref{k}" for k in range(6)]
-    painting = Painting(0, keep_novel_views=True)
+    painting = Painting(0, true_views="novel")
     (sample,) = paint_samples(components, artifacts, [jobs[4]], painting)
     source = read_sample(tmp_path / "sample_000000")
     assert torch.equal(sample.rgba[0], source.rgba[4]) and len(sample.rgba) == 8
@@ -239,4 +243,4 @@ def test_artifacts_of_different_rigs_are_refused(tiny, tmp_path):
 
 def test_seed_of_a_sample_is_its_own():
     assert len({Painting(seed).sample_seed(name) for seed in (0, 1) for name in ("a", "b")}) == 4
-    assert Painting(0).sample_seed("a") == Painting(0, False, True).sample_seed("a")
+    assert Painting(0).sample_seed("a") == Painting(0, False, "all").sample_seed("a")
