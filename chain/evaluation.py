@@ -43,6 +43,8 @@ SMALLER_IS_BETTER = ("lpips", "foreground_lpips", "depth_error", "seconds", "pea
 WORST_SHARE = 0.05
 # By the angle about the world's axis between a view and the input view, degrees: up to the number.
 DIRECTIONS = {"near the input (to 60 deg)": 60.0, "side (60 to 120 deg)": 120.0, "back (beyond 120 deg)": 180.0}
+# What of the animal the input view shows, by the azimuth of its nose less the input view's, in quarters about these.
+SIDES = {0: "the head", 90: "its left side", 180: "the hindquarters", 270: "its right side"}
 SURFACE = 0.5  # alpha or mask from here on is animal, where depth is compared
 
 
@@ -190,6 +192,15 @@ def angle_from_input(cameras: Cameras, reference: int) -> list[float]:
 def direction_of(angle_deg: float) -> str:
     """The name in DIRECTIONS of an angle from the input view, 0..180."""
     return next(name for name, limit in DIRECTIONS.items() if angle_deg <= limit)
+
+
+def side_shown(sample: Sample, reference: int) -> str | None:
+    """The name in SIDES of what the input view shows; None where the sample does not say where the nose points."""
+    heading = sample.extra.get("synthetic", {}).get("heading_deg")
+    if heading is None:
+        return None
+    quarter = round((heading - float(sample.cameras.azimuth_deg[reference])) / 90.0) % 4
+    return SIDES[90 * quarter]
 
 
 # ---- summaries ------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from chain.evaluation import DIRECTIONS, metric_names, summarise
+from chain.evaluation import metric_names, summarise
 from multiview.checkpoint import atomic_write
 from multiview.image import to_uint8
 
@@ -69,19 +69,19 @@ def metrics_table(title: str, records: list[dict], by: dict[str, str]) -> Table:
     return Table(title, heading, rows, text_columns=len(by))
 
 
-def direction_table(title: str, records: list[dict]) -> Table:
-    """Foreground PSNR and mask IoU, means, by split, method and direction of the view from the input view."""
+def cross_table(title: str, records: list[dict], key: str, values: Sequence[str]) -> Table:
+    """Foreground PSNR and mask IoU, means, by split and method; one column per value of the records' `key`."""
     rows = []
     for split, method in dict.fromkeys((record["split"], record["method"]) for record in records):
         cells = []
-        for direction in DIRECTIONS:
-            wanted = (split, method, direction)
-            chosen = [r for r in records if (r["split"], r["method"], r["direction"]) == wanted]
+        for value in values:
+            wanted = (split, method, value)
+            chosen = [r for r in records if (r["split"], r["method"], r.get(key)) == wanted]
             summary = summarise(chosen, ("foreground_psnr", "mask_iou"))
             means = f"{summary['foreground_psnr']['mean']:.2f} / {summary['mask_iou']['mean']:.3f}" if chosen else "-"
             cells.append(f"{means} ({len(chosen)})")
         rows.append([split, method, *cells])
-    return Table(title, ["views compared", "method", *DIRECTIONS], rows, text_columns=2)
+    return Table(title, ["views compared", "method", *values], rows, text_columns=2)
 
 
 def margin_table(title: str, margins: dict[str, list[dict]]) -> Table:

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from chain.evaluation import DIRECTIONS, OWN, WORST_SHARE, Prediction, margins, mean_by, summarise
+from chain.evaluation import DIRECTIONS, OWN, SIDES, WORST_SHARE, Prediction, margins, mean_by, summarise
 from chain.page import (
     Table,
-    direction_table,
+    cross_table,
     margin_table,
     metrics_table,
     picture_html,
@@ -122,7 +122,10 @@ class Report:
             title = "The model above each baseline, mouse by mouse: mean ± standard error (share of mice on which it is"
             tables.append(margin_table(title + " better)", self.margins()))
         title = "By the angle between view and input: foreground_psnr / mask_iou (views)"
-        tables.append(direction_table(title, self.records))
+        tables.append(cross_table(title, self.records, "direction", tuple(DIRECTIONS)))
+        if any("input_shows" in record for record in self.records):
+            title = "By what the input view shows of the animal: foreground_psnr / mask_iou (views)"
+            tables.append(cross_table(title, self.records, "input_shows", tuple(SIDES.values())))
         if self.consistency():
             tables.append(summary_table("View consistency, input view included", self.consistency(), CONSISTENCY))
         tables.append(summary_table("Cost per mouse", {OWN[self.stage]: self.assets}, COSTS))

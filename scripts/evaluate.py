@@ -164,6 +164,7 @@ def evaluate_sample(report, folder: Path, options, artifacts, components, model,
         predict_stage1,
         reconstruct_sample,
         records_of,
+        side_shown,
         splits_of,
     )  # fmt: skip
     from chain.report import picture_rows, quality_of
@@ -191,7 +192,9 @@ def evaluate_sample(report, folder: Path, options, artifacts, components, model,
         rig_views = {split: views for split, views in splits.items() if split == OTHER_RIG_VIEWS}
         others = {PAINTED: predict_stage1(painted, sample, rig_views), **others}
     angles = angle_from_input(sample.cameras, rig.reference_view)
-    report.records += records_of({"sample": folder.name}, {OWN[stage]: own, **others}, angles, lpips)
+    side = side_shown(sample, rig.reference_view)
+    head = {"sample": folder.name} | ({"input_shows": side} if side else {})
+    report.records += records_of(head, {OWN[stage]: own, **others}, angles, lpips)
     asset = {"sample": folder.name, **cost}
     if painted is not None:
         copied = composite(sample.rgba[rig.reference_view], 1.0) if "copy" in options.baselines else None

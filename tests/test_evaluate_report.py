@@ -35,6 +35,7 @@ from chain.evaluation import (
     direction_of,
     margins,
     measure,
+    side_shown,
     splits_of,
 )
 from chain.page import Table, picture_html, write_page
@@ -98,6 +99,16 @@ def test_directions_are_angles_from_the_input_view():
     assert angle_from_input(RIG.cameras(SIZE), 0) == [0, 60, 120, 180, 120, 60]
     assert angle_from_input(RIG.cameras(SIZE), 2) == [120, 60, 0, 60, 120, 180]
     assert [direction_of(a) for a in (0, 60, 60.1, 120, 120.1, 180)] == [near, near, side, side, back, back]
+
+
+def test_the_side_that_the_input_shows_follows_from_the_nose():
+    sample = ball(0)
+    assert side_shown(sample, 0) is None
+    for reference, heading, side in (
+        (0, 350.0, "the head"), (0, 80.0, "its left side"), (0, 200.0, "the hindquarters"), (2, 120.0, "the head"),
+        (0, 300.0, "its right side"), (3, 90.0, "its right side"), (3, 0.0, "the hindquarters"),
+    ):  # fmt: skip
+        assert side_shown(replace(sample, extra={"synthetic": {"heading_deg": heading}}), reference) == side
 
 
 def test_depth_error_is_the_mean_over_what_both_show():
@@ -272,7 +283,10 @@ def test_report_of_a_run_is_complete_and_self_contained(tmp_path):
     assert [row["method"] for row in content["summary"]] == ["Stage 2", "hull"] and content["cost"]["seconds"]
     assert content["baselines"] == {"hull": "true views"} and content["worst"][0]["sample"] == "m0"
     assert sum(row["views"] for row in content["by_direction"] if row["method"] == "hull") == 4
+    assert "what the input view shows" not in text  # nobody said
     assert text == (tmp_path / "table.md").read_text() and "| novel views | hull | 4 | 4 | 18.50" in text
+    report.records = [{**record, "input_shows": "the head"} for record in report.records]
+    assert "| novel views | hull | 18.50 / 0.450 (4) | - (0) |" in report.tables()[-2].markdown()
     page = (tmp_path / "report.html").read_text()
     assert page.count("data:image/") == 3 and "18.50 (18.50, 18.00)" in page
     assert "<tags>" not in page and "<Stage 2>" not in page and not re.search(r"(src|href)='(?!data:)", page)
