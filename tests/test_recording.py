@@ -80,6 +80,27 @@ def test_frames_are_read_in_order_across_chunks(tmp_path):
                 reader.read(14)
 
 
+@pytest.mark.parametrize("crf", [0, 12])  # other pixel formats
+def test_masks_read_as_brightness_are_those_of_the_colours(tmp_path, crf):
+    rng = np.random.default_rng(3)
+    for chunk, count in ((0, 4), (4, 3)):
+        path = tmp_path / "Camera1" / f"{chunk}.mp4"
+        path.parent.mkdir(exist_ok=True)
+        writer = video_writer(path, (96, 64), 25.0, crf)
+        for _ in range(count):
+            picture = np.zeros((64, 96, 3), np.uint8)
+            top, left = rng.integers(2, 30, 2)
+            picture[top : top + 30, left : left + 50] = 255
+            writer.send(picture)
+        writer.close()
+    video = find_videos(tmp_path, 1, "--mask_dir")[0]
+    with VideoReader(video) as masks, VideoReader(video) as colours:
+        for index in (0, 1, 3, 4, 6):
+            expected = colours.read_bgr(index)[..., 2] > 127
+            np.testing.assert_array_equal(masks.read_mask(index), expected)
+            assert masks._luma and 1400 <= expected.sum() <= 1600
+
+
 def test_videos_that_do_not_belong_together_are_refused(tmp_path):
     write_video(tmp_path / "a" / "0.mp4", range(10))
     write_video(tmp_path / "a" / "1.mp4", range(9))

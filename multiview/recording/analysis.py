@@ -24,7 +24,7 @@ from multiview.recording.centre import (
     turn_to_z,
 )
 from multiview.recording.geometry import directions_from
-from multiview.recording.masks import MaskStatistics, Silhouette, clean_mask
+from multiview.recording.masks import MaskStatistics, Silhouette, clean_binary
 from multiview.recording.misfit import check_belongs, check_silhouettes
 from multiview.recording.segment import check_method, segment
 from multiview.recording.settings import ImportSettings
@@ -137,7 +137,7 @@ def _record_camera(
 def _decoded(video: Video, frames: list[int]) -> Iterator[Silhouette]:
     with VideoReader(video) as reader:
         for frame in frames:
-            yield clean_mask(reader.read_mask(frame))
+            yield clean_binary(reader.read_mask(frame))
 
 
 def _track_key(recording: Recording, camera: int, frames: list[int], settings: ImportSettings) -> dict:

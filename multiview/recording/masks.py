@@ -68,8 +68,14 @@ def clean_mask(picture: np.ndarray) -> Silhouette:
     """
     import cv2
 
-    _, binary = cv2.threshold(picture, math.ceil(255 * THRESHOLD) - 1, 1, cv2.THRESH_BINARY)
-    size = (picture.shape[1], picture.shape[0])
+    return clean_binary(cv2.threshold(picture, math.ceil(255 * THRESHOLD) - 1, 1, cv2.THRESH_BINARY)[1])
+
+
+def clean_binary(binary: np.ndarray) -> Silhouette:
+    """As `clean_mask`, of a mask [h, w] uint8 that is 0 or 1."""
+    import cv2
+
+    size = (binary.shape[1], binary.shape[0])
     x, y, width, height = cv2.boundingRect(binary)
     if width == 0:
         return Silhouette(np.zeros((0, 0), bool), 0, 0, size)

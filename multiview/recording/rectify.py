@@ -163,17 +163,8 @@ def _straight(premultiplied: np.ndarray) -> np.ndarray:
     """
     import cv2
 
-    alpha = premultiplied[..., 3]
-    blurred = cv2.blur(premultiplied, (9, 9), borderType=cv2.BORDER_CONSTANT)
+    from multiview.recording.kernels import straighten
+
     result = np.empty_like(premultiplied)
-    result.view(np.uint32)[:] = TRANSPARENT_WHITE
-    cv2.copyTo(premultiplied, cv2.inRange(alpha, 255, 255), result)
-    # Only the rim is left: partly transparent pixels, and empty ones near the animal.
-    rim = np.flatnonzero((alpha < 255) & (blurred[..., 3] > 0))
-    own, near = premultiplied.reshape(-1, 4)[rim], blurred.reshape(-1, 4)[rim]
-    source = np.where(own[:, 3:] > 0, own, near).astype(np.float32)
-    colour = np.minimum(source[:, :3] * (255.0 / source[:, 3:]), 255.0)
-    flat = result.reshape(-1, 4)
-    flat[rim, :3] = np.rint(colour)
-    flat[rim, 3] = own[:, 3]
+    straighten(premultiplied, cv2.blur(premultiplied, (9, 9), borderType=cv2.BORDER_CONSTANT), result)
     return result

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +13,10 @@ import numpy as np
 MASK_FOLDERS = ("simpleclick_undist", "masks")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 RATE_TOLERANCE = 1e-3  # relative
+# Pixel formats whose brightness comes first, a byte each, and is all that a mask needs. It counts from 16 to 235, so
+# that half of it stands where half of the other formats' 0..255 does.
+LUMA_FORMATS = (b"I420", b"Y42B", b"444P")
+LUMA_HALF, HALF = 125, 127  # what is brighter is animal
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,8 @@ class VideoReader:
         self._chunk_end = 0
         self._frame: np.ndarray | None = None
         self._channel: np.ndarray | None = None
+        self._binary: np.ndarray | None = None
+        self._luma = False  # whether the open file is read as brightness alone
 
     def read(self, index: int) -> np.ndarray:
         """Frame `index` as [h, w, 3] uint8, RGB. Frames before the last one read are an error."""
@@ -57,6 +65,36 @@ class VideoReader:
 
     def read_bgr(self, index: int) -> np.ndarray:
         """As `read`, in the decoder's own order of channels, and valid until the next call: a picture less to copy."""
+        self._advance(index, luma=False)
+        if self.video.is_pictures:
+            return _read_picture(self.video.files[index], index, self.video.size)
+        ok, self._frame = self._capture.retrieve(self._frame)  # into the memory of the last one
+        return self._checked(ok, self._frame, index)
+
+    def read_mask(self, index: int) -> np.ndarray:
+        """[h, w] uint8: 1 where frame `index` of a mask video is bright, 0 elsewhere. Valid until the next call.
+
+        Where the file's format allows it no colours are made of it, which would take half as long as decoding. Frames
+        of one reader are read either by this or by `read_bgr`.
+        """
+        import cv2
+
+        self._advance(index, luma=True)
+        if self._luma:
+            with _without_warnings():
+                ok, self._channel = self._capture.retrieve(self._channel)
+            self._checked(ok, self._channel, index)
+        elif self.video.is_pictures:
+            self._channel = cv2.extractChannel(_read_picture(self.video.files[index], index, self.video.size), 2)
+        else:
+            ok, self._frame = self._capture.retrieve(self._frame)
+            self._channel = cv2.extractChannel(self._checked(ok, self._frame, index), 2, self._channel)
+        half = LUMA_HALF if self._luma else HALF
+        _, self._binary = cv2.threshold(self._channel, half, 1, cv2.THRESH_BINARY, self._binary)
+        return self._binary
+
+    def _advance(self, index: int, luma: bool) -> None:
+        """Decodes up to frame `index`."""
         if not self._next <= index < self.video.num_frames:
             raise ValueError(
                 f"{self.video.name}: frame {index} was asked for after frame {self._next - 1} of "
@@ -64,9 +102,9 @@ class VideoReader:
             )
         if self.video.is_pictures:
             self._next = index + 1
-            return _read_picture(self.video.files[index], index, self.video.size)
+            return
         while self._chunk_end <= index:
-            self._open_next_chunk()
+            self._open_next_chunk(luma)
         while self._next <= index:
             if not self._capture.grab():
                 raise ValueError(
@@ -74,25 +112,19 @@ class VideoReader:
                     f"holds {self.video.counts[self._chunk]} frames; it is truncated or damaged"
                 )
             self._next += 1
-        ok, self._frame = self._capture.retrieve(self._frame)  # into the memory of the last one
-        frame = self._frame
+
+    def _checked(self, ok: bool, frame: np.ndarray, index: int) -> np.ndarray:
         if not ok or frame.shape[1::-1] != self.video.size:
             raise ValueError(f"{self.video.files[self._chunk]}: frame {index} cannot be decoded")
         return frame
 
-    def read_mask(self, index: int) -> np.ndarray:
-        """One channel [h, w] uint8 of frame `index`: all that a mask video holds. Valid until the next call."""
-        import cv2
-
-        self._channel = cv2.extractChannel(self.read_bgr(index), 2, self._channel)
-        return self._channel
-
-    def _open_next_chunk(self) -> None:
+    def _open_next_chunk(self, luma: bool) -> None:
         self.close()
         self._chunk += 1
         self._next = self._chunk_end
         self._chunk_end += self.video.counts[self._chunk]
-        self._capture = _open(self.video.files[self._chunk])
+        path = self.video.files[self._chunk]
+        self._capture, self._luma = _open_mask(path) if luma else (_open(path), False)
 
     def close(self) -> None:
         if self._capture is not None:
@@ -210,13 +242,40 @@ def _read_picture(path: Path, index: int, size: tuple[int, int] | None = None) -
     return picture
 
 
-def _open(path: Path):
+def _open(path: Path, *options: int):
     import cv2
 
     if not path.is_file():
         raise ValueError(f"video {path} does not exist")
     # One thread each: the import runs as many decoders as it was given processes.
-    capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
+    capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1, *options])
     if not capture.isOpened():
         raise ValueError(f"video {path} cannot be opened; it is truncated, damaged or of an unknown codec")
     return capture
+
+
+def _open_mask(path: Path) -> tuple[object, bool]:
+    """The opened video, and whether what it gives is its brightness [h, w] instead of colours."""
+    import cv2
+
+    capture = _open(path)
+    code = int(capture.get(cv2.CAP_PROP_CODEC_PIXEL_FORMAT)) & 0xFFFFFFFF
+    if code.to_bytes(4, "little") not in LUMA_FORMATS:
+        return capture, False
+    capture.release()
+    with _without_warnings():
+        return _open(path, cv2.CAP_PROP_CONVERT_RGB, 0), True
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """OpenCV warns of every frame of which it gives the first plane that there are others."""
+    import cv2
+
+    log = cv2.utils.logging
+    level = log.getLogLevel()
+    log.setLogLevel(log.LOG_LEVEL_ERROR)
+    try:
+        yield
+    finally:
+        log.setLogLevel(level)
