@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 RIG_FILE = "rig.json"
+OS_ERROR = re.compile(r"\(os error (\d+)\)")
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # disk full, quota reached, file larger than allowed
 
 
@@ -67,20 +68,36 @@ def full_disk_explained(path: Path | str, needed_bytes: int = 0) -> Iterator[Non
     """Turns a full disk (or quota) while writing `path` into a ValueError that says what is missing and what to do."""
     try:
         yield
-    except (OSError, RuntimeError) as error:
-        cause: BaseException | None = error
-        while cause is not None and not (isinstance(cause, OSError) and cause.errno in NO_SPACE):
-            cause = cause.__context__  # torch.save reports an error of its own over the system's
-        if cause is None:
+    except _write_errors() as error:
+        reason = _no_space(error)
+        if reason is None:
             raise
         path = Path(path).absolute()
         free = shutil.disk_usage(next(folder for folder in path.parents if folder.exists())).free
         needed = f"needs {needed_bytes / 1e6:.1f} MB, " if needed_bytes else ""
         raise ValueError(
-            f"cannot write {path}: {cause.strerror} ({needed}{free / 1e6:.1f} MB free on that disk). Files written "
+            f"cannot write {path}: {reason} ({needed}{free / 1e6:.1f} MB free on that disk). Files written "
             "before are whole and untouched. Make room or choose another folder, then repeat the command: a training "
             "run resumes from its newest checkpoint"
         ) from error
+
+
+def _write_errors() -> tuple[type[BaseException], ...]:
+    """What torch, safetensors and the system raise when they cannot write; asked for only once something was raised."""
+    from safetensors import SafetensorError
+
+    return OSError, RuntimeError, SafetensorError
+
+
+def _no_space(error: BaseException | None) -> str | None:
+    """What the system said if it had no room for a file, else None."""
+    while error is not None:
+        told = OS_ERROR.search(str(error))  # safetensors gives the number in its text
+        number = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
+        if number in NO_SPACE:
+            return os.strerror(number)
+        error = error.__context__  # torch.save reports an error of its own over the system's
+    return None
 
 
 def write_json(path: Path | str, content: object) -> None:

@@ -17,7 +17,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from multiview.checkpoint import atomic_folder, atomic_write, load_checkpoint, rotate_checkpoints, step_of, write_json
+from multiview.checkpoint import (
+    atomic_folder,
+    atomic_write,
+    full_disk_explained,
+    load_checkpoint,
+    rotate_checkpoints,
+    step_of,
+    write_json,
+)
 from multiview.rig import ViewRig, check_alignment
 from multiview.run import git_hash
 from mvdiffusion.models.unet import save_unet
@@ -69,15 +77,16 @@ def save_training(
     into the checkpoint's folder before it appears.
     """
     folder = Path(output_dir) / f"checkpoint-{step}"
-    with atomic_folder(folder) as temporary:
+    with full_disk_explained(folder), atomic_folder(folder) as temporary:
         if whole:
             save_unet(unet, temporary / "unet", embeds.rig, state=state)
         if whole and ema is not None:
             save_unet(unet, temporary / "unet_ema", embeds.rig, state=ema)
         save_embeds(temporary / "prompt_embeds", embeds)
-        torch.save(optimizer, temporary / OPTIMIZER_FILE)
-        if trained is not None:
-            torch.save(trained, temporary / TRAINED_FILE)
+        for name, content in ((OPTIMIZER_FILE, optimizer), (TRAINED_FILE, trained)):
+            if content is not None:
+                with open(temporary / name, "wb") as handle:  # a handle: see full_disk_explained
+                    torch.save(content, handle)
         if extras is not None:
             extras(temporary)
         sidecar = {"step": step, "rig": embeds.rig.to_dict(), "config": config, "git": git_hash()}

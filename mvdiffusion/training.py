@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from multiview.checkpoint import atomic_folder
+from multiview.checkpoint import atomic_folder, full_disk_explained
 from multiview.config import config_to_dict
 from multiview.order import StepSampler
 from multiview.run import RunFolder, make_generator
@@ -65,14 +65,20 @@ FROZEN_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloa
 def train(config: MVDiffusionConfig, overfit: int | None = None) -> dict[str, float]:
     """Trains the UNet, validates, saves. overfit: train and validate on the first so many training samples.
 
-    Returns the last validation's figures.
+    Returns the last validation's figures. Raises ValueError for whatever does not fit, and for a full disk.
     """
     config = config.validate()
     if overfit is not None:
         config.output_dir, config.max_train_steps = f"{config.output_dir}_overfit{overfit}", config.overfit_steps
         config.validation_samples, config.export_dir = overfit, None
-    trainer, run = start(config, overfit)
-    started, first, values = time.monotonic(), trainer.step, {}
+    with full_disk_explained(config.output_dir):
+        return run_training(*start(config, overfit))
+
+
+def run_training(trainer: Trainer, run: RunFolder) -> dict[str, float]:
+    """From the trainer's step to the last: updates, logs, checkpoints, validation, export."""
+    config, values = trainer.config, {}
+    started, first = time.monotonic(), trainer.step
     while trainer.step < config.max_train_steps:
         loss, rate = trainer.update()
         step = trainer.step

@@ -148,6 +148,19 @@ def test_a_full_disk_leaves_the_file_that_was_there(tmp_path, monkeypatch, call)
     assert load_checkpoint(path)["w"].sum() == 5 and read_sidecar(path) == {"step": 1}
 
 
+def test_a_full_disk_is_known_from_what_safetensors_says(tmp_path):
+    script = (
+        "import resource, sys, torch\nfrom safetensors.torch import save_file\n"
+        "from multiview.checkpoint import full_disk_explained\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "try:\n    with full_disk_explained(sys.argv[1]):\n"
+        "        save_file({'w': torch.zeros(40_000)}, sys.argv[1])\nexcept ValueError as error:\n    print(error)\n"
+    )
+    path = tmp_path / "w.safetensors"
+    done = subprocess.run([sys.executable, "-c", script, str(path)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith(f"cannot write {path}: File too large"), done.stderr
+
+
 def test_other_errors_while_saving_stay_what_they_are(tmp_path, monkeypatch):
     def fail(*_):
         raise RuntimeError("a programming error")

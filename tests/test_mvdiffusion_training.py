@@ -1,6 +1,8 @@
 """Stage 1's trainer: data order, losses, resume, checkpoints, refusals."""
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -204,6 +206,37 @@ def test_resuming_another_model_is_refused(tiny, tmp_path):
     train(config_for(tiny, output, max_train_steps=1))
     with pytest.raises(ValueError, match="run of another model .attention: None there, 'full' now.*output_dir"):
         train(config_for(tiny, output, attention="full"))
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+sys.path.insert(0, "tests")
+from mvdiffusion_tiny import config_for
+from mvdiffusion.training import train
+paths = {name: Path(path) for name, path in zip(("data", "components", "embeds"), sys.argv[2:])}
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
+try:
+    train(config_for(paths, paths["data"].parent.parent / "full", max_train_steps=1))
+except ValueError as error:
+    print(f"error: {error}")
+"""
+
+
+def test_a_full_disk_is_one_message_and_no_half_checkpoint(tiny, tmp_path):
+    train(config_for(tiny, tmp_path / "whole", max_train_steps=1))
+    checkpoint = tmp_path / "whole" / "checkpoint-1"
+    weights = (checkpoint / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size
+    optimizer = (checkpoint / "optimizer.pt").stat().st_size
+    assert optimizer > weights + 2000  # so that the second limit stops the optimiser's state alone
+    paths = [str(tiny[name]) for name in ("data", "components", "embeds")]
+    for limit in (weights // 2, (weights + optimizer) // 2):
+        command = [sys.executable, "-c", FULL_DISK, str(limit), *paths]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        errors = [line for line in done.stdout.splitlines() if line.startswith("error:")]
+        assert done.returncode == 0 and len(errors) == 1, done.stderr
+        assert "full/checkpoint-1: File too large" in errors[0] and "repeat the command" in errors[0]
+        assert not list((tiny["data"].parent.parent / "full").glob("*checkpoint*"))
 
 
 def test_pretrained_unet_takes_the_rigs_number_of_views(tiny, tmp_path):
