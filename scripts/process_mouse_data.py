@@ -14,9 +14,9 @@ Framing says how large the animal stands in the pictures and what the cameras wr
 Poses:
   exact     every camera's measured direction is written; the dataset's rig is the measured one
   nearest   the rig's directions are written; the error this makes is reported; the dataset's rig is the rig itself
-The animal's centre is where the rays through the masks' centres meet, or (--centre hull: slower, closer) that of the
-visual hull without tail and legs. --heading turns every sample so that the animal faces azimuth 0, and needs a rig that
-counts from there (--rig facelift6).
+The animal's centre is that of the visual hull without tail and legs, or (--centre triangulate: farther off) where the
+rays through the masks' centres meet. --heading turns every sample so that the animal faces azimuth 0, and needs a rig
+that counts from there (--rig facelift6).
 
 Repeating a command continues it, also after a kill. Parts of a dataset can be made side by side, by one command per
 --shard i/n; whichever ends last writes the split lists and the report.
@@ -95,7 +95,7 @@ def add_masks_and_geometry(parser: argparse.ArgumentParser) -> None:
         "--up", choices=("z", "-z", "y", "-y", "x", "-x", "floor", "rig"), default="z",
         help="the axis that is up, or found: from the floor the animal walks on, or from the cameras' mean",
     )  # fmt: skip
-    parser.add_argument("--centre", choices=("triangulate", "hull"), default="triangulate", help="see above")
+    parser.add_argument("--centre", choices=("hull", "triangulate"), default="hull", help="see above")
     parser.add_argument("--smooth_frames", type=int, default=0, help="frames of video over which centres are averaged")
     parser.add_argument(
         "--time_jumps", type=int, nargs="*", default=(), metavar="FRAME",

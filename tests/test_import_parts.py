@@ -13,7 +13,16 @@ from PIL import Image
 
 from multiview.recording.analysis import Analysis
 from multiview.recording.calibration import Calibration
-from multiview.recording.centre import floor_up, headings_deg, hull_place, locate, rig_up, smooth, turn_to_z
+from multiview.recording.centre import (
+    floor_up,
+    headings_deg,
+    hull_place,
+    locate,
+    rig_up,
+    smooth,
+    trunk_centres,
+    turn_to_z,
+)
 from multiview.recording.deflate import code_lengths
 from multiview.recording.geometry import make_plan, place
 from multiview.recording.masks import clean_mask, measure_mask
@@ -58,9 +67,12 @@ def test_hull_finds_the_centre_within_two_millimetres(small, distorted):
     for _ in range(6):
         heading = float(rng.uniform(0, 360))
         masks, statistics, middle = seen(calibration, in_arena(rng), heading)
-        rough, _, length = locate(calibration, statistics)
+        rough, residuals, length = locate(calibration, [statistics])
+        centres, there = trunk_centres(calibration, [statistics], rough, residuals, float(length[0]))
+        rough, length = rough[0], float(length[0])
         found = hull_place(calibration, masks, rough, length)
         errors.append(np.linalg.norm(found.centre - middle))
+        assert there.all() and np.linalg.norm(centres[0] - middle) < 2.0
         rough_errors.append(np.linalg.norm(rough - middle))
         nose = found.axis * (1 if found.reach[0] < found.reach[1] else -1)  # the tail reaches farther
         turned.append((math.degrees(math.atan2(-nose[0], -nose[1])) - heading + 180) % 360 - 180)
@@ -72,6 +84,25 @@ def test_hull_of_masks_without_common_volume_is_none(small):
     masks, statistics, middle = seen(small, np.array([48.3, 54.2, 16.0]), 0.0)
     away = replace(masks[1], x=0, y=0)
     assert hull_place(small, [masks[0], away, *masks[2:]], middle, 73.0) is None
+
+
+def test_trunk_centres_leave_out_masks_of_something_else_and_say_where_there_is_no_trunk(small):
+    rows, middles = [], []
+    for heading in (20.0, 200.0):
+        _, statistics, middle = seen(small, np.array([48.3, 54.2, 16.0]), heading)
+        rows.append(statistics)
+        middles.append(middle)
+    rough, residuals, _ = locate(small, rows)
+    whole, found = trunk_centres(small, rows, rough, residuals, 73.0)
+    away = replace(rows[0][1], centre=np.zeros(2), trunk=replace(rows[0][1].trunk, x=0, y=0))
+    outvoted = [[rows[0][0], away, *rows[0][2:]], rows[1]]
+    other, residuals, _ = locate(small, outvoted)
+    centres, kept = trunk_centres(small, outvoted, other, residuals, 73.0)
+    assert found.all() and kept.all() and np.linalg.norm(centres - middles, axis=1).max() < 2.0
+    np.testing.assert_allclose(centres[1], whole[1], atol=1e-9)
+    centres, found = trunk_centres(small, outvoted, other, np.zeros((2, 6)), 73.0)  # it counts, and shows nothing here
+    assert found.tolist() == [False, True]
+    np.testing.assert_array_equal(centres[0], other[0])
 
 
 def test_smoothing_averages_noise_but_not_across_a_jump():
@@ -132,11 +163,11 @@ def analysis_of(calibration, count, rng) -> tuple[Analysis, list]:
     rows, tracks, centres, residuals = [], [], [], []
     for _ in range(count):
         masks, statistics, _ = seen(calibration, in_arena(rng), float(rng.uniform(0, 360)))
-        centre, residual, _ = locate(calibration, statistics)
+        centre, residual, _ = locate(calibration, [statistics])
         rows.append(statistics)
         tracks.append(masks)
-        centres.append(centre)
-        residuals.append(residual)
+        centres.append(centre[0])
+        residuals.append(residual[0])
     numbers = list(range(count))
     return Analysis(numbers, rows, np.stack(centres), np.stack(residuals), 73.0, {}, numbers), tracks
 

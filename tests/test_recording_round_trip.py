@@ -88,7 +88,7 @@ def test_cameras_are_the_real_ones_and_keypoints_land_on_the_animal(dataset, clo
         for slot in range(len(order)):
             assert (sample.rgba[slot, 3, trunk[slot, :, 1], trunk[slot, :, 0]] > 0.5).all()
         centre = np.linalg.inv(to_sample)[:3, 3]
-        assert np.linalg.norm(centre - cloud.centre) < 4.5  # mm, of a 73 mm body
+        assert np.linalg.norm(centre - cloud.centre) < 2.5  # mm, of a 73 mm body
 
 
 def test_views_are_in_the_rigs_order_by_direction(dataset):

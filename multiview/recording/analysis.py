@@ -21,6 +21,7 @@ from multiview.recording.centre import (
     locate,
     rig_up,
     smooth,
+    trunk_centres,
     turn_to_z,
 )
 from multiview.recording.geometry import directions_from
@@ -166,8 +167,7 @@ def analyse(
     if skipped:
         say(f"{len(skipped)} of {len(frames)} frames left out: empty masks")
     masks = [[track.statistics[index] for track in tracks] for index in kept]
-    found = [locate(recording.calibration, row) for row in masks]
-    centres, residuals = np.stack([one[0] for one in found]), np.stack([one[1] for one in found])
+    centres, residuals, lengths = locate(recording.calibration, masks)
     check_belongs(recording.calibration, np.array([[mask.centre for mask in row] for row in masks]))
     check_silhouettes(
         recording.calibration,
@@ -177,14 +177,15 @@ def analyse(
         ],
     )
     _check_rays(recording.calibration, centres, residuals)
-    measured = float(np.percentile([one[2] for one in found], STRETCHED))
+    measured = float(np.percentile(lengths, STRETCHED))
     check_body_length(recording.calibration, measured, settings.body_length)
     length = settings.body_length if settings.body_length is not None else measured
-    hulls = None
-    if settings.centre == "hull" or settings.heading != "none":
+    if settings.heading != "none":
         hulls = _hull_places(recording, tracks, kept, centres, measured, settings, frames)
     if settings.centre == "hull":
-        centres = np.stack([place.centre for place in hulls])
+        centres, found = trunk_centres(recording.calibration, masks, centres, residuals, measured)
+        if not found.all():
+            say(f"{(~found).sum()} of {len(found)} frames: the masks have no common trunk, centres are triangulated")
     numbers = [frames[index] for index in kept]
     if settings.smooth_frames > 1 and len(numbers) > 1:
         if min(np.diff(numbers)) > settings.smooth_frames / 2:
@@ -260,7 +261,7 @@ def _hull_places(
                 if place is None:
                     raise ValueError(
                         f"frame {frames[kept[step * count + lane]]}: the masks have no common volume, so there is no "
-                        "visual hull; look at the masks of this frame, or use --centre triangulate and --heading none"
+                        "visual hull; look at the masks of this frame, or use --heading none"
                     )
                 places[step * count + lane] = place
                 bar.update()

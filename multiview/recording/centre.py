@@ -1,8 +1,8 @@
 """The animal's place in every frame: its centre, its smoothing over time, the world's up, its heading.
 
 The centre is that of the trunk and head, tail and legs not counted: where the origin of synthetic animals is. Rays
-through the masks' centres of mass meet within some 3 mm of it, since each camera sees another side of the body; the
-visual hull, opened so that tail and legs vanish, is within 1 mm (docs/benchmarks.md).
+through the masks' centres of mass meet 2 to 3 mm from it, since each camera sees another side of the body; the centre
+of the visual hull of masks without tail and legs is about 1 mm off (docs/benchmarks.md).
 """
 
 from __future__ import annotations
@@ -19,8 +19,12 @@ from multiview.recording.calibration import Calibration
 from multiview.recording.masks import MaskStatistics, Silhouette, without_thin_parts
 from multiview.recording.rectify import photo_from_picture
 
-CENTRES = ("triangulate", "hull")
+CENTRES = ("hull", "triangulate")
 HEADINGS = ("none", "motion", "pca")
+TRUNK_POINTS = 24  # along each side of the cube in which the trunk's hull is looked for
+TRUNK_REACH = 0.6  # body lengths: half that side
+OUTVOTED = 0.2  # body lengths: a mask whose ray misses the others' meeting point by more shows something else
+LENS_STEP = 0.02  # of a normalised picture: about the animal's size, over which the lens is taken as straight
 HULL_PIXELS = 112  # of the small masks that are carved
 HULL_VOXELS = 44  # along the hull
 HULL_REACH = 0.9  # body lengths: half the side of the cube that is searched
@@ -33,34 +37,98 @@ MIN_SPEED = 0.5  # body lengths per second: slower motion says nothing about whe
 
 
 def triangulate(origins: np.ndarray, directions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The point nearest to rays [v, 3] (unit directions), and its distance to each [v]. Few wrong rays are outvoted.
+    """The points nearest to rays [..., v, 3] (unit directions) from origins [v, 3], and their distances to each.
 
-    Iteratively reweighted least squares on the perpendicular distances, weighted by 1 / distance to the camera (what a
-    pixel is worth) and by Geman-McClure's weight, which vanishes for rays that miss by far more than the median.
+    Few wrong rays are outvoted: iteratively reweighted least squares on the perpendicular distances, weighted by
+    1 / distance to the camera (what a pixel is worth) and by Geman-McClure's weight, which vanishes for rays that miss
+    by far more than the median. Returns [..., 3] and [..., v].
     """
-    projectors = np.eye(3) - directions[:, :, None] * directions[:, None, :]
-    weights = np.ones(len(origins))
+    projectors = np.eye(3) - directions[..., :, None] * directions[..., None, :]
+    pulled = np.einsum("...vij,vj->...vi", projectors, origins)
+    weights = np.ones(directions.shape[:-1])
     for _ in range(30):
-        weighted = projectors * weights[:, None, None]
-        point = np.linalg.solve(weighted.sum(0), np.einsum("vij,vj->i", weighted, origins))
-        distances = np.linalg.norm(point - origins, axis=-1)
-        residuals = np.linalg.norm(np.einsum("vij,vj->vi", projectors, point - origins), axis=-1)
-        spread = max(2.0 * float(np.median(residuals)), 1e-3 * float(distances.mean()))
-        weights = (1.0 / (1.0 + (residuals / spread) ** 2)) ** 2 * (distances.mean() / distances) ** 2
+        total = np.einsum("...v,...vij->...ij", weights, projectors)
+        right = np.einsum("...v,...vi->...i", weights, pulled)
+        point = np.linalg.solve(total, right[..., None])[..., 0]
+        offset = point[..., None, :] - origins
+        distances = np.linalg.norm(offset, axis=-1)
+        residuals = np.linalg.norm(offset - (offset * directions).sum(-1, keepdims=True) * directions, axis=-1)
+        far = distances.mean(axis=-1, keepdims=True)
+        spread = np.maximum(2.0 * np.median(residuals, axis=-1, keepdims=True), 1e-3 * far)
+        weights = (1.0 / (1.0 + (residuals / spread) ** 2)) ** 2 * (far / distances) ** 2
     return point, residuals
 
 
-def locate(calibration: Calibration, masks: list[MaskStatistics]) -> tuple[np.ndarray, np.ndarray, float]:
-    """The animal's centre [3] from the masks' centres of mass, each ray's distance from it [v], and the body's length.
+def locate(calibration: Calibration, masks: list[list[MaskStatistics]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The animal's centres [t, 3] from the masks' centres of mass, each ray's distance from them [t, v], lengths [t].
 
-    The length is that of the view that shows the body longest, so it belongs to the pose of this frame.
+    masks: [t][v]. A length is that of the view that shows the body longest, so it belongs to the pose of its frame.
     """
-    directions = np.stack([calibration.rays(k, mask.centre[None])[0] for k, mask in enumerate(masks)])
-    centre, residual = triangulate(calibration.centres, directions)
-    distance = np.linalg.norm(calibration.centres - centre, axis=-1)
+    seen = np.array([[mask.centre for mask in row] for row in masks])
+    directions = np.stack([calibration.rays(k, seen[:, k]) for k in range(len(calibration))], axis=1)
+    centres, residuals = triangulate(calibration.centres, directions)
+    distance = np.linalg.norm(calibration.centres - centres[:, None], axis=-1)
     focal = np.sqrt(calibration.K[:, 0, 0] * calibration.K[:, 1, 1])
-    lengths = [mask.axis_length * far / f for mask, far, f in zip(masks, distance, focal, strict=True)]
-    return centre, residual, float(max(lengths))
+    lengths = np.array([[mask.axis_length for mask in row] for row in masks]) * distance / focal
+    return centres, residuals, lengths.max(axis=1)
+
+
+# ---- the trunk's hull -----------------------------------------------------------------------------------------------
+
+
+def trunk_centres(
+    calibration: Calibration,
+    masks: list[list[MaskStatistics]],
+    rough: np.ndarray,
+    residuals: np.ndarray,
+    body_length: float,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Centres of mass [t, 3] of the visual hulls of the masks without tail and legs, and whether there is a hull [t].
+
+    masks: [t][v]. rough: [t, 3] from `locate`, which also says how far each mask's ray misses it (residuals [t, v]): a
+    mask whose ray misses by much shows something else and is left out. Without a hull the rough centre is returned.
+    Points of a cube about the rough centre are projected into the masks; the lens is taken as straight around it.
+    """
+    from multiview.recording.kernels import carve_centres
+
+    trunks = [[mask.trunk for mask in row] for row in masks]
+    shapes = np.array([[(t.height, t.width) for t in row] for row in trunks])
+    lengths = np.array([len(t.bits) for row in trunks for t in row])
+    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]).reshape(shapes.shape[:2])
+    corners = np.array([[(t.x, t.y, t.step) for t in row] for row in trunks], dtype=np.float64)
+    return carve_centres(
+        _local_projections(calibration, rough, corners),
+        residuals <= OUTVOTED * body_length,
+        np.concatenate([t.bits for row in trunks for t in row]),
+        starts,
+        shapes,
+        rough,
+        TRUNK_REACH * body_length,
+        TRUNK_POINTS,
+    )
+
+
+def _local_projections(calibration: Calibration, points: np.ndarray, corners: np.ndarray) -> np.ndarray:
+    """[t, v, 3, 4] world -> pixels of reduced masks, homogeneous; exact at the points [t, 3] and straight around them.
+
+    corners: [t, v, 3] x, y and step of the masks.
+    """
+    result = np.empty((*corners.shape[:2], 3, 4))
+    near = LENS_STEP * np.array([[0, 0], [1, 0], [-1, 0], [0, 1], [0, -1]])
+    for camera in range(len(calibration)):
+        w2c = calibration.w2c[camera]
+        seen = points @ w2c[:3, :3].T + w2c[:3, 3]
+        middle = seen[:, :2] / seen[:, 2:]
+        pixels = calibration.to_pixels(camera, middle[:, None] + near)  # [t, 5, 2]
+        straight = np.zeros((len(points), 3, 3))
+        straight[:, :2, 0] = (pixels[:, 1] - pixels[:, 2]) / (2 * LENS_STEP)
+        straight[:, :2, 1] = (pixels[:, 3] - pixels[:, 4]) / (2 * LENS_STEP)
+        straight[:, :2, 2] = pixels[:, 0] - (straight[:, :2, :2] @ middle[:, :, None])[..., 0]
+        straight[:, :2, 2] -= corners[:, camera, :2]
+        straight[:, :2] /= corners[:, camera, 2, None, None]
+        straight[:, 2, 2] = 1.0
+        result[:, camera] = straight @ w2c[:3]
+    return result
 
 
 # ---- visual hull ----------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Loops over pixels that neither OpenCV nor NumPy has in one piece; compiled at their first use, then kept on disk."""
+"""Loops over pixels and points that neither OpenCV nor NumPy has; compiled at their first use, then kept on disk."""
 
 from __future__ import annotations
 
@@ -32,3 +32,48 @@ def straighten(premultiplied, blurred, out):
             for channel in range(3):
                 value = np.rint(np.float32(source[row, column, channel]) * scale)
                 out[row, column, channel] = np.uint8(min(value, largest))
+
+
+@numba.njit(cache=True)
+def carve_centres(projections, used, bits, starts, shapes, middles, half, points):
+    """Centre of mass of what all masks show, per frame [t, 3], and whether it is anything [t].
+
+    Looked for at points^3 places of the cube middles [t, 3] +- half; the middle where there is nothing. projections:
+    [t, v, 3, 4] world -> pixels of the masks, homogeneous. used: [t, v] whether a mask counts. bits: packed pixels of
+    all masks, mask (t, v) from byte starts[t, v] on, rows x columns shapes[t, v].
+    """
+    frames, views = used.shape
+    centres, found = middles.copy(), np.zeros(frames, np.bool_)
+    step = 2.0 * half / points
+    for frame in range(frames):
+        sums, count = np.zeros(3), 0
+        lower = middles[frame] - half + 0.5 * step
+        for index in range(points**3):
+            x = lower[0] + step * (index // (points * points))
+            y = lower[1] + step * (index // points % points)
+            z = lower[2] + step * (index % points)
+            inside = True
+            for view in range(views):
+                if not used[frame, view]:
+                    continue
+                p = projections[frame, view]
+                depth = p[2, 0] * x + p[2, 1] * y + p[2, 2] * z + p[2, 3]
+                column = (p[0, 0] * x + p[0, 1] * y + p[0, 2] * z + p[0, 3]) / depth
+                row = (p[1, 0] * x + p[1, 1] * y + p[1, 2] * z + p[1, 3]) / depth
+                height, width = shapes[frame, view]
+                if depth <= 0 or column < 0 or row < 0 or column >= width or row >= height:
+                    inside = False
+                    break
+                pixel = int(row) * width + int(column)
+                if not bits[starts[frame, view] + (pixel >> 3)] >> (7 - (pixel & 7)) & 1:
+                    inside = False
+                    break
+            if inside:
+                sums[0] += x
+                sums[1] += y
+                sums[2] += z
+                count += 1
+        if count and used[frame].sum() >= 2:
+            centres[frame] = sums / count
+            found[frame] = True
+    return centres, found

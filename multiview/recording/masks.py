@@ -19,6 +19,21 @@ MEASURED_AREA = 2_500  # pixels: larger masks are measured at a whole fraction o
 
 
 @dataclass(frozen=True)
+class Trunk:
+    """A mask without its thin parts, at 1 / step of the photograph's resolution, its pixels packed eight to a byte.
+
+    bits: [n] uint8, row after row; its upper left corner is the photograph's pixel (x, y).
+    """
+
+    bits: np.ndarray
+    x: int
+    y: int
+    width: int
+    height: int
+    step: int
+
+
+@dataclass(frozen=True)
 class MaskStatistics:
     """One cleaned mask, in pixels with outer-corner origin.
 
@@ -32,6 +47,7 @@ class MaskStatistics:
     axis_length: float
     hull: np.ndarray
     touches_border: bool
+    trunk: Trunk
 
 
 @dataclass(frozen=True)
@@ -162,9 +178,11 @@ def measure_mask(mask: Silhouette | np.ndarray) -> MaskStatistics | None:
     step = max(1, int(math.sqrt(area / MEASURED_AREA)))
     small = _reduced(mask.window, step)
     body, trunk = openings(small, TAIL_RADIUS, LIMB_RADIUS)
-    points = _pixel_centres(body)
-    _, vectors = np.linalg.eigh(np.cov(points.T) if len(points) > 1 else np.eye(2))
-    along = points @ vectors[:, -1]
+    rows, columns = np.nonzero(body)
+    moments = cv2.moments(body.view(np.uint8), binaryImage=True)
+    angle = 0.5 * math.atan2(2.0 * moments["mu11"], moments["mu20"] - moments["mu02"])  # of the longest axis
+    along = columns * math.cos(angle) + rows * math.sin(angle)
+    middle = cv2.moments(trunk.view(np.uint8), binaryImage=True)
     outline, _ = cv2.findContours(mask.window.view(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
     hull = cv2.convexHull(np.concatenate(outline))[:, 0].astype(np.float64)
     # Hull of pixel squares, not of their centres: all four corners of each hull pixel.
@@ -173,11 +191,13 @@ def measure_mask(mask: Silhouette | np.ndarray) -> MaskStatistics | None:
     height, width = mask.window.shape
     return MaskStatistics(
         area=float(area),
-        body_area=float(len(points) * step * step),
-        centre=_pixel_centres(trunk).mean(axis=0) * step + [mask.x, mask.y],
+        body_area=float(len(rows) * step * step),
+        centre=np.array([middle["m10"] / middle["m00"] + 0.5, middle["m01"] / middle["m00"] + 0.5]) * step
+        + [mask.x, mask.y],
         axis_length=float(along.max() - along.min() + 1.0) * step,
         hull=corners,
         touches_border=mask.x == 0 or mask.y == 0 or mask.x + width == mask.size[0] or mask.y + height == mask.size[1],
+        trunk=Trunk(np.packbits(trunk), mask.x, mask.y, *trunk.shape[::-1], step),
     )
 
 
@@ -192,9 +212,3 @@ def _reduced(mask: np.ndarray, step: int) -> np.ndarray:
     padded[: mask.shape[0], : mask.shape[1]] = mask
     padded *= 255
     return cv2.resize(padded, (width, height), interpolation=cv2.INTER_AREA) >= 128
-
-
-def _pixel_centres(mask: np.ndarray) -> np.ndarray:
-    """[n, 2] x, y of the pixels of a mask, outer-corner origin."""
-    rows, columns = np.nonzero(mask)
-    return np.stack([columns + 0.5, rows + 0.5], axis=-1)

@@ -35,7 +35,7 @@ class ImportSettings:
     segment: str = "none"
     calibration: Path | None = None
     up: str = "z"
-    centre: str = "triangulate"
+    centre: str = "hull"
     smooth_frames: int = 0
     time_jumps: tuple[int, ...] = ()
     heading: str = "none"

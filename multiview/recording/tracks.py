@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from multiview.checkpoint import atomic_write
-from multiview.recording.masks import MaskStatistics, Silhouette, measure_mask
+from multiview.recording.masks import MaskStatistics, Silhouette, Trunk, measure_mask
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ def record_track(folder: Path, camera: int, key: dict, masks: Iterable[Silhouett
                 size = mask.size
                 yield
     hulls = [np.zeros((0, 2)) if one is None else one.hull for one in statistics]
+    trunks = [Trunk(np.zeros(0, np.uint8), 0, 0, 0, 0, 1) if one is None else one.trunk for one in statistics]
     scalars = [
         (0.0,) * 6 if one is None else (one.area, one.body_area, *one.centre, one.axis_length, one.touches_border)
         for one in statistics
@@ -73,6 +74,9 @@ def record_track(folder: Path, camera: int, key: dict, masks: Iterable[Silhouett
                 scalars=np.array(scalars, dtype=np.float64).reshape(-1, 6),
                 hulls=np.concatenate(hulls),
                 hull_lengths=[len(hull) for hull in hulls],
+                trunks=np.array([(t.x, t.y, t.width, t.height, t.step) for t in trunks], np.int64).reshape(-1, 5),
+                trunk_bits=np.concatenate([one.bits for one in trunks]),
+                trunk_lengths=[len(one.bits) for one in trunks],
             )
     yield
 
@@ -92,10 +96,12 @@ def read_track(folder: Path, camera: int) -> MaskTrack:
     with np.load(path) as content:
         boxes, starts, scalars = content["boxes"], content["starts"], content["scalars"]
         hulls = np.split(content["hulls"], np.cumsum(content["hull_lengths"])[:-1])
+        bits = np.split(content["trunk_bits"], np.cumsum(content["trunk_lengths"])[:-1])
+        trunks = [Trunk(one, *map(int, where)) for one, where in zip(bits, content["trunks"], strict=True)]
         size = tuple(int(value) for value in content["size"])
     statistics = [
-        MaskStatistics(row[0], row[1], row[2:4], row[4], hull, bool(row[5])) if row[0] else None
-        for row, hull in zip(scalars, hulls, strict=True)
+        MaskStatistics(row[0], row[1], row[2:4], row[4], hull, bool(row[5]), trunk) if row[0] else None
+        for row, hull, trunk in zip(scalars, hulls, trunks, strict=True)
     ]
     empty = bits_path.stat().st_size == 0
     bits = np.zeros(0, np.uint8) if empty else np.memmap(bits_path, dtype=np.uint8, mode="r")

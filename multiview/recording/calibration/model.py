@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
-from multiview.cameras import Cameras
 from multiview.recording.calibration.checks import check_intrinsics, validate
 from multiview.recording.calibration.fields import COEFFICIENTS
+
+if TYPE_CHECKING:
+    from multiview.cameras import Cameras
 
 UP_ROTATIONS = {  # rotation that turns the named axis of the calibration's world into +z
     "z": ((1, 0, 0), (0, 1, 0), (0, 0, 1)),
@@ -123,6 +125,10 @@ class Calibration:
 
     def cameras(self) -> Cameras:
         """As one Cameras [v] (float64); needs one picture size, no skew and no distortion."""
+        import torch
+
+        from multiview.cameras import Cameras
+
         if len(set(self.sizes)) != 1 or self.sizes[0] is None:
             raise ValueError(f"{self.source}: the cameras must share one known picture size, got {self.sizes}")
         if np.abs(self.K[:, 0, 1]).max() > 0 or np.abs(self.distortion).max() > 0:
