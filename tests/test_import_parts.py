@@ -28,11 +28,11 @@ from multiview.recording.geometry import make_plan, place
 from multiview.recording.masks import clean_mask, measure_mask
 from multiview.recording.output import MaskTrack, sample_name
 from multiview.recording.png import encode_png
-from multiview.recording.process import place_all, plan_dataset
+from multiview.recording.process import plan_dataset
 from multiview.recording.rectify import Cutout, rectify
 from multiview.recording.settings import ImportSettings
 from multiview.recording.splits import split_blocks, split_random
-from multiview.recording.streams import run_streams
+from multiview.recording.streams import _shares, run_streams
 from multiview.recording.tracks import read_track, record_track
 from multiview.recording.write import load_real_rig
 from multiview.rig import load_rig
@@ -175,9 +175,9 @@ def analysis_of(calibration, count, rng) -> tuple[Analysis, list]:
 def check_rims(calibration, settings, count, seed) -> int:
     """Number of pictures whose border shows something."""
     analysis, tracks = analysis_of(calibration, count, np.random.default_rng(seed))
-    plan = plan_dataset(calibration, analysis, load_rig("mouse6"), settings)
+    _, placements = plan_dataset(calibration, analysis, load_rig("mouse6"), settings)
     size, touching = settings.image_size, 0
-    for placement, masks in zip(place_all(plan, calibration, analysis), tracks):
+    for placement, masks in zip(placements, tracks):
         for slot, camera in enumerate(placement.order):
             picture = np.zeros((*masks[camera].size[::-1], 3), np.uint8)
             alpha = rectify(
@@ -327,6 +327,11 @@ def counted(limit, lane):
         if (lane, step) == limit:
             raise ValueError(f"lane {lane} fails")
         yield 100 * lane + step
+
+
+def test_lanes_are_shared_out_so_that_all_have_equally_much_to_do():
+    assert _shares([0, 1, 2, 3], [6.0, 1.0, 2.0, 3.0], 2) == [[0], [3, 2, 1]]
+    assert sorted(sum(_shares(range(6), [1.0] * 6, 4), [])) == list(range(6))
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -14,9 +14,9 @@ from multiview.recording.centre import triangulate
 from multiview.recording.geometry import (
     assign_views,
     directions_from,
-    frame_extent,
     label_error,
     make_plan,
+    mask_extents,
     place,
 )
 from multiview.recording.masks import Silhouette, _largest_part, _plainly_largest, clean_mask, measure_mask
@@ -347,7 +347,7 @@ def test_extent_says_when_a_mask_is_clipped(real, arena):
     right = placement.true_rotation[0][0]
     hulls = [real.project((centre + share * reach * right)[None])[plan.order[0]] for share in (0.5, 1.02)]
     for hull, expected in zip(hulls, (0.5, 1.02)):
-        extents = frame_extent(real, placement, [hull] * 6)
+        extents = mask_extents(real, [placement], [[hull] * 6])[0]
         assert extents[0] == pytest.approx(expected, rel=1e-3)
 
 

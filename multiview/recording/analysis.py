@@ -25,13 +25,14 @@ from multiview.recording.centre import (
     turn_to_z,
 )
 from multiview.recording.geometry import directions_from
-from multiview.recording.masks import MaskStatistics, Silhouette, clean_binary
+from multiview.recording.lanes import record_camera
+from multiview.recording.masks import MaskStatistics
 from multiview.recording.misfit import check_belongs, check_silhouettes
-from multiview.recording.segment import check_method, segment
+from multiview.recording.segment import check_method
 from multiview.recording.settings import ImportSettings
 from multiview.recording.streams import run_streams
-from multiview.recording.tracks import MaskTrack, is_recorded, read_track, record_track
-from multiview.recording.video import MASK_FOLDERS, Video, VideoReader, check_videos, find_videos
+from multiview.recording.tracks import MaskTrack, is_recorded, read_track
+from multiview.recording.video import MASK_FOLDERS, Video, check_videos, find_videos
 
 STRETCHED = 90  # percentile of the lengths seen in single frames that counts as the stretched animal
 MAX_RESIDUAL = 0.10  # of the camera distance: beyond it videos and calibration do not belong together
@@ -67,6 +68,11 @@ class Analysis:
     skipped: dict[int, str]
     places: list[int]
     headings_deg: np.ndarray | None = None
+
+
+def hulls_of(analysis: Analysis) -> list[list[np.ndarray]]:
+    """[t][v] convex hulls of the masks, as `geometry.mask_extents` takes them."""
+    return [[mask.hull for mask in row] for row in analysis.masks]
 
 
 def open_recording(settings: ImportSettings) -> Recording:
@@ -118,27 +124,12 @@ def record_masks(recording: Recording, frames: list[int], settings: ImportSettin
     keys = {camera: _track_key(recording, camera, frames, settings) for camera in range(len(recording.videos))}
     todo = [camera for camera, key in keys.items() if not is_recorded(folder, camera, key)]
     if todo:
-        make = partial(_record_camera, recording, frames, settings, keys)
+        videos = recording.masks or recording.videos
+        make = partial(record_camera, videos, frames, settings.segment, folder, keys)
         with tqdm(total=len(todo) * len(frames), desc="masks", unit="mask", disable=None) as bar:
             for _, step, _ in run_streams(make, todo, len(frames) + 1, workers=settings.workers):
                 bar.update(step < len(frames))
     return [read_track(folder, camera) for camera in keys]
-
-
-def _record_camera(
-    recording: Recording, frames: list[int], settings: ImportSettings, keys: dict[int, dict], camera: int
-) -> Iterator[None]:
-    if settings.segment == "none":
-        masks = _decoded(recording.masks[camera], frames)
-    else:
-        masks = segment(recording.videos[camera], frames, settings.segment)
-    return record_track(mask_folder(settings), camera, keys[camera], masks)
-
-
-def _decoded(video: Video, frames: list[int]) -> Iterator[Silhouette]:
-    with VideoReader(video) as reader:
-        for frame in frames:
-            yield clean_binary(reader.read_mask(frame))
 
 
 def _track_key(recording: Recording, camera: int, frames: list[int], settings: ImportSettings) -> dict:
@@ -146,7 +137,7 @@ def _track_key(recording: Recording, camera: int, frames: list[int], settings: I
     stats = [path.stat() for path in video.files]
     files = [[path.name, stat.st_size, stat.st_mtime_ns] for path, stat in zip(video.files, stats)]
     digest = hashlib.sha256(json.dumps([files, frames]).encode()).hexdigest()
-    return {"segment": settings.segment, "content": digest, "version": 1}
+    return {"segment": settings.segment, "content": digest, "version": 2}
 
 
 # ---- the animal's place ---------------------------------------------------------------------------------------------

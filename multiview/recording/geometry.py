@@ -297,18 +297,25 @@ def label_error(plan: Plan, calibration: Calibration, placement: Placement) -> t
     return float(np.sqrt((error**2).mean()) / half), float(error.max() / half)
 
 
-def frame_extent(calibration: Calibration, placement: Placement, hulls: list[np.ndarray]) -> np.ndarray:
-    """[v] how far each view's mask reaches from the picture's centre, over half its width: above 1 it is clipped.
+def mask_extents(calibration: Calibration, placements: list[Placement], hulls: list[list[np.ndarray]]) -> np.ndarray:
+    """[t, v] how far each view's mask reaches from the picture's centre, over half its width: above 1 it is clipped.
 
-    hulls: per camera (calibration's order), [n, 2] pixels of the photograph.
+    hulls: [t][v] per camera (calibration's order), [n, 2] pixels of the photograph. Infinite behind a camera.
     """
-    extents = np.empty(len(placement.order))
-    for slot, camera in enumerate(placement.order):
-        points = calibration.rays(camera, hulls[camera]) @ placement.true_rotation[slot].T
-        if (points[:, 2] <= 0).any():
-            extents[slot] = np.inf
-            continue
-        extents[slot] = np.abs(points[:, :2] / points[:, 2:]).max() * placement.true_focal[slot] / 0.5
+    extents = np.empty((len(placements), len(calibration)))
+    slots = np.argsort([placement.order for placement in placements], axis=1)  # [t, v] the view of each camera
+    for camera in range(len(calibration)):
+        own = [row[camera] for row in hulls]
+        starts = np.concatenate([[0], np.cumsum([len(hull) for hull in own])[:-1]])
+        rays = calibration.rays(camera, np.concatenate(own))
+        rotation = np.stack([one.true_rotation[slot] for one, slot in zip(placements, slots[:, camera], strict=True)])
+        focal = np.array([one.true_focal[slot] for one, slot in zip(placements, slots[:, camera], strict=True)])
+        frames = np.repeat(np.arange(len(own)), [len(hull) for hull in own])
+        points = np.einsum("nij,nj->ni", rotation[frames], rays)
+        before = points[:, 2] > 0
+        reach = np.full(len(points), np.inf)
+        reach[before] = np.abs(points[before, :2] / points[before, 2:]).max(axis=1)
+        extents[np.arange(len(own)), slots[:, camera]] = np.maximum.reduceat(reach, starts) * focal / 0.5
     return extents
 
 

@@ -7,6 +7,21 @@ import numpy as np
 
 
 @numba.njit(cache=True)
+def cut(colours, window, bgr, out, left, top):
+    """Pixels [h, w, 3] uint8 where window [h, w] bool is set -> RGB and alpha 255 in `out`, from its (left, top) on."""
+    first, third = (2, 0) if bgr else (0, 2)
+    height, width = window.shape
+    for row in range(height):
+        for column in range(width):
+            if window[row, column]:
+                pixel = out[top + row, left + column]
+                pixel[0] = colours[row, column, first]
+                pixel[1] = colours[row, column, 1]
+                pixel[2] = colours[row, column, third]
+                pixel[3] = 255
+
+
+@numba.njit(cache=True)
 def straighten(premultiplied, blurred, out):
     """Premultiplied RGBA [h, w, 4] uint8 -> straight, into `out`.
 

@@ -11,42 +11,21 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from multiview.recording.analysis import Analysis, Recording, mask_folder
-from multiview.recording.calibration import Calibration
 from multiview.recording.geometry import Placement, Plan
-from multiview.recording.png import encode_png
-from multiview.recording.rectify import rectify
+from multiview.recording.lanes import Cuts, cut_camera, part_folder, picture_name, sample_name
 from multiview.recording.settings import ImportSettings
 from multiview.recording.streams import run_streams
-from multiview.recording.tracks import MaskTrack, read_track
-from multiview.recording.video import Video, VideoReader
+from multiview.recording.tracks import MaskTrack
 from multiview.rig import ViewRig
 from multiview.sample import CAMERAS_FILE, DATASET_FILE, is_complete_sample, open_dataset
 
-
-@dataclass(frozen=True)
-class Cuts:
-    """What one camera's process must know of each sample to write, in the order of the video.
-
-    frame: number in the video. mask: index in the track. slot: view number. rotation: [3, 3]; focal_px.
-    """
-
-    index: list[int]
-    frame: list[int]
-    mask: list[int]
-    slot: list[int]
-    rotation: np.ndarray
-    focal_px: np.ndarray
-
-
-def sample_name(index: int) -> str:
-    return f"sample_{index:06d}"
+DECODED = 100_000  # a frame of a video takes as long to decode as so many pixels of an animal to cut out
 
 
 def is_finished(folder: Path, count: int) -> bool:
@@ -102,10 +81,14 @@ def write_samples(
         return
     cameras = range(len(recording.videos))
     cuts = {camera: _cuts(camera, todo, analysis, placements, settings.image_size) for camera in cameras}
-    make = partial(_cut_camera, recording.calibration, recording.videos, cuts, mask_folder(settings), settings)
+    make = partial(
+        cut_camera, recording.calibration, recording.videos, cuts, mask_folder(settings), settings.output_dir,
+        settings.image_size,
+    )  # fmt: skip
+    costs = [DECODED + float(np.mean([row[camera].area for row in analysis.masks])) for camera in cameras]
     arrived = dict.fromkeys(range(len(todo)), 0)
     with tqdm(total=len(todo), desc="samples", unit="sample", disable=None) as bar:
-        for _, step, _ in run_streams(make, cameras, len(todo), workers=settings.workers):
+        for _, step, _ in run_streams(make, cameras, len(todo), workers=settings.workers, costs=costs):
             arrived[step] += 1
             if arrived[step] == len(cameras):
                 _complete(settings.output_dir, todo[step], placements[todo[step]], analysis, plan, settings)
@@ -119,15 +102,10 @@ def _unwritten(settings: ImportSettings, count: int) -> list[int]:
     own = range(count * shard // shards, count * (shard + 1) // shards)
     todo = [index for index in own if not is_complete_sample(settings.output_dir / sample_name(index))]
     for index in todo:
-        for leftover in (_part(settings.output_dir, index), settings.output_dir / sample_name(index)):
+        for leftover in (part_folder(settings.output_dir, index), settings.output_dir / sample_name(index)):
             if leftover.exists():
                 shutil.rmtree(leftover)
     return todo
-
-
-def _part(folder: Path, index: int) -> Path:
-    """Where a sample grows."""
-    return folder / f".{sample_name(index)}.part"
 
 
 def _cuts(camera: int, todo: list[int], analysis: Analysis, placements: list[Placement], size: int) -> Cuts:
@@ -142,51 +120,20 @@ def _cuts(camera: int, todo: list[int], analysis: Analysis, placements: list[Pla
     )
 
 
-def _cut_camera(
-    calibration: Calibration,
-    videos: list[Video],
-    cuts: dict[int, Cuts],
-    masks: Path,
-    settings: ImportSettings,
-    camera: int,
-) -> Iterator[None]:
-    """Writes one camera's picture of every sample, yielding after each."""
-    own, track = cuts[camera], read_track(masks, camera)
-    with VideoReader(videos[camera]) as reader:
-        for k, index in enumerate(own.index):
-            cutout = rectify(
-                calibration,
-                camera,
-                reader.read_bgr(own.frame[k]),
-                track.silhouette(own.mask[k]),
-                rotation=own.rotation[k],
-                focal_px=float(own.focal_px[k]),
-                size=settings.image_size,
-                bgr=True,
-            )
-            pictures = _part(settings.output_dir, index) / "images"
-            os.makedirs(pictures, exist_ok=True)
-            with open(f"{pictures}/{_picture_name(own.slot[k])}", "wb") as handle:
-                handle.write(encode_png(cutout))
-            yield
-
-
-def _picture_name(slot: int) -> str:
-    return f"cam_{slot:03d}.png"
-
-
 def _complete(
     folder: Path, index: int, placement: Placement, analysis: Analysis, plan: Plan, settings: ImportSettings
 ) -> None:
     """Adds the cameras to a sample whose pictures are all there, and gives it its name."""
     frames = placement.label_cameras(settings.image_size).to_frames()
     for slot, frame in enumerate(frames):
-        frame["file_path"] = f"images/{_picture_name(slot)}"
+        frame["file_path"] = f"images/{picture_name(slot)}"
         frame["view"] = plan.rig.view_names[slot]
     extra = {"frame": analysis.frames[index], "calibration_to_sample": placement.to_sample.tolist()}
     if plan.by_heading:
         extra |= {"view_cameras": list(placement.order), "heading_deg": float(analysis.headings_deg[index])}
-    part = _part(folder, index)
-    content = {"id": sample_name(index), **extra, "frames": frames}
-    (part / CAMERAS_FILE).write_text(json.dumps(content, indent=1) + "\n")
+    part = part_folder(folder, index)
+    # A line per camera. (Python's encoder takes several times as long where it indents.)
+    cameras = ",\n".join(json.dumps(frame) for frame in frames)
+    head = json.dumps({"id": sample_name(index), **extra})
+    (part / CAMERAS_FILE).write_text(f'{head[:-1]}, "frames": [\n{cameras}\n]}}\n')
     os.replace(part, folder / sample_name(index))

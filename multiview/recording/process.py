@@ -13,12 +13,13 @@ from multiview.recording.analysis import (
     Recording,
     analyse,
     choose_frames,
+    hulls_of,
     mask_folder,
     open_recording,
     record_masks,
 )
 from multiview.recording.calibration import Calibration
-from multiview.recording.geometry import CALIBRATED, Placement, Plan, frame_extent, label_error, make_plan, place
+from multiview.recording.geometry import CALIBRATED, Placement, Plan, label_error, make_plan, mask_extents, place
 from multiview.recording.output import alone, finish, is_finished, sample_name, start_dataset, write_samples
 from multiview.recording.settings import ImportSettings
 from multiview.recording.splits import split_blocks, split_random
@@ -44,8 +45,7 @@ def process_recording(settings: ImportSettings, say: Callable[[str], None] = lam
     with alone(mask_folder(settings)):  # other shards wait for the masks, then share them
         tracks = record_masks(recording, frames, settings)
     recording, analysis = analyse(recording, frames, tracks, settings, say)
-    plan = plan_dataset(recording.calibration, analysis, rig, settings)
-    placements = place_all(plan, recording.calibration, analysis)
+    plan, placements = plan_dataset(recording.calibration, analysis, rig, settings)
     for line in describe(settings.output_dir, plan, recording.calibration, analysis, placements):
         say(line)
     parameters = json.loads(json.dumps(dataset_parameters(settings, recording, analysis, plan)))
@@ -79,8 +79,9 @@ def _conclude(
         write_split(settings.output_dir / "data_mouse_train.txt", train)
         write_split(settings.output_dir / "data_mouse_val.txt", val)
         report = write_report(
-            settings.output_dir, recording.calibration, analysis, plan, placements, settings.image_size
-        )
+            settings.output_dir, recording.calibration, analysis, plan, placements, settings.image_size,
+            workers=settings.workers,
+        )  # fmt: skip
     say(f"{len(train)} training and {len(val)} validation samples in {settings.output_dir}")
     return report
 
@@ -91,8 +92,13 @@ def place_all(plan: Plan, calibration: Calibration, analysis: Analysis) -> list[
     return [place(plan, calibration, *where) for where in zip(analysis.centres, headings, strict=True)]
 
 
-def plan_dataset(calibration: Calibration, analysis: Analysis, rig: ViewRig | None, settings: ImportSettings) -> Plan:
-    """The plan with the largest zoom (at most the standard size) at which no mask of any view reaches the border."""
+def plan_dataset(
+    calibration: Calibration, analysis: Analysis, rig: ViewRig | None, settings: ImportSettings
+) -> tuple[Plan, list[Placement]]:
+    """The plan with the largest zoom (at most the standard size) at which no mask of any view reaches the border.
+
+    Returned with the cameras of every kept frame.
+    """
     options = {
         "rig": rig,
         "framing": settings.framing,
@@ -104,12 +110,15 @@ def plan_dataset(calibration: Calibration, analysis: Analysis, rig: ViewRig | No
     }
     plan = make_plan(calibration, analysis.centres, **options)
     placements = place_all(plan, calibration, analysis)
-    extents = mask_extents(calibration, plan, analysis, placements)
+    extents = mask_extents(calibration, placements, hulls_of(analysis))
     if not np.isfinite(extents).all():
         bad = analysis.frames[int(np.argwhere(~np.isfinite(extents))[0, 0])]
         raise ValueError(f"frame {bad}: a mask reaches behind its camera; the mask or the calibration is wrong")
     zoom = min(1.0, _largest_extent(calibration, placements, settings.image_size) / float(extents.max()))
-    return make_plan(calibration, analysis.centres, **options, zoom=zoom) if zoom < 1.0 else plan
+    if zoom < 1.0:
+        plan = make_plan(calibration, analysis.centres, **options, zoom=zoom)
+        placements = place_all(plan, calibration, analysis)
+    return plan, placements
 
 
 def _largest_extent(calibration: Calibration, placements: list[Placement], size: int) -> float:
@@ -117,18 +126,6 @@ def _largest_extent(calibration: Calibration, placements: list[Placement], size:
     focal_px = max(float(placement.true_focal.max()) for placement in placements) * size
     magnification = focal_px / float(calibration.K[:, 0, 0].min())
     return 1.0 - 2.0 * max(MARGIN_PX, 0.6 + FILTER_REACH * magnification) / size
-
-
-def mask_extents(
-    calibration: Calibration, plan: Plan, analysis: Analysis, placements: list[Placement]
-) -> np.ndarray:
-    """[t, v] how far the masks reach from the pictures' centres, over half the width."""
-    return np.stack(
-        [
-            frame_extent(calibration, placement, [mask.hull for mask in masks])
-            for placement, masks in zip(placements, analysis.masks, strict=True)
-        ]
-    )
 
 
 def describe(
@@ -140,7 +137,7 @@ def describe(
         f"body {plan.body_length:.3g} long in the calibration's unit = {body:.3g} world units; {plan.framing} framing"
     ]
     if plan.zoom < 1.0:
-        worst = int(mask_extents(calibration, plan, analysis, placements).max(axis=1).argmax())
+        worst = int(mask_extents(calibration, placements, hulls_of(analysis)).max(axis=1).argmax())
         lines.append(
             f"all pictures made smaller by {plan.zoom:.3f} so that nothing is clipped (frame {analysis.frames[worst]} "
             "decides)"

@@ -49,11 +49,13 @@ def rectify(
     focal_px: float,
     size: int,
     bgr: bool = False,
+    box: np.ndarray | None = None,
 ) -> Cutout:
     """Photograph [h, w, 3] uint8 and mask of one camera -> the animal in a square picture, straight alpha.
 
     rotation: [3, 3] world to the new camera's axes. focal_px: its focal length; its principal point is the centre.
-    bgr: the photograph's channels come in this order. Only the part around the mask is computed.
+    bgr: the photograph's channels come in this order. Only the part around the mask is computed: box [4], one of
+    `picture_boxes`, found here if left out.
     """
     import cv2
 
@@ -61,10 +63,12 @@ def rectify(
     # read by straight interpolation: a cubic filter rings at the mask's rim, and costs 1 dB and twice the time.
     step = float(calibration.K[camera, 0, 0]) / focal_px
     over = min(max(math.ceil(step), 1), MAX_OVERSAMPLING) if step > 1.0 else 1
-    box = _picture_box(calibration, camera, mask, rotation, focal_px, size)
     if box is None:
+        window = np.array([[mask.x, mask.y, *mask.window.shape[::-1]]])
+        box = picture_boxes(calibration, camera, window, rotation[None], np.array([focal_px]), size)[0]
+    left, top, width, height = (int(value) for value in box)
+    if width == 0:
         return Cutout(np.zeros((0, 0, 4), np.uint8), 0, 0, size)
-    left, top, width, height = box
     premultiplied, corner = _premultiplied(picture, mask, bgr)
     fine = (width * over, height * over)
     to_photo = photo_from_picture(calibration, camera, rotation, focal_px * over, size * over)
@@ -87,41 +91,44 @@ def rectify(
     return Cutout(_straight(warped), left, top, size)
 
 
-def _picture_box(
-    calibration: Calibration, camera: int, mask: Silhouette, rotation: np.ndarray, focal_px: float, size: int
-) -> tuple[int, int, int, int] | None:
-    """left, top, width, height of the part of the picture that the mask can reach; None if it reaches none."""
-    height, width = mask.window.shape
+def picture_boxes(
+    calibration: Calibration, camera: int, windows: np.ndarray, rotations: np.ndarray, focal_px: np.ndarray, size: int
+) -> np.ndarray:
+    """[t, 4] left, top, width, height of the parts of the pictures that masks can reach; width 0 if they reach none.
+
+    windows: [t, 4] x, y, width, height of the masks in the photographs. rotations, focal_px: as for `rectify`, [t].
+    """
     # Along the border of the mask's box, not its corners alone: a lens bends straight lines.
     share = np.linspace(0.0, 1.0, 5)
-    across, along = np.concatenate([share, share, 0 * share, 0 * share + 1]), np.concatenate(
-        [0 * share, 0 * share + 1, share, share]
+    none, all_ = 0 * share, 0 * share + 1
+    around = np.concatenate(
+        [np.stack(pair, -1) for pair in ((share, none), (share, all_), (none, share), (all_, share))]
     )
-    border = np.stack([mask.x + across * width, mask.y + along * height], axis=-1)
-    points = calibration.rays(camera, border) @ rotation.T
-    if (points[:, 2] <= 0).any():
-        return 0, 0, size, size
-    seen = points[:, :2] / points[:, 2:] * focal_px + size / 2
-    low = np.clip(np.floor(seen.min(axis=0)).astype(int) - RIM, 0, size)
-    high = np.clip(np.ceil(seen.max(axis=0)).astype(int) + RIM, 0, size)
-    if (high <= low).any():
-        return None
-    return int(low[0]), int(low[1]), int(high[0] - low[0]), int(high[1] - low[1])
+    border = windows[:, None, :2] + around * windows[:, None, 2:]
+    points = np.einsum(
+        "tij,tnj->tni", rotations, calibration.rays(camera, border.reshape(-1, 2)).reshape(*border.shape[:2], 3)
+    )
+    behind = (points[..., 2] <= 0).any(axis=1)
+    points[behind] = [0.0, 0.0, 1.0]
+    seen = points[..., :2] / points[..., 2:] * focal_px[:, None, None] + size / 2
+    low = np.clip(np.floor(seen.min(axis=1)).astype(int) - RIM, 0, size)
+    high = np.clip(np.ceil(seen.max(axis=1)).astype(int) + RIM, 0, size)
+    low[behind], high[behind] = 0, size
+    sides = (high - low) * (high > low).all(axis=1, keepdims=True)
+    return np.concatenate([low, sides], axis=1)
 
 
 def _premultiplied(picture: np.ndarray, mask: Silhouette, bgr: bool) -> tuple[np.ndarray, tuple[int, int]]:
     """The photograph's animal, [h, w, 4] uint8, RGB times alpha, and the pixel of its corner."""
-    import cv2
+    from multiview.recording.kernels import cut
 
     height, width = mask.window.shape
-    colours = picture[mask.y : mask.y + height, mask.x : mask.x + width]
-    rgba = cv2.cvtColor(colours, cv2.COLOR_BGR2RGBA if bgr else cv2.COLOR_RGB2RGBA)
     x, y = max(mask.x - SOURCE_RIM, 0), max(mask.y - SOURCE_RIM, 0)
     right = min(mask.x + width + SOURCE_RIM, mask.size[0])
     bottom = min(mask.y + height + SOURCE_RIM, mask.size[1])
     result = np.zeros((bottom - y, right - x, 4), np.uint8)
-    inner = result[mask.y - y : mask.y - y + height, mask.x - x : mask.x - x + width]
-    cv2.copyTo(rgba, mask.window.view(np.uint8), inner)
+    colours = picture[mask.y : mask.y + height, mask.x : mask.x + width]
+    cut(colours, mask.window, bgr, result, mask.x - x, mask.y - y)
     return result, (x, y)
 
 

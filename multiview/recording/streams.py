@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -16,12 +17,18 @@ AHEAD = 24  # steps by which a process may be ahead of the slowest: what is unfi
 
 
 def run_streams(
-    make: Callable[[int], Iterator[Any]], lanes: Sequence[int], steps: int, *, workers: int
+    make: Callable[[int], Iterator[Any]],
+    lanes: Sequence[int],
+    steps: int,
+    *,
+    workers: int,
+    costs: Sequence[float] | None = None,
 ) -> Iterator[tuple[int, int, Any]]:
     """Runs make(lane), an iterator of at least `steps` items, for every lane; yields (lane, step, item) as they come.
 
     Each lane's steps come in order. A lane lives in one of `workers` processes, in this one if workers is 1; `make` and
-    the items must be picklable then. A ValueError or OSError in a lane is raised here.
+    the items must be picklable then. costs: of each lane, so that the processes have equally much to do. A ValueError
+    or OSError in a lane is raised here.
     """
     if workers == 1 or len(lanes) < 2:
         streams = {lane: make(lane) for lane in lanes}
@@ -33,18 +40,18 @@ def run_streams(
             for stream in streams.values():
                 stream.close()
         return
-    workers = min(workers, len(lanes))
+    shares = _shares(lanes, costs or [1.0] * len(lanes), min(workers, len(lanes)))
     context = _context()
     pipes, processes = [], []
     try:
-        for number in range(workers):
+        for share in shares:
             ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs, make, list(lanes[number::workers]), steps))
+            process = context.Process(target=_work, args=(theirs, make, share, steps))
             process.start()
             theirs.close()  # else its end would go unnoticed
             pipes.append(ours)
             processes.append(process)
-        yield from _collect(pipes, [len(lanes[number::workers]) for number in range(workers)], steps)
+        yield from _collect(pipes, steps)
         for process in processes:
             process.join()
     finally:
@@ -56,20 +63,30 @@ def run_streams(
             process.join()
 
 
-def _collect(pipes: list[Connection], lanes: list[int], steps: int) -> Iterator[tuple[int, int, Any]]:
-    """What the processes send; tells them how far they may go."""
+def _shares(lanes: Sequence[int], costs: Sequence[float], workers: int) -> list[list[int]]:
+    """The lanes of each process: the dearest first, each to the process that has least to do."""
+    shares, load = [[] for _ in range(workers)], [0.0] * workers
+    for place in sorted(range(len(lanes)), key=lambda place: -costs[place]):
+        least = load.index(min(load))
+        shares[least].append(lanes[place])
+        load[least] += costs[place]
+    return shares
+
+
+def _collect(pipes: list[Connection], steps: int) -> Iterator[tuple[int, int, Any]]:
+    """What the processes send, a message a step; tells them how far they may go."""
     done = dict.fromkeys(range(len(pipes)), 0)
     allowed = 0
     while True:
-        slowest = min(count // lanes[number] for number, count in done.items())
+        slowest = min(done.values())
         if slowest == steps:
             return
         if min(slowest + AHEAD, steps) > allowed:
             allowed = min(slowest + AHEAD, steps)
             for number, pipe in enumerate(pipes):
-                if done[number] < steps * lanes[number]:
+                if done[number] < steps:
                     pipe.send(allowed)
-        open_pipes = [pipe for number, pipe in enumerate(pipes) if done[number] < steps * lanes[number]]
+        open_pipes = [pipe for number, pipe in enumerate(pipes) if done[number] < steps]
         for pipe in wait(open_pipes):
             try:
                 message = pipe.recv()
@@ -81,25 +98,24 @@ def _collect(pipes: list[Connection], lanes: list[int], steps: int) -> Iterator[
             if isinstance(message, Exception):
                 raise message
             done[pipes.index(pipe)] += 1
-            yield message
+            yield from message
 
 
 def _work(pipe: Connection, make: Callable[[int], Iterator[Any]], lanes: list[int], steps: int) -> None:
     """A process: its lanes in turn, step by step. Ends when the main process is gone."""
     import cv2
-    import torch
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process says when to stop
     cv2.setNumThreads(1)
-    torch.set_num_threads(1)
+    if "torch" in sys.modules:  # imported with what is to be done, if at all
+        sys.modules["torch"].set_num_threads(1)
     try:
         streams = [(lane, make(lane)) for lane in lanes]
         allowed = 0
         for step in range(steps):
             while step >= allowed:
                 allowed = pipe.recv()
-            for lane, stream in streams:
-                pipe.send((lane, step, next(stream)))
+            pipe.send([(lane, step, next(stream)) for lane, stream in streams])
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
     except (ValueError, OSError) as error:
@@ -111,5 +127,5 @@ def _context():
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["multiview.recording.process"])
+    context.set_forkserver_preload(["multiview.recording.lanes", "cv2", "numba"])
     return context

@@ -29,7 +29,7 @@ class MaskTrack:
 
     def silhouette(self, index: int) -> Silhouette:
         """The mask of the index-th frame kept here."""
-        x, y, width, height = (int(value) for value in self.boxes[index])
+        x, y, width, height = self.boxes[index].tolist()
         packed = self.bits[self.starts[index] : self.starts[index + 1]]
         window = np.unpackbits(packed, count=width * height).reshape(height, width).view(bool)
         return Silhouette(window, x, y, self.size)
