@@ -163,7 +163,7 @@ def reconstruct_photo(name, photo, arguments, artifacts, components, model, devi
             "input": name, "photo": asdict(report), "artifacts": artifacts.describe(), "seed": arguments.seed,
             "num_steps": artifacts.num_steps, "guidance_scale": artifacts.guidance_scale,
             "keep_input_view": arguments.keep_input_view, "filtered": not arguments.no_filter,
-            "seed_scores": views.seed_scores,
+            "seed_scores": views.seed_scores, "mirrored": views.mirrored, "mirror_scores": views.mirror_scores,
             "gaussians": {"predicted": total, "kept": kept},
             "seconds": {
                 "stage1": round(painted - started, 2), "stage2": round(reconstructed - painted, 2),

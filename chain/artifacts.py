@@ -24,10 +24,12 @@ STAMP = "python scripts/stamp_rig.py --rig <rig> --path {path}"
 @dataclass(frozen=True)
 class Stage1Options:
     """How Stage 1 runs. sampler: ddim, dpm++, unipc. num_seeds: sets of views painted, of which the most consistent is
-    kept. The rest is speed and memory (mvdiffusion.components: `tune`, `load_components`)."""
+    kept. mirror: never, always, auto; None: what suits the UNet (`stages.paint_views`). The rest is speed and memory
+    (mvdiffusion.components: `tune`, `load_components`)."""
 
     sampler: str = "ddim"
     num_seeds: int = 1
+    mirror: str | None = None
     vae_slicing: bool = False
     channels_last: bool = False
     compiled: bool = False
@@ -122,15 +124,19 @@ def resolve_stage1(
     own = require_rig(unet_rig(folder), requested, f"the UNet {folder}", folder)
     if requested is not None and camera_conditioning_of(folder) != "none":
         own = requested  # it is told by its cameras where to look from, not by having seen only one rig
-    own_steps, own_guidance = sampling_of(folder)
+    suits, options = sampling_of(folder), options or Stage1Options()
+    found = check_alignment(requested, unet=own, embeddings=prompt_embeds.rig)
+    options = replace(options, mirror=options.mirror or suits.mirror)
+    if options.mirror != "never":
+        found.mirror_order()  # refuses a rig that has no mirror image
     return Artifacts(
-        check_alignment(requested, unet=own, embeddings=prompt_embeds.rig),
+        found,
         components=Path(components or components_folder_of(folder) or PUBLIC_FOLDER),
         unet=folder,
         embeds=prompt_embeds,
-        num_steps=own_steps if num_steps is None else num_steps,
-        guidance_scale=own_guidance if guidance_scale is None else guidance_scale,
-        options=options or Stage1Options(),
+        num_steps=suits.num_steps if num_steps is None else num_steps,
+        guidance_scale=suits.guidance_scale if guidance_scale is None else guidance_scale,
+        options=options,
     )
 
 

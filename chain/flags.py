@@ -44,6 +44,11 @@ def add_stage1_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num_seeds", type=positive, default=1, help="paint so many sets of views, keep the most consistent one"
     )
+    parser.add_argument(
+        "--mirror", choices=("never", "always", "auto"),
+        help="paint the photograph's mirror image and mirror what comes out; auto: whichever of the two gives the more "
+        "consistent views; default: the model's own (a model of animals that face one way needs it), else never",
+    )  # fmt: skip
     for flag, text in (
         ("--vae_slicing", "encode and decode pictures one by one: less memory"),
         ("--channels_last", "memory layout of convolutions: faster on a GPU"),
@@ -58,8 +63,9 @@ def stage1_options(arguments: argparse.Namespace) -> "Stage1Options":
     from chain.artifacts import Stage1Options
 
     return Stage1Options(
-        sampler=arguments.sampler, num_seeds=arguments.num_seeds, vae_slicing=arguments.vae_slicing,
-        channels_last=arguments.channels_last, compiled=arguments.compile, offload=arguments.cpu_offload,
+        sampler=arguments.sampler, num_seeds=arguments.num_seeds, mirror=arguments.mirror,
+        vae_slicing=arguments.vae_slicing, channels_last=arguments.channels_last, compiled=arguments.compile,
+        offload=arguments.cpu_offload,
     )  # fmt: skip
 
 

@@ -215,6 +215,16 @@ class Cameras:
         c2w[..., :3, 3] = (c2w[..., :3, 3] - centre.to(c2w)) * scale
         return replace(self, c2w=c2w)
 
+    def mirrored(self) -> Cameras:
+        """What sees the world mirrored in x as these cameras see the world, pictures flipped left to right.
+
+        With M = diag(-1, 1, 1): a point X at pixel (u, v) becomes M X at pixel (width - u, v). Azimuth a becomes -a.
+        """
+        sign = self.c2w.new_tensor([-1.0, 1.0, 1.0, 1.0])
+        fxfycxcy = self.fxfycxcy.clone()
+        fxfycxcy[..., 2] = self.width - fxfycxcy[..., 2]
+        return replace(self, c2w=sign[:, None] * self.c2w * sign, fxfycxcy=fxfycxcy)
+
     # ---- JSON ---------------------------------------------------------------------------------------------------
 
     def to_frames(self) -> list[dict]:

@@ -156,6 +156,30 @@ class ViewRig:
             found.append(f"reference view: {self.reference_view} against {other.reference_view}")
         return found
 
+    def mirror_order(self) -> list[int]:
+        """For each view the one that stands at its mirror image in x, which is the vertical plane through azimuth 0.
+
+        Raises ValueError if the reference view does not stand at azimuth 0 or a view has no counterpart.
+        """
+        if not self._mirrors(self.views[self.reference_view], self.views[self.reference_view]):
+            raise ValueError(f"rig {self.name} cannot be mirrored: its reference view does not stand at azimuth 0")
+        order = []
+        for view in self.views:
+            found = [index for index, other in enumerate(self.views) if self._mirrors(view, other)]
+            if not found:
+                raise ValueError(
+                    f"rig {self.name} cannot be mirrored: none of its views is the mirror image of {view.name}; "
+                    "use --mirror never"
+                )
+            order.append(found[0])
+        return order
+
+    def _mirrors(self, view: View, other: View) -> bool:
+        turn = (view.azimuth_deg + other.azimuth_deg + 180.0) % 360.0 - 180.0
+        near = self.view_distance(view) / self.view_distance(other) - 1.0
+        angles = abs(turn), abs(view.elevation_deg - other.elevation_deg)
+        return max(angles) <= ANGLE_TOLERANCE_DEG and abs(near) <= LENGTH_TOLERANCE
+
     def with_framing(self, framing: str) -> ViewRig:
         """The rig for another framing: `fill` doubles distance and focal length, the others keep 2.7 and 549."""
         factor = FILL_FACTOR if framing == "fill" else 1.0

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -103,19 +103,28 @@ def save_embeds(folder: Path, embeds: PromptEmbeds) -> None:
     write_json(folder / METADATA_FILE, {**embeds.metadata, "rig": embeds.rig.to_dict()})
 
 
-def save_sampling(folder: Path | str, num_steps: int, guidance_scale: float) -> None:
-    """Writes sampling.json: what suits the UNet in this components folder."""
-    write_json(Path(folder) / SAMPLING_FILE, {"num_steps": num_steps, "guidance_scale": guidance_scale})
+@dataclass(frozen=True)
+class Sampling:
+    """What suits a UNet; the defaults are FaceLift's. mirror: `auto` for one that was trained on animals that face one
+    way, `never` for one that takes them as they come (chain.stages.paint_views)."""
+
+    num_steps: int = NUM_STEPS
+    guidance_scale: float = GUIDANCE_SCALE
+    mirror: str = "never"
 
 
-def sampling_of(unet_path: Path | str) -> tuple[int, float]:
-    """(number of steps, guidance scale) that suit a UNet: its folder's sampling.json, else FaceLift's 50, 3."""
+def save_sampling(folder: Path | str, sampling: Sampling) -> None:
+    """Writes sampling.json into a components folder."""
+    write_json(Path(folder) / SAMPLING_FILE, asdict(sampling))
+
+
+def sampling_of(unet_path: Path | str) -> Sampling:
+    """What suits a UNet: its folder's sampling.json, else FaceLift's."""
     path = Path(unet_path)
     for folder in (path, path.parent):
         if (folder / SAMPLING_FILE).is_file():
-            content = json.loads((folder / SAMPLING_FILE).read_text())
-            return content["num_steps"], content["guidance_scale"]
-    return NUM_STEPS, GUIDANCE_SCALE
+            return Sampling(**json.loads((folder / SAMPLING_FILE).read_text()))
+    return Sampling()
 
 
 def newest_training(output_dir: Path | str, rig: ViewRig) -> Checkpoint | None:

@@ -121,6 +121,7 @@ class MVDiffusionConfig:
     export_dir: str | None = None  # where the finished EMA UNet and its prompt embeddings go, in float16
     export_num_steps: int = 50  # sampling that suits the exported UNet; inference takes it unless told otherwise
     export_guidance_scale: float = 3.0
+    export_mirror: str = "never"  # auto: the animals face one way in training, so inference may mirror a photograph
     device: str = "auto"
     wandb: WandbOptions = field(default_factory=lambda: WandbOptions(project="mouse_mvdiffusion", group="mvdiffusion"))
 
@@ -140,6 +141,7 @@ class MVDiffusionConfig:
         for name, value, allowed in (
             ("reference_view_idx", self.reference_view_idx, ("0", "random")),
             ("lr_scheduler", self.lr_scheduler, schedules),
+            ("export_mirror", self.export_mirror, ("never", "always", "auto")),
             ("mixed_precision", self.mixed_precision, ("no", "fp16", "bf16")),
             ("snr_weighting", self.snr_weighting, ("prediction", "upstream")),
             ("camera_conditioning", self.camera_conditioning, cameras),

@@ -18,7 +18,14 @@ from multiview.checkpoint import atomic_folder, full_disk_explained
 from multiview.config import config_to_dict
 from multiview.order import StepSampler
 from multiview.run import RunFolder, make_generator
-from mvdiffusion.checkpoints import check_same_run, newest_training, save_embeds, save_sampling, save_training
+from mvdiffusion.checkpoints import (
+    Sampling,
+    check_same_run,
+    newest_training,
+    save_embeds,
+    save_sampling,
+    save_training,
+)
 from mvdiffusion.components import Components, load_components
 from mvdiffusion.conditioning import class_labels
 from mvdiffusion.config import MVDiffusionConfig
@@ -200,7 +207,9 @@ class Trainer:
         with atomic_folder(folder / "unet") as temporary:
             save_unet(self.unet, temporary, self.embeds.rig, state=self.state(self.ema is not None), half=True)
         save_embeds(folder / "prompt_embeds", self.embeds)
-        save_sampling(folder, self.config.export_num_steps, self.config.export_guidance_scale)
+        config = self.config
+        sampling = Sampling(config.export_num_steps, config.export_guidance_scale, config.export_mirror)
+        save_sampling(folder, sampling)
         log.info("exported to %s", folder)
 
 

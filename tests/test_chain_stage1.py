@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -9,12 +10,15 @@ import torch
 from chain_tiny import prepare_chain, write_gslrm
 from mvdiffusion_tiny import UNET
 
-from chain.artifacts import Stage1Options, load_stage1, resolve_chain
+from chain.artifacts import Stage1Options, load_stage1, load_stage2, resolve_chain
 from chain.flags import add_stage1_flags, stage1_options
-from chain.stages import paint_views
+from chain.stages import paint_views, reconstruct
+from gslrm.model.gaussians_renderer import render
+from multiview.cameras import Cameras
 from multiview.consistency import view_consistency
 from multiview.rig import RigMismatchError, load_rig
 from multiview.sample import read_sample, read_split
+from mvdiffusion.checkpoints import Sampling, save_sampling
 from mvdiffusion.models.unet import create_unet, save_unet
 from mvdiffusion.prompts import write_prompt_embeds
 
@@ -31,13 +35,45 @@ def resolve(tiny, **changes):
     return resolve_chain(**{**arguments, **changes})
 
 
+def test_a_mirrored_photograph_gives_the_mirrored_animal(tiny):
+    """Painting the mirror image and mirroring back is painting the mirrored photograph, up to the Gaussians."""
+    artifacts = resolve(tiny)
+    assert artifacts.options.mirror == "never"
+    components, model = load_stage1(artifacts, torch.device("cpu")), load_stage2(artifacts, torch.device("cpu"))
+    always, auto = (replace(artifacts, options=Stage1Options(mirror=way)) for way in ("always", "auto"))
+    arguments = {"seed": 0, "keep_input_view": True}
+    own = paint_views(components, artifacts, tiny["photo"], **arguments)
+    mirrored = paint_views(components, always, tiny["photo"], **arguments)
+    flipped = paint_views(components, artifacts, tiny["photo"].flip(-1), **arguments)
+    order = artifacts.rig.mirror_order()
+    assert mirrored.mirrored and torch.equal(mirrored.rgb, flipped.rgb.flip(-1)[order])
+    assert torch.equal(mirrored.rgb[0], own.rgb[0]) and not torch.equal(mirrored.rgb[1], own.rgb[1])
+    found, expected = (reconstruct(model, views, torch.device("cpu")) for views in (mirrored, flipped))
+    # the views go in in another order, so the Gaussians come out in another one: compare what is seen
+    cameras = Cameras.orbit(torch.tensor([30.0, 200.0]), torch.tensor([20.0, 20.0]), 2.7, 1.07, 32)[None]
+    picture = render(found, cameras).rgb
+    torch.testing.assert_close(picture, render(expected, cameras.mirrored()).rgb.flip(-1), atol=2e-3, rtol=0)
+    chosen = paint_views(components, auto, tiny["photo"], **arguments)
+    scores = tuple(view_consistency(views.rgb, views.masks, views.cameras)["score"] for views in (own, mirrored))
+    assert chosen.mirror_scores == pytest.approx(scores) and chosen.mirrored == (scores[1] > scores[0])
+    assert torch.equal(chosen.rgb, (mirrored if chosen.mirrored else own).rgb)
+
+
+def test_a_unet_says_whether_photographs_are_mirrored(tiny, tmp_path):
+    shutil.copytree(tiny["unet"], tmp_path / "unet")
+    save_sampling(tmp_path / "unet", Sampling(mirror="auto"))
+    assert resolve(tiny, unet=tmp_path / "unet").options.mirror == "auto"
+    asked = resolve(tiny, unet=tmp_path / "unet", options=Stage1Options(mirror="never"))
+    assert asked.options.mirror == "never"
+
+
 def test_flags_become_options():
     parser = argparse.ArgumentParser()
     add_stage1_flags(parser)
     assert stage1_options(parser.parse_args([])) == Stage1Options()
-    given = "--sampler unipc --num_seeds 3 --vae_slicing --channels_last --compile --cpu_offload".split()
-    assert stage1_options(parser.parse_args(given)) == Stage1Options("unipc", 3, True, True, True, True)
-    for wrong in (["--sampler", "euler"], ["--num_seeds", "0"]):
+    given = "--sampler unipc --num_seeds 3 --mirror auto --vae_slicing --channels_last --compile --cpu_offload".split()
+    assert stage1_options(parser.parse_args(given)) == Stage1Options("unipc", 3, "auto", True, True, True, True)
+    for wrong in (["--sampler", "euler"], ["--num_seeds", "0"], ["--mirror", "up"]):
         with pytest.raises(SystemExit):
             parser.parse_args(wrong)
 

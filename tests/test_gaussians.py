@@ -14,7 +14,9 @@ from safetensors.torch import load_file
 
 from gslrm.model.filters import PRESETS, FilterSettings, filter_gaussians, keep_mask
 from gslrm.model.gaussians import Gaussians, concatenate
+from gslrm.model.gaussians_renderer import render
 from gslrm.model.ply import load_ply, save_ply
+from multiview.cameras import Cameras
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -237,3 +239,22 @@ def test_render_ply_writes_one_picture_per_camera(tmp_path):
     command[3] = tmp_path / "missing.ply"
     failed = subprocess.run(command, capture_output=True, text=True)
     assert failed.returncode == 1 and "missing.ply does not exist" in failed.stderr and "Traceback" not in failed.stderr
+
+
+@pytest.mark.parametrize("degree", [0, 1, 2, 3])
+def test_mirrored_gaussians_look_like_the_mirror_image(degree):
+    generator = torch.Generator().manual_seed(degree)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator)
+
+    gaussians = Gaussians(
+        xyz=0.3 * normal(1, 40, 3), features=0.5 * normal(1, 40, (degree + 1) ** 2, 3),
+        scaling=-2.5 + 0.5 * normal(1, 40, 3), rotation=normal(1, 40, 4), opacity=normal(1, 40, 1),
+    )  # fmt: skip
+    cameras = Cameras.orbit(torch.tensor([20.0, 140.0, 250.0]), torch.full((3,), 25.0), 2.7, 1.07, 48)[None]
+    seen = render(gaussians, cameras).rgb
+    torch.testing.assert_close(
+        render(gaussians.mirrored(), cameras.mirrored()).rgb, seen.flip(-1), atol=1e-5, rtol=0
+    )
+    assert (render(gaussians, cameras.mirrored()).rgb - seen.flip(-1)).abs().max() > 0.05

@@ -11,7 +11,7 @@ from multiview.cameras import Cameras
 from multiview.image import chroma_matrix
 from multiview.rig import View, ViewRig, load_rig
 from multiview.sample import Sample, write_dataset_info, write_sample, write_split
-from mvdiffusion.data.arrangement import arrange, mirror_cameras
+from mvdiffusion.data.arrangement import arrange
 from mvdiffusion.data.augmentation import Augmentation
 from mvdiffusion.data.mixing import MixedDataset
 from mvdiffusion.data.mouse_dataset import MouseMVDiffusionDataset
@@ -123,10 +123,10 @@ def test_a_turned_heading_rig_keeps_the_names_of_its_views():
 
 def test_mirroring_twice_is_nothing():
     cameras = replace(load_rig("mouse6").cameras(SIZE).crop(3, 1, 20, 20))
-    again = mirror_cameras(mirror_cameras(cameras))
+    again = cameras.mirrored().mirrored()
     assert torch.equal(again.c2w, cameras.c2w)
     torch.testing.assert_close(again.fxfycxcy, cameras.fxfycxcy)
-    mirrored_deg = mirror_cameras(cameras).azimuth_deg
+    mirrored_deg = cameras.mirrored().azimuth_deg
     torch.testing.assert_close(mirrored_deg % 360, (-cameras.azimuth_deg) % 360, atol=1e-3, rtol=0)
 
 

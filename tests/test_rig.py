@@ -131,3 +131,24 @@ def test_posed_views_are_held_against_distance_and_intrinsics_of_training():
 def test_duplicate_view_names_are_refused():
     with pytest.raises(ValueError, match="must differ"):
         ViewRig("x", (View("a", 0, 0), View("a", 60, 0)))
+
+
+# ---- mirror images --------------------------------------------------------------------------------------------------
+
+
+def test_views_find_their_mirror_images():
+    assert load_rig("mouse6").mirror_order() == [0, 5, 4, 3, 2, 1]
+    assert load_rig("facelift6").mirror_order() == [0, 5, 4, 3, 2, 1]
+    rig = load_rig("uniform4")
+    cameras = rig.cameras(64)
+    assert (cameras.mirrored().c2w - cameras[rig.mirror_order()].c2w).abs().max() < 1e-6
+
+
+def test_a_rig_without_mirror_image_is_refused():
+    rig = load_rig("mouse6")
+    turned = replace(rig, views=tuple(replace(view, azimuth_deg=view.azimuth_deg + 10) for view in rig.views))
+    with pytest.raises(ValueError, match="reference view does not stand at azimuth 0"):
+        turned.mirror_order()
+    uneven = replace(rig, views=(*rig.views[:5], replace(rig.views[5], azimuth_deg=310)))
+    with pytest.raises(ValueError, match="mirror image of top-front-right.*--mirror never"):
+        uneven.mirror_order()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 MAX_SH_DEGREE = 3
+ODD_IN_X = (3, 4, 7, 10, 13, 15)  # of the real spherical harmonics in 3DGS order: x, xy, xz, xyz, x(..), x(..)
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,19 @@ class Gaussians:
         if self.num_scenes != 1:
             raise ValueError(f"select needs one scene (scenes would differ in length), got {self.num_scenes}")
         return self.map(lambda tensor: tensor[:, index])
+
+    def mirrored(self) -> Gaussians:
+        """The scenes mirrored in x, as `Cameras.mirrored` sees them.
+
+        A covariance R S^2 R^T becomes (M R M) S^2 (M R M)^T with M = diag(-1, 1, 1): the rotation's axis is a
+        pseudo-vector. Of the spherical harmonics those odd in x change sign.
+        """
+        sign = self.xyz.new_tensor([-1.0, 1.0, 1.0])
+        quaternion_sign = self.xyz.new_tensor([1.0, 1.0, -1.0, -1.0])
+        features = self.features.clone()
+        odd = [index for index in ODD_IN_X if index < features.shape[2]]
+        features[:, :, odd] = -features[:, :, odd]
+        return replace(self, xyz=self.xyz * sign, rotation=self.rotation * quaternion_sign, features=features)
 
     def scaled(self, modifier: float) -> Gaussians:
         """Standard deviations multiplied by `modifier` (FaceLift's optional `scaling_modifier`)."""

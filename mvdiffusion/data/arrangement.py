@@ -9,7 +9,7 @@ cameras can say what each view shows.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -60,17 +60,6 @@ def arrange(rig: ViewRig, rotation: int = 0, *, mirrored: bool = False) -> Arran
         order = prompts.argsort()
         rows, prompts = rows[order], prompts[order]
     return Arrangement(rows, prompts, turn_deg, is_rig)
-
-
-def mirror_cameras(cameras: Cameras) -> Cameras:
-    """Cameras [...] that see the world mirrored in x as the given ones see the world, pictures flipped left to right.
-
-    With M = diag(-1, 1, 1): a point X at pixel (u, v) becomes M X at pixel (width - u, v). Azimuth a becomes -a.
-    """
-    sign = torch.tensor([-1.0, 1.0, 1.0, 1.0], dtype=cameras.c2w.dtype, device=cameras.c2w.device)
-    fxfycxcy = cameras.fxfycxcy.clone()
-    fxfycxcy[..., 2] = cameras.width - fxfycxcy[..., 2]
-    return replace(cameras, c2w=sign[:, None] * cameras.c2w * sign, fxfycxcy=fxfycxcy)
 
 
 def _directions(azimuth_deg: Tensor, elevation_deg: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from multiview.cameras import Cameras
 from multiview.image import BACKGROUNDS, adjust_colours, composite, resize_rgba
-from mvdiffusion.data.arrangement import mirror_cameras
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ def apply_draw(rgba: Tensor, cameras: Cameras, draw: Draw, size: int) -> tuple[T
     rgba, cameras = _cropped(rgba, cameras, draw.crop)
     rgba, cameras = torch.stack([resize_rgba(view, size) for view in rgba]), cameras.resize(size, size)
     if draw.mirrored:
-        rgba, cameras = rgba.flip(-1), mirror_cameras(cameras)
+        rgba, cameras = rgba.flip(-1), cameras.mirrored()
     rgba = adjust_colours(
         rgba, brightness=draw.brightness, contrast=draw.contrast, saturation=draw.saturation, hue_deg=draw.hue_deg
     )
