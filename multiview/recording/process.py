@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from multiview.recording.analysis import (
     Analysis,
@@ -36,6 +38,22 @@ def process_recording(settings: ImportSettings, say: Callable[[str], None] = lam
     With a shard of several, None is returned while other shards' samples are missing; the last one writes split lists
     and report.
     """
+    with one_thread():
+        return _process(settings, say)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch's small tensors are not worth threads, which would wait for each other beside busy worker processes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _process(settings: ImportSettings, say: Callable[[str], None]) -> dict | None:
     rig = None if settings.rig == CALIBRATED else load_rig(settings.rig)
     recording = open_recording(settings)
     frames = choose_frames(recording.num_frames, settings.num_samples)
