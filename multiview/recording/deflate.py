@@ -13,6 +13,7 @@ NONE, SUB, UP = 0, 1, 2  # PNG's row filters: the bytes themselves, differences 
 WHITE = 255  # of the blank picture's pixels, which are transparent
 # What the picture becomes first: bytes, MATCH + n for the last byte n times more (LEAST..MOST), and MATCH, the end.
 MATCH, LEAST, MOST = 256, 3, 258
+PAIR = MATCH + MOST + 1  # PAIR + byte: the byte and a zero, as inside an opaque part, where alpha does not change
 SYMBOLS = 286  # of deflate's code for bytes and lengths
 MOST_BITS = 15
 LENGTH_ORDER = (16, 17, 18, 0, 8, 7, 9, 6, 10, 5, 11, 4, 12, 3, 13, 2, 14, 1, 15)  # RFC 1951, 3.2.7
@@ -89,15 +90,18 @@ def tokenise(first, differences, left, top, size, tokens):
             if zeros:
                 count = _put_zeros(tokens, count, sums, zeros)
                 zeros = 0
-            low = sums[0]
-            high = sums[1]
+            low, high = sums[0], sums[1]
             for channel in range(4):
                 value = (pixel >> (8 * channel)) & 255  # the first byte is the lowest
                 tokens[count + channel] = value
                 low += value
                 high += low
             sums[0], sums[1] = low, high
-            count += 4
+            if pixel >> 24:
+                count += 4
+            else:
+                tokens[count + 2] += PAIR
+                count += 3
         count = _put_zeros(tokens, count, sums, zeros + 4 * (size - left - width))
         sums[0] %= ADLER
         sums[1] %= ADLER
@@ -202,11 +206,13 @@ def _add(out, state, value, bits):
 @numba.njit(cache=True)
 def deflate(tokens, out):
     """One final deflate block of the tokens, into out [n] uint8, long enough; returns its length in bytes."""
-    seen = np.zeros(MATCH + MOST + 1, np.int64)
+    seen = np.zeros(PAIR + 256, np.int64)
     for token in tokens:
         seen[token] += 1
     counts = np.zeros(SYMBOLS, np.int64)
     counts[: MATCH + 1] = seen[: MATCH + 1]
+    counts[:256] += seen[PAIR:]
+    counts[0] += seen[PAIR:].sum()
     for length in range(LEAST, MOST + 1):
         counts[_length_symbol(length)[0]] += seen[MATCH + length]
     lengths = code_lengths(counts)
@@ -224,15 +230,17 @@ def deflate(tokens, out):
     bits = np.zeros(len(seen), np.uint64)
     for token in range(len(seen)):
         symbol, extra, rest = token, 0, 0
-        if token > MATCH:
+        if token >= PAIR:
+            symbol, extra, rest = token - PAIR, lengths[0], codes[0]
+        elif token > MATCH:
             symbol, extra, rest = _length_symbol(max(token - MATCH, LEAST))
         value[token] = codes[symbol] | rest << lengths[symbol]
-        bits[token] = lengths[symbol] + extra + (1 if token > MATCH else 0)  # the distance's bit is 0
+        bits[token] = lengths[symbol] + extra + (1 if MATCH < token < PAIR else 0)  # the distance's bit is 0
     waiting, number, place = np.uint64(state[1]), np.uint64(state[2]), state[0]
     for token in tokens:
         waiting |= value[token] << number
         number += bits[token]
-        if number >= np.uint64(32):  # four bytes at once; a token adds at most 21 bits
+        if number >= np.uint64(32):  # four bytes at once; a token adds at most 30 bits
             for byte in range(4):
                 out[place + byte] = (waiting >> np.uint64(8 * byte)) & np.uint64(255)
             place += 4

@@ -16,6 +16,7 @@ from multiview.recording.calibration import Calibration, valid_radius
 from multiview.recording.masks import Silhouette
 
 MAX_OVERSAMPLING = 4
+TAP_STEP = 1.5
 RIM = 6  # picture pixels around the mask: the filter's reach, and that of the colour carried over the rim
 SOURCE_RIM = 4  # photograph pixels around the mask that the filter may read
 MAP_STEP = 8  # fine pixels between the points at which the lens model is evaluated; between them the map is straight
@@ -59,10 +60,11 @@ def rectify(
     """
     import cv2
 
-    # Photograph pixels per picture pixel: so many samples per pixel and direction, averaged, avoid aliasing. They are
-    # read by straight interpolation: a cubic filter rings at the mask's rim, and costs 1 dB and twice the time.
+    # Photograph pixels per picture pixel: so many samples per pixel and direction, averaged, that they lie at most
+    # TAP_STEP apart, avoid aliasing. They are read by straight interpolation, which reaches two pixels far: a cubic
+    # filter rings at the mask's rim, and costs 1 dB and twice the time.
     step = float(calibration.K[camera, 0, 0]) / focal_px
-    over = min(max(math.ceil(step), 1), MAX_OVERSAMPLING) if step > 1.0 else 1
+    over = min(max(math.ceil(step / TAP_STEP), 1), MAX_OVERSAMPLING)
     if box is None:
         window = np.array([[mask.x, mask.y, *mask.window.shape[::-1]]])
         box = picture_boxes(calibration, camera, window, rotation[None], np.array([focal_px]), size)[0]
