@@ -81,7 +81,7 @@ def _known_keys(schema: type, prefix: str = "") -> set[str]:
         keys.add(name)
         if dataclasses.is_dataclass(kind):
             keys |= _known_keys(kind, name + ".")
-        elif kind is dict or typing.get_origin(kind) is dict:
+        elif any(part is dict or typing.get_origin(part) is dict for part in (kind, *typing.get_args(kind))):
             keys.add(name + ".*")
     return keys
 
@@ -93,7 +93,7 @@ def _check_keys(content: dict, known: set[str], source: str, prefix: str = "") -
             nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
             leaf = [k for k in known if k.rsplit(".", 1)[-1] == str(key)]
             raise ValueError(f"{source}: unknown key '{name}'; the nearest known one is '{(leaf or nearest)[0]}'")
-        if not isinstance(value, dict) and any(other.startswith(name + ".") for other in known):
+        if not isinstance(value, dict | None) and any(other.startswith(name + ".") for other in known):
             raise ValueError(f"{source}: key '{name}' must hold a mapping of keys to values, got {value!r}")
         if isinstance(value, dict) and name + ".*" not in known:
             _check_keys(value, known, source, name + ".")

@@ -47,7 +47,7 @@ class MVDiffusionConfig:
     # What is trained
     pretrained_model_name_or_path: str = "checkpoints/mvdiffusion/pipeckpts"  # components folder
     pretrained_unet_path: str | None = None  # UNet to start from; None: the components folder's own
-    unet: dict[str, Any] = field(default_factory=dict)  # constructor arguments: start from a fresh UNet of this shape
+    unet: dict[str, Any] | None = None  # constructor arguments: start from a fresh UNet of this shape
     allow_rig_change: bool = False  # the starting UNet may carry another rig than the data set's
     attention: str | None = None  # sparse, full, none; None: what the UNet's config says, sparse for a fresh one
     camera_conditioning: str | None = None  # none, adaln, cross_attention, concat; None: what the UNet's config says
@@ -131,6 +131,11 @@ class MVDiffusionConfig:
 
         if self.mixed_precision == "False":
             self.mixed_precision = "no"  # YAML reads a bare `no` as false
+        if self.unet and self.pretrained_unet_path:
+            raise ValueError(
+                f"unet (a fresh UNet's shape) and pretrained_unet_path={self.pretrained_unet_path} are both set, and a run "
+                "starts from one of them: set unet=null to start from the pretrained one"
+            )
         unknown = set(self.backgrounds) - set(BACKGROUNDS)
         if unknown or not self.backgrounds:
             raise ValueError(

@@ -263,6 +263,14 @@ def test_shipped_configs_load(name):
         assert (config.train_batch_size, config.gradient_accumulation_steps, config.lr_warmup_steps) == (4, 4, 100)
 
 
+def test_a_fresh_unet_and_a_pretrained_one_are_not_both_taken(tiny, tmp_path):
+    config = config_for(tiny, tmp_path / "run", pretrained_unet_path="somewhere")
+    with pytest.raises(ValueError, match="pretrained_unet_path=somewhere are both set.*unet=null"):
+        train(config)
+    overrides = ["unet=null", "pretrained_unet_path=somewhere"]
+    assert load_training_config(ROOT / "configs" / "demo_mvdiffusion.yaml", overrides).validate().unet is None
+
+
 def test_missing_pretrained_components_are_one_sentence(tiny, tmp_path):
     config = config_for(tiny, tmp_path / "run", pretrained_model_name_or_path="checkpoints/mvdiffusion/nothing")
     with pytest.raises(
