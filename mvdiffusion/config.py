@@ -133,8 +133,8 @@ class MVDiffusionConfig:
             self.mixed_precision = "no"  # YAML reads a bare `no` as false
         if self.unet and self.pretrained_unet_path:
             raise ValueError(
-                f"unet (a fresh UNet's shape) and pretrained_unet_path={self.pretrained_unet_path} are both set, and a run "
-                "starts from one of them: set unet=null to start from the pretrained one"
+                f"unet (a fresh UNet's shape) and pretrained_unet_path={self.pretrained_unet_path} are both set, but a "
+                "run starts from one of them: set unet=null to start from the pretrained one"
             )
         unknown = set(self.backgrounds) - set(BACKGROUNDS)
         if unknown or not self.backgrounds:
