@@ -25,6 +25,7 @@ from multiview.recording.geometry import CALIBRATED, Placement, Plan, label_erro
 from multiview.recording.output import alone, finish, is_finished, sample_name, start_dataset, write_samples
 from multiview.recording.settings import ImportSettings
 from multiview.recording.splits import split_blocks, split_random
+from multiview.recording.streams import start_early
 from multiview.rig import ViewRig, load_rig
 from multiview.sample import DATASET_FILE, write_split
 
@@ -54,6 +55,8 @@ def one_thread() -> Iterator[None]:
 
 
 def _process(settings: ImportSettings, say: Callable[[str], None]) -> dict | None:
+    if settings.workers > 1:
+        start_early()
     rig = None if settings.rig == CALIBRATED else load_rig(settings.rig)
     recording = open_recording(settings)
     frames = choose_frames(recording.num_frames, settings.num_samples)

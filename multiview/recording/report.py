@@ -21,7 +21,7 @@ from multiview.rig import View, load_rig
 from multiview.sample import read_sample
 
 INSPECTED = 24  # samples of an import whose pictures are read
-CARVED = 6  # of these, how many are carved, which takes most of the time: a mean over 36 views
+CARVED = 4  # of these, how many are carved, which takes most of the time: a mean over 24 views
 SHOWN = 4  # samples shown side by side
 USABLE_CENTRE, POOR_CENTRE = 0.02, 0.05  # of the picture's size
 TOLERATED_LABEL_ERROR = 0.07  # of the half length: what facelift framing costs with exact poses

@@ -10,6 +10,7 @@ import multiprocessing
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -120,6 +121,13 @@ def _work(pipe: Connection, make: Callable[[int], Iterator[Any]], lanes: list[in
         return
     except (ValueError, OSError) as error:
         pipe.send(error)
+
+
+def start_early() -> None:
+    """Has the server of processes started beside other work, so that it is there when it is needed."""
+    if "forkserver" in multiprocessing.get_all_start_methods():
+        _context()
+        forkserver.ensure_running()
 
 
 def _context():

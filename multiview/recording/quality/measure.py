@@ -113,6 +113,9 @@ def _light_figures(rgba: Tensor) -> dict:
     """
     import cv2
 
+    # Nothing outside the mask counts: only the part around it is looked at.
+    left, top, width, height = cv2.boundingRect((rgba[3] > 0).numpy().astype(np.uint8))
+    rgba = rgba[:, max(top - 2, 0) : top + height + 2, max(left - 2, 0) : left + width + 2]
     rgb, alpha = rgba[:3], rgba[3]
     weight = alpha.double()
     total = float(weight.sum())
@@ -122,7 +125,7 @@ def _light_figures(rgba: Tensor) -> dict:
     inside = cv2.erode((alpha > 0.9).numpy().astype(np.uint8), np.ones((5, 5), np.uint8), borderValue=0).astype(bool)
     sharpness = None
     if inside.sum() >= 25:
-        laplacian = cv2.Laplacian(luma.numpy(), cv2.CV_32F)
+        laplacian = cv2.Laplacian(np.ascontiguousarray(luma.numpy()), cv2.CV_32F)
         sharpness = float(laplacian[inside].var() / max(float(luma.numpy()[inside].var()), 1e-6))
     return {
         "brightness": float((luma * weight).sum() / total),
