@@ -120,7 +120,9 @@ def paint_samples(
     from mvdiffusion.pipelines.multiview import generate_views
 
     size, rig = components.image_size, artifacts.rig
-    sources = [read_sample(job.source, image_size=size) for job in jobs]
+    sources = [
+        read_sample(job.source, image_size=size, with_depth=(job.source / "depth").is_dir()) for job in jobs
+    ]
     photos = [source.rgba[job.reference] for source, job in zip(sources, jobs)]
     rgb = generate_views(
         components, torch.stack([composite(photo, 1.0) for photo in photos]), artifacts.embeds,
@@ -160,6 +162,8 @@ def with_true_views(sample: Sample, rig: ViewRig, source: Sample, reference: int
 
     They are turned into the world where the photograph's camera is the rig's. A source whose reference
     camera is not the rig's own (another elevation, distance or lens) gives none: its world cannot be turned so.
+    Depth comes along where the source has it and has seen every view of the rig: the true animal's, in painted views
+    too, which is what Stage 2 shall make of them (its direct loss reads it where the painted view shows an animal).
     """
     extra = [
         index for index, name in enumerate(source.view_names)
@@ -168,9 +172,7 @@ def with_true_views(sample: Sample, rig: ViewRig, source: Sample, reference: int
     own = sample.cameras[[rig.reference_view]]
     turn = float(own.azimuth_deg[0] - source.cameras.azimuth_deg[reference])
     turned = source.cameras.rotate(turn)
-    pose_gap = (turned.c2w[reference] - own.c2w[0]).abs().max()
-    lens_gap = (turned.fxfycxcy[reference] - own.fxfycxcy[0]).abs().max() / own.width
-    if not extra or max(pose_gap, lens_gap) > POSE_TOLERANCE:
+    if not extra or camera_gap(turned[[reference]], own) > POSE_TOLERANCE:
         return sample
     kept = turned[extra]
     cameras = Cameras(
@@ -178,7 +180,24 @@ def with_true_views(sample: Sample, rig: ViewRig, source: Sample, reference: int
         sample.cameras.height, sample.cameras.width,
     )  # fmt: skip
     rgba = torch.cat([sample.rgba, source.rgba[extra]])
-    return replace(sample, rgba=rgba, cameras=cameras, view_names=sample.view_names + [None] * len(extra))
+    depth = None
+    if source.depth is not None:
+        same = [matching_view(turned, sample.cameras[[view]]) for view in range(len(sample.cameras))]
+        depth = source.depth[same + extra] if None not in same else None
+    names = sample.view_names + [None] * len(extra)
+    return replace(sample, rgba=rgba, cameras=cameras, view_names=names, depth=depth)
+
+
+def matching_view(cameras: Cameras, wanted: Cameras) -> int | None:
+    """Which of the cameras [v] is the wanted one [1], up to POSE_TOLERANCE."""
+    gaps = [camera_gap(cameras[[view]], wanted) for view in range(len(cameras))]
+    return gaps.index(min(gaps)) if min(gaps) <= POSE_TOLERANCE else None
+
+
+def camera_gap(a: Cameras, b: Cameras) -> float:
+    """How far two cameras [1] stand apart, the largest of all: world units, rotation entries, widths of a picture."""
+    lens = (a.fxfycxcy / a.width - b.fxfycxcy / b.width).abs().max()
+    return float(max((a.c2w - b.c2w).abs().max(), lens))
 
 
 # ---- the dataset ----------------------------------------------------------------------------------------------------

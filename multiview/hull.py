@@ -155,7 +155,9 @@ def _carve(
     coarse = _grid(lower, upper, COARSE)
     # Masks grown by half a voxel's diagonal where it is nearest: no voxel that holds a piece of the hull is lost.
     reach = 0.87 * coarse.voxel * _pixels_per_unit(cameras, lower, upper)
-    grown = F.max_pool2d(masks, 2 * int(reach) + 3, stride=1, padding=int(reach) + 1)
+    side, margin = 2 * int(reach) + 3, int(reach) + 1
+    grown = F.max_pool2d(masks, (side, 1), stride=1, padding=(margin, 0))  # one axis after the other: the same, sooner
+    grown = F.max_pool2d(grown, (1, side), stride=1, padding=(0, margin))
     index, _, _ = _test(coarse, torch.arange(len(coarse), device=masks.device), grown, cameras, misses)
     if not len(index):
         return coarse, index, masks.new_zeros(0), index

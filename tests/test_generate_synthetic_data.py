@@ -193,6 +193,24 @@ def test_novel_views_come_along_in_the_rigs_own_world(tmp_path):
     assert torch.allclose(gap % 360, torch.full((5,), 240.0), atol=1e-2)
 
 
+def test_depth_of_the_true_animal_comes_along(tmp_path):
+    rig = load_rig("mouse6")
+    source = source_with_novel_views(tmp_path / "a", turn_deg=77.0)
+    source = replace(source, depth=torch.arange(8.0).view(8, 1, 1, 1).expand(8, 1, SIZE, SIZE))
+    painted = Sample("p", source.rgba[:6], rig.cameras(SIZE), rig.view_names)
+    for reference, expected in (
+        (0, [0, 1, 2, 3, 4, 5, 1, 2, 3, 4, 5, 6, 7]), (2, [2, 3, 4, 5, 0, 1, 0, 1, 3, 4, 5, 6, 7]),
+    ):  # fmt: skip
+        found = with_true_views(painted, rig, source, reference, "all")
+        assert found.depth[:, 0, 0, 0].tolist() == expected and len(found.rgba) == len(expected)
+    kept = [0, 1, 2, 3, 4, 6, 7]
+    unseen = replace(
+        source, cameras=source.cameras[kept], rgba=source.rgba[kept], depth=source.depth[kept],
+        view_names=[*rig.view_names[:5], None, None],
+    )  # fmt: skip
+    assert with_true_views(painted, rig, unseen, 0, "all").depth is None  # nobody knows view 5's
+
+
 def test_novel_views_of_another_world_are_left_out(tmp_path):
     rig = load_rig("mouse6")
     source = source_with_novel_views(tmp_path / "a")
