@@ -165,7 +165,8 @@ def test_every_config_of_stage_2_loads():
     config = load_config(GSLRMConfig, ROOT / "configs" / "mouse_gslrm_v2.yaml")
     assert (config.training.losses.lpips_loss_weight, config.training.losses.perceptual_loss_weight) == (0.8, 0.8)
     assert config.training.checkpointing.resume_ckpt == "checkpoints/gslrm/mouse_finetune"
-    check_config(load_config(GSLRMConfig, ROOT / "configs" / "demo_gslrm.yaml"))
+    for name in ("demo_gslrm", "demo_gslrm_painted"):
+        check_config(load_config(GSLRMConfig, ROOT / "configs" / f"{name}.yaml"))
     config = load_config(GSLRMConfig, ROOT / "configs" / "mouse_gslrm_lora.yaml")
     check_config(config)
     assert check_adaptation(config.training.adaptation, config.model.transformer.n_layer) == list(range(24))
