@@ -40,12 +40,12 @@ def mean(records: list[dict], name: str) -> float:
 @pytest.mark.parametrize(
     ("stage", "views", "least_psnr", "least_iou"),
     [
-        ("2", ("novel views", "Stage 2"), 22.0, 0.90), ("1", ("rig views but the input", "Stage 1"), 14.0, 0.74),
-        ("full", ("novel views", "whole chain"), 16.5, 0.72),
+        ("2", ("novel views", "Stage 2"), 20.9, 0.895), ("1", ("rig views but the input", "Stage 1"), 14.9, 0.785),
+        ("full", ("novel views", "whole chain"), 19.2, 0.81),
     ],
 )  # fmt: skip
 def test_shipped_models_keep_their_quality(evaluate, stage, views, least_psnr, least_iou):
-    """Measured on these four mice: 23.0 dB / 0.92, 15.1 / 0.78 and 17.7 / 0.77; room is left for other rounding."""
+    """Measured on these four mice: 21.4 dB / 0.913, 15.5 / 0.804 and 19.9 / 0.835; room is left for other rounding."""
     records = evaluate(stage)[views]
     assert mean(records, "foreground_psnr") > least_psnr and mean(records, "mask_iou") > least_iou
 
@@ -54,10 +54,9 @@ def test_shipped_models_keep_their_quality(evaluate, stage, views, least_psnr, l
     ("stage", "views", "method", "baseline", "decibel", "iou"),
     [
         ("1", "rig views but the input", "Stage 1", "baseline: input copied", 2.0, 0.1),
-        ("2", "novel views", "Stage 2", "baseline: hull of all true rig views", 1.0, 0.03),
-        ("full", "novel views", "whole chain", "baseline: input copied", 4.0, 0.15),
-        # In silhouette the chain is no better than the hull of the views it paints (model card): in colour it is.
-        ("full", "novel views", "whole chain", "baseline: hull of the painted views", 1.0, -0.05),
+        ("2", "novel views", "Stage 2", "baseline: hull of all true rig views", 0.4, 0.02),
+        ("full", "novel views", "whole chain", "baseline: input copied", 7.0, 0.2),
+        ("full", "novel views", "whole chain", "baseline: hull of the painted views", 3.0, 0.01),
     ],
 )
 def test_shipped_models_beat_their_baselines(evaluate, stage, views, method, baseline, decibel, iou):
