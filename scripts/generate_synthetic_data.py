@@ -1,7 +1,8 @@
 """Paints the rig's views of every sample of a dataset with Stage 1, as a dataset to train Stage 2 on.
 
-The new samples carry the rig's cameras, never the recording's: that is what the painted views show. Repeating the
-command continues it; a sample depends on --seed and its own name only. Several processes share the work:
+The new samples carry the rig's cameras, never the recording's: that is what the painted views show. Photographs are
+painted as they are, never mirrored, whatever suits the UNet at inference. Repeating the command continues it; a sample
+depends on --seed and its own name only. Several processes share the work:
   python scripts/generate_synthetic_data.py --data data_mouse/data_mouse_train.txt --output_dir data_mouse_painted
   torchrun --nproc_per_node 4 scripts/generate_synthetic_data.py --data ... --output_dir ...
   python scripts/generate_synthetic_data.py --shard 0/2 --data ... & python ... --shard 1/2 --data ...

@@ -1,6 +1,26 @@
 """Fixtures that several test files ask for by name."""
 
+import importlib
+import sys
+from pathlib import Path
+
 import pytest
+
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+
+
+@pytest.fixture(scope="module")
+def script():
+    """scripts/make_synthetic_mouse.py as a module."""
+    sys.path.insert(0, str(SCRIPTS))  # spawned workers import the script by its name
+    yield importlib.import_module("make_synthetic_mouse")
+    sys.path.remove(str(SCRIPTS))
+
+
+@pytest.fixture(scope="module")
+def render(script):
+    """What draws synthetic mice on the CPU."""
+    return script.make_renderer()
 
 
 @pytest.fixture(scope="module")

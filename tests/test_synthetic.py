@@ -1,8 +1,6 @@
 """The synthetic mouse: deterministic, inside the picture, the right size, the right way round."""
 
-import importlib
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,18 +21,6 @@ from multiview.synthetic.skeleton import solve
 
 SIZE = 96
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "make_synthetic_mouse.py"
-
-
-@pytest.fixture(scope="module")
-def script():
-    sys.path.insert(0, str(SCRIPT.parent))  # spawned workers import the script by its name
-    yield importlib.import_module("make_synthetic_mouse")
-    sys.path.remove(str(SCRIPT.parent))
-
-
-@pytest.fixture(scope="module")
-def render(script):
-    return script.make_renderer()
 
 
 @pytest.fixture(scope="module")

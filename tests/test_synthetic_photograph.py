@@ -1,8 +1,6 @@
 """Synthetic photographs: the same numbers give the same picture, and every fault stays within what it is said to be."""
 
-import importlib
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,18 +16,6 @@ from multiview.synthetic.scene import laboratory_light, make_mouse
 
 SIZE = 96
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
-
-
-@pytest.fixture(scope="module")
-def script():
-    sys.path.insert(0, str(SCRIPTS))
-    yield importlib.import_module("make_synthetic_mouse")
-    sys.path.remove(str(SCRIPTS))
-
-
-@pytest.fixture(scope="module")
-def render(script):
-    return script.make_renderer()
 
 
 @pytest.fixture(scope="module")
