@@ -11,7 +11,7 @@ tracks.py        the cleaned masks on disk between the two passes of an import
 centre.py        the animal's centre, smoothing, the world's up, the animal's heading
 geometry.py      world scale, naming views by measured direction, label cameras
 rectify.py       the exact warp: homography of a rotation about the camera centre
-png.py           picture files of what it cut out; deflate.py compresses them
+png.py           picture files of what it cut out
 kernels.py       compiled loops over pixels and points
 lanes.py         what the processes of an import do, one camera each
 settings.py      what an import is asked to do

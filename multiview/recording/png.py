@@ -1,7 +1,7 @@
-"""PNG files of pictures that are mostly empty: only the part that shows the animal is compressed.
+"""PNG files of pictures that are mostly empty, several times faster than a general encoder.
 
-A general encoder spends most of its time on the empty rest (W3C PNG specification 3, sections 9 and 10: any filter per
-row and any deflate stream are valid). The same picture makes the same file.
+Each row is stored as its difference to the row above (W3C PNG specification 3, section 9: any filter per row is valid),
+so that the empty rest is zeros, which ISA-L's deflate runs through. The same picture makes the same file.
 """
 
 from __future__ import annotations
@@ -11,41 +11,37 @@ import zlib
 
 import numpy as np
 
-from multiview.recording.rectify import TRANSPARENT_WHITE, Cutout
+from multiview.recording.rectify import Cutout
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
-DEFLATE = b"\x78\x01"  # zlib's header: a window of 32 KiB
+NONE, UP = 0, 2  # row filters: the bytes themselves, differences to the row above
+BLANK = np.array([255, 255, 255, 0], np.uint8)  # white, transparent
+LEVEL = 1  # of ISA-L's 0..3; 0 makes larger files, 2 the same ones, 3 takes three times as long
 
 
 def encode_png(cutout: Cutout) -> bytes:
     """An 8-bit RGBA PNG file of `cutout.full()`."""
-    from multiview.recording.deflate import deflate, tokenise
+    from isal import isal_zlib
 
     size = cutout.size
-    first, differences = _filtered(cutout)
-    # At most a token per byte of the part; runs of zeros between take fewer than they have bytes.
-    tokens = np.empty(4 * differences.size + len(first) + size * (8 + 4 * size // 258) + 16, np.uint16)
-    count, checksum = tokenise(first, differences, cutout.x, cutout.y, size, tokens)
-    out = np.empty(2 * count + 512, np.uint8)
-    stream = DEFLATE + out[: deflate(tokens[:count], out)].tobytes() + struct.pack(">I", checksum)
     header = struct.pack(">IIBBBBB", size, size, 8, 6, 0, 0, 0)
+    stream = isal_zlib.compress(_filtered(cutout), LEVEL)
     return SIGNATURE + _chunk(b"IHDR", header) + _chunk(b"IDAT", stream) + _chunk(b"IEND", b"")
 
 
-def _filtered(cutout: Cutout) -> tuple[np.ndarray, np.ndarray]:
-    """The picture's first row where the cutout holds it, else nothing, and each pixel's difference to the one above."""
-    rgba = cutout.rgba
+def _filtered(cutout: Cutout) -> np.ndarray:
+    """The picture's rows, each with its filter's number in front: [size, 1 + 4 size] uint8."""
+    rgba, size = cutout.rgba, cutout.size
     height, width = rgba.shape[:2]
-    differences = np.empty_like(rgba)
-    first = np.zeros(0, np.uint8)
+    rows = np.zeros((size, 1 + 4 * size), np.uint8)
+    rows[0, 0], rows[1:, 0] = NONE, UP
+    rows[0, 1:] = np.tile(BLANK, size)
     if height:
-        np.subtract(rgba[1:], rgba[:-1], out=differences[1:])
-        differences[0] = rgba[0] - np.array([255, 255, 255, 0], np.uint8)
-        if cutout.y == 0:
-            row = np.full(cutout.size, TRANSPARENT_WHITE, np.uint32)
-            row[cutout.x : cutout.x + width] = rgba[0].view(np.uint32)[:, 0]
-            first = row.view(np.uint8)
-    return first, differences.view(np.uint32)[..., 0]
+        part = rows[cutout.y :, 1 + 4 * cutout.x : 1 + 4 * (cutout.x + width)]
+        part[0] = (rgba[0] - BLANK * (cutout.y > 0)).reshape(-1)  # the picture's first row has none above
+        part[1:height] = (rgba[1:] - rgba[:-1]).reshape(height - 1, 4 * width)
+        part[height : height + 1] = (BLANK - rgba[-1]).reshape(-1)  # nothing where the part ends with the picture
+    return rows
 
 
 def _chunk(kind: bytes, content: bytes) -> bytes:
