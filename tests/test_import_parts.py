@@ -178,9 +178,9 @@ def check_rims(calibration, settings, count, seed) -> int:
     size, touching = settings.image_size, 0
     for placement, masks in zip(placements, tracks):
         for slot, camera in enumerate(placement.order):
-            picture = np.zeros((*masks[camera].size[::-1], 3), np.uint8)
+            colours = np.zeros((*masks[camera].window.shape, 3), np.uint8)
             alpha = rectify(
-                calibration, camera, picture, masks[camera], rotation=placement.true_rotation[slot],
+                calibration, camera, colours, masks[camera], rotation=placement.true_rotation[slot],
                 focal_px=float(placement.true_focal[slot]) * size, size=size,
             ).full()[..., 3]  # fmt: skip
             assert alpha.max() == 255

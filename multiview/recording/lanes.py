@@ -78,11 +78,12 @@ def cut_camera(
     boxes = picture_boxes(calibration, camera, track.boxes[own.mask], own.rotation, own.focal_px, size)
     with VideoReader(videos[camera]) as reader:
         for k, index in enumerate(own.index):
+            mask = track.silhouette(own.mask[k])
             cutout = rectify(
                 calibration,
                 camera,
-                reader.read_bgr(own.frame[k]),
-                track.silhouette(own.mask[k]),
+                reader.read_part(own.frame[k], mask.x, mask.y, *mask.window.shape[::-1]),
+                mask,
                 rotation=own.rotation[k],
                 focal_px=float(own.focal_px[k]),
                 size=size,

@@ -43,7 +43,7 @@ class Cutout:
 def rectify(
     calibration: Calibration,
     camera: int,
-    picture: np.ndarray,
+    colours: np.ndarray,
     mask: Silhouette,
     *,
     rotation: np.ndarray,
@@ -52,10 +52,10 @@ def rectify(
     bgr: bool = False,
     box: np.ndarray | None = None,
 ) -> Cutout:
-    """Photograph [h, w, 3] uint8 and mask of one camera -> the animal in a square picture, straight alpha.
+    """Colours [h, w, 3] uint8 of a photograph under its mask -> the animal in a square picture, straight alpha.
 
     rotation: [3, 3] world to the new camera's axes. focal_px: its focal length; its principal point is the centre.
-    bgr: the photograph's channels come in this order. Only the part around the mask is computed: box [4], one of
+    bgr: the colours' channels come in this order. Only the part around the mask is computed: box [4], one of
     `picture_boxes`, found here if left out.
     """
     import cv2
@@ -71,7 +71,7 @@ def rectify(
     left, top, width, height = (int(value) for value in box)
     if width == 0:
         return Cutout(np.zeros((0, 0, 4), np.uint8), 0, 0, size)
-    premultiplied, corner = _premultiplied(picture, mask, bgr)
+    premultiplied, corner = _premultiplied(colours, mask, bgr)
     fine = (width * over, height * over)
     to_photo = photo_from_picture(calibration, camera, rotation, focal_px * over, size * over)
     to_photo = to_photo @ np.array([[1.0, 0.0, left * over], [0.0, 1.0, top * over], [0.0, 0.0, 1.0]])
@@ -120,7 +120,7 @@ def picture_boxes(
     return np.concatenate([low, sides], axis=1)
 
 
-def _premultiplied(picture: np.ndarray, mask: Silhouette, bgr: bool) -> tuple[np.ndarray, tuple[int, int]]:
+def _premultiplied(colours: np.ndarray, mask: Silhouette, bgr: bool) -> tuple[np.ndarray, tuple[int, int]]:
     """The photograph's animal, [h, w, 4] uint8, RGB times alpha, and the pixel of its corner."""
     from multiview.recording.kernels import cut
 
@@ -129,7 +129,6 @@ def _premultiplied(picture: np.ndarray, mask: Silhouette, bgr: bool) -> tuple[np
     right = min(mask.x + width + SOURCE_RIM, mask.size[0])
     bottom = min(mask.y + height + SOURCE_RIM, mask.size[1])
     result = np.zeros((bottom - y, right - x, 4), np.uint8)
-    colours = picture[mask.y : mask.y + height, mask.x : mask.x + width]
     cut(colours, mask.window, bgr, result, mask.x - x, mask.y - y)
     return result, (x, y)
 

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from av import VideoFrame
+    from av.container import InputContainer
 
 MASK_FOLDERS = ("simpleclick_undist", "masks")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 RATE_TOLERANCE = 1e-3  # relative
-# Pixel formats whose brightness comes first, a byte each, and is all that a mask needs. It counts from 16 to 235, so
-# that half of it stands where half of the other formats' 0..255 does.
-LUMA_FORMATS = (b"I420", b"Y42B", b"444P")
-LUMA_HALF, HALF = 125, 127  # what is brighter is animal
+# Pixel formats of three planes, a byte each, brightness first. Brightness is all that a mask needs, and of a part of a
+# frame the planes' own parts can be taken; frames of other formats are turned into colours as a whole.
+PLANAR_FORMATS = ("yuv420p", "yuv422p", "yuv444p", "yuvj420p", "yuvj422p", "yuvj444p")
+# What is brighter is animal. Brightness mostly counts from 16 to 235, so that its half stands at 125.
+LIMITED_HALF, HALF = 125, 127
 
 
 @dataclass(frozen=True)
@@ -51,85 +56,121 @@ class VideoReader:
 
     def __init__(self, video: Video) -> None:
         self.video = video
-        self._chunk, self._capture = -1, None
-        self._next = 0  # number of the frame the decoder stands before
+        self._chunk, self._container = -1, None
+        self._frames: Iterator[VideoFrame] = iter(())  # still to come of the open file
+        self._next = 0  # number of the first of them
         self._chunk_end = 0
-        self._frame: np.ndarray | None = None
-        self._channel: np.ndarray | None = None
+        self._converter = None
         self._binary: np.ndarray | None = None
-        self._luma = False  # whether the open file is read as brightness alone
 
     def read(self, index: int) -> np.ndarray:
         """Frame `index` as [h, w, 3] uint8, RGB. Frames before the last one read are an error."""
         return np.ascontiguousarray(self.read_bgr(index)[..., ::-1])
 
     def read_bgr(self, index: int) -> np.ndarray:
-        """As `read`, in the decoder's own order of channels, and valid until the next call: a picture less to copy."""
-        self._advance(index, luma=False)
+        """As `read`, in the decoder's own order of channels: a picture less to copy."""
         if self.video.is_pictures:
-            return _read_picture(self.video.files[index], index, self.video.size)
-        ok, self._frame = self._capture.retrieve(self._frame)  # into the memory of the last one
-        return self._checked(ok, self._frame, index)
+            return self._picture(index)
+        return self._colours(self._frame(index))
+
+    def read_part(self, index: int, x: int, y: int, width: int, height: int) -> np.ndarray:
+        """`read_bgr(index)[y : y + height, x : x + width]`, without making colours of the rest.
+
+        All of a large frame's colours take a third as long as decoding it.
+        """
+        if self.video.is_pictures:
+            return self._picture(index)[y : y + height, x : x + width]
+        frame = self._frame(index)
+        if frame.format.name not in PLANAR_FORMATS or not width * height:
+            return self._colours(frame)[y : y + height, x : x + width]
+        # From even pixels on, since colour may have half of the resolution.
+        left, top = x & ~1, y & ~1
+        part = _cut(frame, left, top, min(x + width + 1 & ~1, frame.width), min(y + height + 1 & ~1, frame.height))
+        return self._colours(part)[y - top : y - top + height, x - left : x - left + width]
 
     def read_mask(self, index: int) -> np.ndarray:
         """[h, w] uint8: 1 where frame `index` of a mask video is bright, 0 elsewhere. Valid until the next call.
 
-        Where the file's format allows it no colours are made of it, which would take half as long as decoding. Frames
-        of one reader are read either by this or by `read_bgr`.
+        Where the file's format allows it no colours are made of it, which would take half as long as decoding.
         """
         import cv2
 
-        self._advance(index, luma=True)
-        if self._luma:
-            with _without_warnings():
-                ok, self._channel = self._capture.retrieve(self._channel)
-            self._checked(ok, self._channel, index)
-        elif self.video.is_pictures:
-            self._channel = cv2.extractChannel(_read_picture(self.video.files[index], index, self.video.size), 2)
+        half = HALF
+        if self.video.is_pictures:
+            channel = cv2.extractChannel(self._picture(index), 2)
         else:
-            ok, self._frame = self._capture.retrieve(self._frame)
-            self._channel = cv2.extractChannel(self._checked(ok, self._frame, index), 2, self._channel)
-        half = LUMA_HALF if self._luma else HALF
-        _, self._binary = cv2.threshold(self._channel, half, 1, cv2.THRESH_BINARY, self._binary)
+            frame = self._frame(index)
+            if frame.format.name in PLANAR_FORMATS:
+                channel = _plane(frame, 0)
+                half = HALF if frame.format.name.startswith("yuvj") else LIMITED_HALF
+            else:
+                channel = cv2.extractChannel(self._colours(frame), 2)
+        _, self._binary = cv2.threshold(channel, half, 1, cv2.THRESH_BINARY, self._binary)
         return self._binary
 
-    def _advance(self, index: int, luma: bool) -> None:
+    def _picture(self, index: int) -> np.ndarray:
+        self._check_order(index)
+        self._next = index + 1
+        return _read_picture(self.video.files[index], index, self.video.size)
+
+    def _frame(self, index: int) -> VideoFrame:
         """Decodes up to frame `index`."""
+        import av
+
+        self._check_order(index)
+        while self._chunk_end <= index:
+            self._open_next_chunk()
+        path, frame = self.video.files[self._chunk], None
+        while self._next <= index:
+            try:
+                frame = next(self._frames, None)
+            except av.FFmpegError:
+                frame = None
+            if frame is None:
+                raise ValueError(
+                    f"{path}: frame {self._next} cannot be decoded although the file says it holds "
+                    f"{self.video.counts[self._chunk]} frames; it is truncated or damaged"
+                )
+            self._next += 1
+        if (frame.width, frame.height) != self.video.size:
+            raise ValueError(
+                f"{path}: frame {index} is {frame.width} x {frame.height}, the video says it is "
+                f"{self.video.size[0]} x {self.video.size[1]}"
+            )
+        if frame.rotation:
+            raise ValueError(
+                f"{path} is stored lying and to be shown turned by {frame.rotation} degrees; store it upright: "
+                f"ffmpeg -i {path.name} -crf 12 upright.mp4"
+            )
+        return frame
+
+    def _check_order(self, index: int) -> None:
         if not self._next <= index < self.video.num_frames:
             raise ValueError(
                 f"{self.video.name}: frame {index} was asked for after frame {self._next - 1} of "
                 f"{self.video.num_frames}; frames are read in increasing order"
             )
-        if self.video.is_pictures:
-            self._next = index + 1
-            return
-        while self._chunk_end <= index:
-            self._open_next_chunk(luma)
-        while self._next <= index:
-            if not self._capture.grab():
-                raise ValueError(
-                    f"{self.video.files[self._chunk]}: frame {self._next} cannot be decoded although the file says it "
-                    f"holds {self.video.counts[self._chunk]} frames; it is truncated or damaged"
-                )
-            self._next += 1
 
-    def _checked(self, ok: bool, frame: np.ndarray, index: int) -> np.ndarray:
-        if not ok or frame.shape[1::-1] != self.video.size:
-            raise ValueError(f"{self.video.files[self._chunk]}: frame {index} cannot be decoded")
-        return frame
-
-    def _open_next_chunk(self, luma: bool) -> None:
+    def _open_next_chunk(self) -> None:
         self.close()
         self._chunk += 1
         self._next = self._chunk_end
         self._chunk_end += self.video.counts[self._chunk]
-        path = self.video.files[self._chunk]
-        self._capture, self._luma = _open_mask(path) if luma else (_open(path), False)
+        self._container = _open(self.video.files[self._chunk])
+        self._frames = self._container.decode(video=0)
+
+    def _colours(self, frame: VideoFrame) -> np.ndarray:
+        """[h, w, 3] uint8 BGR, as OpenCV makes them of the same frame."""
+        from av.video.reformatter import Interpolation, VideoReformatter
+
+        self._converter = self._converter or VideoReformatter()
+        colours = self._converter.reformat(frame, format="bgr24", interpolation=Interpolation.BICUBIC, threads=1)
+        return _plane(colours, 0, 3).reshape(frame.height, frame.width, 3)
 
     def close(self) -> None:
-        if self._capture is not None:
-            self._capture.release()
-            self._capture = None
+        if self._container is not None:
+            self._container.close()
+            self._container, self._frames = None, iter(())
 
     def __enter__(self) -> VideoReader:
         return self
@@ -189,18 +230,18 @@ def check_videos(videos: list[Video], masks: list[Video]) -> None:
 
 def probe(files: list[Path]) -> Video:
     """Counts, size and rate of one camera's file(s), from their headers. Of pictures the first one's size is taken."""
-    import cv2
-
     if files[0].suffix.lower() in IMAGE_SUFFIXES:
         height, width = _read_picture(files[0], 0).shape[:2]
         return Video(tuple(files), (1,) * len(files), (width, height), 0.0)
     counts, sizes, rates = [], set(), []
     for path in files:
-        capture = _open(path)
-        counts.append(int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
-        sizes.add((int(capture.get(cv2.CAP_PROP_FRAME_WIDTH)), int(capture.get(cv2.CAP_PROP_FRAME_HEIGHT))))
-        rates.append(float(capture.get(cv2.CAP_PROP_FPS)))
-        capture.release()
+        with _open(path) as container:
+            stream = container.streams.video[0]
+            rates.append(float(stream.guessed_rate or 0.0))
+            sizes.add((stream.codec_context.width, stream.codec_context.height))
+            # Where the header does not count its frames, it says how long they last.
+            seconds = float((stream.duration or 0) * (stream.time_base or 0))
+            counts.append(stream.frames or round(seconds * rates[-1]))
         if counts[-1] <= 0:
             raise ValueError(f"video {path} says that it holds {counts[-1]} frames; it is damaged or no video")
     if len(sizes) != 1:
@@ -242,40 +283,36 @@ def _read_picture(path: Path, index: int, size: tuple[int, int] | None = None) -
     return picture
 
 
-def _open(path: Path, *options: int):
-    import cv2
+def _open(path: Path) -> InputContainer:
+    import av
 
     if not path.is_file():
         raise ValueError(f"video {path} does not exist")
-    # One thread each: the import runs as many decoders as it was given processes.
-    capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1, *options])
-    if not capture.isOpened():
-        raise ValueError(f"video {path} cannot be opened; it is truncated, damaged or of an unknown codec")
-    return capture
-
-
-def _open_mask(path: Path) -> tuple[object, bool]:
-    """The opened video, and whether what it gives is its brightness [h, w] instead of colours."""
-    import cv2
-
-    capture = _open(path)
-    code = int(capture.get(cv2.CAP_PROP_CODEC_PIXEL_FORMAT)) & 0xFFFFFFFF
-    if code.to_bytes(4, "little") not in LUMA_FORMATS:
-        return capture, False
-    capture.release()
-    with _without_warnings():
-        return _open(path, cv2.CAP_PROP_CONVERT_RGB, 0), True
-
-
-@contextmanager
-def _without_warnings() -> Iterator[None]:
-    """OpenCV warns of every frame of which it gives the first plane that there are others."""
-    import cv2
-
-    log = cv2.utils.logging
-    level = log.getLogLevel()
-    log.setLogLevel(log.LOG_LEVEL_ERROR)
     try:
-        yield
-    finally:
-        log.setLogLevel(level)
+        container = av.open(str(path))
+    except av.FFmpegError:
+        container = None
+    if container is None or not container.streams.video or container.streams.video[0].codec_context is None:
+        raise ValueError(f"video {path} cannot be opened; it is truncated, damaged or of an unknown codec")
+    # One thread each: the import runs as many decoders as it was given processes.
+    container.streams.video[0].codec_context.thread_count = 1
+    return container
+
+
+def _plane(frame: VideoFrame, number: int, channels: int = 1) -> np.ndarray:
+    """[h, channels w] uint8, one plane of a frame, not copied."""
+    plane = frame.planes[number]
+    return np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[: plane.height, : channels * plane.width]
+
+
+def _cut(frame: VideoFrame, left: int, top: int, right: int, bottom: int) -> VideoFrame:
+    """A part of a frame of one of PLANAR_FORMATS; left and top are even."""
+    import av
+
+    part = av.VideoFrame(right - left, bottom - top, frame.format.name)
+    part.colorspace, part.color_range = frame.colorspace, frame.color_range
+    for number in range(3):
+        own, whole = _plane(part, number), _plane(frame, number)
+        x, y = left >> (whole.shape[1] < frame.width), top >> (whole.shape[0] < frame.height)
+        own[:] = whole[y : y + own.shape[0], x : x + own.shape[1]]
+    return part
