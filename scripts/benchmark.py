@@ -1,5 +1,7 @@
 """Times of both stages with random weights; rasterizer and GS-LRM beside plain PyTorch versions in the same run.
 
+The import of recordings (--what import) beside pure decoding of the same videos, on the CPU, whatever the preset.
+
   rasterizer  forward and backward beside a tiled rasterizer in plain PyTorch (benchmarks/peer_rasterizer.py)
   gslrm       the network beside the same one written with plain torch modules (benchmarks/peer_gslrm.py)
   tokens      dense against pruned, by the share of each view that the animal covers
@@ -8,6 +10,7 @@
   sampling    Stage 1: one picture to the rig's views in 50 steps with guidance, sparse and full attention
   diffusion_training
               Stage 1: an update of train_diffusion.py, latents from the cache or encoded in each update
+  import      a recording to samples; not among the parts by default. Needs some minutes and 1 GB in TMPDIR
 
 Wall times: `median (first to third quartile)`, each after a run that warms up. Ratios are of runs that took turns, so
 they hold on a busy machine too; milliseconds need a quiet one. demo is the demo model's size (runs on a CPU), full is
@@ -24,7 +27,8 @@ from chain.flags import positive
 from multiview.run import main_guard
 
 DIFFUSION_PARTS = ("sampling", "diffusion_training")
-PARTS = ("rasterizer", "gslrm", "tokens", "training", "rendering", *DIFFUSION_PARTS)
+MODEL_PARTS = ("rasterizer", "gslrm", "tokens", "training", "rendering", *DIFFUSION_PARTS)
+PARTS = (*MODEL_PARTS, "import")
 
 
 def parts(text: str) -> tuple[str, ...]:
@@ -40,11 +44,16 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--preset", choices=("demo", "full"), default="demo", help="sizes (default: demo)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     parser.add_argument(
-        "--what", type=parts, default=PARTS, metavar="PART[,PART...]", help=f"(default: {','.join(PARTS)})"
+        "--what", type=parts, default=MODEL_PARTS, metavar="PART[,PART...]", help=f"(default: {','.join(MODEL_PARTS)})"
     )
     parser.add_argument("--repeats", type=positive, default=9, help="timed runs after one that warms up (default: 9)")
     parser.add_argument("--compile", action="store_true", help="gslrm, training and sampling also compiled")
     parser.add_argument("--no_memory", action="store_true", help="leave peak memory out (CPU: a process per figure)")
+    group = parser.add_argument_group("import")
+    group.add_argument("--frames", type=positive, default=2000, help="of the recording, at the least (default: 2000)")
+    group.add_argument("--source_frames", type=positive, default=24, help="filmed, then looped (default: 24)")
+    group.add_argument("--video_width", type=positive, default=1152, help="even, px of the videos (default: 1152)")
+    group.add_argument("--workers", type=positive, default=2, help="processes, of the decoding too (default: 2)")
     parser.add_argument("--output", type=Path, help="JSON file to write; the table goes beside it as .md")
     return parser.parse_args(arguments)
 
@@ -62,11 +71,27 @@ def main(arguments: list[str] | None = None) -> None:
     print(text)
     tables = []
     for what in options.what:
-        table = (measure_stage1 if what in DIFFUSION_PARTS else measure_stage2)(what, options, device)
+        table = measure(what, options, device)
         print(table.markdown(), flush=True)
         tables.append(table)
     if options.output:
         write_results(options.output, header, text, tables)
+
+
+def measure(what: str, options: argparse.Namespace, device):
+    if what == "import":
+        return measure_recording(options)
+    return (measure_stage1 if what in DIFFUSION_PARTS else measure_stage2)(what, options, device)
+
+
+def measure_recording(options: argparse.Namespace):
+    from benchmarks.recording import measure_import
+    from scripts.make_synthetic_mouse import make_renderer
+
+    return measure_import(
+        make_renderer(), frames=options.frames, source_frames=options.source_frames, video_width=options.video_width,
+        workers=options.workers,
+    )  # fmt: skip
 
 
 def measure_stage1(what: str, options: argparse.Namespace, device):
