@@ -26,7 +26,7 @@ from multiview.recording.centre import (
 from multiview.recording.geometry import make_plan, place
 from multiview.recording.masks import clean_mask, measure_mask
 from multiview.recording.output import MaskTrack, sample_name
-from multiview.recording.png import encode_png
+from multiview.recording.png import PngEncoder
 from multiview.recording.process import plan_dataset
 from multiview.recording.rectify import Cutout, rectify
 from multiview.recording.settings import ImportSettings
@@ -275,9 +275,11 @@ def test_png_of_a_cutout_is_read_as_the_whole_picture():
         shape = (rng.integers(0, size - y + 1), rng.integers(0, size - x + 1), 4)
         rgba = np.zeros((0, 0, 4), np.uint8) if 0 in shape else rng.integers(0, 256, shape, dtype=np.uint8)
         cutout = Cutout(rgba, int(x) if rgba.size else 0, int(y) if rgba.size else 0, size)
-        picture = Image.open(io.BytesIO(encode_png(cutout)))
-        picture.verify()
-        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(encode_png(cutout)))), cutout.full())
+        encode = PngEncoder(size)
+        content = encode(cutout)
+        Image.open(io.BytesIO(content)).verify()
+        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(content))), cutout.full())
+        assert encode(cutout) == content  # nothing of a picture stays
 
 
 def test_png_of_a_photograph_is_read_as_it_was_and_not_much_larger_than_zlibs():
@@ -286,9 +288,10 @@ def test_png_of_a_photograph_is_read_as_it_was_and_not_much_larger_than_zlibs():
     rgba = np.clip(grain, 0, 255).astype(np.uint8)
     rgba[..., 3] = 255
     rgba[rng.random((90, 120)) < 0.3] = [255, 255, 255, 0]
+    encode = PngEncoder(600)
     for y in (0, 100, 600 - 90):
         cutout = Cutout(rgba, 77, y, 600)
-        content = encode_png(cutout)
+        content = encode(cutout)
         np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(content))), cutout.full())
         whole = io.BytesIO()
         Image.fromarray(cutout.full()).save(whole, "png")

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from multiview.recording.calibration import Calibration
-from multiview.recording.masks import Silhouette, clean_binary
-from multiview.recording.png import encode_png
+from multiview.recording.masks import Silhouette, clean_mask
+from multiview.recording.png import PngEncoder
 from multiview.recording.rectify import picture_boxes, rectify
 from multiview.recording.segment import segment
 from multiview.recording.tracks import read_track, record_track
@@ -61,7 +61,7 @@ def record_camera(
 def _decoded(video: Video, frames: list[int]) -> Iterator[Silhouette]:
     with VideoReader(video) as reader:
         for frame in frames:
-            yield clean_binary(reader.read_mask(frame))
+            yield clean_mask(*reader.read_mask(frame))
 
 
 def cut_camera(
@@ -76,6 +76,7 @@ def cut_camera(
     """Writes one camera's picture of every sample, yielding after each."""
     own, track = cuts[camera], read_track(masks, camera)
     boxes = picture_boxes(calibration, camera, track.boxes[own.mask], own.rotation, own.focal_px, size)
+    encode = PngEncoder(size)
     with VideoReader(videos[camera]) as reader:
         for k, index in enumerate(own.index):
             mask = track.silhouette(own.mask[k])
@@ -90,7 +91,7 @@ def cut_camera(
                 bgr=True,
                 box=boxes[k],
             )
-            write_picture(f"{part_folder(folder, index)}/images", picture_name(own.slot[k]), encode_png(cutout))
+            write_picture(f"{part_folder(folder, index)}/images", picture_name(own.slot[k]), encode(cutout))
             yield
 
 

@@ -6,6 +6,7 @@ number of processes.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import signal
 import sys
@@ -14,7 +15,9 @@ from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+KEPT = 2**24  # bytes: blocks of memory up to this size stay with a process instead of going back and forth
 AHEAD = 24  # steps by which a process may be ahead of the slowest: what is unfinished stays bounded
+BLOCK = 6  # steps a lane takes before the next one has its turn: its decoder's frames are still in the cache
 
 
 def run_streams(
@@ -75,7 +78,7 @@ def _shares(lanes: Sequence[int], costs: Sequence[float], workers: int) -> list[
 
 
 def _collect(pipes: list[Connection], steps: int) -> Iterator[tuple[int, int, Any]]:
-    """What the processes send, a message a step; tells them how far they may go."""
+    """What the processes send, a message a block; tells them how far they may go."""
     done = dict.fromkeys(range(len(pipes)), 0)
     allowed = 0
     while True:
@@ -98,12 +101,12 @@ def _collect(pipes: list[Connection], steps: int) -> Iterator[tuple[int, int, An
                 ) from None
             if isinstance(message, Exception):
                 raise message
-            done[pipes.index(pipe)] += 1
+            done[pipes.index(pipe)] = message[-1][1] + 1  # its last step
             yield from message
 
 
 def _work(pipe: Connection, make: Callable[[int], Iterator[Any]], lanes: list[int], steps: int) -> None:
-    """A process: its lanes in turn, step by step. Ends when the main process is gone."""
+    """A process: its lanes in turn, block by block. Ends when the main process is gone."""
     import cv2
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process says when to stop
@@ -112,11 +115,14 @@ def _work(pipe: Connection, make: Callable[[int], Iterator[Any]], lanes: list[in
         sys.modules["torch"].set_num_threads(1)
     try:
         streams = [(lane, make(lane)) for lane in lanes]
+        bytearray(KEPT)  # freed at once: glibc keeps what is freed up to the size of the largest block it saw freed
+        gc.freeze()  # what is imported stays: collections need not look at it
         allowed = 0
-        for step in range(steps):
-            while step >= allowed:
+        for first in range(0, steps, BLOCK):
+            block = range(first, min(first + BLOCK, steps))
+            while block.stop > allowed:
                 allowed = pipe.recv()
-            pipe.send([(lane, step, next(stream)) for lane, stream in streams])
+            pipe.send([(lane, step, next(stream)) for lane, stream in streams for step in block])
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
     except (ValueError, OSError) as error:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from multiview.recording.masks import HALF
+
 if TYPE_CHECKING:
     from av import VideoFrame
     from av.container import InputContainer
@@ -20,8 +22,7 @@ RATE_TOLERANCE = 1e-3  # relative
 # Pixel formats of three planes, a byte each, brightness first. Brightness is all that a mask needs, and of a part of a
 # frame the planes' own parts can be taken; frames of other formats are turned into colours as a whole.
 PLANAR_FORMATS = ("yuv420p", "yuv422p", "yuv444p", "yuvj420p", "yuvj422p", "yuvj444p")
-# What is brighter is animal. Brightness mostly counts from 16 to 235, so that its half stands at 125.
-LIMITED_HALF, HALF = 125, 127
+LIMITED_HALF = 125  # in the place of HALF where brightness counts from 16 to 235, as in most videos
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,6 @@ class VideoReader:
         self._next = 0  # number of the first of them
         self._chunk_end = 0
         self._converter = None
-        self._binary: np.ndarray | None = None
 
     def read(self, index: int) -> np.ndarray:
         """Frame `index` as [h, w, 3] uint8, RGB. Frames before the last one read are an error."""
@@ -88,25 +88,17 @@ class VideoReader:
         part = _cut(frame, left, top, min(x + width + 1 & ~1, frame.width), min(y + height + 1 & ~1, frame.height))
         return self._colours(part)[y - top : y - top + height, x - left : x - left + width]
 
-    def read_mask(self, index: int) -> np.ndarray:
-        """[h, w] uint8: 1 where frame `index` of a mask video is bright, 0 elsewhere. Valid until the next call.
+    def read_mask(self, index: int) -> tuple[np.ndarray, int]:
+        """Brightness [h, w] uint8 of frame `index` of a mask video, and the level above which it shows the animal.
 
         Where the file's format allows it no colours are made of it, which would take half as long as decoding.
         """
-        import cv2
-
-        half = HALF
         if self.video.is_pictures:
-            channel = cv2.extractChannel(self._picture(index), 2)
-        else:
-            frame = self._frame(index)
-            if frame.format.name in PLANAR_FORMATS:
-                channel = _plane(frame, 0)
-                half = HALF if frame.format.name.startswith("yuvj") else LIMITED_HALF
-            else:
-                channel = cv2.extractChannel(self._colours(frame), 2)
-        _, self._binary = cv2.threshold(channel, half, 1, cv2.THRESH_BINARY, self._binary)
-        return self._binary
+            return self._picture(index)[..., 2], HALF
+        frame = self._frame(index)
+        if frame.format.name in PLANAR_FORMATS:
+            return _plane(frame, 0), HALF if frame.format.name.startswith("yuvj") else LIMITED_HALF
+        return self._colours(frame)[..., 2], HALF
 
     def _picture(self, index: int) -> np.ndarray:
         self._check_order(index)
