@@ -41,7 +41,7 @@ class PngEncoder:
         return SIGNATURE + _chunk(b"IHDR", header) + _chunk(b"IDAT", stream) + _chunk(b"IEND", b"")
 
     def _fill(self, cutout: Cutout) -> tuple[np.ndarray, np.ndarray]:
-        """Puts the picture's differences into the rows; returns the part of them that it changed, and its content before."""
+        """Puts the picture's differences into the rows; returns the part of them it changed, and its content before."""
         rgba, blank_above = cutout.rgba, BLANK * (cutout.y > 0)  # the picture's first row has none above
         height, width = rgba.shape[:2]
         part = self._rows[cutout.y : cutout.y + height + 1, 1 + 4 * cutout.x : 1 + 4 * (cutout.x + width)]
