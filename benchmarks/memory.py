@@ -16,10 +16,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.cases import Case
+from multiview.memory import peak_bytes, reset_peak, resident_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
-STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-RESET_HIGH_WATER = "5"
 
 
 def peak_memory(case: Case, device: torch.device) -> float | None:
@@ -33,7 +32,7 @@ def peak_memory(case: Case, device: torch.device) -> float | None:
         torch.cuda.reset_peak_memory_stats(device)
         run()
         return float(torch.cuda.max_memory_allocated(device) - before)
-    if not STATUS.is_file():
+    if not reset_peak():
         return None
     # Large blocks straight from the kernel, so that what is freed does not stay with the process.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": str(ROOT)}
@@ -48,15 +47,10 @@ def grown_by(run) -> float:
     """Bytes by which this process grows at most while `run()` runs once more after warming up."""
     run()
     gc.collect()
-    CLEAR.write_text(RESET_HIGH_WATER)
-    before = _status_bytes("VmRSS")
+    reset_peak()
+    before = resident_bytes()
     run()
-    return max(0.0, _status_bytes("VmHWM") - before)
-
-
-def _status_bytes(name: str) -> float:
-    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(name + ":"))
-    return 1024.0 * int(line.split()[1])
+    return max(0.0, peak_bytes() - before)
 
 
 def main() -> None:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 
-STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-RESET_HIGH_WATER = "5"
+from multiview.memory import peak_bytes, reset_peak
 
 
 @contextmanager
@@ -18,14 +16,13 @@ def measure_cost(device: torch.device) -> Iterator[dict[str, float]]:
     """Fills the dict it yields with `seconds` and, where it can be told, `peak_memory_mib`.
 
     CUDA: the most that torch held on the card, weights included. CPU: the most that the process held, libraries and
-    weights included (Linux alone: the kernel's high-water mark is reset first).
+    weights included, where the kernel lets its high-water mark be reset.
     """
     cost: dict[str, float] = {}
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
-    elif STATUS.is_file():
-        CLEAR.write_text(RESET_HIGH_WATER)
+    told = device.type != "cuda" and reset_peak()
     started = time.perf_counter()
     yield cost
     if device.type == "cuda":
@@ -33,15 +30,12 @@ def measure_cost(device: torch.device) -> Iterator[dict[str, float]]:
     cost["seconds"] = time.perf_counter() - started
     if device.type == "cuda":
         cost["peak_memory_mib"] = torch.cuda.max_memory_allocated(device) / 2**20
-    elif STATUS.is_file():
-        line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
-        cost["peak_memory_mib"] = int(line.split()[1]) / 1024
+    elif told:
+        cost["peak_memory_mib"] = peak_bytes() / 2**20
 
 
 def memory_is_of(device: torch.device) -> str:
     """What `peak_memory_mib` counts, in words."""
     if device.type == "cuda":
         return "the most that torch held on the GPU, weights included"
-    if STATUS.is_file():
-        return "the most that the whole process held, libraries and weights included"
-    return "not measured: this system has no /proc"
+    return "the most that the whole process held, libraries and weights included; left out where that cannot be told"
