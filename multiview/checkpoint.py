@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -44,13 +45,17 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path | str) -> Iterator[Path]:
-    """Yields a temporary folder beside `path`, renamed to it on success. An existing `path` is replaced last."""
+    """Yields a temporary folder beside `path`, renamed to it on success. An existing `path` is replaced last.
+
+    Who may read the folder may read its files: safetensors keeps those it writes for their owner alone.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     temporary.mkdir()
     try:
         yield temporary
+        _permit_as(temporary)
         if path.exists():
             old = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old")
             os.replace(path, old)
@@ -61,6 +66,15 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
     finally:
         if temporary.exists():
             shutil.rmtree(temporary)
+
+
+def _permit_as(folder: Path) -> None:
+    """Gives every file in `folder` the folder's own permissions to read and write."""
+    allowed = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        mode = path.lstat().st_mode
+        if stat.S_ISREG(mode) and mode | allowed != mode:
+            path.chmod(mode | allowed)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from multiview.checkpoint import (
     atomic_folder,
@@ -46,6 +47,15 @@ def test_a_failed_folder_leaves_the_old_folder_and_no_litter(tmp_path):
     with atomic_folder(folder) as temporary:
         (temporary / "x").write_text("new")
     assert (folder / "x").read_text() == "new" and os.listdir(tmp_path) == ["checkpoint-1"]
+
+
+def test_who_may_read_a_folder_may_read_the_weights_in_it(tmp_path):
+    with atomic_folder(tmp_path / "unet") as temporary:
+        save_file({"w": torch.ones(2)}, temporary / "weights.safetensors")
+        (temporary / "weights.safetensors").chmod(0o600)  # as some versions of the library leave it
+        (temporary / "config.json").write_text("{}")
+    modes = {path.stat().st_mode & 0o666 for path in (tmp_path / "unet").iterdir()}
+    assert modes == {(tmp_path / "unet").stat().st_mode & 0o666}
 
 
 def test_newest_is_the_newest_complete_one_found_by_reading(tmp_path):
