@@ -143,11 +143,12 @@ def ssim_map(a: Tensor, b: Tensor) -> Tensor:
     offsets = torch.arange(SSIM_WINDOW, dtype=a.dtype, device=a.device) - SSIM_WINDOW // 2
     window = torch.exp(-0.5 * (offsets / SSIM_SIGMA) ** 2)
     window = window / window.sum()
-    n, c = a.shape[:2]
-    maps = torch.cat([a, b, a * a, b * b, a * b]).flatten(0, 1)[:, None]
-    maps = functional.conv2d(maps, window.view(1, 1, 1, -1))
-    maps = functional.conv2d(maps, window.view(1, 1, -1, 1))
-    mu_a, mu_b, aa, bb, ab = maps.view(5, n, c, *maps.shape[-2:])
+    # A channel and group for every map: on a CPU a tenth of the time that pictures of one channel each take.
+    maps = torch.cat([a, b, a * a, b * b, a * b], dim=1)
+    groups = maps.shape[1]
+    maps = functional.conv2d(maps, window.view(1, 1, 1, -1).expand(groups, -1, -1, -1), groups=groups)
+    maps = functional.conv2d(maps, window.view(1, 1, -1, 1).expand(groups, -1, -1, -1), groups=groups)
+    mu_a, mu_b, aa, bb, ab = maps.chunk(5, dim=1)
     # Rounding makes variances of flat areas negative, and SSIM then leaves [-1, 1].
     var_a, var_b = (aa - mu_a**2).clamp_min(0.0), (bb - mu_b**2).clamp_min(0.0)
     c1, c2 = 0.01**2, 0.03**2
