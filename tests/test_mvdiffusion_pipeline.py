@@ -33,8 +33,8 @@ def tiny(tmp_path_factory):
     return {**paths, "loaded": load_components(paths["components"]), "prompts": embeds, "picture": picture}
 
 
-def by_formula(components, picture, prompts, *, seed, steps, guidance, eta):
-    """UPSTREAM section 5, steps 2 to 7, without diffusers' scheduler."""
+def by_formula(components, picture, prompts, *, seed, steps, guidance, eta, spacing):
+    """UPSTREAM section 5, steps 2 to 7, without diffusers' scheduler. spacing: FaceLift's is `leading`."""
     generator = make_generator("generate_views", seed)
     noise = torch.randn(8, generator=generator)
     pixels = clip_pixels_exact(components, picture[None])
@@ -49,7 +49,8 @@ def by_formula(components, picture, prompts, *, seed, steps, guidance, eta):
     alphas = (1 - betas).cumprod(0)
     x = torch.randn(6, 4, 8, 8, generator=generator)
     stride = 1000 // steps
-    for t in range((steps - 1) * stride + 1, 0, -stride):
+    first = {"leading": (steps - 1) * stride + 1, "trailing": steps * stride - 1}[spacing]
+    for t in range(first, 0, -stride):
         conditional = components.unet(torch.cat([x, image], 1), t, prompts, class_labels=labels).sample
         plain = components.unet(
             torch.cat([x, torch.zeros_like(image)], 1), t, prompts, class_labels=torch.zeros_like(labels)
@@ -65,13 +66,15 @@ def by_formula(components, picture, prompts, *, seed, steps, guidance, eta):
     return (decoded / 2 + 0.5).clamp(0, 1)
 
 
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize(("guidance", "spacing"), [(1.0, "leading"), (3.0, "leading"), (3.0, "trailing")])
 @torch.no_grad()
-def test_views_follow_the_formulas(tiny, guidance):
-    options = {"guidance": guidance, "eta": 1.0, "steps": 5}
-    expected = by_formula(tiny["loaded"], tiny["picture"], tiny["prompts"].tensor, seed=4, **options)
+def test_views_follow_the_formulas(tiny, guidance, spacing):
+    own = tiny["loaded"].scheduler
+    components = replace(tiny["loaded"], scheduler=type(own).from_config(own.config, timestep_spacing=spacing))
+    options = {"guidance": guidance, "eta": 1.0, "steps": 5, "spacing": spacing}
+    expected = by_formula(components, tiny["picture"], tiny["prompts"].tensor, seed=4, **options)
     found = generate_views(
-        tiny["loaded"], tiny["picture"][None], tiny["prompts"], seeds=[4], num_steps=5, guidance_scale=guidance
+        components, tiny["picture"][None], tiny["prompts"], seeds=[4], num_steps=5, guidance_scale=guidance
     )
     assert found.shape == (1, 6, 3, SIZE, SIZE)
     assert (found[0] - expected).abs().max() < 1e-4
