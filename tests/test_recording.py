@@ -341,6 +341,12 @@ def test_points_land_where_the_written_cameras_project_them(real, arena):
         assert rgba[:3, rgba[3] > 0].min() > 0.999  # the background's colour does not bleed in
 
 
+def test_a_whole_photograph_in_the_place_of_its_part_is_refused(real):
+    mask = Silhouette.of(disc(1024, 1152, 500, 400, 12))
+    with pytest.raises(ValueError, match=r"colours must be the mask's window, \[\d+, \d+, 3\], got \[1024, 1152, 3\]"):
+        rectify(real, 0, np.zeros((1024, 1152, 3), np.uint8), mask, rotation=np.eye(3), focal_px=500.0, size=64)
+
+
 def test_extent_says_when_a_mask_is_clipped(real, arena):
     centre = np.array(arena["centre"]) + [0.0, 0.0, 16.0]
     plan = plan_for(real, centre)

@@ -52,14 +52,16 @@ def rectify(
     bgr: bool = False,
     box: np.ndarray | None = None,
 ) -> Cutout:
-    """Colours [h, w, 3] uint8 of a photograph under its mask -> the animal in a square picture, straight alpha.
+    """The photograph's colours in its mask's window -> the animal in a square picture, straight alpha.
 
-    rotation: [3, 3] world to the new camera's axes. focal_px: its focal length; its principal point is the centre.
-    bgr: the colours' channels come in this order. Only the part around the mask is computed: box [4], one of
-    `picture_boxes`, found here if left out.
+    colours: [h, w, 3] uint8, RGB, or BGR with `bgr`. rotation: [3, 3] world to the new camera's axes. focal_px: its
+    focal length; its principal point is the centre. Only the part around the mask is computed: box [4], one of
+    `picture_boxes`, found here if left out. Raises ValueError for colours of another size than the window.
     """
     import cv2
 
+    if colours.shape != (*mask.window.shape, 3):
+        raise ValueError(f"colours must be the mask's window, {[*mask.window.shape, 3]}, got {list(colours.shape)}")
     # Photograph pixels per picture pixel: so many samples per pixel and direction, averaged, that they lie at most
     # TAP_STEP apart, avoid aliasing. They are read by straight interpolation, which reaches two pixels far: a cubic
     # filter rings at the mask's rim, and costs 1 dB and twice the time.

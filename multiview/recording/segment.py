@@ -60,7 +60,7 @@ def background_samples(video: Video) -> np.ndarray:
     count = min(BACKGROUND_FRAMES, video.num_frames)
     chosen = np.unique(np.round(np.linspace(0, video.num_frames - 1, count)).astype(int))
     with VideoReader(video) as reader:
-        return np.stack([reader.read_bgr(int(index)).copy() for index in chosen])
+        return np.stack([reader.read_bgr(int(index)) for index in chosen])
 
 
 def _median(samples: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
