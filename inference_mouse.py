@@ -7,8 +7,8 @@ import argparse
 import time
 from pathlib import Path
 
-from chain.flags import add_chain_flags, add_photo_flags, add_stage1_flags, positive, stage1_options
 from multiview.run import main_guard
+from pipeline.flags import add_chain_flags, add_photo_flags, add_stage1_flags, positive, stage1_options
 
 EXPORTS = ("splat", "ply_compressed")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -62,8 +62,8 @@ def export_formats(text: str) -> tuple[str, ...]:
 
 def main() -> None:
     arguments = parse_arguments()
-    from chain.artifacts import load_stage1, load_stage2, resolve_chain, resolve_stage2
     from multiview.run import resolve_device
+    from pipeline.artifacts import load_stage1, load_stage2, resolve_chain, resolve_stage2
 
     if arguments.mesh is not None:
         from gslrm.model.mesh import check_libraries
@@ -137,10 +137,10 @@ def reconstruct_photo(name, photo, arguments, artifacts, components, model, devi
 
     from tqdm import tqdm
 
-    from chain.outputs import start_folder, write_run, write_views
-    from chain.stages import paint_views, reconstruct
     from multiview.image import write_image
     from multiview.photo import prepare_photo
+    from pipeline.outputs import start_folder, write_run, write_views
+    from pipeline.stages import paint_views, reconstruct
 
     folder = arguments.output_dir / name
     prepared, report = prepare_photo(photo, components.image_size, crop=arguments.crop, source=name)
@@ -176,10 +176,10 @@ def reconstruct_photo(name, photo, arguments, artifacts, components, model, devi
 
 def reconstruct_sample(arguments, artifacts, model, device) -> None:
     """Posed views of a sample folder through Stage 2."""
-    from chain.outputs import start_folder, write_run, write_views
-    from chain.stages import reconstruct, views_of_sample
     from multiview.rig import check_posed_views
     from multiview.sample import read_sample
+    from pipeline.outputs import start_folder, write_run, write_views
+    from pipeline.stages import reconstruct, views_of_sample
 
     sample = read_sample(arguments.sample_dir)
     count = min(len(sample.rgba), artifacts.rig.num_views)  # novel views come after the rig's
@@ -206,8 +206,8 @@ def write_result(folder, gaussians, views, arguments, photo=None) -> tuple[int, 
     """Filters, writes PLY, turntable and what was asked for; returns how many Gaussians were kept and predicted."""
     from tqdm import tqdm
 
-    from chain.outputs import write_extras, write_gaussians
     from gslrm.model.filters import filter_gaussians
+    from pipeline.outputs import write_extras, write_gaussians
 
     total = gaussians.num_gaussians
     if not arguments.no_filter:

@@ -7,8 +7,8 @@ import argparse
 import time
 from pathlib import Path
 
-from chain.flags import add_chain_flags, add_photo_flags, add_stage1_flags, stage1_options
 from multiview.run import main_guard
+from pipeline.flags import add_chain_flags, add_photo_flags, add_stage1_flags, stage1_options
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -28,13 +28,13 @@ def main() -> None:
     arguments = parse_arguments()
     from tqdm import tqdm
 
-    from chain.artifacts import load_stage1, load_stage2, resolve_chain
-    from chain.outputs import start_folder, write_gaussians, write_run, write_views
-    from chain.stages import paint_views, reconstruct
     from gslrm.model.filters import filter_gaussians
     from multiview.image import read_rgba, write_image
     from multiview.photo import prepare_photo
     from multiview.run import resolve_device
+    from pipeline.artifacts import load_stage1, load_stage2, resolve_chain
+    from pipeline.outputs import start_folder, write_gaussians, write_run, write_views
+    from pipeline.stages import paint_views, reconstruct
 
     device = resolve_device(arguments.device)
     photo = read_rgba(arguments.input_image)

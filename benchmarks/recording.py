@@ -35,7 +35,7 @@ class Import:
 
 
 def measure_import(render: Callable, *, frames: int, source_frames: int, video_width: int, workers: int) -> Table:
-    """render: as for `multiview.recording.write`. frames: of the recording, at the least: it is looped as a whole."""
+    """render: as for `recording.write`. frames: of the recording, at the least: it is looped as a whole."""
     with tempfile.TemporaryDirectory(prefix="benchmark_import_") as name:
         folder = Path(name)
         film(folder / "short", render, source_frames, video_width)
@@ -75,8 +75,8 @@ def to_table(
 
 def film(folder: Path, render: Callable, frames: int, video_width: int) -> None:
     """A clean recording, as `make_synthetic_mouse.py --as_recording` makes it by default."""
-    from multiview.recording.write import ARENA_REACH, load_real_rig, stand_in_arena, write_recording
-    from multiview.synthetic.motion import mouse_sequence
+    from recording.write import ARENA_REACH, load_real_rig, stand_in_arena, write_recording
+    from synthetic.motion import mouse_sequence
 
     calibration, arena = load_real_rig(width=video_width)
     clouds = mouse_sequence(0, frames, fps=25.0, arena_radius=ARENA_REACH)
@@ -102,8 +102,8 @@ def loop(source: Path, target: Path, times: int) -> None:
 
 def run_import(recording: Path, output: Path, frames: int, workers: int) -> Import:
     """What `scripts/process_mouse_data.py` does once it has started."""
-    from multiview.recording.process import process_recording
-    from multiview.recording.settings import ImportSettings
+    from recording.process import process_recording
+    from recording.settings import ImportSettings
 
     settings = ImportSettings(
         recording / "videos_undist", recording, output, num_samples=frames, image_size=512, workers=workers

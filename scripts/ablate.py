@@ -29,8 +29,8 @@ def main() -> None:
     arguments = parse_arguments()
     from dataclasses import asdict
 
-    from chain.ablation import check_cells, make_cells, prepare, read_spec, run_cells
-    from chain.effects import markdown, summarise
+    from evaluation.ablation import check_cells, make_cells, prepare, read_spec, run_cells
+    from evaluation.effects import markdown, summarise
     from multiview.checkpoint import atomic_write, write_json
     from multiview.run import git_hash
 

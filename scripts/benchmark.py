@@ -23,8 +23,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from chain.flags import positive
 from multiview.run import main_guard
+from pipeline.flags import positive
 
 DIFFUSION_PARTS = ("sampling", "diffusion_training")
 MODEL_PARTS = ("rasterizer", "gslrm", "tokens", "training", "rendering", *DIFFUSION_PARTS)

@@ -45,8 +45,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
-    from multiview.recording.quality.findings import GRADES
-    from multiview.recording.report import HTML_NAME, check_dataset
+    from recording.quality.findings import GRADES
+    from recording.report import HTML_NAME, check_dataset
 
     report = check_dataset(
         options.data, options.output_dir, rig=options.rig, num_samples=options.num_samples,

@@ -40,10 +40,10 @@ def film(options: argparse.Namespace, render):
     """Writes the recording; returns its calibration and clouds, plain ones before those with shining keypoints."""
     from dataclasses import replace
 
-    from multiview.recording.film import FilmConditions
-    from multiview.recording.round_trip import marked
-    from multiview.recording.write import ARENA_REACH, load_real_rig, stand_in_arena, write_recording
-    from multiview.synthetic.motion import mouse_sequence
+    from recording.film import FilmConditions
+    from recording.round_trip import marked
+    from recording.write import ARENA_REACH, load_real_rig, stand_in_arena, write_recording
+    from synthetic.motion import mouse_sequence
 
     calibration, arena = load_real_rig(width=options.video_width, lens=options.lens_distortion)
     clouds = [
@@ -71,8 +71,8 @@ def measure(options: argparse.Namespace, render, calibration, clouds: list, plai
 
     from multiview.image import composite
     from multiview.metrics import foreground_psnr, mask_iou
-    from multiview.recording.round_trip import direct_rendering, marker_errors, share_in_hull, to_sample
     from multiview.sample import read_sample
+    from recording.round_trip import direct_rendering, marker_errors, share_in_hull, to_sample
 
     with np.load(options.output_dir / "recording" / "truth.npz") as truth:
         surfaces = truth["surface"]
@@ -108,8 +108,8 @@ def draw(options: argparse.Namespace, calibration, sample, direct) -> None:
     import torch
 
     from multiview.image import composite, write_image
-    from multiview.recording.video import VideoReader, find_videos
     from multiview.sample import read_dataset_info
+    from recording.video import VideoReader, find_videos
 
     camera = read_dataset_info(options.output_dir / "data")["view_cameras"][options.view]
     with VideoReader(
@@ -154,8 +154,8 @@ def main(arguments: list[str] | None = None) -> None:
         raise ValueError(f"--output_dir {options.output_dir} is not empty; name a new folder")
     from make_synthetic_mouse import make_renderer
 
-    from multiview.recording.process import process_recording
-    from multiview.recording.settings import ImportSettings
+    from recording.process import process_recording
+    from recording.settings import ImportSettings
 
     render = make_renderer(options.device)
     calibration, clouds, plain = film(options, render)

@@ -23,8 +23,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from chain.flags import add_chain_flags, add_stage1_flags, positive, stage1_options
 from multiview.run import main_guard
+from pipeline.flags import add_chain_flags, add_stage1_flags, positive, stage1_options
 
 BASELINES = ("copy", "nearest", "hull", "six_views", "autoencoder")
 NOISE_SWEEPS = ("camera_noise_deg", "camera_noise_mm", "camera_noise_px", "num_input_views")
@@ -84,10 +84,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
-    from chain.artifacts import load_stage1, load_stage2, resolve_chain, resolve_stage2
     from multiview.rig import check_alignment
     from multiview.run import resolve_device
     from multiview.sample import read_dataset_info, read_split
+    from pipeline.artifacts import load_stage1, load_stage2, resolve_chain, resolve_stage2
 
     device = resolve_device(options.device)
     if options.stage == "2":
@@ -127,9 +127,9 @@ def load_lpips_if_there(device, notes: list[str]):
 def run_stage(options, artifacts, components, model, folders, lpips, device, notes: list[str]) -> None:
     from tqdm import tqdm
 
-    from chain.baselines import TrainingMice, describe
-    from chain.cost import memory_is_of
-    from chain.report import Album, Report
+    from evaluation.baselines import TrainingMice, describe
+    from evaluation.cost import memory_is_of
+    from evaluation.report import Album, Report
 
     training = None
     if "nearest" in options.baselines:
@@ -151,9 +151,9 @@ def run_stage(options, artifacts, components, model, folders, lpips, device, not
 
 def evaluate_sample(report, folder: Path, options, artifacts, components, model, training, lpips, device) -> None:
     """One mouse: the model, timed, then the baselines; what they give goes into the report."""
-    from chain.baselines import HULL_OF_PAINTED, NEAREST, hull_of_true, predict_baselines
-    from chain.cost import measure_cost
-    from chain.evaluation import (
+    from evaluation.baselines import HULL_OF_PAINTED, NEAREST, hull_of_true, predict_baselines
+    from evaluation.cost import measure_cost
+    from evaluation.evaluate import (
         OTHER_RIG_VIEWS,
         OWN,
         PAINTED,
@@ -167,10 +167,10 @@ def evaluate_sample(report, folder: Path, options, artifacts, components, model,
         side_shown,
         splits_of,
     )  # fmt: skip
-    from chain.report import picture_rows, quality_of
-    from chain.stages import reconstruct
+    from evaluation.report import picture_rows, quality_of
     from multiview.image import composite
     from multiview.sample import read_sample
+    from pipeline.stages import reconstruct
 
     stage, rig = options.stage, artifacts.rig
     size = components.image_size if components else model.config.image_tokenizer.image_size
@@ -215,11 +215,11 @@ def evaluate_sample(report, folder: Path, options, artifacts, components, model,
 def run_sweeps(options, artifacts, components, model, info: dict, folders, lpips, device, notes: list[str]) -> None:
     from tqdm import tqdm
 
-    from chain.evaluation import angle_from_input, paint, records_of, splits_of
-    from chain.plots import plot_sweep
-    from chain.stages import reconstruct
-    from chain.sweeps import find_world_units_per_mm, plan_sweeps, predict_levels
+    from evaluation.evaluate import angle_from_input, paint, records_of, splits_of
+    from evaluation.plots import plot_sweep
+    from evaluation.sweeps import find_world_units_per_mm, plan_sweeps, predict_levels
     from multiview.sample import read_sample
+    from pipeline.stages import reconstruct
 
     size, scale, rig = model.config.image_tokenizer.image_size, None, artifacts.rig
     if options.camera_noise_mm:
@@ -257,9 +257,9 @@ def run_sweeps(options, artifacts, components, model, info: dict, folders, lpips
 def write_sweeps(options, artifacts, sweeps: dict, records: list[dict], notes: list[str]) -> None:
     from dataclasses import asdict
 
-    from chain.evaluation import summarise
-    from chain.page import metrics_table
-    from chain.sweeps import FACTORS
+    from evaluation.evaluate import summarise
+    from evaluation.page import metrics_table
+    from evaluation.sweeps import FACTORS
     from multiview.checkpoint import atomic_write, write_json
 
     tables, summaries = [], {}

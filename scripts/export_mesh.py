@@ -9,8 +9,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from chain.flags import positive
 from multiview.run import main_guard
+from pipeline.flags import positive
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -15,8 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from chain.flags import positive
 from multiview.run import main_guard
+from pipeline.flags import positive
 
 
 def shard(text: str) -> tuple[int, int]:
@@ -82,8 +82,8 @@ def main() -> None:
     arguments = parse_arguments()
     from tqdm import tqdm
 
-    from chain.artifacts import load_stage1, resolve_stage1
-    from chain.synthetic import (
+    from pipeline.artifacts import load_stage1, resolve_stage1
+    from pipeline.dataset import (
         Painting,
         fingerprint,
         make_jobs,

@@ -102,7 +102,7 @@ def add_recording_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def calibration_formats(text: str) -> tuple[str, ...]:
-    """Formats of `multiview.recording.calibration.FORMATS`, parted by commas; colmap is the binary one."""
+    """Formats of `recording.calibration.FORMATS`, parted by commas; colmap is the binary one."""
     names = tuple("colmap_binary" if name == "colmap" else name for name in text.split(","))
     unknown = [name for name in names if name not in CALIBRATION_FORMATS]
     if unknown or len(set(names)) != len(names):
@@ -112,7 +112,7 @@ def calibration_formats(text: str) -> tuple[str, ...]:
 
 
 def make_renderer(device: str = "cpu"):
-    """The project's rasterizer behind `multiview.synthetic.dataset.Render`."""
+    """The project's rasterizer behind `synthetic.dataset.Render`."""
     import torch
 
     from gslrm.model.gaussians import Gaussians
@@ -152,7 +152,7 @@ def start_worker(options: argparse.Namespace) -> None:
     numba.set_num_threads(1)
     make_cloud = None
     if options.body_model is not None:
-        from multiview.synthetic.body_model import BodyModelMice
+        from synthetic.body_model import BodyModelMice
 
         make_cloud = BodyModelMice.load(options.body_model, options.body_model_poses)
     _worker.update(options=options, rig=load_rig(options.rig), render=make_renderer(options.device), cloud=make_cloud)
@@ -160,7 +160,7 @@ def start_worker(options: argparse.Namespace) -> None:
 
 def write_one(index: int) -> None:
     from multiview.sample import is_complete_sample, write_sample
-    from multiview.synthetic.dataset import make_sample, sample_name
+    from synthetic.dataset import make_sample, sample_name
 
     options = _worker["options"]
     folder = options.output_dir / sample_name(index)
@@ -178,9 +178,9 @@ def write_one(index: int) -> None:
 def write_raw_recording(options: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    from multiview.recording.film import FilmConditions
-    from multiview.recording.write import ARENA_REACH, load_real_rig, stand_in_arena, write_recording
-    from multiview.synthetic.motion import mouse_sequence
+    from recording.film import FilmConditions
+    from recording.write import ARENA_REACH, load_real_rig, stand_in_arena, write_recording
+    from synthetic.motion import mouse_sequence
 
     if options.output_dir.exists() and any(options.output_dir.iterdir()):
         raise ValueError(f"--output_dir {options.output_dir} is not empty; a recording is written into a new folder")
@@ -214,7 +214,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     from multiview.rig import load_rig
     from multiview.sample import open_dataset
-    from multiview.synthetic.dataset import write_splits
+    from synthetic.dataset import write_splits
 
     for name in ("body_model", "body_model_poses"):
         path = getattr(options, name)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from chain.flags import add_chain_flags, positive
 from multiview.run import main_guard
+from pipeline.flags import add_chain_flags, positive
 
 TERMS = ("mask", "colour", "score", "mask_iou")
 DAMAGES = (
@@ -107,11 +107,11 @@ def paint(arguments, samples: list) -> list[dict]:
     """The consistency of what Stage 1 paints from each sample's reference view."""
     from tqdm import tqdm
 
-    from chain.artifacts import load_stage1, resolve_chain
-    from chain.stages import paint_views
     from multiview.consistency import view_consistency
     from multiview.image import resize_rgba
     from multiview.run import resolve_device
+    from pipeline.artifacts import load_stage1, resolve_chain
+    from pipeline.stages import paint_views
 
     artifacts = resolve_chain(
         rig=arguments.rig, unet=arguments.mvdiffusion_checkpoint, gslrm=arguments.checkpoint,

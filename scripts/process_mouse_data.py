@@ -129,8 +129,8 @@ def shard(text: str) -> tuple[int, int]:
 
 
 def look_at_calibration(options: argparse.Namespace) -> None:
-    from multiview.recording.calibration import find_calibration
-    from multiview.recording.check import check_calibration
+    from recording.calibration import find_calibration
+    from recording.check import check_calibration
 
     path = options.calibration or find_calibration(options.meta_dir)
     video_dir = options.video_dir
@@ -143,8 +143,8 @@ def main(arguments: list[str] | None = None) -> None:
         return look_at_calibration(options)
     for name in ("check", "check_points", "check_output"):
         delattr(options, name)
-    from multiview.recording.process import process_recording
-    from multiview.recording.settings import ImportSettings
+    from recording.process import process_recording
+    from recording.settings import ImportSettings
 
     report = process_recording(ImportSettings(**vars(options)), say=print)
     if report is None:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from chain.flags import positive
 from multiview.run import main_guard
+from pipeline.flags import positive
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -52,10 +52,10 @@ def render_cameras(gaussians, arguments: argparse.Namespace) -> None:
     """One picture per camera, and the maps and the sheet asked for."""
     import torch
 
-    from chain.outputs import contact_sheet, depth_pictures, write_alpha, write_depth
     from gslrm.model.gaussians_renderer import render
     from multiview.cameras import read_cameras
     from multiview.image import BACKGROUNDS, write_image
+    from pipeline.outputs import contact_sheet, depth_pictures, write_alpha, write_depth
 
     folder, cameras = arguments.output_dir, read_cameras(arguments.cameras).to(gaussians.device)
     folder.mkdir(parents=True, exist_ok=True)

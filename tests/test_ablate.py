@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from mvdiffusion_tiny import UNET, prepare
 
-from chain.ablation import check_cells, make_cells, read_spec, run_cells
-from chain.effects import effects, markdown, summarise
+from evaluation.ablation import check_cells, make_cells, read_spec, run_cells
+from evaluation.effects import effects, markdown, summarise
 
 ROOT = Path(__file__).resolve().parent.parent
 METRIC = "guidance_1/consistency"

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 
-from multiview.recording.calibration import (
+from recording.calibration import (
     FORMATS,
     Calibration,
     find_calibration,
@@ -18,8 +18,8 @@ from multiview.recording.calibration import (
     read_dannce_labels,
     write_calibration,
 )
-from multiview.recording.calibration.model import distort, undistort, valid_radius
-from multiview.recording.write import load_real_rig
+from recording.calibration.model import distort, undistort, valid_radius
+from recording.write import load_real_rig
 
 HOLDS = {  # format -> can it hold lens distortion, skew
     "mammal": (False, True), "dannce": (True, True), "anipose": (True, True), "transforms": (True, False),

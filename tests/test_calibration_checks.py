@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from multiview.cameras import Cameras
-from multiview.recording.calibration import (
+from multiview.rig import load_rig
+from recording.calibration import (
     Calibration,
     check_body_length,
     find_calibration,
@@ -21,12 +22,11 @@ from multiview.recording.calibration import (
     write_calibration,
     write_mammal_pickle,
 )
-from multiview.recording.calibration.checks import READINGS
-from multiview.recording.calibration.dannce import write_dannce_mat
-from multiview.recording.check import check_calibration, read_points
-from multiview.recording.misfit import check_belongs, check_silhouettes, explain_misfit, ray_misfit, suspect_mirrored
-from multiview.recording.write import load_real_rig
-from multiview.rig import load_rig
+from recording.calibration.checks import READINGS
+from recording.calibration.dannce import write_dannce_mat
+from recording.check import check_calibration, read_points
+from recording.misfit import check_belongs, check_silhouettes, explain_misfit, ray_misfit, suspect_mirrored
+from recording.write import load_real_rig
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -307,7 +307,7 @@ def test_check_draws_and_reprojects_a_label_files_own_labels(tmp_path, points):
     assert report["points"]["rms_px"] < 1e-9 and [row["seen"] for row in report["points"]["cameras"]] == [11] * 6
     assert report["mean_distance"] == pytest.approx(312, abs=2) and report["unit"] == "mm"
     for index, row in enumerate(report["cameras"]):  # each camera's number is drawn in a colour of its own
-        from multiview.recording.check_picture import CAMERA_COLOURS
+        from recording.check_picture import CAMERA_COLOURS
 
         assert (picture == CAMERA_COLOURS[index]).all(axis=-1).sum() > 50, row
 
@@ -341,7 +341,7 @@ def test_check_draws_a_wrong_calibration_before_it_refuses(tmp_path, real):
 def test_the_script_knows_every_format():
     import importlib.util
 
-    from multiview.recording.calibration import FORMATS
+    from recording.calibration import FORMATS
 
     spec = importlib.util.spec_from_file_location("make", ROOT / "scripts" / "make_synthetic_mouse.py")
     script = importlib.util.module_from_spec(spec)

@@ -11,12 +11,12 @@ import pytest
 import torch
 from chain_tiny import prepare_chain, write_gslrm, write_unet
 
-from chain.artifacts import resolve_chain
 from gslrm.model.ply import load_ply
 from multiview.image import read_rgba, write_image
 from multiview.rig import RigMismatchError, load_rig
 from multiview.sample import read_sample, read_split
 from mvdiffusion.prompts import write_prompt_embeds
+from pipeline.artifacts import resolve_chain
 
 ROOT = Path(__file__).resolve().parent.parent
 

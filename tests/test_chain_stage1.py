@@ -10,9 +10,6 @@ import torch
 from chain_tiny import prepare_chain, write_gslrm
 from mvdiffusion_tiny import UNET
 
-from chain.artifacts import Stage1Options, load_stage1, load_stage2, resolve_chain
-from chain.flags import add_stage1_flags, stage1_options
-from chain.stages import paint_views, reconstruct
 from gslrm.model.gaussians_renderer import render
 from multiview.cameras import Cameras
 from multiview.consistency import view_consistency
@@ -21,6 +18,9 @@ from multiview.sample import read_sample, read_split
 from mvdiffusion.checkpoints import Sampling, save_sampling
 from mvdiffusion.models.unet import create_unet, save_unet
 from mvdiffusion.prompts import write_prompt_embeds
+from pipeline.artifacts import Stage1Options, load_stage1, load_stage2, resolve_chain
+from pipeline.flags import add_stage1_flags, stage1_options
+from pipeline.stages import paint_views, reconstruct
 
 
 @pytest.fixture(scope="module")

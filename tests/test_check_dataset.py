@@ -13,15 +13,15 @@ import torch
 import torch.nn.functional as F
 
 from multiview.cameras import Cameras
-from multiview.recording.quality.dataset import find_samples, measure_folders
-from multiview.recording.quality.diagnose import adjust
-from multiview.recording.quality.findings import FAULTS, dataset_findings, grade
-from multiview.recording.quality.measure import measure_sample
-from multiview.recording.quality.summary import outlines, summarise
-from multiview.recording.quality.tangency import Views, disagreement, outline, pairs, rms, rms_per_view
-from multiview.recording.report import check_dataset
 from multiview.rig import load_rig
 from multiview.sample import Sample, read_sample, read_split, write_dataset_info, write_sample, write_split
+from recording.quality.dataset import find_samples, measure_folders
+from recording.quality.diagnose import adjust
+from recording.quality.findings import FAULTS, dataset_findings, grade
+from recording.quality.measure import measure_sample
+from recording.quality.summary import outlines, summarise
+from recording.quality.tangency import Views, disagreement, outline, pairs, rms, rms_per_view
+from recording.report import check_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "data_mouse"

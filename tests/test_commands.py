@@ -25,7 +25,10 @@ from mvdiffusion.models.unet import create_unet, save_unet
 from mvdiffusion.prompts import load_prompt_embeds
 
 ROOT = Path(__file__).resolve().parent.parent
-CODE = ("multiview", "mvdiffusion", "gslrm", "chain", "scripts", "configs", "examples")
+CODE = (
+    "multiview", "mvdiffusion", "gslrm", "pipeline", "evaluation", "recording", "synthetic", "scripts", "configs",
+    "examples",
+)
 FILES = (
     "train_diffusion.py", "train_gslrm.py", "inference_mouse.py", "test_full_pipeline.py", "setup_mouse_env.sh",
     "requirements.txt", "requirements-extra.txt",

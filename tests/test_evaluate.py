@@ -9,12 +9,12 @@ import pytest
 import torch
 from chain_tiny import write_gslrm
 
-import chain.evaluation
+import evaluation.evaluate
 from benchmarks.scenes import trained_like
-from chain.evaluation import NOVEL, OTHER_RIG_VIEWS, RIG_VIEWS, Prediction, measure, splits_of, summarise
-from chain.page import metrics_table
-from chain.plots import plot_sweep
-from chain.sweeps import Level, find_world_units_per_mm, plan_sweeps, predict_levels, spread_views
+from evaluation.evaluate import NOVEL, OTHER_RIG_VIEWS, RIG_VIEWS, Prediction, measure, splits_of, summarise
+from evaluation.page import metrics_table
+from evaluation.plots import plot_sweep
+from evaluation.sweeps import Level, find_world_units_per_mm, plan_sweeps, predict_levels, spread_views
 from multiview.cameras import Cameras
 from multiview.image import read_rgba
 from multiview.rig import load_rig
@@ -49,7 +49,7 @@ def told(monkeypatch):
         given.append(views)
         return trained_like(200)
 
-    monkeypatch.setattr(chain.evaluation, "reconstruct", reconstruct)
+    monkeypatch.setattr(evaluation.evaluate, "reconstruct", reconstruct)
     return given
 
 

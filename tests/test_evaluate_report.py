@@ -14,7 +14,7 @@ import pytest
 import torch
 from chain_tiny import write_gslrm
 
-from chain.baselines import (
+from evaluation.baselines import (
     NAMES,
     TrainingMice,
     copy_input,
@@ -24,8 +24,8 @@ from chain.baselines import (
     predict_hull,
     show_hull,
 )
-from chain.cost import measure_cost
-from chain.evaluation import (
+from evaluation.cost import measure_cost
+from evaluation.evaluate import (
     DIRECTIONS,
     NOVEL,
     OTHER_RIG_VIEWS,
@@ -39,13 +39,13 @@ from chain.evaluation import (
     side_shown,
     splits_of,
 )
-from chain.page import Table, picture_html, write_page
-from chain.report import Album, Report, picture_rows, sheet
-from chain.stages import PosedViews, views_of_sample
+from evaluation.page import Table, picture_html, write_page
+from evaluation.report import Album, Report, picture_rows, sheet
 from multiview.cameras import Cameras
 from multiview.image import composite
 from multiview.rig import RigMismatchError, load_rig
 from multiview.sample import Sample, write_dataset_info, write_sample, write_split
+from pipeline.stages import PosedViews, views_of_sample
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -182,18 +182,19 @@ def test_nearest_training_mouse_is_like_the_input_and_held_out(tmp_path):
 
 @pytest.mark.parametrize("stage", ["1", "2", "full"])
 def test_baselines_say_what_they_were_given_and_keep_to_unseen_views(stage, tmp_path, monkeypatch):
-    import chain.baselines
+    import evaluation.baselines
 
     sample = ball(1)
     views = views_of_sample(sample.rgba[:6], sample.cameras[:6])
     training = TrainingMice.read(dataset(tmp_path, {"a": ball(0)}), RIG, [])
-    monkeypatch.setattr(chain.baselines, "reconstruct_sample", lambda *a: "gaussians")
+    monkeypatch.setattr(evaluation.baselines, "reconstruct_sample", lambda *a: "gaussians")
     monkeypatch.setattr(
-        chain.baselines, "predict_gaussians", lambda made, sample, splits, device: dict.fromkeys(splits, made)
+        evaluation.baselines, "predict_gaussians", lambda made, sample, splits, device: dict.fromkeys(splits, made)
     )
     names = ("copy", "nearest", "hull", "six_views", "autoencoder")
     painted = None if stage == "2" else views
-    monkeypatch.setattr(chain.baselines, "predict_autoencoder", lambda parts, sample, splits: dict.fromkeys(splits))
+    nothing = lambda parts, sample, splits: dict.fromkeys(splits)  # noqa: E731
+    monkeypatch.setattr(evaluation.baselines, "predict_autoencoder", nothing)
     given = {"painted": painted, "training": training, "components": None, "model": None, "device": CPU}
     found = predict_baselines(stage, names, sample, splits_of(stage, sample, RIG), RIG, **given)
     assert set(found) == set(describe(stage, names, training)) and len(found) == {"1": 3, "2": 3, "full": 5}[stage]

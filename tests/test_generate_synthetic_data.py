@@ -11,18 +11,6 @@ import torch
 from chain_tiny import write_unet
 from mvdiffusion_tiny import SIZE, prepare
 
-from chain.artifacts import load_stage1, resolve_stage1
-from chain.stages import paint_views
-from chain.synthetic import (
-    Painting,
-    check_reference,
-    make_jobs,
-    paint_samples,
-    pending_batches,
-    with_true_views,
-    write_batch,
-    write_list,
-)
 from multiview.cameras import Cameras
 from multiview.rig import RigMismatchError, View, load_rig
 from multiview.sample import (
@@ -35,6 +23,18 @@ from multiview.sample import (
     write_sample,
     write_split,
 )
+from pipeline.artifacts import load_stage1, resolve_stage1
+from pipeline.dataset import (
+    Painting,
+    check_reference,
+    make_jobs,
+    paint_samples,
+    pending_batches,
+    with_true_views,
+    write_batch,
+    write_list,
+)
+from pipeline.stages import paint_views
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -11,9 +11,10 @@ import pytest
 from filmed_spheres import silhouettes, spheres
 from PIL import Image
 
-from multiview.recording.analysis import Analysis
-from multiview.recording.calibration import Calibration
-from multiview.recording.centre import (
+from multiview.rig import load_rig
+from recording.analysis import Analysis
+from recording.calibration import Calibration
+from recording.centre import (
     floor_up,
     headings_deg,
     hull_place,
@@ -23,18 +24,17 @@ from multiview.recording.centre import (
     trunk_centres,
     turn_to_z,
 )
-from multiview.recording.geometry import make_plan, place
-from multiview.recording.masks import clean_mask, measure_mask
-from multiview.recording.output import MaskTrack, sample_name
-from multiview.recording.png import PngEncoder
-from multiview.recording.process import plan_dataset
-from multiview.recording.rectify import Cutout, rectify
-from multiview.recording.settings import ImportSettings
-from multiview.recording.splits import split_blocks, split_random
-from multiview.recording.streams import _shares, run_streams
-from multiview.recording.tracks import read_track, record_track
-from multiview.recording.write import load_real_rig
-from multiview.rig import load_rig
+from recording.geometry import make_plan, place
+from recording.masks import clean_mask, measure_mask
+from recording.output import MaskTrack, sample_name
+from recording.png import PngEncoder
+from recording.process import plan_dataset
+from recording.rectify import Cutout, rectify
+from recording.settings import ImportSettings
+from recording.splits import split_blocks, split_random
+from recording.streams import _shares, run_streams
+from recording.tracks import read_track, record_track
+from recording.write import load_real_rig
 
 LENS = np.array([-0.15, 0.2, 0.001, -0.004, 0.0])
 
@@ -137,7 +137,7 @@ def test_up_is_found_from_the_floor_and_from_the_cameras(small):
 
 @pytest.mark.parametrize("rule", ["pca", "motion"])
 def test_heading_is_one_way_round_for_a_whole_run(small, rule):
-    from multiview.recording.centre import HullPlace
+    from recording.centre import HullPlace
 
     rng = np.random.default_rng(2)
     true = np.cumsum(rng.normal(0, 6, 50)) + 100

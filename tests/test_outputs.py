@@ -11,8 +11,6 @@ import pytest
 import torch
 from PIL import Image
 
-from chain.outputs import contact_sheet, depth_pictures, start_folder, write_alpha, write_depth, write_extras
-from chain.stages import PosedViews
 from gslrm.model import mesh
 from gslrm.model.export import FORMATS
 from gslrm.model.gaussians_renderer import render
@@ -21,6 +19,8 @@ from multiview.cameras import Cameras
 from multiview.checkpoint import write_json
 from multiview.image import read_rgba
 from multiview.sample import DEPTH_UNIT
+from pipeline.outputs import contact_sheet, depth_pictures, start_folder, write_alpha, write_depth, write_extras
+from pipeline.stages import PosedViews
 from tests.test_mesh import sphere
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from multiview.cameras import Cameras
-from multiview.recording.calibration import Calibration
-from multiview.recording.centre import triangulate
-from multiview.recording.geometry import (
+from multiview.rig import load_rig
+from recording.calibration import Calibration
+from recording.centre import triangulate
+from recording.geometry import (
     assign_views,
     directions_from,
     label_error,
@@ -19,12 +20,11 @@ from multiview.recording.geometry import (
     mask_extents,
     place,
 )
-from multiview.recording.masks import Silhouette, _largest_part, _plainly_largest, clean_mask, measure_mask
-from multiview.recording.rectify import rectify
-from multiview.recording.splits import split_blocks
-from multiview.recording.video import VideoReader, check_videos, find_videos, probe
-from multiview.recording.write import load_real_rig, video_writer
-from multiview.rig import load_rig
+from recording.masks import Silhouette, _largest_part, _plainly_largest, clean_mask, measure_mask
+from recording.rectify import rectify
+from recording.splits import split_blocks
+from recording.video import VideoReader, check_videos, find_videos, probe
+from recording.write import load_real_rig, video_writer
 
 MOUSE6 = load_rig("mouse6")
 

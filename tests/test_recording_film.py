@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from multiview.recording.film import SURFACE_POINTS, Film, FilmConditions, Truth, has_lens
-from multiview.recording.write import load_real_rig
-from multiview.synthetic.cloud import KEYPOINT_NAMES, SplatCloud
+from recording.film import SURFACE_POINTS, Film, FilmConditions, Truth, has_lens
+from recording.write import load_real_rig
+from synthetic.cloud import KEYPOINT_NAMES, SplatCloud
 
 WIDTH = 192
 

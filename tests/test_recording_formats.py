@@ -9,14 +9,14 @@ from round_trip import load_script
 
 from multiview.image import composite
 from multiview.metrics import foreground_psnr, mask_iou
-from multiview.recording.calibration import FORMATS, write_calibration
-from multiview.recording.film import FilmConditions
-from multiview.recording.process import process_recording
-from multiview.recording.round_trip import direct_rendering, marked, marker_errors, share_in_hull
-from multiview.recording.settings import ImportSettings
-from multiview.recording.write import ARENA_REACH, load_real_rig, stand_in_arena, write_recording
 from multiview.sample import read_sample
-from multiview.synthetic.motion import mouse_sequence
+from recording.calibration import FORMATS, write_calibration
+from recording.film import FilmConditions
+from recording.process import process_recording
+from recording.round_trip import direct_rendering, marked, marker_errors, share_in_hull
+from recording.settings import ImportSettings
+from recording.write import ARENA_REACH, load_real_rig, stand_in_arena, write_recording
+from synthetic.motion import mouse_sequence
 
 WIDTH, SIZE = 576, 192  # half of the real photographs' width: two of their pixels make one of the picture's
 BLACK = FilmConditions(background=0.0)

@@ -13,14 +13,14 @@ from round_trip import load_script
 
 from multiview.image import composite
 from multiview.metrics import foreground_psnr, mask_iou
-from multiview.recording.film import FilmConditions
-from multiview.recording.process import process_recording
-from multiview.recording.round_trip import recording_cameras
-from multiview.recording.settings import ImportSettings
-from multiview.recording.write import ARENA_REACH, load_real_rig, stand_in_arena, write_recording
 from multiview.rig import RigMismatchError, check_alignment, load_rig
 from multiview.sample import read_dataset_info, read_sample, read_split
-from multiview.synthetic.motion import mouse_sequence
+from recording.film import FilmConditions
+from recording.process import process_recording
+from recording.round_trip import recording_cameras
+from recording.settings import ImportSettings
+from recording.write import ARENA_REACH, load_real_rig, stand_in_arena, write_recording
+from synthetic.motion import mouse_sequence
 
 ROOT = Path(__file__).resolve().parent.parent
 NUM_FRAMES, WIDTH, SIZE = 6, 384, 256  # a photograph's pixel is about one of the picture's
@@ -169,7 +169,7 @@ def test_lists_are_relative_and_nothing_names_a_machine(dataset, recording):
 
 
 def test_empty_mask_is_an_error_that_can_be_skipped(recording, clouds, tmp_path, render):
-    from multiview.recording.write import video_writer
+    from recording.write import video_writer
 
     broken = tmp_path / "broken"
     (broken / "masks").mkdir(parents=True)

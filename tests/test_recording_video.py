@@ -7,7 +7,7 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 
-from multiview.recording.video import PLANAR_FORMATS, VideoReader, probe
+from recording.video import PLANAR_FORMATS, VideoReader, probe
 
 COUNT, WIDTH, HEIGHT = 3, 198, 142
 BT709 = ("-colorspace", "bt709", "-vf", "scale=out_color_matrix=bt709")

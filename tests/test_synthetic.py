@@ -9,15 +9,15 @@ import torch
 
 from multiview.rig import load_rig
 from multiview.sample import read_dataset_info, read_sample, read_split
-from multiview.synthetic.body import MouseShape
-from multiview.synthetic.body_model import BODY_KEYS, BodyModel, BodyModelMice, rotation_from_vector
-from multiview.synthetic.cloud import BODY_LENGTH, KEYPOINT_NAMES, quats_from_frames
-from multiview.synthetic.coat import COATS, random_coat
-from multiview.synthetic.dataset import make_sample, novel_cameras, split_indices
-from multiview.synthetic.motion import mouse_sequence
-from multiview.synthetic.pose import POSES, random_pose, rest_pose
-from multiview.synthetic.scene import build_cloud, make_mouse, random_light
-from multiview.synthetic.skeleton import solve
+from synthetic.body import MouseShape
+from synthetic.body_model import BODY_KEYS, BodyModel, BodyModelMice, rotation_from_vector
+from synthetic.cloud import BODY_LENGTH, KEYPOINT_NAMES, quats_from_frames
+from synthetic.coat import COATS, random_coat
+from synthetic.dataset import make_sample, novel_cameras, split_indices
+from synthetic.motion import mouse_sequence
+from synthetic.pose import POSES, random_pose, rest_pose
+from synthetic.scene import build_cloud, make_mouse, random_light
+from synthetic.skeleton import solve
 
 SIZE = 96
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "make_synthetic_mouse.py"

@@ -10,9 +10,9 @@ import torch
 
 from multiview.rig import load_rig
 from multiview.sample import read_dataset_info, read_sample
-from multiview.synthetic import photograph as photo
-from multiview.synthetic.dataset import is_photographic, make_sample
-from multiview.synthetic.scene import laboratory_light, make_mouse
+from synthetic import photograph as photo
+from synthetic.dataset import is_photographic, make_sample
+from synthetic.scene import laboratory_light, make_mouse
 
 SIZE = 96
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"

@@ -1,0 +1,1 @@
+"""Measures the stages and the pipeline, beside baselines."""
