@@ -15,9 +15,9 @@ ALLOWED_IMPORTS = {  # package -> the packages that it may import; entry scripts
     "mvdiffusion": {"multiview"},
     "gslrm": {"multiview"},
     "recording": {"multiview"},
-    "synthetic": {"multiview", "mvdiffusion", "gslrm"},
+    "synthetic": {"multiview", "recording"},
     "pipeline": {"multiview", "mvdiffusion", "gslrm"},
-    "evaluation": {"multiview", "mvdiffusion", "gslrm", "pipeline", "synthetic"},
+    "evaluation": {"multiview", "mvdiffusion", "gslrm", "pipeline", "recording", "synthetic"},
     "benchmarks": {"multiview", "gslrm", "recording", "synthetic"},
 }
 HOMES = {  # library -> the only places that may import it
