@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from multiview.checkpoint import write_json
+from multiview.files import write_json
 from multiview.run import REPOSITORY
 
 log = logging.getLogger(__name__)

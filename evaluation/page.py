@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from evaluation.evaluate import metric_names, summarise
-from multiview.checkpoint import atomic_write
+from multiview.files import atomic_write
 from multiview.image import to_uint8
 
 SHEET_WIDTH = 1280  # pixels of an embedded contact sheet; wider ones are reduced

@@ -6,7 +6,7 @@ import statistics
 from pathlib import Path
 
 from evaluation.sweeps import FACTORS
-from multiview.checkpoint import atomic_write
+from multiview.files import atomic_write
 
 PANELS = (("foreground_psnr", "foreground PSNR, dB"), ("mask_iou", "mask IoU"))
 ANGLE_STEP_DEG = 30

@@ -22,7 +22,7 @@ from evaluation.page import (
     summary_table,
     write_page,
 )
-from multiview.checkpoint import atomic_write, write_json
+from multiview.files import atomic_write, write_json
 from multiview.image import composite, grid, write_image
 
 if TYPE_CHECKING:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from gslrm.config import AdaptationConfig
-from multiview.checkpoint import atomic_folder, load_strict, stamp_rig
+from multiview.checkpoint import load_strict, stamp_rig
+from multiview.files import atomic_folder
 from multiview.rig import ViewRig
 
 log = logging.getLogger(__name__)

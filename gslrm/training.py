@@ -36,8 +36,8 @@ from gslrm.state import (
     update,
 )
 from gslrm.validation import Batch, picture_metrics, prepare, run_model, validate
-from multiview.checkpoint import full_disk_explained
 from multiview.config import config_to_dict
+from multiview.files import full_disk_explained
 from multiview.image import grid
 from multiview.rig import ViewRig, check_alignment, load_rig
 from multiview.run import Distributed, RunFolder, WandbOptions, resolve_device, seed_everything

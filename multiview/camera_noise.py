@@ -9,9 +9,8 @@ import math
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
-from multiview.cameras import Cameras
+from multiview.cameras import Cameras, axis_rotation
 
 
 def perturb(
@@ -38,12 +37,3 @@ def perturb(
     fxfycxcy = cameras.fxfycxcy.double().clone()
     fxfycxcy[..., 2:] += pixels * offset
     return replace(cameras, c2w=c2w.to(cameras.c2w), fxfycxcy=fxfycxcy.to(cameras.fxfycxcy))
-
-
-def axis_rotation(axis: Tensor, angle: Tensor) -> Tensor:
-    """Rotation matrices [..., 3, 3] about `axis` [..., 3] (any length but 0) by `angle` [...] radians (Rodrigues)."""
-    x, y, z = torch.nn.functional.normalize(axis, dim=-1).unbind(-1)
-    zero = torch.zeros_like(x)
-    cross = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], dim=-1).unflatten(-1, (3, 3))
-    sine, cosine = angle.sin()[..., None, None], angle.cos()[..., None, None]
-    return torch.eye(3, dtype=axis.dtype, device=axis.device) + sine * cross + (1.0 - cosine) * cross @ cross

@@ -91,11 +91,8 @@ class Cameras:
 
         azimuth_deg, elevation_deg: [...]; distance: scalar or [...]; computed in float64, returned as float32.
         """
-        azimuth, elevation = torch.deg2rad(azimuth_deg.double()), torch.deg2rad(elevation_deg.double())
-        direction = torch.stack(
-            [-azimuth.sin() * elevation.cos(), -azimuth.cos() * elevation.cos(), elevation.sin()], dim=-1
-        )
-        eye = direction * torch.as_tensor(distance, dtype=torch.float64)[..., None]
+        eye = direction(azimuth_deg.double(), elevation_deg.double())
+        eye = eye * torch.as_tensor(distance, dtype=torch.float64)[..., None]
         focal = focal_over_width * size
         fxfycxcy = torch.tensor([focal, focal, size / 2, size / 2], dtype=torch.float64)
         cameras = Cameras.look_at(eye, torch.zeros(3, dtype=torch.float64), fxfycxcy, size, size)
@@ -262,6 +259,31 @@ def invert_rigid(matrix: Tensor) -> Tensor:
     inverse[..., :3, 3] = -(rotation.mT @ translation[..., None])[..., 0]
     inverse[..., 3, 3] = 1.0
     return inverse
+
+
+def direction(azimuth_deg: Tensor, elevation_deg: Tensor) -> Tensor:
+    """Returns unit vectors [..., 3] from the world origin: azimuth 0 is -y, 90 is -x (clockwise seen from above)."""
+    azimuth, elevation = torch.deg2rad(azimuth_deg), torch.deg2rad(elevation_deg)
+    return torch.stack([-azimuth.sin() * elevation.cos(), -azimuth.cos() * elevation.cos(), elevation.sin()], dim=-1)
+
+
+def axis_rotation(axis: Tensor, angle: Tensor) -> Tensor:
+    """Returns rotations [..., 3, 3] about `axis` [..., 3] (any length but 0) by `angle` [...] radians (Rodrigues)."""
+    x, y, z = torch.nn.functional.normalize(axis, dim=-1).unbind(-1)
+    zero = torch.zeros_like(x)
+    cross = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], dim=-1).unflatten(-1, (3, 3))
+    sine, cosine = angle.sin()[..., None, None], angle.cos()[..., None, None]
+    return torch.eye(3, dtype=axis.dtype, device=axis.device) + sine * cross + (1.0 - cosine) * cross @ cross
+
+
+def nearest_point(origins: Tensor, directions: Tensor) -> Tensor:
+    """Returns the points [..., 3] nearest to lines, in the least-squares sense of their distances.
+
+    origins: [..., n, 3]. directions: [..., n, 3], unit. Parallel lines: the point of least norm, as lstsq gives it.
+    """
+    across = torch.eye(3).to(directions) - directions[..., :, None] * directions[..., None, :]  # off the line
+    wanted = (across @ origins[..., None]).sum(-3)
+    return (torch.linalg.pinv(across.sum(-3), hermitian=True) @ wanted)[..., 0]
 
 
 def read_cameras(path: Path | str) -> Cameras:

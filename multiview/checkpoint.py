@@ -1,20 +1,17 @@
-"""Files that appear whole or not at all, strict loading, rotation, and the rig stamped into a folder."""
+"""Checkpoint files: written whole, loaded strictly, rotated; and the rig stamped beside weights."""
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
-import os
 import pickle
 import re
 import shutil
-import stat
-import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from multiview.files import atomic_write, full_disk_explained, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -24,100 +21,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 RIG_FILE = "rig.json"
-OS_ERROR = re.compile(r"\(os error (\d+)\)")
-NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # disk full, quota reached, file larger than allowed
-
-
-@contextmanager
-def atomic_write(path: Path | str) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; renamed over it on success, removed on failure."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb") as handle:
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def atomic_folder(path: Path | str) -> Iterator[Path]:
-    """Yields a temporary folder beside `path`, renamed to it on success. An existing `path` is replaced last.
-
-    Who may read the folder may read its files: safetensors keeps those it writes for their owner alone.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    temporary.mkdir()
-    try:
-        yield temporary
-        _permit_as(temporary)
-        if path.exists():
-            old = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old")
-            os.replace(path, old)
-            os.replace(temporary, path)
-            shutil.rmtree(old)
-        else:
-            os.replace(temporary, path)
-    finally:
-        if temporary.exists():
-            shutil.rmtree(temporary)
-
-
-def _permit_as(folder: Path) -> None:
-    """Gives every file in `folder` the folder's own permissions to read and write."""
-    allowed = folder.stat().st_mode & 0o666
-    for path in folder.rglob("*"):
-        mode = path.lstat().st_mode
-        if stat.S_ISREG(mode) and mode | allowed != mode:
-            path.chmod(mode | allowed)
-
-
-@contextmanager
-def full_disk_explained(path: Path | str, needed_bytes: int = 0) -> Iterator[None]:
-    """Turns a full disk (or quota) while writing `path` into a ValueError that says what is missing and what to do."""
-    try:
-        yield
-    except _write_errors() as error:
-        reason = _no_space(error)
-        if reason is None:
-            raise
-        path = Path(path).absolute()
-        free = shutil.disk_usage(next(folder for folder in path.parents if folder.exists())).free
-        needed = f"needs {needed_bytes / 1e6:.1f} MB, " if needed_bytes else ""
-        raise ValueError(
-            f"cannot write {path}: {reason} ({needed}{free / 1e6:.1f} MB free on that disk). Files written "
-            "before are whole and untouched. Make room or choose another folder, then repeat the command: a training "
-            "run resumes from its newest checkpoint"
-        ) from error
-
-
-def _write_errors() -> tuple[type[BaseException], ...]:
-    """What torch, safetensors and the system raise when they cannot write; asked for only once something was raised."""
-    from safetensors import SafetensorError
-
-    return OSError, RuntimeError, SafetensorError
-
-
-def _no_space(error: BaseException | None) -> str | None:
-    """What the system said if it had no room for a file, else None."""
-    while error is not None:
-        told = OS_ERROR.search(str(error))  # safetensors gives the number in its text
-        number = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
-        if number in NO_SPACE:
-            return os.strerror(number)
-        error = error.__context__  # torch.save reports an error of its own over the system's
-    return None
-
-
-def write_json(path: Path | str, content: object) -> None:
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
-
 
 # ---- single-file checkpoints ------------------------------------------------------------------------------------
 

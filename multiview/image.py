@@ -17,7 +17,7 @@ from einops import rearrange
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from multiview.checkpoint import atomic_write
+from multiview.files import atomic_write
 
 BACKGROUNDS = {"white": 1.0, "gray": 0.5, "black": 0.0}
 # Luminance and two chroma axes (NTSC YIQ): hue turns, and saturation stretches, the chroma plane about grey.

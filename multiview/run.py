@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from multiview.checkpoint import write_json
+from multiview.files import write_json
 
 if TYPE_CHECKING:
     import torch
@@ -202,7 +202,7 @@ class RunFolder:
                     kept.append(line)
             except json.JSONDecodeError:
                 continue  # the last line of a killed run may be cut
-        from multiview.checkpoint import atomic_write
+        from multiview.files import atomic_write
 
         with atomic_write(path) as temporary:
             temporary.write_text("".join(line + "\n" for line in kept))

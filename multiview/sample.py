@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from multiview.cameras import Cameras
-from multiview.checkpoint import atomic_folder, atomic_write, write_json
+from multiview.files import atomic_folder, atomic_write, write_json
 from multiview.image import read_rgba, resize_rgba, write_image
 from multiview.rig import ViewRig
 

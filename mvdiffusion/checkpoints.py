@@ -17,15 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from multiview.checkpoint import (
-    atomic_folder,
-    atomic_write,
-    full_disk_explained,
-    load_checkpoint,
-    rotate_checkpoints,
-    step_of,
-    write_json,
-)
+from multiview.checkpoint import load_checkpoint, rotate_checkpoints, step_of
+from multiview.files import atomic_folder, atomic_write, full_disk_explained, write_json
 from multiview.rig import ViewRig, check_alignment
 from multiview.run import git_hash
 from mvdiffusion.models.unet import save_unet

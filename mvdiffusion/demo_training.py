@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from multiview.checkpoint import atomic_folder, load_checkpoint, load_strict, save_checkpoint
+from multiview.checkpoint import load_checkpoint, load_strict, save_checkpoint
+from multiview.files import atomic_folder
 from multiview.image import composite
 from multiview.metrics import foreground_psnr, psnr
 from multiview.run import make_generator, seed_everything

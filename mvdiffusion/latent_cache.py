@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from multiview.cameras import Cameras
-from multiview.checkpoint import atomic_write
+from multiview.files import atomic_write
 from multiview.order import StepSampler
 from mvdiffusion.components import Components
 from mvdiffusion.data.augmentation import Draw

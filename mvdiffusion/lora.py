@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from multiview.checkpoint import write_json
+from multiview.files import write_json
 from mvdiffusion.config import MVDiffusionConfig
 from mvdiffusion.models.camera_conditioning import is_camera_weight
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from multiview.checkpoint import atomic_write, load_checkpoint, write_json
+from multiview.checkpoint import load_checkpoint
+from multiview.files import atomic_write, write_json
 from multiview.rig import PROMPT_STYLES, RigMismatchError, ViewRig
 
 if TYPE_CHECKING:

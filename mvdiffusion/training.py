@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from multiview.checkpoint import atomic_folder, full_disk_explained
 from multiview.config import config_to_dict
+from multiview.files import atomic_folder, full_disk_explained
 from multiview.order import StepSampler
 from multiview.run import RunFolder, make_generator
 from mvdiffusion.checkpoints import (

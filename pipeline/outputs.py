@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from multiview.checkpoint import atomic_write, write_json
+from multiview.files import atomic_write, write_json
 from multiview.image import composite, grid, resize_rgba, save_video, write_image
 from multiview.run import git_hash
 from multiview.sample import DEPTH_UNIT

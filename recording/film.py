@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from multiview.cameras import Cameras
-from multiview.checkpoint import atomic_write, write_json
+from multiview.files import atomic_write, write_json
 from recording.calibration import Calibration
 
 LENS_OVERSAMPLING = 2  # pixels of the straight rendering per pixel of the photograph and direction

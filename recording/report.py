@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from multiview.checkpoint import atomic_write, write_json
+from multiview.files import atomic_write, write_json
 from multiview.rig import View, load_rig
 from multiview.sample import read_sample
 from recording.analysis import Analysis, hulls_of

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from multiview.checkpoint import atomic_write
+from multiview.files import atomic_write
 from recording.masks import MaskStatistics, Silhouette, Trunk, measure_mask
 
 

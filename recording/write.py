@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from multiview.checkpoint import atomic_folder
+from multiview.files import atomic_folder
 from multiview.image import to_uint8
 from recording.calibration import PIXEL_CENTRE, Calibration, read_calibration, write_calibration
 from recording.film import Film, FilmConditions, Truth

@@ -31,7 +31,7 @@ def main() -> None:
 
     from evaluation.ablation import check_cells, make_cells, prepare, read_spec, run_cells
     from evaluation.effects import markdown, summarise
-    from multiview.checkpoint import atomic_write, write_json
+    from multiview.files import atomic_write, write_json
     from multiview.run import git_hash
 
     spec = read_spec(arguments.spec)

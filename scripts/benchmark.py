@@ -115,7 +115,7 @@ def measure_stage2(what: str, options: argparse.Namespace, device):
 
 def write_results(path: Path, header: dict, text: str, tables: list) -> None:
     """The same tables as JSON and as Markdown."""
-    from multiview.checkpoint import atomic_write, write_json
+    from multiview.files import atomic_write, write_json
 
     write_json(path, {**header, "tables": [table.to_dict() for table in tables]})
     with atomic_write(path.with_suffix(".md")) as temporary:

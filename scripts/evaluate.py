@@ -260,7 +260,7 @@ def write_sweeps(options, artifacts, sweeps: dict, records: list[dict], notes: l
     from evaluation.evaluate import summarise
     from evaluation.page import metrics_table
     from evaluation.sweeps import FACTORS
-    from multiview.checkpoint import atomic_write, write_json
+    from multiview.files import atomic_write, write_json
 
     tables, summaries = [], {}
     for factor, levels in sweeps.items():

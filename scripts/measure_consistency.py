@@ -131,8 +131,8 @@ def main() -> None:
     arguments = parse_arguments()
     from tqdm import tqdm
 
-    from multiview.checkpoint import write_json
     from multiview.consistency import view_consistency
+    from multiview.files import write_json
     from multiview.image import composite
     from multiview.sample import read_dataset_info, read_sample, read_split
 

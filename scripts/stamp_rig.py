@@ -22,7 +22,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    from multiview.checkpoint import read_rig, read_sidecar, sidecar_path, stamp_rig, write_json
+    from multiview.checkpoint import read_rig, read_sidecar, sidecar_path, stamp_rig
+    from multiview.files import write_json
     from multiview.rig import ViewRig, load_rig
     from multiview.sample import DATASET_FILE, read_dataset_info, write_dataset_info
 

@@ -13,8 +13,6 @@ import torch
 from safetensors.torch import save_file
 
 from multiview.checkpoint import (
-    atomic_folder,
-    atomic_write,
     load_checkpoint,
     load_strict,
     newest_checkpoint,
@@ -24,6 +22,7 @@ from multiview.checkpoint import (
     save_checkpoint,
     stamp_rig,
 )
+from multiview.files import atomic_folder, atomic_write
 from multiview.rig import load_rig
 
 
@@ -161,7 +160,7 @@ def test_a_full_disk_leaves_the_file_that_was_there(tmp_path, monkeypatch, call)
 def test_a_full_disk_is_known_from_what_safetensors_says(tmp_path):
     script = (
         "import resource, sys, torch\nfrom safetensors.torch import save_file\n"
-        "from multiview.checkpoint import full_disk_explained\n"
+        "from multiview.files import full_disk_explained\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         "try:\n    with full_disk_explained(sys.argv[1]):\n"
         "        save_file({'w': torch.zeros(40_000)}, sys.argv[1])\nexcept ValueError as error:\n    print(error)\n"

@@ -12,8 +12,9 @@ from gslrm.checkpoints import VGG_PREFIX, export_weights, load_gslrm
 from gslrm.config import IGNORED_KEYS, GSLRMConfig
 from gslrm.model.gslrm import GSLRM
 from gslrm.state import Start, save, start_state
-from multiview.checkpoint import load_checkpoint, read_sidecar, sidecar_path, write_json
+from multiview.checkpoint import load_checkpoint, read_sidecar, sidecar_path
 from multiview.config import load_config
+from multiview.files import write_json
 from multiview.rig import load_rig
 
 ROOT = Path(__file__).resolve().parent.parent

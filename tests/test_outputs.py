@@ -16,7 +16,7 @@ from gslrm.model.export import FORMATS
 from gslrm.model.gaussians_renderer import render
 from gslrm.model.ply import save_ply
 from multiview.cameras import Cameras
-from multiview.checkpoint import write_json
+from multiview.files import write_json
 from multiview.image import read_rgba
 from multiview.sample import DEPTH_UNIT
 from pipeline.outputs import contact_sheet, depth_pictures, start_folder, write_alpha, write_depth, write_extras

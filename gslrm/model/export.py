@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from multiview.checkpoint import atomic_write
+from multiview.files import atomic_write
 
 from .gaussians import Gaussians
 from .ply import save_ply

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from multiview.cameras import TURNTABLE_HFOV_DEG, Cameras
-from multiview.checkpoint import atomic_write
+from multiview.files import atomic_write
 
 from .gaussians import Gaussians
 from .gaussians_renderer import render

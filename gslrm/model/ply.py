@@ -9,7 +9,8 @@ import torch
 from plyfile import PlyData, PlyElement, PlyParseError
 from torch import Tensor
 
-from multiview.checkpoint import atomic_write, sidecar_path, write_json
+from multiview.checkpoint import sidecar_path
+from multiview.files import atomic_write, write_json
 
 from .gaussians import MAX_SH_DEGREE, Gaussians
 

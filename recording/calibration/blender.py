@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from multiview.checkpoint import write_json
+from multiview.files import write_json
 from recording.calibration.fields import from_c2w, intrinsics, matrix, number, picture_size, read_json, to_c2w
 from recording.calibration.model import Calibration
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from multiview.checkpoint import write_json
+from multiview.files import write_json
 from recording.calibration.fields import intrinsics, matrix, number, picture_size, read_json, rigid
 from recording.calibration.model import Calibration
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from multiview.checkpoint import write_json
+from multiview.files import write_json
 from recording.calibration.fields import (
     COEFFICIENTS,
     from_c2w,

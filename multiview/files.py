@@ -1,0 +1,265 @@
+"""Files and folders: read with errors that name them, written whole or not at all, owned by one process at a time."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+import socket
+import stat
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+OS_ERROR = re.compile(r"\(os error (\d+)\)")
+NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # disk full, quota reached, file larger than allowed
+LEFTOVER = re.compile(r"^\.(.+)\.[0-9a-f]{8}\.(tmp|old)$")  # what a killed `atomic_write` or `atomic_folder` leaves
+LOCK_FILE = ".owner.json"
+BEAT_S, STALE_S = 30.0, 300.0  # an owner touches its lock every BEAT_S; untouched for STALE_S it counts as dead
+TEXT_LIMIT_BYTES = 256 * 2**20
+BYTE_ORDER_MARKS = ((b"\xef\xbb\xbf", "utf-8-sig"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+
+def read_text(path: Path | str) -> str:
+    """Returns a text file's content: UTF-8 with or without byte order mark, or UTF-16 with one.
+
+    Raises ValueError, naming the file, where it is missing, unreadable, over 256 MB or not text.
+    """
+    path = Path(path)
+    try:
+        if path.stat().st_size > TEXT_LIMIT_BYTES:
+            raise ValueError(f"{path} has {path.stat().st_size / 1e6:.0f} MB; text of at most 256 MB is expected")
+        content = path.read_bytes()
+        encoding = next((name for mark, name in BYTE_ORDER_MARKS if content.startswith(mark)), "utf-8")
+        return content.decode(encoding).replace("\r\n", "\n")
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8 or UTF-16 (byte {error.start}); save it as UTF-8") from None
+
+
+def read_json(path: Path | str, kind: type = dict):
+    """Returns a JSON file's content, which must be of `kind` (dict or list). Raises ValueError naming the file."""
+    text = read_text(path)
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    except RecursionError:  # Python's parser gives up at about a thousand levels
+        raise ValueError(f"{path} is not valid here: its JSON is nested too deeply") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(content, kind):
+        wanted = "an object of keys and values" if kind is dict else "a list"
+        raise ValueError(f"{path} must hold {wanted}, got {type(content).__name__}")
+    return content
+
+
+def read_lines(path: Path | str) -> list[str]:
+    """Returns the lines of a list file, stripped, without empty ones. Raises ValueError naming the file."""
+    return [line.strip() for line in read_text(path).splitlines() if line.strip()]
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def atomic_write(path: Path | str) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; renamed over it on success, removed on failure."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path | str) -> Iterator[Path]:
+    """Yields a temporary folder beside `path`, renamed to it on success. An existing `path` is replaced last.
+
+    Who may read the folder may read its files: safetensors keeps those it writes for their owner alone.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary.mkdir()
+    try:
+        yield temporary
+        _permit_as(temporary)
+        if path.exists():
+            old = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old")
+            os.replace(path, old)
+            os.replace(temporary, path)
+            shutil.rmtree(old)
+        else:
+            os.replace(temporary, path)
+    finally:
+        if temporary.exists():
+            shutil.rmtree(temporary)
+
+
+def _permit_as(folder: Path) -> None:
+    """Gives every file in `folder` the folder's own permissions to read and write."""
+    allowed = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        mode = path.lstat().st_mode
+        if stat.S_ISREG(mode) and mode | allowed != mode:
+            path.chmod(mode | allowed)
+
+
+@contextmanager
+def full_disk_explained(path: Path | str, needed_bytes: int = 0) -> Iterator[None]:
+    """Turns a full disk (or quota) while writing `path` into a ValueError that says what is missing and what to do."""
+    try:
+        yield
+    except _write_errors() as error:
+        reason = _no_space(error)
+        if reason is None:
+            raise
+        path = Path(path).absolute()
+        free = shutil.disk_usage(next(folder for folder in path.parents if folder.exists())).free
+        needed = f"needs {needed_bytes / 1e6:.1f} MB, " if needed_bytes else ""
+        raise ValueError(
+            f"cannot write {path}: {reason} ({needed}{free / 1e6:.1f} MB free on that disk). Files written "
+            "before are whole and untouched. Make room or choose another folder, then repeat the command: a training "
+            "run resumes from its newest checkpoint"
+        ) from error
+
+
+def _write_errors() -> tuple[type[BaseException], ...]:
+    """What torch, safetensors and the system raise when they cannot write; asked for only once something was raised."""
+    from safetensors import SafetensorError
+
+    return OSError, RuntimeError, SafetensorError
+
+
+def _no_space(error: BaseException | None) -> str | None:
+    """What the system said if it had no room for a file, else None."""
+    while error is not None:
+        told = OS_ERROR.search(str(error))  # safetensors gives the number in its text
+        number = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
+        if number in NO_SPACE:
+            return os.strerror(number)
+        error = error.__context__  # torch.save reports an error of its own over the system's
+    return None
+
+
+def write_json(path: Path | str, content: object) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+
+
+# ---- one owner per folder -------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def owned_folder(path: Path | str) -> Iterator[Path]:
+    """Makes this process the only owner of a run folder, which is created; a second process is refused at once.
+
+    The lock is a file made with O_EXCL, which NFS and Lustre honour where flock does not exist. It names host, process
+    and start time. A lock is stale when its process is gone (same host) or it was not touched for STALE_S (another
+    host); what a killed run left half written is then removed. Raises ValueError for a living owner.
+    """
+    import psutil
+
+    folder, lock = Path(path), Path(path) / LOCK_FILE
+    folder.mkdir(parents=True, exist_ok=True)
+    me = {"host": socket.gethostname(), "pid": os.getpid(), "start": psutil.Process().create_time()}
+    while True:
+        try:
+            with open(lock, "x") as handle:
+                json.dump(me, handle)
+            break
+        except FileExistsError:
+            _take_stale(lock)
+    remove_leftovers(folder)
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(BEAT_S):
+            try:
+                os.utime(lock)
+            except OSError:  # the folder was removed under the run: its next write says so
+                return
+
+    threading.Thread(target=beat, daemon=True).start()
+    try:
+        yield folder
+    finally:
+        ended.set()
+        lock.unlink(missing_ok=True)
+
+
+def _take_stale(lock: Path) -> None:
+    """Moves a stale lock away, so that its folder can be owned anew. Raises ValueError for a living owner."""
+    try:
+        content = lock.read_bytes()
+        age_s = _now_on_disk(lock.parent) - lock.stat().st_mtime
+    except FileNotFoundError:  # its owner ended meanwhile
+        return
+    try:
+        owner = json.loads(content)
+        host, pid, start = str(owner["host"]), int(owner["pid"]), float(owner["start"])
+    except (ValueError, KeyError, TypeError):  # its owner was killed, or is about to write it
+        host, pid, start = "an unknown host", 0, 0.0
+    if _is_alive(pid, start) if host == socket.gethostname() else age_s < STALE_S:
+        raise ValueError(
+            f"{lock.parent} is in use by process {pid} on {host}: two runs in one folder would spoil each other. Wait, "
+            f"stop that one, or choose another folder; if it is surely dead, delete {lock}. (Several processes of one "
+            "run are started by torchrun or accelerate launch; srun alone starts that many separate runs)"
+        )
+    aside = lock.with_name(f".{lock.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        os.replace(lock, aside)
+    except FileNotFoundError:  # another one took it
+        return
+    if aside.read_bytes() != content:  # a new owner's lock, between reading and moving: give it back
+        os.link(aside, lock)
+    aside.unlink()
+
+
+def _is_alive(pid: int, start: float) -> bool:
+    import psutil
+
+    try:
+        return abs(psutil.Process(pid).create_time() - start) < 2.0  # a later process may carry the same number
+    except psutil.Error:
+        return False
+
+
+def _now_on_disk(folder: Path) -> float:
+    """The time by the clock that dates this disk's files; a file server's may differ from this machine's."""
+    probe = folder / f".probe.{uuid.uuid4().hex[:8]}.tmp"
+    probe.touch()
+    try:
+        return probe.stat().st_mtime
+    finally:
+        probe.unlink()
+
+
+def remove_leftovers(folder: Path | str) -> None:
+    """Removes what killed runs left half written in a folder; what they were about to replace is put back."""
+    for path in Path(folder).glob(".*"):
+        match = LEFTOVER.match(path.name)
+        if match is None:
+            continue
+        if match[2] == "old" and not path.with_name(match[1]).exists():  # killed between the two renames
+            os.replace(path, path.with_name(match[1]))
+        elif path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)

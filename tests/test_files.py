@@ -1,0 +1,103 @@
+"""Text readers, one owner per folder, leftovers of killed runs."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from multiview.files import (
+    BEAT_S,
+    LOCK_FILE,
+    STALE_S,
+    owned_folder,
+    read_json,
+    read_lines,
+    read_text,
+    remove_leftovers,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+OWNER = "import sys, time; from multiview.files import owned_folder\nwith owned_folder(sys.argv[1]):\n" \
+        "    print('owned', flush=True); time.sleep(60)\n"  # fmt: skip
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_text_is_read_in_every_usual_encoding(tmp_path, encoding):
+    (tmp_path / "list.txt").write_bytes(" Käfig 1 \r\n\r\nb\n".encode(encoding))
+    (tmp_path / "a.json").write_bytes('{"ä": 1}'.encode(encoding))
+    assert read_lines(tmp_path / "list.txt") == ["Käfig 1", "b"]
+    assert read_json(tmp_path / "a.json") == {"ä": 1}
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"\xff\x00\x81", "save it as UTF-8"), (b'{"a": ', "not valid JSON"), (b"[1]", "object of keys"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"a": ' + b"1" * 5000 + b"}", "not valid JSON"), (b"", "not valid JSON"),
+    ],
+)  # fmt: skip
+def test_bad_json_is_refused_by_name(tmp_path, content, told):
+    path = tmp_path / "cameras.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=told) as error:
+        read_json(path)
+    assert str(path) in str(error.value)
+
+
+def test_missing_file_and_folder_are_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match="does not exist"):
+        read_text(tmp_path / "none.txt")
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_text(tmp_path)
+
+
+def test_second_owner_is_refused_and_a_killed_one_is_replaced(tmp_path):
+    first = subprocess.Popen([sys.executable, "-c", OWNER, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert first.stdout.readline() == "owned\n"
+    with pytest.raises(ValueError, match=f"in use by process {first.pid}"), owned_folder(tmp_path):
+        pass
+    first.kill()
+    first.wait()
+    (tmp_path / ".half.json.0123abcd.tmp").touch()
+    with owned_folder(tmp_path):
+        assert [path.name for path in tmp_path.iterdir()] == [LOCK_FILE]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("owner", "age_s", "alive"),
+    [
+        ({"host": "another", "pid": 1, "start": 0.0}, 0, True),
+        ({"host": "another", "pid": 1, "start": 0.0}, 400, False),
+        ({"host": socket.gethostname(), "pid": os.getpid(), "start": 0.0}, 0, False),  # the number was used again
+        ("", 0, True), ("", 400, False),
+    ],
+)  # fmt: skip
+def test_stale_locks_are_recognised(tmp_path, owner, age_s, alive):
+    assert BEAT_S * 3 < STALE_S < 400
+    lock = tmp_path / LOCK_FILE
+    lock.write_text(json.dumps(owner) if owner else "")
+    os.utime(lock, (time.time() - age_s,) * 2)
+    if alive:
+        with pytest.raises(ValueError, match="in use"), owned_folder(tmp_path):
+            pass
+    else:
+        with owned_folder(tmp_path):
+            assert json.loads(lock.read_text())["pid"] == os.getpid()
+
+
+def test_leftovers_go_and_a_folder_killed_between_its_renames_comes_back(tmp_path):
+    (tmp_path / ".new.01234567.tmp").mkdir()
+    (tmp_path / ".new.01234567.tmp" / "a").touch()
+    (tmp_path / ".kept.89abcdef.old").mkdir()
+    (tmp_path / ".there.89abcdef.old").mkdir()
+    (tmp_path / "there").mkdir()
+    (tmp_path / ".other").touch()
+    remove_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".other", "kept", "there"]
