@@ -1,10 +1,14 @@
-"""YAML and key=value overrides into typed dataclasses; OmegaConf does not pass this door."""
+"""YAML, key=value overrides and flags into typed dataclasses; OmegaConf does not pass this door."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import logging
+import math
+import types
+import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -72,8 +76,6 @@ def _read_yaml_chain(path: Path) -> Any:
 
 def _known_keys(schema: type, prefix: str = "") -> set[str]:
     """All dotted keys of a dataclass type; a key whose value is a free mapping ends with '.*'."""
-    import typing
-
     hints = typing.get_type_hints(schema)
     keys = set()
     for entry in dataclasses.fields(schema):
@@ -108,3 +110,67 @@ def _drop_ignored(tree: Any, ignored: set[str], source: str) -> None:
         if OmegaConf.is_dict(node) and key in node:  # also where its value is null
             del node[key]
             log.info("%s: key '%s' has no effect here and is ignored", source, name)
+
+
+# ---- settings of a script: default, help and check said once --------------------------------------------------------
+
+
+def option(default: Any, help: str, *, choices: tuple | None = None, least: float | None = None, metavar: str = ""):
+    """Returns a dataclass field that `add_fields` makes a flag of. default: ... if required. least: of a number."""
+    metadata = {"help": help, "choices": choices, "least": least, "metavar": metavar}
+    return dataclasses.field(default=dataclasses.MISSING if default is ... else default, metadata=metadata)
+
+
+def add_fields(parser: argparse.ArgumentParser, settings: type) -> None:
+    """Adds one flag per `option` field of a dataclass; `parser` may be a group of one.
+
+    bool becomes --name / --no-name; a tuple takes its values after one flag; what has no default value is required.
+    Imports nothing heavy, so that --help answers at once.
+    """
+    hints = typing.get_type_hints(settings)
+    for entry in dataclasses.fields(settings):
+        if "help" not in entry.metadata:
+            continue
+        kind, many = _flag_type(hints[entry.name])
+        default = None if entry.default is dataclasses.MISSING else entry.default
+        words: dict[str, Any] = {"help": entry.metadata["help"], "default": default}
+        if entry.default is dataclasses.MISSING:
+            words |= {"required": True}
+        if kind is bool:
+            words |= {"action": argparse.BooleanOptionalAction}
+        else:
+            words |= {"type": _checked(kind, entry.metadata["least"]), "choices": entry.metadata["choices"]}
+            words |= {"nargs": "*"} if many else {}
+            words |= {"metavar": entry.metadata["metavar"]} if entry.metadata["metavar"] else {}
+        parser.add_argument(f"--{entry.name}", **words)
+
+
+def from_arguments(settings: type[Config], arguments: argparse.Namespace) -> Config:
+    """Returns the dataclass filled from parsed arguments; its __post_init__ checks what concerns several of them."""
+    values = {entry.name: getattr(arguments, entry.name) for entry in dataclasses.fields(settings)}
+    return settings(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def _flag_type(hint: Any) -> tuple[type, bool]:
+    """Returns the type of a field's value (`float | None` -> float), and whether the field holds several."""
+    parts = [part for part in typing.get_args(hint) if part is not type(None)]
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return _flag_type(parts[0])
+    if typing.get_origin(hint) is tuple:
+        return parts[0], True
+    return hint, False
+
+
+def _checked(kind: type, least: float | None):
+    """Returns an argparse type that refuses numbers below `least` and such as are not finite."""
+
+    def convert(text: str):
+        value = kind(text)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"must be finite, got {text}")
+        if least is not None and value < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {text}")
+        return value
+
+    convert.__name__ = kind.__name__  # argparse names the type in its message
+    return convert
