@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-LPIPS_BACKBONE = Path("checkpoints/vgg/vgg16-397923af.pth")
+LPIPS_BACKBONE = Path("checkpoints/vgg/vgg16-397923af.pth")  # in the working directory, or beside the code
 MASK_LEAST, MASK_SHARE, MASK_REACH = 0.04, 0.4, 2 / 128  # `mask_from_white`; the reach in picture widths
 
 

@@ -132,7 +132,7 @@ def load_prompt_embeds(path: Path | str, rig: ViewRig | None = None) -> PromptEm
     command = "python scripts/generate_mouse_prompt_embeds.py --rig <rig> --output_dir <folder>"
     if not path.is_file():
         raise ValueError(f"prompt embeddings {path} do not exist; make them: {command}")
-    tensor = load_checkpoint(path)
+    tensor = load_checkpoint(path, object)
     if not isinstance(tensor, Tensor) or tensor.ndim != 3 or tensor.shape[1] != TOKENS:
         found = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
         raise ValueError(f"prompt embeddings {path} must be a tensor [num_views, {TOKENS}, width], got {found}")

@@ -91,7 +91,7 @@ def test_missing_views_depth_and_folder_are_refused(tmp_path):
     write_sample(tmp_path / "s", Sample("s", sample.rgba, sample.cameras, sample.view_names))
     with pytest.raises(ValueError, match="has 4 views, 6 are needed"):
         read_sample(tmp_path / "s", num_views=6)
-    with pytest.raises(ValueError, match="depth picture"):
+    with pytest.raises(ValueError, match="depth image"):
         read_sample(tmp_path / "s", with_depth=True)
     with pytest.raises(ValueError, match="a sample folder is expected"):
         read_sample(tmp_path / "nothing")
