@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from multiview.files import field, read_json
+from multiview.files import read_json, take
 
 LENS_TERMS = ("k1", "k2", "k3", "k4", "k5", "k6", "p1", "p2", "skew")
 LARGEST_SIDE = 1 << 15  # pixels; no camera file is believed beyond it
@@ -236,10 +236,10 @@ class Cameras:
         sizes, fxfycxcy, w2c = set(), [], []
         for number, frame in enumerate(frames):
             where = f"{source}: frame {number}"
-            sizes.add(tuple(field(frame, key, int, where, least=1, most=LARGEST_SIDE) for key in ("w", "h")))
-            fxfycxcy.append([field(frame, key, float, where) for key in ("fx", "fy", "cx", "cy")])
-            w2c.append(field(frame, "w2c", (4, 4), where))
-            bent = [key for key in LENS_TERMS if field(frame, key, float, where, default=0.0) != 0]
+            sizes.add(tuple(take(frame, key, int, where, least=1, most=LARGEST_SIDE) for key in ("w", "h")))
+            fxfycxcy.append([take(frame, key, float, where) for key in ("fx", "fy", "cx", "cy")])
+            w2c.append(take(frame, "w2c", (4, 4), where))
+            bent = [key for key in LENS_TERMS if take(frame, key, float, where, default=0.0) != 0]
             if bent:
                 raise ValueError(f"{where} has lens terms {', '.join(bent)}; undistort the images first")
         if len(sizes) != 1:
@@ -291,4 +291,4 @@ def nearest_point(origins: Tensor, directions: Tensor) -> Tensor:
 
 def read_cameras(path: Path | str) -> Cameras:
     """Reads an `opencv_cameras.json` into Cameras of shape [v]."""
-    return Cameras.from_frames(field(read_json(path), "frames", list, str(path)), str(path))
+    return Cameras.from_frames(take(read_json(path), "frames", list, str(path)), str(path))

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import argparse
 import logging
-import pickle
 import re
 import shutil
-import struct
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from multiview.files import atomic_write, full_disk_explained, read_json, write_json
+from multiview.files import DAMAGE, atomic_write, full_disk_explained, read_json, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -26,10 +24,7 @@ RIG_FILE = "rig.json"
 COMPILED = (r"(^|\.)_orig_mod\.", r"\1")  # what torch.compile puts into the names of its weights
 # torch allows these calls in weights_only files; a few bytes then make gigabytes. No file of torch.save has them.
 UNFOLDING = (b"builtins\nbytearray\n", b"__builtin__\nbytearray\n", b"torch.storage\nUntypedStorage\n")
-LOADING_ERRORS = (  # what torch and its unpickler raise for files that are cut, altered or none of theirs
-    RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError, KeyError, IndexError, AttributeError,
-    TypeError, AssertionError, MemoryError, OverflowError, NotImplementedError, zipfile.BadZipFile, struct.error,
-)  # fmt: skip
+
 
 # ---- single-file checkpoints ------------------------------------------------------------------------------------
 
@@ -89,7 +84,7 @@ def load_checkpoint(path: Path | str, kind: type = dict):
         _check_unfolding(path, zipped)
         with torch.serialization.safe_globals([argparse.Namespace]):  # what trainings keep their arguments in
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except LOADING_ERRORS as error:
+    except DAMAGE as error:
         raise ValueError(f"checkpoint {path} cannot be read: {_reason(str(error) or repr(error), path)}") from error
     if not isinstance(content, kind):
         raise ValueError(f"checkpoint {path} must hold a {kind.__name__}, got {type(content).__name__}")

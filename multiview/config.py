@@ -13,7 +13,7 @@ import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
-from multiview.files import field, read_text
+from multiview.files import read_text, take
 
 log = logging.getLogger(__name__)
 
@@ -120,12 +120,10 @@ def _read_chain(path: Path, texts: set[str]) -> list[tuple[str, dict]]:
     base: str | None = path.name
     while base:
         path = path.parent / base
-        if not path.is_file():
-            raise ValueError(f"config {path} does not exist")
         content = read_yaml(path, texts | {"base"})
         if len(chain) > 10:
             raise ValueError(f"config {path}: its chain of `base:` files is longer than 10; does it name itself?")
-        base = field(content, "base", str, str(path), default=None)
+        base = take(content, "base", str, str(path), default=None)
         content.pop("base", None)
         chain.insert(0, (str(path), content))
     return chain

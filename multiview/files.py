@@ -5,18 +5,27 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pickle
 import re
 import reprlib
 import shutil
 import socket
 import stat
+import struct
 import threading
 import uuid
+import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+DAMAGE = (  # what libraries raise for a file that is cut, altered or none of theirs (RecursionError is a RuntimeError)
+    OSError, ValueError, SyntaxError, TypeError, KeyError, IndexError, AttributeError, EOFError, OverflowError,
+    ZeroDivisionError, MemoryError, RuntimeError, AssertionError, struct.error, zlib.error, zipfile.BadZipFile,
+    pickle.UnpicklingError,
+)  # fmt: skip
 KINDS = {str: "a text", bool: "true or false", dict: "an object of keys and values", list: "a list"}
 OS_ERROR = re.compile(r"\(os error (\d+)\)")
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # disk full, quota reached, file larger than allowed
@@ -72,7 +81,22 @@ def read_lines(path: Path | str) -> list[str]:
     return [line.strip() for line in read_text(path).splitlines() if line.strip()]
 
 
-def field(
+@contextmanager
+def damage_explained(what: str) -> Iterator[None]:
+    """Turns what a library raises while it decodes a file into a ValueError; only the library's call belongs inside.
+
+    what: the kind of file and its path, for the message.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise ValueError(f"{what} does not exist") from None
+    except DAMAGE as error:
+        told = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"{what} cannot be read: {told[0][:200]}") from error
+
+
+def take(
     content: object, key: str, kind: type | tuple[int, ...], where: str, *, default: Any = ..., least: float = -1e30,
     most: float = 1e30,
 ) -> Any:  # fmt: skip

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-import struct
 import subprocess
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +16,7 @@ from einops import rearrange
 from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor
 
-from multiview.files import atomic_write
+from multiview.files import DAMAGE, atomic_write
 
 log = logging.getLogger(__name__)
 
@@ -30,10 +28,6 @@ MOST_PIXELS = 64_000_000  # of an image in a sample: as float32 RGBA it takes 1 
 PHOTO_PIXELS, PHOTO_SIDE = 256_000_000, 6144  # of a photograph's file; and the longest side that is kept of it
 FULL_SCALES = (255, 1023, 4095, 16383, 65535)  # 8, 10, 12, 14 and 16 bits
 HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
-DECODING_ERRORS = (  # what Pillow raises for damaged files of one format or another
-    OSError, ValueError, SyntaxError, TypeError, KeyError, IndexError, AttributeError, EOFError, OverflowError,
-    ZeroDivisionError, MemoryError, RuntimeError, struct.error, zlib.error,
-)  # fmt: skip
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
@@ -75,7 +69,7 @@ def _decode(path: Path | str, most: int, *, longest: int | None = None, header_o
                 return rgba
     except FileNotFoundError:
         raise ValueError(f"image {path} does not exist") from None
-    except DECODING_ERRORS as error:
+    except DAMAGE as error:
         reason = str(error) or type(error).__name__
         if isinstance(error, Image.UnidentifiedImageError):
             with open(path, "rb") as handle:

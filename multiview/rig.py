@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from multiview.cameras import Cameras
-from multiview.files import field, read_json
+from multiview.files import read_json, take
 
 RIGS_FOLDER = Path(__file__).resolve().parent.parent / "configs" / "rigs"
 DEFAULT_RIG = "mouse6"
@@ -202,12 +202,15 @@ class ViewRig:
     @staticmethod
     def from_dict(content: dict, source: str) -> ViewRig:
         """Reads the content of a rig file (`to_dict`); unknown, missing and wrong values are errors naming `source`."""
-        rows = field(content, "views", list, f"{source}: a view rig")
+        rows = take(content, "views", list, f"{source}: a view rig")
         views = tuple(_from_row(View, row, f"{source}: view {index}") for index, row in enumerate(rows))
         for view in views:
             if not abs(view.azimuth_deg) <= 720 or not abs(view.elevation_deg) <= 90:
                 raise ValueError(f"{source}: view {view.name} needs angles in degrees, elevation -90..90, got {view}")
-        return _from_row(ViewRig, {**content, "views": views}, f"{source}: a view rig")
+        try:
+            return _from_row(ViewRig, {**content, "views": views}, f"{source}: a view rig")
+        except ValueError as error:  # the rig's own checks name the rig alone
+            raise ValueError(str(error) if source in str(error) else f"{source}: {error}") from None
 
     @staticmethod
     def from_cameras(cameras: Cameras, name: str, view_names: list[str] | None = None) -> ViewRig:
@@ -226,7 +229,7 @@ def _from_row(schema: type, row: dict, where: str):
     values, fields = {}, schema.__dataclass_fields__
     for key, entry in fields.items():
         kind = {"str": str, "int": int, "tuple[View, ...]": tuple}.get(entry.type, float)
-        values[key] = field(row, key, kind, where, default=... if entry.default is MISSING else entry.default)
+        values[key] = take(row, key, kind, where, default=... if entry.default is MISSING else entry.default)
     if unknown := sorted(map(str, set(row) - set(fields))):
         raise ValueError(f"{where} has unknown keys {unknown}; known: {sorted(fields)}")
     return schema(**values)
@@ -246,7 +249,7 @@ def load_rig(name_or_path: str | Path) -> ViewRig:
     if not path.is_file():
         raise ValueError(f"rig {str(name_or_path)!r} is neither a file nor one of {', '.join(available_rigs())}")
     content = read_json(path) if path.suffix == ".json" else read_yaml(path)
-    return ViewRig.from_dict(field(content, "rig", dict, str(path), default=content), str(path))
+    return ViewRig.from_dict(take(content, "rig", dict, str(path), default=content), str(path))
 
 
 def check_alignment(expected: ViewRig | None = None, /, **artifacts: ViewRig) -> ViewRig:

@@ -12,8 +12,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
-from dataclasses import field as dataclass_field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +21,8 @@ from PIL import Image
 from torch import Tensor
 
 from multiview.cameras import Cameras
-from multiview.files import atomic_folder, atomic_write, field, read_json, read_lines, write_json
-from multiview.image import DECODING_ERRORS, read_rgba, resize_rgba, write_image
+from multiview.files import atomic_folder, atomic_write, damage_explained, read_json, read_lines, take, write_json
+from multiview.image import read_rgba, resize_rgba, write_image
 from multiview.rig import ViewRig
 
 log = logging.getLogger(__name__)
@@ -44,7 +43,7 @@ class Sample:
     view_names: list[str | None]
     depth: Tensor | None = None
     folder: Path | None = None
-    extra: dict = dataclass_field(default_factory=dict)
+    extra: dict = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not (len(self.rgba) == len(self.cameras) == len(self.view_names)):
@@ -73,7 +72,7 @@ def read_sample(
     if not path.is_file():
         raise ValueError(f"sample {folder} has no {CAMERAS_FILE}; a sample folder is expected (docs/data_format.md)")
     content = read_json(path)
-    frames = field(content, "frames", list, str(path))
+    frames = take(content, "frames", list, str(path))
     if num_views is not None and len(frames) < num_views:
         raise ValueError(f"sample {folder} has {len(frames)} views, {num_views} are needed")
     chosen = list(range(len(frames)))[:num_views] if views is None else list(views)
@@ -85,8 +84,8 @@ def read_sample(
     images, depths, names = [], [], []
     for view, frame in zip(chosen, frames):
         where = f"{path}: frame {view}"
-        file = inside(folder, field(frame, "file_path", str, where), where)
-        names.append(field(frame, "view", str, where, default=None))
+        file = inside(folder, take(frame, "file_path", str, where), where)
+        names.append(take(frame, "view", str, where, default=None))
         images.append(read_rgba(file))
         sizes = {file: tuple(images[-1].shape[-2:])}
         if with_depth:
@@ -173,7 +172,7 @@ def read_dataset_info(folder: Path | str) -> dict:
             f"rig once: python scripts/stamp_rig.py --rig facelift6 --path {folder}"
         )
     content = read_json(path)
-    return {**content, "rig": ViewRig.from_dict(field(content, "rig", dict, str(path)), str(path))}
+    return {**content, "rig": ViewRig.from_dict(take(content, "rig", dict, str(path)), str(path))}
 
 
 def open_dataset(folder: Path, rig: ViewRig, parameters: dict) -> None:
@@ -230,11 +229,8 @@ def _read_depth(path: Path) -> Tensor:
     """Reads a depth image [1, h, w] in world units."""
     if not path.is_file():
         raise ValueError(f"depth image {path} does not exist: synthetic mice have it (make_synthetic_mouse.py --depth)")
-    try:
-        with Image.open(path) as image:
-            steps = np.asarray(image)
-    except DECODING_ERRORS as error:
-        raise ValueError(f"depth image {path} cannot be read: {error}") from error
+    with damage_explained(f"depth image {path}"), Image.open(path) as image:
+        steps = np.asarray(image)
     if steps.ndim != 2:
         raise ValueError(f"depth image {path} must be gray with 16 bits, got {list(steps.shape)}")
     return torch.from_numpy(steps.astype(np.float32))[None] * DEPTH_UNIT
