@@ -112,10 +112,11 @@ def _reason(told: str, path: Path) -> str:
     """Returns one sentence instead of torch's own page of text: what is in the way, and the step that converts it."""
     foreign = re.search(r"GLOBAL (\S+) was not an allowed global", told)
     if foreign:
-        convert = f"import torch; c = torch.load('{path}', weights_only=False); torch.save(c['model'], '{path}')"
+        convert = f"import torch; c = torch.load('{path}'); torch.save(c['model'], '{path}')"
         return (
             f"it holds a {foreign[1]} besides tensors. If you trust its author, convert it where it was written: "
-            f'python -c "{convert}", with the key of its weights, or c.state_dict() for a whole module'
+            f'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 python -c "{convert}", with the key of its weights, or c.state_dict() '
+            "for a whole module"
         )
     if "TorchScript" in told:
         return f"it is TorchScript; convert it: torch.save(torch.jit.load('{path}').state_dict(), '{path}')"

@@ -94,7 +94,7 @@ def read_yaml(path: Path | str, texts: set[str] = frozenset()) -> dict:
             if depth > 30 or aliases > 16:
                 raise ValueError("it nests deeper than 30 levels, or has more than 16 aliases")
         content = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
-        written = yaml.load(text, Loader=yaml.BaseLoader)  # every scalar as it was typed
+        written = yaml.BaseLoader(text).get_single_data()  # every scalar as it was typed
     except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, TypeError) as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
