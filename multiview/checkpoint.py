@@ -95,6 +95,8 @@ def _check_unfolding(path: Path, zipped: bool) -> None:
     """Refuses what would take far more memory than the file's size, and files whose checksums tell of damage."""
     if zipped:
         with zipfile.ZipFile(path) as archive:
+            if any(entry.filename.endswith("/constants.pkl") for entry in archive.infolist()):
+                raise ValueError(f"it is TorchScript; convert it: torch.save(torch.jit.load(p).state_dict(), '{path}')")
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                 raise ValueError("its parts are compressed, which torch.save never does; write it with torch.save")
             damaged = archive.testzip()
@@ -118,8 +120,8 @@ def _reason(told: str, path: Path) -> str:
             f'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 python -c "{convert}", with the key of its weights, or c.state_dict() '
             "for a whole module"
         )
-    if "TorchScript" in told:
-        return f"it is TorchScript; convert it: torch.save(torch.jit.load('{path}').state_dict(), '{path}')"
+    if told.startswith("it"):  # one of the refusals above
+        return told
     return f"cut off, or no file of torch.save ({told.strip().splitlines()[0][:160]})"
 
 

@@ -99,7 +99,7 @@ def read_yaml(path: Path | str, texts: set[str] = frozenset()) -> dict:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a mapping of keys to values")
-    _keep_text(content, written or {}, texts)
+    _keep_text(content, written if isinstance(written, dict) else {}, texts)
     return content
 
 
