@@ -96,7 +96,7 @@ def _check_unfolding(path: Path, zipped: bool) -> None:
     if zipped:
         with zipfile.ZipFile(path) as archive:
             if any(entry.filename.endswith("/constants.pkl") for entry in archive.infolist()):
-                raise ValueError(f"it is TorchScript; convert it: torch.save(torch.jit.load(p).state_dict(), '{path}')")
+                raise ValueError(f"it is TorchScript; save torch.jit.load('{path}').state_dict() instead")
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                 raise ValueError("its parts are compressed, which torch.save never does; write it with torch.save")
             damaged = archive.testzip()
