@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import MISSING, asdict, dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -113,13 +114,9 @@ class ViewRig:
 
     def cameras(self, size: int) -> Cameras:
         """Returns the rig's cameras for square images of `size` pixels, shape [num_views]."""
-        return Cameras.orbit(
-            torch.tensor([view.azimuth_deg for view in self.views], dtype=torch.float64),
-            torch.tensor([view.elevation_deg for view in self.views], dtype=torch.float64),
-            torch.tensor([self.view_distance(view) for view in self.views], dtype=torch.float64),
-            self.focal,
-            size,
-        )
+        rows = [(view.azimuth_deg, view.elevation_deg, self.view_distance(view)) for view in self.views]
+        azimuth, elevation, distance = torch.tensor(rows, dtype=torch.float64).unbind(-1)
+        return Cameras.orbit(azimuth, elevation, distance, self.focal, size)
 
     def prompts(self, style: str | None = None, *, angles: bool = False) -> list[str]:
         """Returns one text prompt per view. `angles` appends the numbers (elevation, azimuth)."""
@@ -127,10 +124,7 @@ class ViewRig:
         if style not in PROMPT_STYLES:
             raise ValueError(f"prompt style must be one of {', '.join(PROMPT_STYLES)}, got {style!r}")
         template = PROMPT_STYLES[style] + (ANGLES_SUFFIX if angles else "")
-        return [
-            template.format(view=view.name, elevation=view.elevation_deg, azimuth=view.azimuth_deg)
-            for view in self.views
-        ]
+        return [template.format(view=v.name, elevation=v.elevation_deg, azimuth=v.azimuth_deg) for v in self.views]
 
     def fingerprint(self) -> str:
         """Returns a short hash of geometry and order, equal for rigs that agree up to rounding."""
@@ -144,23 +138,21 @@ class ViewRig:
         """Returns the differences that keep two rigs apart (empty: none). Geometry counts, names and prompts do not."""
         if self.num_views != other.num_views:
             return [f"number of views: {self.num_views} against {other.num_views}"]
-        found = []
+        told = []
         for index, (a, b) in enumerate(zip(self.views, other.views)):
-            azimuth_gap = abs((a.azimuth_deg - b.azimuth_deg + 180.0) % 360.0 - 180.0)
-            if azimuth_gap > ANGLE_TOLERANCE_DEG:
-                found.append(f"azimuth of view {index}: {a.azimuth_deg:g} against {b.azimuth_deg:g} degrees")
+            if abs((a.azimuth_deg - b.azimuth_deg + 180.0) % 360.0 - 180.0) > ANGLE_TOLERANCE_DEG:
+                told.append(f"azimuth of view {index}: {a.azimuth_deg:g} against {b.azimuth_deg:g} degrees")
             if abs(a.elevation_deg - b.elevation_deg) > ANGLE_TOLERANCE_DEG:
-                found.append(f"elevation of view {index}: {a.elevation_deg:g} against {b.elevation_deg:g} degrees")
-            da, db = self.view_distance(a), other.view_distance(b)
-            if abs(da - db) > LENGTH_TOLERANCE * da:
-                found.append(f"distance of view {index}: {da:g} against {db:g}")
+                told.append(f"elevation of view {index}: {a.elevation_deg:g} against {b.elevation_deg:g} degrees")
+            near, far = self.view_distance(a), other.view_distance(b)
+            if abs(near - far) > LENGTH_TOLERANCE * near:
+                told.append(f"distance of view {index}: {near:g} against {far:g}")
         if abs(self.focal - other.focal) > LENGTH_TOLERANCE * self.focal:
-            found.append(f"focal length over width: {self.focal:g} against {other.focal:g}")
-        if self.azimuth_zero != other.azimuth_zero:
-            found.append(f"azimuth_zero: {self.azimuth_zero} against {other.azimuth_zero}")
-        if self.reference_view != other.reference_view:
-            found.append(f"reference view: {self.reference_view} against {other.reference_view}")
-        return found
+            told.append(f"focal length over width: {self.focal:g} against {other.focal:g}")
+        for key, name in (("azimuth_zero", "azimuth_zero"), ("reference_view", "reference view")):
+            if getattr(self, key) != getattr(other, key):
+                told.append(f"{name}: {getattr(self, key)} against {getattr(other, key)}")
+        return told
 
     def mirror_order(self) -> list[int]:
         """Returns per view the index of its mirror image in x, the vertical plane through azimuth 0.
@@ -215,21 +207,21 @@ class ViewRig:
     @staticmethod
     def from_cameras(cameras: Cameras, name: str, view_names: list[str] | None = None) -> ViewRig:
         """Returns the rig of measured cameras [v] that look at the origin, in the given order."""
-        azimuths, elevations = cameras.azimuth_deg.tolist(), cameras.elevation_deg.tolist()
-        distances = cameras.distance.tolist()
+        azimuths, distances = cameras.azimuth_deg.tolist(), cameras.distance.tolist()
         names = view_names or [f"azimuth_{azimuth:.1f}" for azimuth in azimuths]
-        views = tuple(View(*values) for values in zip(names, azimuths, elevations, distances))
-        mean_distance = sum(distances) / len(distances)
+        views = tuple(View(*row) for row in zip(names, azimuths, cameras.elevation_deg.tolist(), distances))
         focal = float(cameras.fxfycxcy[..., 0].mean()) / cameras.width
-        return ViewRig(name=name, views=views, distance=mean_distance, focal=focal)
+        return ViewRig(name=name, views=views, distance=sum(distances) / len(distances), focal=focal)
 
 
 def _from_row(schema: type, row: dict, where: str):
     """Returns a View or ViewRig from keys and values; each must be known and of the type its field is written with."""
-    values, fields = {}, schema.__dataclass_fields__
-    for key, entry in fields.items():
-        kind = {"str": str, "int": int, "tuple[View, ...]": tuple}.get(entry.type, float)
-        values[key] = take(row, key, kind, where, default=... if entry.default is MISSING else entry.default)
+    fields = schema.__dataclass_fields__
+    kinds = {"str": str, "int": int, "tuple[View, ...]": tuple}
+    values = {
+        key: take(row, key, kinds.get(f.type, float), where, default=... if f.default is MISSING else f.default)
+        for key, f in fields.items()
+    }
     if unknown := sorted(map(str, set(row) - set(fields))):
         raise ValueError(f"{where} has unknown keys {unknown}; known: {sorted(fields)}")
     return schema(**values)
@@ -288,17 +280,15 @@ def check_rig_cameras(rig: ViewRig, cameras: Cameras, source: str) -> None:
     differences = rig.differences(measured)
     if differences:
         raise RigMismatchError(mismatch_message("requested", rig, "cameras", measured, differences))
-    _check_axes(rig.cameras(cameras.width).c2w, cameras.c2w, source)
+    _check_axes(rig.cameras(cameras.width), cameras, source, tolerance_deg=0.5)
 
 
 def check_posed_views(rig: ViewRig, cameras: Cameras, source: str) -> None:
-    """For Stage 2 on calibrated cameras [v] of any directions: convention, distance and intrinsics must be the rig's.
-
-    Raises ValueError with what was expected.
-    """
-    centre = cameras.origins.new_zeros(3)
-    own = Cameras.look_at(cameras.origins, centre, cameras.fxfycxcy[0], cameras.height, cameras.width)
-    _check_axes(own.c2w, cameras.c2w, source, tolerance_deg=15.0)
+    """For Stage 2 on calibrated cameras [v] of any directions: convention, distance and lens must be the rig's."""
+    upright = Cameras.look_at(
+        cameras.origins, cameras.origins.new_zeros(3), cameras.fxfycxcy[0], cameras.height, cameras.width
+    )
+    _check_axes(upright, cameras, source, tolerance_deg=15.0)
     for name, got, expected, tolerance in (
         ("distance from the origin", cameras.distance, rig.distance, 0.15),
         ("focal length over width", cameras.fxfycxcy[:, 0] / cameras.width, rig.focal, 0.10),
@@ -313,15 +303,14 @@ def check_posed_views(rig: ViewRig, cameras: Cameras, source: str) -> None:
             )
 
 
-def _check_axes(expected_c2w: torch.Tensor, c2w: torch.Tensor, source: str, tolerance_deg: float = 0.5) -> None:
-    cosine = (expected_c2w[..., :3, :3] * c2w[..., :3, :3]).sum(dim=-2)  # per axis x, y, z
-    limit = torch.cos(torch.deg2rad(torch.tensor(tolerance_deg, dtype=torch.float64))).item()
-    if (cosine < limit - 1e-6).any():
-        flipped = (cosine[..., 0] > 0.5).all() and (cosine[..., 1] < -0.5).all() and (cosine[..., 2] < -0.5).all()
+def _check_axes(expected: Cameras, cameras: Cameras, source: str, tolerance_deg: float) -> None:
+    cosine = (expected.c2w[..., :3, :3] * cameras.c2w[..., :3, :3]).sum(dim=-2)  # per axis x, y, z
+    if (cosine < math.cos(math.radians(tolerance_deg)) - 1e-6).any():
+        flipped = (cosine[..., 0] > 0.5).all() and (cosine[..., 1:] < -0.5).all()
         hint = (
             "they look like OpenGL axes (y up, z backward): negate columns 1 and 2 of c2w"
             if flipped
-            else ("cameras must look at the origin, world z up, OpenCV axes (x right, y down, z forward)")
+            else "cameras must look at the origin, world z up, OpenCV axes (x right, y down, z forward)"
         )
         raise ValueError(f"{source}: the cameras stand in the right places but look elsewhere; {hint}")
 
