@@ -37,15 +37,15 @@ def load_config(
 
     source = str(path) if path is not None else "command line"
     kinds = _kinds_of_keys(schema)
-    texts = {name for name, kind in kinds.items() if kind == "text"}
+    texts = {name for name, kind in kinds.items() if kind == "text"}  # YAML's guesses are not asked for these
     trees = [] if path is None else _read_chain(Path(path), texts)
     for override in overrides:
         key, equals, typed = override.partition("=")
         if not equals:
             raise ValueError(f"override {override!r} must look like key=value")
-        value: Any = None if typed in ("null", "~") else typed
+        value: Any = None if typed in ("null", "~") else typed  # the only two words that stay YAML's
         try:
-            if key not in texts or typed[:1] in ("'", '"', "["):
+            if key not in texts or typed[:1] in ("'", '"', "["):  # quotes and lists are YAML on purpose
                 trees.append(("command line", OmegaConf.to_container(OmegaConf.from_dotlist([override]))))
                 continue
         except (YAMLError, OmegaConfBaseException) as error:
@@ -88,7 +88,7 @@ def read_yaml(path: Path | str, texts: set[str] = frozenset()) -> dict:
     try:
         if len(text) > YAML_LIMIT:
             raise ValueError(f"it has {len(text)} characters, {YAML_LIMIT} are the limit")
-        for event in yaml.parse(text):
+        for event in yaml.parse(text):  # events do not unfold: this is cheap for any file
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             aliases += isinstance(event, yaml.AliasEvent)
             if depth > 30 or aliases > 16:
@@ -118,10 +118,10 @@ def _read_chain(path: Path, texts: set[str]) -> list[tuple[str, dict]]:
     """Returns (file, content) of a YAML and of the files its `base:` names (relative to it), the first base first."""
     chain: list[tuple[str, dict]] = []
     base: str | None = path.name
-    while base:
+    while base:  # a chain, and no tree: a delta names one file
         path = path.parent / base
         content = read_yaml(path, texts | {"base"})
-        if len(chain) > 10:
+        if len(chain) > 10:  # the shipped ones have two
             raise ValueError(f"config {path}: its chain of `base:` files is longer than 10; does it name itself?")
         base = take(content, "base", str, str(path), default=None)
         content.pop("base", None)
@@ -135,7 +135,7 @@ def _kinds_of_keys(schema: type, prefix: str = "") -> dict[str, str]:
     for entry in dataclasses.fields(schema):
         name, kind = prefix + entry.name, typing.get_type_hints(schema)[entry.name]
         parts = {kind, *typing.get_args(kind)}
-        parts |= {typing.get_origin(part) for part in parts}
+        parts |= {typing.get_origin(part) for part in parts}  # str | None, list[str], Literal["a", "b"]
         if dataclasses.is_dataclass(kind):
             kinds |= {name: "section", **_kinds_of_keys(kind, name + ".")}
         elif dict in parts:
@@ -151,6 +151,7 @@ def _check_keys(content: dict, kinds: dict[str, str], source: str, prefix: str =
         name = f"{prefix}{key}"
         if name not in kinds:
             nearest = difflib.get_close_matches(name, kinds, n=1, cutoff=0.0)
+            # A key at the wrong depth is the commonest mistake: its name is nearer than any spelling.
             leaf = [known for known in kinds if known.rsplit(".", 1)[-1] == str(key)]
             raise ValueError(f"{source}: unknown key '{name}'; the nearest known one is '{(leaf or nearest)[0]}'")
         if kinds[name] == "section" and not isinstance(value, dict | None):

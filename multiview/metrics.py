@@ -20,7 +20,7 @@ def psnr(prediction: Tensor, target: Tensor) -> Tensor:
 
 def foreground_psnr(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """PSNR in dB over the pixels of the ground-truth mask (weighted by it), [...]."""
-    error = (prediction - target).square().mean(-3, keepdim=True)
+    error = (prediction - target).square().mean(-3, keepdim=True)  # over colors first: the mask has one channel
     return _decibel(_masked_mean(error, mask, "foreground_psnr"))
 
 
@@ -58,7 +58,7 @@ def foreground_ssim(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 def _ssim_map(prediction: Tensor, target: Tensor) -> Tensor:
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    a, b = prediction.flatten(0, -4), target.flatten(0, -4)
+    a, b = prediction.flatten(0, -4), target.flatten(0, -4)  # torchmetrics wants one batch dimension
     _, values = structural_similarity_index_measure(
         a, b, sigma=1.5, kernel_size=11, data_range=1.0, reduction="none", return_full_image=True
     )
@@ -70,7 +70,7 @@ def _masked_mean(values: Tensor, mask: Tensor, name: str) -> Tensor:
     if mask.shape[-3] != 1:
         raise ValueError(f"mask must have 1 channel, got shape {list(mask.shape)}")
     weight = mask.flatten(-3).sum(-1)
-    if (weight <= 0).any():
+    if (weight <= 0).any():  # a mean over nothing would be a perfect or a void score, by chance
         raise ValueError(f"{name}: a mask is empty, there is no foreground to measure")
     return (values * mask).flatten(-3).sum(-1) / weight
 
@@ -84,6 +84,7 @@ def lpips_distances(
     network: from `load_lpips`. prediction, target: [..., 3, h, w] 0..1.
     """
     whole, inside = [], []
+    # One image at a time: VGG's features of a whole set take gigabytes.
     for a, b, m in zip(prediction.flatten(0, -4), target.flatten(0, -4), mask.flatten(0, -4)):
         a, b = a[None] * 2 - 1, b[None] * 2 - 1
         network.spatial = True
@@ -125,4 +126,4 @@ def load_lpips(device: torch.device | str = "cpu", path: Path | str | None = Non
 
 
 def _decibel(mean_squared_error: Tensor) -> Tensor:
-    return -10.0 * torch.log10(mean_squared_error.clamp_min(1e-10))
+    return -10.0 * torch.log10(mean_squared_error.clamp_min(1e-10))  # equal images: 100 dB, so that means stay finite

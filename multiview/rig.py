@@ -25,22 +25,22 @@ FILL_FACTOR = 2.0  # `framing: fill`: how much farther and longer than FaceLift'
 ANGLE_TOLERANCE_DEG = 0.05
 LENGTH_TOLERANCE = 1e-3  # relative, distance and focal length
 
-PROMPT_STYLES = {
+PROMPT_STYLES = {  # the texts that released and own embeddings were made from: a changed word is another embedding
     "facelift": "a rendering image of 3D models, {view} view, color map.",
     "facelift_normal": "a rendering image of 3D models, {view} view, normal map.",
     "mouse": "a rendering image of a 3D model, {view} view, from above at an angle, color map.",
     "mouse_normal": "a rendering image of a 3D model, {view} view, from above at an angle, normal map.",
     "laboratory": "a laboratory mouse, white background, high quality",
 }
-CHOICES = {
+CHOICES = {  # what a rig file may say; anything else would be read as something that it is not
     "azimuth_zero": ("heading", "reference"),
     "framing": ("exact", "fill", "facelift"),
-    "up_axis": ("z",),
+    "up_axis": ("z",),  # the key exists so that files can say so, and foreign ones be refused
     "prompt_style": tuple(PROMPT_STYLES),
 }
 ANGLES_SUFFIX = ", elevation {elevation:g} degrees, azimuth {azimuth:g} degrees"
 
-MENDING = {
+MENDING = {  # by role, the command that makes the artifact anew for the rig
     "embeddings": "python scripts/generate_mouse_prompt_embeds.py --rig {rig} --model_name <the folder whose text "
     "encoder the UNet was trained with>",
     "unet": "python train_diffusion.py --config configs/mouse_mvdiffusion.yaml rig={rig}",
@@ -81,13 +81,13 @@ class ViewRig:
     azimuth_zero: str = "reference"
     framing: str = "exact"
     up_axis: str = "z"
-    reference_view: int = 0
+    reference_view: int = 0  # FaceLift's input is its first view
     prompt_style: str = "mouse"
 
     def __post_init__(self) -> None:
         if not self.views:
             raise ValueError(f"rig {self.name}: at least one view is needed")
-        if len(set(self.view_names)) != len(self.views):
+        if len(set(self.view_names)) != len(self.views):  # prompts and files are made from the names
             raise ValueError(f"rig {self.name}: view names must differ, got {self.view_names}")
         if not 0 <= self.reference_view < len(self.views):
             raise ValueError(
@@ -114,6 +114,7 @@ class ViewRig:
 
     def cameras(self, size: int) -> Cameras:
         """Returns the rig's cameras for square images of `size` pixels, shape [num_views]."""
+        # float64, since differences of a rig from its own cameras are measured in hundredths of a degree.
         rows = [(view.azimuth_deg, view.elevation_deg, self.view_distance(view)) for view in self.views]
         azimuth, elevation, distance = torch.tensor(rows, dtype=torch.float64).unbind(-1)
         return Cameras.orbit(azimuth, elevation, distance, self.focal, size)
@@ -128,6 +129,7 @@ class ViewRig:
 
     def fingerprint(self) -> str:
         """Returns a short hash of geometry and order, equal for rigs that agree up to rounding."""
+        # Rounded, so that a rig and the same rig read from a file have one fingerprint.
         content = [self.azimuth_zero, self.reference_view, round(self.focal, 5)]
         for view in self.views:
             angles = [round(view.azimuth_deg, 2), round(view.elevation_deg, 2)]
@@ -136,7 +138,7 @@ class ViewRig:
 
     def differences(self, other: ViewRig) -> list[str]:
         """Returns the differences that keep two rigs apart (empty: none). Geometry counts, names and prompts do not."""
-        if self.num_views != other.num_views:
+        if self.num_views != other.num_views:  # then no view has a counterpart to be compared with
             return [f"number of views: {self.num_views} against {other.num_views}"]
         told = []
         for index, (a, b) in enumerate(zip(self.views, other.views)):
@@ -180,6 +182,7 @@ class ViewRig:
 
     def with_framing(self, framing: str) -> ViewRig:
         """Returns the rig in another framing: `fill` doubles distance and focal length, the others keep 2.7 and 549."""
+        # Farther and longer by one factor: the animal keeps its size in the image and loses perspective.
         factor = FILL_FACTOR if framing == "fill" else 1.0
         was = FILL_FACTOR if self.framing == "fill" else 1.0
         return replace(self, framing=framing, distance=self.distance / was * factor, focal=self.focal / was * factor)
@@ -194,6 +197,7 @@ class ViewRig:
     @staticmethod
     def from_dict(content: dict, source: str) -> ViewRig:
         """Reads the content of a rig file (`to_dict`); unknown, missing and wrong values are errors naming `source`."""
+        # Views first: the rig's own check of its views then speaks of View objects.
         rows = take(content, "views", list, f"{source}: a view rig")
         views = tuple(_from_row(View, row, f"{source}: view {index}") for index, row in enumerate(rows))
         for view in views:
@@ -217,7 +221,7 @@ class ViewRig:
 def _from_row(schema: type, row: dict, where: str):
     """Returns a View or ViewRig from keys and values; each must be known and of the type its field is written with."""
     fields = schema.__dataclass_fields__
-    kinds = {"str": str, "int": int, "tuple[View, ...]": tuple}
+    kinds = {"str": str, "int": int, "tuple[View, ...]": tuple}  # annotations are texts here; the rest are numbers
     values = {
         key: take(row, key, kinds.get(f.type, float), where, default=... if f.default is MISSING else f.default)
         for key, f in fields.items()
@@ -235,7 +239,7 @@ def load_rig(name_or_path: str | Path) -> ViewRig:
     """Reads a rig by name (`configs/rigs/<name>.yaml`), or from a YAML/JSON file (bare, or under the key `rig`)."""
     from multiview.config import read_yaml
 
-    path = Path(name_or_path)
+    path = Path(name_or_path)  # names have no suffix
     if path.suffix not in (".yaml", ".yml", ".json"):
         path = RIGS_FOLDER / f"{name_or_path}.yaml"
     if not path.is_file():
@@ -253,6 +257,7 @@ def check_alignment(expected: ViewRig | None = None, /, **artifacts: ViewRig) ->
     """
     if not artifacts:
         raise ValueError("check_alignment needs at least one artifact")
+    # What the user named counts first; without it the first artifact does, and the message names both roles.
     base_role = "requested" if expected is not None else next(iter(artifacts))
     base = expected if expected is not None else artifacts[base_role]
     for role, rig in artifacts.items():
@@ -274,7 +279,7 @@ def check_rig_cameras(rig: ViewRig, cameras: Cameras, source: str) -> None:
     """Refuses cameras [v] that are not the rig's own: other views, or the right places with other axes."""
     measured = replace(
         ViewRig.from_cameras(cameras, f"measured in {source}"),
-        azimuth_zero=rig.azimuth_zero,
+        azimuth_zero=rig.azimuth_zero,  # a camera file cannot say these two
         reference_view=min(rig.reference_view, len(cameras) - 1),
     )
     differences = rig.differences(measured)
@@ -288,7 +293,7 @@ def check_posed_views(rig: ViewRig, cameras: Cameras, source: str) -> None:
     upright = Cameras.look_at(
         cameras.origins, cameras.origins.new_zeros(3), cameras.fxfycxcy[0], cameras.height, cameras.width
     )
-    _check_axes(upright, cameras, source, tolerance_deg=15.0)
+    _check_axes(upright, cameras, source, tolerance_deg=15.0)  # a hand-held or tilted camera is no other convention
     for name, got, expected, tolerance in (
         ("distance from the origin", cameras.distance, rig.distance, 0.15),
         ("focal length over width", cameras.fxfycxcy[:, 0] / cameras.width, rig.focal, 0.10),
@@ -304,6 +309,7 @@ def check_posed_views(rig: ViewRig, cameras: Cameras, source: str) -> None:
 
 
 def _check_axes(expected: Cameras, cameras: Cameras, source: str, tolerance_deg: float) -> None:
+    # Axes that differ by a sign are another convention; everything between is a camera that looks elsewhere.
     cosine = (expected.c2w[..., :3, :3] * cameras.c2w[..., :3, :3]).sum(dim=-2)  # per axis x, y, z
     if (cosine < math.cos(math.radians(tolerance_deg)) - 1e-6).any():
         flipped = (cosine[..., 0] > 0.5).all() and (cosine[..., 1:] < -0.5).all()
@@ -327,7 +333,7 @@ def mismatch_message(role_a: str, a: ViewRig, role_b: str, b: ViewRig, differenc
                 f"  d {rig.view_distance(view):.3g}"
             )
         columns.append(lines)
-    width = max(map(len, columns[0])) + 4
+    width = max(map(len, columns[0])) + 4  # of the left column
     table = "\n".join(f"  {x:<{width}}{y}".rstrip() for x, y in zip_longest(*columns, fillvalue=""))
     shown = differences[:4] + ([f"and {len(differences) - 4} more"] if len(differences) > 4 else [])
     # What to type for a rig: its name if it ships with the project, else the file of the dataset that measured it.
