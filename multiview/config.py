@@ -61,7 +61,8 @@ def load_config(
     except OmegaConfBaseException as error:
         raise ValueError(f"{source}: {str(error).strip().splitlines()[0]} (key {error.full_key})") from error
     except ValueError as error:  # a section's own check names its key alone
-        raise ValueError(str(error) if str(error).startswith((source, "command line")) else f"{source}: {error}") from None
+        named = str(error).startswith((source, "command line"))
+        raise ValueError(str(error) if named else f"{source}: {error}") from None
 
 
 def config_to_dict(config: object) -> dict:
