@@ -10,7 +10,7 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
-from scipy.sparse import coo_matrix, csr_matrix
+from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial.transform import Rotation
 
@@ -44,32 +44,24 @@ class BodyModelMice:
     """Draws mice from a body model and its poses; called like `scene.make_mouse`."""
 
     def __init__(self, body_path: Path | str, pose_path: Path | str) -> None:
-        self.arrays = a = read_arrays(body_path, BODY_KEYS)
+        a = self.arrays = read_arrays(body_path, BODY_KEYS)
         self.vectors, self.scales, self.turns = read_arrays(pose_path, POSE_KEYS).values()
         count, joints, faces = len(a["vertices"]), len(a["parents"]), a["faces"]
         if self.vectors.shape[1:] != (joints, 3):
             raise ValueError(f"{pose_path}: local_rotvec must be [poses, {joints}, 3], got {list(self.vectors.shape)}")
-        weights = coo_matrix((a["weights_value"], (a["weights_vertex"], a["weights_joint"])), (count, joints)).toarray()
-        if (weights.sum(axis=1) <= 0).any():
-            raise ValueError(f"{body_path}: every vertex must have skin weights")
-        self.weights = csr_matrix(weights / weights.sum(axis=1, keepdims=True))
+        weights = csr_matrix((a["weights_value"], (a["weights_vertex"], a["weights_joint"])), (count, joints)).toarray()
+        self.weights = csr_matrix(weights / np.maximum(weights.sum(axis=1, keepdims=True), 1e-9))
         # Only the largest connected piece (the skin) and the dark ones (the eyes) are drawn: no teeth, no tongue.
-        edges = coo_matrix((np.ones(len(faces) * 2), (faces[:, [0, 0]].ravel(), faces[:, 1:].ravel())), (count, count))
-        piece = connected_components(edges, directed=False)[1]
+        edges = (np.ones(len(faces) * 2), (faces[:, [0, 0]].ravel(), faces[:, 1:].ravel()))
+        piece = connected_components(csr_matrix(edges, (count, count)), directed=False)[1]
         sizes = np.bincount(piece)
-        dark = np.bincount(piece, a["vertex_colour_linear"].mean(1)) / sizes < 0.01
+        eyes = np.bincount(piece, a["vertex_colour_linear"].mean(1)) / sizes < 0.01
         skin = np.arange(len(sizes)) == sizes.argmax()
         joint = a["joint_names"].astype(str)[weights.argmax(axis=1)]
         bare = np.where(np.char.startswith(joint, "tail"), parts.TAIL, parts.FOOT)
         bare = np.where(np.char.startswith(joint, "ear"), parts.EAR_OUTER, bare)
-        self.part = np.where((dark & ~skin)[piece], parts.EYE_PART, np.where(a["vertex_fur"] > 0.5, parts.FUR, bare))
-        self.faces = faces[(skin | dark)[piece][faces].all(axis=1)]
-        self.mean = self.vectors.mean(axis=0)
-        flat = (self.vectors - self.mean).reshape(len(self.vectors), -1)
-        _, singular, components = np.linalg.svd(flat, full_matrices=False)
-        # Deviations along the first principal components of the poses: sums of them are plausible new poses.
-        degrees = max(len(flat) - 1, 1)
-        self.components = (singular[:, None] * components)[: min(20, degrees)] / degrees**0.5
+        self.part = np.where((eyes & ~skin)[piece], parts.EYE_PART, np.where(a["vertex_fur"] > 0.5, parts.FUR, bare))
+        self.faces = faces[(skin | eyes)[piece][faces].all(axis=1)]
 
     def pose(self, local_rot: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Skins the mesh: local_rot [j, 3, 3], scales [g] -> vertices [v, 3], keypoints [22, 3], model units."""
@@ -82,27 +74,21 @@ class BodyModelMice:
                 place[j] = place[parent] + turn[parent] @ place[j]
                 turn[j], rest[j] = turn[parent] @ turn[j], rest[parent] @ rest[j]
         change = turn @ rest.transpose(0, 2, 1)
-        shift = place - np.einsum("jab,jb->ja", change, a["rest_joints"])
         vertices = np.einsum("vab,vb->va", (self.weights @ change.reshape(-1, 9)).reshape(-1, 3, 3), a["vertices"])
-        vertices = vertices + self.weights @ shift
-        return vertices, self._keypoints(vertices, place)
-
-    def _keypoints(self, vertices: np.ndarray, joints: np.ndarray) -> np.ndarray:
-        ids = np.split(self.arrays["keypoint_ids"], self.arrays["keypoint_ptr"][1:-1])
-        sources = (vertices if is_vertex else joints for is_vertex in self.arrays["keypoint_is_vertex"])
-        return np.array([source[chosen].mean(axis=0) for source, chosen in zip(sources, ids, strict=True)])
+        vertices = vertices + self.weights @ (place - np.einsum("jab,jb->ja", change, a["rest_joints"]))
+        bounds = zip(a["keypoint_ptr"], a["keypoint_ptr"][1:], a["keypoint_is_vertex"])
+        points = [(vertices if of else place)[a["keypoint_ids"][low:high]].mean(0) for low, high, of in bounds]
+        return vertices, np.array(points)
 
     def __call__(
         self, seed: int, index: int, *, coat: str | None = None, pose: None = None, heading_deg: float | None = None,
         light: Light | None = None,
     ) -> SplatCloud:  # fmt: skip
         rng, a = np.random.default_rng(np.random.SeedSequence([seed, index, 4])), self.arrays
-        number = int(rng.integers(len(self.vectors)))
-        drawn = self.mean.ravel() + rng.normal(0, 0.8, len(self.components)) @ self.components
-        share = rng.uniform(0.0, 0.35)
-        vectors = (1 - share) * self.vectors[number] + share * drawn.reshape(-1, 3)
+        number, other = rng.integers(len(self.vectors), size=2)
+        vectors = self.vectors[number] + rng.uniform(0.0, 0.35) * (self.vectors[other] - self.vectors[number])
         scales = self.scales[number] * np.exp(rng.normal(0, 0.02, self.scales.shape[1]))
-        length, rest = random_length(rng), self.pose(a["rest_local_rot"], scales)[1]
+        length, (mesh, rest) = random_length(rng), self.pose(a["rest_local_rot"], scales)
         size = np.linalg.norm(rest[SNOUT] - rest[TAIL_BASE])
         tail = np.char.startswith(a["joint_names"].astype(str), "tail") & (a["bone_scale_group"] > 0)
         trunk = self.faces[(self.part[self.faces] != parts.TAIL).all(axis=1)]
@@ -112,7 +98,7 @@ class BodyModelMice:
             # The center of the volume that the trunk encloses, about a point within: the mesh is not quite closed.
             inside = vertices[trunk].reshape(-1, 3).mean(axis=0)
             corners = vertices[trunk] - inside
-            volume = np.einsum("ni,ni->n", corners[:, 0], np.cross(corners[:, 1], corners[:, 2]))
+            volume = np.linalg.det(corners)
             center = inside + volume @ corners.mean(axis=1) * 0.75 / volume.sum()
             vertices, keypoints = (vertices - center) / size, (keypoints - center) / size
             reach = np.linalg.norm(vertices[self.part == parts.TAIL, :2], axis=1).max(initial=0.0)
@@ -121,48 +107,43 @@ class BodyModelMice:
             scales[np.unique(a["bone_scale_group"][tail]) - 1] *= 0.92
         ahead = keypoints[SPINE] - keypoints[TAIL_BASE]
         back = Rotation.from_euler("z", np.arctan2(-ahead[0], -ahead[1])).as_matrix()  # turns the nose to -y
-        vertices, keypoints = vertices @ back.T, keypoints @ back.T
-        drawn_coat, drawn_light, heading = random_coat(rng, coat), random_light(rng), float(rng.uniform(0, 360))
         floor = np.array([0.0, 0.0, vertices[self.faces][..., 2].min()])
-        surface = self._surface(vertices - floor, rng)
+        drawn_coat, drawn_light, heading = random_coat(rng, coat), random_light(rng), float(rng.uniform(0, 360))
+        surface = self._surface(vertices @ back.T - floor, (mesh - rest[TAIL_BASE]) / size, rng)
         openness = 0.50 + 0.50 * np.clip(0.75 + 0.5 * surface.normals[:, 2], 0, 1)
         return SplatCloud(
             **splats_from_surface(surface, openness, drawn_coat, light or drawn_light, rng, scale=length),
             center=(-length * floor).astype(np.float32),
-            keypoints=(length * (keypoints - floor)).astype(np.float32),
+            keypoints=(length * (keypoints @ back.T - floor)).astype(np.float32),
             body_length=length,
             meta={"pose": f"library {number}", "coat": drawn_coat.name},
         ).facing(heading if heading_deg is None else heading_deg)
 
-    def _surface(self, vertices: np.ndarray, rng: np.random.Generator) -> parts.Surface:
-        """Samples the posed mesh evenly, fur pushed out; body lengths."""
-        a, faces = self.arrays, self.faces
+    def _surface(self, vertices: np.ndarray, rest: np.ndarray, rng: np.random.Generator) -> parts.Surface:
+        """Samples the posed mesh evenly, fur pushed out. vertices, rest: [v, 3] posed and not, body lengths."""
+        faces = self.faces
         corners = vertices[faces]
         across = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])  # twice the area long
-        vertex_normals = np.zeros_like(vertices)
-        np.add.at(vertex_normals, faces.ravel(), np.repeat(across, 3, axis=0))
-        fine = np.isin(self.part[faces[:, 0]], (parts.EYE_PART, parts.FOOT, parts.TAIL, parts.EAR_OUTER))
+        normals = np.zeros_like(vertices)
+        np.add.at(normals, faces.ravel(), np.repeat(across, 3, axis=0))
+        fine = self.part[faces[:, 0]] != parts.FUR
         total = np.cumsum(0.5 * np.linalg.norm(across, axis=1) * np.where(fine, 2.0, 1.2))
         count = int(total[-1] / parts.SPACING**2)
         # Equally spaced in cumulated area, so that neighboring triangles get their fair share.
-        pick = np.searchsorted(total, (np.arange(count) + rng.random()) / count * total[-1])
-        ids = faces[np.minimum(pick, len(faces) - 1)]
+        ids = faces[np.searchsorted(total, (np.arange(count) + rng.random()) / count * total[-1])]
         u, v = np.sqrt(rng.random(count)), rng.random(count)
         mix = np.stack([1 - u, u * (1 - v), u * v], axis=1)
-        normals, places, at_rest, fur = (
+        points, normals, rest, fur = (
             np.einsum("nk,nk...->n...", mix, values[ids])
-            for values in (vertex_normals, vertices, a["vertices"], a["vertex_fur"])
+            for values in (vertices, normals, rest, self.arrays["vertex_fur"])
         )
         normals, part = unit(normals), self.part[ids[np.arange(count), mix.argmax(1)]]
-        points = self._keypoints(a["vertices"], a["rest_joints"])
-        length, base = np.linalg.norm(points[SNOUT] - points[TAIL_BASE]), points[TAIL_BASE, 1]
-        rest = at_rest / length
         out = np.where(part == parts.FUR, fur, np.where(part == parts.EYE_PART, 0.6, 0.0))  # eyes stay above the fur
-        places = places + (FUR_DEPTH * out)[:, None] * normals
-        places[:, 2] = np.maximum(places[:, 2], 0.0)
-        behind, height = rest[:, 1] - base / length, rest[:, 2] - (rest[:, 2].min() + 0.16)
+        points = points + (FUR_DEPTH * out)[:, None] * normals
+        points[:, 2] = np.maximum(points[:, 2], 0.0)
+        x, behind, height = rest[:, 0], rest[:, 1], rest[:, 2] - (rest[:, 2].min() + 0.16)
         return parts.Surface.piece(
-            places, normals, [0.0, 1.0, -0.3], part, size=parts.SPACING * 1.05,
-            rest=np.stack([np.clip(-behind, 0, 1), rest[:, 0], height], axis=1), ventral=np.clip(-height / 0.12, -1, 1),
+            points, normals, [0.0, 1.0, -0.3], part, size=parts.SPACING * 1.05,
+            rest=np.stack([np.clip(-behind, 0, 1), x, height], axis=1), ventral=np.clip(-height / 0.12, -1, 1),
             along=np.where(part == parts.TAIL, np.clip(behind, 0, 1), 0.5),
         )  # fmt: skip

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 
-from synthetic.settings import ASKED_POSES, POSES
+from synthetic.settings import ALL_POSES, POSES
 
 CONTROL_STATIONS = np.array([0.0, 0.22, 0.45, 0.62, 0.74, 0.86, 1.0])  # where spine_pitch and spine_yaw are given
 _WEIGHTS = (0.28, 0.16, 0.13, 0.16, 0.10, 0.09, 0.08)  # of POSES
@@ -86,11 +86,11 @@ class MousePose:
 
 
 def random_pose(rng: np.random.Generator, kind: str | None = None) -> MousePose:
-    """Draws a pose of the given kind (of POSES or ASKED_POSES), or of one of POSES at random."""
+    """Draws a pose of the given kind (of ALL_POSES), or of one of POSES at random."""
     if kind is None:
         kind = POSES[rng.choice(len(POSES), p=np.array(_WEIGHTS) / sum(_WEIGHTS))]
     if kind not in _BASES:
-        raise ValueError(f"pose kind must be one of {', '.join((*POSES, *ASKED_POSES))}, got {kind!r}")
+        raise ValueError(f"pose kind must be one of {', '.join(ALL_POSES)}, got {kind!r}")
     pitch, hip, shoulder, level = _BASES[kind]
     pitch = np.array(pitch, dtype=float) * rng.uniform(0.85, 1.15) + rng.normal(0, [3, 4, 4, 5, 7, 7, 7])
     # All of these are drawn, whatever the kind: the numbers after them are the same for every kind.
