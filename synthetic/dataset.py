@@ -18,9 +18,10 @@ from multiview.cameras import Cameras
 from multiview.files import LOCK_FILE, atomic_folder, atomic_write, owned_folder, write_json
 from multiview.image import to_uint8
 from multiview.rig import ViewRig, load_rig
+from multiview.run import REPOSITORY, resolve_device
 from multiview.sample import Sample, is_complete_sample, open_dataset, write_sample, write_split
 from recording.calibration import PIXEL_CENTRE, Calibration, read_calibration, write_calibration
-from synthetic.photograph import RecordingCameras, RecordingConditions, draw_camera, photograph, toned
+from synthetic.photograph import Camera, RecordingCameras, RecordingConditions, photograph
 from synthetic.scene import KEYPOINT_NAMES, SplatCloud, laboratory_light, make_mouse, mouse_sequence
 from synthetic.settings import MouseSettings
 from synthetic.skeleton import BODY_LENGTH
@@ -34,11 +35,8 @@ PHOTOGRAPH_SCALE = (0.88, 1.12)  # a photograph is framed by its mask, not by th
 PHOTOGRAPH_SHIFT = 0.06  # world units, along each axis
 OPAQUE = 0.5  # a pixel has a depth where the animal covers more than this
 
-RECORDINGS_FOLDER = Path(__file__).resolve().parent.parent / "configs" / "rigs" / "recordings"
 BODY_LENGTH_MM = 73.0  # nose to tail base of an adult mouse, stretched
 ARENA_REACH = 0.6  # arena_radius for mouse_sequence (world units; 36 mm): all real cameras see the whole animal
-VIDEO_FOLDER, MASK_FOLDER = "videos_undist", "simpleclick_undist"
-CALIBRATION_FOLDER = "calibrations"  # of the further formats of one recording
 SURFACE_POINTS = 1000  # of each frame's surface kept as truth
 
 
@@ -46,7 +44,6 @@ def make_renderer(device: str = "cpu") -> Render:
     """Returns the project's rasterizer as a `Render`."""
     from gslrm.model.gaussians import Gaussians
     from gslrm.model.gaussians_renderer import render
-    from multiview.run import resolve_device
 
     target = resolve_device(device)
 
@@ -121,9 +118,9 @@ def make_sample(
         width = rig.distance / rig.focal  # of the image at the body's distance, world units
         cloud = cloud.transformed(offset=place.uniform(-settings.off_center, settings.off_center, 3) * width)
     if photographed:
-        camera = draw_camera(rng)
+        camera = Camera.draw(rng)
         scale, shift = rng.uniform(*PHOTOGRAPH_SCALE), rng.uniform(-PHOTOGRAPH_SHIFT, PHOTOGRAPH_SHIFT, 3)
-        cloud = replace(cloud, rgb=toned(cloud.rgb, camera)).transformed(scale=scale, offset=shift)
+        cloud = replace(cloud, rgb=camera.toned(cloud.rgb)).transformed(scale=scale, offset=shift)
     cameras = sample_cameras(rig, settings, index)
     rgb, alpha, mean_depth = render(cloud, cameras)
     straight = torch.where(alpha > 1 / 512, rgb / alpha.clamp_min(1 / 512), torch.zeros_like(rgb))
@@ -220,15 +217,13 @@ def write_dataset(settings: MouseSettings) -> None:
 # ---- raw recordings -------------------------------------------------------------------------------------------------
 
 
-def load_real_rig(
-    name: str = "dannce_mouse1", *, width: int | None = None, lens: str = "none"
-) -> tuple[Calibration, dict]:
-    """Returns the calibration of a real recording that ships with the project, and its arena {centre [3], ...}, in mm.
+def load_real_rig(*, width: int | None = None, lens: str = "none") -> tuple[Calibration, dict]:
+    """Returns the calibration of the real recording that ships with the project, and its arena, {centre [3] mm ...}.
 
     width: of the images, even; by default as filmed. Heights follow, rounded to even numbers. lens: `none` for the
     undistorted images, `real` for the photographs as filmed (lens distortion, skew).
     """
-    path = RECORDINGS_FOLDER / f"{name}.json"
+    path = REPOSITORY / "configs" / "rigs" / "recordings" / "dannce_mouse1.json"
     calibration = read_calibration(path)
     content = json.loads(path.read_text())
     if lens == "real":
@@ -288,14 +283,15 @@ def write_recording(
     cameras, frames, surfaces = RecordingCameras(calibration, render, conditions), [], []
     with atomic_folder(folder) as temporary:
         for index, name in enumerate(formats):
-            write_calibration(temporary / CALIBRATION_FOLDER / name if index else temporary, calibration, name)
-        for name in (VIDEO_FOLDER, MASK_FOLDER):
-            (temporary / name).mkdir()
-        paths = [temporary / name / f"{k}.mp4" for name in (VIDEO_FOLDER, MASK_FOLDER) for k in range(len(calibration))]
+            write_calibration(temporary / "calibrations" / name if index else temporary, calibration, name)
+        videos, masks = temporary / "videos_undist", temporary / "simpleclick_undist"
+        videos.mkdir()
+        masks.mkdir()
+        paths = [folder / f"{k}.mp4" for folder in (videos, masks) for k in range(len(calibration))]
         writers = [video_writer(path, cameras.size, frames_per_second, quality_crf) for path in paths]
         for frame, cloud in enumerate(clouds):
-            images, masks = cameras.photograph(cloud, frame)
-            for writer, image in zip(writers, (*images, *masks.expand(-1, 3, -1, -1)), strict=True):
+            rgb, alpha = cameras.photograph(cloud, frame)
+            for writer, image in zip(writers, (*rgb, *alpha.expand(-1, 3, -1, -1)), strict=True):
                 writer.send(np.ascontiguousarray(to_uint8(image)))
             chosen = _keyed(conditions.seed, 8, frame).choice(len(cloud), SURFACE_POINTS)
             surfaces.append(cloud.means[chosen].astype(np.float32))

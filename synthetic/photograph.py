@@ -1,11 +1,11 @@
 """One camera simulator: what lenses, sensors, light and segmentations add to clean renderings.
 
-Two users share it. Samples become cut-out photographs (`photograph`): exposure, gamma and white balance are one per
-animal and belong to its colors (`toned`), so that views which nobody photographed agree with those that were; then per
-view, in the order in which it happens: lens and motion blur and a coarse sensor (on premultiplied colors, so that
-nothing leaks over the outline), the view's gain, a veil (the arena's glass), the mask's errors (rims of background, fur
-cut off, lost tails, holes), sensor noise. Raw recordings (`RecordingCameras`) see the whole image: exact lens models,
-uneven light, a room behind the animal, sensor noise, the true mask.
+Samples become cut-out photographs (`photograph`): exposure, gamma and white balance are one per animal and belong to
+its colors (`Camera.toned`), so that views which nobody photographed agree with those that were; then per view, in the
+order in which it happens: lens and motion blur and a coarse sensor (on premultiplied colors, so that nothing leaks over
+the outline), the view's gain, a veil (the arena's glass), the mask's errors (rims of background, fur cut off, lost
+tails, holes), sensor noise. Raw recordings (`RecordingCameras`) see the whole image: exact lens models, uneven light, a
+room behind the animal, sensor noise, the true mask.
 
 Lengths of photographs are in pixels of an image of REFERENCE_SIZE and grow with the image. Ranges are uniform, (low,
 high), unless said. Everything is a function of the seed, the frame and the camera.
@@ -71,28 +71,35 @@ class Camera:
     edge_width: float
     background: np.ndarray
 
+    @staticmethod
+    def draw(rng: np.random.Generator) -> Camera:
+        exposure = math.exp(EXPOSURE_SPREAD * float(np.clip(rng.normal(), -2, 1)))
+        warm, green = np.clip(rng.normal(size=2), -2, 2) * WHITE_BALANCE_SPREAD
+        gamma = float(rng.uniform(*GAMMA))
+        coarse = float(rng.uniform(*COARSE_SENSOR)) if rng.random() < COARSE_SENSOR_PROBABILITY else 1.0
+        black = rng.random() < BLACK_PROBABILITY
+        background = np.zeros(3) if black else rng.uniform(*BACKGROUND) * np.exp(rng.normal(0, 0.05, 3))
+        noise, grain, edge_width = (float(rng.uniform(*limits)) for limits in (NOISE, NOISE_GRAIN, EDGE_WIDTH))
+        gain = (exposure * np.exp([warm - green, green, -warm - green])).astype(np.float32)
+        return Camera(gain, gamma, coarse, noise, grain, edge_width, np.clip(background, 0, 1).astype(np.float32))
 
-def draw_camera(rng: np.random.Generator) -> Camera:
-    exposure = math.exp(EXPOSURE_SPREAD * float(np.clip(rng.normal(), -2, 1)))
-    warm, green = np.clip(rng.normal(size=2), -2, 2) * WHITE_BALANCE_SPREAD
-    gamma = float(rng.uniform(*GAMMA))
-    coarse = float(rng.uniform(*COARSE_SENSOR)) if rng.random() < COARSE_SENSOR_PROBABILITY else 1.0
-    black = rng.random() < BLACK_PROBABILITY
-    background = np.zeros(3) if black else rng.uniform(*BACKGROUND) * np.exp(rng.normal(0, 0.05, 3))
-    return Camera(
-        gain=(exposure * np.exp([warm - green, green, -warm - green])).astype(np.float32),
-        gamma=gamma,
-        coarse=coarse,
-        noise=float(rng.uniform(*NOISE)),
-        grain=float(rng.uniform(*NOISE_GRAIN)),
-        edge_width=float(rng.uniform(*EDGE_WIDTH)),
-        background=np.clip(background, 0, 1).astype(np.float32),
-    )
+    def toned(self, color: np.ndarray) -> np.ndarray:
+        """Returns sRGB colors [..., 3] 0..1 as the camera records them: its gamma about PIVOT, its gains."""
+        return np.clip(PIVOT * (color / PIVOT) ** self.gamma * self.gain, 0, 1).astype(np.float32)
+
+    def noise_on(self, color: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Returns a sensor's and a codec's noise [h, w, 3]: deviation noise_level(value), mostly common to channels."""
+        height, width = color.shape[:2]
+        noise = rng.standard_normal((height + 8, width + 8, 4), np.float32)
+        kernel = np.exp(-0.5 * (np.arange(-2, 3) / self.grain) ** 2)
+        kernel /= np.sqrt((kernel**2).sum())  # keeps the deviation
+        noise = cv2.sepFilter2D(noise, -1, kernel, kernel)[4:-4, 4:-4]
+        return (0.8 * noise[..., 3:] + 0.6 * noise[..., :3]) * noise_level(color, self.noise)
 
 
-def toned(color: np.ndarray, camera: Camera) -> np.ndarray:
-    """Returns sRGB colors [..., 3] 0..1 as the camera records them: its gamma about PIVOT, its gains."""
-    return np.clip(PIVOT * (color / PIVOT) ** camera.gamma * camera.gain, 0, 1).astype(np.float32)
+def noise_level(value: np.ndarray, at_white: float, read_share: float = 0.3) -> np.ndarray:
+    """Returns the deviation of the noise at sRGB values 0..1: a fixed part and one that grows with the light."""
+    return np.float32(at_white) * np.sqrt(read_share + (1 - read_share) * np.clip(value, 0, 1))
 
 
 # ---- cut-out photographs --------------------------------------------------------------------------------------------
@@ -138,14 +145,20 @@ def photograph_view(
     kernel, sigmas = draw_blur(rng, unit)
     color, alpha = blurred(rgba[window], kernel, camera.coarse)
     color = np.clip(color * np.float32(gain), 0, 1)
-    color, veil = veiled(color, rng, unit)
+    veil = 0.0
+    if rng.random() < VEIL_PROBABILITY:  # a pane of glass before one side of a nearly level line reflects light
+        (height, width), veil, gray = alpha.shape, rng.uniform(*VEIL), rng.uniform(*VEIL_GRAY)
+        line, slope, side = rng.uniform(-0.1, 1.1) * height, rng.normal(0, 0.12), rng.choice([-1.0, 1.0])
+        y = np.arange(height, dtype=np.float32)[:, None] - line - slope * np.arange(width, dtype=np.float32)
+        share = np.float32(veil) * np.clip(0.5 + np.float32(side) * y / np.float32(1.5 * unit), 0, 1)[..., None]
+        color = color * (1 - share) + np.float32(gray) * share
     mask, done = segmented(alpha, camera.edge_width, rng, unit, None if tail_end is None else tail_end - [left, top])
     # Where the mask reaches over the outline, the background fills it up.
     behind, seen = np.clip(mask - alpha, 0, 1)[..., None], np.minimum(alpha, mask)[..., None]
     color = (color * seen + camera.background * behind) / np.maximum(seen + behind, 1e-6)
-    color = color + mask[..., None] * noise_of(color, camera, rng)
+    color = color + mask[..., None] * camera.noise_on(color, rng)
     image[window] = np.concatenate([np.clip(color, 0, 1), mask[..., None]], axis=2)
-    return image, {"gain": round(float(gain), 4), "blur": sigmas, "veil": veil, **done}
+    return image, {"gain": round(float(gain), 4), "blur": sigmas, "veil": round(float(veil), 3), **done}
 
 
 def draw_blur(rng: np.random.Generator, unit: float) -> tuple[np.ndarray, list[float]]:
@@ -177,18 +190,6 @@ def blurred(rgba: np.ndarray, kernel: np.ndarray, coarse: float) -> tuple[np.nda
         premultiplied = cv2.resize(premultiplied, (width, height), interpolation=cv2.INTER_LINEAR)
     alpha = np.clip(premultiplied[..., 3], 0, 1)
     return np.clip(premultiplied[..., :3] / np.maximum(alpha, 1e-4)[..., None], 0, 1), alpha
-
-
-def veiled(color: np.ndarray, rng: np.random.Generator, unit: float) -> tuple[np.ndarray, float]:
-    """Light from a pane of glass in front of one side of a nearly level line through the image, or none."""
-    if rng.random() >= VEIL_PROBABILITY:
-        return color, 0.0
-    strength, gray = rng.uniform(*VEIL), rng.uniform(*VEIL_GRAY)
-    height, width = color.shape[:2]
-    line, slope, side = rng.uniform(-0.1, 1.1) * height, rng.normal(0, 0.12), rng.choice([-1.0, 1.0])
-    y = np.arange(height, dtype=np.float32)[:, None] - line - slope * np.arange(width, dtype=np.float32)
-    share = np.float32(strength) * np.clip(0.5 + np.float32(side) * y / np.float32(1.5 * unit), 0, 1)[..., None]
-    return color * (1 - share) + np.float32(gray) * share, round(float(strength), 3)
 
 
 def segmented(
@@ -229,22 +230,6 @@ def _disc(shape: tuple[int, int], center: np.ndarray, radius: float) -> np.ndarr
     """[h, w] 1 inside a disc about center (x, y), pixels, with a ramp of one pixel."""
     y, x = np.mgrid[: shape[0], : shape[1]]
     return np.clip(radius + 0.5 - np.hypot(x + 0.5 - center[0], y + 0.5 - center[1]), 0, 1).astype(np.float32)
-
-
-def noise_of(color: np.ndarray, camera: Camera, rng: np.random.Generator) -> np.ndarray:
-    """[h, w, 3] a sensor's and a codec's noise: deviation noise_level(value), mostly common to the channels."""
-    height, width = color.shape[:2]
-    noise = rng.standard_normal((height + 8, width + 8, 4), np.float32)
-    kernel = np.exp(-0.5 * (np.arange(-2, 3) / camera.grain) ** 2)
-    kernel /= np.sqrt((kernel**2).sum())  # keeps the deviation
-    noise = cv2.sepFilter2D(noise, -1, kernel, kernel)[4:-4, 4:-4]
-    noise = 0.8 * noise[..., 3:] + 0.6 * noise[..., :3]
-    return noise * noise_level(color, camera.noise)
-
-
-def noise_level(value: np.ndarray, at_white: float, read_share: float = 0.3) -> np.ndarray:
-    """Standard deviation of the noise at sRGB values 0..1: a fixed part and one that grows with the light."""
-    return np.float32(at_white) * np.sqrt(read_share + (1 - read_share) * np.clip(value, 0, 1))
 
 
 # ---- recordings -----------------------------------------------------------------------------------------------------

@@ -177,14 +177,12 @@ def keypoints(s: Skeleton, shape: MouseShape, surface: parts.Surface) -> np.ndar
     return np.array(rows)
 
 
-def build_cloud(
-    shape: MouseShape, pose: MousePose, coat: Coat, light: Light, rng: np.random.Generator, spacing=parts.SPACING
-) -> SplatCloud:
+def build_cloud(shape: MouseShape, pose: MousePose, coat: Coat, light: Light, rng: np.random.Generator) -> SplatCloud:
     """The posed mouse, heading -y, floor at z = 0, world units. `rng` drives only the layout and the fur's noise."""
     s = solve(shape, pose)
     skin = build_skin(s, shape)
     layout, pattern = rng.spawn(2)
-    surface = parts.sample_mouse(s, shape, pose, skin, spacing, layout)
+    surface = parts.sample_mouse(s, shape, pose, skin, layout)
     openness = skin.openness(surface.points, surface.normals)
     return SplatCloud(
         **splats_from_surface(surface, openness, coat, light, pattern, scale=shape.length),
@@ -264,7 +262,6 @@ def mouse_sequence(
     arena_radius: float = 1.6,
     coat: str | None = None,
     poses: tuple[str, ...] = POSES,
-    spacing: float = parts.SPACING,
 ) -> Iterator[SplatCloud]:
     """Yields num_frames clouds of one animal moving: floor at z = 0, arena center at the origin, z up.
 
@@ -295,7 +292,7 @@ def mouse_sequence(
         turned = np.array([math.cos(a) * x - math.sin(a) * y, math.sin(a) * x + math.cos(a) * y, z])
         # The same layout and fur noise every frame: the coat stays on the animal.
         fixed = np.random.default_rng(np.random.SeedSequence(layout_seed))
-        cloud = build_cloud(shape, pose, drawn_coat, replace(light, direction=turned), fixed, spacing)
+        cloud = build_cloud(shape, pose, drawn_coat, replace(light, direction=turned), fixed)
         cloud = cloud.transformed(rotate_z_deg=-heading)
         cloud = cloud.transformed(offset=np.array([*(place - cloud.center[:2]), 0.0]))
         cloud.meta.update(heading_deg=heading % 360.0, frame=frame)

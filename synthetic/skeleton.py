@@ -134,24 +134,6 @@ def perpendicular(vector: np.ndarray, axis: np.ndarray) -> np.ndarray:
 def solve(shape: MouseShape, pose: MousePose) -> Skeleton:
     """Places the whole skeleton: spine over its feet, limbs by two-bone inverse kinematics, tail on the floor."""
     sizes = shape.half_sizes()
-    spine, tangent, left, up = _spine(pose, sizes)
-    weight = sizes[:, 0] * (sizes[:, 1] + sizes[:, 2])
-    middle = spine + 0.5 * (sizes[:, 1] - sizes[:, 2])[:, None] * up
-    skeleton = Skeleton(spine, tangent, left, up, sizes, (weight[:, None] * middle).sum(0) / weight.sum())
-    skeleton.limbs, skeleton.feet = _limbs(skeleton, shape, pose)
-    skeleton.tail, skeleton.tail_radius = _tail(skeleton, shape, pose)
-    return skeleton
-
-
-def _smooth(values: np.ndarray) -> np.ndarray:
-    """Control values [7] in degrees -> [stations] radians, without corners."""
-    kernel = np.hanning(13)[1:-1]
-    padded = np.pad(np.interp(STATIONS, CONTROL_STATIONS, values), 5, mode="edge")
-    return np.radians(np.convolve(padded, kernel / kernel.sum(), mode="valid"))
-
-
-def _spine(pose: MousePose, sizes: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Returns spine, tangent, left, up, each [stations, 3]."""
     pitch, yaw = _smooth(pose.spine_pitch), _smooth(pose.spine_yaw)
     step = STATIONS[1]
     hip, shoulder = int(round(HIP / step)), int(round(SHOULDER / step))
@@ -177,7 +159,21 @@ def _spine(pose: MousePose, sizes: np.ndarray) -> tuple[np.ndarray, ...]:
     left = np.stack([np.cos(yaw), np.sin(yaw), np.zeros_like(yaw)], axis=1)
     up = np.cross(tangent, left)
     low = (points[:, 2] - sizes[:, 2] * np.abs(up[:, 2])).min()
-    return points + [0, 0, max(0.004 - low, 0.0)], tangent, left, up
+    spine = points + [0, 0, max(0.004 - low, 0.0)]
+    weight = sizes[:, 0] * (sizes[:, 1] + sizes[:, 2])
+    # Every slice is two half ellipses whose middle lies off the spine.
+    middle = spine + 0.5 * (sizes[:, 1] - sizes[:, 2])[:, None] * up
+    skeleton = Skeleton(spine, tangent, left, up, sizes, (weight[:, None] * middle).sum(0) / weight.sum())
+    skeleton.limbs, skeleton.feet = _limbs(skeleton, shape, pose)
+    skeleton.tail, skeleton.tail_radius = _tail(skeleton, shape, pose)
+    return skeleton
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Control values [7] in degrees -> [stations] radians, without corners."""
+    kernel = np.hanning(13)[1:-1]
+    padded = np.pad(np.interp(STATIONS, CONTROL_STATIONS, values), 5, mode="edge")
+    return np.radians(np.convolve(padded, kernel / kernel.sum(), mode="valid"))
 
 
 def _two_bones(root: np.ndarray, target: np.ndarray, upper: float, lower: float, pole: np.ndarray):

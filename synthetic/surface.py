@@ -87,16 +87,13 @@ def _mix(values: np.ndarray, t: np.ndarray) -> np.ndarray:
     return values[index] + (place - index)[:, None] * (values[index + 1] - values[index])
 
 
-def sample_mouse(
-    s: Skeleton, shape: MouseShape, pose: MousePose, skin: Skin, spacing: float, rng: np.random.Generator
-) -> Surface:
-    """Samples all parts of the posed mouse."""
+def sample_mouse(s: Skeleton, shape: MouseShape, pose: MousePose, skin: Skin, rng: np.random.Generator) -> Surface:
+    """Samples all parts of the posed mouse; small ones more finely, since few splats must give their outline."""
+    spacing = SPACING
     streams = rng.spawn(6)  # one per part: a part whose number of samples varies must not disturb the others
-    pieces = [
-        _body(s, skin, spacing, streams[0]),
-        _tube(s.tail, s.tail_radius, 0.8 * spacing, TAIL, streams[1]),
-        *(piece for limb in range(4) for piece in _foot(s, shape, limb, 0.8 * spacing, streams[2 + limb])),
-    ]
+    pieces = [_body(s, skin, spacing, streams[0]), _tube(s.tail, s.tail_radius, 0.8 * spacing, TAIL, streams[1])]
+    for limb in range(4):
+        pieces += _foot(s, shape, limb, 0.8 * spacing, streams[2 + limb])
     for k, side in enumerate((1.0, -1.0)):
         pieces += _ear(s, shape, side, float(pose.ear_turn[k]), 0.85 * spacing)
         # The eyeball sits in the blended skin with half of it showing.
@@ -124,12 +121,11 @@ def _body(s: Skeleton, skin: Skin, spacing: float, rng: np.random.Generator) -> 
         axes, radii = e[3:12].reshape(3, 3), e[12:15]
         sphere = _sphere(int(4 * math.pi * (radii[0] * radii[1:].mean()) / spacing**2))
         points = e[:3] + (sphere * radii) @ axes
-        station, cheek, height = _STATIONS[number], number >= 4, 0 * sphere[:, 0]
-        rest = np.stack(
-            [height + station, height + (1.0, -1.0)[number % 2] * 0.15, 0.12 * sphere[:, 0] * (0 if cheek else -1)], 1
-        )
+        station, cheek, side = _STATIONS[number], number >= 4, (1.0, -1.0)[number % 2]
+        # A thigh's or shoulder's fur lies along the limb and backwards, and counts as belly towards the foot.
         flow = -axes[0] if cheek else 0.5 * axes[0] - 0.8 * s.frame(station)[1]
-        ventral = 0.2 if cheek else 0.38 * sphere[:, 0]
+        along, ventral = sphere[:, 0], 0.2 if cheek else 0.38 * sphere[:, 0]
+        rest = np.stack([0 * along + station, 0 * along + side * 0.15, 0.12 * along * (0 if cheek else -1)], axis=1)
         pieces.append(Surface.piece(points, points, flow, FUR, rest=rest, ventral=ventral, size=spacing))
 
     for number, c in enumerate(skin.cones):
@@ -139,11 +135,9 @@ def _body(s: Skeleton, skin: Skin, spacing: float, rng: np.random.Generator) -> 
         u = unit(np.cross(axis, [0.31, 0.52, 0.79]))
         out = np.cos(angle)[:, None] * u + np.sin(angle)[:, None] * np.cross(axis, u)
         points = c[:3] + (t * length)[:, None] * axis + (c[6] + t * (c[7] - c[6]))[:, None] * out
-        rest = np.stack([0 * t + (0.14 if limb < 2 else 0.58), SIDES[limb] * 0.15 + 0 * t, -0.1 - 0.1 * t], 1)
-        along = 0.5 * (lower + t)
-        pieces.append(
-            Surface.piece(points, points, axis, LIMB, rest=rest, ventral=0.35, along=along, size=spacing * 0.9)
-        )
+        rest = np.stack([0 * t + (0.14 if limb < 2 else 0.58), SIDES[limb] * 0.15 + 0 * t, -0.1 - 0.1 * t], axis=1)
+        places = {"rest": rest, "ventral": 0.35, "along": 0.5 * (lower + t)}
+        pieces.append(Surface.piece(points, points, axis, LIMB, **places, size=spacing * 0.9))
 
     for limb in range(4):  # the knees and elbows, round
         c = skin.cones[2 * limb + 1]
@@ -165,8 +159,7 @@ def _tube(path: np.ndarray, radius: np.ndarray, spacing: float, part: int, rng: 
     upright = np.linalg.norm(u, axis=1, keepdims=True) < 0.1
     u = unit(np.where(upright, np.cross(tangent, [1.0, 0.0, 0.0]), u))
     t, angle = _rings(radius, np.linalg.norm(np.diff(path, axis=0), axis=1), spacing, rng)
-    normals = np.cos(angle)[:, None] * _mix(u, t) + np.sin(angle)[:, None] * _mix(np.cross(u, tangent), t)
-    normals = unit(normals)
+    normals = unit(np.cos(angle)[:, None] * _mix(u, t) + np.sin(angle)[:, None] * _mix(np.cross(u, tangent), t))
     points = _mix(path, t) + _mix(radius[:, None], t) * normals
     return Surface.piece(points, normals, _mix(tangent, t), part, along=t, size=spacing)
 

@@ -110,8 +110,9 @@ def test_unknown_coat_and_pose_are_refused_by_name():
         make_mouse(0, 0, pose="fly")
 
 
-def test_sequence_moves_smoothly_and_keeps_its_coat():
-    clouds = list(mouse_sequence(1, 12, fps=25.0, arena_radius=1.0, coat="piebald", spacing=0.03))
+def test_sequence_moves_smoothly_and_keeps_its_coat(monkeypatch):
+    monkeypatch.setattr("synthetic.surface.SPACING", 0.03)
+    clouds = list(mouse_sequence(1, 12, fps=25.0, arena_radius=1.0, coat="piebald"))
     steps = [np.abs(b.keypoints - a.keypoints).max() for a, b in zip(clouds, clouds[1:])]
     assert max(steps) < 0.25 and sum(steps) > 0
     assert all(np.linalg.norm(c.center[:2]) < 1.01 for c in clouds)

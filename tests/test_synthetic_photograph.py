@@ -32,7 +32,7 @@ def clean(rig, render):
 
 
 def camera(**changes) -> photo.Camera:
-    return replace(photo.draw_camera(np.random.default_rng(0)), **changes)
+    return replace(photo.Camera.draw(np.random.default_rng(0)), **changes)
 
 
 def disc(size: int, radius: float, color: tuple[float, float, float]) -> np.ndarray:
@@ -101,7 +101,7 @@ def test_noise_has_the_stated_level_and_stays_on_the_animal():
     for value in (0.1, 0.9):
         for grain in photo.NOISE_GRAIN:
             settings = camera(noise=0.02, grain=grain)
-            noise = photo.noise_of(np.full((200, 200, 3), value, np.float32), settings, np.random.default_rng(0))
+            noise = settings.noise_on(np.full((200, 200, 3), value, np.float32), np.random.default_rng(0))
             stated = photo.noise_level(np.float32(value), 0.02)
             assert noise.std(axis=(0, 1)) == pytest.approx(np.full(3, stated), rel=0.05)
     neighbors = np.corrcoef(noise[:, 1:, 0].ravel(), noise[:, :-1, 0].ravel())[0, 1]
