@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -157,16 +161,11 @@ def split_indices(num_samples: int, val_fraction: float) -> tuple[list[int], lis
     return [i for i in range(num_samples) if not is_val[i]], [i for i in range(num_samples) if is_val[i]]
 
 
-_worker: dict = {}  # of this process: settings, rig, renderer, what draws the animal
-
-
-def _start_worker(settings: MouseSettings) -> None:
-    import signal
-
+@lru_cache(maxsize=1)  # once per process
+def _prepared(settings: MouseSettings) -> tuple[ViewRig, Render, Callable[..., SplatCloud]]:
+    """Returns rig, renderer and what draws the animal; leaves this process one thread."""
     import numba
 
-    if settings.workers > 1:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process says when to stop
     torch.set_num_threads(1)
     numba.set_num_threads(1)
     make_cloud = make_mouse
@@ -174,39 +173,37 @@ def _start_worker(settings: MouseSettings) -> None:
         from synthetic.body_model import BodyModelMice
 
         make_cloud = BodyModelMice(settings.body_model, settings.body_model_poses)
-    rig, render = load_rig(settings.rig), make_renderer(settings.device)
-    _worker.update(settings=settings, rig=rig, render=render, make_cloud=make_cloud)
+    return load_rig(settings.rig), make_renderer(settings.device), make_cloud
 
 
-def _write_one(index: int) -> None:
-    settings = _worker["settings"]
+def _write_one(settings: MouseSettings, index: int) -> None:
     folder = settings.output_dir / sample_name(index)
     if not is_complete_sample(folder):
-        write_sample(folder, make_sample(_worker["rig"], settings, index, _worker["render"], _worker["make_cloud"]))
+        rig, render, make_cloud = _prepared(settings)
+        write_sample(folder, make_sample(rig, settings, index, render, make_cloud))
 
 
 def write_dataset(settings: MouseSettings) -> None:
     """Writes or continues the dataset folder; complete samples are kept, split lists written last."""
-    import multiprocessing
-    from contextlib import ExitStack
-
     from tqdm import tqdm
 
     folder, rig = settings.output_dir, load_rig(settings.rig)
+    resolve_device(settings.device)  # as the body model's files: refused before anything is written
+    if settings.workers == 1 or settings.body_model:
+        _prepared(settings)
     # Opened before it is owned, since a foreign folder must stay untouched; and again, now that nobody else changes it.
     open_dataset(folder, rig, settings.parameters)
     with owned_folder(folder), ExitStack() as stack:
         open_dataset(folder, rig, settings.parameters)
-        indices = range(settings.num_samples)
+        write, indices = partial(_write_one, settings), range(settings.num_samples)
         if settings.workers == 1:
-            _start_worker(settings)
-            done = map(_write_one, indices)
+            done = map(write, indices)
         else:
             os.environ.setdefault("OMP_NUM_THREADS", "1")  # inherited by the workers, before they import torch
-            # Spawned, not forked: numba's thread pools do not survive a fork.
+            # Spawned, not forked: numba's thread pools do not survive a fork. An interrupt is for this process alone.
             context = multiprocessing.get_context("spawn")
-            pool = stack.enter_context(context.Pool(settings.workers, _start_worker, (settings,)))
-            done = pool.imap_unordered(_write_one, indices, chunksize=4)
+            pool = context.Pool(settings.workers, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+            done = stack.enter_context(pool).imap_unordered(write, indices, chunksize=4)
         for _ in tqdm(done, total=settings.num_samples, desc="mice", unit="mouse", disable=None):
             pass
         for name, chosen in zip(("train", "val"), split_indices(settings.num_samples, settings.val_fraction)):
