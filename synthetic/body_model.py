@@ -29,14 +29,12 @@ SNOUT, SPINE, TAIL_BASE = (KEYPOINT_NAMES.index(name) for name in ("Snout", "Spi
 
 
 def read_arrays(path: Path | str, keys: tuple | list) -> dict[str, np.ndarray]:
-    """Returns the named arrays of an .npz, floats as float64; errors name the file and the arrays it lacks."""
+    """Returns the named arrays of an .npz, floats as float64; errors name the file and the array it lacks."""
     try:
         with np.load(path, allow_pickle=False) as archive:
-            if missing := [key for key in keys if key not in archive.files]:
-                raise ValueError(f"{path} lacks the arrays {', '.join(missing)}")
             arrays = {key: archive[key] for key in keys}
-    except (OSError, zipfile.BadZipFile, EOFError) as error:
-        raise ValueError(f"{path} cannot be read; an .npz with {', '.join(keys)} is expected: {error}") from error
+    except (OSError, zipfile.BadZipFile, EOFError, KeyError) as error:
+        raise ValueError(f"{path} cannot be used: {error}; an .npz with {', '.join(keys)} is expected") from error
     return {key: value.astype(np.float64) if value.dtype == np.float32 else value for key, value in arrays.items()}
 
 
@@ -62,6 +60,20 @@ class BodyModelMice:
         bare = np.where(np.char.startswith(joint, "ear"), parts.EAR_OUTER, bare)
         self.part = np.where((eyes & ~skin)[piece], parts.EYE_PART, np.where(a["vertex_fur"] > 0.5, parts.FUR, bare))
         self.faces = faces[(skin | eyes)[piece][faces].all(axis=1)]
+        points = self._keypoints(a["vertices"], a["rest_joints"])
+        length = np.linalg.norm(points[SNOUT] - points[TAIL_BASE])
+        self.rest = (a["vertices"] - [0.0, points[TAIL_BASE, 1], 0.0]) / length
+        # Along their first principal components, by their deviations, new poses stay plausible.
+        flat = self.vectors.reshape(len(self.vectors), -1)
+        _, deviations, components = np.linalg.svd(flat - flat.mean(axis=0), full_matrices=False)
+        degrees = max(len(flat) - 1, 1)
+        self.mean, count = flat.mean(axis=0), min(20, degrees)
+        self.components = deviations[:count, None] * components[:count] / degrees**0.5
+
+    def _keypoints(self, vertices: np.ndarray, joints: np.ndarray) -> np.ndarray:
+        ids = np.split(self.arrays["keypoint_ids"], self.arrays["keypoint_ptr"][1:-1])
+        sources = (vertices if is_vertex else joints for is_vertex in self.arrays["keypoint_is_vertex"])
+        return np.array([source[chosen].mean(axis=0) for source, chosen in zip(sources, ids, strict=True)])
 
     def pose(self, local_rot: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Skins the mesh: local_rot [j, 3, 3], scales [g] -> vertices [v, 3], keypoints [22, 3], model units."""
@@ -76,19 +88,19 @@ class BodyModelMice:
         change = turn @ rest.transpose(0, 2, 1)
         vertices = np.einsum("vab,vb->va", (self.weights @ change.reshape(-1, 9)).reshape(-1, 3, 3), a["vertices"])
         vertices = vertices + self.weights @ (place - np.einsum("jab,jb->ja", change, a["rest_joints"]))
-        bounds = zip(a["keypoint_ptr"], a["keypoint_ptr"][1:], a["keypoint_is_vertex"])
-        points = [(vertices if of else place)[a["keypoint_ids"][low:high]].mean(0) for low, high, of in bounds]
-        return vertices, np.array(points)
+        return vertices, self._keypoints(vertices, place)
 
     def __call__(
         self, seed: int, index: int, *, coat: str | None = None, pose: None = None, heading_deg: float | None = None,
         light: Light | None = None,
     ) -> SplatCloud:  # fmt: skip
         rng, a = np.random.default_rng(np.random.SeedSequence([seed, index, 4])), self.arrays
-        number, other = rng.integers(len(self.vectors), size=2)
-        vectors = self.vectors[number] + rng.uniform(0.0, 0.35) * (self.vectors[other] - self.vectors[number])
+        number = int(rng.integers(len(self.vectors)))
+        drawn = (self.mean + rng.normal(0, 0.8, len(self.components)) @ self.components).reshape(-1, 3)
+        share = rng.uniform(0.0, 0.35)
+        vectors = (1 - share) * self.vectors[number] + share * drawn
         scales = self.scales[number] * np.exp(rng.normal(0, 0.02, self.scales.shape[1]))
-        length, (mesh, rest) = random_length(rng), self.pose(a["rest_local_rot"], scales)
+        length, rest = random_length(rng), self.pose(a["rest_local_rot"], scales)[1]
         size = np.linalg.norm(rest[SNOUT] - rest[TAIL_BASE])
         tail = np.char.startswith(a["joint_names"].astype(str), "tail") & (a["bone_scale_group"] > 0)
         trunk = self.faces[(self.part[self.faces] != parts.TAIL).all(axis=1)]
@@ -101,15 +113,14 @@ class BodyModelMice:
             volume = np.linalg.det(corners)
             center = inside + volume @ corners.mean(axis=1) * 0.75 / volume.sum()
             vertices, keypoints = (vertices - center) / size, (keypoints - center) / size
-            reach = np.linalg.norm(vertices[self.part == parts.TAIL, :2], axis=1).max(initial=0.0)
-            if reach * length <= TAIL_REACH:
+            if np.linalg.norm(vertices[self.part == parts.TAIL, :2], axis=1).max(initial=0.0) * length <= TAIL_REACH:
                 break
             scales[np.unique(a["bone_scale_group"][tail]) - 1] *= 0.92
         ahead = keypoints[SPINE] - keypoints[TAIL_BASE]
         back = Rotation.from_euler("z", np.arctan2(-ahead[0], -ahead[1])).as_matrix()  # turns the nose to -y
         floor = np.array([0.0, 0.0, vertices[self.faces][..., 2].min()])
         drawn_coat, drawn_light, heading = random_coat(rng, coat), random_light(rng), float(rng.uniform(0, 360))
-        surface = self._surface(vertices @ back.T - floor, (mesh - rest[TAIL_BASE]) / size, rng)
+        surface = self._surface(vertices @ back.T - floor, rng)
         openness = 0.50 + 0.50 * np.clip(0.75 + 0.5 * surface.normals[:, 2], 0, 1)
         return SplatCloud(
             **splats_from_surface(surface, openness, drawn_coat, light or drawn_light, rng, scale=length),
@@ -119,8 +130,8 @@ class BodyModelMice:
             meta={"pose": f"library {number}", "coat": drawn_coat.name},
         ).facing(heading if heading_deg is None else heading_deg)
 
-    def _surface(self, vertices: np.ndarray, rest: np.ndarray, rng: np.random.Generator) -> parts.Surface:
-        """Samples the posed mesh evenly, fur pushed out. vertices, rest: [v, 3] posed and not, body lengths."""
+    def _surface(self, vertices: np.ndarray, rng: np.random.Generator) -> parts.Surface:
+        """Samples the posed mesh [v, 3] evenly, fur pushed out; body lengths."""
         faces = self.faces
         corners = vertices[faces]
         across = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])  # twice the area long
@@ -135,7 +146,7 @@ class BodyModelMice:
         mix = np.stack([1 - u, u * (1 - v), u * v], axis=1)
         points, normals, rest, fur = (
             np.einsum("nk,nk...->n...", mix, values[ids])
-            for values in (vertices, normals, rest, self.arrays["vertex_fur"])
+            for values in (vertices, normals, self.rest, self.arrays["vertex_fur"])
         )
         normals, part = unit(normals), self.part[ids[np.arange(count), mix.argmax(1)]]
         out = np.where(part == parts.FUR, fur, np.where(part == parts.EYE_PART, 0.6, 0.0))  # eyes stay above the fur
