@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(128 + signal.SIGTERM)
 
     signal.signal(signal.SIGTERM, stop)
-    with full_disk_explained(folder / "samples"):
+    with full_disk_explained(folder):
         if settings.as_recording:
             cameras = record_mouse(settings)
             print(f"{folder}: {settings.num_samples} frames from {cameras} cameras; import it with")

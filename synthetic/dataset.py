@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import multiprocessing
@@ -255,6 +256,17 @@ def video_writer(path: Path, size: tuple[int, int], frames_per_second: float, cr
     return writer
 
 
+def _count_frames(path: Path) -> int:
+    """Returns the number of frames of a video by its header, 0 for one that was cut off."""
+    import av
+
+    try:
+        with av.open(os.fspath(path)) as video:
+            return video.streams.video[0].frames
+    except av.error.FFmpegError:
+        return 0
+
+
 def write_recording(
     folder: Path | str,
     calibration: Calibration,
@@ -294,8 +306,11 @@ def write_recording(
             surfaces.append(cloud.means[chosen].astype(np.float32))
             points = {"centre": cloud.center.tolist(), "keypoints": cloud.keypoints.tolist()}
             frames.append({**points, "body_length": float(cloud.body_length), "pose": cloud.meta})
-        for writer in writers:
+        for path, writer in zip(paths, writers, strict=True):
             writer.close()
+            # ffmpeg ends without a word when the disk fills up: what it wrote must be what it was given.
+            if _count_frames(path) != len(frames):
+                raise OSError(errno.ENOSPC, f"fewer than {len(frames)} frames could be written", os.fspath(path))
         truth = {"unit": "mm", "keypoint_names": list(KEYPOINT_NAMES), "frames": frames}
         write_json(temporary / "truth.json", truth)
         arrays = {name: np.array([frame[name] for frame in frames]) for name in ("centre", "keypoints")}

@@ -13,7 +13,7 @@ from synthetic import surface as parts
 from synthetic.coat import Coat, coat_albedo, random_coat
 from synthetic.pose import MousePose, PoseTrack, random_pose
 from synthetic.settings import POSES
-from synthetic.skeleton import EAR, MouseShape, Skeleton, build_skin, random_shape, solve, unit
+from synthetic.skeleton import EAR, MouseShape, build_skin, random_shape, solve, unit
 
 # DANNCE's 22 names, in its order.
 KEYPOINT_NAMES = (
@@ -164,19 +164,6 @@ def shade(surface: parts.Surface, openness: np.ndarray, albedo: np.ndarray, ligh
 # ---- one mouse ------------------------------------------------------------------------------------------------------
 
 
-def keypoints(s: Skeleton, shape: MouseShape, surface: parts.Surface) -> np.ndarray:
-    """Returns [22, 3] body lengths, in the order of KEYPOINT_NAMES."""
-    rim = surface.points[(surface.part == parts.EAR_INNER) & (surface.rest[:, 2] > 0.97)]
-    side = (rim - s.frame(EAR)[0]) @ s.frame(EAR)[2]  # left is positive
-    rows = [rim[side > 0].mean(0), rim[side < 0].mean(0), s.spine[-1], s.frame(0.62)[0], s.frame(0.33)[0]]
-    rows += [s.tail[0], s.tail[len(s.tail) // 2], s.tail[-1]]
-    for limb in (2, 3, 0, 1):
-        socket, joint, ankle = s.limbs[limb]
-        length = shape.fore_foot if limb >= 2 else shape.hind_foot
-        rows += [ankle + 0.7 * length * s.feet[limb], ankle, joint] + ([socket] if limb >= 2 else [])
-    return np.array(rows)
-
-
 def build_cloud(shape: MouseShape, pose: MousePose, coat: Coat, light: Light, rng: np.random.Generator) -> SplatCloud:
     """The posed mouse, heading -y, floor at z = 0, world units. `rng` drives only the layout and the fur's noise."""
     s = solve(shape, pose)
@@ -184,10 +171,18 @@ def build_cloud(shape: MouseShape, pose: MousePose, coat: Coat, light: Light, rn
     layout, pattern = rng.spawn(2)
     surface = parts.sample_mouse(s, shape, pose, skin, layout)
     openness = skin.openness(surface.points, surface.normals)
+    rim = surface.points[(surface.part == parts.EAR_INNER) & (surface.rest[:, 2] > 0.97)]
+    side = (rim - s.frame(EAR)[0]) @ s.frame(EAR)[2]  # left is positive
+    keypoints = [rim[side > 0].mean(0), rim[side < 0].mean(0), s.spine[-1], s.frame(0.62)[0], s.frame(0.33)[0]]
+    keypoints += [s.tail[0], s.tail[len(s.tail) // 2], s.tail[-1]]
+    for limb in (2, 3, 0, 1):  # DANNCE begins with the fore limbs, and names no hip
+        socket, joint, ankle = s.limbs[limb]
+        paw = ankle + 0.7 * (shape.fore_foot if limb >= 2 else shape.hind_foot) * s.feet[limb]
+        keypoints += [paw, ankle, joint] + ([socket] if limb >= 2 else [])
     return SplatCloud(
         **splats_from_surface(surface, openness, coat, light, pattern, scale=shape.length),
         center=(shape.length * s.center).astype(np.float32),
-        keypoints=(shape.length * keypoints(s, shape, surface)).astype(np.float32),
+        keypoints=(shape.length * np.array(keypoints)).astype(np.float32),
         body_length=float(shape.length),
         meta={"pose": pose.kind, "coat": coat.name},
     )

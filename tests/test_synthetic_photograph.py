@@ -243,13 +243,18 @@ def test_uneven_light_stands_still_and_differs_between_cameras():
     assert corner < middle  # dark corners
 
 
-def test_truth_is_what_was_shown(tmp_path):
+def test_truth_is_what_was_shown_and_cut_videos_are_noticed(tmp_path, monkeypatch):
     means = np.random.default_rng(0).normal(size=(1500, 3)).astype(np.float32)
     cloud = SplatCloud(
         means=means, log_scales=means, quats=np.ones((1500, 4), np.float32), opacity=means[:, 0], rgb=means,
         center=means[0], keypoints=means[: len(KEYPOINT_NAMES)], body_length=70.0, meta={"pose": "walk"},
     )  # fmt: skip
     calibration = load_real_rig(width=64)[0]
+    monkeypatch.setattr("synthetic.dataset._count_frames", lambda _: 1)  # as on a full disk
+    with pytest.raises(OSError, match="fewer than 2 frames could be written"):
+        write_recording(tmp_path / "recording", calibration, [cloud, cloud], dots(means[:1]))
+    monkeypatch.undo()
+    assert not list(tmp_path.iterdir())
     write_recording(tmp_path / "recording", calibration, [cloud, cloud], dots(means[:1]))
     written = json.loads((tmp_path / "recording" / "truth.json").read_text())
     assert written["keypoint_names"] == list(KEYPOINT_NAMES) and written["frames"][1]["pose"] == {"pose": "walk"}
