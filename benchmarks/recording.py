@@ -35,7 +35,7 @@ class Import:
 
 
 def measure_import(render: Callable, *, frames: int, source_frames: int, video_width: int, workers: int) -> Table:
-    """render: as for `recording.write`. frames: of the recording, at the least: it is looped as a whole."""
+    """render: as for `synthetic.dataset`. frames: of the recording, at the least: it is looped as a whole."""
     with tempfile.TemporaryDirectory(prefix="benchmark_import_") as name:
         folder = Path(name)
         film(folder / "short", render, source_frames, video_width)
@@ -75,8 +75,8 @@ def to_table(
 
 def film(folder: Path, render: Callable, frames: int, video_width: int) -> None:
     """A clean recording, as `make_synthetic_mouse.py --as_recording` makes it by default."""
-    from recording.write import ARENA_REACH, load_real_rig, stand_in_arena, write_recording
-    from synthetic.motion import mouse_sequence
+    from synthetic.dataset import ARENA_REACH, load_real_rig, stand_in_arena, write_recording
+    from synthetic.scene import mouse_sequence
 
     calibration, arena = load_real_rig(width=video_width)
     clouds = mouse_sequence(0, frames, fps=25.0, arena_radius=ARENA_REACH)

@@ -21,7 +21,5 @@ splits.py        which samples train and which validate
 process.py       the import: analyse, plan, write, report
 quality/         how good any dataset is: measured, faults named, graded, shown
 report.py        quality_report.json and quality_report.html, of an import and of any dataset
-write.py         a raw recording from renderings (for tests and demonstrations)
-film.py          what a real camera adds to a rendering: lens, light, noise; and the truth
 round_trip.py    whether an import gives back what was filmed
 """

@@ -17,7 +17,7 @@ from multiview.hull import carve
 from multiview.image import composite
 from multiview.sample import Sample
 from recording.calibration import Calibration
-from recording.film import LENS_OVERSAMPLING, has_lens
+from synthetic.photograph import LENS_OVERSAMPLING, has_lens
 
 MARKER_MM = 0.8  # standard deviation of a marker
 LIT = 0.15  # a marker's pixels are brighter than this

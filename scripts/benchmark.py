@@ -86,7 +86,7 @@ def measure(what: str, options: argparse.Namespace, device):
 
 def measure_recording(options: argparse.Namespace):
     from benchmarks.recording import measure_import
-    from scripts.make_synthetic_mouse import make_renderer
+    from synthetic.dataset import make_renderer
 
     return measure_import(
         make_renderer(), frames=options.frames, source_frames=options.source_frames, video_width=options.video_width,

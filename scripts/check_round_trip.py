@@ -40,10 +40,10 @@ def film(options: argparse.Namespace, render):
     """Writes the recording; returns its calibration and clouds, plain ones before those with shining keypoints."""
     from dataclasses import replace
 
-    from recording.film import FilmConditions
     from recording.round_trip import marked
-    from recording.write import ARENA_REACH, load_real_rig, stand_in_arena, write_recording
-    from synthetic.motion import mouse_sequence
+    from synthetic.dataset import ARENA_REACH, load_real_rig, stand_in_arena, write_recording
+    from synthetic.photograph import RecordingConditions
+    from synthetic.scene import mouse_sequence
 
     calibration, arena = load_real_rig(width=options.video_width, lens=options.lens_distortion)
     clouds = [
@@ -58,7 +58,7 @@ def film(options: argparse.Namespace, render):
         return (render(marked(cloud), cameras)[0] if cloud.meta.get("marked") else rgb), alpha, depth
 
     write_recording(
-        options.output_dir / "recording", calibration, clouds, shoot, conditions=FilmConditions(background=0.0),
+        options.output_dir / "recording", calibration, clouds, shoot, conditions=RecordingConditions(background=0.0),
         quality_crf=0,
     )  # fmt: skip
     return calibration, clouds, plain
@@ -80,7 +80,7 @@ def measure(options: argparse.Namespace, render, calibration, clouds: list, plai
     for index, cloud in enumerate(clouds):
         sample = read_sample(options.output_dir / "data" / f"sample_{index:06d}")
         held.append(share_in_hull(sample, surfaces[index]))
-        off.append(float(np.linalg.norm(np.linalg.inv(to_sample(sample))[:3, 3] - cloud.centre)))
+        off.append(float(np.linalg.norm(np.linalg.inv(to_sample(sample))[:3, 3] - cloud.center)))
         if index >= plain:
             errors.append(marker_errors(sample, cloud.keypoints))
             continue
@@ -152,10 +152,9 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
     if options.output_dir.exists() and any(options.output_dir.iterdir()):
         raise ValueError(f"--output_dir {options.output_dir} is not empty; name a new folder")
-    from make_synthetic_mouse import make_renderer
-
     from recording.process import process_recording
     from recording.settings import ImportSettings
+    from synthetic.dataset import make_renderer
 
     render = make_renderer(options.device)
     calibration, clouds, plain = film(options, render)

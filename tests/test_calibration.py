@@ -19,7 +19,7 @@ from recording.calibration import (
     write_calibration,
 )
 from recording.calibration.model import distort, undistort, valid_radius
-from recording.write import load_real_rig
+from synthetic.dataset import load_real_rig
 
 HOLDS = {  # format -> can it hold lens distortion, skew
     "mammal": (False, True), "dannce": (True, True), "anipose": (True, True), "transforms": (True, False),

@@ -26,7 +26,7 @@ from recording.calibration.checks import READINGS
 from recording.calibration.dannce import write_dannce_mat
 from recording.check import check_calibration, read_points
 from recording.misfit import check_belongs, check_silhouettes, explain_misfit, ray_misfit, suspect_mirrored
-from recording.write import load_real_rig
+from synthetic.dataset import load_real_rig
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -339,15 +339,11 @@ def test_check_draws_a_wrong_calibration_before_it_refuses(tmp_path, real):
 
 
 def test_the_script_knows_every_format():
-    import importlib.util
-
     from recording.calibration import FORMATS
+    from synthetic.settings import CALIBRATION_FORMATS, MouseSettings
 
-    spec = importlib.util.spec_from_file_location("make", ROOT / "scripts" / "make_synthetic_mouse.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    assert script.CALIBRATION_FORMATS == tuple(FORMATS)
-    chosen = ["--output_dir", "x", "--as_recording", "--calibration_formats", "mammal,dannce,colmap"]
-    assert script.parse_arguments(chosen).calibration_formats == ("mammal", "dannce", "colmap_binary")
-    with pytest.raises(SystemExit):
-        script.parse_arguments([*chosen[:-1], "mammal,matlab"])
+    assert CALIBRATION_FORMATS == tuple(FORMATS)
+    asked = MouseSettings(Path("x"), as_recording=True, calibration_formats="mammal,dannce,colmap")
+    assert asked.formats == ("mammal", "dannce", "colmap_binary")
+    with pytest.raises(ValueError, match="--calibration_formats takes .* got 'mammal,matlab'"):
+        replace(asked, calibration_formats="mammal,matlab")

@@ -34,7 +34,7 @@ from recording.settings import ImportSettings
 from recording.splits import split_blocks, split_random
 from recording.streams import _shares, run_streams
 from recording.tracks import read_track, record_track
-from recording.write import load_real_rig
+from synthetic.dataset import load_real_rig
 
 LENS = np.array([-0.15, 0.2, 0.001, -0.004, 0.0])
 

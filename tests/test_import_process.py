@@ -225,7 +225,7 @@ def test_spoilt_recordings_are_refused_in_one_line_that_names_the_file(filmed, t
         "short": r"videos_undist/2.mp4 has 10 frames, .*0.mp4 has 12",
         "small mask": r"masks/2.mp4 is 96 x 84, its video .*videos_undist/2.mp4 192 x 170",
     }
-    from recording.write import video_writer
+    from synthetic.dataset import video_writer
 
     for case, message in cases.items():
         folder = Path(shutil.copytree(filmed[0], tmp_path / case.replace(" ", "_")))
@@ -246,7 +246,7 @@ def test_spoilt_recordings_are_refused_in_one_line_that_names_the_file(filmed, t
 
 def test_error_in_another_process_arrives(filmed, tmp_path):
     folder = spoilt(filmed, tmp_path)
-    from recording.write import video_writer
+    from synthetic.dataset import video_writer
 
     writer = video_writer(folder / "masks" / "1.mp4", (192, 170), 25.0, 0)
     for _ in range(COUNT):

@@ -24,7 +24,7 @@ from recording.masks import Silhouette, _largest_part, _plainly_largest, clean_m
 from recording.rectify import rectify
 from recording.splits import split_blocks
 from recording.video import VideoReader, check_videos, find_videos, probe
-from recording.write import load_real_rig, video_writer
+from synthetic.dataset import load_real_rig, video_writer
 
 MOUSE6 = load_rig("mouse6")
 
