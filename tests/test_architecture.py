@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("multiview", "mvdiffusion", "gslrm", "pipeline", "synthetic", "recording", "evaluation", "benchmarks")
+PACKAGES = ("multiview", "mvdiffusion", "gslrm", "pipeline", "synthetic", "recording", "evaluation")
 ALLOWED_IMPORTS = {  # package -> the packages that it may import; entry scripts and scripts/ may import all
     "multiview": set(),
     "mvdiffusion": {"multiview"},
@@ -18,7 +18,6 @@ ALLOWED_IMPORTS = {  # package -> the packages that it may import; entry scripts
     "synthetic": {"multiview", "recording"},
     "pipeline": {"multiview", "mvdiffusion", "gslrm"},
     "evaluation": {"multiview", "mvdiffusion", "gslrm", "pipeline", "recording", "synthetic"},
-    "benchmarks": {"multiview", "gslrm", "recording", "synthetic"},
 }
 HOMES = {  # library -> the only places that may import it
     "diffusers": ("mvdiffusion/", "scripts/make_demo_components.py"),

@@ -10,7 +10,7 @@ import torch
 from chain_tiny import write_gslrm
 
 import evaluation.evaluate
-from benchmarks.scenes import trained_like
+from tests.gaussian_scenes import trained_like
 from evaluation.evaluate import NOVEL, OTHER_RIG_VIEWS, RIG_VIEWS, Prediction, measure, splits_of, summarise
 from evaluation.page import metrics_table
 from evaluation.plots import plot_sweep
