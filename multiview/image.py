@@ -5,6 +5,7 @@ Pictures are float32 tensors 0..1, RGB(A) straight alpha, [..., c, h, w].
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 from collections.abc import Iterator
@@ -133,3 +134,7 @@ def save_video(path: Path | str, frames: Tensor, fps: int = 30) -> None:
         for frame in frames:
             writer.send(np.ascontiguousarray(to_uint8(frame)))
         writer.close()
+        # ffmpeg ends without a word to us when the disk fills up; what it wrote must be what it was given.
+        written = imageio_ffmpeg.count_frames_and_secs(os.fspath(temporary))[0] if temporary.is_file() else 0
+        if written != len(frames):
+            raise OSError(errno.ENOSPC, f"only {written} of {len(frames)} frames could be written", os.fspath(path))

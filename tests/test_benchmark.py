@@ -5,6 +5,7 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,8 @@ from gslrm.model.gaussians_renderer import render
 from gslrm.model.gslrm import GSLRM, forward_flops
 from multiview.cameras import Cameras
 from multiview.rig import load_rig
+from mvdiffusion.models.unet import create_unet
+from mvdiffusion.random_components import SD21_UNCLIP, Stage1Shape
 from tests import peer_rasterizer
 from tests.peer_gslrm import PlainGSLRM
 
@@ -31,6 +34,7 @@ def benchmark():
     sys.path.insert(0, str(ROOT / "scripts"))
     module = importlib.import_module("benchmark")
     sys.path.remove(str(ROOT / "scripts"))
+    module.import_libraries()
     module.PRESETS["demo"] = ((32, 64, 2), ((500, 32),))
     return module
 
@@ -77,7 +81,8 @@ def test_operations_are_those_that_torch_counts(free, degree, num_views):
     cameras = Cameras.orbit(azimuths, torch.zeros(num_views), 2.7, 1.07, 32)[None]
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         GSLRM(config)(torch.rand(1, num_views, 3, 32, 32), cameras)
-    parts = ("patch_embedder", "gaussian_upsampler", "pixel_gaussian_decoder", *(f"transformer_layers.{i}" for i in range(3)))
+    layers = (f"transformer_layers.{i}" for i in range(3))
+    parts = ("patch_embedder", "gaussian_upsampler", "pixel_gaussian_decoder", *layers)
     counts = counter.get_flop_counts()  # the rotation of the rays is a matrix product too, but outside of all modules
     counted = sum(sum(counts[f"GSLRM.{part}"].values()) for part in parts)
     assert counted == forward_flops(config, [free + num_views * 16])
@@ -123,8 +128,7 @@ def test_runs_take_turns_and_what_is_too_large_is_named(benchmark):
 
 def test_the_import_is_filmed_looped_measured_and_leaves_nothing_behind(benchmark, tmp_path, monkeypatch):
     # The folder's place alone: processes put sockets in the system's own, whose path must be short.
-    temporary = partial(benchmark.tempfile.TemporaryDirectory, dir=tmp_path)
-    monkeypatch.setattr("tempfile.TemporaryDirectory", temporary)
+    monkeypatch.setattr("tempfile.TemporaryDirectory", partial(tempfile.TemporaryDirectory, dir=tmp_path))
     path = tmp_path / "b.json"
     sizes = ["--frames", "5", "--source_frames", "3", "--video_width", "128"]
     benchmark.main(["--what", "import", *sizes, "--device", "cpu", "--output", str(path)])
@@ -134,6 +138,47 @@ def test_the_import_is_filmed_looped_measured_and_leaves_nothing_behind(benchmar
     assert own["seconds"] * own["frames/s"] == pytest.approx(6) and "6 frames of 12 videos" in table["notes"][0]
     assert 0 < own["frames/s over decoding's"] < own["without the report"]
     assert own["largest memory of all processes, MiB"] > 100 and not list(tmp_path.glob("benchmark_import_*"))
+
+
+TINY = Stage1Shape(
+    unet={
+        "sample_size": 8, "in_channels": 8, "out_channels": 4, "block_out_channels": [16, 32], "layers_per_block": 1,
+        "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D"], "attention_head_dim": [2, 4],
+        "norm_num_groups": 8, "cross_attention_dim": 16, "use_linear_projection": True,
+        "class_embed_type": "projection", "projection_class_embeddings_input_dim": 16,
+    },
+    vae={
+        "block_out_channels": [8, 8, 16], "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 4,
+        "down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3,
+    },
+    vision={
+        "hidden_size": 16, "intermediate_size": 32, "projection_dim": 8, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "image_size": 32, "patch_size": 16,
+    },
+)  # fmt: skip
+
+
+def test_stage_1_is_sampled_and_trained_with_the_real_code(benchmark, monkeypatch):
+    monkeypatch.setattr("mvdiffusion.random_components.demo_shape", lambda unet: TINY)
+    monkeypatch.setattr("mvdiffusion.pipelines.multiview.NUM_STEPS", 4)
+    options = benchmark.argparse.Namespace(preset="demo", repeats=1, compile=False, no_memory=True)
+    bench = benchmark.Bench(options, torch.device("cpu"))
+    _, (sparse, full), _ = benchmark.measure_sampling(bench)
+    assert (sparse["attention"], full["attention"], sparse["times the first row's"]) == ("sparse", "full", 1.0)
+    assert sparse["operations, TFLOP"] == pytest.approx(4 * sparse["of a step, TFLOP"], rel=0.5)  # and the VAE, CLIP
+    # Self-attention over all six views instead of two: of 12 images, by the layers' tokens and channels.
+    extra = sum(12 * layers * 2 * 2 * n * 4 * n * channels for n, channels, layers in ((64, 16, 3), (16, 32, 4)))
+    assert full["of a step, TFLOP"] - sparse["of a step, TFLOP"] == pytest.approx(extra / 1e12)
+    _, rows = benchmark.measure_diffusion_training(bench)
+    assert [row["latents"] for row in rows] == 2 * ["from the cache", "encoded"]
+    cached, encoded = rows[:2]
+    assert encoded["operations, TFLOP"] > cached["operations, TFLOP"] and cached["times the cache's"] == 1.0
+    assert cached["TFLOP/s"] == pytest.approx(cached["operations, TFLOP"] / cached["ms"][0])
+    with torch.device("meta"):  # --preset full is FaceLift's UNet, of Stable Diffusion 2.1 unCLIP
+        unet = create_unet(SD21_UNCLIP.unet, 6, "sparse")
+    numbers = sum(parameter.numel() for parameter in unet.parameters())
+    assert len(unet.state_dict()) == 690 and numbers == pytest.approx(870e6, rel=0.002)
 
 
 def test_the_command_refuses_unknown_parts():

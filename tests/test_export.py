@@ -100,7 +100,8 @@ def test_ply_holds_the_bytes_of_facelifts_file(tmp_path):
     golden = Path(__file__).parent / "golden"
     raw = load_file(golden / "gslrm_small" / "outputs.safetensors")
     names = ("xyz", "features_dc", "scaling", "rotation", "opacity")
-    gaussians = filter_gaussians(Gaussians(*[raw[f"clip_off.raw.{name}"][None] for name in names]), FACELIFT["inference_cli"])
+    gaussians = Gaussians(*[raw[f"clip_off.raw.{name}"][None] for name in names])
+    gaussians = filter_gaussians(gaussians, FACELIFT["inference_cli"])
     theirs = PlyData.read(str(golden / "gaussians" / "facelift_filtered_cli.ply"))["vertex"].data
     save_ply(tmp_path / "a.ply", gaussians)
     ours = PlyData.read(str(tmp_path / "a.ply"))["vertex"].data

@@ -193,7 +193,7 @@ BROKEN = {  # what is done to a good file's bytes, and what the message names
     "a property missing": (lambda b: b.replace(b"float opacity", b"float opacitx"), "lacks opacity"),
     "a property twice": (lambda b: b.replace(b"float opacity", b"float x"), "float x"),
     "a list": (lambda b: b.replace(b"float opacity", b"list uchar int opacity"), "a list as a property"),
-    "eight coefficients": (lambda b: header(FLOATS + b"property float f_rest_0\n") + b[300:] * 2, "f_rest properties, got 1"),
+    "one more": (lambda b: header(FLOATS + b"property float f_rest_0\n") + b[300:] * 2, "f_rest properties, got 1"),
     "no Gaussians": (lambda b: header(b"property float x\n") + bytes(200), "does not hold 3D Gaussians"),
     "NaN": (lambda b: b[:-4] + np.float32(np.nan).tobytes(), "1 of rotation"),
     "infinite": (lambda b: b[:-4] + np.float32(np.inf).tobytes(), "1 of rotation"),
@@ -254,7 +254,7 @@ def test_a_refused_save_leaves_the_old_file(tmp_path):
     bad = random_gaussians()
     bad.opacity[0, 3] = torch.nan
     for gaussians, message in (
-        (bad, "1 of opacity"), (random_gaussians(b=2), "one scene"), (random_gaussians(n=0), "a.ply: .*not one Gaussian"),
+        (bad, "1 of opacity"), (random_gaussians(b=2), "one scene"), (random_gaussians(n=0), "a.ply: .*not one"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             save_ply(path, gaussians)
@@ -276,7 +276,7 @@ def test_render_ply_writes_one_image_per_camera_each_of_its_own_size(tmp_path):
     assert all((tmp_path / "out" / kind / name).is_file() for kind in ("depth", "alpha") for name in names)
 
     command[3] = tmp_path / "missing.ply"
-    for words, message in ((command, "missing.ply does not exist"), ([*command, "--sheet"], "--sheet needs cameras of")):
+    for words, message in ((command, "missing.ply does not exist"), ([*command, "--sheet"], "--sheet needs cameras")):
         failed = subprocess.run(words, capture_output=True, text=True)
         assert failed.returncode == 1 and message in failed.stderr and "Traceback" not in failed.stderr
 

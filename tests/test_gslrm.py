@@ -140,7 +140,8 @@ def test_loss_network_and_wrappers_prefixes_fall_under_named_rules(tmp_path, pre
     if prefix == "blocks":  # each compiled by itself
         names = {name: re.sub(r"^(transformer_layers\.\d+)", r"\1._orig_mod", name) for name in content["model"]}
     weights = {names[name]: tensor for name, tensor in content["model"].items()}
-    loss = {("" if prefix == "blocks" else prefix) + entry["name"].removeprefix("module."): torch.zeros(1) for entry in extra}
+    front = "" if prefix == "blocks" else prefix
+    loss = {front + entry["name"].removeprefix("module."): torch.zeros(1) for entry in extra}
     path = tmp_path / "ckpt_0000000000000009.pt"
     legacy = {"_use_new_zipfile_serialization": False} if prefix == "module." else {}
     torch.save({"model": {**weights, **loss}, "args": argparse.Namespace(lr=1e-4)}, path, **legacy)
