@@ -23,18 +23,23 @@ from multiview.order import StepSampler
 from multiview.rig import ViewRig, load_rig
 from multiview.sample import Sample, write_dataset_info, write_sample, write_split
 from mvdiffusion.components import tune
-from mvdiffusion.conditioning import clip_pixels_fast, condition_latents, decode_latents, image_embeddings
 from mvdiffusion.config import MVDiffusionConfig
-from mvdiffusion.encoding import live_batches
-from mvdiffusion.latent_cache import LatentCache
+from mvdiffusion.demo import SD21_UNCLIP, Stage1Shape, demo_shape, random_components
+from mvdiffusion.facelift_yaml import load_training_config
+from mvdiffusion.latents import (
+    LatentCache,
+    clip_pixels_fast,
+    condition_latents,
+    decode_latents,
+    image_embeddings,
+    live_batches,
+)
 from mvdiffusion.models.unet import create_unet, run_unet
 from mvdiffusion.optimization import Ema, make_optimizer, trained_parameters
 from mvdiffusion.pipelines.multiview import GUIDANCE_SCALE, NUM_STEPS, generate_views
 from mvdiffusion.preparation import make_accelerator, make_training_set, starting_unet
 from mvdiffusion.prompts import TOKENS, PromptEmbeds
-from mvdiffusion.random_components import SD21_UNCLIP, Stage1Shape, demo_shape, random_components
 from mvdiffusion.training import FROZEN_DTYPES, Trainer
-from mvdiffusion.upstream import load_training_config
 
 CONFIGS = {"demo": "configs/demo_mvdiffusion.yaml", "full": "configs/mouse_mvdiffusion.yaml"}
 META = torch.device("meta")

@@ -2,7 +2,7 @@
 
 import torch
 
-from mvdiffusion.collapse import difference_ratio
+from multiview.metrics import difference_ratio
 
 
 def test_copies_score_0_the_truth_1_and_a_half_way_picture_half():

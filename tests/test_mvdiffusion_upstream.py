@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mvdiffusion.upstream import load_training_config
+from mvdiffusion.facelift_yaml import load_training_config
 
 FLAT = Path(__file__).resolve().parent / "facelift_flat.yaml"
 

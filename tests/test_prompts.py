@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from multiview.rig import RigMismatchError, available_rigs, load_rig
-from mvdiffusion.demo_components import (
+from mvdiffusion.demo import (
     MIN_PROMPT_DIFFERENCE,
     TextConfig,
     check_prompts_differ,

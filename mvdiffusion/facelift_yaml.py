@@ -1,6 +1,6 @@
-"""FaceLift's flat training YAML: its keys with their meaning here, its switches without one, and what is refused.
+"""FaceLift's flat training YAML: its keys are folded into this project's own where the file is read.
 
-They are folded into this project's own keys where the file is read, so nothing else knows them.
+Switches without a meaning here are ignored with a line in the log; values without a counterpart are refused.
 """
 
 from __future__ import annotations
@@ -83,18 +83,18 @@ def _fold(config: FlatConfig) -> None:
         )
     if config.use_classifier_free_guidance is False:
         config.condition_drop_rate = 0.0
-    for theirs, ours in (("n_views", "num_views"), ("prompt_embed_path", "prompt_embeds")):
-        if getattr(config, theirs) is not None:
-            setattr(config, ours, getattr(config, theirs))
     if config.img_wh is not None:
         sides = set(config.img_wh) if isinstance(config.img_wh, list | tuple) else {config.img_wh}
-        if len(sides) != 1:
-            raise ValueError(f"img_wh must be square, got {config.img_wh}")
-        config.image_size = int(sides.pop())
-    if config.wandb_exp_name is not None:
-        config.wandb.name = config.wandb_exp_name
-    if config.wandb_group is not None:
-        config.wandb.group = config.wandb_group
+        side = sides.pop()
+        if sides or not isinstance(side, int):
+            raise ValueError(f"img_wh must be square, [512, 512] or 512, got {config.img_wh}")
+        config.image_size = side
+    for value, target, key in (
+        (config.n_views, config, "num_views"), (config.prompt_embed_path, config, "prompt_embeds"),
+        (config.wandb_exp_name, config.wandb, "name"), (config.wandb_group, config.wandb, "group"),
+    ):  # fmt: skip
+        if value is not None:
+            setattr(target, key, value)
     _fold_data(config)
     _fold_kwargs(config)
 
