@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -19,7 +20,7 @@ DEEPEST = 8
 # What diffusers, transformers and torch raise for a configuration or a file they cannot use.
 LIBRARY_ERRORS = (
     ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError, OSError,
-    ImportError, SafetensorError,
+    ImportError, SafetensorError, StrictDataclassError,
 )  # fmt: skip
 
 

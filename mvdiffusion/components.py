@@ -193,12 +193,10 @@ def load_text(folder: Path | str) -> tuple[CLIPTokenizer, CLIPTextModel]:
 
 def _load_diffusers(kind: type, folder: Path, dtype: torch.dtype) -> Any:
     """A frozen diffusers model out of its folder, strictly."""
-    from accelerate import init_empty_weights
-
     path = folder / "config.json"
     content = read_config(path, {"scaling_factor": float, "latent_channels": int, "embedding_dim": int})
     try:
-        with init_empty_weights():
+        with torch.device("meta"):
             model = kind.from_config(content)
     except LIBRARY_ERRORS as error:
         raise ValueError(f"{path} makes no {kind.__name__}: {first_line(error)}; copy it again") from error
@@ -237,18 +235,17 @@ def _load_clip(kind: type, config_kind: type, folder: Path, dtype: torch.dtype) 
 
 
 def _load_scheduler(kind: type, folder: Path) -> Any:
-    """A scheduler whose noise schedule is one: finite, falling from almost 1 to almost 0."""
+    """A scheduler with the 1000 time steps that training draws from."""
     path = folder / "scheduler_config.json"
     fields = {"prediction_type": ("epsilon", "v_prediction"), "beta_schedule": ("scaled_linear", "squaredcos_cap_v2")}
     content = read_config(path, fields, required=tuple(fields))  # left out, another one would be taken
     try:
         scheduler = kind.from_config(content)
-        alphas = scheduler.alphas_cumprod
-        falls = bool((alphas.diff() <= 0).all() and alphas[0] <= 1 and alphas[-1] >= 0)
+        fits = bool(((scheduler.betas > 0) & (scheduler.betas <= 1)).all()) and len(scheduler.betas) == 1000
     except LIBRARY_ERRORS as error:
         raise ValueError(f"{path} makes no {kind.__name__}: {first_line(error)}; copy it again") from error
-    if not falls or len(alphas) != 1000:
-        raise ValueError(f"{path}: the noise schedule must fall from 1 to 0 in 1000 steps, got {len(alphas)} steps")
+    if not fits:
+        raise ValueError(f"{path} must make a noise schedule of 1000 steps with betas within 0..1; copy it again")
     return scheduler
 
 
@@ -261,14 +258,21 @@ def _load_feature_extractor(folder: Path, side: int) -> Any:
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     path = folder / "preprocessor_config.json"
-    content = read_config(path, largest=LARGEST_IMAGE)
+    switches = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
+    content = read_config(path, dict.fromkeys(switches, bool), largest=LARGEST_IMAGE)
     try:
         extractor = CLIPImageProcessorPil.from_dict(content)
-        pixels = extractor(images=[Image.new("RGB", (8, 8))], return_tensors="np")["pixel_values"]
-        fits = pixels.shape == (1, 3, side, side) and bool(torch.as_tensor(pixels).isfinite().all())
+        pixels = extractor(images=[Image.new("RGB", (8, 8), "white")], return_tensors="pt")["pixel_values"]
+        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (extractor.image_mean, extractor.image_std))
         crop = (extractor.crop_size["height"], extractor.crop_size["width"])
+        # Training computes the same from these numbers alone (`latents.clip_pixels_fast`).
+        expected = ((1 - mean) / std).expand(1, 3, side, side)
+        fits = crop == (side, side) and pixels.isfinite().all() and torch.allclose(pixels, expected)
     except LIBRARY_ERRORS as error:
         raise ValueError(f"{path} describes no CLIP image processor: {first_line(error)}; copy it again") from error
-    if not fits or crop != (side, side):
-        raise ValueError(f"{path} must make images of {side} px for the image encoder beside it; copy it again")
+    if not fits:
+        raise ValueError(
+            f"{path} must make images of {side} px, normalized by its image_mean and image_std, for the image encoder "
+            "beside it; copy it again"
+        )
     return extractor

@@ -37,12 +37,7 @@ from mvdiffusion.component_files import (
     what_is_there,
 )
 from mvdiffusion.models.attention import set_multiview_attention, set_views
-from mvdiffusion.models.camera_conditioning import (
-    CAMERA_MODES,
-    CameraConv2d,
-    CameraEmbedding,
-    camera_inputs,
-)
+from mvdiffusion.models.camera_conditioning import CAMERA_MODES, CameraConv2d, CameraEmbedding, camera_inputs
 
 log = logging.getLogger(__name__)
 
@@ -204,10 +199,8 @@ def create_unet(config: dict, num_views: int, attention: str, camera_conditionin
 
 def _without_weights(stock: dict, source: Path | str) -> MultiViewUNet:
     """A UNet whose weights take no memory yet. Raises ValueError for a config that makes none or a gigantic one."""
-    from accelerate import init_empty_weights
-
     try:
-        with init_empty_weights():
+        with torch.device("meta"):
             unet = MultiViewUNet(**stock)
     except LIBRARY_ERRORS as error:
         raise ValueError(f"{source} makes no UNet2DConditionModel: {first_line(error)}") from error

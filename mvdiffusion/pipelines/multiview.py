@@ -11,13 +11,7 @@ from torch import Tensor
 from multiview.cameras import Cameras
 from multiview.image import resize_rgba
 from multiview.run import make_generator
-from mvdiffusion.latents import (
-    class_labels,
-    clip_pixels_exact,
-    condition_latents,
-    decode_latents,
-    image_embeddings,
-)
+from mvdiffusion.latents import class_labels, clip_pixels_exact, condition_latents, decode_latents, image_embeddings
 from mvdiffusion.models.unet import run_unet
 from mvdiffusion.prompts import PromptEmbeds, check_embeds_fit
 
