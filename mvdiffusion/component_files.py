@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
@@ -12,16 +13,23 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from multiview.checkpoint import load_checkpoint
-from multiview.files import read_json
+from multiview.files import DAMAGE, read_json, take
 
 LARGEST = 2**20  # of any number in a configuration: widths, vocabularies and time steps are far smaller
 MOST_LAYERS = 256
 DEEPEST = 8
 # What diffusers, transformers and torch raise for a configuration or a file they cannot use.
-LIBRARY_ERRORS = (
-    ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError, OSError,
-    ImportError, SafetensorError, StrictDataclassError,
-)  # fmt: skip
+LIBRARY_ERRORS = (*DAMAGE, ImportError, SafetensorError, StrictDataclassError)
+
+
+@contextmanager
+def failure_told(what: str) -> Iterator[None]:
+    """Turns a library's exception into a ValueError of one line: `what`, then the first line of the library's."""
+    try:
+        yield
+    except LIBRARY_ERRORS as error:
+        line = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        raise ValueError(f"{what}: {line[:300]}; copy it again") from error
 
 
 def read_config(
@@ -29,22 +37,16 @@ def read_config(
 ) -> dict:
     """Returns a component's JSON configuration, its sizes and the named fields checked.
 
-    fields: what this project reads itself, each with its type (numbers are positive) or its allowed values; null counts
-    as left out, which those in `required` must not be.
+    fields: what this project reads itself, each with its type (whole numbers are positive) or its allowed values.
     Raises ValueError naming the file and the key, before anything is allocated from these numbers.
     """
     content = read_json(path)
     check_sizes(content, str(path), largest)
     for name, allowed in (fields or {}).items():
-        value = content.get(name)
-        if isinstance(allowed, tuple):
-            fits, expected = isinstance(value, str) and value in allowed, f"one of {', '.join(allowed)}"
-        else:  # True is an int to Python, but not to anybody who writes a width
-            fits = type(value) is allowed or (allowed is float and type(value) is int)
-            fits = fits and (allowed is bool or value > 0)
-            expected = "true or false" if allowed is bool else f"a positive {allowed.__name__}"
-        if not fits and (value is not None or name in required):
-            raise ValueError(f"{path}: {name} must be {expected}, got {value!r:.60}; copy the file again")
+        kind, default = str if isinstance(allowed, tuple) else allowed, ... if name in required else None
+        value = take(content, name, kind, str(path), default=default, least=1 if kind is int else -1e30)
+        if isinstance(allowed, tuple) and value not in (None, *allowed):
+            raise ValueError(f"{path}: {name} must be one of {', '.join(allowed)}, got {value!r:.60}")
     return content
 
 
@@ -70,10 +72,8 @@ def read_weights(folder: Path, stem: str) -> dict[str, Tensor]:
 
     state: dict[str, Tensor] = {}
     for path in _weight_files(folder, stem):
-        try:
+        with failure_told(f"{path} is damaged or incomplete"):
             part = load_checkpoint(path) if path.suffix == ".bin" else load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is damaged or incomplete: {error}; copy it again") from error
         if not isinstance(part, dict) or not all(isinstance(tensor, Tensor) for tensor in part.values()):
             raise ValueError(f"{path} must hold named tensors, got something else")
         require_finite(part, path)
@@ -116,8 +116,3 @@ def what_is_there(folder: Path) -> str:
     if not folder.exists():
         return "the folder does not exist"
     return f"it holds {sorted(item.name for item in folder.iterdir())[:8]}" if folder.is_dir() else "it is not a folder"
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of a library's message, or its type where it has none."""
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mvdiffusion.component_files import LIBRARY_ERRORS, first_line, read_config, read_weights, require_finite
+from mvdiffusion.component_files import failure_told, read_config, read_weights, require_finite
 from mvdiffusion.models.unet import WEIGHTS, fill_empty, load_unet, resolve_unet_folder
 
 if TYPE_CHECKING:
@@ -184,10 +184,8 @@ def load_text(folder: Path | str) -> tuple[CLIPTokenizer, CLIPTextModel]:
 
     folder = local_folder(folder)
     require_folders(folder, TEXT_FOLDERS)
-    try:
+    with failure_told(f"{folder / 'tokenizer'} is no CLIP tokenizer"):
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-    except LIBRARY_ERRORS as error:
-        raise ValueError(f"{folder / 'tokenizer'} is no CLIP tokenizer: {first_line(error)}; copy it again") from error
     return tokenizer, _load_clip(CLIPTextModel, CLIPTextConfig, folder / "text_encoder", torch.float32)
 
 
@@ -195,11 +193,12 @@ def _load_diffusers(kind: type, folder: Path, dtype: torch.dtype) -> Any:
     """A frozen diffusers model out of its folder, strictly."""
     path = folder / "config.json"
     content = read_config(path, {"scaling_factor": float, "latent_channels": int, "embedding_dim": int})
-    try:
-        with torch.device("meta"):
-            model = kind.from_config(content)
-    except LIBRARY_ERRORS as error:
-        raise ValueError(f"{path} makes no {kind.__name__}: {first_line(error)}; copy it again") from error
+    if content.get("scaling_factor", 1.0) <= 0:
+        raise ValueError(
+            f"{path}: scaling_factor must be above 0, got {content['scaling_factor']}; copy the file again"
+        )
+    with failure_told(f"{path} makes no {kind.__name__}"), torch.device("meta"):
+        model = kind.from_config(content)
     state = read_weights(folder, WEIGHTS)
     model._fix_state_dict_keys_on_load(state)  # attention layers of older files are called query, key, value
     fill_empty(model, state, folder)
@@ -216,20 +215,18 @@ def _load_clip(kind: type, config_kind: type, folder: Path, dtype: torch.dtype) 
     config = read_config(path, fields)
     weights = [file.name for file in folder.glob("*") if file.suffix in (".safetensors", ".bin")]
     variant = "fp16" if weights and all(".fp16" in name for name in weights) else None
-    try:
+    with failure_told(f"{folder} cannot be loaded as {kind.__name__}"):
         model, report = kind.from_pretrained(
             folder, config=config_kind.from_dict(config), local_files_only=True, output_loading_info=True, dtype=dtype,
             variant=variant,
         )  # fmt: skip
-    except LIBRARY_ERRORS as error:
-        raise ValueError(f"{folder} cannot be loaded as {kind.__name__}: {first_line(error)}; copy it again") from error
     problems = {
         title: sorted(str(name) for name in report.get(key, ()) if not str(name).endswith(COMPUTED_BUFFERS))
         for title, key in (("missing", "missing_keys"), ("unexpected", "unexpected_keys"), ("shape", "mismatched_keys"))
     }
     if any(problems.values()):
-        told = "; ".join(f"{title}: {', '.join(names[:5])}" for title, names in problems.items() if names)
-        raise ValueError(f"weights in {folder} do not fit {kind.__name__}: {told}")
+        listed = "; ".join(f"{title}: {', '.join(names[:5])}" for title, names in problems.items() if names)
+        raise ValueError(f"weights in {folder} do not fit {kind.__name__}: {listed}")
     require_finite(dict(model.named_parameters()), folder)
     return model.eval().requires_grad_(False)
 
@@ -239,11 +236,9 @@ def _load_scheduler(kind: type, folder: Path) -> Any:
     path = folder / "scheduler_config.json"
     fields = {"prediction_type": ("epsilon", "v_prediction"), "beta_schedule": ("scaled_linear", "squaredcos_cap_v2")}
     content = read_config(path, fields, required=tuple(fields))  # left out, another one would be taken
-    try:
+    with failure_told(f"{path} makes no {kind.__name__}"):
         scheduler = kind.from_config(content)
         fits = bool(((scheduler.betas > 0) & (scheduler.betas <= 1)).all()) and len(scheduler.betas) == 1000
-    except LIBRARY_ERRORS as error:
-        raise ValueError(f"{path} makes no {kind.__name__}: {first_line(error)}; copy it again") from error
     if not fits:
         raise ValueError(f"{path} must make a noise schedule of 1000 steps with betas within 0..1; copy it again")
     return scheduler
@@ -260,7 +255,7 @@ def _load_feature_extractor(folder: Path, side: int) -> Any:
     path = folder / "preprocessor_config.json"
     switches = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
     content = read_config(path, dict.fromkeys(switches, bool), largest=LARGEST_IMAGE)
-    try:
+    with failure_told(f"{path} describes no CLIP image processor"):
         extractor = CLIPImageProcessorPil.from_dict(content)
         pixels = extractor(images=[Image.new("RGB", (8, 8), "white")], return_tensors="pt")["pixel_values"]
         mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (extractor.image_mean, extractor.image_std))
@@ -268,8 +263,6 @@ def _load_feature_extractor(folder: Path, side: int) -> Any:
         # Training computes the same from these numbers alone (`latents.clip_pixels_fast`).
         expected = ((1 - mean) / std).expand(1, 3, side, side)
         fits = crop == (side, side) and pixels.isfinite().all() and torch.allclose(pixels, expected)
-    except LIBRARY_ERRORS as error:
-        raise ValueError(f"{path} describes no CLIP image processor: {first_line(error)}; copy it again") from error
     if not fits:
         raise ValueError(
             f"{path} must make images of {side} px, normalized by its image_mean and image_std, for the image encoder "

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from multiview.checkpoint import load_checkpoint
-from multiview.files import atomic_write, read_json, write_json
+from multiview.files import atomic_write, read_json, take, write_json
 from multiview.rig import PROMPT_STYLES, RigMismatchError, ViewRig, check_alignment
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def load_prompt_embeds(path: Path | str, rig: ViewRig | None = None) -> PromptEm
     if not path.is_file():
         command = f"{GENERATE} --rig <rig> --output_dir <folder>"
         raise ValueError(f"prompt embeddings {path} do not exist; make them: {command}")
-    tensor = load_checkpoint(path)
+    tensor = load_checkpoint(path, object)
     is_tensor = isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.ndim == 3
     if not is_tensor or tensor.shape[1] != TOKENS or not 0 < tensor.shape[2] <= WIDEST:
         got = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
@@ -135,7 +135,7 @@ def load_prompt_embeds(path: Path | str, rig: ViewRig | None = None) -> PromptEm
     metadata_path, metadata = path.with_name(METADATA_FILE), {}
     if metadata_path.is_file():
         metadata = read_json(metadata_path)
-        stored = ViewRig.from_dict(metadata.get("rig"), str(metadata_path))
+        stored = ViewRig.from_dict(take(metadata, "rig", dict, str(metadata_path)), str(metadata_path))
         if rig is not None:
             check_alignment(rig, embeddings=stored)
         rig = stored

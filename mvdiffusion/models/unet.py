@@ -29,9 +29,8 @@ from multiview.cameras import Cameras
 from multiview.checkpoint import load_strict, read_rig, stamp_rig
 from multiview.rig import ViewRig
 from mvdiffusion.component_files import (
-    LIBRARY_ERRORS,
     check_sizes,
-    first_line,
+    failure_told,
     read_config,
     read_weights,
     what_is_there,
@@ -199,11 +198,8 @@ def create_unet(config: dict, num_views: int, attention: str, camera_conditionin
 
 def _without_weights(stock: dict, source: Path | str) -> MultiViewUNet:
     """A UNet whose weights take no memory yet. Raises ValueError for a config that makes none or a gigantic one."""
-    try:
-        with torch.device("meta"):
-            unet = MultiViewUNet(**stock)
-    except LIBRARY_ERRORS as error:
-        raise ValueError(f"{source} makes no UNet2DConditionModel: {first_line(error)}") from error
+    with failure_told(f"{source} makes no UNet2DConditionModel"), torch.device("meta"):
+        unet = MultiViewUNet(**stock)
     count = sum(parameter.numel() for parameter in unet.parameters())
     if count > MOST_WEIGHTS:
         raise ValueError(f"{source} makes a UNet of {count / 1e9:.1f}e9 weights, at most {MOST_WEIGHTS / 1e9:g}e9 fit")
