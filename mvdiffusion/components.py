@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from multiview.files import take
 from mvdiffusion.component_files import failure_told, read_config, read_weights, require_finite
 from mvdiffusion.models.unet import WEIGHTS, fill_empty, load_unet, resolve_unet_folder
 
@@ -159,7 +160,7 @@ def load_components(
         unet_folder = resolve_unet_folder(unet if unet is not None else folder / "unet")
         network = load_unet(unet_folder, dtype=dtype).to(resting).requires_grad_(False)
     image_encoder = _load_clip(CLIPVisionModelWithProjection, CLIPVisionConfig, folder / "image_encoder", dtype)
-    extractor = _load_feature_extractor(folder / "feature_extractor", image_encoder.config.image_size)
+    extractor = load_feature_extractor(folder / "feature_extractor", image_encoder.config.image_size)
     return Components(
         vae=_load_diffusers(AutoencoderKL, folder / "vae", dtype).to(resting),
         image_encoder=image_encoder.to(resting),
@@ -192,11 +193,8 @@ def load_text(folder: Path | str) -> tuple[CLIPTokenizer, CLIPTextModel]:
 def _load_diffusers(kind: type, folder: Path, dtype: torch.dtype) -> Any:
     """A frozen diffusers model out of its folder, strictly."""
     path = folder / "config.json"
-    content = read_config(path, {"scaling_factor": float, "latent_channels": int, "embedding_dim": int})
-    if content.get("scaling_factor", 1.0) <= 0:
-        raise ValueError(
-            f"{path}: scaling_factor must be above 0, got {content['scaling_factor']}; copy the file again"
-        )
+    content = read_config(path, {"latent_channels": int, "embedding_dim": int})
+    take(content, "scaling_factor", float, str(path), default=1.0, least=1e-6)  # latents are divided by it
     with failure_told(f"{path} makes no {kind.__name__}"), torch.device("meta"):
         model = kind.from_config(content)
     state = read_weights(folder, WEIGHTS)
@@ -244,10 +242,10 @@ def _load_scheduler(kind: type, folder: Path) -> Any:
     return scheduler
 
 
-def _load_feature_extractor(folder: Path, side: int) -> Any:
+def load_feature_extractor(folder: Path, side: int | None = None) -> Any:
     """The PIL-based CLIP image processor: FaceLift's numbers exactly, which the torchvision one misses.
 
-    side: of the image encoder's input, pixels; the processor is tried on one image.
+    side: of the image encoder's input, pixels, if known; the processor is tried on one image.
     """
     from PIL import Image
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -261,11 +259,12 @@ def _load_feature_extractor(folder: Path, side: int) -> Any:
         mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (extractor.image_mean, extractor.image_std))
         crop = (extractor.crop_size["height"], extractor.crop_size["width"])
         # Training computes the same from these numbers alone (`latents.clip_pixels_fast`).
-        expected = ((1 - mean) / std).expand(1, 3, side, side)
-        fits = crop == (side, side) and pixels.isfinite().all() and torch.allclose(pixels, expected)
+        expected = ((1 - mean) / std).expand(1, 3, *crop)
+        fits = side in (None, crop[0]) and crop[0] == crop[1] and pixels.shape == expected.shape
+        fits = fits and pixels.isfinite().all() and torch.allclose(pixels, expected)
     if not fits:
         raise ValueError(
-            f"{path} must make images of {side} px, normalized by its image_mean and image_std, for the image encoder "
-            "beside it; copy it again"
+            f"{path} must make images of {side or crop[0]} px, normalized by its image_mean and image_std, for the "
+            "image encoder beside it; copy it again"
         )
     return extractor
