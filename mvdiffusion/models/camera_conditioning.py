@@ -17,6 +17,7 @@ weights made here have names with the part `camera` (`is_camera_weight`).
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -82,19 +83,15 @@ def camera_rays(cameras: Cameras, reference_view: int, side: int) -> Tensor:
 
     World turned about z so that the reference view stands at azimuth 0; the moment is in units of FaceLift's distance.
     """
-    origins, directions = turn_to_reference(cameras, reference_view).resize(side, side).rays()
-    moments = torch.linalg.cross(origins, directions, dim=-1) / FACELIFT_DISTANCE
-    return torch.cat([directions, moments], dim=-1).movedim(-1, -3)
-
-
-def turn_to_reference(cameras: Cameras, reference_view: int) -> Cameras:
-    """The same cameras [..., n] in a world turned about its z axis so that the reference view's azimuth is 0."""
     angle = torch.deg2rad(cameras.azimuth_deg[..., reference_view])
     turn = torch.eye(4, dtype=angle.dtype, device=angle.device).repeat(*angle.shape, 1, 1)
     # Azimuth runs clockwise seen from above, so taking it away turns counter-clockwise.
     turn[..., 0, 0], turn[..., 0, 1] = angle.cos(), -angle.sin()
     turn[..., 1, 0], turn[..., 1, 1] = angle.sin(), angle.cos()
-    return Cameras(turn[..., None, :, :] @ cameras.c2w, cameras.fxfycxcy, cameras.height, cameras.width)
+    turned = replace(cameras, c2w=turn[..., None, :, :] @ cameras.c2w)
+    origins, directions = turned.resize(side, side).rays()
+    moments = torch.linalg.cross(origins, directions, dim=-1) / FACELIFT_DISTANCE
+    return torch.cat([directions, moments], dim=-1).movedim(-1, -3)
 
 
 def camera_inputs(mode: str, cameras: Cameras, reference_view: int, side: int, batch: int) -> dict[str, Tensor]:

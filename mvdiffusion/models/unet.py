@@ -4,12 +4,6 @@ A UNet folder holds `config.json` (with FaceLift's block names, num_views and at
 it too), `diffusion_pytorch_model.safetensors` and `rig.json` (the view rig it was trained with). One with camera
 conditioning says so (`_class_name: CameraUNet`, `camera_conditioning`), has more weights (`is_camera_weight`), and is
 this project's alone.
-
-How the UNet is called, in training and inference alike:
-
-    unet = create_unet(config, num_views, attention, camera_conditioning="adaln")
-    unet = load_unet(folder, camera_conditioning=None)  # None: as stored; a name adds it to a UNet that has none
-    v = run_unet(unet, inputs, step, prompts=..., labels=..., cameras=..., reference_view=rig.reference_view)
 """
 
 from __future__ import annotations
@@ -165,13 +159,6 @@ def to_facelift_config(unet: MultiViewUNet) -> dict:
 
 def _renamed(names: str | list, table: dict[str, str]) -> str | list:
     return table.get(names, names) if isinstance(names, str) else [_renamed(name, table) for name in names]
-
-
-def attention_mode(unet: UNet2DConditionModel) -> str:
-    """`sparse`, `full` or `none`, as recorded by `configure_views`."""
-    if not unet.config.multiview_attention:
-        return "none"
-    return "sparse" if unet.config.sparse_mv_attention else "full"
 
 
 # ---- creation, loading, saving --------------------------------------------------------------------------------------
