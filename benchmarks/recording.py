@@ -102,7 +102,7 @@ def loop(source: Path, target: Path, times: int) -> None:
 
 def run_import(recording: Path, output: Path, frames: int, workers: int) -> Import:
     """What `scripts/process_mouse_data.py` does once it has started."""
-    from recording.process import process_recording
+    from recording.importer import process_recording
     from recording.settings import ImportSettings
 
     settings = ImportSettings(

@@ -199,7 +199,7 @@ def write_raw_recording(options: argparse.Namespace) -> None:
     print(f"{options.output_dir}: {options.num_samples} frames from {len(calibration)} cameras; import it with")
     print(
         f"python scripts/process_mouse_data.py --video_dir {options.output_dir}/videos_undist "
-        f"--meta_dir {options.output_dir} --output_dir data_mouse --num_samples 2000 --image_size 512"
+        f"--meta_dir {options.output_dir} --output_dir {options.output_dir}_samples --num_samples 2000 --image_size 512"
     )
 
 

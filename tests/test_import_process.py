@@ -16,7 +16,7 @@ import pytest
 from filmed_spheres import film
 
 from multiview.sample import read_sample, read_split
-from recording.process import process_recording
+from recording.importer import process_recording
 from recording.segment import segment
 from recording.settings import ImportSettings
 from recording.video import VideoReader, find_videos
@@ -252,8 +252,8 @@ def test_error_in_another_process_arrives(filmed, tmp_path):
     for _ in range(COUNT):
         writer.send(np.zeros((170, 192, 3), np.uint8))
     writer.close()
+    settings = settings_for(folder, tmp_path / "data", workers=2)
     with pytest.raises(ValueError, match=r"masks/1.mp4: the mask of frame 0 is empty"):
-        process_recording(settings_for(folder, tmp_path / "data", workers=2))
-    settings = replace(settings_for(folder, tmp_path / "data"), on_bad_frame="skip")
+        process_recording(replace(settings, on_bad_frame="error"))
     with pytest.raises(ValueError, match="every frame has an empty mask"):
         process_recording(settings)

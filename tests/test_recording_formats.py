@@ -5,15 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from round_trip import load_script
+from round_trip import direct_rendering, load_script, marked, marker_errors, share_in_hull
 
 from multiview.image import composite
 from multiview.metrics import foreground_psnr, mask_iou
 from multiview.sample import read_sample
 from recording.calibration import FORMATS, write_calibration
 from recording.film import FilmConditions
-from recording.process import process_recording
-from recording.round_trip import direct_rendering, marked, marker_errors, share_in_hull
+from recording.importer import process_recording
 from recording.settings import ImportSettings
 from recording.write import ARENA_REACH, load_real_rig, stand_in_arena, write_recording
 from synthetic.motion import mouse_sequence
