@@ -112,7 +112,7 @@ def record_masks(
         stats = [(path.name, path.stat()) for path in video.files]
         files = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
         digest = hashlib.sha256(json.dumps([files, frames]).encode()).hexdigest()
-        keys[camera] = {"segment": settings.segment, "content": digest, "version": 3}
+        keys[camera] = {"segment": settings.segment, "content": digest, "version": 4}
     todo = [camera for camera, key in keys.items() if not is_recorded(folder, camera, key)]
     make = partial(record_camera, videos, frames, settings.segment, folder, keys)
     with tqdm(total=len(todo) * len(frames), desc="masks", unit="mask", disable=None if todo else True) as bar:

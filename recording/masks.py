@@ -46,12 +46,11 @@ class Trunk:
 class MaskStatistics:
     """One cleaned mask, in pixels with outer-corner origin.
 
-    area, body_area: pixels, with and without the tail. centre: [2] center of mass of the trunk. axis_length: length of
+    area: pixels. centre: [2] center of mass of the trunk. axis_length: length of
     the body along its longest axis. hull: [n, 2] convex hull of the whole mask. touches_border: at the image's edge.
     """
 
     area: float
-    body_area: float
     centre: np.ndarray
     axis_length: float
     hull: np.ndarray
@@ -182,7 +181,6 @@ def measure_mask(mask: Silhouette) -> MaskStatistics | None:
     height, width = mask.window.shape
     return MaskStatistics(
         area=float(area),
-        body_area=float(len(rows) * step * step),
         centre=np.array([middle["m10"] / middle["m00"] + 0.5, middle["m01"] / middle["m00"] + 0.5]) * step
         + [mask.x, mask.y],
         axis_length=float(along.max() - along.min() + 1.0) * step,
@@ -244,7 +242,7 @@ def record_track(folder: Path, camera: int, key: dict, masks: Iterable[Silhouett
                 statistics.append(measure_mask(mask))
                 size = mask.size
                 yield
-    nothing = MaskStatistics(0, 0, np.zeros(2), 0, np.zeros((0, 2)), False, Trunk(np.zeros(0, np.uint8), 0, 0, 0, 0, 1))
+    nothing = MaskStatistics(0, np.zeros(2), 0, np.zeros((0, 2)), False, Trunk(np.zeros(0, np.uint8), 0, 0, 0, 0, 1))
     measured = [one or nothing for one in statistics]
     trunks = [one.trunk for one in measured]
     with atomic_write(path) as temporary:
@@ -256,7 +254,7 @@ def record_track(folder: Path, camera: int, key: dict, masks: Iterable[Silhouett
                 boxes=np.array(boxes, dtype=np.int64).reshape(-1, 4),
                 starts=np.cumsum(lengths),
                 scalars=np.array(
-                    [(m.area, m.body_area, *m.centre, m.axis_length, m.touches_border) for m in measured], np.float64
+                    [(m.area, *m.centre, m.axis_length, m.touches_border) for m in measured], np.float64
                 ),
                 hulls=np.concatenate([one.hull for one in measured]),
                 hull_lengths=[len(one.hull) for one in measured],
@@ -294,6 +292,6 @@ def read_statistics(folder: Path, camera: int) -> list[MaskStatistics | None]:
         bits = np.split(content["trunk_bits"], np.cumsum(content["trunk_lengths"])[:-1])
         trunks = [Trunk(one, *map(int, where)) for one, where in zip(bits, content["trunks"], strict=True)]
         return [
-            MaskStatistics(row[0], row[1], row[2:4], row[4], hull, bool(row[5]), trunk) if row[0] else None
+            MaskStatistics(row[0], row[1:3], row[3], hull, bool(row[4]), trunk) if row[0] else None
             for row, hull, trunk in zip(content["scalars"], hulls, trunks, strict=True)
         ]

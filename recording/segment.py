@@ -56,7 +56,7 @@ def mask_level(video: Video, frames: list[int]) -> tuple[int, bool]:
     Masks are white on black, lossy, and cut at half. Masks of 0 and 1, or of one dark color of a palette, are cut at
     half of what they have. Raises ValueError for masks of several levels, and where nearly everything is bright.
     """
-    dim, half = 0, 127
+    dim, half = -1, 127
     with VideoReader(video) as reader:
         for frame in frames[:LOOKED_AT]:
             image, (black, white) = reader.read_mask(frame)
@@ -78,7 +78,7 @@ def mask_level(video: Video, frames: list[int]) -> tuple[int, bool]:
             if top > half:  # as it should be; a dim frame may show nothing but noise, so others are asked
                 return half, False
             dim = max(dim, level)
-    return (dim, True) if dim else (half, False)
+    return (dim, True) if dim >= 0 else (half, False)
 
 
 def segment(video: Video, frames: list[int], method: str) -> Iterator[Silhouette]:

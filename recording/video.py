@@ -247,10 +247,9 @@ def probe(files: list[Path], max_pixels: int = MAX_PIXELS) -> Video:
     Raises ValueError for files that are cut short, that lack a chunk before them, or whose frames are too large.
     """
     if files[0].suffix.lower() in IMAGE_SUFFIXES:
-        size = _image_size(files[0])
-        _check_size(files[0], size, max_pixels)
-        bits = 8
-        if _read_image(files[0], size).dtype == np.uint16:  # of which cameras often use 10 or 12 bits
+        first, bits = _read_image(files[0], max_pixels=max_pixels), 8
+        size = first.shape[1::-1]
+        if first.dtype == np.uint16:  # of which cameras often use 10 or 12 bits
             chosen = [files[int(index)] for index in np.linspace(0, len(files) - 1, DEPTH_FRAMES)]
             brightest = max(int(_read_image(path, size).max()) for path in chosen)
             bits = next(bits for bits in DEPTHS if brightest < 2**bits)
@@ -353,32 +352,30 @@ def _hint(folder: Path) -> str:
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
-def _image_size(path: Path) -> tuple[int, int]:
-    """Reads (width, height) of the stored pixels from an image's header."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as header:
-            return header.size
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"{path} is too large an image: {error}") from None
-    except (OSError, SyntaxError, ValueError):
-        raise ValueError(f"{path}: the image cannot be read; it is missing or damaged") from None
-
-
-def _read_image(path: Path, size: tuple[int, int]) -> np.ndarray:
+def _read_image(path: Path, size: tuple[int, int] | None = None, max_pixels: int = 0) -> np.ndarray:
     """Reads an image file's stored pixels [h, w, 1, 3 or 4], uint8 or uint16; size: (w, h) that is expected."""
     import cv2
+    from PIL import Image
 
-    found = _image_size(path)  # before the pixels: a large file must not take the memory first
-    if found != size:
+    found = None
+    try:
+        with Image.open(path) as header:  # before the pixels: a large file must not take the memory first
+            found = header.size
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{path} is far too large an image ({error}); scale images and calibration down") from None
+    except (OSError, SyntaxError, ValueError):  # OpenCV knows more formats
+        pass
+    if found is not None and max_pixels:
+        _check_size(path, found, max_pixels)
+    image = cv2.imread(str(path), cv2.IMREAD_UNCHANGED) if found is None or size in (None, found) else None
+    found = found if image is None else image.shape[1::-1]
+    if found is not None and size not in (None, found):
         raise ValueError(
             f"{path}: the image of frame {_number(path)} is {found[0]} x {found[1]}, the first one is {size[0]} x "
             f"{size[1]}"
         )
-    image = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
-    if image is None or image.shape[1::-1] != size:
-        raise ValueError(f"{path}: the image of frame {_number(path)} cannot be read; it is damaged")
+    if image is None:
+        raise ValueError(f"{path}: the image of frame {_number(path)} cannot be read; it is missing or damaged")
     if image.dtype not in (np.uint8, np.uint16):
         raise ValueError(f"{path} holds {image.dtype} pixels; 8 or 16 bits are expected: save it as PNG")
     return image if image.ndim == 3 else image[..., None]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from counting import counted
 from filmed_spheres import silhouettes, spheres
 from PIL import Image
 
@@ -272,13 +273,6 @@ def test_masks_are_kept_as_they_were(tmp_path):
         np.testing.assert_array_equal(track.silhouette(index).full(), mask.full())
         if index:
             np.testing.assert_array_equal(statistics[index].hull, measure_mask(mask).hull)
-
-
-def counted(limit, lane):
-    for step in range(10):
-        if (lane, step) == limit:
-            raise ValueError(f"lane {lane} fails")
-        yield 100 * lane + step
 
 
 def test_lanes_are_shared_out_so_that_all_have_equally_much_to_do():
