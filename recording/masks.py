@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,9 +93,9 @@ def clean_mask(image: np.ndarray, level: int = 127) -> Silhouette:
         return Silhouette(np.zeros((0, 0), bool), 0, 0, size)
     window = cv2.threshold(image[y : y + height, x : x + width], level, 1, cv2.THRESH_BINARY)[1]
     # Borders say at once whether there is more than one part, or a hole: mostly there is not.
-    borders, _ = cv2.findContours(window, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
+    borders, tree = cv2.findContours(window, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
     if len(borders) > 1:
-        window, left, top = _largest_part(window)
+        window, left, top = _plainly_largest(borders, tree[0, :, 3]) or _largest_part(window)
         x, y = x + left, y + top
     return Silhouette(window.astype(bool), x, y, size)
 
@@ -118,6 +118,26 @@ def bright_box(image: np.ndarray, level: int) -> tuple[int, int, int, int]:
         for start in BLOCK * blocks[[0, -1]]
     )
     return left, int(first[0]), right - left, int(last[-1] + 1 - first[0])
+
+
+def _plainly_largest(borders: Sequence[np.ndarray], parents: np.ndarray) -> tuple[np.ndarray, int, int] | None:
+    """As `_largest_part`, from the borders alone; None where they leave in doubt what is largest, or a hole's size.
+
+    parents: the border around each hole's border, -1 for those of parts. A border runs through the centers of its
+    part's pixels, so a hole is smaller than its border's inside, and a part larger.
+    """
+    import cv2
+
+    areas = np.array([cv2.contourArea(border) for border in borders])
+    main = int(np.where(parents < 0, areas, -1.0).argmax())
+    holes = areas[parents == main]
+    area = areas[main] - holes.sum()
+    others = [math.prod(cv2.boundingRect(borders[k])[2:]) for k in np.flatnonzero(parents < 0) if k != main]
+    if holes.max(initial=0.0) > HOLE_FRACTION * area or max(others, default=0) >= area:
+        return None
+    left, top, width, height = cv2.boundingRect(borders[main])
+    filled = np.zeros((height, width), np.uint8)
+    return cv2.drawContours(filled, borders, main, 1, cv2.FILLED, offset=(-left, -top)), left, top
 
 
 def _largest_part(binary: np.ndarray) -> tuple[np.ndarray, int, int]:

@@ -261,7 +261,7 @@ def probe(files: list[Path], max_pixels: int = MAX_PIXELS) -> Video:
             rates.append(float(stream.guessed_rate or 0.0))
             sizes.add((stream.codec_context.width, stream.codec_context.height))
             _check_size(path, (stream.codec_context.width, stream.codec_context.height), max_pixels)
-            counts.append(_count(path, stream, rates[-1]))
+            counts.append(_count(path, container, rates[-1]))
     if len(sizes) != 1:
         raise ValueError(f"the chunks in {files[0].parent} have different image sizes: {sorted(sizes)}")
     if len(files) > 1 or files[0].parent.name.startswith("Camera"):
@@ -269,10 +269,11 @@ def probe(files: list[Path], max_pixels: int = MAX_PIXELS) -> Video:
     return Video(tuple(files), tuple(counts), sizes.pop(), rates[0])
 
 
-def _count(path: Path, stream, rate: float) -> int:
+def _count(path: Path, container: InputContainer, rate: float) -> int:
     """Returns how many frames a video shows."""
+    stream = container.streams.video[0]
     # An index (mp4) knows more than the header's count: what an edit cut off stays in the file (ffmpeg -ss -c copy).
-    index = list(stream.index_entries) if path.suffix.lower() == ".mp4" else []
+    index = list(stream.index_entries) if "mp4" in container.format.name else []
     held = path.stat().st_size
     whole = sum(entry.pos + entry.size <= held for entry in index)
     if whole < len(index):

@@ -21,7 +21,7 @@ from typing import Any
 KEPT = 2**24  # bytes: blocks of memory up to this size stay with a process instead of going back and forth
 BLOCK = 6  # steps a lane takes before the next one has its turn: its decoder's frames are still in the cache
 AHEAD = 4  # blocks by which a process may be ahead of the slowest: what is unfinished stays bounded
-PRELOADED = ["recording.rectify", "recording.segment", "cv2"]
+PRELOADED = ["recording.rectify", "recording.segment", "cv2", "numba"]
 
 _lanes: dict[int, Iterator[Any]] = {}  # of this worker process
 

@@ -196,7 +196,7 @@ def test_folders_of_pictures_give_what_the_videos_give(filmed, whole, tmp_path):
     assert (given.rgba[:, 3] > 0.5).any() and len(list((tmp_path / "data").glob("sample_*"))) == 3
     camera = pictures / "masks" / "Camera2"
     cv2.imwrite(str(camera / "frame_0001.png"), np.zeros((10, 10, 3), np.uint8))
-    with pytest.raises(ValueError, match=r"Camera2/frame_0001.png: the picture of frame 1 is 10 x 10"):
+    with pytest.raises(ValueError, match=r"Camera2/frame_0001.png: the image of frame 1 is 10 x 10"):
         process_recording(settings_for(pictures, tmp_path / "other"))
     (camera / "frame_0001.png").unlink()
     with pytest.raises(ValueError, match="frame_0000.png is followed by frame_0002.png"):

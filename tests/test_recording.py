@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -21,7 +22,7 @@ from recording.geometry import (
     place,
 )
 from recording.importer import split_samples
-from recording.masks import Silhouette, clean_mask, measure_mask
+from recording.masks import Silhouette, _largest_part, _plainly_largest, clean_mask, measure_mask
 from recording.rectify import rectify
 from recording.settings import ImportSettings
 from recording.video import VideoReader, check_videos, find_videos, probe
@@ -157,6 +158,20 @@ def test_mask_keeps_the_largest_component_and_fills_small_holes_only():
     ring = body & ~disc(100, 120, 50, 50, 15)  # what a curled tail encloses is background
     assert (clean_mask((255 * ring).astype(np.uint8)).full() == ring).all()
     assert measure_mask(clean_mask(np.zeros((10, 10), np.uint8))) is None
+
+
+def test_largest_part_from_borders_alone_is_the_one_counted_pixel_by_pixel():
+    rng, decided = np.random.default_rng(0), 0
+    for sigma in np.repeat([0.6, 1.0, 2.0, 4.0], 40):
+        noise = cv2.GaussianBlur(rng.normal(size=rng.integers(20, 90, 2)).astype(np.float32), (0, 0), sigma)
+        binary = (noise > rng.choice([-1.0, -0.5, 0.0, 1.0]) * noise.std()).astype(np.uint8)
+        borders, tree = cv2.findContours(binary, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
+        found = _plainly_largest(borders, tree[0, :, 3])
+        if found is not None:
+            decided += 1
+            counted = _largest_part(binary)
+            assert found[1:] == counted[1:] and np.array_equal(found[0], counted[0])
+    assert decided > 40
 
 
 def test_centre_is_the_bodys_centre_of_mass_not_the_bounding_box():
