@@ -29,11 +29,12 @@ from recording.masks import MaskStatistics, is_recorded, read_statistics, read_t
 from recording.misfit import check_belongs, check_silhouettes
 from recording.segment import check_method, record_camera
 from recording.settings import ImportSettings
-from recording.video import MASK_FOLDERS, Video, check_videos, find_videos
+from recording.video import MASK_FOLDERS, Video, find_videos, frame_number
 from recording.workers import run_lanes
 
 STRETCHED = 90  # percentile of the lengths seen in single frames that counts as the stretched animal
 MAX_RESIDUAL = 0.10  # of the camera distance: beyond it videos and calibration do not belong together
+RATE_TOLERANCE = 1e-3  # relative
 MIRROR_CHECKS = 3  # instants whose silhouettes are asked whether images are mirrored
 
 
@@ -95,6 +96,31 @@ def open_recording(settings: ImportSettings) -> Recording:
         masks = find_videos(folder, len(calibration), flag, most)
     check_videos(videos, masks)
     return Recording(calibration.with_sizes([video.size for video in videos]), videos, masks)
+
+
+def check_videos(videos: list[Video], masks: list[Video]) -> None:
+    """All videos show the same instants: equal frame counts and rates; masks as large as their images."""
+    first = videos[0]
+    numbered = [video for video in (*videos, *masks) if video.is_images]
+    for video in (*videos, *masks):
+        if video.num_frames != first.num_frames:
+            raise ValueError(
+                f"{video.name} has {video.num_frames} frames, {first.name} has {first.num_frames}; frame n must be the "
+                "same instant in every video, so the counts must be equal"
+            )
+        if video.rate and first.rate and abs(video.rate - first.rate) > RATE_TOLERANCE * first.rate:
+            raise ValueError(f"{video.name} runs at {video.rate:g} frames/s, {first.name} at {first.rate:g}")
+        if video.is_images and frame_number(video.files[0]) != frame_number(numbered[0].files[0]):
+            raise ValueError(
+                f"{video.files[0]} is the first image of its folder, {numbered[0].files[0]} that of another; images "
+                "of one number must show the same instant, so all folders must start with the same one"
+            )
+    for video, mask in zip(videos, masks):  # no masks where they are still to be found
+        if video.size != mask.size:
+            raise ValueError(
+                f"{mask.name} is {mask.size[0]} x {mask.size[1]}, its video {video.name} {video.size[0]} x "
+                f"{video.size[1]}; masks must be of the same (undistorted or raw) images"
+            )
 
 
 def record_masks(

@@ -21,7 +21,6 @@ MASK_FOLDERS = ("simpleclick_undist", "masks")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 OTHER_VIDEOS = (".avi", ".mov", ".mkv", ".m4v", ".webm", ".mpg", ".mpeg", ".wmv", ".h264", ".ts")
 OTHER_IMAGES = (".heic", ".heif", ".avif", ".jfif", ".webp", ".gif", ".jp2", ".dng", ".exr")
-RATE_TOLERANCE = 1e-3  # relative
 MAX_PIXELS = 50_000_000  # of a frame, by default: 8K has 33 million
 DEPTHS = (8, 10, 12, 14, 16)  # bits that cameras use of files of 16
 DEPTH_FRAMES = 8  # images of a folder that are asked how many
@@ -73,9 +72,7 @@ class VideoReader:
 
     def read_bgr(self, index: int) -> np.ndarray:
         """Returns frame `index` as [h, w, 3] uint8 BGR. Frames before the last one read are an error."""
-        if self.video.is_images:
-            return _colors_of(self._image(index))
-        return self._colors(self._frame(index))
+        return _colors_of(self._image(index)) if self.video.is_images else self._colors(self._frame(index))
 
     def read_part(self, index: int, x: int, y: int, width: int, height: int) -> np.ndarray:
         """Returns `read_bgr(index)[y : y + height, x : x + width]`, without making colors of the rest.
@@ -144,7 +141,7 @@ class VideoReader:
                 raise ValueError(
                     f"{path}: frame {self._next} cannot be decoded although the file says it holds "
                     f"{self.video.counts[self._chunk]} frames; it is truncated or damaged: copy it anew, or cut all "
-                    f"videos to what it holds (ffmpeg -i {path.name} -frames:v {self._next} -crf 12 cut.mp4)"
+                    f"videos (ffmpeg -i {path.name} -frames:v {self._next} -crf 12 cut.mp4)"
                 )
             self._next += 1
         if (frame.width, frame.height) != self.video.size:
@@ -160,10 +157,11 @@ class VideoReader:
         return frame
 
     def _check_order(self, index: int) -> None:
-        if not self._next <= index < self.video.num_frames:
+        count = self.video.num_frames
+        if not self._next <= index < count:
             raise ValueError(
-                f"{self.video.name}: frame {index} was asked for after frame {self._next - 1} of "
-                f"{self.video.num_frames}; frames are read in increasing order"
+                f"{self.video.name}: frame {index} was asked for after frame {self._next - 1} of {count}; frames are "
+                "read in increasing order"
             )
 
     def _colors(self, frame: VideoFrame) -> np.ndarray:
@@ -194,7 +192,8 @@ def find_videos(folder: Path | str, num_cameras: int, flag: str, max_pixels: int
 
     `0.mp4 ... 5.mp4` (MAMMAL); `Camera1/0.mp4[, 3000.mp4, ...]` (DANNCE, chunks named by their first frame); folders
     `0 ... 5` or `Camera1 ... Camera6` of images, one per frame, in the order of the numbers in their names.
-    flag: the command-line flag that named the folder, for messages. max_pixels: larger frames are refused.
+    flag: the command-line flag that named the folder, for messages. max_pixels: larger frames are refused. Raises
+    ValueError for what is missing: cameras, chunks, images.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -212,39 +211,24 @@ def find_videos(folder: Path | str, num_cameras: int, flag: str, max_pixels: int
         raise ValueError(f"{flag} {folder} holds {names[-1]}, but the calibration has only {num_cameras} cameras")
     paths = [folder / name for name in names[:-1]]
     videos = [probe(_chunks(path) if path.is_dir() else [path], max_pixels) for path in paths]
+    for path, video in zip(paths, videos):
+        numbers = [frame_number(file) for file in video.files]
+        if path.suffix or video.is_images or numbers == list(range(len(numbers))):  # chunks may also be counted
+            continue
+        for file, number, start in zip(video.files, numbers, np.cumsum([0, *video.counts])):
+            if number != start:
+                raise ValueError(
+                    f"{file} is named by its first frame, but the chunks before it hold {start} frames: a chunk before "
+                    "it is missing or cut; put it back, since frame n must be the same instant in every video"
+                )
     # One camera may film darkness: how many bits count is one number for all of them.
     return [replace(video, white=max(video.white for video in videos)) for video in videos]
-
-
-def check_videos(videos: list[Video], masks: list[Video]) -> None:
-    """All videos show the same instants: equal frame counts and rates; masks as large as their images."""
-    first = videos[0]
-    numbered = [video for video in (*videos, *masks) if video.is_images]
-    for video in (*videos, *masks):
-        if video.num_frames != first.num_frames:
-            raise ValueError(
-                f"{video.name} has {video.num_frames} frames, {first.name} has {first.num_frames}; frame n must be the "
-                "same instant in every video, so the counts must be equal"
-            )
-        if video.rate and first.rate and abs(video.rate - first.rate) > RATE_TOLERANCE * first.rate:
-            raise ValueError(f"{video.name} runs at {video.rate:g} frames/s, {first.name} at {first.rate:g}")
-        if video.is_images and _number(video.files[0]) != _number(numbered[0].files[0]):
-            raise ValueError(
-                f"{video.files[0]} is the first image of its folder, {numbered[0].files[0]} that of another; images "
-                "of one number must show the same instant, so all folders must start with the same one"
-            )
-    for video, mask in zip(videos, masks):  # no masks where they are still to be found
-        if video.size != mask.size:
-            raise ValueError(
-                f"{mask.name} is {mask.size[0]} x {mask.size[1]}, its video {video.name} {video.size[0]} x "
-                f"{video.size[1]}; masks must be of the same (undistorted or raw) images"
-            )
 
 
 def probe(files: list[Path], max_pixels: int = MAX_PIXELS) -> Video:
     """Reads counts, size and rate of one camera's file(s) from their headers. Of images the first one's size is taken.
 
-    Raises ValueError for files that are cut short, that lack a chunk before them, or whose frames are too large.
+    Raises ValueError for files that are cut short or whose frames are too large.
     """
     if files[0].suffix.lower() in IMAGE_SUFFIXES:
         first, bits = _read_image(files[0], max_pixels=max_pixels), 8
@@ -264,8 +248,6 @@ def probe(files: list[Path], max_pixels: int = MAX_PIXELS) -> Video:
             counts.append(_count(path, container, rates[-1]))
     if len(sizes) != 1:
         raise ValueError(f"the chunks in {files[0].parent} have different image sizes: {sorted(sizes)}")
-    if len(files) > 1 or files[0].parent.name.startswith("Camera"):
-        _check_chunks(files, counts)
     return Video(tuple(files), tuple(counts), sizes.pop(), rates[0])
 
 
@@ -287,20 +269,6 @@ def _count(path: Path, container: InputContainer, rate: float) -> int:
     if count <= 0:
         raise ValueError(f"video {path} says that it holds {count} frames; it is damaged or no video")
     return count
-
-
-def _check_chunks(files: list[Path], counts: list[int]) -> None:
-    """Raises ValueError where a chunk's name is not the number of its first frame: a chunk is lost then."""
-    starts = np.concatenate([[0], np.cumsum(counts)[:-1]]).tolist()
-    numbers = [int(path.stem) for path in files]
-    if numbers == list(range(len(files))):  # chunks may also be counted
-        return
-    for path, number, start in zip(files, numbers, starts, strict=True):
-        if number != start:
-            raise ValueError(
-                f"{path} is named by its first frame, but the chunks before it hold {start} frames: a chunk before it "
-                "is missing or cut; put it back, since frame n must be the same instant in every video"
-            )
 
 
 def _check_size(path: Path, size: tuple[int, int], max_pixels: int) -> None:
@@ -326,12 +294,12 @@ def _chunks(folder: Path) -> list[Path]:
         raise ValueError(f"{folder / unnumbered[0]}: images are named by frame numbers (000000.png, frame_12.jpg)")
     images.sort(key=_number)
     for path, other in zip(images, images[1:]):
-        if _number(other) != _number(path) + 1:
+        if frame_number(other) != frame_number(path) + 1:
             raise ValueError(f"{folder}: {path.name} is followed by {other.name}; every frame needs one image")
     return images
 
 
-def _number(path: Path) -> int:
+def frame_number(path: Path) -> int:
     """Returns the frame number of an image: the last number in its name."""
     return int(re.findall(r"\d+", path.stem)[-1])
 
@@ -372,18 +340,17 @@ def _read_image(path: Path, size: tuple[int, int] | None = None, max_pixels: int
     found = found if image is None else image.shape[1::-1]
     if found is not None and size not in (None, found):
         raise ValueError(
-            f"{path}: the image of frame {_number(path)} is {found[0]} x {found[1]}, the first one is {size[0]} x "
+            f"{path}: the image of frame {frame_number(path)} is {found[0]} x {found[1]}, the first one is {size[0]} x "
             f"{size[1]}"
         )
     if image is None:
-        raise ValueError(f"{path}: the image of frame {_number(path)} cannot be read; it is missing or damaged")
+        raise ValueError(f"{path}: the image of frame {frame_number(path)} cannot be read; it is missing or damaged")
     if image.dtype not in (np.uint8, np.uint16):
         raise ValueError(f"{path} holds {image.dtype} pixels; 8 or 16 bits are expected: save it as PNG")
     return image if image.ndim == 3 else image[..., None]
 
 
 def _colors_of(image: np.ndarray) -> np.ndarray:
-    """Makes [h, w, 3] of an image of any channels."""
     return image[..., :3] if image.shape[2] >= 3 else np.repeat(image[..., :1], 3, axis=2)
 
 

@@ -11,6 +11,7 @@ import torch
 
 from multiview.cameras import Cameras
 from multiview.rig import load_rig
+from recording.analysis import check_videos
 from recording.calibration import Calibration
 from recording.center import triangulate
 from recording.geometry import (
@@ -25,7 +26,7 @@ from recording.importer import split_samples
 from recording.masks import Silhouette, _largest_part, _plainly_largest, clean_mask, measure_mask
 from recording.rectify import rectify
 from recording.settings import ImportSettings
-from recording.video import VideoReader, check_videos, find_videos, probe
+from recording.video import VideoReader, find_videos, probe
 from recording.write import load_real_rig, video_writer
 
 MOUSE6 = load_rig("mouse6")
