@@ -13,12 +13,12 @@ from multiview.sample import read_sample
 from recording.analysis import Analysis, hulls_of
 from recording.calibration import Calibration
 from recording.geometry import Placement, Plan, circular_mean_deg, directions_from, label_error, mask_extents
-from recording.lanes import sample_name
 from recording.quality.dataset import choose_evenly, find_samples, measure_folders
 from recording.quality.findings import Finding, dataset_findings, grade
 from recording.quality.measure import Measured, measure_sample
 from recording.quality.page import to_html
 from recording.quality.summary import summarise
+from recording.settings import sample_name
 
 INSPECTED = 24  # samples of an import whose pictures are read
 CARVED = 4  # of these, how many are carved, which takes most of the time: a mean over 24 views

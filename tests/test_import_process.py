@@ -16,7 +16,7 @@ import pytest
 from filmed_spheres import film
 
 from multiview.sample import read_sample, read_split
-from recording.process import process_recording
+from recording.importer import process_recording
 from recording.segment import segment
 from recording.settings import ImportSettings
 from recording.video import VideoReader, find_videos
@@ -196,7 +196,7 @@ def test_folders_of_pictures_give_what_the_videos_give(filmed, whole, tmp_path):
     assert (given.rgba[:, 3] > 0.5).any() and len(list((tmp_path / "data").glob("sample_*"))) == 3
     camera = pictures / "masks" / "Camera2"
     cv2.imwrite(str(camera / "frame_0001.png"), np.zeros((10, 10, 3), np.uint8))
-    with pytest.raises(ValueError, match=r"Camera2/frame_0001.png: the picture of frame 1 is 10 x 10"):
+    with pytest.raises(ValueError, match=r"Camera2/frame_0001.png: the image of frame 1 is 10 x 10"):
         process_recording(settings_for(pictures, tmp_path / "other"))
     (camera / "frame_0001.png").unlink()
     with pytest.raises(ValueError, match="frame_0000.png is followed by frame_0002.png"):
@@ -252,8 +252,8 @@ def test_error_in_another_process_arrives(filmed, tmp_path):
     for _ in range(COUNT):
         writer.send(np.zeros((170, 192, 3), np.uint8))
     writer.close()
+    settings = settings_for(folder, tmp_path / "data", workers=2)
     with pytest.raises(ValueError, match=r"masks/1.mp4: the mask of frame 0 is empty"):
-        process_recording(settings_for(folder, tmp_path / "data", workers=2))
-    settings = replace(settings_for(folder, tmp_path / "data"), on_bad_frame="skip")
+        process_recording(replace(settings, on_bad_frame="error"))
     with pytest.raises(ValueError, match="every frame has an empty mask"):
         process_recording(settings)

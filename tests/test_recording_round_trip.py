@@ -9,14 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from round_trip import load_script
+from round_trip import load_script, recording_cameras
 
 from multiview.image import composite
 from multiview.metrics import foreground_psnr, mask_iou
 from multiview.rig import RigMismatchError, check_alignment, load_rig
 from multiview.sample import read_dataset_info, read_sample, read_split
-from recording.process import process_recording
-from recording.round_trip import recording_cameras
+from recording.importer import process_recording
 from recording.settings import ImportSettings
 from synthetic.dataset import ARENA_REACH, load_real_rig, make_renderer, stand_in_arena, write_recording
 from synthetic.photograph import RecordingConditions
@@ -186,8 +185,10 @@ def test_empty_mask_is_an_error_that_can_be_skipped(recording, clouds, tmp_path,
     writer.close()
     settings = ImportSettings(recording / "videos_undist", broken, tmp_path / "data", image_size=64)
     with pytest.raises(ValueError, match=r"2.mp4: the mask of frame 3 is empty.*--on_bad_frame skip"):
-        process_recording(settings)
-    process_recording(replace(settings, on_bad_frame="skip"))
+        process_recording(replace(settings, on_bad_frame="error"))
+    said = []
+    assert process_recording(settings, said.append)["skipped_frames"] == 1
+    assert "frame 3 was left out: empty mask in 2.mp4" in said
     info = read_dataset_info(tmp_path / "data")
     assert info["frames"] == [0, 1, 2, 4, 5] and list(info["skipped_frames"]) == ["3"]
 
