@@ -1,8 +1,6 @@
 """Raw recordings (synchronised videos, mask videos, one calibration) to sample folders, and back.
 
 calibration/     calibration files of every usual format <-> Calibration (K, distortion, w2c in float64), checked
-misfit.py        whether a calibration belongs to the pictures, and what is the matter if not
-check.py         a look at a calibration in numbers (--check), check_picture.py draws it
 video.py         finding and sequentially decoding the videos, or folders of pictures
 streams.py       that decoding spread over processes, each video in one
 masks.py         cleaning masks, what is measured on them
@@ -19,8 +17,7 @@ analysis.py      the recording's parts, and what its masks say about the animal
 output.py        writing samples: complete or not at all, shards
 splits.py        which samples train and which validate
 process.py       the import: analyse, plan, write, report
-quality/         how good any dataset is: measured, faults named, graded, shown
-report.py        quality_report.json and quality_report.html, of an import and of any dataset
+quality/         do images, masks and cameras belong together: of a calibration, a recording, any dataset
 write.py         a raw recording from renderings (for tests and demonstrations)
 film.py          what a real camera adds to a rendering: lens, light, noise; and the truth
 round_trip.py    whether an import gives back what was filmed

@@ -27,7 +27,7 @@ from recording.centre import (
 from recording.geometry import directions_from
 from recording.lanes import record_camera
 from recording.masks import MaskStatistics
-from recording.misfit import check_belongs, check_silhouettes
+from recording.quality.belongs import check_belongs, check_silhouettes
 from recording.segment import check_method
 from recording.settings import ImportSettings
 from recording.streams import run_streams

@@ -88,7 +88,7 @@ def _conclude(
     say: Callable[[str], None],
 ) -> dict:
     """Split lists and report of a dataset whose samples are all there."""
-    from recording.report import write_report
+    from recording.quality.report import write_report
 
     folders = [settings.output_dir / sample_name(index) for index in range(len(placements))]
     if settings.split == "random":

@@ -16,7 +16,7 @@ import numpy as np
 
 from multiview.files import atomic_folder
 from multiview.image import to_uint8
-from recording.calibration import PIXEL_CENTRE, Calibration, read_calibration, write_calibration
+from recording.calibration import PIXEL_CENTRE, Calibration, read_calibration, validate, write_calibration
 from recording.film import Film, FilmConditions, Truth
 
 RECORDINGS_FOLDER = Path(__file__).resolve().parent.parent / "configs" / "rigs" / "recordings"
@@ -42,7 +42,7 @@ def load_real_rig(
         K = np.array([camera["K"] for camera in raw])
         K[:, :2, 2] += PIXEL_CENTRE
         distortion = np.array([camera["distortion"] for camera in raw])
-        calibration = replace(calibration, K=K, distortion=distortion).validate()
+        calibration = validate(replace(calibration, K=K, distortion=distortion))
     elif lens != "none":
         raise ValueError(f"lens must be none or real, got {lens!r}")
     return (calibration if width is None else resize_calibration(calibration, width)), content["arena"]

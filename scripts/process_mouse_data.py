@@ -130,7 +130,7 @@ def shard(text: str) -> tuple[int, int]:
 
 def look_at_calibration(options: argparse.Namespace) -> None:
     from recording.calibration import find_calibration
-    from recording.check import check_calibration
+    from recording.quality.check import check_calibration
 
     path = options.calibration or find_calibration(options.meta_dir)
     video_dir = options.video_dir
