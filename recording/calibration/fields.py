@@ -11,13 +11,14 @@ import numpy as np
 
 PIXEL_CENTRE = 0.5  # pixel-index coordinates (first pixel's center is 0) -> outer-corner coordinates
 ROTATION_TOLERANCE = 1e-3  # files rounded to four digits pass; what passes is made exactly orthonormal
+LARGEST = 1e12  # no length, focal length or coefficient comes near it
 MOST_CAMERAS, MOST_PIXELS, MOST_BYTES = 256, 100_000, 512 * 2**20  # beyond these a file is damaged or malicious
 COEFFICIENTS = ("k1", "k2", "p1", "p2", "k3", "k4", "k5", "k6")  # OpenCV's order
 OPENGL = np.diag([1.0, -1.0, -1.0, 1.0])  # y up, z backward <-> OpenCV's y down, z forward; its own inverse
 # Names that say where a camera sees a point, in any format: one that a reader does not use must say nothing.
 LENS_FIELD = re.compile(
     r"[kps]\d+|tau_?[xy]|xi|skew|d|dist|.*(distort|dist_?coef|fish_?eye|f_?theta|lat_?long|equirect|panoram|omni|"
-    r"rolling|prism|fov|from_na|mts_args|matrix_(start|end)|crop_to_border|binning|roi)|shift_[xy]|offset_[xy]",
+    r"rolling|prism|fov|from_na|mts_args|matrix_(start|end)|crop_to_border|binning|roi).*|shift_[xy]|offset_[xy]",
     re.IGNORECASE,
 )
 MODEL_FIELD = re.compile(r"(camera|lens|projection|distortion)_?(model|type|mode)|projection", re.IGNORECASE)
@@ -89,8 +90,8 @@ def matrix(values: object, shape: tuple[int, ...], what: str) -> np.ndarray:
         wanted = f"{' x '.join(map(str, shape))} numbers" if shape else "a number"
         got = reprlib.repr(values) if array is None else f"shape {array.shape}"
         raise ValueError(f"{what} must be {wanted}, got {got}")
-    if not np.isfinite(array).all():
-        raise ValueError(f"{what} must be finite, got {reprlib.repr(array.tolist())}")
+    if not (np.abs(array) < LARGEST).all():
+        raise ValueError(f"{what} must be finite numbers below {LARGEST:g}, got {reprlib.repr(array.tolist())}")
     return array
 
 
