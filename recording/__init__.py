@@ -1,8 +1,6 @@
 """Raw recordings (synchronized videos, mask videos, one calibration) to sample folders.
 
 calibration/     calibration files of every usual format <-> Calibration (K, distortion, w2c in float64), checked
-misfit.py        whether a calibration belongs to the images, and what is the matter if not
-check.py         a look at a calibration in numbers (--check), check_picture.py draws it
 video.py         finding and sequentially decoding the videos, or folders of images
 masks.py         cleaning masks, what is measured on them, and how they are kept while an import runs
 segment.py       one camera's masks: from its mask video, or from the background
@@ -13,6 +11,5 @@ workers.py       lanes of work in order, one camera each, spread over processes
 settings.py      what an import is asked to do: the flags of scripts/process_mouse_data.py
 analysis.py      the recording's parts, and what its masks say about the animal
 importer.py      the import: analyse, plan, write samples and split lists, report
-quality/         how good any dataset is: measured, faults named, graded, shown
-report.py        quality_report.json and quality_report.html, of an import and of any dataset
+quality/         do images, masks and cameras belong together: of a calibration, a recording, any dataset
 """

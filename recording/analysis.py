@@ -26,7 +26,7 @@ from recording.center import (
 )
 from recording.geometry import directions_from
 from recording.masks import MaskStatistics, is_recorded, read_statistics, read_track
-from recording.misfit import check_belongs, check_silhouettes
+from recording.quality.belongs import check_belongs, check_silhouettes
 from recording.segment import check_method, record_camera
 from recording.settings import ImportSettings
 from recording.video import MASK_FOLDERS, Video, find_videos, frame_number

@@ -96,7 +96,7 @@ def _conclude(
     say: Callable[[str], None],
 ) -> dict:
     """Writes split lists and report of a dataset whose samples are all there."""
-    from recording.report import write_report
+    from recording.quality.report import write_report
 
     rate = recording.videos[0].rate if settings.split == "blocks" else 0.0
     seconds = [frame / rate for frame in analysis.frames] if rate else None

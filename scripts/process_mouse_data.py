@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
     options, settings = parse_arguments(arguments)
     if settings is None:
         from recording.calibration import find_calibration
-        from recording.check import check_calibration
+        from recording.quality.check import check_calibration
 
         path = options.calibration or find_calibration(options.meta_dir)
         check_calibration(
