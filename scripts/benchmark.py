@@ -314,10 +314,10 @@ def measure_import(bench: Bench):
 
 def stage1(bench: Bench, attention: str):
     """Returns the training config, components with a UNet, and prompt embeddings, all of random weights."""
+    from mvdiffusion.demo import SD21_UNCLIP, demo_shape, random_components
+    from mvdiffusion.facelift_yaml import load_training_config
     from mvdiffusion.models.unet import create_unet
     from mvdiffusion.prompts import TOKENS, PromptEmbeds
-    from mvdiffusion.random_components import SD21_UNCLIP, demo_shape, random_components
-    from mvdiffusion.upstream import load_training_config
 
     name = {"demo": "demo", "full": "mouse"}[bench.options.preset]
     config, rig = load_training_config(str(REPOSITORY / "configs" / f"{name}_mvdiffusion.yaml"), []), load_rig("mouse6")
@@ -355,7 +355,7 @@ def measure_sampling(bench: Bench):
 
 
 def measure_diffusion_training(bench: Bench):
-    from mvdiffusion.encoding import EncodedBatch, encode
+    from mvdiffusion.latents import EncodedBatch, encode
     from mvdiffusion.training import training_loss
 
     (config, components, embeds), rig = stage1(bench, "sparse"), load_rig("mouse6")
