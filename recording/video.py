@@ -292,7 +292,7 @@ def _chunks(folder: Path) -> list[Path]:
     unnumbered = [path.name for path in images if not re.search(r"\d", path.stem)]
     if unnumbered:
         raise ValueError(f"{folder / unnumbered[0]}: images are named by frame numbers (000000.png, frame_12.jpg)")
-    images.sort(key=_number)
+    images.sort(key=frame_number)
     for path, other in zip(images, images[1:]):
         if frame_number(other) != frame_number(path) + 1:
             raise ValueError(f"{folder}: {path.name} is followed by {other.name}; every frame needs one image")
