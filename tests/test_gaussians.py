@@ -293,7 +293,7 @@ def test_a_video_that_does_not_fit_on_the_disk_is_an_error_and_leaves_nothing(tm
     command += ["--turntable", tmp_path / "out" / "t.mp4", "--turntable_views", "16", "--device", "cpu"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
-    assert "t.mp4: No space left on device" in done.stderr and not list((tmp_path / "out").iterdir())
+    assert "t.mp4 could not be written" in done.stderr and not list((tmp_path / "out").iterdir())
 
 
 @pytest.mark.parametrize("degree", [0, 1, 2, 3])
