@@ -44,7 +44,8 @@ FRAME, CAMERA = ("frames", 2), ("cameras", 2)
 MEANINGFUL = [  # what says how a camera sees and is not used must be refused by name
     *[("transforms", put(key, value), key) for key, value in {
         "k4": 0.02, "k5": -0.1, "p3": 0.001, "s1": 0.1, "is_fisheye": True, "ftheta_p0": 0.1, "latlong": True,
-        "x_fov": 60, "equirectangular": True, "camera_model": "EQUIRECTANGULAR", "lens_mode": "ftheta", "skew": 0.3, "from_na": True,
+        "x_fov": 60, "equirectangular": True, "camera_model": "EQUIRECTANGULAR", "lens_mode": "ftheta", "skew": 0.3,
+        "from_na": True,
         "rolling_shutter": [0, 0, 0.01, 0], "distortion_model": "kannala_brandt",
     }.items()],
     ("transforms", put("k4", 0.02, *FRAME), "frame 2: k4"),
