@@ -134,9 +134,9 @@ def _read_chain(path: Path, texts: set[str]) -> list[tuple[str, dict]]:
 
 def _kinds_of_keys(schema: type, prefix: str = "") -> dict[str, str]:
     """Returns all dotted keys of a dataclass type, each a `section`, `mapping` (of free keys), `text` or `value`."""
-    kinds = {}
+    kinds, hints = {}, typing.get_type_hints(schema)
     for entry in dataclasses.fields(schema):
-        name, kind = prefix + entry.name, typing.get_type_hints(schema)[entry.name]
+        name, kind = prefix + entry.name, hints[entry.name]
         parts = {kind, *typing.get_args(kind)}
         parts |= {typing.get_origin(part) for part in parts}  # str | None, list[str], Literal["a", "b"]
         if dataclasses.is_dataclass(kind):
