@@ -290,7 +290,8 @@ def random_components(
     scheduler, noising = make_schedulers()
     # In this order: the image normalizer's own `to` makes new parameters.
     vae, image_encoder, normalizer = (
-        part.to(dtype).eval().requires_grad_(False) for part in (vae, image_encoder, normalizer)
+        (part if dtype == torch.float32 else part.to(dtype)).eval().requires_grad_(False)
+        for part in (vae, image_encoder, normalizer)
     )
     return Components(
         vae=vae, image_encoder=image_encoder, image_normalizer=normalizer,
