@@ -70,11 +70,6 @@ class Analysis:
     headings_deg: np.ndarray | None = None
 
 
-def hulls_of(analysis: Analysis) -> list[list[np.ndarray]]:
-    """[t][v] convex hulls of the masks, as `geometry.mask_extents` takes them."""
-    return [[mask.hull for mask in row] for row in analysis.masks]
-
-
 def open_recording(settings: ImportSettings) -> Recording:
     """Finds and checks calibration, videos and mask videos."""
     path = settings.calibration or find_calibration(settings.meta_dir)
