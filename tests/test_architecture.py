@@ -13,10 +13,10 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import measure_house  # noqa: E402
 
 MOST = {  # HOUSE.md section 2 gives the goals: 16,500 lines, 115 files, 14 in a folder, 9 fragments, 60 dataclasses
-    "product lines": 27_400, "product files": 190, "longest file": 400, "longest function": 90,
+    "product lines": 24_500, "product files": 150, "longest file": 400, "longest function": 90,
     "files in the largest folder": 24, "module functions named once per 1,000 lines": 19.5, "dataclasses": 125,
     "functions with more than 8 parameters": 13, "flags of inference_mouse.py": 32, "unused public names": 8,
-    "files in a circle of imports": 11, "lines reached by the entry scripts": 11_400, "test lines": 14_400,
+    "files in a circle of imports": 11, "lines reached by the entry scripts": 11_800, "test lines": 15_000,
 }  # fmt: skip
 LEAST_COMMENTS = 5.0  # per 100 code lines
 PACKAGES = ("multiview", "mvdiffusion", "gslrm", "pipeline", "synthetic", "recording", "evaluation")
