@@ -15,14 +15,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--overfit",
         type=int,
-        default=None,
+        default=0,
         metavar="N",
         help="train and validate on the first N samples (default: all)",
     )
     parser.add_argument("--dry_run", action="store_true", help="print the resolved config and stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config values, e.g. max_train_steps=100")
     arguments = parser.parse_args()
-    if arguments.overfit is not None and arguments.overfit < 1:
+    if arguments.overfit < 0:
         parser.error("--overfit needs at least 1 sample")
     return arguments
 
@@ -38,8 +38,8 @@ def main() -> None:
         return
     from mvdiffusion.training import train
 
-    for name, value in train(config, arguments.overfit).items():
-        print(f"{name:<40} {value:8.3f}")
+    folder = train(config, arguments.overfit)
+    print(f"checkpoints, metrics.jsonl and pictures: {folder}")
 
 
 if __name__ == "__main__":

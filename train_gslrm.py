@@ -40,7 +40,7 @@ def main() -> None:
         return
     from gslrm.training import train
 
-    folder = train(config, overfit=arguments.overfit)
+    folder = train(config, arguments.overfit)
     print(f"checkpoints, metrics.jsonl and pictures: {folder}")
 
 

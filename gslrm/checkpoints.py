@@ -25,9 +25,8 @@ from multiview.checkpoint import (
     read_sidecar,
     save_checkpoint,
 )
-from multiview.config import config_to_dict, load_config
+from multiview.config import load_config
 from multiview.rig import ViewRig
-from multiview.run import git_hash
 
 log = logging.getLogger(__name__)
 
@@ -88,9 +87,9 @@ def load_weights(model: GSLRM, path: Path) -> None:
 
 def read_checkpoint_rig(path: Path) -> ViewRig | None:
     """The rig of a checkpoint: its sidecar's, else the folder's `rig.json`, else None (public weights carry none)."""
-    sidecar = read_sidecar(path)
-    if sidecar is not None and sidecar.get("rig"):
-        return ViewRig.from_dict(sidecar["rig"], f"{path}.json")
+    rig = (read_sidecar(path) or {}).get("rig")
+    if rig:
+        return ViewRig.from_dict(rig, f"{path}.json")
     return read_rig(path.parent)
 
 
@@ -111,10 +110,6 @@ def load_gslrm(
     model = GSLRM(model_config)
     load_weights(model, path)
     return model.eval().to(device), read_checkpoint_rig(path), path
-
-
-def sidecar(config: GSLRMConfig, rig: ViewRig, step: int) -> dict:
-    return {"config": config_to_dict(config), "rig": rig.to_dict(), "step": step, "git": git_hash()}
 
 
 def export_weights(

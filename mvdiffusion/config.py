@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 from multiview.run import WandbOptions
@@ -37,7 +38,7 @@ class MixEntry:
     """One of several data sets that are trained on together."""
 
     train_data: str = ""  # split list
-    ratio: float = 1.0  # share of the samples; all shares add up to 1
+    ratio: float = 1.0  # share of the samples; train_data gives what all shares leave of 1
 
 
 @dataclass
@@ -58,7 +59,7 @@ class MVDiffusionConfig:
 
     # Data
     train_data: str = "data_mouse/data_mouse_train.txt"  # split list
-    mix: list[MixEntry] = field(default_factory=list)  # several data sets of one rig by ratio, instead of train_data
+    mix: list[MixEntry] = field(default_factory=list)  # further data sets of the same rig; train_data gives the rest
     validation_data: str = "data_mouse/data_mouse_val.txt"
     backgrounds: list[str] = field(default_factory=lambda: ["white", "black", "gray"])  # one per sample, at random
     brightness_jitter: float = 0.1  # factor drawn from 1 +- this, the same for all views of a sample
@@ -118,6 +119,8 @@ class MVDiffusionConfig:
     validation_guidance_scales: list[float] = field(default_factory=lambda: [1.0, 3.0])
     validation_num_steps: int = 20
     log_steps: int = 10
+    budget_s: float | None = None  # seconds after which the run saves itself and stops; repeating continues it
+    skip_digest: bool = False  # resume without comparing files with their digests
     export_dir: str | None = None  # where the finished EMA UNet and its prompt embeddings go, in float16
     export_num_steps: int = 50  # sampling that suits the exported UNet; inference takes it unless told otherwise
     export_guidance_scale: float = 3.0
@@ -157,6 +160,9 @@ class MVDiffusionConfig:
             ("random_crop_ratio", 0.1, 1.0), ("mirror_probability", 0.0, 1.0), ("brightness_jitter", 0.0, 1.0),
             ("contrast_jitter", 0.0, 1.0), ("saturation_jitter", 0.0, 1.0), ("hue_jitter_deg", 0.0, 180.0),
             ("condition_drop_rate", 0.0, 1 / 3), ("cache_variants", 1, 1000), ("lora_rank", 0, 4096),
+            ("max_train_steps", 1, inf), ("train_batch_size", 1, inf), ("gradient_accumulation_steps", 1, inf),
+            ("dataloader_num_workers", 0, 512), ("checkpointing_steps", 1, inf), ("validation_steps", 1, inf),
+            ("validation_samples", 1, inf), ("log_steps", 1, inf), ("checkpoints_total_limit", 1, inf),
         ):  # fmt: skip
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} must be within {low:g}..{high:g}, got {getattr(self, name)}")

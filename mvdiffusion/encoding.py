@@ -8,13 +8,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from multiview.cameras import Cameras
-from multiview.order import StepSampler
+from multiview.sampler import MixedDataset, StepSampler, load_batches
 from mvdiffusion.components import Components
 from mvdiffusion.conditioning import clip_pixels_fast, image_embeddings
-from mvdiffusion.data.mixing import MixedDataset
 from mvdiffusion.data.mouse_dataset import MouseMVDiffusionDataset
 
 
@@ -62,10 +60,7 @@ def live_batches(
     device: torch.device,
 ) -> Iterator[EncodedBatch]:
     """Reads and encodes batches as they are asked for."""
-    loader = DataLoader(
-        dataset, batch_sampler=sampler, num_workers=workers, pin_memory=device.type == "cuda", persistent_workers=False
-    )
-    for batch in loader:
+    for batch in load_batches(dataset, sampler, workers, device):
         yield encode_batch(components, batch, dataset.rig.reference_view, device)
 
 

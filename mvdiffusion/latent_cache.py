@@ -21,10 +21,9 @@ from torch import Tensor
 
 from multiview.cameras import Cameras
 from multiview.files import atomic_write
-from multiview.order import StepSampler
+from multiview.image import Draw
+from multiview.sampler import MixedDataset, StepSampler
 from mvdiffusion.components import Components
-from mvdiffusion.data.augmentation import Draw
-from mvdiffusion.data.mixing import MixedDataset
 from mvdiffusion.data.mouse_dataset import MouseMVDiffusionDataset
 from mvdiffusion.encoding import EncodedBatch, encode
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from mvdiffusion_tiny import SIZE, UNET, prepare
 
-from multiview.order import StepSampler
+from multiview.sampler import StepSampler
 from multiview.rig import load_rig
 from multiview.run import make_generator
 from mvdiffusion.components import load_components

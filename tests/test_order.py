@@ -5,7 +5,7 @@ from itertools import islice
 
 import pytest
 
-from multiview.order import StepSampler, hundredths
+from multiview.sampler import StepSampler, hundredths
 
 LENGTHS, PERCENTS = [30, 7, 50], [30, 45, 25]
 
