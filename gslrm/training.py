@@ -157,16 +157,13 @@ class GSLRMTraining(Training):
         self.network = GSLRM(config.model, grad_checkpoint_every=runtime.grad_checkpoint_every).to(self.device)
         self._start_from(path, whole)
         self.schedule_start = 0  # pass at which the learning rate's warm-up began; above 0 after reset_lr
-        # FaceLift's two groups: weight decay for tensors of two or more dimensions, none for norms.
-        trained = [(name, p) for name, p in self.network.named_parameters() if p.requires_grad]
-        groups = [[(n, p) for n, p in trained if p.ndim >= 2], [(n, p) for n, p in trained if p.ndim < 2]]
-        self.parameters = dict(groups[0] + groups[1])
         options = training.optimizer
+        groups, names = parameter_groups(self.network, options.weight_decay), dict(self.network.named_parameters())
+        names = {parameter: name for name, parameter in names.items()}
+        self.parameters = {names[parameter]: parameter for group in groups for parameter in group["params"]}
         self.optimizer = torch.optim.AdamW(
-            [{"params": [p for _, p in group], "weight_decay": decay}
-             for group, decay in zip(groups, (options.weight_decay, 0.0))],
-            lr=options.lr, betas=(options.beta1, options.beta2), eps=1e-8, fused=True,
-        )  # fmt: skip
+            groups, lr=options.lr, betas=(options.beta1, options.beta2), eps=1e-8, fused=True
+        )
         for group in self.optimizer.param_groups:
             group["initial_lr"] = options.lr
         checkpoint = self._resume(path, is_own) if whole else {}
@@ -187,7 +184,8 @@ class GSLRMTraining(Training):
         if path is None:
             log.info("starting from random weights (training.checkpointing.resume_ckpt is not set)")
         elif whole:
-            check_alignment(self.rig, **({"gslrm": source} if source is not None else {}))
+            if source is not None:
+                check_alignment(self.rig, gslrm=source)
         else:
             if source is not None and not self.settings.training.checkpointing.allow_rig_change:
                 check_start(self.rig, "training.checkpointing.allow_rig_change", gslrm=source)
@@ -397,6 +395,15 @@ def find_start(config: GSLRMConfig) -> tuple[Path | None, bool, bool]:
     if not options.resume_ckpt:
         return None, False, False
     return resolve_checkpoint(options.resume_ckpt), not config.training.optimizer.reset_training_state, False
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """FaceLift's two groups of what trains: weight decay for tensors of two or more dimensions, none for norms."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
 
 
 def zero_of(output: GSLRMOutput) -> Tensor:

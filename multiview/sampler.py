@@ -196,6 +196,6 @@ def load_batches(
         shm = Path("/dev/shm")
         size = f" ({shutil.disk_usage(shm).total / 1e6:.0f} MB)" if shm.is_dir() else ""
         raise ValueError(
-            f"{workers} loader workers cannot hand their batches over: shared memory /dev/shm{size} is too small "
-            f"or closed ({told[:120]}). Give the container more (docker run --shm-size=8g), or set the number of workers to 0"
+            f"{workers} loader workers cannot hand their batches over: shared memory /dev/shm{size} is too small or "
+            f"closed ({told[:120]}). Give the container more (docker run --shm-size=8g), or use 0 workers"
         ) from error

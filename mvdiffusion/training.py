@@ -32,7 +32,7 @@ from mvdiffusion.checkpoints import (
     save_sampling,
     save_training,
 )
-from mvdiffusion.components import load_components, local_folder
+from mvdiffusion.components import Components, load_components, local_folder
 from mvdiffusion.conditioning import class_labels
 from mvdiffusion.config import MVDiffusionConfig
 from mvdiffusion.data.mouse_dataset import MouseMVDiffusionDataset
@@ -184,34 +184,7 @@ class MVDiffusionTraining(Training):
         return live_batches(self.components, self.dataset, sampler, config.dataloader_num_workers, self.device)
 
     def loss(self, model: nn.Module, batch: EncodedBatch, generator: torch.Generator) -> tuple[Tensor, None]:
-        """All randomness comes from `generator` (CPU), in a fixed order."""
-        config, components = self.settings, self.components
-        device, (objects, views) = batch.mean.device, batch.mean.shape[:2]
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator).to(device)
-
-        clip_noise = normal(*batch.embedding.shape)
-        posterior_noise, noise = normal(*batch.mean.shape), normal(*batch.mean.shape)
-        # One time step per object: its views must be equally far along to agree with each other.
-        steps = draw_timesteps(objects, generator, config.high_noise_share, config.high_noise_range)
-        no_labels, no_latents = drop_masks(torch.rand(objects, generator=generator), config.condition_drop_rate)
-
-        labels = class_labels(components, batch.embedding, clip_noise).masked_fill(no_labels.to(device)[:, None], 0)
-        condition = batch.condition.masked_fill(no_latents.to(device)[:, None, None, None], 0)
-        labels, condition, steps = (x.repeat_interleave(views, dim=0) for x in (labels, condition, steps.to(device)))
-        clean = (batch.mean + batch.std * posterior_noise).flatten(0, 1)
-        kind, alphas = components.scheduler.config.prediction_type, components.scheduler.alphas_cumprod
-        noisy, target = noise_and_target(clean, noise.flatten(0, 1), alphas, steps, kind)
-        prediction = run_unet(
-            model, torch.cat([noisy, condition], dim=1), steps,
-            prompts=self.embeds.tensor.to(device)[batch.prompts.flatten()], labels=labels, cameras=batch.cameras,
-            reference_view=self.rig.reference_view,
-        )  # fmt: skip
-        weights = snr_weights(alphas, steps, config.snr_gamma, kind, config.snr_weighting)
-        foreground = 1 + (config.foreground_weight - 1) * (batch.mask.flatten(0, 1) > 0.05).float()
-        foreground = foreground if config.foreground_weight != 1 else None
-        return diffusion_loss(prediction, target, weights, foreground), None
+        return training_loss(model, self.components, self.embeds, batch, self.settings, generator), None
 
     def adjust_gradients(self) -> None:
         """`freeze_encoder`: in the first half of the run the UNet's down blocks stand still.
@@ -281,6 +254,37 @@ class MVDiffusionTraining(Training):
         save_embeds(folder / "prompt_embeds", self.embeds)
         save_sampling(folder, Sampling(config.export_num_steps, config.export_guidance_scale, config.export_mirror))
         log.info("exported to %s", folder)
+
+
+def training_loss(
+    model: nn.Module, components: Components, embeds: PromptEmbeds, batch: EncodedBatch, config: MVDiffusionConfig,
+    generator: torch.Generator,
+) -> Tensor:  # fmt: skip
+    """The loss [] of an encoded batch; all randomness comes from `generator` (CPU), in a fixed order."""
+    device, (objects, views) = batch.mean.device, batch.mean.shape[:2]
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device)
+
+    clip_noise = normal(*batch.embedding.shape)
+    posterior_noise, noise = normal(*batch.mean.shape), normal(*batch.mean.shape)
+    # One time step per object: its views must be equally far along to agree with each other.
+    steps = draw_timesteps(objects, generator, config.high_noise_share, config.high_noise_range)
+    no_labels, no_latents = drop_masks(torch.rand(objects, generator=generator), config.condition_drop_rate)
+
+    labels = class_labels(components, batch.embedding, clip_noise).masked_fill(no_labels.to(device)[:, None], 0)
+    condition = batch.condition.masked_fill(no_latents.to(device)[:, None, None, None], 0)
+    labels, condition, steps = (x.repeat_interleave(views, dim=0) for x in (labels, condition, steps.to(device)))
+    clean = (batch.mean + batch.std * posterior_noise).flatten(0, 1)
+    kind, alphas = components.scheduler.config.prediction_type, components.scheduler.alphas_cumprod
+    noisy, target = noise_and_target(clean, noise.flatten(0, 1), alphas, steps, kind)
+    prediction = run_unet(
+        model, torch.cat([noisy, condition], dim=1), steps, prompts=embeds.tensor.to(device)[batch.prompts.flatten()],
+        labels=labels, cameras=batch.cameras, reference_view=embeds.rig.reference_view,
+    )  # fmt: skip
+    weights = snr_weights(alphas, steps, config.snr_gamma, kind, config.snr_weighting)
+    foreground = 1 + (config.foreground_weight - 1) * (batch.mask.flatten(0, 1) > 0.05).float()
+    return diffusion_loss(prediction, target, weights, foreground if config.foreground_weight != 1 else None)
 
 
 # ---- what is trained, and where it starts ---------------------------------------------------------------------------

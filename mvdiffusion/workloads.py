@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from multiview.sampler import StepSampler
 from multiview.rig import ViewRig, load_rig
 from multiview.sample import Sample, write_dataset_info, write_sample, write_split
+from multiview.sampler import StepSampler
 from mvdiffusion.components import tune
 from mvdiffusion.conditioning import clip_pixels_fast, condition_latents, decode_latents, image_embeddings
 from mvdiffusion.config import MVDiffusionConfig

@@ -7,9 +7,9 @@ import pytest
 import torch
 from mvdiffusion_tiny import SIZE, UNET, prepare
 
-from multiview.sampler import StepSampler
 from multiview.rig import load_rig
 from multiview.run import make_generator
+from multiview.sampler import StepSampler
 from mvdiffusion.components import load_components
 from mvdiffusion.config import MVDiffusionConfig
 from mvdiffusion.data.augmentation import Augmentation
