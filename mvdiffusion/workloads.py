@@ -19,21 +19,28 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from multiview.checkpoint import Ema
 from multiview.rig import ViewRig, load_rig
+from multiview.run import PRECISIONS, autocast, make_generator, start_processes
 from multiview.sample import Sample, write_dataset_info, write_sample, write_split
 from multiview.sampler import StepSampler
+from multiview.training import Training
 from mvdiffusion.components import tune
 from mvdiffusion.conditioning import clip_pixels_fast, condition_latents, decode_latents, image_embeddings
 from mvdiffusion.config import MVDiffusionConfig
-from mvdiffusion.encoding import live_batches
 from mvdiffusion.latent_cache import LatentCache
 from mvdiffusion.models.unet import create_unet, run_unet
-from mvdiffusion.optimization import Ema, make_optimizer, trained_parameters
 from mvdiffusion.pipelines.multiview import GUIDANCE_SCALE, NUM_STEPS, generate_views
-from mvdiffusion.preparation import make_accelerator, make_training_set, starting_unet
 from mvdiffusion.prompts import TOKENS, PromptEmbeds
 from mvdiffusion.random_components import SD21_UNCLIP, Stage1Shape, demo_shape, random_components
-from mvdiffusion.training import FROZEN_DTYPES, Trainer
+from mvdiffusion.training import (
+    MVDiffusionTraining,
+    build_datasets,
+    loop_options,
+    make_optimizer,
+    starting_unet,
+    trained_parameters,
+)
 from mvdiffusion.upstream import load_training_config
 
 CONFIGS = {"demo": "configs/demo_mvdiffusion.yaml", "full": "configs/mouse_mvdiffusion.yaml"}
@@ -145,7 +152,7 @@ class TrainingWorkload:
 
     def dtype(self, device: torch.device) -> torch.dtype:
         """What autocast lets the UNet's products compute in."""
-        return FROZEN_DTYPES[self.resolved(device).mixed_precision]
+        return getattr(torch, PRECISIONS[self.resolved(device).mixed_precision])
 
     def samples_per_update(self) -> int:
         config = self.resolved("cpu")
@@ -172,40 +179,44 @@ class TrainingWorkload:
     def build(self, device: torch.device) -> Callable[[], object]:
         """One optimiser update. Its data set and cache lie in a temporary folder as long as the function lives."""
         folder = Path(tempfile.mkdtemp(prefix="benchmark_stage1_"))
-        trainer = make_trainer(self, device, folder)
-        weakref.finalize(trainer, shutil.rmtree, folder, ignore_errors=True)
-        return trainer.update
+        update = make_update(self, device, folder)
+        weakref.finalize(update, shutil.rmtree, folder, ignore_errors=True)
+        return update
 
 
-def make_trainer(workload: TrainingWorkload, device: torch.device, folder: Path) -> Trainer:
-    """A run's trainer with random weights, on as many samples as a batch holds; the cache is filled."""
+def make_update(workload: TrainingWorkload, device: torch.device, folder: Path) -> Callable[[], object]:
+    """A run's update with random weights, on as many samples as a batch holds; the cache is filled."""
     config, rig, shape = workload.resolved(device), load_rig(workload.rig), workload.shape
     config.train_data = str(write_random_dataset(folder / "data", rig, config.train_batch_size, shape.image_size))
+    config.validation_data = config.train_data
     config.cache_dir, config.output_dir = str(folder / "cache"), str(folder / "run")
-    accelerator = make_accelerator(config)
-    components = random_components(shape, device=device, dtype=workload.frozen_dtype(device))
+    run = MVDiffusionTraining.__new__(MVDiffusionTraining)
+    Training.__init__(run, start_processes(config.device), loop_options(config))
+    run.settings, run.rig, run.embeds = config, rig, random_embeds(shape, rig)
+    run.components = random_components(shape, device=device, dtype=workload.frozen_dtype(device))
     with device:
-        unet = starting_unet(config, rig)
+        run.network = starting_unet(config, rig).train()
     if config.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    trained = trained_parameters(unet)
-    model, optimizer = accelerator.prepare(unet.train(), make_optimizer(trained, config, device))
-    train_set, percents = make_training_set(config, rig, shape.image_size, with_cameras=False)
-    sampler = StepSampler(
-        [len(part) for part in train_set.parts], config.train_batch_size, seed=config.seed, percents=percents
-    )
+        run.network.enable_gradient_checkpointing()
+    run.parameters = trained_parameters(run.network)
+    run.optimizer = make_optimizer(run.parameters, config, device)
+    run.ema = Ema(run.parameters, config.ema_decay) if config.use_ema else None
+    run.dataset, _ = build_datasets(config, rig, shape.image_size, 0, with_cameras=False)
     if config.cache_latents:
-        cache = LatentCache(components, train_set, device, config.cache_dir)
-        cache.batch([(epoch, index) for epoch in range(config.cache_variants) for index in range(len(train_set))])
-        batches = cache.batches(sampler)
-    else:
-        batches = live_batches(components, train_set, sampler, config.dataloader_num_workers, device)
-    return Trainer(
-        config=config, accelerator=accelerator, components=components, embeds=random_embeds(shape, rig), unet=unet,
-        model=model, trained=trained, optimizer=optimizer,
-        ema=Ema(trained, config.ema_decay, device) if config.use_ema else None, base=None, batches=batches,
-        check_set=train_set.parts[0], step=0,
-    )  # fmt: skip
+        cache = LatentCache(run.components, run.dataset, device, config.cache_dir)
+        cache.batch([(epoch, index) for epoch in range(config.cache_variants) for index in range(len(run.dataset))])
+    batches = run.batches(StepSampler(run.dataset.lengths, config.train_batch_size, seed=config.seed))
+
+    def update() -> None:
+        run.set_rates()
+        for _ in range(config.gradient_accumulation_steps):
+            with autocast(device, config.mixed_precision):
+                loss, _ = run.loss(run.network, next(batches), make_generator("benchmark", run.passes))
+            run.scaler.scale(loss / config.gradient_accumulation_steps).backward()
+            run.passes += 1
+        run.update(spoiled=False)
+
+    return update
 
 
 def workloads(preset: str) -> tuple[SamplingWorkload, TrainingWorkload]:

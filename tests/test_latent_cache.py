@@ -9,7 +9,7 @@ from mvdiffusion_tiny import SIZE, UNET, augmentation, prepare
 
 from multiview.rig import load_rig
 from multiview.run import make_generator
-from multiview.sampler import StepSampler
+from multiview.sampler import MixedDataset, StepSampler
 from mvdiffusion.components import load_components
 from mvdiffusion.config import MVDiffusionConfig
 from mvdiffusion.data.mouse_dataset import MouseMVDiffusionDataset
@@ -52,10 +52,10 @@ def calls(tiny):
         hook.remove()
 
 
-def dataset_of(tiny, changes: dict = EVERYTHING, **options) -> MouseMVDiffusionDataset:
+def dataset_of(tiny, changes: dict = EVERYTHING, **options) -> MixedDataset:
     defaults = {"reference_view_idx": "random", "cache_latents": True, "cache_variants": 2}
     config = augmentation(**{**defaults, **changes, **options})
-    return MouseMVDiffusionDataset(tiny["data"], load_rig("mouse6"), SIZE, config, with_cameras=True)
+    return MixedDataset([MouseMVDiffusionDataset(tiny["data"], load_rig("mouse6"), SIZE, config, with_cameras=True)])
 
 
 def tensors(batch) -> dict[str, torch.Tensor]:
@@ -125,10 +125,10 @@ def test_a_changed_picture_or_encoder_is_another_entry(tiny, tmp_path):
     dataset = dataset_of(tiny, {}, cache_variants=1)
     cache = LatentCache(tiny["loaded"], dataset, CPU, tmp_path)
     cache.batch([(0, 0)])
-    picture = dataset.folders[0] / "images" / "cam_003.png"
+    picture = dataset.parts[0].folders[0] / "images" / "cam_003.png"
     content = picture.read_bytes()
     try:
-        other = (dataset.folders[1] / "images" / "cam_003.png").read_bytes()
+        other = (dataset.parts[0].folders[1] / "images" / "cam_003.png").read_bytes()
         picture.write_bytes(other)
         changed = LatentCache(tiny["loaded"], dataset, CPU, tmp_path)
         changed.batch([(0, 0)])
