@@ -60,6 +60,18 @@ def resolve_checkpoint(path: Path | str) -> Path:
     raise ValueError(f"GS-LRM checkpoint {path} does not exist.{hint}; nothing is used in its place")
 
 
+def find_start(config: GSLRMConfig) -> tuple[Path | None, bool, bool]:
+    """Returns where a run starts (None: random weights), whether with optimizer, schedule and counters, and whether
+    that is the run's own newest checkpoint. Raises ValueError if `resume_ckpt` does not exist."""
+    options = config.training.checkpointing
+    own = newest_checkpoint(options.checkpoint_dir, PATTERN, skip_digest=options.skip_digest)
+    if own is not None:
+        return own, True, True
+    if not options.resume_ckpt:
+        return None, False, False
+    return resolve_checkpoint(options.resume_ckpt), not config.training.optimizer.reset_training_state, False
+
+
 def model_weights(checkpoint: Mapping, source: Path) -> dict[str, Tensor]:
     """The network's tensors of a checkpoint (averaged ones if it keeps them), without FaceLift's loss network.
 

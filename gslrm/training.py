@@ -19,10 +19,10 @@ from gslrm.checkpoints import (
     PATTERN,
     checkpoint_path,
     export_weights,
+    find_start,
     load_weights,
     network_tensors,
     read_checkpoint_rig,
-    resolve_checkpoint,
 )
 from gslrm.config import GSLRMConfig, check_config
 from gslrm.data.mouse_dataset import MouseViewDataset
@@ -37,7 +37,6 @@ from multiview.checkpoint import (
     load_checkpoint,
     load_strict,
     merged_weights,
-    newest_checkpoint,
     save_adapters,
     save_checkpoint,
 )
@@ -385,18 +384,6 @@ class GSLRMTraining(Training):
             log.info("exported to %s", path)
 
 
-def find_start(config: GSLRMConfig) -> tuple[Path | None, bool, bool]:
-    """Returns where a run starts (None: random weights), whether with optimizer, schedule and counters, and whether
-    that is the run's own newest checkpoint. Raises ValueError if `resume_ckpt` does not exist."""
-    options = config.training.checkpointing
-    own = newest_checkpoint(options.checkpoint_dir, PATTERN, skip_digest=options.skip_digest)
-    if own is not None:
-        return own, True, True
-    if not options.resume_ckpt:
-        return None, False, False
-    return resolve_checkpoint(options.resume_ckpt), not config.training.optimizer.reset_training_state, False
-
-
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """FaceLift's two groups of what trains: weight decay for tensors of two or more dimensions, none for norms."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -427,9 +414,8 @@ def compile_blocks(model: GSLRM) -> None:
 
 def size_of(config: GSLRMConfig) -> tuple[float, float, float]:
     """Lower bounds: parameters, parameters that train, and bytes of a batch."""
-    tokenizer, transformer, training = config.model.image_tokenizer, config.model.transformer, config.training
-    pixels = training.dataloader.batch_size_per_gpu * training.dataset.num_views * tokenizer.image_size**2
-    parameters = 12.0 * transformer.n_layer * transformer.d**2
-    adaptation = training.adaptation
+    transformer, training = config.model.transformer, config.training
+    pixels = training.dataset.num_views * config.model.image_tokenizer.image_size**2
+    parameters, adaptation = 12.0 * transformer.n_layer * transformer.d**2, training.adaptation
     is_partial = adaptation.lora_rank or adaptation.trainable_layers is not None
-    return parameters, 0.0 if is_partial else parameters, 16.0 * pixels
+    return parameters, 0.0 if is_partial else parameters, 16.0 * pixels * training.dataloader.batch_size_per_gpu

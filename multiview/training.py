@@ -85,7 +85,7 @@ class LoopOptions:
 
 
 class Training:
-    """What a stage gives the loop. A stage's __init__ loads all of it and resumes; its methods fill what raises here.
+    """What a stage gives the loop. A stage's __init__ loads all of it and resumes.
 
     network: the bare module. parameters: the ones that train, by name. Counters start at 0 or at a checkpoint's values.
     """
@@ -115,14 +115,12 @@ class Training:
         self.counts = dict.fromkeys([*REASONS, SANITIZED], 0)
         self.recent: deque[bool] = deque(maxlen=SKIP_WINDOW)  # True: that update was skipped
 
-    # ---- the stage's own ---------------------------------------------------------------------------------------
+    # ---- the stage's own; it also writes `batches`, `loss`, `validate` and `save` ------------------------------
 
-    def batches(self, sampler: StepSampler) -> Iterator[Any]:
-        raise NotImplementedError
-
-    def loss(self, model: nn.Module, batch: Any, generator: torch.Generator) -> tuple[Tensor, Any]:
-        """Returns the loss [] of this process's batch, and whatever `numbers` and `image` need."""
-        raise NotImplementedError
+    batches: Callable[[StepSampler], Iterator[Any]]
+    loss: Callable[[nn.Module, Any, torch.Generator], tuple[Tensor, Any]]  # [], and what `numbers` and `image` need
+    validate: Callable[[], tuple[dict[str, float], Tensor] | None]  # figures of the averaged weights, contact sheet
+    save: Callable[[bool], None]  # whether it is the last checkpoint
 
     def numbers(self, details: Any) -> dict[str, float]:
         return {}
@@ -136,13 +134,6 @@ class Training:
     def averaged(self) -> dict[str, Tensor]:
         """The tensors that are averaged."""
         return self.parameters
-
-    def validate(self) -> tuple[dict[str, float], Tensor] | None:
-        """Returns figures and a contact sheet of the averaged weights; None where there is nothing to validate on."""
-        raise NotImplementedError
-
-    def save(self, is_last: bool) -> None:
-        raise NotImplementedError
 
     def export(self) -> None:
         """Writes the finished network where the configuration asks for it."""
@@ -306,9 +297,10 @@ def training_loop(training: Training, stop: Stop) -> None:
             run.log(step, numbers)
             if is_main and (step % options.print_every == 0 or is_last):
                 log.info("%s %d/%d  %s", options.unit, step, options.steps, as_text(numbers, PRINTED))
-        image = training.image(details) if step % options.image_every == 0 or is_last else None
-        if image is not None:
-            run.image("train", step, image)
+        if step % options.image_every == 0 or is_last:
+            image = training.image(details)
+            if image is not None:
+                run.image("train", step, image)
         losses = []
 
         # 4. Checkpoint and validation.
@@ -325,8 +317,7 @@ def training_loop(training: Training, stop: Stop) -> None:
 
     # 5. The end: exported if it is finished, and what it cost.
     if step >= options.steps:
-        if step == first:  # a finished run that is started again answers with its figures
-            values = measure(training, run, step)
+        values = values if step > first else measure(training, run, step)  # a finished run answers with its figures
         if is_main:
             training.export()
     if is_main:
@@ -402,31 +393,24 @@ def closing_block(training: Training, content: dict[str, Any], passes: int, busy
 
     passes, busy: done now, and their seconds. batch: one of them, None if there was none.
     """
-    options, device = training.options, training.device
-    on_gpu, alone = device.type == "cuda", training.accelerator.num_processes == 1
+    options, accelerator, device = training.options, training.accelerator, training.device
+    is_countable = batch is not None and accelerator.num_processes == 1 and not training.is_compiled
+    done_per_second = operations(training, batch) * passes / busy if is_countable else None
+    on_gpu, machine = device.type == "cuda", matrix_rate(device, options.precision)
     kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     content |= {
         "training_seconds": busy,
-        "samples_per_second": passes * options.batch_size * training.accelerator.num_processes / max(busy, 1e-9),
+        "samples_per_second": passes * options.batch_size * accelerator.num_processes / max(busy, 1e-9),
         "peak_memory_gb": (torch.cuda.max_memory_allocated(device) if on_gpu else 1024 * kib) / 1e9,
-        "matrix_rate_fraction": None, "machine_gflops": matrix_rate(device, options.precision) / 1e9,
+        "matrix_rate_fraction": done_per_second and done_per_second / machine,  # None: not counted
+        "machine_gflops": machine / 1e9,
         "parameters": count(training.network), "trained_parameters": count(training.network, trained=True),
     }  # fmt: skip
-    if batch is not None and alone and not training.is_compiled:
-        rate = operations(training, batch) * passes / busy
-        content["matrix_rate_fraction"] = rate / 1e9 / content["machine_gflops"]
     write_json(Path(options.folder) / "summary.json", content)
-    share = content["matrix_rate_fraction"]
-    shown = {
-        "metric": as_text(content["metrics"], training.shown) or "not validated",
-        "seconds": f"{content['seconds']:.1f}, {busy:.1f} of them in passes",
-        "samples/s": f"{content['samples_per_second']:.3g}",
-        "peak memory": f"{content['peak_memory_gb']:.2f} GB",
-        "matrix rate": "not counted" if share is None else f"{share:.1%} of {content['machine_gflops']:.0f} GFLOP/s",
-        "parameters": f"{content['parameters'] / 1e6:.2f} M, {content['trained_parameters'] / 1e6:.2f} M trained",
-    }
     print(f"{options.folder}: {options.unit} {content[options.unit]} of {options.steps}")
-    print("".join(f"  {name:<12} {text}\n" for name, text in shown.items()), end="", flush=True)
+    print(f"  {as_text(content.pop('metrics'), training.shown) or 'not validated'}")
+    for name, value in content.items():
+        print(f"  {name:<22} {'not counted' if value is None else f'{value:.4g}'}", flush=True)
 
 
 def operations(training: Training, batch: Any) -> int:

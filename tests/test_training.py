@@ -41,7 +41,7 @@ def test_a_budget_stops_a_run_and_repeating_finishes_it(data, tmp_path, whole, c
     assert logged(folder) == whole[:1] and json.loads((folder / "summary.json").read_text())["pass"] == 1
     train(config_of(data, folder))
     assert logged(folder) == whole
-    assert re.search(r"matrix rate +[\d.]+% of \d+ GFLOP/s\n +parameters", capsys.readouterr().out)
+    assert re.search(r"matrix_rate_fraction +[\d.e-]+\n", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGHUP"])
