@@ -88,14 +88,14 @@ def main() -> None:
 
 def list_jobs(arguments: argparse.Namespace):
     """(output name, RGBA picture) pairs, read as they come; that every file is there is checked at once."""
-    from multiview.image import check_picture, read_rgba
+    from multiview.image import check_picture, read_photo
 
     if arguments.input_video is not None:
         if not arguments.input_video.is_file():
             raise ValueError(f"--input_video {arguments.input_video} does not exist")
         return video_frames(arguments.input_video, arguments.video_stride)
     if arguments.input_image is not None:
-        return [(arguments.input_image.stem, read_rgba(arguments.input_image))]
+        return [(arguments.input_image.stem, read_photo(arguments.input_image))]
     if not arguments.input_dir.is_dir():
         raise ValueError(f"--input_dir {arguments.input_dir} is not a folder")
     paths = sorted(p for p in arguments.input_dir.iterdir() if p.suffix.lower() in PICTURES)
@@ -107,7 +107,7 @@ def list_jobs(arguments: argparse.Namespace):
         raise ValueError(f"--input_dir {arguments.input_dir}: several pictures would write to the folder {twice[0]}/")
     for path in paths:
         check_picture(path)
-    return ((path.stem, read_rgba(path)) for path in paths)
+    return ((path.stem, read_photo(path)) for path in paths)
 
 
 def video_frames(path: Path, stride: int):

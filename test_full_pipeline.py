@@ -29,7 +29,7 @@ def main() -> None:
     from tqdm import tqdm
 
     from gslrm.model.filters import filter_gaussians
-    from multiview.image import read_rgba, write_image
+    from multiview.image import read_photo, write_image
     from multiview.photo import prepare_photo
     from multiview.run import resolve_device
     from pipeline.artifacts import load_stage1, load_stage2, resolve_chain
@@ -37,7 +37,7 @@ def main() -> None:
     from pipeline.stages import paint_views, reconstruct
 
     device = resolve_device(arguments.device)
-    photo = read_rgba(arguments.input_image)
+    photo = read_photo(arguments.input_image)
     artifacts = resolve_chain(
         rig=arguments.rig, unet=arguments.mvdiff_unet, gslrm=arguments.gslrm_checkpoint,
         gslrm_config=arguments.gslrm_config, components=arguments.mvdiff_pretrained, embeds=arguments.prompt_embeds,

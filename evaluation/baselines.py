@@ -107,8 +107,7 @@ def show_hull(views: PosedViews, cameras: Cameras) -> tuple[Tensor, Tensor, Tens
     if not len(hull.index):
         empty = torch.zeros(len(cameras), 1, cameras.height, cameras.width)
         return 1.0 - empty.expand(-1, 3, -1, -1), empty, empty
-    seen = render_hull(colour_surface(surface(hull), views.rgb, views.masks, views.cameras), cameras)
-    return seen.rgb, seen.mask, seen.depth
+    return render_hull(colour_surface(surface(hull), views.rgb, views.masks, views.cameras), cameras)
 
 
 def predict_hull(views: PosedViews, sample: Sample, splits: dict[str, list[int]]) -> dict[str, Prediction]:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from multiview.memory import peak_bytes, reset_peak
+from multiview.run import peak_bytes, reset_peak
 
 
 @contextmanager

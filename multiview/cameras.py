@@ -7,7 +7,6 @@ Conventions (docs/conventions.md is the authority): OpenCV axes (x right, y down
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-TURNTABLE_DISTANCE = 2.7
+from multiview.files import read_json, take
+
+# Nerfstudio's and COLMAP's names; FaceLift's files have none of them.
+LENS_TERMS = ("k1", "k2", "k3", "k4", "k5", "k6", "p1", "p2", "skew")
+LARGEST_SIDE = 1 << 15  # pixels; no camera file is believed beyond it
+TURNTABLE_DISTANCE = 2.7  # FaceLift's, as the rigs'
 TURNTABLE_HFOV_DEG = 50.0
 
 
@@ -51,13 +55,13 @@ class Cameras:
         """
         if not (torch.isfinite(self.c2w).all() and torch.isfinite(self.fxfycxcy).all()):
             raise ValueError(f"{source}: c2w and fxfycxcy must be finite")
-        rotation = self.c2w[..., :3, :3].double()
+        rotation = self.c2w[..., :3, :3].double()  # float32 would blur what 1e-3 is to tell apart
         error = (rotation.mT @ rotation - torch.eye(3, dtype=torch.float64, device=rotation.device)).abs().max()
-        if error > 1e-3:
+        if error > 1e-3:  # calibrations are written with four decimals and more
             raise ValueError(f"{source}: the rotation of c2w must be orthonormal to 1e-3, it is off by {error:.2g}")
         if (torch.linalg.det(rotation) < 0).any():
             raise ValueError(f"{source}: the rotation of c2w mirrors (determinant -1); OpenCV axes are right-handed")
-        if (self.fxfycxcy[..., :2] <= 0).any():
+        if (self.fxfycxcy[..., :2] <= 0).any():  # negative ones flip the image: another convention's axes
             raise ValueError(f"{source}: fx and fy must be positive, got {self.fxfycxcy[..., :2].tolist()}")
         return self
 
@@ -78,9 +82,8 @@ class Cameras:
             raise ValueError("look_at: a camera looks straight up or down, where 'no roll' is undefined")
         right = torch.nn.functional.normalize(right, dim=-1)
         down = torch.linalg.cross(forward, right, dim=-1)
-        c2w = torch.zeros(*eye.shape[:-1], 4, 4, dtype=eye.dtype, device=eye.device)
-        c2w[..., :3, 0], c2w[..., :3, 1], c2w[..., :3, 2], c2w[..., :3, 3] = right, down, forward, eye
-        c2w[..., 3, 3] = 1.0
+        c2w = torch.eye(4, dtype=eye.dtype, device=eye.device).repeat(*eye.shape[:-1], 1, 1)
+        c2w[..., :3, :] = torch.stack([right, down, forward, eye], dim=-1)
         return Cameras(c2w, fxfycxcy.expand(*eye.shape[:-1], 4).contiguous(), height, width)
 
     @staticmethod
@@ -96,18 +99,15 @@ class Cameras:
         focal = focal_over_width * size
         fxfycxcy = torch.tensor([focal, focal, size / 2, size / 2], dtype=torch.float64)
         cameras = Cameras.look_at(eye, torch.zeros(3, dtype=torch.float64), fxfycxcy, size, size)
-        return cameras.to(torch.float32)
+        return cameras.to(torch.float32)  # as every other camera, whatever it was computed in
 
     @staticmethod
     def turntable(
-        num_views: int,
-        size: int,
-        *,
-        elevation_deg: float = 0.0,
-        distance: float = TURNTABLE_DISTANCE,
+        num_views: int, size: int, *, elevation_deg: float = 0.0, distance: float = TURNTABLE_DISTANCE,
         hfov_deg: float = TURNTABLE_HFOV_DEG,
-    ) -> Cameras:
+    ) -> Cameras:  # fmt: skip
         """FaceLift's turntable: from -y counter-clockwise over 360 degrees, end point excluded. Shape [num_views]."""
+        # Azimuth runs clockwise, the turntable counter-clockwise.
         azimuth_deg = -torch.arange(num_views, dtype=torch.float64) * 360.0 / num_views
         focal_over_width = 0.5 / math.tan(math.radians(hfov_deg) / 2)
         return Cameras.orbit(azimuth_deg, torch.full_like(azimuth_deg, elevation_deg), distance, focal_over_width, size)
@@ -168,7 +168,7 @@ class Cameras:
         """Origins and unit directions through the pixel centres, world frame, each [..., h, w, 3]."""
         dtype, device = self.fxfycxcy.dtype, self.fxfycxcy.device
         v, u = torch.meshgrid(
-            torch.arange(self.height, dtype=dtype, device=device) + 0.5,
+            torch.arange(self.height, dtype=dtype, device=device) + 0.5,  # centers of pixels
             torch.arange(self.width, dtype=dtype, device=device) + 0.5,
             indexing="ij",
         )
@@ -176,7 +176,7 @@ class Cameras:
         x, y = (u - cx) / fx, (v - cy) / fy
         directions = torch.nn.functional.normalize(torch.stack([x, y, torch.ones_like(x)], dim=-1), dim=-1)
         directions = torch.einsum("...ij,...hwj->...hwi", self.c2w[..., :3, :3], directions)
-        directions = torch.nn.functional.normalize(directions, dim=-1)
+        directions = torch.nn.functional.normalize(directions, dim=-1)  # the rotation is orthonormal to 1e-3 only
         return self.origins[..., None, None, :].expand_as(directions), directions
 
     def project(self, xyz: Tensor) -> tuple[Tensor, Tensor]:
@@ -189,7 +189,7 @@ class Cameras:
 
     def resize(self, height: int, width: int) -> Cameras:
         """The cameras of the same pictures resized to height x width."""
-        sx, sy = width / self.width, height / self.height
+        sx, sy = width / self.width, height / self.height  # cx scales like fx: the origin is the outer corner
         scale = torch.tensor([sx, sy, sx, sy], dtype=self.fxfycxcy.dtype, device=self.fxfycxcy.device)
         return Cameras(self.c2w, self.fxfycxcy * scale, height, width)
 
@@ -200,10 +200,8 @@ class Cameras:
 
     def rotate(self, azimuth_deg: float) -> Cameras:
         """All cameras moved about the world's z axis so that every azimuth grows by `azimuth_deg`."""
-        a = math.radians(-azimuth_deg)  # azimuth runs clockwise, mathematics counter-clockwise
-        rotation = torch.eye(4, dtype=torch.float64)
-        rotation[0, 0], rotation[0, 1] = math.cos(a), -math.sin(a)
-        rotation[1, 0], rotation[1, 1] = math.sin(a), math.cos(a)
+        rotation = torch.eye(4, dtype=torch.float64)  # azimuth runs clockwise, mathematics counter-clockwise
+        rotation[:3, :3] = axis_rotation(rotation[2, :3], torch.tensor(math.radians(-azimuth_deg), dtype=torch.float64))
         return replace(self, c2w=rotation.to(self.c2w) @ self.c2w)
 
     def recentre(self, centre: Tensor, scale: float) -> Cameras:
@@ -213,7 +211,7 @@ class Cameras:
         return replace(self, c2w=c2w)
 
     def mirrored(self) -> Cameras:
-        """What sees the world mirrored in x as these cameras see the world, pictures flipped left to right.
+        """Returns cameras that see the world mirrored in x as these see the world, images flipped left to right.
 
         With M = diag(-1, 1, 1): a point X at pixel (u, v) becomes M X at pixel (width - u, v). Azimuth a becomes -a.
         """
@@ -227,6 +225,7 @@ class Cameras:
     def to_frames(self) -> list[dict]:
         """The `frames` list of `opencv_cameras.json`, without `file_path`. Cameras must have shape [v]."""
         frames = []
+        # float64 prints what float32 holds; the file then gives back the same bits.
         for w2c, (fx, fy, cx, cy) in zip(self.w2c.double().tolist(), self.fxfycxcy.double().tolist()):
             frames.append({"w": self.width, "h": self.height, "fx": fx, "fy": fy, "cx": cx, "cy": cy, "w2c": w2c})
         return frames
@@ -236,19 +235,25 @@ class Cameras:
         """Reads the `frames` list of `opencv_cameras.json` into Cameras of shape [v], float32."""
         if not frames:
             raise ValueError(f"{source}: 'frames' is empty, at least one camera is expected")
+        sizes, fxfycxcy, w2c = set(), [], []
         for number, frame in enumerate(frames):
-            missing = [key for key in ("w", "h", "fx", "fy", "cx", "cy", "w2c") if key not in frame]
-            if missing:
-                raise ValueError(f"{source}: frame {number} lacks {', '.join(missing)}")
-        sizes = {(int(f["w"]), int(f["h"])) for f in frames}
+            where = f"{source}: frame {number}"
+            sizes.add(tuple(take(frame, key, int, where, least=1, most=LARGEST_SIDE) for key in ("w", "h")))
+            fxfycxcy.append([take(frame, key, float, where) for key in ("fx", "fy", "cx", "cy")])
+            w2c.append(take(frame, "w2c", (4, 4), where))
+            bent = [key for key in LENS_TERMS if take(frame, key, float, where, default=0.0) != 0]
+            if bent:  # a pinhole in their place would be off by tens of pixels at the rim
+                raise ValueError(f"{where} has lens terms {', '.join(bent)}; undistort the images first")
         if len(sizes) != 1:
-            raise ValueError(f"{source}: all frames must have one picture size, got w x h {sorted(sizes)}")
+            raise ValueError(f"{source}: all frames must have one image size, got w x h {sorted(sizes)}")
         width, height = sizes.pop()
-        w2c = torch.tensor([f["w2c"] for f in frames], dtype=torch.float64)
-        if w2c.shape[1:] != (4, 4):
-            raise ValueError(f"{source}: w2c must be 4x4, got {list(w2c.shape[1:])}")
-        fxfycxcy = torch.tensor([[f["fx"], f["fy"], f["cx"], f["cy"]] for f in frames], dtype=torch.float64)
-        return Cameras.from_w2c(w2c, fxfycxcy, height, width).validate(source).to(torch.float32)
+        cameras = Cameras.from_w2c(
+            torch.tensor(w2c, dtype=torch.float64), torch.tensor(fxfycxcy, dtype=torch.float64), height, width
+        )
+        cameras = cameras.to(torch.float32).validate(source)
+        if any(max(abs(a - b) for a, b in zip(matrix[3], (0, 0, 0, 1))) > 1e-3 for matrix in w2c):
+            raise ValueError(f"{source}: the last row of each w2c must be 0 0 0 1; is it transposed?")
+        return cameras
 
 
 def invert_rigid(matrix: Tensor) -> Tensor:
@@ -288,13 +293,4 @@ def nearest_point(origins: Tensor, directions: Tensor) -> Tensor:
 
 def read_cameras(path: Path | str) -> Cameras:
     """Reads an `opencv_cameras.json` into Cameras of shape [v]."""
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"camera file {path} does not exist; an opencv_cameras.json with 'frames' is expected there")
-    try:
-        content = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"camera file {path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("frames"), list):
-        raise ValueError(f"camera file {path} must hold an object with a list 'frames'")
-    return Cameras.from_frames(content["frames"], str(path))
+    return Cameras.from_frames(take(read_json(path), "frames", list, str(path)), str(path))

@@ -4,34 +4,43 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
+import math
+from dataclasses import MISSING, asdict, dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
 
 from multiview.cameras import Cameras
+from multiview.files import read_json, take
 
 RIGS_FOLDER = Path(__file__).resolve().parent.parent / "configs" / "rigs"
 DEFAULT_RIG = "mouse6"
 
 FACELIFT_DISTANCE = 2.7
-FACELIFT_FOCAL = 548.9937744140625 / 512  # over the picture's width
+FACELIFT_FOCAL = 548.9937744140625 / 512  # over the image's width
 FILL_FACTOR = 2.0  # `framing: fill`: how much farther and longer than FaceLift's camera
 
 # Two rigs are one when every view agrees within these.
 ANGLE_TOLERANCE_DEG = 0.05
 LENGTH_TOLERANCE = 1e-3  # relative, distance and focal length
 
-PROMPT_STYLES = {
+PROMPT_STYLES = {  # the texts that released and own embeddings were made from: a changed word is another embedding
     "facelift": "a rendering image of 3D models, {view} view, color map.",
     "facelift_normal": "a rendering image of 3D models, {view} view, normal map.",
     "mouse": "a rendering image of a 3D model, {view} view, from above at an angle, color map.",
     "mouse_normal": "a rendering image of a 3D model, {view} view, from above at an angle, normal map.",
     "laboratory": "a laboratory mouse, white background, high quality",
 }
+CHOICES = {  # what a rig file may say; anything else would be read as something that it is not
+    "azimuth_zero": ("heading", "reference"),
+    "framing": ("exact", "fill", "facelift"),
+    "up_axis": ("z",),  # the key exists so that files can say so, and foreign ones be refused
+    "prompt_style": tuple(PROMPT_STYLES),
+}
 ANGLES_SUFFIX = ", elevation {elevation:g} degrees, azimuth {azimuth:g} degrees"
 
-MENDING = {
+MENDING = {  # by role, the command that makes the artifact anew for the rig
     "embeddings": "python scripts/generate_mouse_prompt_embeds.py --rig {rig} --model_name <the folder whose text "
     "encoder the UNet was trained with>",
     "unet": "python train_diffusion.py --config configs/mouse_mvdiffusion.yaml rig={rig}",
@@ -60,7 +69,7 @@ class View:
 class ViewRig:
     """An ordered set of views around the origin, world z up.
 
-    distance: world units. focal: focal length over picture width. azimuth_zero: `heading` (the animal's own front) or
+    distance: world units. focal: focal length over image width. azimuth_zero: `heading` (the animal's own front) or
     `reference` (the side the input view was taken from). framing: how the animal's size was chosen (`exact`, `fill`,
     `facelift`; docs/data_format.md). reference_view: index of the input view.
     """
@@ -72,26 +81,24 @@ class ViewRig:
     azimuth_zero: str = "reference"
     framing: str = "exact"
     up_axis: str = "z"
-    reference_view: int = 0
+    reference_view: int = 0  # FaceLift's input is its first view
     prompt_style: str = "mouse"
 
     def __post_init__(self) -> None:
         if not self.views:
             raise ValueError(f"rig {self.name}: at least one view is needed")
-        names = [view.name for view in self.views]
-        if len(set(names)) != len(names):
-            raise ValueError(f"rig {self.name}: view names must differ, got {names}")
+        if len(set(self.view_names)) != len(self.views):  # prompts and files are made from the names
+            raise ValueError(f"rig {self.name}: view names must differ, got {self.view_names}")
         if not 0 <= self.reference_view < len(self.views):
-            raise ValueError(f"rig {self.name}: reference_view must be 0..{len(names) - 1}, got {self.reference_view}")
-        for field, value, allowed in (
-            ("azimuth_zero", self.azimuth_zero, ("heading", "reference")),
-            ("framing", self.framing, ("exact", "fill", "facelift")),
-            ("up_axis", self.up_axis, ("z",)),
-            ("prompt_style", self.prompt_style, tuple(PROMPT_STYLES)),
-        ):
-            if value not in allowed:
-                raise ValueError(f"rig {self.name}: {field} must be one of {', '.join(allowed)}, got {value!r}")
-        if self.distance <= 0 or self.focal <= 0:
+            raise ValueError(
+                f"rig {self.name}: reference_view must be 0..{len(self.views) - 1}, got {self.reference_view}"
+            )
+        for key, allowed in CHOICES.items():
+            if getattr(self, key) not in allowed:
+                raise ValueError(
+                    f"rig {self.name}: {key} must be one of {', '.join(allowed)}, got {getattr(self, key)!r}"
+                )
+        if min(self.distance, self.focal, *(self.view_distance(view) for view in self.views)) <= 0:
             raise ValueError(f"rig {self.name}: distance and focal must be positive")
 
     @property
@@ -106,28 +113,23 @@ class ViewRig:
         return self.distance if view.distance is None else view.distance
 
     def cameras(self, size: int) -> Cameras:
-        """The rig's cameras for square pictures of `size` pixels, shape [num_views]."""
-        return Cameras.orbit(
-            torch.tensor([view.azimuth_deg for view in self.views], dtype=torch.float64),
-            torch.tensor([view.elevation_deg for view in self.views], dtype=torch.float64),
-            torch.tensor([self.view_distance(view) for view in self.views], dtype=torch.float64),
-            self.focal,
-            size,
-        )
+        """Returns the rig's cameras for square images of `size` pixels, shape [num_views]."""
+        # float64, since differences of a rig from its own cameras are measured in hundredths of a degree.
+        rows = [(view.azimuth_deg, view.elevation_deg, self.view_distance(view)) for view in self.views]
+        azimuth, elevation, distance = torch.tensor(rows, dtype=torch.float64).unbind(-1)
+        return Cameras.orbit(azimuth, elevation, distance, self.focal, size)
 
     def prompts(self, style: str | None = None, *, angles: bool = False) -> list[str]:
-        """One text prompt per view. `angles` appends the numbers (elevation, azimuth)."""
+        """Returns one text prompt per view. `angles` appends the numbers (elevation, azimuth)."""
         style = style or self.prompt_style
         if style not in PROMPT_STYLES:
             raise ValueError(f"prompt style must be one of {', '.join(PROMPT_STYLES)}, got {style!r}")
         template = PROMPT_STYLES[style] + (ANGLES_SUFFIX if angles else "")
-        return [
-            template.format(view=view.name, elevation=view.elevation_deg, azimuth=view.azimuth_deg)
-            for view in self.views
-        ]
+        return [template.format(view=v.name, elevation=v.elevation_deg, azimuth=v.azimuth_deg) for v in self.views]
 
     def fingerprint(self) -> str:
-        """Short hash of geometry and order; equal for rigs that `differences` calls equal up to rounding."""
+        """Returns a short hash of geometry and order, equal for rigs that agree up to rounding."""
+        # Rounded, so that a rig and the same rig read from a file have one fingerprint.
         content = [self.azimuth_zero, self.reference_view, round(self.focal, 5)]
         for view in self.views:
             angles = [round(view.azimuth_deg, 2), round(view.elevation_deg, 2)]
@@ -135,53 +137,52 @@ class ViewRig:
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
     def differences(self, other: ViewRig) -> list[str]:
-        """What keeps two rigs from being one (empty: they are). Names and prompts do not count, geometry does."""
-        if self.num_views != other.num_views:
+        """Returns the differences that keep two rigs apart (empty: none). Geometry counts, names and prompts do not."""
+        if self.num_views != other.num_views:  # then no view has a counterpart to be compared with
             return [f"number of views: {self.num_views} against {other.num_views}"]
-        found = []
+        told = []
         for index, (a, b) in enumerate(zip(self.views, other.views)):
-            azimuth_gap = abs((a.azimuth_deg - b.azimuth_deg + 180.0) % 360.0 - 180.0)
-            if azimuth_gap > ANGLE_TOLERANCE_DEG:
-                found.append(f"azimuth of view {index}: {a.azimuth_deg:g} against {b.azimuth_deg:g} degrees")
+            if abs((a.azimuth_deg - b.azimuth_deg + 180.0) % 360.0 - 180.0) > ANGLE_TOLERANCE_DEG:
+                told.append(f"azimuth of view {index}: {a.azimuth_deg:g} against {b.azimuth_deg:g} degrees")
             if abs(a.elevation_deg - b.elevation_deg) > ANGLE_TOLERANCE_DEG:
-                found.append(f"elevation of view {index}: {a.elevation_deg:g} against {b.elevation_deg:g} degrees")
-            da, db = self.view_distance(a), other.view_distance(b)
-            if abs(da - db) > LENGTH_TOLERANCE * da:
-                found.append(f"distance of view {index}: {da:g} against {db:g}")
+                told.append(f"elevation of view {index}: {a.elevation_deg:g} against {b.elevation_deg:g} degrees")
+            near, far = self.view_distance(a), other.view_distance(b)
+            if abs(near - far) > LENGTH_TOLERANCE * near:
+                told.append(f"distance of view {index}: {near:g} against {far:g}")
         if abs(self.focal - other.focal) > LENGTH_TOLERANCE * self.focal:
-            found.append(f"focal length over width: {self.focal:g} against {other.focal:g}")
-        if self.azimuth_zero != other.azimuth_zero:
-            found.append(f"azimuth_zero: {self.azimuth_zero} against {other.azimuth_zero}")
-        if self.reference_view != other.reference_view:
-            found.append(f"reference view: {self.reference_view} against {other.reference_view}")
-        return found
+            told.append(f"focal length over width: {self.focal:g} against {other.focal:g}")
+        for key, name in (("azimuth_zero", "azimuth_zero"), ("reference_view", "reference view")):
+            if getattr(self, key) != getattr(other, key):
+                told.append(f"{name}: {getattr(self, key)} against {getattr(other, key)}")
+        return told
 
     def mirror_order(self) -> list[int]:
-        """For each view the one that stands at its mirror image in x, which is the vertical plane through azimuth 0.
+        """Returns per view the index of its mirror image in x, the vertical plane through azimuth 0.
 
         Raises ValueError if the reference view does not stand at azimuth 0 or a view has no counterpart.
         """
-        if not self._mirrors(self.views[self.reference_view], self.views[self.reference_view]):
+
+        def mirrors(view: View, other: View) -> bool:
+            turn = (view.azimuth_deg + other.azimuth_deg + 180.0) % 360.0 - 180.0
+            near = self.view_distance(view) / self.view_distance(other) - 1.0
+            angles = abs(turn), abs(view.elevation_deg - other.elevation_deg)
+            return max(angles) <= ANGLE_TOLERANCE_DEG and abs(near) <= LENGTH_TOLERANCE
+
+        reference, order = self.views[self.reference_view], []
+        if not mirrors(reference, reference):
             raise ValueError(f"rig {self.name} cannot be mirrored: its reference view does not stand at azimuth 0")
-        order = []
         for view in self.views:
-            found = [index for index, other in enumerate(self.views) if self._mirrors(view, other)]
-            if not found:
+            order += [index for index, other in enumerate(self.views) if mirrors(view, other)][:1] or [-1]
+            if order[-1] < 0:
                 raise ValueError(
                     f"rig {self.name} cannot be mirrored: none of its views is the mirror image of {view.name}; "
                     "use --mirror never"
                 )
-            order.append(found[0])
         return order
 
-    def _mirrors(self, view: View, other: View) -> bool:
-        turn = (view.azimuth_deg + other.azimuth_deg + 180.0) % 360.0 - 180.0
-        near = self.view_distance(view) / self.view_distance(other) - 1.0
-        angles = abs(turn), abs(view.elevation_deg - other.elevation_deg)
-        return max(angles) <= ANGLE_TOLERANCE_DEG and abs(near) <= LENGTH_TOLERANCE
-
     def with_framing(self, framing: str) -> ViewRig:
-        """The rig for another framing: `fill` doubles distance and focal length, the others keep 2.7 and 549."""
+        """Returns the rig in another framing: `fill` doubles distance and focal length, the others keep 2.7 and 549."""
+        # Farther and longer by one factor: the animal keeps its size in the image and loses perspective.
         factor = FILL_FACTOR if framing == "fill" else 1.0
         was = FILL_FACTOR if self.framing == "fill" else 1.0
         return replace(self, framing=framing, distance=self.distance / was * factor, focal=self.focal / was * factor)
@@ -195,29 +196,39 @@ class ViewRig:
 
     @staticmethod
     def from_dict(content: dict, source: str) -> ViewRig:
-        """Reads what `to_dict` (or a rig YAML) holds; unknown and missing keys are errors naming `source`."""
-        known = set(ViewRig.__dataclass_fields__)
-        if not isinstance(content, dict) or not {"name", "views"} <= set(content):
-            raise ValueError(f"{source}: a view rig needs at least 'name' and 'views'")
-        unknown = set(content) - known
-        if unknown:
-            raise ValueError(f"{source}: unknown rig keys {sorted(unknown)}; known: {sorted(known)}")
+        """Reads the content of a rig file (`to_dict`); unknown, missing and wrong values are errors naming `source`."""
+        # Views first: the rig's own check of its views then speaks of View objects.
+        rows = take(content, "views", list, f"{source}: a view rig")
+        views = tuple(_from_row(View, row, f"{source}: view {index}") for index, row in enumerate(rows))
+        for view in views:
+            if not abs(view.azimuth_deg) <= 720 or not abs(view.elevation_deg) <= 90:
+                raise ValueError(f"{source}: view {view.name} needs angles in degrees, elevation -90..90, got {view}")
         try:
-            views = tuple(View(**view) for view in content["views"])
-        except TypeError as error:
-            raise ValueError(f"{source}: a view needs name, azimuth_deg, elevation_deg: {error}") from error
-        return ViewRig(**{**content, "views": views})
+            return _from_row(ViewRig, {**content, "views": views}, f"{source}: a view rig")
+        except ValueError as error:  # the rig's own checks name the rig alone
+            raise ValueError(str(error) if source in str(error) else f"{source}: {error}") from None
 
     @staticmethod
     def from_cameras(cameras: Cameras, name: str, view_names: list[str] | None = None) -> ViewRig:
-        """The rig that cameras [v] amount to when they look at the origin: measured directions, in the given order."""
-        azimuths, elevations = cameras.azimuth_deg.tolist(), cameras.elevation_deg.tolist()
-        distances = cameras.distance.tolist()
+        """Returns the rig of measured cameras [v] that look at the origin, in the given order."""
+        azimuths, distances = cameras.azimuth_deg.tolist(), cameras.distance.tolist()
         names = view_names or [f"azimuth_{azimuth:.1f}" for azimuth in azimuths]
-        views = tuple(View(*values) for values in zip(names, azimuths, elevations, distances))
-        mean_distance = sum(distances) / len(distances)
+        views = tuple(View(*row) for row in zip(names, azimuths, cameras.elevation_deg.tolist(), distances))
         focal = float(cameras.fxfycxcy[..., 0].mean()) / cameras.width
-        return ViewRig(name=name, views=views, distance=mean_distance, focal=focal)
+        return ViewRig(name=name, views=views, distance=sum(distances) / len(distances), focal=focal)
+
+
+def _from_row(schema: type, row: dict, where: str):
+    """Returns a View or ViewRig from keys and values; each must be known and of the type its field is written with."""
+    fields = schema.__dataclass_fields__
+    kinds = {"str": str, "int": int, "tuple[View, ...]": tuple}  # annotations are texts here; the rest are numbers
+    values = {
+        key: take(row, key, kinds.get(f.type, float), where, default=... if f.default is MISSING else f.default)
+        for key, f in fields.items()
+    }
+    if unknown := sorted(map(str, set(row) - set(fields))):
+        raise ValueError(f"{where} has unknown keys {unknown}; known: {sorted(fields)}")
+    return schema(**values)
 
 
 def available_rigs() -> list[str]:
@@ -225,18 +236,16 @@ def available_rigs() -> list[str]:
 
 
 def load_rig(name_or_path: str | Path) -> ViewRig:
-    """A rig by name (`configs/rigs/<name>.yaml`), or from a YAML/JSON file (a bare rig, or under the key `rig`)."""
-    from omegaconf import OmegaConf
+    """Reads a rig by name (`configs/rigs/<name>.yaml`), or from a YAML/JSON file (bare, or under the key `rig`)."""
+    from multiview.config import read_yaml
 
-    path = Path(name_or_path)
+    path = Path(name_or_path)  # names have no suffix
     if path.suffix not in (".yaml", ".yml", ".json"):
         path = RIGS_FOLDER / f"{name_or_path}.yaml"
     if not path.is_file():
         raise ValueError(f"rig {str(name_or_path)!r} is neither a file nor one of {', '.join(available_rigs())}")
-    content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    if isinstance(content, dict) and isinstance(content.get("rig"), dict):
-        content = content["rig"]
-    return ViewRig.from_dict(content, str(path))
+    content = read_json(path) if path.suffix == ".json" else read_yaml(path)
+    return ViewRig.from_dict(take(content, "rig", dict, str(path), default=content), str(path))
 
 
 def check_alignment(expected: ViewRig | None = None, /, **artifacts: ViewRig) -> ViewRig:
@@ -248,6 +257,7 @@ def check_alignment(expected: ViewRig | None = None, /, **artifacts: ViewRig) ->
     """
     if not artifacts:
         raise ValueError("check_alignment needs at least one artifact")
+    # What the user named counts first; without it the first artifact does, and the message names both roles.
     base_role = "requested" if expected is not None else next(iter(artifacts))
     base = expected if expected is not None else artifacts[base_role]
     for role, rig in artifacts.items():
@@ -269,23 +279,21 @@ def check_rig_cameras(rig: ViewRig, cameras: Cameras, source: str) -> None:
     """Refuses cameras [v] that are not the rig's own: other views, or the right places with other axes."""
     measured = replace(
         ViewRig.from_cameras(cameras, f"measured in {source}"),
-        azimuth_zero=rig.azimuth_zero,
+        azimuth_zero=rig.azimuth_zero,  # a camera file cannot say these two
         reference_view=min(rig.reference_view, len(cameras) - 1),
     )
     differences = rig.differences(measured)
     if differences:
         raise RigMismatchError(mismatch_message("requested", rig, "cameras", measured, differences))
-    _check_axes(rig.cameras(cameras.width).c2w, cameras.c2w, source)
+    _check_axes(rig.cameras(cameras.width), cameras, source, tolerance_deg=0.5)
 
 
 def check_posed_views(rig: ViewRig, cameras: Cameras, source: str) -> None:
-    """For Stage 2 on calibrated cameras [v] of any directions: convention, distance and intrinsics must be the rig's.
-
-    Raises ValueError with what was expected.
-    """
-    centre = cameras.origins.new_zeros(3)
-    own = Cameras.look_at(cameras.origins, centre, cameras.fxfycxcy[0], cameras.height, cameras.width)
-    _check_axes(own.c2w, cameras.c2w, source, tolerance_deg=15.0)
+    """For Stage 2 on calibrated cameras [v] of any directions: convention, distance and lens must be the rig's."""
+    upright = Cameras.look_at(
+        cameras.origins, cameras.origins.new_zeros(3), cameras.fxfycxcy[0], cameras.height, cameras.width
+    )
+    _check_axes(upright, cameras, source, tolerance_deg=15.0)  # a hand-held or tilted camera is no other convention
     for name, got, expected, tolerance in (
         ("distance from the origin", cameras.distance, rig.distance, 0.15),
         ("focal length over width", cameras.fxfycxcy[:, 0] / cameras.width, rig.focal, 0.10),
@@ -300,46 +308,38 @@ def check_posed_views(rig: ViewRig, cameras: Cameras, source: str) -> None:
             )
 
 
-def _check_axes(expected_c2w: torch.Tensor, c2w: torch.Tensor, source: str, tolerance_deg: float = 0.5) -> None:
-    cosine = (expected_c2w[..., :3, :3] * c2w[..., :3, :3]).sum(dim=-2)  # per axis x, y, z
-    limit = torch.cos(torch.deg2rad(torch.tensor(tolerance_deg, dtype=torch.float64))).item()
-    if (cosine < limit - 1e-6).any():
-        flipped = (cosine[..., 0] > 0.5).all() and (cosine[..., 1] < -0.5).all() and (cosine[..., 2] < -0.5).all()
+def _check_axes(expected: Cameras, cameras: Cameras, source: str, tolerance_deg: float) -> None:
+    # Axes that differ by a sign are another convention; everything between is a camera that looks elsewhere.
+    cosine = (expected.c2w[..., :3, :3] * cameras.c2w[..., :3, :3]).sum(dim=-2)  # per axis x, y, z
+    if (cosine < math.cos(math.radians(tolerance_deg)) - 1e-6).any():
+        flipped = (cosine[..., 0] > 0.5).all() and (cosine[..., 1:] < -0.5).all()
         hint = (
             "they look like OpenGL axes (y up, z backward): negate columns 1 and 2 of c2w"
             if flipped
-            else ("cameras must look at the origin, world z up, OpenCV axes (x right, y down, z forward)")
+            else "cameras must look at the origin, world z up, OpenCV axes (x right, y down, z forward)"
         )
         raise ValueError(f"{source}: the cameras stand in the right places but look elsewhere; {hint}")
 
 
 def mismatch_message(role_a: str, a: ViewRig, role_b: str, b: ViewRig, differences: list[str]) -> str:
-    """Both rigs side by side, what differs, and the command that mends it."""
+    """Returns both rigs side by side, what differs, and the command that mends it."""
+    columns = []
+    for role, rig in ((role_a, a), (role_b, b)):
+        lines = [f"{role}: rig {rig.name}", f"{rig.num_views} views, azimuth 0 = {rig.azimuth_zero}"]
+        lines.append(f"focal / width {rig.focal:.5g}, fingerprint {rig.fingerprint()}")
+        for index, view in enumerate(rig.views):
+            lines.append(
+                f"{index} {view.name:<16} az {view.azimuth_deg:6.1f}  el {view.elevation_deg:5.1f}"
+                f"  d {rig.view_distance(view):.3g}"
+            )
+        columns.append(lines)
+    width = max(map(len, columns[0])) + 4  # of the left column
+    table = "\n".join(f"  {x:<{width}}{y}".rstrip() for x, y in zip_longest(*columns, fillvalue=""))
     shown = differences[:4] + ([f"and {len(differences) - 4} more"] if len(differences) > 4 else [])
-    left, right = _rig_lines(role_a, a), _rig_lines(role_b, b)
-    width = max(len(line) for line in left) + 4
-    rows = max(len(left), len(right))
-    left, right = left + [""] * (rows - len(left)), right + [""] * (rows - len(right))
-    table = "\n".join(f"  {x:<{width}}{y}".rstrip() for x, y in zip(left, right))
-    mend = MENDING[role_b if role_b in MENDING else role_a].format(rig=_rig_argument(a))
+    # What to type for a rig: its name if it ships with the project, else the file of the dataset that measured it.
+    shipped = (RIGS_FOLDER / f"{a.name}.yaml").is_file() and not load_rig(a.name).differences(a)
+    mend = MENDING[role_b if role_b in MENDING else role_a].format(rig=a.name if shipped else "<dataset>/dataset.json")
     return (
         f"{role_a} and {role_b} describe different views, so the 3D result would be garbage:\n{table}\n"
         f"  differs: {'; '.join(shown)}\n  to mend: {mend}"
     )
-
-
-def _rig_argument(rig: ViewRig) -> str:
-    """What to type for a rig: its name if it ships with the project, else the file of the dataset that measured it."""
-    shipped = RIGS_FOLDER / f"{rig.name}.yaml"
-    return rig.name if shipped.is_file() and not load_rig(rig.name).differences(rig) else "<dataset>/dataset.json"
-
-
-def _rig_lines(role: str, rig: ViewRig) -> list[str]:
-    lines = [f"{role}: rig {rig.name}", f"{rig.num_views} views, azimuth 0 = {rig.azimuth_zero}"]
-    lines.append(f"focal / width {rig.focal:.5g}, fingerprint {rig.fingerprint()}")
-    for index, view in enumerate(rig.views):
-        lines.append(
-            f"{index} {view.name:<16} az {view.azimuth_deg:6.1f}  el {view.elevation_deg:5.1f}"
-            f"  d {rig.view_distance(view):.3g}"
-        )
-    return lines

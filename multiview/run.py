@@ -81,6 +81,23 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, dtype=getattr(torch, PRECISIONS[precision]), enabled=precision != "no")
 
 
+def reset_peak() -> bool:
+    """Lets `peak_bytes` begin anew; False where this system does not allow it."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): the high-water mark
+    except OSError:
+        return False
+    return True
+
+
+def peak_bytes() -> float:
+    """Returns the most that the process held since `reset_peak`, libraries and all (psutil knows the present only)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024.0 * int(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
+
+
+
+
 def matrix_rate(device: torch.device, precision: str) -> float:
     """Measures the operations per second of this device's matrix product: the best of five."""
     import torch
@@ -301,10 +318,11 @@ def main_guard(main: Callable[[], None]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     try:
         main()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError) as error:  # OSError: a full or read-only disk, a file where a folder should be
         if os.environ.get("MOUSE_FACELIFT_TRACEBACK"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        told = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
+        print(f"error: {told}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
