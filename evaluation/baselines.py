@@ -87,7 +87,7 @@ def predict_autoencoder(
     components: Components, sample: Sample, splits: dict[str, list[int]]
 ) -> dict[str, Prediction]:  # fmt: skip
     """The true views encoded and decoded by Stage 1's autoencoder: what no painting can surpass by much."""
-    from mvdiffusion.conditioning import condition_latents, decode_latents
+    from mvdiffusion.latents import condition_latents, decode_latents
 
     predictions = {}
     for split, views in splits.items():

@@ -64,7 +64,7 @@ def find_start(config: GSLRMConfig) -> tuple[Path | None, bool, bool]:
     """Returns where a run starts (None: random weights), whether with optimizer, schedule and counters, and whether
     that is the run's own newest checkpoint. Raises ValueError if `resume_ckpt` does not exist."""
     options = config.training.checkpointing
-    own = newest_checkpoint(options.checkpoint_dir, PATTERN, skip_digest=options.skip_digest)
+    own = newest_checkpoint(options.checkpoint_dir, PATTERN)
     if own is not None:
         return own, True, True
     if not options.resume_ckpt:

@@ -102,7 +102,7 @@ def loop_options(config: GSLRMConfig) -> LoopOptions:
         precision=runtime.amp_dtype if lowers else "no", ema_decay=runtime.ema_decay,
         save_every=training.checkpointing.checkpoint_every, keep=training.checkpointing.checkpoints_total_limit,
         validate_every=config.validation.val_every, log_every=every.print_every, print_every=every.print_every,
-        image_every=every.vis_every, budget_s=runtime.budget_s,
+        image_every=every.vis_every, budget_s=runtime.budget_s, skip_digest=training.checkpointing.skip_digest,
         wandb=WandbOptions(mode=mode, project=wandb.project, group=wandb.group, name=wandb.exp_name),
     )  # fmt: skip
 

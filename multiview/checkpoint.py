@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 RIG_FILE = "rig.json"
 DIGEST = "sha256"  # key of a sidecar: of one file its digest, of a folder {relative path: digest}
+SKIP_DIGEST = "MOUSE_FACELIFT_SKIP_DIGEST"  # environment variable, for speed
 ADAPTER = "default"  # peft's name of the one adapter
 COMPILED = (r"(^|\.)_orig_mod\.", r"\1")  # what torch.compile puts into the names of its weights
 # torch allows these calls in weights_only files; a few bytes then make gigabytes. No file of torch.save has them.
@@ -72,7 +73,7 @@ def check_digest(path: Path, expected: str | None) -> None:
 
     expected: None (files older than digests) is not checked, and with MOUSE_FACELIFT_SKIP_DIGEST=1 nothing is.
     """
-    if expected and not os.environ.get("MOUSE_FACELIFT_SKIP_DIGEST") and digest_of(path) != expected:
+    if expected and not os.environ.get(SKIP_DIGEST) and digest_of(path) != expected:
         raise ValueError(
             f"{path} is damaged: its SHA-256 is not the one written beside it when it was saved; copy it again or use "
             "the checkpoint before it (MOUSE_FACELIFT_SKIP_DIGEST=1 loads it unchecked)"
@@ -98,7 +99,7 @@ def read_sidecar(path: Path | str) -> dict | None:
     return read_json(side) if side.is_file() else None
 
 
-def load_checkpoint(path: Path | str, kind: type = dict, *, skip_digest: bool = False):
+def load_checkpoint(path: Path | str, kind: type = dict):
     """Loads on the CPU with weights_only; a missing, cut, altered or foreign file is an error that names it.
 
     kind: of the content, a dictionary unless the file holds one tensor. The digest in the sidecar is compared, and the
@@ -109,8 +110,7 @@ def load_checkpoint(path: Path | str, kind: type = dict, *, skip_digest: bool = 
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"checkpoint {path} does not exist")
-    if not skip_digest:
-        check_digest(path, (read_sidecar(path) or {}).get(DIGEST))
+    check_digest(path, (read_sidecar(path) or {}).get(DIGEST))
     try:
         zipped = zipfile.is_zipfile(path)
         _check_unfolding(path, zipped)
@@ -163,13 +163,13 @@ def step_of(path: Path) -> int:
     return int(match[1]) if match else -1
 
 
-def newest_checkpoint(folder: Path | str, pattern: str = "ckpt_*.pt", *, skip_digest: bool = False) -> Path | None:
+def newest_checkpoint(folder: Path | str, pattern: str = "ckpt_*.pt") -> Path | None:
     """The newest whole checkpoint file of a folder, found by reading it; None if there is none."""
     for path in sorted(Path(folder).glob(pattern), key=step_of, reverse=True):
         if step_of(path) < 0:  # ckpt_best.pt and the like: nobody knows whether it is newer
             continue
         try:
-            load_checkpoint(path, skip_digest=skip_digest)
+            load_checkpoint(path)
         except ValueError as error:
             log.warning("%s; looking at the one before it", error)
             continue

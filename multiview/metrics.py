@@ -75,6 +75,24 @@ def _masked_mean(values: Tensor, mask: Tensor, name: str) -> Tensor:
     return (values * mask).flatten(-3).sum(-1) / weight
 
 
+def difference_ratio(images: Tensor, targets: Tensor, masks: Tensor, reference_view: int) -> Tensor:
+    """How much generated views differ from the input image, over how much the true ones do: [b].
+
+    images, targets: [b, n, 3, s, s] 0..1 on one background; masks: [b, n, 1, s, s]. Per object, mean absolute
+    difference to the input image over the pixels where the animal truly stands in the view or in the input, summed
+    over the unseen views. 1: as different as the truth. 0: copies of the
+    input, which a UNet that has learned to copy generates.
+    """
+    others = [view for view in range(targets.shape[1]) if view != reference_view]
+    region = (torch.maximum(masks[:, others], masks[:, reference_view, None]) > 0.5).to(targets.dtype)
+    given = targets[:, reference_view, None]
+
+    def difference(views: Tensor) -> Tensor:
+        return ((views[:, others] - given).abs().mean(2, keepdim=True) * region).sum(dim=(1, 2, 3, 4))
+
+    return difference(images) / difference(targets).clamp_min(1e-6)
+
+
 @torch.no_grad()
 def lpips_distances(
     network: torch.nn.Module, prediction: Tensor, target: Tensor, mask: Tensor

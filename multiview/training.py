@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import resource
 import time
 from collections import deque
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from multiview.checkpoint import Ema, rotate_checkpoints
+from multiview.checkpoint import SKIP_DIGEST, Ema, rotate_checkpoints
 from multiview.files import full_disk_explained, owned_folder, write_json
 from multiview.rig import ViewRig
 from multiview.run import (
@@ -81,6 +82,7 @@ class LoopOptions:
     print_every: int = 1
     image_every: int = 1
     budget_s: float | None = None  # seconds after which the run saves itself and stops
+    skip_digest: bool = False  # resume without comparing files with their digests
     wandb: WandbOptions | None = None
 
 
@@ -210,6 +212,8 @@ def run_training(build: Callable[[Accelerator], Training], options: LoopOptions)
     """
     folder = Path(options.folder)
     new = not folder.exists()
+    if options.skip_digest:
+        os.environ[SKIP_DIGEST] = "1"
     with Stop(options.budget_s) as stop, full_disk_explained(folder):
         accelerator = start_processes(options.device)
         try:

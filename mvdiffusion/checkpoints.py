@@ -95,12 +95,12 @@ def sampling_of(unet_path: Path | str) -> Sampling:
     return Sampling()
 
 
-def newest_training(output_dir: Path | str, rig: ViewRig, *, skip_digest: bool = False) -> Checkpoint | None:
+def newest_training(output_dir: Path | str, rig: ViewRig) -> Checkpoint | None:
     """The newest whole checkpoint, found by reading; None if there is none. Refuses one of another rig."""
     for folder in sorted(Path(output_dir).glob(PATTERN), key=step_of, reverse=True):
         try:
             sidecar = read_json(folder / SIDECAR)
-            check_files(folder, {} if skip_digest else sidecar.get(DIGEST, {}))
+            check_weights(folder)
             optimizer = load_checkpoint(folder / OPTIMIZER_FILE)
             has_trained = sidecar["config"].get("lora_rank", 0) > 0
             trained = load_checkpoint(folder / TRAINED_FILE) if has_trained else None
@@ -112,15 +112,20 @@ def newest_training(output_dir: Path | str, rig: ViewRig, *, skip_digest: bool =
     return None
 
 
-def check_files(folder: Path, digests: dict[str, str]) -> None:
-    """Raises ValueError if a file that was written is gone, cut off or changed."""
+def check_weights(folder: Path, part: str = "") -> None:
+    """Raises ValueError if a weights file of a checkpoint is gone, cut off or changed. part: only in this folder of it.
+
+    Folders that are no training checkpoint hold no digests: only the lengths in their files' headers are compared.
+    """
     from safetensors import SafetensorError, safe_open
 
+    digests = read_json(folder / SIDECAR).get(DIGEST, {}) if (folder / SIDECAR).is_file() else {}
     for name, digest in digests.items():
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder / name} is missing")
-        check_digest(folder / name, digest)
-    for path in folder.rglob("*.safetensors"):  # of checkpoints older than digests, at least the length
+        if name.startswith(part):
+            if not (folder / name).is_file():
+                raise ValueError(f"{folder / name} is missing")
+            check_digest(folder / name, digest)
+    for path in (folder / part).rglob("*.safetensors"):
         try:
             with safe_open(path, framework="pt"):
                 pass

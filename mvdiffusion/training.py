@@ -33,11 +33,9 @@ from mvdiffusion.checkpoints import (
     save_training,
 )
 from mvdiffusion.components import Components, load_components, local_folder
-from mvdiffusion.conditioning import class_labels
 from mvdiffusion.config import MVDiffusionConfig
 from mvdiffusion.data.mouse_dataset import MouseMVDiffusionDataset
-from mvdiffusion.encoding import EncodedBatch, live_batches
-from mvdiffusion.latent_cache import LatentCache, weights_fingerprint
+from mvdiffusion.latents import EncodedBatch, LatentCache, class_labels, live_batches, weights_fingerprint
 from mvdiffusion.losses import diffusion_loss, draw_timesteps, drop_masks, noise_and_target, snr_weights
 from mvdiffusion.models.camera_conditioning import is_camera_weight
 from mvdiffusion.models.unet import (
@@ -90,7 +88,7 @@ def loop_options(config: MVDiffusionConfig) -> LoopOptions:
         max_norm=config.max_grad_norm, precision=config.mixed_precision,
         ema_decay=config.ema_decay if config.use_ema else 0.0, save_every=config.checkpointing_steps,
         keep=config.checkpoints_total_limit, validate_every=config.validation_steps, print_every=config.log_steps,
-        budget_s=config.budget_s, wandb=config.wandb,
+        budget_s=config.budget_s, skip_digest=config.skip_digest, wandb=config.wandb,
     )  # fmt: skip
 
 
@@ -130,7 +128,7 @@ class MVDiffusionTraining(Training):
         self.components = load_components(
             config.pretrained_model_name_or_path, with_unet=False, device=self.device, dtype=dtype
         )
-        found = newest_training(config.output_dir, self.rig, skip_digest=config.skip_digest)
+        found = newest_training(config.output_dir, self.rig)
         if found:
             check_same_run(found, self.config)
         self.network, self.base = prepared_unet(config, self.rig, found)

@@ -11,6 +11,7 @@ from multiview.cameras import Cameras
 from multiview.consistency import view_consistency
 from multiview.image import grid
 from multiview.metrics import (
+    difference_ratio,
     foreground_psnr,
     foreground_ssim,
     load_lpips,
@@ -21,10 +22,9 @@ from multiview.metrics import (
     psnr,
     ssim,
 )
-from mvdiffusion.collapse import difference_ratio
 from mvdiffusion.components import Components
-from mvdiffusion.conditioning import condition_latents, decode_latents
 from mvdiffusion.data.mouse_dataset import MouseMVDiffusionDataset
+from mvdiffusion.latents import condition_latents, decode_latents
 from mvdiffusion.pipelines.multiview import generate_views
 from mvdiffusion.prompts import PromptEmbeds
 

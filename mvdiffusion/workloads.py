@@ -26,13 +26,19 @@ from multiview.sample import Sample, write_dataset_info, write_sample, write_spl
 from multiview.sampler import StepSampler
 from multiview.training import Training
 from mvdiffusion.components import tune
-from mvdiffusion.conditioning import clip_pixels_fast, condition_latents, decode_latents, image_embeddings
 from mvdiffusion.config import MVDiffusionConfig
-from mvdiffusion.latent_cache import LatentCache
+from mvdiffusion.demo import SD21_UNCLIP, Stage1Shape, demo_shape, random_components
+from mvdiffusion.facelift_yaml import load_training_config
+from mvdiffusion.latents import (
+    LatentCache,
+    clip_pixels_fast,
+    condition_latents,
+    decode_latents,
+    image_embeddings,
+)
 from mvdiffusion.models.unet import create_unet, run_unet
 from mvdiffusion.pipelines.multiview import GUIDANCE_SCALE, NUM_STEPS, generate_views
 from mvdiffusion.prompts import TOKENS, PromptEmbeds
-from mvdiffusion.random_components import SD21_UNCLIP, Stage1Shape, demo_shape, random_components
 from mvdiffusion.training import (
     MVDiffusionTraining,
     build_datasets,
@@ -41,7 +47,6 @@ from mvdiffusion.training import (
     starting_unet,
     trained_parameters,
 )
-from mvdiffusion.upstream import load_training_config
 
 CONFIGS = {"demo": "configs/demo_mvdiffusion.yaml", "full": "configs/mouse_mvdiffusion.yaml"}
 META = torch.device("meta")

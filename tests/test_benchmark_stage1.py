@@ -13,8 +13,8 @@ import torch
 from benchmarks.diffusion import measure_diffusion_training, measure_sampling, time_whole_and_steps
 from benchmarks.network import TOO_LARGE
 from benchmarks.timing import Timing
+from mvdiffusion.demo import SD21_UNCLIP, Stage1Shape, random_components
 from mvdiffusion.models.unet import create_unet
-from mvdiffusion.random_components import SD21_UNCLIP, Stage1Shape, random_components
 from mvdiffusion.workloads import (
     META,
     SamplingRun,

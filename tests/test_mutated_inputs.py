@@ -28,9 +28,9 @@ from multiview.image import read_photo, read_rgba, save_video, write_image
 from multiview.rig import load_rig
 from multiview.sample import read_dataset_info, read_sample, read_split
 from mvdiffusion.components import load_feature_extractor
+from mvdiffusion.facelift_yaml import load_training_config
 from mvdiffusion.models.unet import load_unet
 from mvdiffusion.prompts import load_prompt_embeds
-from mvdiffusion.upstream import load_training_config
 from recording.calibration import Calibration, read_calibration, write_calibration
 from recording.video import VideoReader, probe
 

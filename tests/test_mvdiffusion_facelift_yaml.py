@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mvdiffusion.upstream import load_training_config
+from mvdiffusion.facelift_yaml import load_training_config
 
 FLAT = Path(__file__).resolve().parent / "facelift_flat.yaml"
 
@@ -40,7 +40,7 @@ def test_flat_layout_loads_with_its_meaning(caplog):
         ("img_wh=[512,256]", "must be square"),
         ("unet_from_pretrained_kwargs.num_views=4", "num_views is 4, num_views 6"),
         ("unet_from_pretrained_kwargs.mvcd_attention=true", "unknown keys .'mvcd_attention'"),
-        ("pipe_validation_kwargs.eta=0.0", "eta: 1.0"),
+        ("pipe_validation_kwargs.eta=0.0", "eta.: 1.0"),
         ("train_dataset.root_dir=x", "unknown key 'train_dataset.root_dir'"),
         ("step_rule=1", "the nearest known one is 'step_rules'"),
         ("cache_variants=0", "cache_variants must be within"),
