@@ -62,6 +62,10 @@ def export_formats(text: str) -> tuple[str, ...]:
 
 def main() -> None:
     arguments = parse_arguments()
+    from gslrm.model.rasterizers import warm_up
+
+    if not arguments.device.startswith("cuda"):
+        warm_up.start()  # the first command of an installation compiles kernels, beside the imports that follow
     from multiview.run import resolve_device
     from pipeline.artifacts import load_stage1, load_stage2, resolve_chain, resolve_stage2
 

@@ -26,6 +26,10 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
+    from gslrm.model.rasterizers import warm_up
+
+    if not arguments.device.startswith("cuda"):
+        warm_up.start()  # the first command of an installation compiles kernels, beside the imports that follow
     from tqdm import tqdm
 
     from gslrm.model.filters import filter_gaussians

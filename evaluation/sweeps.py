@@ -8,13 +8,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from evaluation.evaluate import Prediction, predict_gaussians, reconstruct_sample
-from gslrm.model.filters import PRESETS, FilterSettings, filter_gaussians
+from gslrm.model.filters import FilterSettings, filter_gaussians
 from multiview.camera_noise import perturb
 from multiview.rig import ViewRig
 from multiview.run import make_generator
@@ -85,7 +85,7 @@ def plan_sweeps(
             sweeps[factor] = [Level(factor, pixels, everything, pixels=pixels) for pixels in numbers]
         elif factor in FILTERS:
             sweeps[factor] = [
-                Level(factor, number, everything, filters=replace(PRESETS["animal"], **{factor: number}))
+                Level(factor, number, everything, filters=FilterSettings(**{factor: number}))
                 for number in numbers
             ]
         else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 
 from gslrm.adaptation import adapt, check_adaptation, lora_settings
 from gslrm.checkpoints import (
-    DDP_PREFIX,
     PATTERN,
     checkpoint_path,
     export_weights,
@@ -207,7 +205,7 @@ class GSLRMTraining(Training):
             raise ValueError(
                 f"checkpoint {path} lacks {', '.join(sorted(missing))} and cannot be resumed; {weights_only}"
             )
-        weights = {re.sub(*DDP_PREFIX, name): t for name, t in network_tensors(checkpoint["model"]).items()}
+        weights = network_tensors(checkpoint["model"], path)
         expected, lora = lora_settings(training.adaptation), checkpoint.get("lora") or {}
         if expected != dict(lora.get("settings", {})):
             raise ValueError(

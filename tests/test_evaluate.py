@@ -10,7 +10,6 @@ import torch
 from chain_tiny import write_gslrm
 
 import evaluation.evaluate
-from benchmarks.scenes import trained_like
 from evaluation.evaluate import NOVEL, OTHER_RIG_VIEWS, RIG_VIEWS, Prediction, measure, splits_of, summarise
 from evaluation.page import metrics_table
 from evaluation.plots import plot_sweep
@@ -19,6 +18,7 @@ from multiview.cameras import Cameras
 from multiview.image import read_rgba
 from multiview.rig import load_rig
 from multiview.sample import Sample, write_dataset_info, write_sample, write_split
+from tests.gaussian_scenes import trained_like
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")

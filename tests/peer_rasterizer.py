@@ -51,7 +51,7 @@ def _project(gaussians: Gaussians, camera: Cameras) -> tuple[Tensor, Tensor]:
     """
     fx, fy, cx, cy = camera.fxfycxcy.unbind()
     rotation, translation = camera.w2c[:3, :3], camera.w2c[:3, 3]
-    x, y, z = (gaussians.get_xyz[0] @ rotation.T + translation).unbind(-1)
+    x, y, z = (gaussians.xyz[0] @ rotation.T + translation).unbind(-1)
     half = rotation @ rotation_matrices(gaussians.get_rotation[0]) * gaussians.get_scaling[0][:, None, :]
     margin_x, margin_y = MARGIN * 0.5 * camera.width / fx, MARGIN * 0.5 * camera.height / fy
     slope_x = (x / z).clamp(-cx / fx - margin_x, (camera.width - cx) / fx + margin_x)
