@@ -314,10 +314,10 @@ def measure_import(bench: Bench):
 
 def stage1(bench: Bench, attention: str):
     """Returns the training config, components with a UNet, and prompt embeddings, all of random weights."""
-    from mvdiffusion.models.unet import create_unet
-    from mvdiffusion.prompts import TOKENS, PromptEmbeds
     from mvdiffusion.demo import SD21_UNCLIP, demo_shape, random_components
     from mvdiffusion.facelift_yaml import load_training_config
+    from mvdiffusion.models.unet import create_unet
+    from mvdiffusion.prompts import TOKENS, PromptEmbeds
 
     name = {"demo": "demo", "full": "mouse"}[bench.options.preset]
     config, rig = load_training_config(str(REPOSITORY / "configs" / f"{name}_mvdiffusion.yaml"), []), load_rig("mouse6")
