@@ -284,6 +284,15 @@ def model_config_from_dict(content: dict, source: str) -> ModelConfig:
     return build(ModelConfig, content, "model.")
 
 
+def size_of(config: GSLRMConfig) -> tuple[float, float, float]:
+    """Lower bounds: parameters, parameters that train, and bytes of a batch."""
+    transformer, training = config.model.transformer, config.training
+    pixels = training.dataset.num_views * config.model.image_tokenizer.image_size**2
+    parameters, adaptation = 12.0 * transformer.n_layer * transformer.d**2, training.adaptation
+    is_partial = adaptation.lora_rank or adaptation.trainable_layers is not None
+    return parameters, 0.0 if is_partial else parameters, 16.0 * pixels * training.dataloader.batch_size_per_gpu
+
+
 # ---- checks that need no data ---------------------------------------------------------------------------------------
 
 

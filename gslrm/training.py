@@ -22,8 +22,8 @@ from gslrm.checkpoints import (
     network_tensors,
     read_checkpoint_rig,
 )
-from gslrm.config import GSLRMConfig, check_config
-from gslrm.data.mouse_dataset import MouseViewDataset
+from gslrm.config import GSLRMConfig, check_config, size_of
+from gslrm.data.mouse_dataset import build_datasets
 from gslrm.losses import NEEDS_RENDERING, POINTSDIST_WARMUP_STEPS, loss_weights, total_loss
 from gslrm.model.gaussians_renderer import render
 from gslrm.model.gslrm import GSLRM, GSLRMOutput
@@ -42,16 +42,16 @@ from multiview.config import config_to_dict
 from multiview.image import grid
 from multiview.rig import check_alignment, check_start, load_rig
 from multiview.run import (
+    LoopOptions,
     WandbOptions,
     autocast,
     check_size,
     git_hash,
     resolve_device,
     seed_everything,
-    seed_from,
 )
-from multiview.sampler import MixedDataset, StepSampler, load_batches, mixed_lists
-from multiview.training import LoopOptions, Training, run_training
+from multiview.sampler import StepSampler, load_batches
+from multiview.training import Training, run_training
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -105,28 +105,6 @@ def loop_options(config: GSLRMConfig) -> LoopOptions:
     )  # fmt: skip
 
 
-def build_datasets(config: GSLRMConfig, overfit: int) -> tuple[MixedDataset, MouseViewDataset | None]:
-    """Training data, and validation data (every view of each sample, fixed inputs) unless validation is off."""
-    options, seed = config.training.dataset, config.training.runtime.seed
-    size = config.model.image_tokenizer.image_size
-    lists, percents = mixed_lists(options.dataset_path, [(part.dataset_path, part.ratio) for part in options.mix])
-    parts: list[MouseViewDataset] = []
-    for number, path in enumerate(lists):
-        part = MouseViewDataset(
-            path, options, size, with_depth=config.training.losses.direct_loss_weight > 0, limit=overfit or None,
-            seed=seed_from("gslrm-mix", seed, number) if number else seed, first_index=sum(map(len, parts)),
-        )  # fmt: skip
-        parts.append(part)
-    if overfit > len(parts[0]):
-        raise ValueError(f"--overfit {overfit} needs {overfit} samples, {lists[0]} has {len(parts[0])}")
-    check_set = None
-    if config.validation.enabled:
-        check_set = MouseViewDataset(
-            config.validation.dataset_path, options, size, every_view=True, limit=config.validation.num_samples
-        )
-    return MixedDataset(parts, percents), check_set
-
-
 class GSLRMTraining(Training):
     """A GS-LRM on its way from posed views to Gaussians."""
 
@@ -170,7 +148,7 @@ class GSLRMTraining(Training):
                 self.ema.load(checkpoint["ema"])
         if runtime.torch_compile:
             compile_blocks(self.network)
-            self.is_compiled = True
+        self.is_compiled = runtime.torch_compile
 
     # ---- starting and resuming ---------------------------------------------------------------------------------
 
@@ -262,14 +240,13 @@ class GSLRMTraining(Training):
                 "%s continues with its lr %g (warm-up %s); the config's lr %g (warm-up %d) counts only with "
                 "training.optimizer.reset_lr=true", path, *recorded, options.lr, warmup,
             )  # fmt: skip
-        if decayed["weight_decay"] != options.weight_decay:
-            if options.reset_weight_decay:
-                decayed["weight_decay"] = options.weight_decay
-            else:
-                log.warning(
-                    "%s continues with its weight decay %g; the config's %g counts only with "
-                    "training.optimizer.reset_weight_decay=true", path, decayed["weight_decay"], options.weight_decay,
-                )  # fmt: skip
+        if options.reset_weight_decay:
+            decayed["weight_decay"] = options.weight_decay
+        elif decayed["weight_decay"] != options.weight_decay:
+            log.warning(
+                "%s continues with its weight decay %g; the config's %g counts only with "
+                "training.optimizer.reset_weight_decay=true", path, decayed["weight_decay"], options.weight_decay,
+            )  # fmt: skip
 
     def schedule_length(self) -> int:
         return (self.options.steps - self.schedule_start) // self.options.accumulate
@@ -408,12 +385,3 @@ def compile_blocks(model: GSLRM) -> None:
     """
     for block in model.transformer_layers:
         block.compile(dynamic=True if model.config.prune_background_tokens else None)
-
-
-def size_of(config: GSLRMConfig) -> tuple[float, float, float]:
-    """Lower bounds: parameters, parameters that train, and bytes of a batch."""
-    transformer, training = config.model.transformer, config.training
-    pixels = training.dataset.num_views * config.model.image_tokenizer.image_size**2
-    parameters, adaptation = 12.0 * transformer.n_layer * transformer.d**2, training.adaptation
-    is_partial = adaptation.lora_rank or adaptation.trainable_layers is not None
-    return parameters, 0.0 if is_partial else parameters, 16.0 * pixels * training.dataloader.batch_size_per_gpu

@@ -228,6 +228,36 @@ class WandbOptions:
     name: str = ""
 
 
+@dataclass(frozen=True)
+class LoopOptions:
+    """What the loop takes from a stage's configuration."""
+
+    folder: str  # checkpoints, metrics.jsonl and images of this run, of nobody else
+    device: str  # auto, cpu, cuda
+    seed: int
+    steps: int  # train up to this step
+    accumulate: int  # passes per update
+    batch_size: int  # samples per pass and process
+    lr: float
+    max_norm: float  # of the whole gradient, by scaling
+    save_every: int  # steps, as are the others
+    validate_every: int
+    keep: int  # newest checkpoints
+    unit: str = "step"  # a step is an update, or with "pass" a pass
+    schedule: str = "cosine"  # of the learning rate, see `rate_factor`
+    warmup: int = 0  # updates
+    step_rules: str = "1"
+    skip_factor: float = math.inf  # an update whose gradient norm exceeds max_norm times this is skipped
+    precision: str = "no"  # of the network's matrix products: no (float32), fp16, bf16
+    ema_decay: float = 0.0  # 0: weights are not averaged
+    log_every: int = 1  # line of metrics.jsonl
+    print_every: int = 1
+    image_every: int = 1
+    budget_s: float | None = None  # seconds after which the run saves itself and stops
+    skip_digest: bool = False  # resume without comparing files with their digests
+    wandb: WandbOptions | None = None
+
+
 class RunFolder:
     """`config.json`, `metrics.jsonl` and pictures of one run; only the main process writes."""
 

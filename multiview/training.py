@@ -15,7 +15,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,15 +24,7 @@ from torch import Tensor, nn
 from multiview.checkpoint import SKIP_DIGEST, Ema, rotate_checkpoints
 from multiview.files import full_disk_explained, owned_folder, write_json
 from multiview.rig import ViewRig
-from multiview.run import (
-    RunFolder,
-    Stop,
-    WandbOptions,
-    make_generator,
-    matrix_rate,
-    resolve_device,
-    start_processes,
-)
+from multiview.run import LoopOptions, RunFolder, Stop, make_generator, matrix_rate, resolve_device, start_processes
 from multiview.sampler import MixedDataset, StepSampler
 
 if TYPE_CHECKING:
@@ -41,7 +32,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-INF_GRADIENT = 1e-3  # what infinite gradient entries become (NaN becomes 0), as in FaceLift's trainer
 SKIP_WINDOW, MAX_SKIPPED = 200, 100  # a run stops when more than this many of its last updates were skipped
 REASONS = {  # why an update is skipped -> what the log says
     "skipped_nan_loss": "the loss was not finite",
@@ -53,37 +43,7 @@ PRINTED = ("loss", "psnr", "fg_psnr", "iou", "gradient_norm", "lr", "seconds_per
 
 
 class TrainingDivergedError(ValueError):
-    """Most of the recent updates had to be skipped: going on would waste time without training anything."""
-
-
-@dataclass(frozen=True)
-class LoopOptions:
-    """What the loop takes from a stage's configuration."""
-
-    folder: str  # checkpoints, metrics.jsonl and images of this run, of nobody else
-    device: str  # auto, cpu, cuda
-    seed: int
-    steps: int  # train up to this step
-    accumulate: int  # passes per update
-    batch_size: int  # samples per pass and process
-    lr: float
-    max_norm: float  # of the whole gradient, by scaling
-    save_every: int  # steps, as are the others
-    validate_every: int
-    keep: int  # newest checkpoints
-    unit: str = "step"  # a step is an update, or with "pass" a pass
-    schedule: str = "cosine"  # of the learning rate, see `rate_factor`
-    warmup: int = 0  # updates
-    step_rules: str = "1"
-    skip_factor: float = math.inf  # an update whose gradient norm exceeds max_norm times this is skipped
-    precision: str = "no"  # of the network's matrix products: no (float32), fp16, bf16
-    ema_decay: float = 0.0  # 0: weights are not averaged
-    log_every: int = 1  # line of metrics.jsonl
-    print_every: int = 1
-    image_every: int = 1
-    budget_s: float | None = None  # seconds after which the run saves itself and stops
-    skip_digest: bool = False  # resume without comparing files with their digests
-    wandb: WandbOptions | None = None
+    """Most of the recent updates had to be skipped."""
 
 
 class Training:
@@ -92,13 +52,12 @@ class Training:
     network: the bare module. parameters: the ones that train, by name. Counters start at 0 or at a checkpoint's values.
     """
 
-    pattern = "*"  # of checkpoint names
-    randomness = ""  # first key of every pass's generator
+    pattern: str  # of checkpoint names
+    randomness: str  # first key of every pass's generator
     first_average_counts = False  # the weights that a run starts from are the first of those that are averaged
     shown: tuple[str, ...] = ()  # the validation figures that are printed; none: all
-    advice = ""  # what to do about a run that diverges
+    advice: str  # what to do about a run that diverges
     is_compiled = False
-
     network: nn.Module
     parameters: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
@@ -133,15 +92,13 @@ class Training:
     def adjust_gradients(self) -> None:
         """Called before gradients are clipped."""
 
-    def averaged(self) -> dict[str, Tensor]:
-        """The tensors that are averaged."""
+    def averaged(self) -> dict[str, Tensor]:  # the tensors that are averaged
         return self.parameters
 
     def export(self) -> None:
         """Writes the finished network where the configuration asks for it."""
 
-    def schedule_length(self) -> int:
-        """Updates from the schedule's beginning to the end of training."""
+    def schedule_length(self) -> int:  # updates from the schedule's beginning to the end of training
         return self.options.steps
 
     # ---- one update --------------------------------------------------------------------------------------------
@@ -167,8 +124,7 @@ class Training:
             self.scaler.unscale_(self.optimizer)
             self.adjust_gradients()
             norm, sanitized = clip_gradients(self.parameters, self.options.max_norm)
-            self.counts[SANITIZED] += sanitized
-            scale = self.scaler.get_scale()
+            self.counts[SANITIZED], scale = self.counts[SANITIZED] + sanitized, self.scaler.get_scale()
             if norm > limit or not math.isfinite(norm) or (sanitized and norm == 0):
                 skipped = "skipped_gradient"
             else:
@@ -249,9 +205,9 @@ def training_loop(training: Training, stop: Stop) -> None:
         rank=accelerator.process_index, world_size=accelerator.num_processes,
     )  # fmt: skip
     log.info(
-        "%s: %.2f M parameters, %.2f M train; %d samples, %s %d to %d, %d process(es) on %s", options.folder,
-        count(network) / 1e6, count(network, trained=True) / 1e6, len(training.dataset), options.unit, first,
-        options.steps, accelerator.num_processes, training.device,
+        "%s: %.2f M parameters train on %d samples, %s %d to %d, %d process(es) on %s", options.folder,
+        count(network, trained=True) / 1e6, len(training.dataset), options.unit, first, options.steps,
+        accelerator.num_processes, training.device,
     )  # fmt: skip
     network.train()
     values, losses, spoiled, batch = {}, [], False, None
@@ -325,8 +281,8 @@ def training_loop(training: Training, stop: Stop) -> None:
         if is_main:
             training.export()
     if is_main:
-        rest = {"of": options.steps, "metrics": values, "seconds": time.perf_counter() - began}
-        closing_block(training, {options.unit: step, **rest}, training.passes - first * per_step, busy, batch)
+        reached = {options.unit: step, "of": options.steps, "metrics": values, "seconds": time.perf_counter() - began}
+        closing_block(training, reached, training.passes - first * per_step, busy, batch)
     run.close()
     accelerator.wait_for_everyone()  # nobody leaves the group while another still talks
     stop.end(f"{options.unit} {step} of {options.steps}" if step < options.steps else None)
@@ -378,7 +334,7 @@ def clip_gradients(parameters: dict[str, nn.Parameter], max_norm: float) -> tupl
     norm, sanitized = nn.utils.get_total_norm(gradients), False
     if not math.isfinite(norm.item()):
         for gradient in gradients:
-            gradient.nan_to_num_(nan=0.0, posinf=INF_GRADIENT, neginf=-INF_GRADIENT)
+            gradient.nan_to_num_(nan=0.0, posinf=1e-3, neginf=-1e-3)
         norm = nn.utils.get_total_norm(gradients)
         sanitized = math.isfinite(norm.item())  # else all were finite and merely too large to be squared
     nn.utils.clip_grads_with_norm_(with_gradient, max_norm, norm)
@@ -397,17 +353,23 @@ def closing_block(training: Training, content: dict[str, Any], passes: int, busy
 
     passes, busy: done now, and their seconds. batch: one of them, None if there was none.
     """
-    options, accelerator, device = training.options, training.accelerator, training.device
-    is_countable = batch is not None and accelerator.num_processes == 1 and not training.is_compiled
-    done_per_second = operations(training, batch) * passes / busy if is_countable else None
-    on_gpu, machine = device.type == "cuda", matrix_rate(device, options.precision)
+    from torch.utils.flop_counter import FlopCounterMode
+
+    options, alone, on_gpu = training.options, training.accelerator.num_processes == 1, training.device.type == "cuda"
+    machine, fraction = matrix_rate(training.device, options.precision), None
+    if batch is not None and alone and not training.is_compiled:
+        # One more pass, of which nothing is kept: counting takes compound operations apart, which moves last digits.
+        with FlopCounterMode(display=False) as counter:
+            loss, _ = training.loss(training.network, batch, make_generator("operations"))
+            loss.backward()
+        training.optimizer.zero_grad(set_to_none=True)
+        fraction = counter.get_total_flops() * passes / busy / machine
     kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     content |= {
         "training_seconds": busy,
-        "samples_per_second": passes * options.batch_size * accelerator.num_processes / max(busy, 1e-9),
-        "peak_memory_gb": (torch.cuda.max_memory_allocated(device) if on_gpu else 1024 * kib) / 1e9,
-        "matrix_rate_fraction": done_per_second and done_per_second / machine,  # None: not counted
-        "machine_gflops": machine / 1e9,
+        "samples_per_second": passes * options.batch_size * training.accelerator.num_processes / max(busy, 1e-9),
+        "peak_memory_gb": (torch.cuda.max_memory_allocated(training.device) if on_gpu else 1024 * kib) / 1e9,
+        "matrix_rate_fraction": fraction, "machine_gflops": machine / 1e9,
         "parameters": count(training.network), "trained_parameters": count(training.network, trained=True),
     }  # fmt: skip
     write_json(Path(options.folder) / "summary.json", content)
@@ -415,20 +377,6 @@ def closing_block(training: Training, content: dict[str, Any], passes: int, busy
     print(f"  {as_text(content.pop('metrics'), training.shown) or 'not validated'}")
     for name, value in content.items():
         print(f"  {name:<22} {'not counted' if value is None else f'{value:.4g}'}", flush=True)
-
-
-def operations(training: Training, batch: Any) -> int:
-    """Counts the floating-point operations of a pass (matrix products), by one more of which nothing is kept.
-
-    Counting takes compound operations apart, which moves their last digits: no pass that counts may be counted.
-    """
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with FlopCounterMode(display=False) as counter:
-        loss, _ = training.loss(training.network, batch, make_generator("operations"))
-        loss.backward()
-    training.optimizer.zero_grad(set_to_none=True)
-    return counter.get_total_flops()
 
 
 def as_text(values: dict[str, float], shown: Sequence[str]) -> str:

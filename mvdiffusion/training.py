@@ -18,10 +18,10 @@ from multiview.checkpoint import Ema, add_adapters, is_adapter_weight, merged_we
 from multiview.config import config_to_dict
 from multiview.files import atomic_folder
 from multiview.rig import ViewRig, check_alignment, check_start, load_rig
-from multiview.run import PRECISIONS, autocast, check_size, seed_everything
+from multiview.run import PRECISIONS, LoopOptions, autocast, check_size, seed_everything
 from multiview.sample import read_dataset_info
 from multiview.sampler import MixedDataset, StepSampler, mixed_lists
-from multiview.training import LoopOptions, Training, run_training
+from multiview.training import Training, run_training
 from mvdiffusion.checkpoints import (
     PATTERN,
     Checkpoint,
@@ -32,18 +32,17 @@ from mvdiffusion.checkpoints import (
     save_sampling,
     save_training,
 )
-from mvdiffusion.components import Components, load_components, local_folder
+from mvdiffusion.components import load_components, local_folder
 from mvdiffusion.config import MVDiffusionConfig
 from mvdiffusion.data.mouse_dataset import MouseMVDiffusionDataset
-from mvdiffusion.latents import EncodedBatch, LatentCache, class_labels, live_batches, weights_fingerprint
-from mvdiffusion.losses import diffusion_loss, draw_timesteps, drop_masks, noise_and_target, snr_weights
+from mvdiffusion.latents import EncodedBatch, LatentCache, live_batches, weights_fingerprint
+from mvdiffusion.losses import training_loss
 from mvdiffusion.models.camera_conditioning import is_camera_weight
 from mvdiffusion.models.unet import (
     configure_views,
     create_unet,
     load_unet,
     resolve_unet_folder,
-    run_unet,
     save_unet,
     unet_rig,
 )
@@ -147,10 +146,13 @@ class MVDiffusionTraining(Training):
             self.ema = Ema(self.parameters, config.ema_decay)
         if found:
             self._restore(found)
-        self.dataset, self.check_set = build_datasets(
-            config, self.rig, self._image_size(), overfit,
-            with_cameras=self.network.config.camera_conditioning != "none",
-        )  # fmt: skip
+        size = self.network.config.sample_size * self.components.vae_factor
+        if config.image_size not in (None, size):
+            raise ValueError(
+                f"image_size is {config.image_size}, but this UNet generates images of {size} px; leave it out"
+            )
+        cameras = self.network.config.camera_conditioning != "none"
+        self.dataset, self.check_set = build_datasets(config, self.rig, size, overfit, with_cameras=cameras)
 
     def _restore(self, found: Checkpoint) -> None:
         """The average, the optimizer's moments, the gradient scaler and the counters of a checkpoint."""
@@ -165,13 +167,6 @@ class MVDiffusionTraining(Training):
         self.counts.update(found.sidecar.get("counts", {}))
         self.recent.extend(found.sidecar.get("recent_skips", []))
         log.info("continuing %s at step %d of %d", found.folder, found.step, self.options.steps)
-
-    def _image_size(self) -> int:
-        """Side of the images, pixels: the UNet's."""
-        size, asked = self.network.config.sample_size * self.components.vae_factor, self.settings.image_size
-        if asked not in (None, size):
-            raise ValueError(f"image_size is {asked}, but this UNet generates images of {size} px; leave it out")
-        return size
 
     # ---- a pass ------------------------------------------------------------------------------------------------
 
@@ -254,37 +249,6 @@ class MVDiffusionTraining(Training):
         log.info("exported to %s", folder)
 
 
-def training_loss(
-    model: nn.Module, components: Components, embeds: PromptEmbeds, batch: EncodedBatch, config: MVDiffusionConfig,
-    generator: torch.Generator,
-) -> Tensor:  # fmt: skip
-    """The loss [] of an encoded batch; all randomness comes from `generator` (CPU), in a fixed order."""
-    device, (objects, views) = batch.mean.device, batch.mean.shape[:2]
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device)
-
-    clip_noise = normal(*batch.embedding.shape)
-    posterior_noise, noise = normal(*batch.mean.shape), normal(*batch.mean.shape)
-    # One time step per object: its views must be equally far along to agree with each other.
-    steps = draw_timesteps(objects, generator, config.high_noise_share, config.high_noise_range)
-    no_labels, no_latents = drop_masks(torch.rand(objects, generator=generator), config.condition_drop_rate)
-
-    labels = class_labels(components, batch.embedding, clip_noise).masked_fill(no_labels.to(device)[:, None], 0)
-    condition = batch.condition.masked_fill(no_latents.to(device)[:, None, None, None], 0)
-    labels, condition, steps = (x.repeat_interleave(views, dim=0) for x in (labels, condition, steps.to(device)))
-    clean = (batch.mean + batch.std * posterior_noise).flatten(0, 1)
-    kind, alphas = components.scheduler.config.prediction_type, components.scheduler.alphas_cumprod
-    noisy, target = noise_and_target(clean, noise.flatten(0, 1), alphas, steps, kind)
-    prediction = run_unet(
-        model, torch.cat([noisy, condition], dim=1), steps, prompts=embeds.tensor.to(device)[batch.prompts.flatten()],
-        labels=labels, cameras=batch.cameras, reference_view=embeds.rig.reference_view,
-    )  # fmt: skip
-    weights = snr_weights(alphas, steps, config.snr_gamma, kind, config.snr_weighting)
-    foreground = 1 + (config.foreground_weight - 1) * (batch.mask.flatten(0, 1) > 0.05).float()
-    return diffusion_loss(prediction, target, weights, foreground if config.foreground_weight != 1 else None)
-
-
 # ---- what is trained, and where it starts ---------------------------------------------------------------------------
 
 
@@ -325,17 +289,12 @@ def prepared_unet(config: MVDiffusionConfig, rig: ViewRig, found: Checkpoint | N
     From a checkpoint: its UNet; with LoRA the run's first weights again and its trained tensors. Raises ValueError if
     the first weights are no longer those that the checkpoint was trained on.
     """
+    unet = load_unet(found.folder / "unet") if found and not config.lora_rank else starting_unet(config, rig)
+    if config.lora_rank:
+        seed_everything("mvdiffusion lora", config.seed)
+    choose_trained(unet, config)
     if not config.lora_rank:
-        unet = load_unet(found.folder / "unet") if found else starting_unet(config, rig)
-        for name, parameter in unet.named_parameters():
-            named = config.trainable_modules is None or any(part in name for part in config.trainable_modules)
-            parameter.requires_grad_(named)
-        if not trained_parameters(unet):
-            raise ValueError(f"trainable_modules {config.trainable_modules} names no parameter of the UNet")
         return unet, None
-    unet = starting_unet(config, rig)
-    seed_everything("mvdiffusion lora", config.seed)
-    add_unet_adapters(unet, config)
     trained = trained_parameters(unet)
     frozen = {name.replace(".base_layer.", "."): t for name, t in unet.named_parameters() if name not in trained}
     base = weights_fingerprint(frozen)
@@ -352,12 +311,17 @@ def prepared_unet(config: MVDiffusionConfig, rig: ViewRig, found: Checkpoint | N
     return unet, base
 
 
-def add_unet_adapters(unet: nn.Module, config: MVDiffusionConfig) -> None:
-    """Puts adapters into `lora_targets`; only these, new camera weights and `lora_also_train` keep gradients."""
-    add_adapters(unet, config.lora_targets, config.lora_rank, config.lora_alpha or config.lora_rank)
+def choose_trained(unet: nn.Module, config: MVDiffusionConfig) -> None:
+    """Without LoRA all trains, or what `trainable_modules` names; with it adapters in `lora_targets`, new camera
+    weights and `lora_also_train`."""
+    if config.lora_rank:
+        add_adapters(unet, config.lora_targets, config.lora_rank, config.lora_alpha or config.lora_rank)
+    parts = config.lora_also_train if config.lora_rank else config.trainable_modules
     for name, parameter in unet.named_parameters():
-        kept = is_adapter_weight(name) or is_camera_weight(name) or any(part in name for part in config.lora_also_train)
-        parameter.requires_grad_(kept)
+        added = config.lora_rank and (is_adapter_weight(name) or is_camera_weight(name))
+        parameter.requires_grad_(bool(added or parts is None or any(part in name for part in parts)))
+    if not trained_parameters(unet):
+        raise ValueError(f"trainable_modules {config.trainable_modules} names no parameter of the UNet")
 
 
 def trained_parameters(unet: nn.Module) -> dict[str, nn.Parameter]:

@@ -9,8 +9,8 @@ import torch
 from gslrm_toys import dataset_of
 
 from gslrm.config import AugmentationConfig, CameraNoiseConfig, GSLRMConfig, check_config
-from gslrm.data.mouse_dataset import MouseViewDataset, draw_colors
-from gslrm.training import build_datasets, overfit_config, train
+from gslrm.data.mouse_dataset import MouseViewDataset, build_datasets, draw_colors
+from gslrm.training import overfit_config, train
 from gslrm.validation import prepare
 from multiview import sample as samples
 from multiview.cameras import Cameras

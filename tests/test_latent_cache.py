@@ -14,9 +14,9 @@ from mvdiffusion.components import load_components
 from mvdiffusion.config import MVDiffusionConfig
 from mvdiffusion.data.mouse_dataset import MouseMVDiffusionDataset
 from mvdiffusion.latents import LatentCache, encoder_fingerprint, live_batches
+from mvdiffusion.losses import training_loss
 from mvdiffusion.models.unet import create_unet
 from mvdiffusion.prompts import load_prompt_embeds
-from mvdiffusion.training import training_loss
 
 CPU = torch.device("cpu")
 EVERYTHING = {

@@ -15,7 +15,7 @@ from mvdiffusion.checkpoints import newest_training
 from mvdiffusion.config import MVDiffusionConfig
 from mvdiffusion.models.unet import create_unet, load_unet, unet_rig
 from mvdiffusion.training import (
-    add_unet_adapters,
+    choose_trained,
     is_encoder,
     make_optimizer,
     parameter_groups,
@@ -61,7 +61,7 @@ def run_stock(unet):
 def test_merged_adapters_are_the_adapted_unet():
     unet, plain = small_unet(), small_unet()
     config = MVDiffusionConfig(lora_rank=3, lora_alpha=6.0, lora_targets=["to_q", "to_out.0", "conv1"])
-    add_unet_adapters(unet, config)
+    choose_trained(unet, config)
     torch.testing.assert_close(run_stock(unet), run_stock(plain), atol=0, rtol=0)  # B is zero: no effect yet
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -78,13 +78,13 @@ def test_merged_adapters_are_the_adapted_unet():
 
 def test_adapters_and_new_camera_weights_train_and_nothing_else():
     unet = small_unet("adaln")
-    add_unet_adapters(unet, MVDiffusionConfig(lora_rank=2, lora_also_train=["conv_in"]))
+    choose_trained(unet, MVDiffusionConfig(lora_rank=2, lora_also_train=["conv_in"]))
     names = set(trained_parameters(unet))
     assert {"conv_in.weight", "conv_in.bias", "camera.output.weight"} <= names
     rest = {name for name in names if not is_adapter_weight(name) and not name.startswith(("conv_in.", "camera."))}
     assert not rest and sum(map(is_adapter_weight, names)) > 10
     with pytest.raises(ValueError, match="no layer of .*UNet.* is called .'to_w'"):
-        add_unet_adapters(small_unet(), MVDiffusionConfig(lora_rank=2, lora_targets=["to_q", "to_w"]))
+        choose_trained(small_unet(), MVDiffusionConfig(lora_rank=2, lora_targets=["to_q", "to_w"]))
 
 
 def test_lora_run_resumes_exactly_and_saves_both_forms(tiny, tmp_path):

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from gslrm.config import AugmentationConfig, DatasetConfig
+from gslrm.config import AugmentationConfig, DatasetConfig, GSLRMConfig
 from multiview.camera_noise import perturb
 from multiview.cameras import Cameras, read_cameras
 from multiview.image import BACKGROUNDS, Draw, composite
 from multiview.rig import ViewRig, check_posed_views
-from multiview.run import make_generator
+from multiview.run import make_generator, seed_from
 from multiview.sample import CAMERAS_FILE, Sample, read_dataset_info, read_sample, read_split
+from multiview.sampler import MixedDataset, mixed_lists
 
 log = logging.getLogger(__name__)
 
@@ -196,3 +197,25 @@ def overlapping(cameras: Cameras, inputs: Tensor, rule: str) -> Tensor:
     if rule == "normalised":
         positions = torch.nn.functional.normalize(positions, dim=-1)
     return (positions @ positions[inputs].mT >= OVERLAP_COSINE).any(-1)
+
+
+def build_datasets(config: GSLRMConfig, overfit: int) -> tuple[MixedDataset, MouseViewDataset | None]:
+    """Training data, and validation data (every view of each sample, fixed inputs) unless validation is off."""
+    options, seed = config.training.dataset, config.training.runtime.seed
+    size = config.model.image_tokenizer.image_size
+    lists, percents = mixed_lists(options.dataset_path, [(part.dataset_path, part.ratio) for part in options.mix])
+    parts: list[MouseViewDataset] = []
+    for number, path in enumerate(lists):
+        part = MouseViewDataset(
+            path, options, size, with_depth=config.training.losses.direct_loss_weight > 0, limit=overfit or None,
+            seed=seed_from("gslrm-mix", seed, number) if number else seed, first_index=sum(map(len, parts)),
+        )  # fmt: skip
+        parts.append(part)
+    if overfit > len(parts[0]):
+        raise ValueError(f"--overfit {overfit} needs {overfit} samples, {lists[0]} has {len(parts[0])}")
+    check_set = None
+    if config.validation.enabled:
+        check_set = MouseViewDataset(
+            config.validation.dataset_path, options, size, every_view=True, limit=config.validation.num_samples
+        )
+    return MixedDataset(parts, percents), check_set
