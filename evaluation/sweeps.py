@@ -18,8 +18,8 @@ from gslrm.model.filters import FilterSettings, filter_gaussians
 from multiview.camera_noise import perturb
 from multiview.rig import ViewRig
 from multiview.run import make_generator
-from recording.write import BODY_LENGTH_MM
-from synthetic.cloud import BODY_LENGTH
+from synthetic.dataset import BODY_LENGTH_MM
+from synthetic.skeleton import BODY_LENGTH
 
 if TYPE_CHECKING:
     from gslrm.model.gaussians import Gaussians

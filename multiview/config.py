@@ -61,7 +61,8 @@ def load_config(
     except OmegaConfBaseException as error:
         raise ValueError(f"{source}: {str(error).strip().splitlines()[0]} (key {error.full_key})") from error
     except ValueError as error:  # a section's own check names its key alone
-        raise ValueError(str(error) if str(error).startswith((source, "command line")) else f"{source}: {error}") from None
+        named = str(error).startswith((source, "command line"))
+        raise ValueError(str(error) if named else f"{source}: {error}") from None
 
 
 def config_to_dict(config: object) -> dict:
@@ -176,16 +177,20 @@ def _drop_ignored(tree: dict, ignored: set[str], source: str) -> None:
 # ---- settings of a script: default, help and check said once --------------------------------------------------------
 
 
-def option(default: Any, help: str, *, choices: tuple | None = None, least: float | None = None, metavar: str = ""):
-    """Returns a dataclass field that `add_fields` makes a flag of. default: ... if required. least: of a number."""
-    metadata = {"help": help, "choices": choices, "least": least, "metavar": metavar}
+def option(
+    default: Any, help: str, *, choices: tuple | None = None, least: float | None = None, most: float | None = None,
+    metavar: str | tuple[str, ...] = "",
+):  # fmt: skip
+    """Returns a dataclass field that `add_fields` makes a flag of. default: ... if required. least, most: limits."""
+    metadata = {"help": help, "choices": choices, "limits": (least, most), "metavar": metavar}
     return dataclasses.field(default=dataclasses.MISSING if default is ... else default, metadata=metadata)
 
 
 def add_fields(parser: argparse.ArgumentParser, settings: type) -> None:
     """Adds one flag per `option` field of a dataclass; `parser` may be a group of one.
 
-    bool becomes --name / --no-name; a tuple takes its values after one flag; what has no default value is required.
+    bool becomes --name / --no-name; a tuple takes its values after one flag (`tuple[int, ...]` any number, `tuple[int,
+    int]` two); what has no default value is required.
     Imports nothing heavy, so that --help answers at once.
     """
     hints = typing.get_type_hints(settings)
@@ -200,8 +205,8 @@ def add_fields(parser: argparse.ArgumentParser, settings: type) -> None:
         if kind is bool:
             words |= {"action": argparse.BooleanOptionalAction}
         else:
-            words |= {"type": _checked(kind, entry.metadata["least"]), "choices": entry.metadata["choices"]}
-            words |= {"nargs": "*"} if many else {}
+            words |= {"type": _checked(kind, *entry.metadata["limits"]), "choices": entry.metadata["choices"]}
+            words |= {"nargs": many} if many else {}
             words |= {"metavar": entry.metadata["metavar"]} if entry.metadata["metavar"] else {}
         parser.add_argument(f"--{entry.name}", **words)
 
@@ -212,18 +217,18 @@ def from_arguments(settings: type[Config], arguments: argparse.Namespace) -> Con
     return settings(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
-def _flag_type(hint: Any) -> tuple[type, bool]:
-    """Returns the type of a field's value (`float | None` -> float), and whether the field holds several."""
+def _flag_type(hint: Any) -> tuple[type, int | str | None]:
+    """Returns the type of a field's value (`float | None` -> float), and argparse's nargs where it holds several."""
     parts = [part for part in typing.get_args(hint) if part is not type(None)]
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return _flag_type(parts[0])
     if typing.get_origin(hint) is tuple:
-        return parts[0], True
-    return hint, False
+        return parts[0], "*" if Ellipsis in parts else len(parts)
+    return hint, None
 
 
-def _checked(kind: type, least: float | None):
-    """Returns an argparse type that refuses numbers below `least` and such as are not finite."""
+def _checked(kind: type, least: float | None, most: float | None):
+    """Returns an argparse type that refuses numbers below `least`, above `most` and such as are not finite."""
 
     def convert(text: str):
         value = kind(text)
@@ -231,6 +236,8 @@ def _checked(kind: type, least: float | None):
             raise argparse.ArgumentTypeError(f"must be finite, got {text}")
         if least is not None and value < least:
             raise argparse.ArgumentTypeError(f"must be at least {least}, got {text}")
+        if most is not None and value > most:
+            raise argparse.ArgumentTypeError(f"must be at most {most}, got {text}")
         return value
 
     convert.__name__ = kind.__name__  # argparse names the type in its message

@@ -72,7 +72,7 @@ def _paint(
     progress: Callable[[Iterable], Iterable] | None,
 ) -> PosedViews:  # fmt: skip
     """The views painted from the photograph or its mirror image, in the photograph's own world either way."""
-    from mvdiffusion.pipelines.multiview import generate_best_views, generate_views
+    from mvdiffusion.pipelines.multiview import generate_views
 
     size, reference = components.image_size, artifacts.rig.reference_view
     cameras, own = artifacts.stage2_cameras(size), resize_rgba(photo, size)
@@ -91,13 +91,15 @@ def _paint(
         "sampler": artifacts.options.sampler, "progress": progress,
     }  # fmt: skip
     picture = composite(photo.flip(-1) if mirrored else photo, 1.0)
-    if artifacts.options.num_seeds == 1:  # nothing to choose, and nothing to measure
-        return posed(generate_views(components, picture[None], artifacts.embeds, seeds=[seed], **options)[0])
-    best = generate_best_views(
-        components, picture, artifacts.embeds, seed=seed, num_seeds=artifacts.options.num_seeds,
-        score=lambda rgb: consistency_score(posed(rgb)), **options,
-    )  # fmt: skip
-    return replace(posed(best.views), seed_scores=best.scores)
+    best, scores = None, {}
+    for number in range(seed, seed + artifacts.options.num_seeds):  # one set after the other: the memory of one
+        views = posed(generate_views(components, picture[None], artifacts.embeds, seeds=[number], **options)[0])
+        if artifacts.options.num_seeds == 1:  # nothing to choose, and nothing to measure
+            return views
+        scores[number] = consistency_score(views)
+        if best is None or scores[number] > scores[best[0]]:
+            best = (number, views)
+    return replace(best[1], seed_scores=scores)
 
 
 def consistency_score(views: PosedViews) -> float:

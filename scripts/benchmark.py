@@ -155,7 +155,7 @@ class Bench:
 
     def peak(self, run: Callable[[], object]) -> float | str | None:
         """Returns the MiB that `run` needs at most beside what is there before it; None where not measured."""
-        from multiview.memory import peak_bytes, reset_peak, resident_bytes
+        from multiview.run import peak_bytes, reset_peak
 
         if self.options.no_memory or not (self.on_gpu or reset_peak()):
             return None
@@ -174,7 +174,7 @@ class Bench:
         library.mallopt(-3, 2**16)
         run()
         library.malloc_trim(0), reset_peak()
-        before = resident_bytes()
+        before = psutil.Process().memory_info().rss
         run()
         library.mallopt(-3, 2**25)
         return max(0.0, peak_bytes() - before) / 2**20

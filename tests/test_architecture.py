@@ -25,7 +25,7 @@ ALLOWED_IMPORTS = {  # package -> the packages that it may import; entry scripts
     "mvdiffusion": {"multiview"},
     "gslrm": {"multiview"},
     "recording": {"multiview"},
-    "synthetic": {"multiview", "recording"},
+    "synthetic": {"multiview", "gslrm", "recording"},
     "pipeline": {"multiview", "mvdiffusion", "gslrm"},
     "evaluation": {"multiview", "mvdiffusion", "gslrm", "pipeline", "recording", "synthetic"},
 }

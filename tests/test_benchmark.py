@@ -20,8 +20,8 @@ from gslrm.model.gaussians_renderer import render
 from gslrm.model.gslrm import GSLRM, forward_flops
 from multiview.cameras import Cameras
 from multiview.rig import load_rig
+from mvdiffusion.demo import SD21_UNCLIP, Stage1Shape
 from mvdiffusion.models.unet import create_unet
-from mvdiffusion.random_components import SD21_UNCLIP, Stage1Shape
 from tests import peer_rasterizer
 from tests.peer_gslrm import PlainGSLRM
 
@@ -160,7 +160,7 @@ TINY = Stage1Shape(
 
 
 def test_stage_1_is_sampled_and_trained_with_the_real_code(benchmark, monkeypatch):
-    monkeypatch.setattr("mvdiffusion.random_components.demo_shape", lambda unet: TINY)
+    monkeypatch.setattr("mvdiffusion.demo.demo_shape", lambda unet: TINY)
     monkeypatch.setattr("mvdiffusion.pipelines.multiview.NUM_STEPS", 4)
     options = benchmark.argparse.Namespace(preset="demo", repeats=1, compile=False, no_memory=True)
     bench = benchmark.Bench(options, torch.device("cpu"))
