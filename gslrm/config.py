@@ -6,6 +6,9 @@ Keys that FaceLift's own files hold and that change nothing here are listed in `
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from math import inf
+
+from multiview.sampler import mixed_lists
 
 IGNORED_KEYS = (
     "profile",
@@ -94,6 +97,7 @@ class RuntimeConfig:
     recompute_rendering: bool = False  # draw again in the backward pass instead of keeping everything: less memory
     raster_backend: str = "auto"
     ema_decay: float = 0.0  # 0 = off
+    budget_s: float | None = None  # seconds after which the run saves itself and stops; repeating continues it
 
 
 @dataclass
@@ -118,7 +122,7 @@ class AugmentationConfig:
 @dataclass
 class MixConfig:
     dataset_path: str
-    ratio: float  # of the training items, in whole hundredths
+    ratio: float  # of the training items, rounded to hundredths
 
 
 @dataclass
@@ -210,6 +214,7 @@ class CheckpointingConfig:
     checkpoint_every: int = 500  # iterations
     checkpoints_total_limit: int = 3
     export_dir: str | None = None  # where the finished network goes in float16, to ship it
+    skip_digest: bool = False  # resume without comparing files with their digests
 
 
 @dataclass
@@ -278,6 +283,15 @@ def model_config_from_dict(content: dict, source: str) -> ModelConfig:
     return build(ModelConfig(), content, "model")
 
 
+def size_of(config: GSLRMConfig) -> tuple[float, float, float]:
+    """Lower bounds: parameters, parameters that train, and bytes of a batch."""
+    transformer, training = config.model.transformer, config.training
+    pixels = training.dataset.num_views * config.model.image_tokenizer.image_size**2
+    parameters, adaptation = 12.0 * transformer.n_layer * transformer.d**2, training.adaptation
+    is_partial = adaptation.lora_rank or adaptation.trainable_layers is not None
+    return parameters, 0.0 if is_partial else parameters, 16.0 * pixels * training.dataloader.batch_size_per_gpu
+
+
 # ---- checks that need no data ---------------------------------------------------------------------------------------
 
 
@@ -310,9 +324,27 @@ def check_config(config: GSLRMConfig) -> None:
     ):
         if value not in allowed:
             raise ValueError(f"{key} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+    training = config.training
+    for key, value, low, high in (
+        ("model.image_tokenizer.image_size", config.model.image_tokenizer.image_size, 1, 2**16),
+        ("model.transformer.n_layer", config.model.transformer.n_layer, 1, 10_000),
+        ("training.runtime.grad_accum_steps", runtime.grad_accum_steps, 1, inf),
+        ("training.dataloader.batch_size_per_gpu", training.dataloader.batch_size_per_gpu, 1, inf),
+        ("training.dataloader.num_workers", training.dataloader.num_workers, 0, 512),
+        ("training.dataloader.prefetch_factor", training.dataloader.prefetch_factor, 1, 1024),
+        ("training.schedule.max_fwdbwd_passes", training.schedule.max_fwdbwd_passes, 1, inf),
+        ("training.checkpointing.checkpoint_every", training.checkpointing.checkpoint_every, 1, inf),
+        ("training.checkpointing.checkpoints_total_limit", training.checkpointing.checkpoints_total_limit, 1, inf),
+        ("training.logging.print_every", training.logging.print_every, 1, inf),
+        ("training.logging.vis_every", training.logging.vis_every, 1, inf),
+        ("validation.val_every", config.validation.val_every, 1, inf),
+        ("validation.num_samples", config.validation.num_samples, 1, inf),
+    ):
+        if not low <= value <= high:
+            raise ValueError(f"{key} must be within {low} to {high}, got {value}")
     uses_pointsdist = losses.pointsdist_loss_weight > 0 or losses.warmup_pointsdist
     check_augmentation(dataset.augmentation)
-    mix_percents(dataset)
+    mixed_lists(dataset.dataset_path, [(part.dataset_path, part.ratio) for part in dataset.mix])
     if config.model.prune_background_tokens and uses_pointsdist and not losses.masked_pointsdist_loss:
         raise ValueError(
             "the plain points-distance loss needs every pixel, but model.prune_background_tokens drops most: set "
@@ -342,21 +374,3 @@ def check_augmentation(augmentation: AugmentationConfig) -> None:
                 f"training.dataset.augmentation.camera_noise.{entry.name} is a standard deviation and must be 0 or "
                 f"more, got {value}"
             )
-
-
-def mix_percents(dataset: DatasetConfig) -> list[int]:
-    """Of 100 training items, how many come from `dataset_path` and from each dataset of `mix`."""
-    percents = []
-    for number, part in enumerate(dataset.mix):
-        percents.append(round(part.ratio * 100))
-        if abs(part.ratio * 100 - percents[-1]) > 1e-6 or percents[-1] < 1:
-            raise ValueError(
-                f"training.dataset.mix[{number}].ratio must be a whole number of hundredths above 0, so that the "
-                f"proportions can hold exactly, got {part.ratio}"
-            )
-    if sum(percents) > 99:
-        raise ValueError(
-            f"training.dataset.mix: the ratios add up to {sum(percents) / 100:g}, which leaves nothing for "
-            f"training.dataset.dataset_path ({dataset.dataset_path}); make it the dataset with the rest of the items"
-        )
-    return [100 - sum(percents), *percents]

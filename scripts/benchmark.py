@@ -356,7 +356,7 @@ def measure_sampling(bench: Bench):
 
 def measure_diffusion_training(bench: Bench):
     from mvdiffusion.latents import EncodedBatch, encode
-    from mvdiffusion.training import training_loss
+    from mvdiffusion.losses import training_loss
 
     (config, components, embeds), rig = stage1(bench, "sparse"), load_rig("mouse6")
     unet, b, size = components.unet.train(), config.train_batch_size, components.image_size

@@ -6,10 +6,11 @@ from pathlib import Path
 import torch
 from mvdiffusion_tiny import SIZE, UNET, prepare
 
-from gslrm.checkpoints import checkpoint_path, sidecar
+from gslrm.checkpoints import checkpoint_path
 from gslrm.config import GaussiansConfig, GSLRMConfig, ImageTokenizerConfig, ModelConfig, TransformerConfig
 from gslrm.model.gslrm import GSLRM
 from multiview.checkpoint import save_checkpoint
+from multiview.config import config_to_dict
 from multiview.rig import ViewRig, load_rig
 from mvdiffusion.models.unet import create_unet, save_unet
 
@@ -34,7 +35,8 @@ def write_gslrm(folder: Path, rig: ViewRig, step: int = 5) -> Path:
     torch.manual_seed(0)
     config = gslrm_config(rig.name)
     path = checkpoint_path(folder, step)
-    save_checkpoint(path, {"model": GSLRM(config.model).state_dict()}, sidecar(config, rig, step))
+    sidecar = {"config": config_to_dict(config), "rig": rig.to_dict(), "step": step}
+    save_checkpoint(path, {"model": GSLRM(config.model).state_dict()}, sidecar)
     return path
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from gslrm.checkpoints import export_weights, load_gslrm, model_weights, resolve_checkpoint
 from gslrm.config import IGNORED_KEYS, GSLRMConfig, ModelConfig, model_config_from_dict
 from gslrm.model.gslrm import GSLRM
-from gslrm.state import build_optimizer
+from gslrm.training import parameter_groups
 from multiview.cameras import Cameras
 from multiview.checkpoint import load_checkpoint, load_strict
 from multiview.config import config_to_dict, load_config
@@ -198,7 +198,7 @@ def test_optimizer_groups_are_facelifts():
     config = load_config(GSLRMConfig, GOLDEN / "config.yaml", ignored=set(IGNORED_KEYS))
     model = GSLRM(config.model)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    own = build_optimizer(model, config.training.optimizer).param_groups
+    own = parameter_groups(model, config.training.optimizer.weight_decay)
     assert [[names[id(p)] for p in group["params"]] for group in own] == [group["params"] for group in groups]
     assert [group["weight_decay"] for group in own] == [group["weight_decay"] for group in groups]
 
