@@ -139,7 +139,7 @@ def add_fields(parser: argparse.ArgumentParser, settings: type) -> None:
         if kind is bool:
             words |= {"action": argparse.BooleanOptionalAction}
         else:
-            words |= {"type": _checked(kind, entry.metadata["least"]), "choices": entry.metadata["choices"]}
+            words |= {"type": checked(kind, entry.metadata["least"]), "choices": entry.metadata["choices"]}
             words |= {"nargs": "*"} if many else {}
             words |= {"metavar": entry.metadata["metavar"]} if entry.metadata["metavar"] else {}
         parser.add_argument(f"--{entry.name}", **words)
@@ -147,7 +147,8 @@ def add_fields(parser: argparse.ArgumentParser, settings: type) -> None:
 
 def from_arguments(settings: type[Config], arguments: argparse.Namespace) -> Config:
     """Returns the dataclass filled from parsed arguments; its __post_init__ checks what concerns several of them."""
-    values = {entry.name: getattr(arguments, entry.name) for entry in dataclasses.fields(settings)}
+    flags = [entry.name for entry in dataclasses.fields(settings) if "help" in entry.metadata]
+    values = {name: getattr(arguments, name) for name in flags}
     return settings(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
@@ -161,7 +162,7 @@ def _flag_type(hint: Any) -> tuple[type, bool]:
     return hint, False
 
 
-def _checked(kind: type, least: float | None):
+def checked(kind: type, least: float | None):
     """Returns an argparse type that refuses numbers below `least` and such as are not finite."""
 
     def convert(text: str):

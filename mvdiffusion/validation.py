@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from multiview.cameras import Cameras
-from multiview.consistency import view_consistency
 from multiview.image import grid
 from multiview.metrics import (
     foreground_psnr,
@@ -20,6 +19,7 @@ from multiview.metrics import (
     mask_iou,
     psnr,
     ssim,
+    view_consistency,
 )
 from mvdiffusion.collapse import difference_ratio
 from mvdiffusion.components import Components

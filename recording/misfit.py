@@ -158,7 +158,7 @@ def suspect_mirrored(masks: Tensor, cameras: Cameras) -> tuple[int, ...]:
 
 
 def _silhouette_fit(masks: Tensor, cameras: Cameras, mirrored: tuple[int, ...]) -> float:
-    from multiview.consistency import view_consistency
+    from multiview.metrics import view_consistency
 
     masks = masks.clone()
     masks[list(mirrored)] = masks[list(mirrored)].flip(-1)

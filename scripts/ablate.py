@@ -8,6 +8,7 @@ runs are skipped, an interrupted one continues from its last checkpoint, a faile
 
 import argparse
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -15,22 +16,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from multiview.run import main_guard
 
 
-def parse_arguments() -> argparse.Namespace:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--spec", type=Path, required=True, help="YAML: base, stage, factors, seeds, overrides, metrics"
-    )
+    parser.add_argument("--spec", type=Path, required=True, help="YAML; see configs/ablation_*.yaml")
     parser.add_argument("--dry_run", action="store_true", help="print the cells and their overrides, and stop")
     parser.add_argument("--only", default="", help="run only cells whose names hold this text (default: all)")
-    return parser.parse_args()
-
-
-def main() -> None:
-    arguments = parse_arguments()
-    from dataclasses import asdict
-
-    from evaluation.ablation import check_cells, make_cells, prepare, read_spec, run_cells
-    from evaluation.effects import markdown, summarise
+    arguments = parser.parse_args()
+    from evaluation.ablation import check_cells, make_cells, markdown, prepare, read_spec, run_cells, summarise
     from multiview.files import atomic_write, write_json
     from multiview.run import git_hash
 

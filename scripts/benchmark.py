@@ -23,8 +23,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from multiview.config import checked
 from multiview.run import main_guard
-from pipeline.flags import positive
+
+POSITIVE = checked(int, 1)
 
 DIFFUSION_PARTS = ("sampling", "diffusion_training")
 MODEL_PARTS = ("rasterizer", "gslrm", "tokens", "training", "rendering", *DIFFUSION_PARTS)
@@ -46,14 +48,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--what", type=parts, default=MODEL_PARTS, metavar="PART[,PART...]", help=f"(default: {','.join(MODEL_PARTS)})"
     )
-    parser.add_argument("--repeats", type=positive, default=9, help="timed runs after one that warms up (default: 9)")
+    parser.add_argument("--repeats", type=POSITIVE, default=9, help="timed runs after one that warms up (default: 9)")
     parser.add_argument("--compile", action="store_true", help="gslrm, training and sampling also compiled")
     parser.add_argument("--no_memory", action="store_true", help="leave peak memory out (CPU: a process per figure)")
     group = parser.add_argument_group("import")
-    group.add_argument("--frames", type=positive, default=2000, help="of the recording, at the least (default: 2000)")
-    group.add_argument("--source_frames", type=positive, default=24, help="filmed, then looped (default: 24)")
-    group.add_argument("--video_width", type=positive, default=1152, help="even, px of the videos (default: 1152)")
-    group.add_argument("--workers", type=positive, default=2, help="processes, of the decoding too (default: 2)")
+    group.add_argument("--frames", type=POSITIVE, default=2000, help="of the recording, at the least (default: 2000)")
+    group.add_argument("--source_frames", type=POSITIVE, default=24, help="filmed, then looped (default: 24)")
+    group.add_argument("--video_width", type=POSITIVE, default=1152, help="even, px of the videos (default: 1152)")
+    group.add_argument("--workers", type=POSITIVE, default=2, help="processes, of the decoding too (default: 2)")
     parser.add_argument("--output", type=Path, help="JSON file to write; the table goes beside it as .md")
     return parser.parse_args(arguments)
 

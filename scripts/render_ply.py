@@ -6,8 +6,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from multiview.config import checked
 from multiview.run import main_guard
-from pipeline.flags import positive
+
+POSITIVE = checked(int, 1)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -19,8 +21,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--alpha", action="store_true", help="also alpha/cam_000.png ..., 8 bit")
     parser.add_argument("--sheet", action="store_true", help="also sheet.png: everything in one picture")
     parser.add_argument("--turntable", type=Path, help="an .mp4 of a camera going once around")
-    parser.add_argument("--turntable_views", type=positive, default=120, help="frames of --turntable")
-    parser.add_argument("--turntable_size", type=positive, default=384, help="pixels, even")
+    parser.add_argument("--turntable_views", type=POSITIVE, default=120, help="frames of --turntable")
+    parser.add_argument("--turntable_size", type=POSITIVE, default=384, help="pixels, even")
     parser.add_argument("--elevation", type=float, default=0.0, help="of --turntable, degrees")
     parser.add_argument("--background", choices=["white", "gray", "black"], default="white", help="behind the animal")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -55,7 +57,7 @@ def render_cameras(gaussians, arguments: argparse.Namespace) -> None:
     from gslrm.model.gaussians_renderer import render
     from multiview.cameras import read_cameras
     from multiview.image import BACKGROUNDS, write_image
-    from pipeline.outputs import contact_sheet, depth_pictures, write_alpha, write_depth
+    from pipeline.outputs import contact_sheet, depth_images, write_alpha, write_depth
 
     folder, cameras = arguments.output_dir, read_cameras(arguments.cameras).to(gaussians.device)
     folder.mkdir(parents=True, exist_ok=True)
@@ -76,7 +78,7 @@ def render_cameras(gaussians, arguments: argparse.Namespace) -> None:
     if arguments.sheet:
         rows = [torch.stack(kept["rgb"])]
         if arguments.depth:
-            rows.append(depth_pictures(torch.stack(kept["depth"])))
+            rows.append(depth_images(torch.stack(kept["depth"])))
         if arguments.alpha:
             rows.append(torch.stack(kept["alpha"]).expand(-1, 3, -1, -1))
         write_image(folder / "sheet.png", contact_sheet(rows))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from chain_tiny import write_gslrm
+from pipeline_tiny import write_gslrm
 
 import evaluation.evaluate
 from benchmarks.scenes import trained_like

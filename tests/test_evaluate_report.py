@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from chain_tiny import write_gslrm
+from pipeline_tiny import write_gslrm
 
 from evaluation.baselines import (
     NAMES,

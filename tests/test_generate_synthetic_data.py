@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from chain_tiny import write_unet
+from pipeline_tiny import write_unet
 from mvdiffusion_tiny import SIZE, prepare
 
 from multiview.cameras import Cameras

@@ -12,8 +12,7 @@ from torch.utils.data import Dataset
 
 from gslrm.config import AugmentationConfig
 from gslrm.data.augmentation import choose_background, jitter
-from multiview.camera_noise import perturb
-from multiview.cameras import Cameras, read_cameras
+from multiview.cameras import Cameras, perturb, read_cameras
 from multiview.image import composite
 from multiview.rig import ViewRig, check_posed_views
 from multiview.run import make_generator

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from multiview.consistency import view_consistency
+from multiview.metrics import view_consistency
 from multiview.sample import Sample
 from recording.quality.tangency import DIRECTIONS, outline
 

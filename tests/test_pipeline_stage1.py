@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from chain_tiny import prepare_chain, write_gslrm
+from pipeline_tiny import prepare_chain, write_gslrm
 from mvdiffusion_tiny import UNET
 
 from gslrm.model.gaussians_renderer import render

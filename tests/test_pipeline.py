@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from chain_tiny import prepare_chain, write_gslrm, write_unet
+from pipeline_tiny import prepare_chain, write_gslrm, write_unet
 
 from gslrm.model.ply import load_ply
 from multiview.image import read_rgba, write_image
