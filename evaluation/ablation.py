@@ -88,8 +88,9 @@ def read_spec(path: Path | str) -> AblationSpec:
         spec = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(AblationSpec), content))
     except YAMLError as error:
         raise ValueError(f"ablation spec {path} is not valid YAML: {' '.join(str(error).split())}") from error
-    except OmegaConfBaseException as error:
-        raise ValueError(f"{path}: {str(error).strip().splitlines()[0]} (key {error.full_key})") from error
+    except (OmegaConfBaseException, TypeError) as error:  # TypeError: a list where a mapping is expected, or so
+        where = f" (key {error.full_key})" if isinstance(error, OmegaConfBaseException) else ""
+        raise ValueError(f"{path}: {str(error).strip().splitlines()[0]}{where}") from error
     if spec.stage not in TRAINERS:
         raise ValueError(f"{path}: stage must be 1 or 2, got {spec.stage!r}")
     if len(set(spec.seeds)) != len(spec.seeds) or not spec.seeds:
