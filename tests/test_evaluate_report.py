@@ -225,7 +225,8 @@ def test_autoencoder_is_shown_the_views_themselves():
                 return SimpleNamespace(sample=latents)
 
     sample = ball(0)
-    found = predict_autoencoder(SimpleNamespace(components=Components), sample, splits_of("1", sample, RIG))[OTHER_RIG_VIEWS]
+    model = SimpleNamespace(components=Components)
+    found = predict_autoencoder(model, sample, splits_of("1", sample, RIG))[OTHER_RIG_VIEWS]
     expected = (composite(sample.rgba[1:6], 1.0) * 2 - 1) / 2 / 2 + 0.5
     assert torch.allclose(found.rgb, expected) and found.views == (1, 2, 3, 4, 5) and asked == ["vae"]
 
@@ -237,7 +238,8 @@ def records(method: str, quality: float, split: str = NOVEL) -> list[dict]:
     return [
         {
             "sample": f"m{i}", "method": method, "split": split, "view": 6, "angle_deg": 45.0 * i,
-            "direction": list(DIRECTIONS)[min(2, (45 * i) // 61)], "foreground_psnr": quality + i % 2, "mask_iou": quality / 40,
+            "direction": list(DIRECTIONS)[min(2, (45 * i) // 61)], "foreground_psnr": quality + i % 2,
+            "mask_iou": quality / 40,
         }
         for i in range(4)
     ]  # fmt: skip
