@@ -6,32 +6,16 @@ Without checkpoint flags the small demo models are used. Each result goes to <ou
 import argparse
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from multiview.config import add_fields, from_arguments, option
+from multiview.config import add_fields, from_arguments
 from multiview.run import main_guard
-from pipeline.artifacts import Checkpoints, PhotoOptions, add_overrides, parse_overrides
+from pipeline.artifacts import Checkpoints, Options, add_overrides, parse_overrides
 
 EXPORTS = ("splat", "ply_compressed")
 # Images that no library here can read: named as failed, where a text file in the folder is only mentioned.
 FOREIGN_SUFFIXES = {".heic", ".heif", ".jxl", ".dng", ".raw", ".cr2", ".cr3", ".nef", ".arw"}
-
-
-@dataclass(frozen=True)
-class Options(PhotoOptions):
-    """Rarer settings, given as key=value."""
-
-    turntable_size: int = option(256, "pixels, even", least=16)
-    maps: bool = option(False, "also depth/ and alpha/ as seen by the views' cameras")
-    sheet: bool = option(False, "also sheet.png: input and views above their renderings")
-    video_stride: int = option(10, "use every n-th frame of --input_video", least=1)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.turntable_size % 2:
-            raise ValueError(f"turntable_size must be even, got {self.turntable_size}")
 
 
 def parse_arguments() -> tuple[argparse.Namespace, Options]:

@@ -9,23 +9,23 @@ from pathlib import Path
 
 from multiview.config import checked
 from multiview.run import main_guard
-from pipeline.artifacts import PhotoOptions, add_overrides, parse_overrides
+from pipeline.artifacts import Options, add_overrides, parse_overrides
 
 FILES = {  # flag -> field of pipeline.artifacts.Checkpoints, help
-    "mvdiff_unet": ("mvdiffusion_checkpoint", "Stage 1: UNet folder or checkpoint-<step>; default: demo model"),
-    "mvdiff_pretrained": ("mvdiff_pretrained", "Stage 1: components; default: the checkpoint's own"),
-    "prompt_embeds": ("prompt_embeds", "clr_embeds.pt; default: those stored beside the UNet, else the tracked ones"),
-    "gslrm_checkpoint": ("checkpoint", "Stage 2: ckpt_*.pt or a folder of them; default: demo model"),
-    "gslrm_config": ("gslrm_config", "Stage 2: training YAML; default: the checkpoint's own"),
-    "camera_json": ("camera_json", "cameras of the generated views; must be the rig's"),
+    "--mvdiff_unet": ("mvdiffusion_checkpoint", "Stage 1: UNet folder or checkpoint-<step>; default: demo model"),
+    "--mvdiff_pretrained": ("mvdiff_pretrained", "Stage 1: components; default: the checkpoint's own"),
+    "--prompt_embeds": ("prompt_embeds", "clr_embeds.pt; default: those stored beside the UNet, else the tracked ones"),
+    "--gslrm_checkpoint": ("checkpoint", "Stage 2: ckpt_*.pt or a folder of them; default: demo model"),
+    "--gslrm_config": ("gslrm_config", "Stage 2: training YAML; default: the checkpoint's own"),
+    "--camera_json": ("camera_json", "cameras of the generated views; must be the rig's"),
 }
 
 
-def parse_arguments() -> tuple[argparse.Namespace, PhotoOptions]:
+def parse_arguments() -> tuple[argparse.Namespace, Options]:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--input_image", type=Path, required=True, help="one photograph (RGBA: its alpha is the mask)")
     for flag, (field, text) in FILES.items():
-        parser.add_argument(f"--{flag}", dest=field, type=Path, help=text)
+        parser.add_argument(flag, dest=field, type=Path, help=text)
     parser.add_argument("--rig", help="the view rig, for weights that carry none (facelift6 for FaceLift's)")
     parser.add_argument("--num_steps", type=checked(int, 1), help="sampling steps; default: the model's own, else 50")
     parser.add_argument("--guidance_scale", type=float, help="1 = off; default: the model's own, else 3")
@@ -33,9 +33,9 @@ def parse_arguments() -> tuple[argparse.Namespace, PhotoOptions]:
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--turntable_views", type=int, default=120, help="frames of turntable.mp4 (120); 0 writes none")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/pipeline"), help="default: outputs/pipeline")
-    add_overrides(parser, PhotoOptions)
+    add_overrides(parser, Options)
     arguments = parser.parse_intermixed_args()
-    return arguments, parse_overrides(parser, PhotoOptions, arguments.overrides)
+    return arguments, parse_overrides(parser, Options, arguments.overrides)
 
 
 def main() -> None:
@@ -68,7 +68,7 @@ def main() -> None:
         result.write_stage1(stage1)
         write_run(stage1, model.rig, result.record)
         print(f"{stage1}: {len(result.views.rgb)} views")
-        result.write_stage2(stage2, turntable_views=arguments.turntable_views)
+        result.write_stage2(stage2, turntable_views=arguments.turntable_views, turntable_size=options.turntable_size)
         write_run(stage2, model.rig, result.record)
     print(f"{stage2}: {result.gaussians.num_gaussians} Gaussians")
 

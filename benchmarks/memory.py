@@ -13,10 +13,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import torch
 
 from benchmarks.cases import Case
-from multiview.memory import peak_bytes, reset_peak, resident_bytes
+from multiview.run import peak_bytes, reset_peak
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -48,7 +49,7 @@ def grown_by(run) -> float:
     run()
     gc.collect()
     reset_peak()
-    before = resident_bytes()
+    before = psutil.Process().memory_info().rss
     run()
     return max(0.0, peak_bytes() - before)
 

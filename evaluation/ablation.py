@@ -16,11 +16,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from multiview.files import read_json, read_text, write_json
+from multiview.config import read_yaml
+from multiview.files import read_json, take, write_json
 from multiview.report import Table
 from multiview.run import REPOSITORY
 
@@ -41,14 +42,14 @@ class AblationSpec:
     (scripts/....py with arguments) that make what the cells need, run before the first one.
     """
 
-    base: str = ""
-    output_dir: str = ""
-    factors: dict[str, Any] = field(default_factory=dict)
-    metrics: list[str] = field(default_factory=list)
-    stage: int = 1
-    seeds: list[int] = field(default_factory=lambda: [0])
-    overrides: dict[str, Any] = field(default_factory=dict)
-    prepare: list[str] = field(default_factory=list)
+    base: str
+    output_dir: str
+    factors: dict[str, dict[str, dict[str, Any]]]
+    metrics: list[str]
+    stage: int
+    seeds: list[int]
+    overrides: dict[str, Any]
+    prepare: list[str]
 
 
 @dataclass(frozen=True)
@@ -70,30 +71,25 @@ class Cell:
 
 def read_spec(path: Path | str) -> AblationSpec:
     """Reads and checks a spec YAML. Raises ValueError naming the file, the key and what was expected."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    try:
-        content = OmegaConf.to_container(OmegaConf.create(read_text(path)), resolve=False)
-        known = set(AblationSpec.__dataclass_fields__)
-        if not isinstance(content, dict):
-            raise ValueError(f"{path} must hold a mapping of keys to values")
-        for key in set(map(str, content)) - known:
+    content, where, known = read_yaml(path, {"base", "output_dir"}), str(path), set(AblationSpec.__dataclass_fields__)
+    for key in map(str, content):
+        if key not in known:
             nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
             raise ValueError(f"{path}: unknown key '{key}'; the nearest known one is '{nearest}'")
-        for key in ("base", "output_dir", "factors", "metrics"):
-            if not content.get(key):
-                raise ValueError(f"{path}: the key '{key}' is missing or empty")
-        spec = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(AblationSpec), content))
-    except YAMLError as error:
-        raise ValueError(f"ablation spec {path} is not valid YAML: {' '.join(str(error).split())}") from error
-    except (OmegaConfBaseException, TypeError) as error:  # TypeError: a list where a mapping is expected, or so
-        where = f" (key {error.full_key})" if isinstance(error, OmegaConfBaseException) else ""
-        raise ValueError(f"{path}: {str(error).strip().splitlines()[0]}{where}") from error
+    for key in ("base", "output_dir", "factors", "metrics"):
+        if not content.get(key):
+            raise ValueError(f"{path}: the key '{key}' is missing or empty")
+    spec = AblationSpec(
+        **{key: take(content, key, str, where) for key in ("base", "output_dir")},
+        **{key: take(content, key, dict, where, default={}) for key in ("factors", "overrides")},
+        **{key: take(content, key, list, where, default=[]) for key in ("metrics", "prepare")},
+        stage=take(content, "stage", int, where, default=1), seeds=take(content, "seeds", list, where, default=[0]),
+    )  # fmt: skip
+    if not all(isinstance(text, str) for text in (*spec.metrics, *spec.prepare)):
+        raise ValueError(f"{path}: metrics and prepare must be lists of texts")
     if spec.stage not in TRAINERS:
         raise ValueError(f"{path}: stage must be 1 or 2, got {spec.stage!r}")
-    if len(set(spec.seeds)) != len(spec.seeds) or not spec.seeds:
+    if not spec.seeds or len(set(map(str, spec.seeds))) != len(spec.seeds) or {type(s) for s in spec.seeds} != {int}:
         raise ValueError(f"{path}: seeds must be a list of different whole numbers, got {spec.seeds!r}")
     return replace(spec, factors={name: _levels(name, given, path) for name, given in spec.factors.items()})
 

@@ -32,10 +32,9 @@ from evaluation.methods import (
 )
 from evaluation.report import Album, Report, image_rows, mean
 from evaluation.sweeps import SweepReport, find_world_units_per_mm, plan_sweeps, predict_levels
-from multiview.memory import peak_bytes, reset_peak
 from multiview.metrics import load_lpips, lpips_backbone_path
 from multiview.rig import check_alignment
-from multiview.run import git_hash, stoppable
+from multiview.run import git_hash, peak_bytes, reset_peak, stoppable
 from multiview.sample import Sample, read_dataset_info, read_sample, read_split
 
 if TYPE_CHECKING:

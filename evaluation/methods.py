@@ -223,8 +223,7 @@ def predict_hull(views: PosedViews, sample: Sample, splits: Splits) -> Predictio
             empty = torch.zeros(len(chosen), 1, cameras.height, cameras.width)
             found[split] = compare(sample, chosen, 1.0 - empty.expand(-1, 3, -1, -1), empty, empty)
         else:
-            seen = render_hull(shell, cameras)
-            found[split] = compare(sample, chosen, seen.rgb, seen.mask, seen.depth)
+            found[split] = compare(sample, chosen, *render_hull(shell, cameras))
     return found
 
 

@@ -7,7 +7,6 @@ Conventions (docs/conventions.md is the authority): OpenCV axes (x right, y down
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from multiview.files import read_json, take
+
+LENS_TERMS = ("k1", "k2", "k3", "k4", "k5", "k6", "p1", "p2", "skew")
+LARGEST_SIDE = 1 << 15  # pixels; no camera file is believed beyond it
 TURNTABLE_DISTANCE = 2.7
 TURNTABLE_HFOV_DEG = 50.0
 
@@ -100,13 +103,9 @@ class Cameras:
 
     @staticmethod
     def turntable(
-        num_views: int,
-        size: int,
-        *,
-        elevation_deg: float = 0.0,
-        distance: float = TURNTABLE_DISTANCE,
+        num_views: int, size: int, *, elevation_deg: float = 0.0, distance: float = TURNTABLE_DISTANCE,
         hfov_deg: float = TURNTABLE_HFOV_DEG,
-    ) -> Cameras:
+    ) -> Cameras:  # fmt: skip
         """FaceLift's turntable: from -y counter-clockwise over 360 degrees, end point excluded. Shape [num_views]."""
         azimuth_deg = -torch.arange(num_views, dtype=torch.float64) * 360.0 / num_views
         focal_over_width = 0.5 / math.tan(math.radians(hfov_deg) / 2)
@@ -200,10 +199,8 @@ class Cameras:
 
     def rotate(self, azimuth_deg: float) -> Cameras:
         """All cameras moved about the world's z axis so that every azimuth grows by `azimuth_deg`."""
-        a = math.radians(-azimuth_deg)  # azimuth runs clockwise, mathematics counter-clockwise
-        rotation = torch.eye(4, dtype=torch.float64)
-        rotation[0, 0], rotation[0, 1] = math.cos(a), -math.sin(a)
-        rotation[1, 0], rotation[1, 1] = math.sin(a), math.cos(a)
+        rotation = torch.eye(4, dtype=torch.float64)  # azimuth runs clockwise, mathematics counter-clockwise
+        rotation[:3, :3] = axis_rotation(rotation[2, :3], torch.tensor(math.radians(-azimuth_deg), dtype=torch.float64))
         return replace(self, c2w=rotation.to(self.c2w) @ self.c2w)
 
     def recentre(self, centre: Tensor, scale: float) -> Cameras:
@@ -213,7 +210,7 @@ class Cameras:
         return replace(self, c2w=c2w)
 
     def mirrored(self) -> Cameras:
-        """What sees the world mirrored in x as these cameras see the world, pictures flipped left to right.
+        """Returns cameras that see the world mirrored in x as these see the world, images flipped left to right.
 
         With M = diag(-1, 1, 1): a point X at pixel (u, v) becomes M X at pixel (width - u, v). Azimuth a becomes -a.
         """
@@ -236,19 +233,25 @@ class Cameras:
         """Reads the `frames` list of `opencv_cameras.json` into Cameras of shape [v], float32."""
         if not frames:
             raise ValueError(f"{source}: 'frames' is empty, at least one camera is expected")
+        sizes, fxfycxcy, w2c = set(), [], []
         for number, frame in enumerate(frames):
-            missing = [key for key in ("w", "h", "fx", "fy", "cx", "cy", "w2c") if key not in frame]
-            if missing:
-                raise ValueError(f"{source}: frame {number} lacks {', '.join(missing)}")
-        sizes = {(int(f["w"]), int(f["h"])) for f in frames}
+            where = f"{source}: frame {number}"
+            sizes.add(tuple(take(frame, key, int, where, least=1, most=LARGEST_SIDE) for key in ("w", "h")))
+            fxfycxcy.append([take(frame, key, float, where) for key in ("fx", "fy", "cx", "cy")])
+            w2c.append(take(frame, "w2c", (4, 4), where))
+            bent = [key for key in LENS_TERMS if take(frame, key, float, where, default=0.0) != 0]
+            if bent:
+                raise ValueError(f"{where} has lens terms {', '.join(bent)}; undistort the images first")
         if len(sizes) != 1:
-            raise ValueError(f"{source}: all frames must have one picture size, got w x h {sorted(sizes)}")
+            raise ValueError(f"{source}: all frames must have one image size, got w x h {sorted(sizes)}")
         width, height = sizes.pop()
-        w2c = torch.tensor([f["w2c"] for f in frames], dtype=torch.float64)
-        if w2c.shape[1:] != (4, 4):
-            raise ValueError(f"{source}: w2c must be 4x4, got {list(w2c.shape[1:])}")
-        fxfycxcy = torch.tensor([[f["fx"], f["fy"], f["cx"], f["cy"]] for f in frames], dtype=torch.float64)
-        return Cameras.from_w2c(w2c, fxfycxcy, height, width).validate(source).to(torch.float32)
+        cameras = Cameras.from_w2c(
+            torch.tensor(w2c, dtype=torch.float64), torch.tensor(fxfycxcy, dtype=torch.float64), height, width
+        )
+        cameras = cameras.to(torch.float32).validate(source)
+        if any(max(abs(a - b) for a, b in zip(matrix[3], (0, 0, 0, 1))) > 1e-3 for matrix in w2c):
+            raise ValueError(f"{source}: the last row of each w2c must be 0 0 0 1; is it transposed?")
+        return cameras
 
 
 def invert_rigid(matrix: Tensor) -> Tensor:
@@ -288,16 +291,7 @@ def nearest_point(origins: Tensor, directions: Tensor) -> Tensor:
 
 def read_cameras(path: Path | str) -> Cameras:
     """Reads an `opencv_cameras.json` into Cameras of shape [v]."""
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"camera file {path} does not exist; an opencv_cameras.json with 'frames' is expected there")
-    try:
-        content = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"camera file {path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("frames"), list):
-        raise ValueError(f"camera file {path} must hold an object with a list 'frames'")
-    return Cameras.from_frames(content["frames"], str(path))
+    return Cameras.from_frames(take(read_json(path), "frames", list, str(path)), str(path))
 
 
 def perturb(

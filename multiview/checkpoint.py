@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import argparse
 import logging
-import pickle
 import re
 import shutil
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from multiview.files import atomic_write, full_disk_explained, write_json
+from multiview.files import DAMAGE, atomic_write, full_disk_explained, read_json, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 RIG_FILE = "rig.json"
+COMPILED = (r"(^|\.)_orig_mod\.", r"\1")  # what torch.compile puts into the names of its weights
+# torch allows these calls in weights_only files; a few bytes then make gigabytes. No file of torch.save has them.
+UNFOLDING = (b"builtins\nbytearray\n", b"__builtin__\nbytearray\n", b"torch.storage\nUntypedStorage\n")
+
 
 # ---- single-file checkpoints ------------------------------------------------------------------------------------
 
@@ -46,7 +50,7 @@ def save_checkpoint(path: Path | str, state: dict, sidecar: dict) -> None:
 
 
 def tensor_bytes(state: object) -> int:
-    """Bytes of all tensors in nested dictionaries and lists."""
+    """Returns the bytes of all tensors in nested dictionaries and lists."""
     if isinstance(state, Mapping):
         return sum(tensor_bytes(value) for value in state.values())
     if isinstance(state, (list, tuple)):
@@ -59,36 +63,79 @@ def sidecar_path(path: Path) -> Path:
 
 
 def read_sidecar(path: Path | str) -> dict | None:
-    """The JSON beside a checkpoint, None if there is none (public weights)."""
+    """Returns the JSON beside a checkpoint, None if there is none (public weights)."""
     side = sidecar_path(Path(path))
-    return json.loads(side.read_text()) if side.is_file() else None
+    return read_json(side) if side.is_file() else None
 
 
-def load_checkpoint(path: Path | str) -> dict:
-    """torch.load on the CPU with weights_only; a missing, cut or foreign file is an error that names it."""
+def load_checkpoint(path: Path | str, kind: type = dict):
+    """Loads on the CPU with weights_only; a missing, cut, altered or foreign file is an error that names it.
+
+    kind: of the content, a dictionary unless the file holds one tensor. torch's zip files carry a checksum per tensor,
+    which is compared: a flipped bit in the weights is not taken for a weight.
+    """
     import torch
 
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"checkpoint {path} does not exist")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"checkpoint {path} cannot be read (cut off, or not a plain tensor file): {first}") from error
+        zipped = zipfile.is_zipfile(path)
+        _check_unfolding(path, zipped)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # what trainings keep their arguments in
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except DAMAGE as error:
+        raise ValueError(f"checkpoint {path} cannot be read: {_reason(str(error) or repr(error), path)}") from error
+    if not isinstance(content, kind):
+        raise ValueError(f"checkpoint {path} must hold a {kind.__name__}, got {type(content).__name__}")
+    return content
+
+
+def _check_unfolding(path: Path, zipped: bool) -> None:
+    """Refuses what would take far more memory than the file's size, and files whose checksums tell of damage."""
+    if zipped:
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.filename.endswith("/constants.pkl") for entry in archive.infolist()):
+                raise ValueError(f"it is TorchScript; convert it: torch.save(torch.jit.load(p).state_dict(), '{path}')")
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("its parts are compressed, which torch.save never does; write it with torch.save")
+            damaged = archive.testzip()
+            if damaged:
+                raise ValueError(f"its part {damaged} differs from its checksum: the file was altered or damaged")
+            parts = [archive.read(name) for name in archive.namelist() if name.endswith("/data.pkl")]
+    else:
+        with open(path, "rb") as handle:
+            parts = [handle.read(16 << 20)]
+    if any(call in part for call in UNFOLDING for part in parts):
+        raise ValueError("it asks for memory by a number instead of holding tensors; torch.save writes no such file")
+
+
+def _reason(told: str, path: Path) -> str:
+    """Returns one sentence instead of torch's own page of text: what is in the way, and the step that converts it."""
+    foreign = re.search(r"GLOBAL (\S+) was not an allowed global", told)
+    if foreign:
+        convert = f"import torch; c = torch.load('{path}'); torch.save(c['model'], '{path}')"
+        return (
+            f"it holds a {foreign[1]} besides tensors. If you trust its author, convert it where it was written: "
+            f'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 python -c "{convert}", with the key of its weights, or c.state_dict() '
+            "for a whole module"
+        )
+    if told.startswith("it"):  # one of the refusals above
+        return told
+    return f"cut off, or no file of torch.save ({told.strip().splitlines()[0][:160]})"
 
 
 def step_of(path: Path) -> int:
-    """The step number a checkpoint's name ends with (ckpt_0000000000001000.pt, checkpoint-1000)."""
+    """Returns the step number a checkpoint's name ends with (ckpt_0000000000001000.pt, checkpoint-1000), -1 if none."""
     match = re.search(r"(\d+)$", path.name.removesuffix(".pt"))
-    if match is None:
-        raise ValueError(f"checkpoint {path} has no step number at the end of its name")
-    return int(match.group(1))
+    return int(match[1]) if match else -1
 
 
 def newest_checkpoint(folder: Path | str, pattern: str = "ckpt_*.pt") -> Path | None:
-    """The newest complete checkpoint file of a folder, found by reading it; None if there is none."""
+    """Returns the newest complete checkpoint file of a folder, found by reading it; None if there is none."""
     for path in sorted(Path(folder).glob(pattern), key=step_of, reverse=True):
+        if step_of(path) < 0:
+            continue
         try:
             load_checkpoint(path)
         except ValueError as error:
@@ -102,7 +149,8 @@ def rotate_checkpoints(folder: Path | str, pattern: str, keep: int) -> None:
     """Deletes all but the newest `keep` (>= 1) files or folders matching pattern, oldest first."""
     if keep < 1:
         raise ValueError(f"checkpoints_total_limit must be at least 1, got {keep}")
-    for path in sorted(Path(folder).glob(pattern), key=step_of)[:-keep]:
+    numbered = [path for path in Path(folder).glob(pattern) if step_of(path) >= 0]  # ckpt_best.pt is the user's own
+    for path in sorted(numbered, key=step_of)[:-keep]:
         if path.is_dir():
             shutil.rmtree(path)
         else:
@@ -125,7 +173,9 @@ def load_strict(
     """
     renamed = {}
     for name, tensor in state_dict.items():
-        for pattern, replacement in renames:
+        if not isinstance(name, str) or not hasattr(tensor, "shape"):
+            raise ValueError(f"checkpoint {source} must map names to tensors, got {name!r}: {type(tensor).__name__}")
+        for pattern, replacement in (COMPILED, *renames):
             name = re.sub(pattern, replacement, name)
         renamed[name] = tensor
     own = module.state_dict()
@@ -157,8 +207,8 @@ def stamp_rig(folder: Path | str, rig: ViewRig) -> None:
 
 
 def read_rig(folder: Path | str) -> ViewRig | None:
-    """The rig stamped into a folder of weights, None if there is none (public weights)."""
+    """Returns the rig stamped into a folder of weights, None if there is none (public weights)."""
     from multiview.rig import ViewRig
 
     path = Path(folder) / RIG_FILE
-    return ViewRig.from_dict(json.loads(path.read_text()), str(path)) if path.is_file() else None
+    return ViewRig.from_dict(read_json(path), str(path)) if path.is_file() else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import io
 import logging
 import math
 import types
@@ -12,8 +13,11 @@ import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
+from multiview.files import read_text, take
+
 log = logging.getLogger(__name__)
 
+YAML_LIMIT = 1 << 20  # characters
 Config = TypeVar("Config")
 
 
@@ -23,91 +27,145 @@ def load_config(
     """Typed defaults <- YAML (with its `base:` chain) <- `a.b=c` overrides.
 
     schema: a dataclass type with defaults. ignored: dotted keys of other people's files that have no effect here;
-    they are listed in the log and dropped. Raises ValueError for an unknown key (naming its nearest known one) or a
-    value of the wrong type, naming the file.
+    they are listed in the log and dropped. Text stays as it was typed where the schema says str: YAML would read
+    2024_06_01 as a number and drop what follows ` #`. Raises ValueError for an unknown key (naming its nearest known
+    one) or a value of the wrong type, naming the file.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     source = str(path) if path is not None else "command line"
-    structured = OmegaConf.structured(schema)
-    known = _known_keys(schema)
+    kinds = _kinds_of_keys(schema)
+    texts = {name for name, kind in kinds.items() if kind == "text"}
+    trees = [] if path is None else _read_chain(Path(path), texts)
+    for override in overrides:
+        key, equals, typed = override.partition("=")
+        if not equals:
+            raise ValueError(f"override {override!r} must look like key=value")
+        value: Any = None if typed in ("null", "~") else typed
+        try:
+            if key not in texts or typed[:1] in ("'", '"', "["):
+                trees.append(("command line", OmegaConf.to_container(OmegaConf.from_dotlist([override]))))
+                continue
+        except (YAMLError, OmegaConfBaseException) as error:
+            raise ValueError(f"override {override!r} cannot be read: {' '.join(str(error).split())}") from error
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        trees.append(("command line", value))
     try:
-        given = _read_yaml_chain(Path(path)) if path is not None else OmegaConf.create()
-        for override in overrides:
-            if "=" not in override:
-                raise ValueError(f"override {override!r} must look like key=value")
-        dotlist = OmegaConf.from_dotlist(list(overrides))
-        for tree, where in ((given, source), (dotlist, "command line")):
+        for where, tree in trees:
             _drop_ignored(tree, ignored, where)
-            _check_keys(OmegaConf.to_container(tree, resolve=False), known, where)
-        return OmegaConf.to_object(OmegaConf.merge(structured, given, dotlist))
+            _check_keys(tree, kinds, where)
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), *(tree for _, tree in trees)))
     except OmegaConfBaseException as error:
         raise ValueError(f"{source}: {str(error).strip().splitlines()[0]} (key {error.full_key})") from error
 
 
 def config_to_dict(config: object) -> dict:
-    """The resolved configuration as plain JSON values."""
+    """Returns the resolved configuration as plain JSON values."""
     return dataclasses.asdict(config)
 
 
 def config_to_yaml(config: object) -> str:
+    """Returns the resolved configuration as YAML, which `load_config` reads again."""
     from omegaconf import OmegaConf
 
     return OmegaConf.to_yaml(OmegaConf.create(config_to_dict(config)))
 
 
-def _read_yaml_chain(path: Path) -> Any:
-    """The YAML merged over the files its `base:` names (relative to it)."""
+def read_yaml(path: Path | str, texts: set[str] = frozenset()) -> dict:
+    """Returns a YAML file's mapping as plain values. texts: dotted keys whose values stay as they were typed.
+
+    Raises ValueError naming the file for anything else, deep nesting and heaps of aliases included (a few lines of
+    which unfold to gigabytes).
+    """
+    import yaml
     from omegaconf import OmegaConf
-    from yaml import YAMLError
+    from omegaconf.errors import OmegaConfBaseException
 
-    if not path.is_file():
-        raise ValueError(f"config {path} does not exist")
+    text, depth, aliases = read_text(path), 0, 0
     try:
-        content = OmegaConf.load(path)
-    except YAMLError as error:
-        raise ValueError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not OmegaConf.is_dict(content):
-        raise ValueError(f"config {path} must hold a mapping of keys to values")
-    base = content.pop("base", None)
-    return OmegaConf.merge(_read_yaml_chain(path.parent / base), content) if base else content
+        if len(text) > YAML_LIMIT:
+            raise ValueError(f"it has {len(text)} characters, {YAML_LIMIT} are the limit")
+        for event in yaml.parse(text):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            aliases += isinstance(event, yaml.AliasEvent)
+            if depth > 30 or aliases > 16:
+                raise ValueError("it nests deeper than 30 levels, or has more than 16 aliases")
+        content = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
+        written = yaml.BaseLoader(text).get_single_data()  # every scalar as it was typed
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a mapping of keys to values")
+    _keep_text(content, written if isinstance(written, dict) else {}, texts)
+    return content
 
 
-def _known_keys(schema: type, prefix: str = "") -> set[str]:
-    """All dotted keys of a dataclass type; a key whose value is a free mapping ends with '.*'."""
-    hints = typing.get_type_hints(schema)
-    keys = set()
+def _keep_text(values: dict, written: dict, texts: set[str], prefix: str = "") -> None:
+    for key, value in values.items():
+        typed = written.get(str(key))
+        if isinstance(value, dict) and isinstance(typed, dict):
+            _keep_text(value, typed, texts, f"{prefix}{key}.")
+        elif f"{prefix}{key}" in texts and isinstance(value, list) and isinstance(typed, list):
+            values[key] = [t if isinstance(t, str) and v is not None else v for v, t in zip(value, typed)]
+        elif f"{prefix}{key}" in texts and value is not None and isinstance(typed, str):
+            values[key] = typed
+
+
+def _read_chain(path: Path, texts: set[str]) -> list[tuple[str, dict]]:
+    """Returns (file, content) of a YAML and of the files its `base:` names (relative to it), the first base first."""
+    chain: list[tuple[str, dict]] = []
+    base: str | None = path.name
+    while base:
+        path = path.parent / base
+        content = read_yaml(path, texts | {"base"})
+        if len(chain) > 10:
+            raise ValueError(f"config {path}: its chain of `base:` files is longer than 10; does it name itself?")
+        base = take(content, "base", str, str(path), default=None)
+        content.pop("base", None)
+        chain.insert(0, (str(path), content))
+    return chain
+
+
+def _kinds_of_keys(schema: type, prefix: str = "") -> dict[str, str]:
+    """Returns all dotted keys of a dataclass type, each a `section`, `mapping` (of free keys), `text` or `value`."""
+    kinds = {}
     for entry in dataclasses.fields(schema):
-        name, kind = prefix + entry.name, hints[entry.name]
-        keys.add(name)
+        name, kind = prefix + entry.name, typing.get_type_hints(schema)[entry.name]
+        parts = {kind, *typing.get_args(kind)}
+        parts |= {typing.get_origin(part) for part in parts}
         if dataclasses.is_dataclass(kind):
-            keys |= _known_keys(kind, name + ".")
-        elif any(part is dict or typing.get_origin(part) is dict for part in (kind, *typing.get_args(kind))):
-            keys.add(name + ".*")
-    return keys
+            kinds |= {name: "section", **_kinds_of_keys(kind, name + ".")}
+        elif dict in parts:
+            kinds[name] = "mapping"
+        else:
+            texts = any(part in (str, Path) or isinstance(part, str) for part in parts)
+            kinds[name] = "text" if texts and not parts & {int, float, bool} else "value"
+    return kinds
 
 
-def _check_keys(content: dict, known: set[str], source: str, prefix: str = "") -> None:
+def _check_keys(content: dict, kinds: dict[str, str], source: str, prefix: str = "") -> None:
     for key, value in content.items():
         name = f"{prefix}{key}"
-        if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-            leaf = [k for k in known if k.rsplit(".", 1)[-1] == str(key)]
+        if name not in kinds:
+            nearest = difflib.get_close_matches(name, kinds, n=1, cutoff=0.0)
+            leaf = [known for known in kinds if known.rsplit(".", 1)[-1] == str(key)]
             raise ValueError(f"{source}: unknown key '{name}'; the nearest known one is '{(leaf or nearest)[0]}'")
-        if not isinstance(value, dict | None) and any(other.startswith(name + ".") for other in known):
+        if kinds[name] == "section" and not isinstance(value, dict | None):
             raise ValueError(f"{source}: key '{name}' must hold a mapping of keys to values, got {value!r}")
-        if isinstance(value, dict) and name + ".*" not in known:
-            _check_keys(value, known, source, name + ".")
+        if kinds[name] != "mapping" and isinstance(value, dict):
+            _check_keys(value, kinds, source, name + ".")
 
 
-def _drop_ignored(tree: Any, ignored: set[str], source: str) -> None:
-    from omegaconf import OmegaConf
-
+def _drop_ignored(tree: dict, ignored: set[str], source: str) -> None:
     for name in sorted(ignored):
-        parent, _, key = name.rpartition(".")
-        node = OmegaConf.select(tree, parent) if parent else tree
-        if OmegaConf.is_dict(node) and key in node:  # also where its value is null
+        *parents, key = name.split(".")
+        node: Any = tree
+        for parent in parents:
+            node = node.get(parent) if isinstance(node, dict) else None
+        if isinstance(node, dict) and key in node:  # also where its value is null
             del node[key]
             log.info("%s: key '%s' has no effect here and is ignored", source, name)
 

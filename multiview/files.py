@@ -5,16 +5,28 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pickle
 import re
+import reprlib
 import shutil
 import socket
 import stat
+import struct
 import threading
 import uuid
+import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+DAMAGE = (  # what libraries raise for a file that is cut, altered or none of theirs (RecursionError is a RuntimeError)
+    OSError, ValueError, SyntaxError, TypeError, KeyError, IndexError, AttributeError, EOFError, OverflowError,
+    ZeroDivisionError, MemoryError, RuntimeError, AssertionError, struct.error, zlib.error, zipfile.BadZipFile,
+    pickle.UnpicklingError,
+)  # fmt: skip
+KINDS = {str: "a text", bool: "true or false", dict: "an object of keys and values", list: "a list"}
 OS_ERROR = re.compile(r"\(os error (\d+)\)")
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # disk full, quota reached, file larger than allowed
 LEFTOVER = re.compile(r"^\.(.+)\.[0-9a-f]{8}\.(tmp|old)$")  # what a killed `atomic_write` or `atomic_folder` leaves
@@ -67,6 +79,58 @@ def read_json(path: Path | str, kind: type = dict):
 def read_lines(path: Path | str) -> list[str]:
     """Returns the lines of a list file, stripped, without empty ones. Raises ValueError naming the file."""
     return [line.strip() for line in read_text(path).splitlines() if line.strip()]
+
+
+@contextmanager
+def damage_explained(what: str) -> Iterator[None]:
+    """Turns what a library raises while it decodes a file into a ValueError; only the library's call belongs inside.
+
+    what: the kind of file and its path, for the message.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise ValueError(f"{what} does not exist") from None
+    except DAMAGE as error:
+        told = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"{what} cannot be read: {told[0][:200]}") from error
+
+
+def take(
+    content: object, key: str, kind: type | tuple[int, ...], where: str, *, default: Any = ..., least: float = -1e30,
+    most: float = 1e30,
+) -> Any:  # fmt: skip
+    """Returns content[key], checked; every reader takes its values through this door.
+
+    kind: str, bool, dict, list, int, float, or the shape of nested lists of numbers (-1: any length). Numbers must be
+    finite and in least..most; 512.0 is an int. where: file and place, for the message. default: stands for a missing
+    key or null; without one the key is required. Raises ValueError.
+    """
+    if not isinstance(content, dict):
+        raise ValueError(f"{where} must hold an object of keys and values, got {reprlib.repr(content)}")
+    if default is not ... and content.get(key) is None:
+        return default
+    if key not in content:
+        raise ValueError(f"{where} lacks {key}")
+    return _checked(content[key], kind, f"{where}: {key}", least, most)
+
+
+def _checked(value: Any, kind: type | tuple[int, ...], where: str, least: float, most: float) -> Any:
+    if isinstance(kind, tuple):
+        if not isinstance(value, list) or kind[0] not in (-1, len(value)):
+            size = "x".join("n" if side < 0 else str(side) for side in kind)
+            raise ValueError(f"{where} must be {size} numbers, got {reprlib.repr(value)}")
+        return [_checked(entry, kind[1:] or float, where, least, most) for entry in value]
+    if kind in (int, float):
+        right = isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
+        if not right or kind(value) != value:
+            limits = [f"at least {least:g}"] * (least > -1e30) + [f"at most {most:g}"] * (most < 1e30)
+            wanted = ", ".join(["a whole number" if kind is int else "a finite number", *limits])
+            raise ValueError(f"{where} must be {wanted}, got {reprlib.repr(value)}")
+        return kind(value)
+    if not isinstance(value, kind):
+        raise ValueError(f"{where} must be {KINDS[kind]}, got {reprlib.repr(value)}")
+    return value
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from multiview.cameras import Cameras
+from multiview.cameras import Cameras, nearest_point
 
 RESOLUTION = 96  # voxels along the longest side of the hull's box
 COARSE = 32  # voxels per side of the first look, which finds that box
@@ -85,32 +85,20 @@ class Surface:
     colours: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class HullViews:
-    """rgb: [v, 3, h, w] over the background; mask: [v, 1, h, w], 0 or 1; depth: [v, 1, h, w] camera z, 0 = none."""
-
-    rgb: Tensor
-    mask: Tensor
-    depth: Tensor
-
-
 # ---- carving --------------------------------------------------------------------------------------------------------
 
 
 def viewed_cube(cameras: Cameras) -> tuple[Tensor, Tensor]:
-    """Opposite corners [3], [3] of a cube that every camera sees: about the point nearest to all optical axes."""
-    forward = cameras.c2w[..., :3, 2].double()
-    projectors = torch.eye(3, dtype=torch.float64, device=forward.device) - forward[:, :, None] * forward[:, None]
-    origins = cameras.origins.double()
-    total = projectors.sum(0)
-    if torch.linalg.eigvalsh(total)[0] < 1e-6 * len(cameras):
-        raise ValueError("viewed_cube: the cameras look in parallel, so they have no common centre; pass bounds")
-    centre = torch.linalg.solve(total, (projectors @ origins[..., None]).sum(0))[:, 0]
+    """Returns opposite corners [3], [3] of a cube that all cameras see, about the point nearest to their axes."""
+    forward, origins = cameras.c2w[..., :3, 2].double(), cameras.origins.double()
+    if (1 - (forward @ forward[0]).square()).max() < 1e-6:
+        raise ValueError("viewed_cube: the cameras look in parallel, so they have no common center; pass bounds")
+    center = nearest_point(origins, forward)
     half_field = torch.minimum(
         0.5 * cameras.width / cameras.fxfycxcy[:, 0], 0.5 * cameras.height / cameras.fxfycxcy[:, 1]
     )
-    half = ((origins - centre).norm(dim=-1) * half_field.double()).min()
-    return (centre - half).to(cameras.c2w.dtype), (centre + half).to(cameras.c2w.dtype)
+    half = ((origins - center).norm(dim=-1) * half_field.double()).min()
+    return (center - half).to(cameras.c2w.dtype), (center + half).to(cameras.c2w.dtype)
 
 
 def carve(
@@ -144,35 +132,25 @@ def _carve(
     masks: Tensor, cameras: Cameras, resolution: int, bounds: tuple[Tensor, Tensor] | None, misses: int
 ) -> tuple[Grid, Tensor, Tensor, Tensor]:
     """Grid, indices [n], coverage [n] and the one view that rejects a voxel [n] (-1: none) with at most `misses`."""
-    if masks.ndim != 4 or masks.shape[1] != 1 or masks.shape[0] != len(cameras):
-        raise ValueError(f"masks must be [{len(cameras)}, 1, h, w] to go with the cameras, got {list(masks.shape)}")
-    if tuple(masks.shape[-2:]) != (cameras.height, cameras.width):
-        raise ValueError(
-            f"masks are {list(masks.shape[-2:])} (h, w), the cameras expect {[cameras.height, cameras.width]}"
-        )
+    if list(masks.shape) != [len(cameras), 1, cameras.height, cameras.width]:
+        wanted = [len(cameras), 1, cameras.height, cameras.width]
+        raise ValueError(f"masks must be {wanted} (h, w last) to go with the cameras, got {list(masks.shape)}")
     masks = masks.float()
     lower, upper = (corner.to(masks) for corner in (bounds or viewed_cube(cameras)))
-    coarse = _grid(lower, upper, COARSE)
+    voxel = float((upper - lower).max()) / COARSE
+    nx, ny, nz = (max(1, round(side / voxel)) for side in (upper - lower).tolist())
+    coarse = Grid(lower, voxel, (nx, ny, nz))
     # Masks grown by half a voxel's diagonal where it is nearest: no voxel that holds a piece of the hull is lost.
-    reach = 0.87 * coarse.voxel * _pixels_per_unit(cameras, lower, upper)
-    side, margin = 2 * int(reach) + 3, int(reach) + 1
-    grown = F.max_pool2d(masks, (side, 1), stride=1, padding=(margin, 0))  # one axis after the other: the same, sooner
-    grown = F.max_pool2d(grown, (1, side), stride=1, padding=(0, margin))
+    nearest = (cameras.origins - (lower + upper) / 2).norm(dim=-1) - (upper - lower).norm() / 2
+    scale = float((cameras.fxfycxcy[:, 0] / nearest.clamp_min(0.1 * float((upper - lower).norm()))).max())
+    margin = int(0.87 * voxel * scale) + 1
+    # One axis after the other: the same, sooner.
+    grown = F.max_pool2d(masks, (2 * margin + 1, 1), stride=1, padding=(margin, 0))
+    grown = F.max_pool2d(grown, (1, 2 * margin + 1), stride=1, padding=(0, margin))
     index, _, _ = _test(coarse, torch.arange(len(coarse), device=masks.device), grown, cameras, misses)
     if not len(index):
         return coarse, index, masks.new_zeros(0), index
-    grid, index = _subdivide(coarse, index, resolution)
-    return grid, *_test(grid, index, masks, cameras, misses)
-
-
-def _grid(lower: Tensor, upper: Tensor, resolution: int) -> Grid:
-    voxel = float((upper - lower).max()) / resolution
-    nx, ny, nz = (max(1, round(side / voxel)) for side in (upper - lower).tolist())
-    return Grid(lower, voxel, (nx, ny, nz))
-
-
-def _subdivide(coarse: Grid, index: Tensor, resolution: int) -> tuple[Grid, Tensor]:
-    """The grid of the box around the given coarse voxels, at least `resolution` long, and all its voxels in them."""
+    # The grid of the box around these coarse voxels, at least `resolution` long, and all its voxels within them.
     cells = torch.stack(coarse.unravel(index), dim=-1)
     first = cells.amin(0)
     sides = (cells.amax(0) - first + 1).tolist()
@@ -181,13 +159,7 @@ def _subdivide(coarse: Grid, index: Tensor, resolution: int) -> tuple[Grid, Tens
     part = torch.arange(parts, device=index.device)
     x, y, z = (((cells - first) * parts)[:, None] + torch.cartesian_prod(part, part, part)).flatten(0, 1).unbind(-1)
     grid = Grid(coarse.lower + first * coarse.voxel, coarse.voxel / parts, (nx, ny, nz))
-    return grid, ((x * ny + y) * nz + z).sort().values
-
-
-def _pixels_per_unit(cameras: Cameras, lower: Tensor, upper: Tensor) -> float:
-    """The largest scale of any picture inside the box, pixels per world unit."""
-    nearest = (cameras.origins - (lower + upper) / 2).norm(dim=-1) - (upper - lower).norm() / 2
-    return float((cameras.fxfycxcy[:, 0] / nearest.clamp_min(0.1 * float((upper - lower).norm()))).max())
+    return grid, *_test(grid, ((x * ny + y) * nz + z).sort().values, masks, cameras, misses)
 
 
 def _test(
@@ -320,10 +292,13 @@ def _splat(surface: Surface, cameras: Cameras, reach: float) -> Tensor:
     return buffer.unflatten(1, (height, width))
 
 
-def render_hull(surface: Surface, cameras: Cameras, background: float = 1.0) -> HullViews:
-    """The coloured surface as cameras [v] see it; made for pictures whose pixels are not far smaller than a voxel."""
+def render_hull(surface: Surface, cameras: Cameras, background: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the colored surface as cameras [v] see it; made for images whose pixels are not far smaller than a voxel.
+
+    rgb [v, 3, h, w] over the background; mask [v, 1, h, w], 0 or 1; depth [v, 1, h, w] camera z, 0 = none.
+    """
     if surface.colours is None:
-        raise ValueError("render_hull needs colours: call colour_surface first")
+        raise ValueError("render_hull needs colors: call colour_surface first")
     index, depth = nearest_points(surface, cameras)
-    colours = torch.cat([surface.colours, surface.colours.new_full((1, 3), background)])  # -1 is the last row
-    return HullViews(colours[index].permute(0, 3, 1, 2), (index >= 0)[:, None].to(colours.dtype), depth[:, None])
+    colors = torch.cat([surface.colours, surface.colours.new_full((1, 3), background)])  # -1 is the last row
+    return colors[index].permute(0, 3, 1, 2), (index >= 0)[:, None].to(colors.dtype), depth[:, None]

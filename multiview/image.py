@@ -1,51 +1,125 @@
-"""Pictures in and out, the only compositing function, and contact sheets.
+"""Images in and out, the only compositing function, and contact sheets.
 
-Pictures are float32 tensors 0..1, RGB(A) straight alpha, [..., c, h, w].
+Images are float32 tensors 0..1, RGB(A) straight alpha, [..., c, h, w].
 """
 
 from __future__ import annotations
 
+import logging
 import math
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor
 
-from multiview.files import atomic_write
+from multiview.files import DAMAGE, atomic_write
+
+log = logging.getLogger(__name__)
 
 BACKGROUNDS = {"white": 1.0, "gray": 0.5, "black": 0.0}
-# Luminance and two chroma axes (NTSC YIQ): hue turns, and saturation stretches, the chroma plane about grey.
+# Luminance and two chroma axes (NTSC YIQ): hue turns, and saturation stretches, the chroma plane about gray.
 YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]], dtype=torch.float64)
+
+MOST_PIXELS = 64_000_000  # of an image in a sample: as float32 RGBA it takes 1 GB
+PHOTO_PIXELS, PHOTO_SIDE = 256_000_000, 6144  # of a photograph's file; and the longest side that is kept of it
+FULL_SCALES = (255, 1023, 4095, 16383, 65535)  # 8, 10, 12, 14 and 16 bits
+HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
 
 
 def read_rgba(path: Path | str) -> Tensor:
-    """Reads a picture file into [4, h, w], 0..1. A file without alpha gets alpha 1."""
-    with _opened(path) as picture:
-        array = np.asarray(picture.convert("RGBA"))
-    return rearrange(torch.from_numpy(array.copy()), "h w c -> c h w").float() / 255.0
+    """Reads an image file into [4, h, w], 0..1. A file without alpha gets alpha 1.
+
+    Pixels come as they are stored, whatever the EXIF orientation says: they are what cameras count.
+    """
+    return _to_tensor(_decode(path, MOST_PIXELS))
+
+
+def read_photo(path: Path | str) -> Tensor:
+    """Reads a photograph into [4, h, w], 0..1, upright (EXIF), its longest side at most PHOTO_SIDE pixels."""
+    return _to_tensor(_decode(path, PHOTO_PIXELS, longest=PHOTO_SIDE))
 
 
 def check_picture(path: Path | str) -> None:
-    """Raises ValueError if a file is not there or not an image; reads its header only."""
-    with _opened(path):
-        pass
+    """Raises ValueError if a file is not there, not an image or too large; reads its header only."""
+    _decode(path, PHOTO_PIXELS, header_only=True)
 
 
-@contextmanager
-def _opened(path: Path | str) -> Iterator[Image.Image]:
+def _decode(path: Path | str, most: int, *, longest: int | None = None, header_only: bool = False) -> Image.Image:
+    """Returns the image as RGBA of 8 bits. longest: turn it upright, and reduce it if a side exceeds that."""
+    # Pillow's own limits give way to ours, which the header is held against before a pixel is decoded.
+    Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK = None, 64 << 20
     try:
-        with Image.open(path) as picture:
-            yield picture
+        with Image.open(path) as image:
+            width, height = image.size
+            if header_only and width * height <= most:
+                return image
+            if width * height <= most:
+                if longest and max(image.size) > longest:
+                    image.draft(image.mode, (longest, longest))  # a JPEG is decoded at 1/2, 1/4 or 1/8 at once
+                rgba = _eight_bits(image, path)
+                if longest:
+                    rgba = ImageOps.exif_transpose(rgba.reduce(math.ceil(max(rgba.size) / longest)))
+                return rgba
     except FileNotFoundError:
-        raise ValueError(f"picture {path} does not exist") from None
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"picture {path} cannot be read as an image: {error}") from error
+        raise ValueError(f"image {path} does not exist") from None
+    except DAMAGE as error:
+        reason = str(error) or type(error).__name__
+        if isinstance(error, Image.UnidentifiedImageError):
+            with open(path, "rb") as handle:
+                start = handle.read(12)
+            if start[4:8] == b"ftyp" and start[8:12] in HEIF_BRANDS:
+                reason = "it is HEIC, which is not read here; convert it: heif-convert photo.heic photo.jpg"
+        raise ValueError(f"image {path} cannot be read: {reason}") from error
+    raise ValueError(
+        f"image {path} has {width} x {height} pixels; at most {most / 1e6:.0f} megapixels are read: scale it down"
+    )
+
+
+def _eight_bits(image: Image.Image, path: Path | str) -> Image.Image:
+    """Returns the image as RGBA of 8 bits with its EXIF; deeper channels are scaled by the range that is in use.
+
+    Cameras store 10 or 12 bits in 16, and Pillow clips 16-bit gray to white.
+    """
+    layout = str(image.tile[0][3]) if image.tile else ""
+    single = image.mode.startswith(("I", "F"))
+    if not single and "16" not in layout:
+        return image.convert("RGBA")
+    if single:
+        array = np.asarray(image)[..., None].repeat(3, axis=-1)
+    else:  # Pillow drops the lower byte of 16-bit colors
+        import cv2
+
+        array = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+        if array is None or array.ndim != 3 or array.shape[-1] not in (3, 4):
+            raise ValueError(f"its {layout} pixels are not known here; save it with 8 bits per channel")
+        array = array[..., [2, 1, 0, 3][: array.shape[-1]]]
+    array = array.astype(np.float64)
+    if not np.isfinite(array).all() or array.min() < 0 or array.max() > FULL_SCALES[-1]:
+        raise ValueError(f"its values reach from {array.min():g} to {array.max():g}; save it with 8 bits per channel")
+    scales = (1, *FULL_SCALES) if image.mode == "F" else FULL_SCALES
+    color, alpha = ([s for s in scales if part.max(initial=0) <= s][0] for part in (array[..., :3], array[..., 3:]))
+    log.info("%s: more than 8 bits per channel, values up to %g read as 0 to %d", path, array[..., :3].max(), color)
+    full = np.full((*array.shape[:2], 4), 255, dtype=np.uint8)
+    full[..., :3] = (array[..., :3] / color * 255).round()
+    if array.shape[-1] == 4:
+        full[..., 3] = (array[..., 3] / alpha * 255).round()
+    result = Image.fromarray(full)
+    result.info["exif"] = image.info.get("exif", b"")
+    return result
+
+
+def _to_tensor(image: Image.Image) -> Tensor:
+    return rearrange(torch.from_numpy(np.array(image)), "h w c -> c h w").float() / 255.0
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------
 
 
 def to_uint8(picture: Tensor) -> np.ndarray:
@@ -54,12 +128,35 @@ def to_uint8(picture: Tensor) -> np.ndarray:
 
 
 def write_image(path: Path | str, picture: Tensor) -> None:
-    """Writes [3|4, h, w] (or [1, h, w], grey) 0..1 as PNG, atomically."""
+    """Writes [3|4, h, w] (or [1, h, w], gray) 0..1 as PNG, atomically."""
     array = to_uint8(picture)
     if array.shape[-1] == 1:
         array = array[..., 0]
     with atomic_write(path) as temporary:
         Image.fromarray(array).save(temporary, format="PNG", compress_level=4)
+
+
+def save_video(path: Path | str, frames: Tensor, fps: int = 30) -> None:
+    """Writes [n, 3, h, w] 0..1 as H.264 mp4 that browsers play (even size, yuv420p), atomically."""
+    import imageio_ffmpeg
+
+    height, width = frames.shape[-2:]
+    if height % 2 or width % 2:
+        raise ValueError(f"video frames must have even height and width, got {height} x {width}")
+    with atomic_write(path) as temporary:
+        # ffmpeg is called here and not through imageio: its exit status tells that the disk is full.
+        command = [
+            imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-v", "error", "-f", "rawvideo", "-s", f"{width}x{height}",
+            "-pix_fmt", "rgb24", "-r", str(fps), "-i", "-", "-an", "-vcodec", "libx264", "-pix_fmt", "yuv420p",
+            "-qp", "10", "-f", "mp4", "-movflags", "+faststart", str(temporary),
+        ]  # fmt: skip
+        done = subprocess.run(command, input=b"".join(to_uint8(f).tobytes() for f in frames), stderr=subprocess.PIPE)
+        if done.returncode:
+            told = done.stderr.decode(errors="replace").strip().splitlines()
+            raise ValueError(f"video {path} could not be written: {told[-1] if told else 'ffmpeg failed'}")
+
+
+# ---- pixels ---------------------------------------------------------------------------------------------------------
 
 
 def resize_rgba(rgba: Tensor, size: int | tuple[int, int]) -> Tensor:
@@ -70,8 +167,7 @@ def resize_rgba(rgba: Tensor, size: int | tuple[int, int]) -> Tensor:
     height, width = (size, size) if isinstance(size, int) else size
     if rgba.shape[-2:] == (height, width):
         return rgba
-    resized = np.asarray(Image.fromarray(to_uint8(rgba)).resize((width, height), Image.Resampling.LANCZOS))
-    return rearrange(torch.from_numpy(resized.copy()), "h w c -> c h w").float() / 255.0
+    return _to_tensor(Image.fromarray(to_uint8(rgba)).resize((width, height), Image.Resampling.LANCZOS))
 
 
 def composite(rgba: Tensor, background: Tensor | float) -> Tensor:
@@ -115,21 +211,3 @@ def grid(pictures: Tensor, columns: int) -> Tensor:
     if missing:
         pictures = torch.cat([pictures, pictures.new_ones(missing, *pictures.shape[1:])])
     return rearrange(pictures, "(r k) c h w -> c (r h) (k w)", k=columns)
-
-
-def save_video(path: Path | str, frames: Tensor, fps: int = 30) -> None:
-    """Writes [n, 3, h, w] 0..1 as H.264 mp4 that browsers play (even size, yuv420p), atomically."""
-    import imageio_ffmpeg
-
-    height, width = frames.shape[-2:]
-    if height % 2 or width % 2:
-        raise ValueError(f"video frames must have even height and width, got {height} x {width}")
-    with atomic_write(path) as temporary:
-        writer = imageio_ffmpeg.write_frames(
-            os.fspath(temporary), (width, height), fps=fps, codec="libx264", quality=8, macro_block_size=2,
-            output_params=["-f", "mp4", "-movflags", "+faststart"],
-        )  # fmt: skip
-        writer.send(None)
-        for frame in frames:
-            writer.send(np.ascontiguousarray(to_uint8(frame)))
-        writer.close()

@@ -13,16 +13,17 @@ from torch import Tensor
 
 from multiview.cameras import Cameras
 from multiview.hull import VisualHull, carve_leave_one_out, observe, silhouettes, surface
+from multiview.run import shipped
 
 LPIPS_BACKBONE = Path("checkpoints/vgg/vgg16-397923af.pth")
 CONSISTENCY_RESOLUTION = 64  # voxels along the hull; finer changes the figures in the third decimal
 CONSISTENCY_SIZE = 128  # larger images are reduced to this: figures compare between sizes, and cost the same
 SEEN = 0.05  # a point counts for a view that sees it with at least this weight, and the others together too
-MASK_LEAST, MASK_SHARE, MASK_REACH = 0.04, 0.4, 2 / 128  # `mask_from_white`; the reach in picture widths
+MASK_LEAST, MASK_SHARE, MASK_REACH = 0.04, 0.4, 2 / 128  # `mask_from_white`; the reach in image widths
 
 
 def psnr(prediction: Tensor, target: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB per picture, [...]. On white backgrounds it reads about 10 dB high."""
+    """Peak signal-to-noise ratio in dB per image, [...]. On white backgrounds it reads about 10 dB high."""
     return _decibel((prediction - target).square().flatten(-3).mean(-1))
 
 
@@ -40,10 +41,10 @@ def mask_iou(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def mask_from_white(rgb: Tensor) -> Tensor:
-    """Mask [..., 1, h, w] of a painted picture on white [..., 3, h, w].
+    """Returns the mask [..., 1, h, w] of a generated image on white [..., 3, h, w].
 
     A pixel belongs to the animal when it is darker than white by MASK_LEAST and by MASK_SHARE of the darkest pixel near
-    it: that halves the soft rim of a black animal without losing a white one. Measured on decoded pictures of 16
+    it: that halves the soft rim of a black animal without losing a white one. Measured on decoded images of 16
     held-out mice: IoU 0.97, against 0.90 to 0.94 for any one threshold.
     """
     darkness = (1.0 - rgb).amax(-3, keepdim=True)
@@ -54,7 +55,7 @@ def mask_from_white(rgb: Tensor) -> Tensor:
 
 
 def ssim(prediction: Tensor, target: Tensor) -> Tensor:
-    """Structural similarity per picture, [...] (Gaussian window 11, sigma 1.5, data range 1; Wang et al. 2004)."""
+    """Structural similarity per image, [...] (Gaussian window 11, sigma 1.5, data range 1; Wang et al. 2004)."""
     return _ssim_map(prediction, target).mean((-3, -2, -1))
 
 
@@ -87,7 +88,7 @@ def _masked_mean(values: Tensor, mask: Tensor, name: str) -> Tensor:
 def lpips_distances(
     network: torch.nn.Module, prediction: Tensor, target: Tensor, mask: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """LPIPS of whole pictures and its map averaged over the ground-truth mask, [...] each; smaller is better.
+    """LPIPS of whole images and its map averaged over the ground-truth mask, [...] each; smaller is better.
 
     network: from `load_lpips`. prediction, target: [..., 3, h, w] 0..1.
     """
@@ -102,15 +103,15 @@ def lpips_distances(
     return torch.stack(whole).reshape(shape), torch.stack(inside).reshape(shape)
 
 
-def lpips_backbone_path(root: Path | str = ".") -> Path:
-    """Where the VGG-16 weights of LPIPS are expected."""
-    return Path(root) / LPIPS_BACKBONE
+def lpips_backbone_path() -> Path:
+    """Returns where the VGG-16 weights of LPIPS lie, or are expected."""
+    return shipped(LPIPS_BACKBONE)
 
 
 def load_lpips(device: torch.device | str = "cpu", path: Path | str | None = None) -> torch.nn.Module:
     """LPIPS (VGG) with the backbone read from disk; never downloads.
 
-    Raises ValueError naming file and folder when the weights are not there. Call it with pictures scaled to [-1, 1].
+    Raises ValueError naming file and folder when the weights are not there. Call it with images scaled to [-1, 1].
     """
     path = Path(path) if path is not None else lpips_backbone_path()
     if not path.is_file():
@@ -123,13 +124,11 @@ def load_lpips(device: torch.device | str = "cpu", path: Path | str | None = Non
     from multiview.checkpoint import load_checkpoint, load_strict
 
     network = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
-    features = {k: v for k, v in load_checkpoint(path).items() if k.startswith("features.")}
-    # lpips splits torchvision's `features` into slices of the same layer numbers.
-    slices = {name: module for name, module in network.net.named_children() if name.startswith("slice")}
-    for name, module in slices.items():
-        wanted = {f"{layer}.{kind}" for layer, _ in module.named_children() for kind in ("weight", "bias")}
-        part = {k.removeprefix("features."): v for k, v in features.items() if k.removeprefix("features.") in wanted}
-        load_strict(module, part, f"{path} ({name})")
+    features = {str(name).removeprefix("features."): tensor for name, tensor in load_checkpoint(path).items()}
+    for name, module in network.net.named_children():
+        if name.startswith("slice"):  # lpips splits torchvision's `features` into slices of the same layer numbers
+            own = {key: features[key] for key in module.state_dict() if key in features}
+            load_strict(module, own, f"{path} ({name})")
     return network.eval().requires_grad_(False).to(device)
 
 

@@ -1,19 +1,24 @@
-"""A photograph into the picture both stages were trained on: cut out, centred on the body, at the usual size."""
+"""A photograph into the image both stages were trained on: cut out, centered on the body, at the usual size."""
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-# How the body (tail taken off) stands in the training pictures: share of the picture's area, and how far the centre of
-# mass strays from the picture's centre. Measured on the synthetic mice (docs/data_format.md, "framing").
+log = logging.getLogger(__name__)
+
+LEAST_SIDE = 16  # pixels of a photograph
+MASK_MOST = 0.8  # of the image's area: what covers more is no animal's mask
+# How the body (tail taken off) stands in the training images: share of the image's area, and how far the center of
+# mass strays from the image's center. Measured on the synthetic mice (docs/data_format.md, "framing").
 BODY_AREA = 0.08
 BODY_AREA_RANGE = (0.05, 0.14)
-CENTRE_OFFSET_LIMIT = 0.06  # of the picture's width
-MARGIN = 0.02  # free border kept around the whole mask, of the picture's width
+CENTER_OFFSET_LIMIT = 0.06  # of the image's width
+MARGIN = 0.02  # free border kept around the whole mask, of the image's width
 
 
 @dataclass(frozen=True)
@@ -21,39 +26,51 @@ class PhotoReport:
     """What `prepare_photo` did; goes into run.json."""
 
     segmented: bool  # the file had no alpha, the animal was cut out here
-    cropped: bool  # the picture was moved and scaled
+    cropped: bool  # the image was moved and scaled
     scale: float  # output pixels per input pixel
     body_area: float  # of the result
-    centre_offset: float  # of the result, in picture widths
+    centre_offset: float  # of the result, in image widths
 
 
-def prepare_photo(
-    rgba: Tensor, size: int, *, crop: str = "auto", source: str = "picture"
-) -> tuple[Tensor, PhotoReport]:
-    """[4, h, w] 0..1 -> [4, size, size] RGBA framed like the training data, and what was done.
+def prepare_photo(rgba: Tensor, size: int, *, crop: str = "auto", source: str = "image") -> tuple[Tensor, PhotoReport]:
+    """[4, h, w] 0..1 -> [4, size, size] RGBA framed like the training data, and a report of what was done.
 
-    A picture without transparency is segmented. crop: `auto` keeps a square picture whose animal already stands as in
-    the training data and crops any other; `always`, `never` (the picture must then be square).
+    A photograph is segmented where its alpha is no animal's mask: opaque, or covering nearly the whole image (a
+    translucent scan, rounded corners). crop: `auto` keeps a square image whose animal already stands as in the training
+    data and crops any other; `always`, `never` (the image must then be square).
     Raises ValueError when no animal can be told from the background.
     """
     if crop not in ("auto", "always", "never"):
         raise ValueError(f"crop must be auto, always or never, got {crop!r}")
     array = rgba.permute(1, 2, 0).numpy()
-    segmented = bool((array[..., 3] > 0.99).all())
+    height, width = array.shape[:2]
+    if min(height, width) < LEAST_SIDE:
+        raise ValueError(f"{source}: has {width} x {height} pixels, at least {LEAST_SIDE} each way are expected")
+    shown = array[..., 3] > 0.5
+    segmented = bool(shown.mean() > MASK_MOST)
     if segmented:
-        array = np.concatenate([array[..., :3], segment(array[..., :3], source)[..., None]], axis=-1)
+        color = array[..., :3]
+        if not shown.all():  # hidden pixels hold any color: the border's must not be told from theirs
+            color = np.where(shown[..., None], color, np.median(color[shown], axis=0)).astype(np.float32)
+        if array[..., 3].min() < 0.99:
+            log.warning("%s: its alpha covers %.0f%% and is no animal's mask: segmented", source, 100 * shown.mean())
+        array = np.concatenate([color, (segment(color, source) * shown)[..., None]], axis=-1)
     mask = array[..., 3] > 0.5
     if mask.sum() < 64:
         raise ValueError(f"{source}: the alpha channel shows no animal (only {int(mask.sum())} opaque pixels)")
-    area, offset, centre = body_placement(mask)
-    square = array.shape[0] == array.shape[1]
-    framed = square and BODY_AREA_RANGE[0] <= area <= BODY_AREA_RANGE[1] and offset <= CENTRE_OFFSET_LIMIT
+    area, offset, center = body_placement(mask)
+    square = height == width
+    framed = square and BODY_AREA_RANGE[0] <= area <= BODY_AREA_RANGE[1] and offset <= CENTER_OFFSET_LIMIT
     if crop == "never" and not square:
-        raise ValueError(f"{source}: must be square to be used uncropped, got {array.shape[1]} x {array.shape[0]}")
+        raise ValueError(f"{source}: must be square to be used uncropped, got {width} x {height}")
     cropped = crop == "always" or (crop == "auto" and not framed)
-    side = _crop_side(mask, area, centre) if cropped else array.shape[0]
+    side = height
     if cropped:
-        array = _crop_square(array, centre, side)
+        # The usual body size; larger where the tail would be cut off.
+        ys, xs = np.nonzero(mask)
+        reach = max(xs.max() + 1 - center[0], center[0] - xs.min(), ys.max() + 1 - center[1], center[1] - ys.min())
+        side = int(np.ceil(max(float(np.sqrt(area * mask.size / BODY_AREA)), 2 * reach / (1 - 2 * MARGIN))))
+        array = _crop_square(array, center, side)
     array = _resize_premultiplied(array, size)
     area, offset, _ = body_placement(array[..., 3] > 0.5)
     result = torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1))).float().clamp(0, 1)
@@ -61,40 +78,35 @@ def prepare_photo(
 
 
 def body_placement(mask: np.ndarray) -> tuple[float, float, tuple[float, float]]:
-    """Of a mask [h, w]: body area / picture area, centre offset / width, centre (x, y) in pixels; tail taken off.
+    """Returns of a mask [h, w]: body area / image area, center offset / width, center (x, y) in pixels; tail taken off.
 
-    The centre is the centre of mass, not of the bounding box: a tail would pull that by its whole length.
+    The center is the center of mass, not of the bounding box: a tail would pull that by its whole length. The tail goes
+    by opening the mask with a disc of a tenth of its own size: legs and tail vanish, the body stays.
     """
-    body = body_without_tail(mask)
-    ys, xs = np.nonzero(body)
-    centre = (float(xs.mean()) + 0.5, float(ys.mean()) + 0.5)
-    height, width = mask.shape
-    offset = float(np.hypot(centre[0] - width / 2, centre[1] - height / 2)) / width
-    return float(body.sum()) / mask.size, offset, centre
-
-
-def body_without_tail(mask: np.ndarray) -> np.ndarray:
-    """The mask opened by a disc of a tenth of its own size: legs and tail go, the body stays."""
     import cv2
 
     radius = max(1, round(0.10 * float(np.sqrt(mask.sum()))))
     disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1, 2 * radius + 1))
     padded = np.pad(mask.astype(np.uint8), radius + 1)
-    opened = cv2.morphologyEx(padded, cv2.MORPH_OPEN, disc)[radius + 1 : -radius - 1, radius + 1 : -radius - 1] > 0
-    return opened if opened.any() else mask
+    body = cv2.morphologyEx(padded, cv2.MORPH_OPEN, disc)[radius + 1 : -radius - 1, radius + 1 : -radius - 1] > 0
+    ys, xs = np.nonzero(body if body.any() else mask)
+    center = (float(xs.mean()) + 0.5, float(ys.mean()) + 0.5)
+    height, width = mask.shape
+    offset = float(np.hypot(center[0] - width / 2, center[1] - height / 2)) / width
+    return len(xs) / mask.size, offset, center
 
 
-def segment(rgb: np.ndarray, source: str = "picture") -> np.ndarray:
-    """[h, w, 3] 0..1 -> soft mask [h, w]: colour distance from the border's colour, refined by GrabCut.
+def segment(rgb: np.ndarray, source: str = "image") -> np.ndarray:
+    """[h, w, 3] 0..1 -> soft mask [h, w]: color distance from the border's color, refined by GrabCut.
 
     Meant for an animal on a fairly even background. Raises ValueError where that fails: a cut-out
-    RGBA picture made with any segmentation tool is then the way.
+    RGBA image made with any segmentation tool is then the way.
     """
     import cv2
 
     height, width = rgb.shape[:2]
     scale = min(1.0, 512 / max(height, width))
-    small = cv2.resize(rgb, (round(width * scale), round(height * scale)), interpolation=cv2.INTER_AREA)
+    small = cv2.resize(rgb, (max(1, round(width * scale)), max(1, round(height * scale))), interpolation=cv2.INTER_AREA)
     edge = max(2, round(0.03 * min(small.shape[:2])))
     border = np.concatenate(
         [part.reshape(-1, 3) for part in (small[:edge], small[-edge:], small[:, :edge], small[:, -edge:])]
@@ -104,39 +116,25 @@ def segment(rgb: np.ndarray, source: str = "picture") -> np.ndarray:
     seed = distance > max(0.10, 2.0 * spread)
     labels = np.where(seed, cv2.GC_PR_FGD, cv2.GC_PR_BGD).astype(np.uint8)
     labels[:edge], labels[-edge:], labels[:, :edge], labels[:, -edge:] = (cv2.GC_BGD,) * 4
-    if 0.003 < seed.mean() < 0.8:
+    if 0.003 < seed.mean() < MASK_MOST:
         cv2.setRNGSeed(0)
-        picture = (small * 255).round().astype(np.uint8)
-        cv2.grabCut(picture, labels, None, np.zeros((1, 65)), np.zeros((1, 65)), 5, cv2.GC_INIT_WITH_MASK)
-    mask = _largest_component((labels == cv2.GC_FGD) | (labels == cv2.GC_PR_FGD))
-    if not 0.003 < mask.mean() < 0.8:
+        pixels, models = (small * 255).round().astype(np.uint8), (np.zeros((1, 65)), np.zeros((1, 65)))
+        cv2.grabCut(pixels, labels, None, *models, 5, cv2.GC_INIT_WITH_MASK)
+    mask = (labels == cv2.GC_FGD) | (labels == cv2.GC_PR_FGD)
+    count, parts, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
+    if count > 2:  # the largest piece is the animal
+        mask = parts == 1 + int(np.argmax(stats[1:, cv2.CC_STAT_AREA]))
+    if not 0.003 < mask.mean() < MASK_MOST:
         raise ValueError(
             f"{source}: no animal could be told from the background (mask covers {mask.mean():.1%}); pass an RGBA "
-            "picture whose alpha is the animal's mask"
+            "image whose alpha is the animal's mask"
         )
     soft = cv2.GaussianBlur(mask.astype(np.float32), (0, 0), 0.7)
     return np.clip(cv2.resize(soft, (width, height), interpolation=cv2.INTER_LINEAR), 0, 1)
 
 
-def _largest_component(mask: np.ndarray) -> np.ndarray:
-    import cv2
-
-    count, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
-    if count < 2:
-        return mask
-    return labels == 1 + int(np.argmax(stats[1:, cv2.CC_STAT_AREA]))
-
-
-def _crop_side(mask: np.ndarray, area: float, centre: tuple[float, float]) -> int:
-    """Side of the square crop: the usual body size, larger where the tail would be cut off."""
-    side = float(np.sqrt(area * mask.size / BODY_AREA))
-    ys, xs = np.nonzero(mask)
-    reach = max(xs.max() + 1 - centre[0], centre[0] - xs.min(), ys.max() + 1 - centre[1], centre[1] - ys.min())
-    return int(np.ceil(max(side, 2 * reach / (1 - 2 * MARGIN))))
-
-
-def _crop_square(array: np.ndarray, centre: tuple[float, float], side: int) -> np.ndarray:
-    left, top = round(centre[0] - side / 2), round(centre[1] - side / 2)
+def _crop_square(array: np.ndarray, center: tuple[float, float], side: int) -> np.ndarray:
+    left, top = round(center[0] - side / 2), round(center[1] - side / 2)
     result = np.zeros((side, side, 4), dtype=array.dtype)
     height, width = array.shape[:2]
     x0, x1, y0, y1 = max(left, 0), min(left + side, width), max(top, 0), min(top + side, height)
@@ -145,7 +143,7 @@ def _crop_square(array: np.ndarray, centre: tuple[float, float], side: int) -> n
 
 
 def _resize_premultiplied(array: np.ndarray, size: int) -> np.ndarray:
-    """Resize without bleeding the colours of transparent pixels into the outline."""
+    """Resize without bleeding the colors of transparent pixels into the outline."""
     import cv2
 
     if array.shape[:2] == (size, size):

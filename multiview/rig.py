@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
 
 from multiview.cameras import Cameras
+from multiview.files import read_json, take
 
 RIGS_FOLDER = Path(__file__).resolve().parent.parent / "configs" / "rigs"
 DEFAULT_RIG = "mouse6"
 
 FACELIFT_DISTANCE = 2.7
-FACELIFT_FOCAL = 548.9937744140625 / 512  # over the picture's width
+FACELIFT_FOCAL = 548.9937744140625 / 512  # over the image's width
 FILL_FACTOR = 2.0  # `framing: fill`: how much farther and longer than FaceLift's camera
 
 # Two rigs are one when every view agrees within these.
@@ -28,6 +30,12 @@ PROMPT_STYLES = {
     "mouse": "a rendering image of a 3D model, {view} view, from above at an angle, color map.",
     "mouse_normal": "a rendering image of a 3D model, {view} view, from above at an angle, normal map.",
     "laboratory": "a laboratory mouse, white background, high quality",
+}
+CHOICES = {
+    "azimuth_zero": ("heading", "reference"),
+    "framing": ("exact", "fill", "facelift"),
+    "up_axis": ("z",),
+    "prompt_style": tuple(PROMPT_STYLES),
 }
 ANGLES_SUFFIX = ", elevation {elevation:g} degrees, azimuth {azimuth:g} degrees"
 
@@ -60,7 +68,7 @@ class View:
 class ViewRig:
     """An ordered set of views around the origin, world z up.
 
-    distance: world units. focal: focal length over picture width. azimuth_zero: `heading` (the animal's own front) or
+    distance: world units. focal: focal length over image width. azimuth_zero: `heading` (the animal's own front) or
     `reference` (the side the input view was taken from). framing: how the animal's size was chosen (`exact`, `fill`,
     `facelift`; docs/data_format.md). reference_view: index of the input view.
     """
@@ -78,20 +86,18 @@ class ViewRig:
     def __post_init__(self) -> None:
         if not self.views:
             raise ValueError(f"rig {self.name}: at least one view is needed")
-        names = [view.name for view in self.views]
-        if len(set(names)) != len(names):
-            raise ValueError(f"rig {self.name}: view names must differ, got {names}")
+        if len(set(self.view_names)) != len(self.views):
+            raise ValueError(f"rig {self.name}: view names must differ, got {self.view_names}")
         if not 0 <= self.reference_view < len(self.views):
-            raise ValueError(f"rig {self.name}: reference_view must be 0..{len(names) - 1}, got {self.reference_view}")
-        for field, value, allowed in (
-            ("azimuth_zero", self.azimuth_zero, ("heading", "reference")),
-            ("framing", self.framing, ("exact", "fill", "facelift")),
-            ("up_axis", self.up_axis, ("z",)),
-            ("prompt_style", self.prompt_style, tuple(PROMPT_STYLES)),
-        ):
-            if value not in allowed:
-                raise ValueError(f"rig {self.name}: {field} must be one of {', '.join(allowed)}, got {value!r}")
-        if self.distance <= 0 or self.focal <= 0:
+            raise ValueError(
+                f"rig {self.name}: reference_view must be 0..{len(self.views) - 1}, got {self.reference_view}"
+            )
+        for key, allowed in CHOICES.items():
+            if getattr(self, key) not in allowed:
+                raise ValueError(
+                    f"rig {self.name}: {key} must be one of {', '.join(allowed)}, got {getattr(self, key)!r}"
+                )
+        if min(self.distance, self.focal, *(self.view_distance(view) for view in self.views)) <= 0:
             raise ValueError(f"rig {self.name}: distance and focal must be positive")
 
     @property
@@ -106,7 +112,7 @@ class ViewRig:
         return self.distance if view.distance is None else view.distance
 
     def cameras(self, size: int) -> Cameras:
-        """The rig's cameras for square pictures of `size` pixels, shape [num_views]."""
+        """Returns the rig's cameras for square images of `size` pixels, shape [num_views]."""
         return Cameras.orbit(
             torch.tensor([view.azimuth_deg for view in self.views], dtype=torch.float64),
             torch.tensor([view.elevation_deg for view in self.views], dtype=torch.float64),
@@ -116,7 +122,7 @@ class ViewRig:
         )
 
     def prompts(self, style: str | None = None, *, angles: bool = False) -> list[str]:
-        """One text prompt per view. `angles` appends the numbers (elevation, azimuth)."""
+        """Returns one text prompt per view. `angles` appends the numbers (elevation, azimuth)."""
         style = style or self.prompt_style
         if style not in PROMPT_STYLES:
             raise ValueError(f"prompt style must be one of {', '.join(PROMPT_STYLES)}, got {style!r}")
@@ -127,7 +133,7 @@ class ViewRig:
         ]
 
     def fingerprint(self) -> str:
-        """Short hash of geometry and order; equal for rigs that `differences` calls equal up to rounding."""
+        """Returns a short hash of geometry and order, equal for rigs that agree up to rounding."""
         content = [self.azimuth_zero, self.reference_view, round(self.focal, 5)]
         for view in self.views:
             angles = [round(view.azimuth_deg, 2), round(view.elevation_deg, 2)]
@@ -135,7 +141,7 @@ class ViewRig:
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
     def differences(self, other: ViewRig) -> list[str]:
-        """What keeps two rigs from being one (empty: they are). Names and prompts do not count, geometry does."""
+        """Returns the differences that keep two rigs apart (empty: none). Geometry counts, names and prompts do not."""
         if self.num_views != other.num_views:
             return [f"number of views: {self.num_views} against {other.num_views}"]
         found = []
@@ -157,31 +163,31 @@ class ViewRig:
         return found
 
     def mirror_order(self) -> list[int]:
-        """For each view the one that stands at its mirror image in x, which is the vertical plane through azimuth 0.
+        """Returns per view the index of its mirror image in x, the vertical plane through azimuth 0.
 
         Raises ValueError if the reference view does not stand at azimuth 0 or a view has no counterpart.
         """
-        if not self._mirrors(self.views[self.reference_view], self.views[self.reference_view]):
+
+        def mirrors(view: View, other: View) -> bool:
+            turn = (view.azimuth_deg + other.azimuth_deg + 180.0) % 360.0 - 180.0
+            near = self.view_distance(view) / self.view_distance(other) - 1.0
+            angles = abs(turn), abs(view.elevation_deg - other.elevation_deg)
+            return max(angles) <= ANGLE_TOLERANCE_DEG and abs(near) <= LENGTH_TOLERANCE
+
+        reference, order = self.views[self.reference_view], []
+        if not mirrors(reference, reference):
             raise ValueError(f"rig {self.name} cannot be mirrored: its reference view does not stand at azimuth 0")
-        order = []
         for view in self.views:
-            found = [index for index, other in enumerate(self.views) if self._mirrors(view, other)]
-            if not found:
+            order += [index for index, other in enumerate(self.views) if mirrors(view, other)][:1] or [-1]
+            if order[-1] < 0:
                 raise ValueError(
                     f"rig {self.name} cannot be mirrored: none of its views is the mirror image of {view.name}; "
                     "use --mirror never"
                 )
-            order.append(found[0])
         return order
 
-    def _mirrors(self, view: View, other: View) -> bool:
-        turn = (view.azimuth_deg + other.azimuth_deg + 180.0) % 360.0 - 180.0
-        near = self.view_distance(view) / self.view_distance(other) - 1.0
-        angles = abs(turn), abs(view.elevation_deg - other.elevation_deg)
-        return max(angles) <= ANGLE_TOLERANCE_DEG and abs(near) <= LENGTH_TOLERANCE
-
     def with_framing(self, framing: str) -> ViewRig:
-        """The rig for another framing: `fill` doubles distance and focal length, the others keep 2.7 and 549."""
+        """Returns the rig in another framing: `fill` doubles distance and focal length, the others keep 2.7 and 549."""
         factor = FILL_FACTOR if framing == "fill" else 1.0
         was = FILL_FACTOR if self.framing == "fill" else 1.0
         return replace(self, framing=framing, distance=self.distance / was * factor, focal=self.focal / was * factor)
@@ -195,22 +201,20 @@ class ViewRig:
 
     @staticmethod
     def from_dict(content: dict, source: str) -> ViewRig:
-        """Reads what `to_dict` (or a rig YAML) holds; unknown and missing keys are errors naming `source`."""
-        known = set(ViewRig.__dataclass_fields__)
-        if not isinstance(content, dict) or not {"name", "views"} <= set(content):
-            raise ValueError(f"{source}: a view rig needs at least 'name' and 'views'")
-        unknown = set(content) - known
-        if unknown:
-            raise ValueError(f"{source}: unknown rig keys {sorted(unknown)}; known: {sorted(known)}")
+        """Reads the content of a rig file (`to_dict`); unknown, missing and wrong values are errors naming `source`."""
+        rows = take(content, "views", list, f"{source}: a view rig")
+        views = tuple(_from_row(View, row, f"{source}: view {index}") for index, row in enumerate(rows))
+        for view in views:
+            if not abs(view.azimuth_deg) <= 720 or not abs(view.elevation_deg) <= 90:
+                raise ValueError(f"{source}: view {view.name} needs angles in degrees, elevation -90..90, got {view}")
         try:
-            views = tuple(View(**view) for view in content["views"])
-        except TypeError as error:
-            raise ValueError(f"{source}: a view needs name, azimuth_deg, elevation_deg: {error}") from error
-        return ViewRig(**{**content, "views": views})
+            return _from_row(ViewRig, {**content, "views": views}, f"{source}: a view rig")
+        except ValueError as error:  # the rig's own checks name the rig alone
+            raise ValueError(str(error) if source in str(error) else f"{source}: {error}") from None
 
     @staticmethod
     def from_cameras(cameras: Cameras, name: str, view_names: list[str] | None = None) -> ViewRig:
-        """The rig that cameras [v] amount to when they look at the origin: measured directions, in the given order."""
+        """Returns the rig of measured cameras [v] that look at the origin, in the given order."""
         azimuths, elevations = cameras.azimuth_deg.tolist(), cameras.elevation_deg.tolist()
         distances = cameras.distance.tolist()
         names = view_names or [f"azimuth_{azimuth:.1f}" for azimuth in azimuths]
@@ -220,23 +224,32 @@ class ViewRig:
         return ViewRig(name=name, views=views, distance=mean_distance, focal=focal)
 
 
+def _from_row(schema: type, row: dict, where: str):
+    """Returns a View or ViewRig from keys and values; each must be known and of the type its field is written with."""
+    values, fields = {}, schema.__dataclass_fields__
+    for key, entry in fields.items():
+        kind = {"str": str, "int": int, "tuple[View, ...]": tuple}.get(entry.type, float)
+        values[key] = take(row, key, kind, where, default=... if entry.default is MISSING else entry.default)
+    if unknown := sorted(map(str, set(row) - set(fields))):
+        raise ValueError(f"{where} has unknown keys {unknown}; known: {sorted(fields)}")
+    return schema(**values)
+
+
 def available_rigs() -> list[str]:
     return sorted(path.stem for path in RIGS_FOLDER.glob("*.yaml"))
 
 
 def load_rig(name_or_path: str | Path) -> ViewRig:
-    """A rig by name (`configs/rigs/<name>.yaml`), or from a YAML/JSON file (a bare rig, or under the key `rig`)."""
-    from omegaconf import OmegaConf
+    """Reads a rig by name (`configs/rigs/<name>.yaml`), or from a YAML/JSON file (bare, or under the key `rig`)."""
+    from multiview.config import read_yaml
 
     path = Path(name_or_path)
     if path.suffix not in (".yaml", ".yml", ".json"):
         path = RIGS_FOLDER / f"{name_or_path}.yaml"
     if not path.is_file():
         raise ValueError(f"rig {str(name_or_path)!r} is neither a file nor one of {', '.join(available_rigs())}")
-    content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    if isinstance(content, dict) and isinstance(content.get("rig"), dict):
-        content = content["rig"]
-    return ViewRig.from_dict(content, str(path))
+    content = read_json(path) if path.suffix == ".json" else read_yaml(path)
+    return ViewRig.from_dict(take(content, "rig", dict, str(path), default=content), str(path))
 
 
 def check_alignment(expected: ViewRig | None = None, /, **artifacts: ViewRig) -> ViewRig:
@@ -314,32 +327,24 @@ def _check_axes(expected_c2w: torch.Tensor, c2w: torch.Tensor, source: str, tole
 
 
 def mismatch_message(role_a: str, a: ViewRig, role_b: str, b: ViewRig, differences: list[str]) -> str:
-    """Both rigs side by side, what differs, and the command that mends it."""
+    """Returns both rigs side by side, what differs, and the command that mends it."""
+    columns = []
+    for role, rig in ((role_a, a), (role_b, b)):
+        lines = [f"{role}: rig {rig.name}", f"{rig.num_views} views, azimuth 0 = {rig.azimuth_zero}"]
+        lines.append(f"focal / width {rig.focal:.5g}, fingerprint {rig.fingerprint()}")
+        for index, view in enumerate(rig.views):
+            lines.append(
+                f"{index} {view.name:<16} az {view.azimuth_deg:6.1f}  el {view.elevation_deg:5.1f}"
+                f"  d {rig.view_distance(view):.3g}"
+            )
+        columns.append(lines)
+    width = max(map(len, columns[0])) + 4
+    table = "\n".join(f"  {x:<{width}}{y}".rstrip() for x, y in zip_longest(*columns, fillvalue=""))
     shown = differences[:4] + ([f"and {len(differences) - 4} more"] if len(differences) > 4 else [])
-    left, right = _rig_lines(role_a, a), _rig_lines(role_b, b)
-    width = max(len(line) for line in left) + 4
-    rows = max(len(left), len(right))
-    left, right = left + [""] * (rows - len(left)), right + [""] * (rows - len(right))
-    table = "\n".join(f"  {x:<{width}}{y}".rstrip() for x, y in zip(left, right))
-    mend = MENDING[role_b if role_b in MENDING else role_a].format(rig=_rig_argument(a))
+    # What to type for a rig: its name if it ships with the project, else the file of the dataset that measured it.
+    shipped = (RIGS_FOLDER / f"{a.name}.yaml").is_file() and not load_rig(a.name).differences(a)
+    mend = MENDING[role_b if role_b in MENDING else role_a].format(rig=a.name if shipped else "<dataset>/dataset.json")
     return (
         f"{role_a} and {role_b} describe different views, so the 3D result would be garbage:\n{table}\n"
         f"  differs: {'; '.join(shown)}\n  to mend: {mend}"
     )
-
-
-def _rig_argument(rig: ViewRig) -> str:
-    """What to type for a rig: its name if it ships with the project, else the file of the dataset that measured it."""
-    shipped = RIGS_FOLDER / f"{rig.name}.yaml"
-    return rig.name if shipped.is_file() and not load_rig(rig.name).differences(rig) else "<dataset>/dataset.json"
-
-
-def _rig_lines(role: str, rig: ViewRig) -> list[str]:
-    lines = [f"{role}: rig {rig.name}", f"{rig.num_views} views, azimuth 0 = {rig.azimuth_zero}"]
-    lines.append(f"focal / width {rig.focal:.5g}, fingerprint {rig.fingerprint()}")
-    for index, view in enumerate(rig.views):
-        lines.append(
-            f"{index} {view.name:<16} az {view.azimuth_deg:6.1f}  el {view.elevation_deg:5.1f}"
-            f"  d {rig.view_distance(view):.3g}"
-        )
-    return lines

@@ -74,6 +74,21 @@ def resolve_device(device: str) -> torch.device:
     return resolved
 
 
+def reset_peak() -> bool:
+    """Lets `peak_bytes` begin anew; False where this system does not allow it."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): the high-water mark
+    except OSError:
+        return False
+    return True
+
+
+def peak_bytes() -> float:
+    """Returns the most that the process held since `reset_peak`, libraries and all (psutil knows the present only)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024.0 * int(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
+
+
 # ---- processes --------------------------------------------------------------------------------------------------
 
 
@@ -308,10 +323,11 @@ def main_guard(main: Callable[[], None]) -> None:
     choose_numba_cache()
     try:
         main()
-    except (ValueError, FileNotFoundError, PermissionError) as error:
+    except (ValueError, OSError) as error:  # OSError: a full or read-only disk, a file where a folder should be
         if os.environ.get("MOUSE_FACELIFT_TRACEBACK"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        told = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
+        print(f"error: {told}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -9,7 +9,6 @@ The rig's views come first, in the rig's order; extra (novel) views follow, with
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from multiview.cameras import Cameras
-from multiview.files import atomic_folder, atomic_write, write_json
+from multiview.files import atomic_folder, atomic_write, damage_explained, read_json, read_lines, take, write_json
 from multiview.image import read_rgba, resize_rgba, write_image
 from multiview.rig import ViewRig
 
@@ -30,7 +29,8 @@ log = logging.getLogger(__name__)
 
 CAMERAS_FILE = "opencv_cameras.json"
 DATASET_FILE = "dataset.json"
-DEPTH_UNIT = 1e-4  # world units per step of the 16-bit depth pictures: up to 6.55 units
+MASK_MOST = 0.95  # of an image: alpha that covers more is no mask, and would make the background part of the animal
+DEPTH_UNIT = 1e-4  # world units per step of the 16-bit depth images: up to 6.55 units
 
 
 @dataclass(frozen=True)
@@ -48,35 +48,31 @@ class Sample:
     def __post_init__(self) -> None:
         if not (len(self.rgba) == len(self.cameras) == len(self.view_names)):
             raise ValueError(
-                f"sample {self.id}: {len(self.rgba)} pictures, {len(self.cameras)} cameras and "
+                f"sample {self.id}: {len(self.rgba)} images, {len(self.cameras)} cameras and "
                 f"{len(self.view_names)} view names; one of each per view is expected"
             )
         if tuple(self.rgba.shape[-2:]) != (self.cameras.height, self.cameras.width):
             raise ValueError(
-                f"sample {self.id}: pictures are {list(self.rgba.shape[-2:])}, cameras expect "
+                f"sample {self.id}: images are {list(self.rgba.shape[-2:])}, cameras expect "
                 f"{[self.cameras.height, self.cameras.width]}"
             )
 
 
 def read_sample(
-    folder: Path | str,
-    *,
-    image_size: int | None = None,
-    num_views: int | None = None,
-    views: Sequence[int] | None = None,
-    with_depth: bool = False,
-) -> Sample:
-    """Reads a sample folder (FaceLift's included); pictures and cameras resized together to image_size if given.
+    folder: Path | str, *, image_size: int | None = None, num_views: int | None = None,
+    views: Sequence[int] | None = None, with_depth: bool = False,
+) -> Sample:  # fmt: skip
+    """Reads a sample folder (FaceLift's included); images and cameras resized together to image_size if given.
 
-    num_views: read the first so many views only. views: read these only, in this order (no other picture is touched).
-    with_depth: depth pictures are required.
+    num_views: read the first so many views only. views: read these only, in this order (no other image is touched).
+    with_depth: depth images are required. Raises ValueError naming the file, also where a view has no mask.
     """
     folder = Path(folder)
     path = folder / CAMERAS_FILE
     if not path.is_file():
         raise ValueError(f"sample {folder} has no {CAMERAS_FILE}; a sample folder is expected (docs/data_format.md)")
-    content = json.loads(path.read_text())
-    frames = content.get("frames", []) if isinstance(content, dict) else []
+    content = read_json(path)
+    frames = take(content, "frames", list, str(path))
     if num_views is not None and len(frames) < num_views:
         raise ValueError(f"sample {folder} has {len(frames)} views, {num_views} are needed")
     chosen = list(range(len(frames)))[:num_views] if views is None else list(views)
@@ -85,34 +81,36 @@ def read_sample(
         raise ValueError(f"sample {folder} has {len(frames)} views, there are no views {outside}")
     frames = [frames[view] for view in chosen]
     cameras = Cameras.from_frames(frames, str(path))
-    pictures = []
-    for frame in frames:
-        rgba = read_rgba(_inside(folder, frame.get("file_path"), path))
-        if tuple(rgba.shape[-2:]) != (cameras.height, cameras.width):
+    images, depths, names = [], [], []
+    for view, frame in zip(chosen, frames):
+        where = f"{path}: frame {view}"
+        file = inside(folder, take(frame, "file_path", str, where), where)
+        names.append(take(frame, "view", str, where, default=None))
+        images.append(read_rgba(file))
+        sizes = {file: tuple(images[-1].shape[-2:])}
+        if with_depth:
+            depths.append(_read_depth(_depth_path(folder, view)))
+            sizes[_depth_path(folder, view)] = tuple(depths[-1].shape[-2:])
+        for name, size in sizes.items():
+            if size != (cameras.height, cameras.width):
+                raise ValueError(f"{name} is {list(size)} (h, w), {path} says {[cameras.height, cameras.width]}")
+        covered = float((images[-1][3] > 0.5).float().mean())
+        if covered > MASK_MOST:
             raise ValueError(
-                f"{folder / frame['file_path']} is {list(rgba.shape[-2:])} (h, w), {path} says "
-                f"{[cameras.height, cameras.width]}"
+                f"{file} has no mask of the animal: its alpha covers {covered:.0%} of the image. Save it as RGBA with "
+                "the animal's mask as alpha (scripts/process_mouse_data.py --segment makes masks for recordings)"
             )
-        pictures.append(rgba)
-    depth = torch.stack([_read_depth(_depth_path(folder, view)) for view in chosen]) if with_depth else None
+    rgba, depth = torch.stack(images), torch.stack(depths) if with_depth else None
     if image_size is not None and (cameras.height, cameras.width) != (image_size, image_size):
         if cameras.height != cameras.width:
-            raise ValueError(f"sample {folder}: square pictures are expected, got {cameras.height} x {cameras.width}")
-        pictures = [resize_rgba(picture, image_size) for picture in pictures]
+            raise ValueError(f"sample {folder}: square images are expected, got {cameras.height} x {cameras.width}")
+        rgba = torch.stack([resize_rgba(image, image_size) for image in images])
         cameras = cameras.resize(image_size, image_size)
         if depth is not None:
             # Nearest, not averaged: a mean of surface and nothing is a depth that exists nowhere.
             depth = torch.nn.functional.interpolate(depth, size=(image_size, image_size), mode="nearest-exact")
     extra = {key: value for key, value in content.items() if key not in ("id", "frames")}
-    return Sample(
-        id=str(content.get("id", folder.name)),
-        rgba=torch.stack(pictures),
-        cameras=cameras,
-        view_names=[frame.get("view") for frame in frames],
-        depth=depth,
-        folder=folder,
-        extra=extra,
-    )
+    return Sample(str(content.get("id", folder.name)), rgba, cameras, names, depth, folder, extra)
 
 
 def write_sample(folder: Path | str, sample: Sample) -> None:
@@ -139,24 +137,16 @@ def is_complete_sample(folder: Path | str) -> bool:
 
 
 def read_split(list_file: Path | str) -> list[Path]:
-    """Sample folders of a split list, one per line, relative to it. Absolute or escaping paths are refused."""
+    """Reads the sample folders of a split list, one per line, relative to it; other paths are refused."""
     list_file = Path(list_file)
     if not list_file.is_file():
         raise ValueError(
             f"split list {list_file} does not exist; make a dataset with scripts/make_synthetic_mouse.py or "
             "scripts/process_mouse_data.py, or name its data_mouse_train.txt"
         )
-    lines = [line.strip() for line in list_file.read_text().splitlines() if line.strip()]
-    if not lines:
+    folders = [inside(list_file.parent, line, f"split list {list_file}") for line in read_lines(list_file)]
+    if not folders:
         raise ValueError(f"split list {list_file} is empty")
-    folders = []
-    for line in lines:
-        if os.path.isabs(line):
-            raise ValueError(
-                f"split list {list_file} holds the absolute path {line}; paths must be relative to the list file, so "
-                "that a dataset can be moved"
-            )
-        folders.append(_inside(list_file.parent, line, list_file))
     return folders
 
 
@@ -181,10 +171,8 @@ def read_dataset_info(folder: Path | str) -> dict:
             f"{path} does not exist: a dataset carries its view rig there. To adopt a folder made elsewhere, state its "
             f"rig once: python scripts/stamp_rig.py --rig facelift6 --path {folder}"
         )
-    content = json.loads(path.read_text())
-    if not isinstance(content, dict) or "rig" not in content:
-        raise ValueError(f"{path} must hold an object with the key 'rig'")
-    return {**content, "rig": ViewRig.from_dict(content["rig"], str(path))}
+    content = read_json(path)
+    return {**content, "rig": ViewRig.from_dict(take(content, "rig", dict, str(path)), str(path))}
 
 
 def open_dataset(folder: Path, rig: ViewRig, parameters: dict) -> None:
@@ -218,14 +206,19 @@ def open_dataset(folder: Path, rig: ViewRig, parameters: dict) -> None:
         )
 
 
-def _inside(folder: Path, relative: str | None, source: Path) -> Path:
-    """folder / relative, refused when it leaves the folder (sample files come from strangers)."""
-    if not relative:
-        raise ValueError(f"{source}: a frame lacks file_path")
-    path = folder / relative
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"{source}: the path {relative!r} leads out of {folder}")
-    return path
+def inside(folder: Path, relative: str, where: str) -> Path:
+    """Returns folder / relative, refused where its text leads out of the folder (sample files come from strangers).
+
+    Links are followed: the user made them, and Hugging Face's cache consists of them.
+    """
+    parts = relative.split("/")
+    if not relative or "\0" in relative or max(map(len, parts)) > 255:
+        raise ValueError(f"{where} holds {relative[:60]!r}, a path is expected")
+    if os.path.isabs(relative):
+        raise ValueError(f"{where} holds the absolute path {relative}; paths are relative, so that data can be moved")
+    if os.path.normpath(relative).split(os.sep)[0] == "..":
+        raise ValueError(f"{where}: the path {relative!r} leads out of {folder}")
+    return folder / relative
 
 
 def _depth_path(folder: Path, index: int) -> Path:
@@ -233,8 +226,11 @@ def _depth_path(folder: Path, index: int) -> Path:
 
 
 def _read_depth(path: Path) -> Tensor:
+    """Reads a depth image [1, h, w] in world units."""
     if not path.is_file():
-        raise ValueError(f"depth picture {path} does not exist; write the dataset with --depth")
-    with Image.open(path) as picture:
-        steps = np.asarray(picture)
+        raise ValueError(f"depth image {path} does not exist: synthetic mice have it (make_synthetic_mouse.py --depth)")
+    with damage_explained(f"depth image {path}"), Image.open(path) as image:
+        steps = np.asarray(image)
+    if steps.ndim != 2:
+        raise ValueError(f"depth image {path} must be gray with 16 bits, got {list(steps.shape)}")
     return torch.from_numpy(steps.astype(np.float32))[None] * DEPTH_UNIT

@@ -6,7 +6,6 @@ text_encoder, tokenizer}: FaceLift's released `pipeckpts`, and the demo componen
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from multiview.files import DAMAGE, damage_explained, read_json
 from mvdiffusion.models.unet import load_unet, resolve_unet_folder
 
 if TYPE_CHECKING:
@@ -190,14 +190,15 @@ def load_feature_extractor(folder: Path | str) -> Any:
     """The PIL-based CLIP image processor: FaceLift's numbers exactly, which the torchvision one misses."""
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    return CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
+    with damage_explained(f"image processor {folder}"):
+        return CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
 
 
 def _read_config(folder: Path, name: str) -> dict:
     path = folder / name
     if not path.is_file():
         raise ValueError(f"{folder} holds no {name}")
-    return json.loads(path.read_text())
+    return read_json(path)
 
 
 def _frozen(kind: type, folder: Path, device: torch.device | str, dtype: torch.dtype) -> Any:
@@ -210,7 +211,7 @@ def _frozen(kind: type, folder: Path, device: torch.device | str, dtype: torch.d
         model, report = kind.from_pretrained(
             folder, local_files_only=True, output_loading_info=True, **{dtype_argument: dtype}
         )
-    except (OSError, RuntimeError) as error:
+    except DAMAGE as error:
         raise ValueError(f"{folder} cannot be loaded as {kind.__name__}: {str(error).splitlines()[0]}") from error
     problems = {
         title: sorted(name for name in report.get(key, ()) if not name.endswith(COMPUTED_BUFFERS))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from multiview.checkpoint import load_checkpoint
-from multiview.files import atomic_write, write_json
+from multiview.files import atomic_write, read_json, take, write_json
 from multiview.rig import PROMPT_STYLES, RigMismatchError, ViewRig
 
 if TYPE_CHECKING:
@@ -132,14 +131,14 @@ def load_prompt_embeds(path: Path | str, rig: ViewRig | None = None) -> PromptEm
     command = "python scripts/generate_mouse_prompt_embeds.py --rig <rig> --output_dir <folder>"
     if not path.is_file():
         raise ValueError(f"prompt embeddings {path} do not exist; make them: {command}")
-    tensor = load_checkpoint(path)
+    tensor = load_checkpoint(path, object)
     if not isinstance(tensor, Tensor) or tensor.ndim != 3 or tensor.shape[1] != TOKENS:
         found = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
         raise ValueError(f"prompt embeddings {path} must be a tensor [num_views, {TOKENS}, width], got {found}")
     metadata_path, metadata = path.with_name(METADATA_FILE), {}
     if metadata_path.is_file():
-        metadata = json.loads(metadata_path.read_text())
-        stored = ViewRig.from_dict(metadata["rig"], str(metadata_path))
+        metadata = read_json(metadata_path)
+        stored = ViewRig.from_dict(take(metadata, "rig", dict, str(metadata_path)), str(metadata_path))
         if rig is not None and rig.differences(stored):
             from multiview.rig import check_alignment
 
@@ -161,7 +160,7 @@ def check_embeds_fit(embeds: PromptEmbeds, unet: UNet2DConditionModel | Path | s
     unet: a loaded UNet, or its folder (only config.json is read: cheap, before any weights are loaded).
     """
     if isinstance(unet, Path | str):
-        config, source = json.loads((Path(unet) / "config.json").read_text()), unet
+        config, source = read_json(Path(unet) / "config.json"), unet
     else:
         config = unet.config
     width, views, name = config["cross_attention_dim"], config.get("num_views"), f"UNet {source}".strip()

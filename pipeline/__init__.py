@@ -231,10 +231,10 @@ def _read(image: Any) -> Tensor:
     import numpy as np
     import torch
 
-    from multiview.image import read_rgba
+    from multiview.image import read_photo
 
     if isinstance(image, (str, Path)):
-        return read_rgba(image)
+        return read_photo(image)
     if not isinstance(image, torch.Tensor):
         array = np.asarray(image.convert("RGBA") if hasattr(image, "convert") else image)  # a PIL image, or an array
         if array.dtype != np.uint8 or array.ndim != 3:

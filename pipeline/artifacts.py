@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mvdiffusion.components import Components
     from mvdiffusion.prompts import PromptEmbeds
 
-Options = TypeVar("Options")
+Chosen = TypeVar("Chosen")
 DEMO_STAGE2 = "checkpoints/demo/gslrm"
 STAMP = "python scripts/stamp_rig.py --rig <rig> --path {path}"
 
@@ -71,11 +71,20 @@ class Stage1Options:
 
 
 @dataclass(frozen=True)
-class PhotoOptions(Stage1Options):
-    """The same, and how a photograph is taken."""
+class Options(Stage1Options):
+    """The same, how photographs are taken, and what is written of a result."""
 
     crop: Literal["auto", "always", "never"] = option("auto", "auto, always or never: framing of the photograph")
     keep_input_view: bool = option(True, "Stage 2 sees the photograph itself, not its generated copy")
+    turntable_size: int = option(256, "pixels, even", least=16)
+    maps: bool = option(False, "also depth/ and alpha/ as seen by the views' cameras")
+    sheet: bool = option(False, "also sheet.png: input and views above their renderings")
+    video_stride: int = option(10, "use every n-th frame of --input_video", least=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.turntable_size % 2:
+            raise ValueError(f"turntable_size must be even, got {self.turntable_size}")
 
 
 def add_overrides(parser: argparse.ArgumentParser, options: type) -> None:
@@ -86,7 +95,7 @@ def add_overrides(parser: argparse.ArgumentParser, options: type) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
 
 
-def parse_overrides(parser: argparse.ArgumentParser, options: type[Options], overrides: list[str]) -> Options:
+def parse_overrides(parser: argparse.ArgumentParser, options: type[Chosen], overrides: list[str]) -> Chosen:
     """Returns the checked dataclass; a wrong key or value ends the command as any bad argument does."""
     if not overrides:
         return options()

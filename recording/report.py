@@ -173,7 +173,7 @@ def import_findings(report: dict) -> list[Finding]:
     size, found = report["image_size"], []
     if report["clipped_views"]:
         what = f"{report['clipped_views']} masks reach beyond their pictures"
-        found.append(Finding("clipped", "poor", what, "import again with a smaller --zoom or a larger --body_length"))
+        found.append(Finding("clipped", "poor", what, "import again with a larger --body_length"))
     off = report["centre_off_px_rms"]
     if off > USABLE_CENTRE * size:
         severity = "poor" if off > POOR_CENTRE * size else "usable"

@@ -1,6 +1,6 @@
 """States once which view rig public weights or a foreign dataset belong to, by writing it beside them.
 
-A folder with opencv_cameras samples gets `dataset.json`, any other folder `rig.json`, a .pt file its JSON sidecar.
+A folder with samples or a split list gets `dataset.json`, any other folder `rig.json`, a .pt file its JSON sidecar.
 """
 
 import argparse
@@ -25,11 +25,14 @@ def main() -> None:
     from multiview.checkpoint import read_rig, read_sidecar, sidecar_path, stamp_rig
     from multiview.files import write_json
     from multiview.rig import ViewRig, load_rig
-    from multiview.sample import DATASET_FILE, read_dataset_info, write_dataset_info
+    from multiview.sample import CAMERAS_FILE, DATASET_FILE, read_dataset_info, write_dataset_info
 
     rig, path = load_rig(arguments.rig), arguments.path
     if not path.exists():
         raise ValueError(f"--path {path} does not exist")
+    # A dataset has its dataset.json already, or sample folders, or is the folder of a split list alone.
+    samples = any(path.glob(f"*/{CAMERAS_FILE}")) or (any(path.glob("*.txt")) and not (path / "config.json").is_file())
+    content: dict = {}
     if path.is_file():
         content = read_sidecar(path) or {}
         present = ViewRig.from_dict(content["rig"], str(sidecar_path(path))) if "rig" in content else None
@@ -37,7 +40,7 @@ def main() -> None:
         content = read_dataset_info(path)
         present = content.pop("rig")
     else:
-        content, present = {}, read_rig(path)
+        present = read_rig(path)
     if present is not None and present.differences(rig) and not arguments.replace:
         raise ValueError(
             f"{path} already carries rig {present.name}, which differs from {rig.name}; --replace replaces it"
@@ -45,7 +48,7 @@ def main() -> None:
 
     if path.is_file():
         write_json(sidecar_path(path), {**content, "rig": rig.to_dict()})
-    elif content or any(path.glob("*/opencv_cameras.json")):
+    elif samples or (path / DATASET_FILE).is_file():
         write_dataset_info(path, rig, **content)
     else:
         stamp_rig(path, rig)

@@ -59,7 +59,7 @@ def test_every_combination_is_a_cell_of_its_own_folder(tmp_path):
         ({"metric": ["x"]}, "unknown key 'metric'; the nearest known one is 'metrics'"),
         ({"metrics": []}, "the key 'metrics' is missing or empty"),
         ({"stage": 3}, "stage must be 1 or 2, got 3"),
-        ({"seeds": [1, 1]}, "different whole numbers"), ({"seeds": ["x"]}, r"s.yaml: .*\(key seeds\[0\]\)"),
+        ({"seeds": [1, 1]}, "different whole numbers"), ({"seeds": ["x"]}, "different whole numbers"),
         ({"metrics": 3}, "s.yaml: "), ({"base": {"a": 1}}, "s.yaml: "), ({"overrides": [1]}, "s.yaml: "),
         ({"factors": {"a": ["x"]}}, "factor 'a' needs at least two different levels"),
         ({"factors": {"a": {"x": 1, "y": 2}}}, "mapping of level names to config overrides"),

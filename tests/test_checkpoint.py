@@ -1,11 +1,13 @@
 """Files appear whole or not at all; loading is strict."""
 
+import argparse
 import errno
 import json
 import os
 import pickle
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -104,6 +106,72 @@ def test_a_missing_checkpoint_and_one_with_code_inside_are_refused(tmp_path):
         with pytest.raises(ValueError, match=name):
             load_checkpoint(tmp_path / name)
     assert not (tmp_path / "pwned").exists()
+
+
+def bit_flipped(path):
+    content = bytearray(path.read_bytes())
+    content[content.index(b"\x80\x3f\0\0\x80\x3f") + 1] ^= 1  # in the tensor
+    path.write_bytes(content)
+
+
+def zeroed(path):
+    content = path.read_bytes()
+    path.write_bytes(content[:-3000] + bytes(64) + content[-2936:])
+
+
+def unfolding(path):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/data.pkl", bytes(50_000_000))
+        archive.writestr("a/version", "3")
+
+
+def asking_for_memory(path):
+    torch.save({"model": Asking()}, path)
+
+
+class Asking:
+    def __reduce__(self):
+        return (bytearray, (6 << 30,))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda p: p.write_bytes(p.read_bytes()[:3000]), "cut off"), (lambda p: p.write_bytes(b""), "cut off"),
+        (bit_flipped, "differs from its checksum"), (zeroed, "differs from its checksum|cut off"),
+        (unfolding, "its parts are compressed"), (asking_for_memory, "asks for memory by a number"),
+        (lambda p: torch.save(torch.nn.Linear(2, 2), p), "holds a torch.nn.modules.linear.Linear.*torch.save"),
+        (lambda p: torch.save({"model": {}, "loss": Path("x")}, p), "holds a pathlib"),
+        (lambda p: torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), p), "TorchScript; convert it"),
+        (lambda p: torch.save([1, 2], p), "must hold a dict, got list"),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore")
+def test_a_spoiled_or_foreign_checkpoint_is_one_sentence_and_the_one_before_it_is_taken(tmp_path, spoil, message):
+    for step in (1, 2):
+        save_checkpoint(tmp_path / f"ckpt_{step:016d}.pt", {"model": {"w": torch.ones(2000)}}, {"step": step})
+    path = tmp_path / f"ckpt_{2:016d}.pt"
+    spoil(path)
+    with pytest.raises(ValueError, match=f"{path.name} .*({message})") as error:
+        load_checkpoint(path)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
+    assert newest_checkpoint(tmp_path).name == f"ckpt_{1:016d}.pt"
+
+
+def test_what_other_trainings_write_is_loaded(tmp_path):
+    """torch.compile's prefix, a Namespace of arguments, the format before torch 1.6, a best one besides."""
+    module = torch.nn.Sequential(torch.nn.Linear(2, 3))
+    state = {f"_orig_mod.{name}": tensor for name, tensor in module.state_dict().items()}
+    content = {"model": state, "args": argparse.Namespace(lr=0.1)}
+    torch.save(content, tmp_path / "ckpt_1.pt")
+    torch.save(content, tmp_path / "ckpt_best.pt", _use_new_zipfile_serialization=False)
+    for name in ("ckpt_1.pt", "ckpt_best.pt"):
+        loaded = torch.nn.Sequential(torch.nn.Linear(2, 3))
+        load_strict(loaded, load_checkpoint(tmp_path / name)["model"], name)
+        assert torch.equal(loaded[0].weight, module[0].weight)
+    assert newest_checkpoint(tmp_path).name == "ckpt_1.pt"
+    rotate_checkpoints(tmp_path, "ckpt_*.pt", keep=1)
+    assert (tmp_path / "ckpt_best.pt").is_file()
 
 
 def test_a_stamped_rig_is_read_back(tmp_path):

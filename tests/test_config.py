@@ -49,6 +49,19 @@ def test_wrong_keys_and_values_are_refused(overrides, message):
         load_config(Settings, None, overrides)
 
 
+@pytest.mark.parametrize(
+    "typed", ["2024_06_01", "/data/run #2", "007", "1e3", "off", "12:30", "2024-06-01", "0x10", "a: b", "~x", "null_"]
+)
+def test_text_stays_as_it_was_typed_where_the_schema_says_text(tmp_path, typed):
+    assert load_config(Settings, None, [f"maybe={typed}"]).maybe == typed
+    (tmp_path / "x.yaml").write_text(f"maybe: {typed if '#' not in typed and ': ' not in typed else repr(typed)}\n")
+    assert load_config(Settings, tmp_path / "x.yaml").maybe == typed
+    (tmp_path / "x.yaml").write_text("names: [2024_06_01, on, 3e-4]\nmaybe: null\n")
+    settings = load_config(Settings, tmp_path / "x.yaml", ["maybe=null"])
+    assert settings.names == ["2024_06_01", "on", "3e-4"] and settings.maybe is None
+    assert load_config(Settings, None, ["maybe='quoted: text'", "steps=1_000"]) == Settings(1000, maybe="quoted: text")
+
+
 def test_unknown_yaml_keys_name_the_file_and_ignored_ones_are_listed(tmp_path, caplog):
     path = tmp_path / "x.yaml"
     path.write_text("steps: 3\nenable_xformers: true\n")
@@ -61,12 +74,24 @@ def test_unknown_yaml_keys_name_the_file_and_ignored_ones_are_listed(tmp_path, c
     assert load_config(Settings, path, ignored={"enable_xformers"}).steps == 3
 
 
-def test_a_missing_or_broken_file_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="does not exist"):
-        load_config(Settings, tmp_path / "none.yaml")
-    (tmp_path / "broken.yaml").write_text("a: [1,")
-    with pytest.raises(ValueError, match="broken.yaml is not valid YAML"):
-        load_config(Settings, tmp_path / "broken.yaml")
-    (tmp_path / "tag.yaml").write_text("steps: !!python/object/apply:os.system ['true']\n")
-    with pytest.raises(ValueError, match="tag.yaml"):
-        load_config(Settings, tmp_path / "tag.yaml")
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1,", "x.yaml is not valid YAML"), ("steps: !!python/object/apply:os.system ['true']", "x.yaml"),
+        ("just text", "x.yaml"), ("[1, 2]", "x.yaml"), ("a: " + "[" * 5000, "x.yaml is not valid YAML"),
+        ("a: &a [x]\n" + "b: [*a,*a]\n" * 20, "more than 16 aliases"), ("steps: " + "9" * 5000, "x.yaml"),
+        ("base: x.yaml", "name itself"), ("base: [1]", "x.yaml.*base must be a text"), ("optimizer: 3", "mapping"),
+        ("base: none.yaml", "none.yaml does not exist"), ("steps: null", "x.yaml"), ("? [a]\n: b", "x.yaml"),
+        ("maybe: ${oc.env:HOME}${", "x.yaml"), ("# " + "x" * 1_100_000, "the limit"), ("1: 2", "unknown key '1'"),
+    ],
+)  # fmt: skip
+def test_a_missing_or_broken_file_is_refused(tmp_path, text, message):
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_config(Settings, tmp_path / "x.yaml")
+
+
+def test_utf16_and_byte_order_marks_are_read(tmp_path):
+    for encoding in ("utf-8-sig", "utf-16"):
+        (tmp_path / "x.yaml").write_text("maybe: Mäuse\n", encoding=encoding)
+        assert load_config(Settings, tmp_path / "x.yaml").maybe == "Mäuse"

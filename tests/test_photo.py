@@ -52,23 +52,48 @@ def test_outline_colours_do_not_bleed_in_from_transparent_pixels():
     assert (result[:3, result[3] > 0.2] - 0.3).abs().max() < 0.02
 
 
-def test_an_opaque_photograph_is_segmented():
-    rgba = blob(240, 320, 160, 120, 50)
-    noise = np.random.default_rng(0).normal(0, 0.01, (3, 240, 320)).astype(np.float32)
-    photo = torch.where(rgba[3:] > 0.5, torch.tensor(0.25), torch.tensor(0.85)).expand(3, -1, -1) + torch.from_numpy(
-        noise
-    )
-    mask = segment(photo.permute(1, 2, 0).numpy().clip(0, 1))
-    truth = rgba[3].numpy() > 0.5
-    assert ((mask > 0.5) & truth).sum() / ((mask > 0.5) | truth).sum() > 0.95
-    result, report = prepare_photo(torch.cat([photo.clamp(0, 1), torch.ones(1, 240, 320)]), 128)
-    assert report.segmented and 0.3 < result[3].sum() / 128**2 / BODY_AREA < 1.5
+def photograph(alpha):
+    """A dark disc before a pale noisy background, under the given alpha [240, 320], and the disc's mask."""
+    truth = blob(240, 320, 160, 120, 50)[3] > 0.5
+    noise = torch.from_numpy(np.random.default_rng(0).normal(0, 0.01, (3, 240, 320)).astype(np.float32))
+    rgb = (torch.where(truth, 0.25, 0.85).expand(3, -1, -1) + noise).clamp(0, 1)
+    return torch.cat([rgb * (alpha > 0), alpha[None]]), truth.numpy()
 
 
-def test_pictures_without_an_animal_are_refused():
-    with pytest.raises(ValueError, match="a.png: no animal"):
-        prepare_photo(torch.full((4, 64, 64), 1.0), 64, source="a.png")
-    with pytest.raises(ValueError, match="no animal"):
-        prepare_photo(torch.zeros(4, 64, 64), 64)
-    with pytest.raises(ValueError, match="must be square"):
-        prepare_photo(blob(64, 80, 40, 32, 15), 64, crop="never")
+Y, X = torch.meshgrid(torch.arange(240.0) - 119.5, torch.arange(320.0) - 159.5, indexing="ij")
+ALPHAS = {  # none of them is a mask of the animal
+    "opaque": torch.ones(240, 320), "a scan at 250 of 255": torch.full((240, 320), 250 / 255),
+    "half transparent": torch.full((240, 320), 0.6), "one hole": 1 - ((X - 100).square() + Y.square() < 200).float(),
+    "rounded corners": ((X.abs() - 120).clamp_min(0).square() + (Y.abs() - 80).clamp_min(0).square() < 1600).float(),
+    "a frame": ((X.abs() < 152) & (Y.abs() < 112)).float(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ALPHAS)
+def test_a_photograph_whose_alpha_is_no_mask_is_segmented(name, caplog):
+    rgba, truth = photograph(ALPHAS[name])
+    result, report = prepare_photo(rgba, 128, source="mouse.png")
+    assert report.segmented and 0.5 < result[3].sum() / 128**2 / BODY_AREA < 1.5
+    assert (name == "opaque") != ("mouse.png: its alpha covers" in caplog.text)
+    if name == "opaque":
+        mask = segment(rgba[:3].permute(1, 2, 0).numpy()) > 0.5
+        assert (mask & truth).sum() / (mask | truth).sum() > 0.95
+
+
+@pytest.mark.parametrize(
+    ("rgba", "crop", "message"),
+    [
+        (torch.full((4, 64, 64), 1.0), "auto", "a.png: no animal"), (torch.zeros(4, 64, 64), "auto", "no animal"),
+        (torch.full((4, 64, 64), 0.3), "auto", "shows no animal"), (torch.rand(4, 64, 64), "x", "crop"),
+        (blob(64, 80, 40, 32, 15), "never", "must be square"),
+        (torch.rand(4, 2, 3000), "auto", "a.png: has 3000 x 2 pixels, at least 16"),
+    ],
+)  # fmt: skip
+def test_pictures_without_an_animal_are_refused(rgba, crop, message):
+    with pytest.raises(ValueError, match=message):
+        prepare_photo(rgba, 64, crop=crop, source="a.png")
+
+
+def test_a_thin_strip_is_segmented_or_refused_but_never_crashes():
+    with pytest.raises(ValueError, match="strip.png: no animal"):
+        prepare_photo(torch.ones(4, 16, 6000), 64, source="strip.png")

@@ -95,13 +95,14 @@ def test_a_photograph_becomes_views_gaussians_and_a_turntable(tiny, tmp_path):
         assert (full / name).is_file()
 
 
-def test_generated_views_carry_the_rigs_cameras(model):
+def test_painted_views_carry_the_rigs_cameras(model):
     """Whatever cameras a photograph was taken with, the generated views are the rig's."""
     own, rig = model.artifacts.stage2_cameras(64), load_rig("mouse6").cameras(64)
     assert torch.equal(own.c2w, rig.c2w) and torch.equal(own.fxfycxcy, rig.fxfycxcy)
 
 
-def test_a_folder_is_done_or_named_and_a_seed_is_the_photographs_own(tiny, tmp_path):
+def test_a_photographs_result_depends_on_its_seed_not_on_its_place(tiny, tmp_path):
+    """And a folder's photographs are done, or named: none is passed over in silence."""
     source = tmp_path / "in"
     source.mkdir()
     rgba = to_uint8(read_rgba(tiny["photo"]))

@@ -45,7 +45,7 @@ def test_a_rig_survives_json_and_measuring_its_own_cameras():
 
 
 def test_unknown_rig_keys_are_refused():
-    with pytest.raises(ValueError, match="unknown rig keys.*colour"):
+    with pytest.raises(ValueError, match="file.yaml: a view rig has unknown keys .*colour"):
         ViewRig.from_dict({**load_rig("mouse6").to_dict(), "colour": 1}, "file.yaml")
 
 

@@ -1,11 +1,13 @@
-"""Sample folders, split lists, pictures."""
+"""Sample folders, split lists, datasets."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from multiview.image import composite, grid, read_rgba, resize_rgba, write_image
 from multiview.rig import load_rig
 from multiview.sample import (
     Sample,
@@ -16,6 +18,8 @@ from multiview.sample import (
     write_sample,
     write_split,
 )
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def make(size=16, views=6):
@@ -70,20 +74,51 @@ def test_facelift_frames_without_view_names_load(tmp_path):
     ("change", "message"),
     [
         (lambda c: c["frames"][0].update(file_path="../../secret.png"), "leads out of"),
+        (lambda c: c["frames"][0].update(file_path="images/../../secret.png"), "leads out of"),
+        (lambda c: c["frames"][0].update(file_path="/etc/passwd"), "absolute path"),
+        (lambda c: c["frames"][0].update(file_path="a\0b"), "a path is expected"),
+        (lambda c: c["frames"][0].update(file_path="x" * 300), "a path is expected"),
+        (lambda c: c["frames"][0].update(file_path=7), "file_path must be a text, got 7"),
         (lambda c: c["frames"][0].pop("file_path"), "lacks file_path"),
         (lambda c: c["frames"][0].update(file_path="images/none.png"), "does not exist"),
+        (lambda c: c["frames"].insert(2, None), "frame 2 must hold an object of keys and values, got None"),
         (lambda c: [f.update(w=20, h=20) for f in c["frames"]], "says"),
         (lambda c: c.update(frames=[]), "empty"),
+        (lambda c: c.update(frames=None), "frames must be a list"),
     ],
 )
-def test_bad_samples_are_refused(tmp_path, change, message):
+def test_bad_samples_are_refused_with_their_file(tmp_path, change, message):
     write_sample(tmp_path / "s", make())
     path = tmp_path / "s" / "opencv_cameras.json"
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         read_sample(tmp_path / "s")
+    assert str(tmp_path / "s") in str(error.value)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.98, "rounded"])
+def test_a_sample_without_masks_is_refused(tmp_path, alpha):
+    """Alpha that covers the whole image would make the background part of the animal (instant-ngp#92)."""
+    sample = make(64)
+    y, x = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
+    sample.rgba[3, 3] = ((x - 32).abs() + (y - 32).abs() < 58).float() if alpha == "rounded" else alpha
+    write_sample(tmp_path / "s", sample)
+    with pytest.raises(ValueError, match="cam_003.png has no mask of the animal: its alpha covers .*RGBA"):
+        read_sample(tmp_path / "s")
+    assert len(read_sample(tmp_path / "s", num_views=3).rgba) == 3
+
+
+def test_links_that_the_user_made_are_followed(tmp_path):
+    write_sample(tmp_path / "elsewhere" / "s", make())
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "sample_000000").symlink_to(tmp_path / "elsewhere" / "s")
+    image = tmp_path / "elsewhere" / "s" / "images" / "cam_000.png"
+    image.rename(tmp_path / "blob")
+    image.symlink_to(tmp_path / "blob")  # Hugging Face's cache
+    (tmp_path / "data" / "list.txt").write_text("sample_000000\n")
+    assert len(read_sample(read_split(tmp_path / "data" / "list.txt")[0]).rgba) == 6
 
 
 def test_missing_views_depth_and_folder_are_refused(tmp_path):
@@ -91,7 +126,7 @@ def test_missing_views_depth_and_folder_are_refused(tmp_path):
     write_sample(tmp_path / "s", Sample("s", sample.rgba, sample.cameras, sample.view_names))
     with pytest.raises(ValueError, match="has 4 views, 6 are needed"):
         read_sample(tmp_path / "s", num_views=6)
-    with pytest.raises(ValueError, match="depth picture"):
+    with pytest.raises(ValueError, match="depth image"):
         read_sample(tmp_path / "s", with_depth=True)
     with pytest.raises(ValueError, match="a sample folder is expected"):
         read_sample(tmp_path / "nothing")
@@ -113,6 +148,15 @@ def test_split_lists_are_relative_and_refuse_absolute_and_escaping_paths(tmp_pat
         read_split(path)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_lists_and_json_are_read_in_the_encodings_that_editors_write(tmp_path, encoding):
+    (tmp_path / "list.txt").write_text("sample_a\r\n\r\n  sample_b  \n", encoding=encoding)
+    assert [path.name for path in read_split(tmp_path / "list.txt")] == ["sample_a", "sample_b"]
+    content = {"rig": load_rig("mouse6").to_dict(), "note": "Mäuse"}
+    (tmp_path / "dataset.json").write_text(json.dumps(content, ensure_ascii=False), encoding=encoding)
+    assert read_dataset_info(tmp_path)["note"] == "Mäuse"
+
+
 def test_the_dataset_carries_its_rig(tmp_path):
     with pytest.raises(ValueError, match="stamp_rig"):
         read_dataset_info(tmp_path)
@@ -121,22 +165,8 @@ def test_the_dataset_carries_its_rig(tmp_path):
     assert info["rig"] == load_rig("mouse6") and info["seed"] == 3
 
 
-def test_compositing_is_straight_alpha():
-    rgba = torch.tensor([0.2, 0.4, 0.6, 0.25]).reshape(4, 1, 1)
-    assert torch.allclose(composite(rgba, 1.0).flatten(), torch.tensor([0.8, 0.85, 0.9]))
-    with pytest.raises(ValueError, match="4 channels"):
-        composite(rgba[:3], 1.0)
-
-
-def test_an_rgb_file_gets_alpha_one_and_a_broken_one_is_refused(tmp_path):
-    write_image(tmp_path / "a.png", torch.rand(3, 4, 5))
-    assert read_rgba(tmp_path / "a.png").shape == (4, 4, 5) and (read_rgba(tmp_path / "a.png")[3] == 1).all()
-    (tmp_path / "b.png").write_text("no picture")
-    with pytest.raises(ValueError, match="b.png cannot be read"):
-        read_rgba(tmp_path / "b.png")
-    assert resize_rgba(read_rgba(tmp_path / "a.png"), 8).shape == (4, 8, 8)
-
-
-def test_grid_fills_row_by_row():
-    sheet = grid(torch.arange(3.0).reshape(3, 1, 1, 1).expand(3, 3, 2, 2) / 3, columns=2)
-    assert sheet.shape == (3, 4, 4) and sheet[0, 0, 2] == pytest.approx(1 / 3) and sheet[0, 3, 3] == 1
+def test_a_folder_that_holds_a_split_list_alone_is_stamped_as_a_dataset(tmp_path):
+    (tmp_path / "data_mouse_train.txt").write_text("a/b/sample_000000\n")
+    command = [sys.executable, "scripts/stamp_rig.py", "--rig", "uniform6", "--path", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and read_dataset_info(tmp_path)["rig"].name == "uniform6", done.stderr

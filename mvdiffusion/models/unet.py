@@ -29,6 +29,7 @@ from torch import Tensor
 
 from multiview.cameras import Cameras
 from multiview.checkpoint import load_strict, read_rig, stamp_rig
+from multiview.files import damage_explained, read_json, take
 from multiview.rig import ViewRig
 from mvdiffusion.models.attention import set_multiview_attention, set_views
 from mvdiffusion.models.camera_conditioning import camera_inputs, is_camera_weight
@@ -221,7 +222,7 @@ def load_unet(
         raise ValueError(
             f"UNet folder {folder} holds no config.json; {_what_is_there(folder)}; train one: {TRAIN_COMMAND}"
         )
-    content = json.loads(path.read_text())
+    content = read_json(path)
     stock, stored_views, stored_mode = to_stock_config(content, str(path))
     stored_cameras = content.get("camera_conditioning", "none")
     camera_conditioning = camera_conditioning or stored_cameras
@@ -230,6 +231,7 @@ def load_unet(
             f"the UNet in {folder} was trained with camera_conditioning {stored_cameras}, got {camera_conditioning}: "
             f"leave the option out or set it to {stored_cameras}, or start from a UNet without camera conditioning"
         )
+    stored_views = take(content, "num_views", int, str(path), default=None, least=1, most=1000)
     num_views, attention = num_views or stored_views, attention or stored_mode
     if num_views is None or attention is None:
         raise ValueError(f"{path} does not say num_views and the attention mode (a 2D UNet?): state both in the config")
@@ -244,7 +246,8 @@ def load_unet(
         state["conv_in.weight"] = _widened(state["conv_in.weight"])
         stock["in_channels"] = 2 * latent_channels
         log.info("conv_in of %s widened from %d to %d channels", folder, latent_channels, 2 * latent_channels)
-    unet = _build(stock, camera_conditioning)
+    with damage_explained(f"UNet config {path}"):
+        unet = _build(stock, camera_conditioning)
     if stored_cameras != camera_conditioning:
         added = {name: tensor for name, tensor in unet.state_dict().items() if is_camera_weight(name)}
         state = {**state, **added}
@@ -304,7 +307,7 @@ def unet_rig(folder: Path | str) -> ViewRig | None:
 
 def camera_conditioning_of(folder: Path | str) -> str:
     """What a UNet folder's config says, without loading weights: `none`, `adaln`, `cross_attention` or `concat`."""
-    return json.loads((Path(folder) / "config.json").read_text()).get("camera_conditioning", "none")
+    return read_json(Path(folder) / "config.json").get("camera_conditioning", "none")
 
 
 def _what_is_there(folder: Path) -> str:
