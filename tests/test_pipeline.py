@@ -171,10 +171,18 @@ def test_the_door_takes_any_image_and_gives_arrays_renderings_and_files(tiny, mo
     assert torch.equal(again.gaussians.xyz, results[0].gaussians.xyz)
     with pytest.raises(PhotographError, match=r"uint8, got \[4, 4\] float64"):
         model(np.zeros((4, 4)))
-    with pytest.raises(ValueError, match="OpenGL"):  # axes of other conventions
-        flip = torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0]))
-        opengl = type(views.cameras)(views.cameras.c2w @ flip, views.cameras.fxfycxcy, 32, 32)
-        model.reconstruct(views.rgb, views.masks, opengl)
+
+
+def test_opengl_cameras_in_a_sample_are_refused(tiny, tmp_path):
+    shutil.copytree(read_split(tiny["data"])[0], tmp_path / "sample")
+    path = tmp_path / "sample" / "opencv_cameras.json"
+    content = json.loads(path.read_text())
+    for frame in content["frames"]:
+        frame["w2c"] = [frame["w2c"][0], *[[-x for x in row] for row in frame["w2c"][1:3]], frame["w2c"][3]]
+    path.write_text(json.dumps(content))
+    given = ["--checkpoint", tiny["gslrm"], "--output_dir", tmp_path / "out"]
+    code, _, err = run("inference_mouse.py", "--sample_dir", tmp_path / "sample", *given)
+    assert code == 1 and "OpenGL" in err
 
 
 def test_shipped_models_are_found_from_any_working_directory(monkeypatch, tmp_path):
