@@ -46,7 +46,7 @@ def main() -> None:
     from multiview.image import check_picture
     from multiview.run import check_output_folder
     from pipeline import MouseFaceLift
-    from pipeline.outputs import start_folder, write_run
+    from pipeline.outputs import start_folder, write_run, write_stage1, write_stage2
 
     check_output_folder(arguments.output_dir)
     check_picture(arguments.input_image)
@@ -65,10 +65,11 @@ def main() -> None:
     with full_disk_explained(stage2 / "gaussians.ply"):
         for folder in (stage1, stage2):
             start_folder(folder)
-        result.write_stage1(stage1)
+        write_stage1(stage1, result)
         write_run(stage1, model.rig, result.record)
         print(f"{stage1}: {len(result.views.rgb)} views")
-        result.write_stage2(stage2, turntable_views=arguments.turntable_views, turntable_size=options.turntable_size)
+        size = options.turntable_size
+        write_stage2(stage2, result, turntable_views=arguments.turntable_views, turntable_size=size)
         write_run(stage2, model.rig, result.record)
     print(f"{stage2}: {result.gaussians.num_gaussians} Gaussians")
 

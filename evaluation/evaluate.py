@@ -30,8 +30,9 @@ from evaluation.methods import (
     side_shown,
     splits_of,
 )
-from evaluation.report import Album, Report, image_rows, mean
-from evaluation.sweeps import SweepReport, find_world_units_per_mm, plan_sweeps, predict_levels
+from evaluation.report import Report, image_rows, mean
+from evaluation.sweeps import find_world_units_per_mm, plan_sweeps, predict_levels, write_sweeps
+from multiview.image import grid, write_image
 from multiview.metrics import load_lpips, lpips_backbone_path
 from multiview.rig import check_alignment
 from multiview.run import git_hash, peak_bytes, reset_peak, stoppable
@@ -66,19 +67,24 @@ def run_stage(
             training = TrainingMice.read(settings.train_data, model.rig, folders)
         else:
             notes.append("The nearest training mouse is not measured: no --train_data.")
-    report = Report(stage, Album(len(folders)))
+    report = Report(stage, len(folders))
     for folder in stoppable(tqdm(folders, desc=f"stage {stage}", unit="mouse")):
         evaluate_sample(report, read(folder, model, stage), folder.name, settings, model, training, lpips)
     measured = {record["method"] for record in report.records}
     told = describe(stage, settings.baselines, training)
-    memory = "the most that torch held on the GPU, weights included"
-    if model.device.type != "cuda":
-        memory = "the most that the whole process held, libraries and weights included; left out where that cannot be "
-        memory += "told"
+    memory = "the most that the whole process held, libraries and weights included; left out where that cannot be told"
+    if model.device.type == "cuda":
+        memory = "the most that torch held on the GPU, weights included"
     report.notes = [*notes, f"Memory: {memory}. Seconds: from input to the rendered views compared."]
-    head = head_of(settings, model)
     told = {method: text for method, text in told.items() if method in measured}
-    return report.write(settings.output_dir, head, facts_of(head, model, len(folders)), told)
+    head, artifacts = head_of(settings, model), model.artifacts
+    facts = {"data": f"{head['data']}, {len(folders)} mice", "rig": artifacts.rig.name}
+    facts |= {name: str(head["artifacts"][name]) for name in ("unet", "gslrm") if head["artifacts"][name]}
+    if stage != "2":
+        steps, guidance = artifacts.num_steps, artifacts.guidance_scale
+        facts["sampling"] = f"{artifacts.options.sampler}, {steps} steps, guidance {guidance:g}"
+    facts |= {"seed": str(settings.seed), "commit": head["git"]}
+    return report.write(settings.output_dir, head, facts, told)
 
 
 def evaluate_sample(
@@ -113,7 +119,7 @@ def evaluate_sample(
     rows = ["truth", *(["painted views"] if between else []), OWN[stage], *([shown] if shown else [])]
     report.rows = ", ".join(rows)
     quality = mean([record for record in records if record["method"] == OWN[stage]], "foreground_psnr")
-    report.album.add(name, quality, image_rows(sample, reference, own, others.get(shown), between))
+    report.show(name, quality, image_rows(sample, reference, own, others.get(shown), between))
 
 
 def run_sweeps(
@@ -128,7 +134,7 @@ def run_sweeps(
     if settings.camera_noise_px:
         notes.append(f"Pixels are those of the model's input, {size} x {size}.")
     sweeps = plan_sweeps({factor: getattr(settings, factor) for factor in SWEEPS}, rig, scale)
-    report = SweepReport(sweeps)
+    records, sheets = [], {factor: [] for factor in sweeps}
     for folder in stoppable(tqdm(folders, desc="sweeps", unit="mouse")):
         sample = read(folder, model, "2")
         splits, made = splits_of(settings.stage, sample, rig), None
@@ -138,11 +144,14 @@ def run_sweeps(
             model, sample, folder.name, sweeps, splits, seed=settings.seed, gaussians=made
         ):
             head = {"factor": level.factor, "value": level.value, "sample": folder.name}
-            report.records += records_of(head, {"model": predictions}, sample, rig.reference_view, lpips)
+            records += records_of(head, {"model": predictions}, sample, rig.reference_view, lpips)
             if folder == folders[0]:
-                report.show(level, predictions)
+                shown, sheet = next(iter(predictions.values())), sheets[level.factor]
+                sheet += [shown.rgb] if sheet else [shown.target, shown.rgb]
+    for factor, images in sheets.items():
+        write_image(settings.output_dir / f"sheet_{factor}.png", grid(torch.cat(images), columns=len(images[0])))
     title = f"{len(folders)} mice, {', '.join(splits)}; line: mean over views, band: middle half"
-    return report.write(settings.output_dir, head_of(settings, model), title, notes)
+    return write_sweeps(settings.output_dir, sweeps, records, head_of(settings, model), title, notes)
 
 
 def read(folder: Path, model: MouseFaceLift, stage: str) -> Sample:
@@ -182,13 +191,3 @@ def head_of(settings: EvaluationSettings, model: MouseFaceLift) -> dict:
         "artifacts": artifacts.describe(), "num_steps": artifacts.num_steps,
         "guidance_scale": artifacts.guidance_scale, "seed": settings.seed, "git": git_hash(),
     }  # fmt: skip
-
-
-def facts_of(head: dict, model: MouseFaceLift, num_mice: int) -> dict[str, str]:
-    """Returns the same in words, for the page."""
-    facts = {"data": f"{head['data']}, {num_mice} mice", "rig": model.rig.name}
-    facts |= {name: str(head["artifacts"][name]) for name in ("unet", "gslrm") if head["artifacts"][name]}
-    if head["stage"] != "2":
-        sampler = model.artifacts.options.sampler
-        facts["sampling"] = f"{sampler}, {head['num_steps']} steps, guidance {head['guidance_scale']:g}"
-    return {**facts, "seed": str(head["seed"]), "commit": head["git"]}

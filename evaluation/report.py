@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -95,21 +95,23 @@ def margins(records: Sequence[dict], own: str, split: str) -> list[dict]:
 # ---- tables ---------------------------------------------------------------------------------------------------------
 
 
-def metrics_table(title: str, records: Sequence[dict], by: Mapping[str, str]) -> Table:
-    """Returns one row per combination of values of the keys in `by` (key -> heading)."""
-    names = [name for name in METRICS if any(name in record for record in records)]
-    rows = [
-        [*(f"{value:g}" if isinstance(value, float) else str(value) for value in values),
-         str(len(group_by(group, "sample"))), str(len(group)), *_three(names, summarise(group))]
-        for values, group in group_by(records, *by).items()
-    ]  # fmt: skip
-    return Table(title, [*by.values(), "mice", "views", *_three_headings(names)], rows)
-
-
-def summary_table(title: str, rows: Mapping[str, Sequence[dict]], names: Sequence[str]) -> Table:
-    """Returns one row per label of `rows`: the figures `names` of its records."""
-    lines = [[label, str(len(group)), *_three(names, summarise(group, names))] for label, group in rows.items()]
-    return Table(title, ["", "mice", *_three_headings(names)], lines)
+def metrics_table(
+    title: str, records: Sequence[dict], by: Mapping[str, str], names: Sequence[str] = METRICS, *,
+    with_views: bool = True,
+) -> Table:  # fmt: skip
+    """Returns one row per combination of values of the keys in `by` (key -> heading): mean (median, worst 5 %)."""
+    names = [name for name in names if any(name in record for record in records)]
+    rows = []
+    for values, group in group_by(records, *by).items():
+        summary = summarise(group, names)
+        row = [f"{value:g}" if isinstance(value, float) else str(value) for value in values]
+        row += [str(len(group_by(group, "sample"))), *([str(len(group))] if with_views else [])]
+        for name in names:
+            figures = [f"{value:.{DECIMALS.get(name, 3)}f}" for value in summary.get(name, {}).values()]
+            row.append(f"{figures[0]} ({figures[1]}, {figures[2]})" if figures else "-")
+        rows.append(row)
+    counts = ["mice", "views"] if with_views else ["mice"]
+    return Table(title, [*by.values(), *counts, *(f"{name} mean (median, worst 5 %)" for name in names)], rows)
 
 
 def cross_table(title: str, records: Sequence[dict], key: str, values: Sequence[str]) -> Table:
@@ -135,37 +137,7 @@ def margin_table(title: str, by_split: Mapping[str, list[dict]]) -> Table:
     return Table(title, ["views compared", "than", "foreground_psnr", "mask_iou"], rows)
 
 
-def _three_headings(names: Sequence[str]) -> list[str]:
-    return [f"{name} mean (median, worst 5 %)" for name in names]
-
-
-def _three(names: Sequence[str], summary: dict) -> list[str]:
-    """Returns a cell per name: mean (median, worst 5 %)."""
-    cells = []
-    for name in names:
-        figures = [f"{value:.{DECIMALS.get(name, 3)}f}" for value in summary.get(name, {}).values()]
-        cells.append(f"{figures[0]} ({figures[1]}, {figures[2]})" if figures else "-")
-    return cells
-
-
 # ---- pictures of results --------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Album:
-    """Images of the first mice and of the worst ones seen so far; no others are kept."""
-
-    num_mice: int
-    first: list[Tensor] = field(default_factory=list)
-    worst: list[tuple[float, str, Tensor]] = field(default_factory=list)  # worst first
-
-    def add(self, name: str, quality: float, rows: Tensor) -> None:
-        """rows: [r, n, 3, h, w]; quality: larger is better."""
-        small = (rows * 255).round().byte()
-        if len(self.first) < FIRST_SHOWN:
-            self.first.append(small)
-        kept = min(WORST_SHOWN, max(1, math.ceil(WORST_FRACTION * self.num_mice)))
-        self.worst = sorted([*self.worst, (quality, name, small)], key=lambda entry: entry[0])[:kept]
 
 
 def sheet(mice: Sequence[Tensor]) -> Tensor:
@@ -201,41 +173,49 @@ def image_rows(
 
 def plot_directions(path: Path, records: Sequence[dict], title: str) -> None:
     """Writes a PNG: means against the angle between a view and the input view, in steps, one line per method."""
-    from matplotlib.figure import Figure as Plot
-
-    plot = Plot(figsize=(11, 4.2), layout="constrained")
-    panels = plot.subplots(1, len(PANELS))
     stepped = [{**record, "step": int(record["angle_deg"] // ANGLE_STEP_DEG)} for record in records]
-    for axes, (metric, label) in zip(panels, PANELS):
+
+    def draw(axes, metric: str) -> None:
         for (method,), group in group_by(stepped, "method").items():
             steps = [part for _, part in sorted(group_by(group, "step").items())]
             angles = [mean(part, "angle_deg") for part in steps]
             axes.plot(angles, [mean(part, metric) for part in steps], marker="o", label=method)
-        axes.set(ylabel=label, xlabel="angle between the view and the input view, degrees", xticks=range(0, 181, 30))
-        axes.grid(alpha=0.3)
-    plot.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
-    plot.suptitle(title)
-    with atomic_write(path) as temporary:
-        plot.savefig(temporary, format="png", dpi=100)
+        axes.set_xticks(range(0, 181, 30))
+
+    _plot(path, draw, title, "angle between the view and the input view, degrees", legend=True)
 
 
 def plot_sweep(path: Path, records: Sequence[dict], label: str, title: str) -> None:
     """Writes a PNG: metrics against `value`; line: mean over views, band: first to third quartile."""
-    from matplotlib.figure import Figure as Plot
-
-    plot = Plot(figsize=(9, 3.6), layout="constrained")
     groups = dict(sorted((value, group) for (value,), group in group_by(records, "value").items()))
-    for axes, (metric, metric_label) in zip(plot.subplots(1, len(PANELS)), PANELS):
+    values = list(groups)
+
+    def draw(axes, metric: str) -> None:
         columns = [[record[metric] for record in group] for group in groups.values()]
         quartiles = [statistics.quantiles(c, n=4, method="inclusive") if len(c) > 1 else c * 3 for c in columns]
-        axes.fill_between(list(groups), [q[0] for q in quartiles], [q[2] for q in quartiles], alpha=0.2, linewidth=0)
-        axes.plot(list(groups), [statistics.fmean(column) for column in columns], marker="o")
-        axes.set(ylabel=metric_label, xticks=list(groups))
+        axes.fill_between(values, [q[0] for q in quartiles], [q[2] for q in quartiles], alpha=0.2, linewidth=0)
+        axes.plot(values, [statistics.fmean(column) for column in columns], marker="o")
+        axes.set_xticks(values)
+
+    _plot(path, draw, title, label)
+
+
+def _plot(path: Path, draw: Callable, title: str, x_label: str, *, legend: bool = False) -> None:
+    """Writes a PNG with a panel per metric in PANELS; draw(axes, metric) fills one."""
+    from matplotlib.figure import Figure as Plot
+
+    plot = Plot(figsize=(11, 4.2), layout="constrained")
+    panels = plot.subplots(1, len(PANELS))
+    for axes, (metric, label) in zip(panels, PANELS):
+        draw(axes, metric)
+        axes.set_ylabel(label)
         axes.grid(alpha=0.3)
+    if legend:
+        plot.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     plot.suptitle(title)
-    plot.supxlabel(label)
+    plot.supxlabel(x_label)
     with atomic_write(path) as temporary:
-        plot.savefig(temporary, format="png", dpi=120)
+        plot.savefig(temporary, format="png", dpi=100)
 
 
 # ---- everything of one run ------------------------------------------------------------------------------------------
@@ -249,11 +229,21 @@ class Report:
     """
 
     stage: str
-    album: Album
+    num_mice: int
     rows: str = ""
     records: list[dict] = field(default_factory=list)
     assets: list[dict] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    first: list[Tensor] = field(default_factory=list)  # images of the first mice and of the worst so far, worst first;
+    worst: list[tuple[float, str, Tensor]] = field(default_factory=list)  # no others are kept
+
+    def show(self, name: str, quality: float, rows: Tensor) -> None:
+        """Keeps one mouse's images [r, n, 3, h, w] if it is among the first or the worst; quality: larger is better."""
+        small = (rows * 255).round().byte()
+        if len(self.first) < FIRST_SHOWN:
+            self.first.append(small)
+        kept = min(WORST_SHOWN, max(1, math.ceil(WORST_FRACTION * self.num_mice)))
+        self.worst = sorted([*self.worst, (quality, name, small)], key=lambda entry: entry[0])[:kept]
 
     def margins(self) -> dict[str, list[dict]]:
         """Returns by split, how far the model lies above each other method."""
@@ -261,10 +251,13 @@ class Report:
         found = {split: margins(self.records, OWN[self.stage], split) for split in splits}
         return {split: rows for split, rows in found.items() if rows}
 
-    def consistency(self) -> dict[str, list[dict]]:
-        """Returns by whose views, the figures of every mouse."""
+    def consistency(self) -> list[dict]:
+        """Returns the figures of every mouse, labeled by whose views they are of."""
         labels = self.assets[0].get("consistency", {})
-        return {label: [asset["consistency"][label] for asset in self.assets] for label in labels}
+        return [
+            {"label": label, "sample": asset["sample"], **asset["consistency"][label]}
+            for label in labels for asset in self.assets
+        ]  # fmt: skip
 
     def tables(self) -> list[Table]:
         tables = [metrics_table("Quality", self.records, {"split": "views compared", "method": "method"})]
@@ -276,9 +269,12 @@ class Report:
         if any("input_shows" in record for record in self.records):
             title = "By what the input view shows of the animal: foreground_psnr / mask_iou (views)"
             tables.append(cross_table(title, self.records, "input_shows", tuple(SIDES.values())))
-        if self.consistency():
-            tables.append(summary_table("View consistency, input view included", self.consistency(), CONSISTENCY))
-        tables.append(summary_table("Cost per mouse", {OWN[self.stage]: self.assets}, COSTS))
+        for title, rows, names in (
+            ("View consistency, input view included", self.consistency(), CONSISTENCY),
+            ("Cost per mouse", [{"label": OWN[self.stage], **asset} for asset in self.assets], COSTS),
+        ):
+            if rows:
+                tables.append(metrics_table(title, rows, {"label": ""}, names, with_views=False))
         return tables
 
     def to_dict(self) -> dict:
@@ -293,9 +289,11 @@ class Report:
                 if (part := group_by(rows, "direction").get((direction,)))
             ],
             "margins": self.margins(),
-            "consistency": {label: summarise(rows, CONSISTENCY) for label, rows in self.consistency().items()},
+            "consistency": {
+                label: summarise(rows, CONSISTENCY) for (label,), rows in group_by(self.consistency(), "label").items()
+            },
             "cost": summarise(self.assets, COSTS),
-            "worst": [{"sample": name, "foreground_psnr": quality} for quality, name, _ in self.album.worst],
+            "worst": [{"sample": name, "foreground_psnr": quality} for quality, name, _ in self.worst],
             "notes": self.notes, "assets": self.assets, "views": self.records,
         }  # fmt: skip
 
@@ -307,11 +305,11 @@ class Report:
         text = "\n".join([*(table.markdown() for table in tables), given, *(f"{note}\n" for note in self.notes)])
         with atomic_write(folder / "table.md") as temporary:
             temporary.write_text(text)
-        first, worst = sheet(self.album.first), sheet([rows for _, _, rows in self.album.worst])
+        first, worst = sheet(self.first), sheet([rows for _, _, rows in self.worst])
         write_image(folder / "sheet.png", first)
         write_image(folder / "worst.png", worst)
         plot_directions(folder / "directions.png", self.records, facts["data"])
-        names = "; ".join(f"{name} {quality:.1f} dB" for quality, name, _ in self.album.worst)
+        names = "; ".join(f"{name} {quality:.1f} dB" for quality, name, _ in self.worst)
         rows = f"Columns: the input view, then the views compared. Rows: {self.rows}"
         blocks = [
             *tables,

@@ -8,19 +8,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import torch
-from torch import Tensor
 
 from evaluation.methods import Predictions, Splits, predict_gaussians, reconstruct_sample
 from evaluation.report import group_by, metrics_table, plot_sweep, summarise
 from gslrm.model.filters import PRESETS, FilterSettings, filter_gaussians
 from multiview.cameras import perturb
 from multiview.files import atomic_write, write_json
-from multiview.image import grid, write_image
 from multiview.run import make_generator
 from recording.write import BODY_LENGTH_MM
 from synthetic.cloud import BODY_LENGTH
@@ -59,10 +55,6 @@ class Level:
     filters: FilterSettings | None = None
 
     @property
-    def noise(self) -> dict[str, float]:
-        return {"rotation_deg": self.rotation_deg, "translation": self.translation, "pixels": self.pixels}
-
-    @property
     def name(self) -> str:
         return f"{self.factor}={self.value:g}"
 
@@ -77,19 +69,19 @@ def plan_sweeps(
     if values.get("camera_noise_mm") and world_units_per_mm is None:
         raise ValueError("camera_noise_mm needs the length of a millimetre: pass --world_units_per_mm")
 
-    def level(factor: str, value: float) -> Level:
-        everything = tuple(range(rig.num_views))
-        if factor == "num_input_views":
-            return Level(factor, value, spread_views(rig, int(value)))
-        if factor == "camera_noise_deg":
-            return Level(factor, value, everything, rotation_deg=value)
-        if factor == "camera_noise_mm":
-            return Level(factor, value, everything, translation=value * world_units_per_mm)
-        if factor == "camera_noise_px":
-            return Level(factor, value, everything, pixels=value)
-        return Level(factor, value, everything, filters=replace(PRESETS["animal"], **{factor: value}))
-
-    return {factor: [level(factor, value) for value in numbers] for factor, numbers in values.items() if numbers}
+    everything, mm = tuple(range(rig.num_views)), world_units_per_mm or 0.0
+    settings = {  # factor -> what a value of it changes
+        "camera_noise_deg": lambda value: {"rotation_deg": value},
+        "camera_noise_mm": lambda value: {"translation": value * mm},
+        "camera_noise_px": lambda value: {"pixels": value},
+        "num_input_views": lambda value: {"views": spread_views(rig, int(value))},
+        "min_opacity": lambda value: {"filters": replace(PRESETS["animal"], min_opacity=value)},
+        "max_scaling": lambda value: {"filters": replace(PRESETS["animal"], max_scaling=value)},
+    }
+    return {
+        factor: [Level(factor, value, **{"views": everything, **settings[factor](value)}) for value in numbers]
+        for factor, numbers in values.items() if numbers
+    }  # fmt: skip
 
 
 def spread_views(rig: ViewRig, count: int) -> tuple[int, ...]:
@@ -152,7 +144,8 @@ def predict_levels(
     """
     undisturbed = None
     for level in itertools.chain(*sweeps.values()):
-        plain = not any(level.noise.values()) and len(level.views) == model.rig.num_views
+        noise = {"rotation_deg": level.rotation_deg, "translation": level.translation, "pixels": level.pixels}
+        plain = not any(noise.values()) and len(level.views) == model.rig.num_views
         if plain and level.filters is None and undisturbed is not None:
             yield level, undisturbed
             continue
@@ -161,7 +154,7 @@ def predict_levels(
             made = gaussians
         else:
             generator = make_generator(seed, name, level.name)
-            noisy = perturb(sample.cameras[: model.rig.num_views], **level.noise, generator=generator)
+            noisy = perturb(sample.cameras[: model.rig.num_views], **noise, generator=generator)
             made = reconstruct_sample(model, sample, level.views, noisy)
         made = made if level.filters is None else filter_gaussians(made, level.filters)
         predictions = predict_gaussians(made, sample, splits)
@@ -169,43 +162,29 @@ def predict_levels(
         yield level, predictions
 
 
-@dataclass
-class SweepReport:
-    """Gathers the records of sweeps, with factor and value, and the first mouse's images."""
-
-    sweeps: Mapping[str, list[Level]]
-    records: list[dict] = field(default_factory=list)
-    sheets: dict[str, list[Tensor]] = field(default_factory=dict)
-
-    def show(self, level: Level, predictions: Predictions) -> None:
-        """Adds a row to the factor's sheet: the first split at this level, the truth above the first level."""
-        prediction = next(iter(predictions.values()))
-        rows = self.sheets.setdefault(level.factor, [prediction.target])
-        rows.append(prediction.rgb)
-
-    def write(self, folder: Path, head: dict, title: str, notes: list[str]) -> str:
-        """Writes metrics.json, table.md, and a plot and a sheet per factor; returns the Markdown."""
-        tables, summaries = [], {}
-        for factor, levels in self.sweeps.items():
-            rows = group_by(self.records, "factor")[factor,]
-            tables.append(metrics_table(FACTORS[factor], rows, {"value": factor}).markdown())
-            if factor == "num_input_views":
-                used = (f"{len(level.views)}: {', '.join(map(str, level.views))}" for level in levels)
-                notes = [*notes, f"Input views used, numbered in rig order: {'; '.join(used)}."]
-            by_value = group_by(rows, "value")
-            summaries[factor] = [
-                {
-                    "value": level.value, "views": list(level.views), "rotation_deg": level.rotation_deg,
-                    "translation_world_units": level.translation, "pixels": level.pixels,
-                    "filters": level.filters and asdict(level.filters), **summarise(by_value[level.value,]),
-                }
-                for level in levels
-            ]  # fmt: skip
-            plot_sweep(folder / f"sweep_{factor}.png", rows, FACTORS[factor], title)
-            shown = self.sheets[factor]
-            write_image(folder / f"sheet_{factor}.png", grid(torch.cat(shown), columns=len(shown[0])))
-        text = "\n".join([*tables, *(note + "\n" for note in notes)])
-        write_json(folder / "metrics.json", head | {"sweeps": summaries, "notes": notes, "views": self.records})
-        with atomic_write(folder / "table.md") as temporary:
-            temporary.write_text(text)
-        return text
+def write_sweeps(
+    folder: Path, sweeps: Mapping[str, list[Level]], records: list[dict], head: dict, title: str, notes: list[str]
+) -> str:
+    """Writes metrics.json, table.md and a plot per factor; returns the Markdown. records: with factor and value."""
+    tables, summaries = [], {}
+    for factor, levels in sweeps.items():
+        rows = group_by(records, "factor")[factor,]
+        by_value = group_by(rows, "value")
+        tables.append(metrics_table(FACTORS[factor], rows, {"value": factor}).markdown())
+        if factor == "num_input_views":
+            used = (f"{len(level.views)}: {', '.join(map(str, level.views))}" for level in levels)
+            notes = [*notes, f"Input views used, numbered in rig order: {'; '.join(used)}."]
+        summaries[factor] = [
+            {
+                "value": level.value, "views": list(level.views), "rotation_deg": level.rotation_deg,
+                "translation_world_units": level.translation, "pixels": level.pixels,
+                "filters": level.filters and asdict(level.filters), **summarise(by_value[level.value,]),
+            }
+            for level in levels
+        ]  # fmt: skip
+        plot_sweep(folder / f"sweep_{factor}.png", rows, FACTORS[factor], title)
+    text = "\n".join([*tables, *(note + "\n" for note in notes)])
+    write_json(folder / "metrics.json", head | {"sweeps": summaries, "notes": notes, "views": records})
+    with atomic_write(folder / "table.md") as temporary:
+        temporary.write_text(text)
+    return text

@@ -37,14 +37,13 @@ class PhotographError(ValueError):
     """The photograph is at fault, not a model: other photographs may go on."""
 
 
-@dataclass
 class MouseFaceLift:
     """Both stages, loaded once. components is None without Stage 1, network without Stage 2."""
 
-    artifacts: Artifacts
-    components: Components | None
-    network: GSLRM | None
-    device: torch.device
+    def __init__(
+        self, artifacts: Artifacts, components: Components | None, network: GSLRM | None, device: torch.device
+    ) -> None:
+        self.artifacts, self.components, self.network, self.device = artifacts, components, network, device
 
     @classmethod
     def load(
@@ -60,8 +59,7 @@ class MouseFaceLift:
 
         choose_numba_cache()
         where = resolve_device(device)
-        paths = {k: Path(v) if v is not None and _is_path(k) else v for k, v in checkpoints.items()}
-        artifacts = resolve(Checkpoints(**paths), options, stages=stages)
+        artifacts = resolve(Checkpoints(**checkpoints), options, stages=stages)
         components = load_stage1(artifacts, where) if stages != "2" else None
         return cls(artifacts, components, load_stage2(artifacts, where) if stages != "1" else None, where)
 
@@ -92,17 +90,14 @@ class MouseFaceLift:
             raise PhotographError(str(error)) from error
         started = time.perf_counter()
         views = self.generate(photo, seed=seed, keep_input_view=keep_input_view, progress=progress)
-        generated = time.perf_counter()
-        gaussians = self.predict(views)
-        seconds = {"stage1": generated - started, "stage2": time.perf_counter() - generated}
         artifacts = self.artifacts
         record = {
             "input": name, "photo": asdict(report), "artifacts": artifacts.describe(), "seed": seed,
             "num_steps": artifacts.num_steps, "guidance_scale": artifacts.guidance_scale,
             "keep_input_view": keep_input_view, "seed_scores": views.seed_scores, "mirrored": views.mirrored,
-            "mirror_scores": views.mirror_scores,
+            "mirror_scores": views.mirror_scores, "seconds": {"stage1": round(time.perf_counter() - started, 2)},
         }  # fmt: skip
-        return Reconstruction.of(gaussians, views, self.rig, record, seconds, filtered=filtered, photo=photo)
+        return self._reconstruct(views, filtered, record, photo)
 
     def reconstruct(
         self, views: Any, masks: Any, cameras: Cameras, *, filtered: bool = True, name: str = "views"
@@ -118,11 +113,20 @@ class MouseFaceLift:
 
         check_posed_views(self.rig, cameras, name)
         posed = PosedViews(torch.as_tensor(views).float(), torch.as_tensor(masks).float(), cameras)
-        started = time.perf_counter()
-        gaussians = self.predict(posed)
-        seconds = {"stage2": time.perf_counter() - started}
         record = {"input": Path(name).name, "artifacts": self.artifacts.describe(), "input_views": len(cameras)}
-        return Reconstruction.of(gaussians, posed, self.rig, record, seconds, filtered=filtered)
+        return self._reconstruct(posed, filtered, {**record, "seconds": {}})
+
+    def _reconstruct(
+        self, views: PosedViews, filtered: bool, record: dict, photo: Tensor | None = None
+    ) -> Reconstruction:
+        from gslrm.model.filters import filter_gaussians
+
+        started = time.perf_counter()
+        predicted = self.predict(views)
+        record["seconds"]["stage2"] = round(time.perf_counter() - started, 2)
+        gaussians = filter_gaussians(predicted) if filtered else predicted
+        counts = {"predicted": predicted.num_gaussians, "kept": gaussians.num_gaussians}
+        return Reconstruction(gaussians, views, self.rig, {**record, "filtered": filtered, "gaussians": counts}, photo)
 
     def generate(
         self, photo: Tensor, *, seed: int, keep_input_view: bool = True,
@@ -152,20 +156,6 @@ class Reconstruction:
     record: dict
     photo: Tensor | None = None
 
-    @classmethod
-    def of(
-        cls, gaussians: Gaussians, views: PosedViews, rig: ViewRig, record: dict, seconds: dict[str, float], *,
-        filtered: bool, photo: Tensor | None = None,
-    ) -> Reconstruction:  # fmt: skip
-        from gslrm.model.filters import filter_gaussians
-
-        predicted = gaussians.num_gaussians
-        gaussians = filter_gaussians(gaussians) if filtered else gaussians
-        counts = {"predicted": predicted, "kept": gaussians.num_gaussians}
-        rounded = {stage: round(value, 2) for stage, value in seconds.items()}
-        record = {**record, "filtered": filtered, "gaussians": counts, "seconds": rounded}
-        return cls(gaussians, views, rig, record, photo)
-
     def numpy(self) -> dict[str, np.ndarray]:
         """Returns xyz [n, 3], features [n, k, 3], log scaling [n, 3], rotation wxyz [n, 4], opacity logits [n, 1]."""
         names = ("xyz", "features", "scaling", "rotation", "opacity")
@@ -194,8 +184,8 @@ class Reconstruction:
         folder, started = Path(folder), time.perf_counter()
         with full_disk_explained(folder / "gaussians.ply"):
             outputs.start_folder(folder)
-            self.write_stage1(folder)
-            self.write_stage2(folder, turntable_views=turntable_views, turntable_size=turntable_size)
+            outputs.write_stage1(folder, self)
+            outputs.write_stage2(folder, self, turntable_views=turntable_views, turntable_size=turntable_size)
             outputs.write_exports(folder, self.gaussians, export, mesh)
             if maps or sheet:
                 outputs.write_renderings(
@@ -203,27 +193,6 @@ class Reconstruction:
                 )  # fmt: skip
             seconds = {**self.record["seconds"], "output": round(time.perf_counter() - started, 2)}
             outputs.write_run(folder, self.rig, {**self.record, "seconds": seconds})
-
-    def write_stage1(self, folder: Path) -> None:
-        """Writes the views and their cameras, and the photograph as the models saw it."""
-        from pipeline.outputs import write_views
-
-        names = () if self.photo is None else self.rig.view_names
-        write_views(folder, self.views, names, self.photo)
-
-    def write_stage2(self, folder: Path, *, turntable_views: int, turntable_size: int = 256) -> None:
-        """Writes gaussians.ply and turntable.mp4, seen from the views' mean elevation."""
-        from pipeline.outputs import write_gaussians
-
-        elevation_deg = float(self.views.cameras.elevation_deg.mean())
-        write_gaussians(
-            folder, self.gaussians, turntable_views=turntable_views, turntable_size=turntable_size,
-            elevation_deg=elevation_deg,
-        )  # fmt: skip
-
-
-def _is_path(name: str) -> bool:
-    return name not in ("rig", "num_steps", "guidance_scale")
 
 
 def _read(image: Any) -> Tensor:

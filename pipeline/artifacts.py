@@ -192,7 +192,7 @@ def _resolve_stage1(
         own = requested  # it is told by its cameras where to look from, not by having seen only one rig
     suits = sampling_of(folder)
     files = {
-        "components": chosen.mvdiff_pretrained or shipped(components_folder_of(folder) or PUBLIC_FOLDER),
+        "components": Path(chosen.mvdiff_pretrained or shipped(components_folder_of(folder) or PUBLIC_FOLDER)),
         "unet": folder, "embeds": embeds,
         "num_steps": suits.num_steps if chosen.num_steps is None else chosen.num_steps,
         "guidance_scale": suits.guidance_scale if chosen.guidance_scale is None else chosen.guidance_scale,

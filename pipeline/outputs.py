@@ -19,6 +19,7 @@ from multiview.sample import DEPTH_UNIT
 if TYPE_CHECKING:
     from gslrm.model.gaussians import Gaussians
     from multiview.rig import ViewRig
+    from pipeline import Reconstruction
     from pipeline.stages import PosedViews
 
 TURNTABLE_FPS = 30
@@ -38,16 +39,19 @@ def start_folder(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def write_views(folder: Path, views: PosedViews, view_names: Sequence[str] = (), photo: Tensor | None = None) -> None:
-    """Writes views/view_00.png ..., multiview.png (contact sheet), opencv_cameras.json; input.png for a photo."""
-    if photo is not None:
-        write_image(folder / "input.png", photo)
-    stale = set((folder / "views").glob("view_*.png"))  # an earlier run may have had more views
+def write_stage1(folder: Path, result: Reconstruction) -> None:
+    """Writes views/view_00.png ..., multiview.png, opencv_cameras.json; input.png, the photograph as the models saw it.
+
+    Views of a photograph are the rig's and carry its names.
+    """
+    views, stale = result.views, set((folder / "views").glob("view_*.png"))  # an earlier run may have had more views
+    if result.photo is not None:
+        write_image(folder / "input.png", result.photo)
     frames = views.cameras.to_frames()
     for index, (image, frame) in enumerate(zip(views.rgb, frames)):
         frame["file_path"] = f"views/view_{index:02d}.png"
-        if view_names:
-            frame["view"] = view_names[index]
+        if result.photo is not None:
+            frame["view"] = result.rig.view_names[index]
         write_image(folder / frame["file_path"], image)
         stale.discard(folder / frame["file_path"])
     for path in stale:
@@ -56,20 +60,19 @@ def write_views(folder: Path, views: PosedViews, view_names: Sequence[str] = (),
     write_json(folder / "opencv_cameras.json", {"id": folder.name, "frames": frames})
 
 
-def write_gaussians(
-    folder: Path, gaussians: Gaussians, *, turntable_views: int, turntable_size: int, elevation_deg: float
-) -> None:
-    """Writes gaussians.ply and, with turntable_views > 0, turntable.mp4 (turntable_size: pixels, even)."""
+def write_stage2(folder: Path, result: Reconstruction, *, turntable_views: int, turntable_size: int) -> None:
+    """Writes gaussians.ply and, with turntable_views > 0, turntable.mp4 from the views' mean elevation."""
     from tqdm import tqdm
 
     from gslrm.model.gaussians_renderer import render_turntable
     from gslrm.model.ply import save_ply
 
-    save_ply(folder / "gaussians.ply", gaussians)
+    save_ply(folder / "gaussians.ply", result.gaussians)
     if turntable_views:
+        elevation_deg = float(result.views.cameras.elevation_deg.mean())
         with tqdm(total=turntable_views, desc=f"{folder.name}: turntable", unit="frame", disable=None) as bar:
             frames = render_turntable(
-                gaussians, turntable_views, turntable_size, elevation_deg=elevation_deg,
+                result.gaussians, turntable_views, turntable_size, elevation_deg=elevation_deg,
                 on_frame=lambda done, _: bar.update(1),
             )  # fmt: skip
         save_video(folder / "turntable.mp4", frames.cpu(), TURNTABLE_FPS)

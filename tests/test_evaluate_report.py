@@ -35,7 +35,7 @@ from evaluation.methods import (
     side_shown,
     splits_of,
 )
-from evaluation.report import Album, Report, image_rows, margins, sheet
+from evaluation.report import Report, image_rows, margins, sheet
 from multiview.cameras import Cameras
 from multiview.image import composite
 from multiview.rig import RigMismatchError, load_rig
@@ -256,10 +256,10 @@ def test_margins_are_taken_mouse_by_mouse():
     assert even["foreground_psnr"]["standard_error"] == pytest.approx(math.sqrt(1 / 3) / 2)
 
 
-def test_album_keeps_the_first_and_the_worst():
-    album = Album(num_mice=60)
+def test_report_keeps_the_first_and_the_worst():
+    album = Report("2", 60)
     for i in range(60):
-        album.add(f"m{i}", float((i * 7) % 60), torch.full((2, 3, 3, 4, 4), i / 255))
+        album.show(f"m{i}", float((i * 7) % 60), torch.full((2, 3, 3, 4, 4), i / 255))
     assert [name for _, name, _ in album.worst] == ["m0", "m43", "m26"]  # 5 % of 60; 7 i = 0, 1, 2 modulo 60
     assert len(album.first) == 8 and album.first[3].unique().tolist() == [3]
     assert sheet([album.first[1], album.first[2][:, :2]]).shape == (3, 16, 12)
@@ -275,9 +275,9 @@ def test_rows_of_images_stand_below_their_truth():
 
 
 def test_report_of_a_run_is_complete_and_self_contained(tmp_path):
-    report = Report("2", Album(4), rows="truth, <Stage 2>", records=records("Stage 2", 20.0) + records("hull", 18.0))
+    report = Report("2", 4, rows="truth, <Stage 2>", records=records("Stage 2", 20.0) + records("hull", 18.0))
     report.assets = [{"sample": f"m{i}", "seconds": float(i)} for i in range(4)]
-    report.album.add("m0", 20.0, torch.zeros(2, 2, 3, 8, 8))
+    report.show("m0", 20.0, torch.zeros(2, 2, 3, 8, 8))
     report.notes = ["A note with <tags>."]
     text = report.write(tmp_path, {"stage": "2"}, {"data": "list.txt"}, {"hull": "true views"})
     content = json.loads((tmp_path / "metrics.json").read_text())
