@@ -11,7 +11,7 @@ from pathlib import Path
 
 from multiview.config import add_fields, from_arguments
 from multiview.run import main_guard
-from pipeline.artifacts import Checkpoints, Options, add_overrides, parse_overrides
+from pipeline.artifacts import Checkpoints, Options, parse_with_overrides
 
 EXPORTS = ("splat", "ply_compressed")
 # Images that no library here can read: named as failed, where a text file in the folder is only mentioned.
@@ -39,11 +39,10 @@ def parse_arguments() -> tuple[argparse.Namespace, Options]:
         help="also mesh.ply (the value may be left out) or mesh.glb; needs requirements-extra.txt",
     )  # fmt: skip
     parser.add_argument("--output_dir", type=Path, default=Path("outputs"), help="default: outputs")
-    add_overrides(parser, Options)
-    arguments = parser.parse_intermixed_args()
+    arguments, options = parse_with_overrides(parser, Options)
     if arguments.turntable_views < 0:
         parser.error("--turntable_views must be at least 0")
-    return arguments, parse_overrides(parser, Options, arguments.overrides)
+    return arguments, options
 
 
 def export_formats(text: str) -> tuple[str, ...]:
@@ -67,6 +66,7 @@ def main() -> None:
 
         check_libraries(f".{arguments.mesh}")
     posed, failed = arguments.sample_dir is not None, {}
+    # Inputs first: a wrong path is told before models are loaded.
     jobs = [] if posed else list_jobs(arguments, options.video_stride, failed)
     model = MouseFaceLift.load(
         device=arguments.device, stages="2" if posed else "full", options=options,
@@ -155,7 +155,7 @@ def list_jobs(arguments: argparse.Namespace, stride: int, failed: dict[str, str]
             else:
                 print(f"{path.name} is left out: not an image", file=sys.stderr)
             continue
-        if path.stem in jobs:
+        if path.stem in jobs:  # the second would overwrite the first
             raise ValueError(f"--input_dir {folder}: several images would write to the folder {path.stem}/")
         jobs[path.stem] = path
     if not jobs:
@@ -169,6 +169,7 @@ def video_frames(path: Path, stride: int, failed: dict[str, str]) -> Iterator:
     import torch
 
     capture, number = cv2.VideoCapture(str(path)), 0
+    # Decoders end a cut file as they end a whole one; only the header knows how many frames there were.
     announced = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
     try:
         while True:

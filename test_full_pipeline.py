@@ -9,7 +9,7 @@ from pathlib import Path
 
 from multiview.config import checked
 from multiview.run import main_guard
-from pipeline.artifacts import Options, add_overrides, parse_overrides
+from pipeline.artifacts import Options, parse_with_overrides
 
 FILES = {  # flag -> field of pipeline.artifacts.Checkpoints, help
     "--mvdiff_unet": ("mvdiffusion_checkpoint", "Stage 1: UNet folder or checkpoint-<step>; default: demo model"),
@@ -33,9 +33,7 @@ def parse_arguments() -> tuple[argparse.Namespace, Options]:
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--turntable_views", type=int, default=120, help="frames of turntable.mp4 (120); 0 writes none")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/pipeline"), help="default: outputs/pipeline")
-    add_overrides(parser, Options)
-    arguments = parser.parse_intermixed_args()
-    return arguments, parse_overrides(parser, Options, arguments.overrides)
+    return parse_with_overrides(parser, Options)
 
 
 def main() -> None:
@@ -63,7 +61,7 @@ def main() -> None:
     stage1 = arguments.output_dir / arguments.input_image.stem / "stage1_mvdiffusion"
     stage2 = stage1.with_name("stage2_gslrm")
     with full_disk_explained(stage2 / "gaussians.ply"):
-        for folder in (stage1, stage2):
+        for folder in (stage1, stage2):  # both lose their run.json before either is written anew
             start_folder(folder)
         write_stage1(stage1, result)
         write_run(stage1, model.rig, result.record)

@@ -76,7 +76,7 @@ def read_spec(path: Path | str) -> AblationSpec:
         if key not in known:
             nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
             raise ValueError(f"{path}: unknown key '{key}'; the nearest known one is '{nearest}'")
-    for key in ("base", "output_dir", "factors", "metrics"):
+    for key in ("base", "output_dir", "factors", "metrics"):  # an empty one would run nothing, and say nothing
         if not content.get(key):
             raise ValueError(f"{path}: the key '{key}' is missing or empty")
     spec = AblationSpec(
@@ -152,6 +152,7 @@ def prepare(spec: AblationSpec) -> None:
     done = read_json(done_file, list) if done_file.is_file() else []
     for command in spec.prepare:
         script, *arguments = shlex.split(command)
+        # A spec may come from somebody else: it runs the project's own scripts, and no shell.
         if not re.fullmatch(r"scripts/\w+\.py", script):
             raise ValueError(f"prepare: {command!r} must start with one of the project's scripts/<name>.py")
         if command in done:
@@ -175,7 +176,7 @@ def run_cells(spec: AblationSpec, cells: Sequence[Cell], on_cell: Callable[[Cell
     results = []
     for cell in cells:
         result = finished_result(cell)
-        if result is None:
+        if result is None:  # a process of its own: its memory is freed, and its crash is not ours
             result = run_cell(spec, cell)
             write_json(cell.folder / RESULT_FILE, result)
         results.append(result)
@@ -206,7 +207,7 @@ def run_cell(spec: AblationSpec, cell: Cell) -> dict:
     cell.folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(REPOSITORY / script), "--config", spec.base, *cell.arguments()]
     started = time.monotonic()
-    with open(cell.folder / LOG_FILE, "a") as handle:
+    with open(cell.folder / LOG_FILE, "a") as handle:  # appended: a resumed run keeps the story of the first
         code = subprocess.run(command, stdout=handle, stderr=subprocess.STDOUT).returncode
     seconds = round(time.monotonic() - started, 1)
     result = {"levels": cell.levels, "seed": cell.seed, "overrides": cell.overrides, "seconds": seconds}
@@ -261,6 +262,7 @@ def main_effects(results: Sequence[dict], levels: Levels, metric: str, seeds: Se
     """
     cells = math.prod(map(len, levels.values()))
     by_seed = [[result for result in results if result["seed"] == seed] for seed in seeds]
+    # Within a seed the runs share their noise, which so cancels; a seed with a missing cell would not be balanced.
     complete = [runs for runs in by_seed if len(cell_values(runs, metric)) == cells]
     found = {}
     for order in range(1, len(levels) + 1):

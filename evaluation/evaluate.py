@@ -52,7 +52,7 @@ def evaluate(settings: EvaluationSettings, model: MouseFaceLift) -> str:
         lpips = load_lpips(model.device)
     else:
         notes.append(f"LPIPS is not measured: no weights at {lpips_backbone_path().as_posix()}.")
-    if any(getattr(settings, factor) for factor in SWEEPS):
+    if any(getattr(settings, factor) for factor in SWEEPS):  # baselines have no cameras, views or filters to vary
         return run_sweeps(settings, model, info, folders, lpips, notes)
     return run_stage(settings, model, folders, lpips, notes)
 
@@ -94,7 +94,7 @@ def evaluate_sample(
     """Measures one mouse: the model, timed, then the baselines; what they give goes into the report."""
     stage, rig, generated = settings.stage, model.rig, None
     splits, reference = splits_of(stage, sample, rig), rig.reference_view
-    with measure_cost(model.device) as cost:
+    with measure_cost(model.device) as cost:  # the model alone: baselines are not what a user runs
         if stage != "2":
             generated = model.generate(sample.rgba[reference], seed=settings.seed)
         if stage == "1":
@@ -145,7 +145,7 @@ def run_sweeps(
         ):
             head = {"factor": level.factor, "value": level.value, "sample": folder.name}
             records += records_of(head, {"model": predictions}, sample, rig.reference_view, lpips)
-            if folder == folders[0]:
+            if folder == folders[0]:  # one mouse shows what a level does
                 shown, sheet = next(iter(predictions.values())), sheets[level.factor]
                 sheet += [shown.rgb] if sheet else [shown.target, shown.rgb]
     for factor, images in sheets.items():
@@ -172,7 +172,7 @@ def measure_cost(device: torch.device) -> Iterator[dict[str, float]]:
     if on_gpu:
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
-    known = on_gpu or reset_peak()
+    known = on_gpu or reset_peak()  # some containers do not let the kernel's mark be reset
     started = time.perf_counter()
     yield cost
     if on_gpu:

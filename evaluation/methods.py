@@ -129,6 +129,7 @@ def predict_gaussians(gaussians: Gaussians, sample: Sample, splits: Splits) -> P
     found = {}
     for split, views in splits.items():
         output = render(gaussians, sample.cameras[views][None].to(gaussians.device), background=1.0)
+        # Off the GPU at once: metrics of all methods are compared on the CPU, in float32.
         rgb, mask, depth = output.rgb[0].cpu().clamp(0, 1), output.alpha[0].cpu(), output.mean_depth(SURFACE)[0].cpu()
         found[split] = compare(sample, views, rgb, mask, depth)
     return found
@@ -204,7 +205,7 @@ def predict_autoencoder(model: MouseFaceLift, sample: Sample, splits: Splits) ->
     components, found = model.components, {}
     for split, views in splits.items():
         images = composite(sample.rgba[views], 1.0).to(components.device)
-        with components.on_device("vae"):
+        with components.on_device("vae"):  # with cpu_offload it waits elsewhere
             rgb = decode_latents(components, condition_latents(components, images)).cpu()
         found[split] = compare(sample, views, rgb, metrics.mask_from_white(rgb))
     return found
@@ -215,6 +216,7 @@ def predict_hull(views: PosedViews, sample: Sample, splits: Splits) -> Predictio
 
     Masks that share no volume leave an empty hull: white images, empty masks.
     """
+    # Carved once, seen from all cameras.
     hull, found = carve(views.masks, views.cameras), {}
     shell = colour_surface(surface(hull), views.rgb, views.masks, views.cameras) if len(hull.index) else None
     for split, chosen in splits.items():
@@ -240,6 +242,7 @@ class TrainingMice:
         """Raises ValueError for another rig, and where a held-out sample is in the training list."""
         check_alignment(rig, dataset=read_dataset_info(list_file.parent)["rig"])
         folders = read_split(list_file)
+        # A training mouse among the held-out ones would be its own nearest neighbor.
         shared = {folder.resolve() for folder in folders} & {folder.resolve() for folder in held_out}
         if shared:
             raise ValueError(

@@ -57,7 +57,7 @@ def summarise(records: Sequence[dict], names: Sequence[str] = METRICS) -> dict[s
     summary = {}
     for name in names:
         values = sorted((r[name] for r in records if name in r), reverse=name in SMALLER_IS_BETTER)
-        if values:
+        if values:  # sorted from worst to best
             worst = values[max(0, round(WORST_FRACTION * len(values)) - 1)]
             summary[name] = {
                 "mean": statistics.fmean(values), "median": statistics.median(values), "worst_5_percent": worst,
@@ -75,6 +75,7 @@ def margins(records: Sequence[dict], own: str, split: str) -> list[dict]:
     mine, rows = methods.pop(own, []), []
     for method, others in methods.items() if mine else ():
         row: dict = {"method": method}
+        # Paired by mouse and view: mice differ more among each other than methods do.
         theirs = group_by(others, "sample", "view")
         ours = group_by([record for record in mine if (record["sample"], record["view"]) in theirs], "sample")
         for name, _ in PANELS:
@@ -173,6 +174,7 @@ def image_rows(
 
 def plot_directions(path: Path, records: Sequence[dict], title: str) -> None:
     """Writes a PNG: means against the angle between a view and the input view, in steps, one line per method."""
+    # Calibrated rigs have as many angles as views: steps make lines that can be read.
     stepped = [{**record, "step": int(record["angle_deg"] // ANGLE_STEP_DEG)} for record in records]
 
     def draw(axes, metric: str) -> None:
@@ -242,6 +244,7 @@ class Report:
         small = (rows * 255).round().byte()
         if len(self.first) < FIRST_SHOWN:
             self.first.append(small)
+        # Bytes, and only so many: a thousand mice must not be held in memory.
         kept = min(WORST_SHOWN, max(1, math.ceil(WORST_FRACTION * self.num_mice)))
         self.worst = sorted([*self.worst, (quality, name, small)], key=lambda entry: entry[0])[:kept]
 

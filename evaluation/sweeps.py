@@ -146,13 +146,14 @@ def predict_levels(
     for level in itertools.chain(*sweeps.values()):
         noise = {"rotation_deg": level.rotation_deg, "translation": level.translation, "pixels": level.pixels}
         plain = not any(noise.values()) and len(level.views) == model.rig.num_views
-        if plain and level.filters is None and undisturbed is not None:
+        if plain and level.filters is None and undisturbed is not None:  # e.g. no noise, and all views, are one level
             yield level, undisturbed
             continue
         if plain:
             gaussians = reconstruct_sample(model, sample) if gaussians is None else gaussians
             made = gaussians
         else:
+            # Keyed on the mouse and the level, so that a level's figures do not depend on what else is swept.
             generator = make_generator(seed, name, level.name)
             noisy = perturb(sample.cameras[: model.rig.num_views], **noise, generator=generator)
             made = reconstruct_sample(model, sample, level.views, noisy)

@@ -57,7 +57,7 @@ class MouseFaceLift:
         from multiview.run import choose_numba_cache, resolve_device
         from pipeline.artifacts import Checkpoints, load_stage1, load_stage2, resolve
 
-        choose_numba_cache()
+        choose_numba_cache()  # here too: a notebook has no main_guard
         where = resolve_device(device)
         artifacts = resolve(Checkpoints(**checkpoints), options, stages=stages)
         components = load_stage1(artifacts, where) if stages != "2" else None
@@ -111,7 +111,7 @@ class MouseFaceLift:
         from multiview.rig import check_posed_views
         from pipeline.stages import PosedViews
 
-        check_posed_views(self.rig, cameras, name)
+        check_posed_views(self.rig, cameras, name)  # wrong axes give a plausible, wrong animal
         posed = PosedViews(torch.as_tensor(views).float(), torch.as_tensor(masks).float(), cameras)
         record = {"input": Path(name).name, "artifacts": self.artifacts.describe(), "input_views": len(cameras)}
         return self._reconstruct(posed, filtered, {**record, "seconds": {}})
@@ -167,7 +167,7 @@ class Reconstruction:
 
         from gslrm.model.gaussians_renderer import render
 
-        with torch.no_grad():
+        with torch.no_grad():  # gradients would keep every Gaussian's projection in memory
             return render(self.gaussians, cameras.to(self.gaussians.device)[None], background=background)
 
     def save(
@@ -203,7 +203,7 @@ def _read(image: Any) -> Tensor:
     from multiview.image import read_photo
 
     if isinstance(image, (str, Path)):
-        return read_photo(image)
+        return read_photo(image)  # upright, and large ones reduced
     if not isinstance(image, torch.Tensor):
         array = np.asarray(image.convert("RGBA") if hasattr(image, "convert") else image)  # a PIL image, or an array
         if array.dtype != np.uint8 or array.ndim != 3:

@@ -87,20 +87,18 @@ class Options(Stage1Options):
             raise ValueError(f"turntable_size must be even, got {self.turntable_size}")
 
 
-def add_overrides(parser: argparse.ArgumentParser, options: type) -> None:
-    """Adds `key=value` arguments for the fields of a dataclass of `option` fields, and tells of them under --help."""
+def parse_with_overrides(parser: argparse.ArgumentParser, options: type[Chosen]) -> tuple[argparse.Namespace, Chosen]:
+    """Returns the flags, and a checked dataclass of `option` fields from `key=value` arguments; --help lists them.
+
+    A wrong key or value ends the command as any bad argument does.
+    """
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="rarer settings, see below")
     lines = [f"  {entry.name}={str(entry.default).lower()}  {entry.metadata['help']}" for entry in fields(options)]
     parser.epilog = "rarer settings, as key=value:\n" + "\n".join(lines)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-
-
-def parse_overrides(parser: argparse.ArgumentParser, options: type[Chosen], overrides: list[str]) -> Chosen:
-    """Returns the checked dataclass; a wrong key or value ends the command as any bad argument does."""
-    if not overrides:
-        return options()
-    try:
-        return load_config(options, None, overrides)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter  # the help of flags does not wrap the list
+    arguments = parser.parse_intermixed_args()
+    try:  # without any, OmegaConf need not be imported
+        return arguments, load_config(options, None, arguments.overrides) if arguments.overrides else options()
     except ValueError as error:
         parser.error(str(error))
 
@@ -156,6 +154,7 @@ def resolve(chosen: Checkpoints, options: Stage1Options | None = None, *, stages
         given, other = ("Stage 2", "Stage 1") if chosen.checkpoint else ("Stage 1", "Stage 2")
         raise ValueError(f"a {given} checkpoint without a {other} one: name both, or neither for the demo models")
     requested = load_rig(chosen.rig) if chosen.rig else None
+    # Every file is found and every rig compared before weights are read, which takes a minute at full size.
     rigs: dict[str, ViewRig] = {}
     files: dict = {}
     if stages != "2":
@@ -185,6 +184,7 @@ def _resolve_stage1(
     from mvdiffusion.prompts import TRACKED_FOLDER, check_embeds_fit, load_prompt_embeds
 
     folder = resolve_unet_folder(chosen.mvdiffusion_checkpoint or shipped(DEMO_FOLDER))
+    # Embeddings of the training come first: others of the same rig may be worded or encoded differently.
     embeds = load_prompt_embeds(chosen.prompt_embeds or embeds_of(folder) or shipped(TRACKED_FOLDER), requested)
     check_embeds_fit(embeds, folder)
     own = require_rig(unet_rig(folder), requested, f"the UNet {folder}", folder)
@@ -217,6 +217,7 @@ def load_stage1(artifacts: Artifacts, device: torch.device) -> Components:
 
     from mvdiffusion.components import load_components, tune
 
+    # Half precision is slower than single on most CPUs.
     dtype, options = torch.float16 if device.type == "cuda" else torch.float32, artifacts.options
     components = load_components(
         artifacts.components, unet=artifacts.unet, device=device, dtype=dtype, offload=options.cpu_offload

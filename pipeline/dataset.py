@@ -63,6 +63,7 @@ class Recipe:
 def make_jobs(lists: Sequence[Path], rig: ViewRig, references: str, num_samples: int | None) -> dict[Path, list[Job]]:
     """By split list: what is to be generated. references: `reference` (the rig's) or `all` (each rig view in turn)."""
     folders = {path.parent.resolve() for path in lists}
+    # One dataset.json describes all lists, and each list is written under its own name.
     if len(folders) != 1 or len({path.name for path in lists}) != len(lists):
         raise ValueError(f"the split lists must be different ones of one dataset, got {', '.join(map(str, lists))}")
     if references == "all" and rig.azimuth_zero != "reference":
@@ -120,6 +121,7 @@ def generate_samples(model: MouseFaceLift, jobs: Sequence[Job], recipe: Recipe) 
     ).cpu()  # fmt: skip
     if not torch.isfinite(generated).all():
         raise ValueError(f"Stage 1 generated views that are not finite: the weights of {artifacts.unet} are damaged")
+    # The rig's cameras, never the source's: they are what the generated views show.
     cameras, samples = rig.cameras(size), []
     for rgb, photo, source, job in zip((generated * 255).round() / 255, photos, sources, jobs):
         rgba = torch.cat([rgb, mask_from_white(rgb)], dim=1)
@@ -148,6 +150,7 @@ def with_true_views(sample: Sample, rig: ViewRig, source: Sample, reference: int
         if which != "none" and (name is None or (which == "all" and index != reference))
     ]  # fmt: skip
     own = sample.cameras[[rig.reference_view]]
+    # A world may be turned about its axis, not tilted or scaled: only the azimuth is made equal, the rest must be.
     turn = float(own.azimuth_deg[0] - source.cameras.azimuth_deg[reference])
     turned = source.cameras.rotate(turn)
     if not extra or camera_gap(turned[[reference]], own) > POSE_TOLERANCE:
@@ -162,7 +165,7 @@ def with_true_views(sample: Sample, rig: ViewRig, source: Sample, reference: int
     if source.depth is not None:
         gaps = torch.tensor([[camera_gap(turned[[a]], sample.cameras[[b]]) for a in range(len(turned))]
                              for b in range(len(sample.cameras))])  # fmt: skip
-        same = gaps.argmin(1)
+        same = gaps.argmin(1)  # any view of the source may be the photograph, so its views are the rig's in any order
         depth = source.depth[[*same.tolist(), *extra]] if (gaps.amin(1) <= POSE_TOLERANCE).all() else None
     names = sample.view_names + [None] * len(extra)
     return replace(sample, rgba=rgba, cameras=cameras, view_names=names, depth=depth)
@@ -179,6 +182,7 @@ def camera_gap(a: Cameras, b: Cameras) -> float:
 
 def start_dataset(folder: Path, rig: ViewRig, parameters: dict) -> None:
     """Starts or continues the dataset folder; several shards may do so at the same time."""
+    # A shard that started earlier may have made the folder and not yet the file: hidden names are halves of writes.
     present = folder.iterdir() if folder.is_dir() else ()
     if not (folder / DATASET_FILE).is_file() and all(path.name.startswith(".") for path in present):
         write_dataset_info(folder, rig, **parameters)  # every shard writes the same
@@ -226,7 +230,7 @@ def write_list(path: Path, jobs: Sequence[Job]) -> int:
 def fingerprint(paths: Iterable[Path]) -> str:
     """sha256 over the contents of weight files, 16 digits."""
     digest = hashlib.sha256()
-    for path in sorted(paths):
+    for path in sorted(paths):  # of contents in a fixed order: a moved or renamed folder is still the same weights
         with open(path, "rb") as handle:
             digest.update(hashlib.file_digest(handle, "sha256").digest())
     return digest.hexdigest()[:16]

@@ -34,6 +34,7 @@ def start_folder(folder: Path) -> None:
     are not ours stay.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    # run.json first: a run that is killed from here on leaves a folder that says so.
     maps = [path for kind in ("depth", "alpha") for path in (folder / kind).glob("view_*.png")]
     for path in [folder / "run.json", *(folder / name for name in OPTIONAL_FILES), *maps]:
         path.unlink(missing_ok=True)
@@ -67,7 +68,7 @@ def write_stage2(folder: Path, result: Reconstruction, *, turntable_views: int, 
     from gslrm.model.gaussians_renderer import render_turntable
     from gslrm.model.ply import save_ply
 
-    save_ply(folder / "gaussians.ply", result.gaussians)
+    save_ply(folder / "gaussians.ply", result.gaussians)  # before the turntable, which takes longer
     if turntable_views:
         elevation_deg = float(result.views.cameras.elevation_deg.mean())
         with tqdm(total=turntable_views, desc=f"{folder.name}: turntable", unit="frame", disable=None) as bar:
@@ -80,7 +81,7 @@ def write_stage2(folder: Path, result: Reconstruction, *, turntable_views: int, 
 
 def write_exports(folder: Path, gaussians: Gaussians, exports: Sequence[str], mesh: str | None) -> None:
     """Writes gaussians<suffix> in formats of gslrm.model.export, and mesh.ply or mesh.glb."""
-    if exports:
+    if exports:  # gsplat writes them, and is imported only then
         from gslrm.model.export import FORMATS, export
 
         for name in exports:
@@ -139,6 +140,7 @@ def depth_images(depth: Tensor) -> Tensor:
     if not seen.any():
         return torch.ones_like(depth).expand(-1, 3, -1, -1)
     near, far = depth[seen].min(), depth[seen].max()
+    # The farthest surface stays gray, so that it can be told from the white of no surface.
     gray = 0.8 * (depth - near) / (far - near).clamp_min(1e-6)
     return torch.where(seen, gray, 1.0).expand(-1, 3, -1, -1)
 
@@ -148,7 +150,7 @@ def write_depth(path: Path, depth: Tensor) -> None:
 
     Raises ValueError for depths that 16 bits cannot hold.
     """
-    steps = (depth[0].double() / DEPTH_UNIT).round()
+    steps = (depth[0].double() / DEPTH_UNIT).round()  # float32 would be off by a step at 6 world units
     if steps.max() > 65535:
         raise ValueError(f"{path}: depth must be at most {65535 * DEPTH_UNIT:.2f} world units, got {depth.max():.2f}")
     with atomic_write(path) as temporary:

@@ -80,7 +80,7 @@ def generate(
     def best_of_seeds(mirrored: bool) -> PosedViews:
         image = composite(photo.flip(-1) if mirrored else photo, 1.0)
         sets = {}
-        for number in range(seed, seed + options.num_seeds):
+        for number in range(seed, seed + options.num_seeds):  # one after the other: the memory of one
             rgb = generate_views(
                 components, image[None], artifacts.embeds, seeds=[number], num_steps=artifacts.num_steps,
                 guidance_scale=artifacts.guidance_scale, sampler=options.sampler, progress=progress,
@@ -105,6 +105,7 @@ def reconstruct(model: GSLRM, views: PosedViews, device: torch.device) -> Gaussi
     mirrored, cameras, rgb, masks = views.mirrored, views.cameras, views.rgb, views.masks
     if mirrored:  # the network sees the animal as Stage 1 drew it; its answer is mirrored back
         cameras, rgb, masks = cameras.mirrored(), rgb.flip(-1), masks.flip(-1)
+    # Resized in 8 bits, as the training data was.
     rgba = torch.stack([resize_rgba(torch.cat(pair), size) for pair in zip(rgb, masks)])[None]
     with torch.autocast(device.type, dtype=torch.float16, enabled=device.type == "cuda"):
         output = model(

@@ -28,7 +28,7 @@ def main() -> None:
 
     spec = read_spec(arguments.spec)
     cells = make_cells(spec)
-    check_cells(spec, cells)
+    check_cells(spec, cells)  # all of them, before the first of many hours
     chosen = [cell for cell in cells if arguments.only in cell.name]
     if not chosen:
         raise ValueError(f"--only {arguments.only!r} fits none of {', '.join(cell.name for cell in cells)}")
@@ -48,6 +48,7 @@ def main() -> None:
         else:
             figures = f"failed: {result['reason']}"
         print(f"{len(results)} of {len(chosen)} {cell.name} ({result['seconds']:.0f} s): {figures}", flush=True)
+        # After every run: an ablation of days can be read while it goes on.
         with atomic_write(folder / "table.md") as temporary:
             temporary.write_text(markdown(results, levels, spec.metrics, spec.seeds))
         summary = summarise(results, levels, spec.metrics, spec.seeds)

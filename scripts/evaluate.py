@@ -26,16 +26,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from evaluation import EvaluationSettings
 from multiview.config import add_fields, from_arguments
 from multiview.run import main_guard
-from pipeline.artifacts import Checkpoints, Stage1Options, add_overrides, parse_overrides
+from pipeline.artifacts import Checkpoints, Stage1Options, parse_with_overrides
 
 
-def main(command_line: list[str] | None = None) -> None:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_fields(parser, EvaluationSettings)
     add_fields(parser, Checkpoints)
-    add_overrides(parser, Stage1Options)
-    arguments = parser.parse_intermixed_args(command_line)
-    options = parse_overrides(parser, Stage1Options, arguments.overrides)
+    arguments, options = parse_with_overrides(parser, Stage1Options)
     try:
         settings = from_arguments(EvaluationSettings, arguments)
     except ValueError as error:

@@ -67,6 +67,7 @@ def own_share(asked: tuple[int, int] | None, device: str) -> tuple[tuple[int, in
     under_torchrun = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     if asked is not None and under_torchrun:
         raise ValueError("--shard and torchrun both share out the work; use one of them")
+    # Each process of torchrun on its own GPU.
     if device in ("auto", "cuda") and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     return asked or ((int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if under_torchrun else (0, 1)), device
@@ -89,6 +90,7 @@ def main() -> None:
     artifacts = model.artifacts
     jobs = make_jobs(settings.data, artifacts.rig, settings.references, settings.num_samples)
     recipe = Recipe(settings.seed, not settings.repaint_input, settings.keep_true_views)
+    # Whatever decides a sample: the command refuses to continue a dataset made with anything else.
     parameters = {
         "source": "stage1", "source_data": settings.data[0].parent.as_posix(),
         "unet": str(artifacts.unet), "components": str(artifacts.components),

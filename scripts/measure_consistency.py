@@ -34,6 +34,7 @@ class Settings:
     output: Path | None = option(None, "where to write the figures as JSON; default: printed only")
 
 
+# Each damage is one that a Stage 1 could do: wrong order, wrong side, another animal, pixels off, colors off.
 def damage(name: str, samples: list, number: int):
     """Views of samples[number] ([v, 4, h, w] each), damaged: RGBA [v, 4, h, w] and the cameras [v] they claim.
 
