@@ -55,6 +55,10 @@ def export_formats(text: str) -> tuple[str, ...]:
 
 def main() -> None:
     arguments, options = parse_arguments()
+    from gslrm.model.rasterizers import warm_up
+
+    if not arguments.device.startswith("cuda"):
+        warm_up.start()  # the first command of an installation compiles kernels, beside the imports that follow
     from tqdm import tqdm
 
     from multiview.run import check_output_folder, stoppable

@@ -30,7 +30,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     from multiview.config import config_to_yaml
-    from mvdiffusion.upstream import load_training_config
+    from mvdiffusion.facelift_yaml import load_training_config
 
     config = load_training_config(arguments.config, arguments.overrides)
     if arguments.dry_run:

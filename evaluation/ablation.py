@@ -136,7 +136,7 @@ def check_cells(spec: AblationSpec, cells: Sequence[Cell]) -> None:
     """Loads every cell's config as its training does, so that a wrong value is told before the first run starts."""
     for cell in cells:
         if spec.stage == 1:
-            from mvdiffusion.upstream import load_training_config
+            from mvdiffusion.facelift_yaml import load_training_config
 
             load_training_config(spec.base, cell.arguments())
         else:

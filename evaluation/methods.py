@@ -200,7 +200,7 @@ def copy_input(sample: Sample, splits: Splits, reference: int) -> Predictions:
 @torch.no_grad()
 def predict_autoencoder(model: MouseFaceLift, sample: Sample, splits: Splits) -> Predictions:
     """Returns the true views encoded and decoded by Stage 1's autoencoder: what it cannot surpass by much."""
-    from mvdiffusion.conditioning import condition_latents, decode_latents
+    from mvdiffusion.latents import condition_latents, decode_latents
 
     components, found = model.components, {}
     for split, views in splits.items():

@@ -8,18 +8,18 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from evaluation.methods import Predictions, Splits, predict_gaussians, reconstruct_sample
 from evaluation.report import group_by, metrics_table, plot_sweep, summarise
-from gslrm.model.filters import PRESETS, FilterSettings, filter_gaussians
+from gslrm.model.filters import FilterSettings, filter_gaussians
 from multiview.cameras import perturb
 from multiview.files import atomic_write, write_json
 from multiview.run import make_generator
-from recording.write import BODY_LENGTH_MM
-from synthetic.cloud import BODY_LENGTH
+from synthetic.dataset import BODY_LENGTH_MM
+from synthetic.skeleton import BODY_LENGTH
 
 if TYPE_CHECKING:
     from gslrm.model.gaussians import Gaussians
@@ -75,8 +75,8 @@ def plan_sweeps(
         "camera_noise_mm": lambda value: {"translation": value * mm},
         "camera_noise_px": lambda value: {"pixels": value},
         "num_input_views": lambda value: {"views": spread_views(rig, int(value))},
-        "min_opacity": lambda value: {"filters": replace(PRESETS["animal"], min_opacity=value)},
-        "max_scaling": lambda value: {"filters": replace(PRESETS["animal"], max_scaling=value)},
+        "min_opacity": lambda value: {"filters": FilterSettings(min_opacity=value)},
+        "max_scaling": lambda value: {"filters": FilterSettings(max_scaling=value)},
     }
     return {
         factor: [Level(factor, value, **{"views": everything, **settings[factor](value)}) for value in numbers]

@@ -35,8 +35,8 @@ PATTERN = "ckpt_*.pt"
 FACELIFT_CHECKPOINT = "checkpoints/gslrm/ckpt_0000000000021125.pt"
 
 # Named rules for foreign checkpoints; everything else must fit exactly.
-DDP_PREFIX = (r"^module\.", "")
-LOSS_NETWORKS = re.compile(r"^(module\.)?loss_calculator\.perceptual_loss_module\.")  # FaceLift stores its frozen VGG
+WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.")  # DistributedDataParallel, torch.compile
+LOSS_NETWORKS = "loss_calculator.perceptual_loss_module."  # FaceLift stores its frozen VGG
 VGG_PREFIX = "loss_calculator.perceptual_loss_module.net."
 
 
@@ -66,24 +66,35 @@ def model_weights(checkpoint: Mapping, source: Path) -> dict[str, Tensor]:
 
     A file that is the state dict itself is taken as such.
     """
-    if "model" in checkpoint:
-        return network_tensors(checkpoint.get("ema") or checkpoint["model"])
-    if checkpoint and all(isinstance(value, Tensor) for value in checkpoint.values()):
-        return network_tensors(checkpoint)
+    tensors = checkpoint.get("ema") or checkpoint.get("model", checkpoint)
+    if tensors and isinstance(tensors, Mapping) and all(isinstance(value, Tensor) for value in tensors.values()):
+        return network_tensors(tensors, source)
     raise ValueError(
         f"checkpoint {source} has no key 'model' and is no plain dictionary of tensors either (keys: "
         f"{', '.join(map(str, list(checkpoint)[:5]))}); a GS-LRM checkpoint or state dict is expected"
     )
 
 
-def network_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without the frozen loss network that FaceLift's trainer stores among the weights."""
-    return {name: tensor for name, tensor in tensors.items() if not LOSS_NETWORKS.match(name)}
+def network_tensors(tensors: Mapping[str, Tensor], source: Path) -> dict[str, Tensor]:
+    """Returns the tensors under their plain names, without the frozen loss network of FaceLift's trainer.
+
+    Raises ValueError naming the file and how many values are not finite: the reconstruction would be empty.
+    """
+    named = {WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
+    named = {name: tensor for name, tensor in named.items() if not name.startswith(LOSS_NETWORKS)}
+    bad = {name: int((~torch.isfinite(tensor)).sum()) for name, tensor in named.items()}
+    if any(bad.values()):
+        first = next(name for name, count in bad.items() if count)
+        raise ValueError(
+            f"checkpoint {source}: {sum(bad.values())} weights are not finite, the first in {first}; the training "
+            "diverged or the file is damaged: take an earlier checkpoint"
+        )
+    return named
 
 
 def load_weights(model: GSLRM, path: Path) -> None:
     """Loads the network strictly from a checkpoint file."""
-    load_strict(model, model_weights(load_checkpoint(path), path), path, renames=[DDP_PREFIX])
+    load_strict(model, model_weights(load_checkpoint(path), path), path)
 
 
 def read_checkpoint_rig(path: Path) -> ViewRig | None:
@@ -135,12 +146,15 @@ def export_weights(
     """
     source, destination = resolve_checkpoint(source), Path(destination)
     checkpoint, content = load_checkpoint(source), read_sidecar(source)
-    if content is None or "config" not in content:
-        raise ValueError(f"checkpoint {source} has no sidecar {source.name}.json; only the project's own are exported")
+    if "fwdbwd_pass_step" not in checkpoint or not {"config", "rig"} <= set(content or {}):
+        raise ValueError(
+            f"checkpoint {source} lacks its step, or a sidecar {source.name}.json with config and rig: only "
+            "checkpoints of train_gslrm.py are exported"
+        )
     if vgg_folder is not None and not facelift:
         raise ValueError("vgg_folder is for FaceLift's layout (facelift=True); nothing else reads VGG tensors there")
     tensors = model_weights(checkpoint, source)
-    weights = {re.sub(*DDP_PREFIX, name): tensor.to(dtype).clone() for name, tensor in tensors.items()}
+    weights = {name: tensor.to(dtype).clone() for name, tensor in tensors.items()}
     step = int(checkpoint["fwdbwd_pass_step"])
     exported: dict = {"model": weights, "fwdbwd_pass_step": step}
     if facelift:

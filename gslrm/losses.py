@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gslrm.config import LossesConfig
-from gslrm.model.gslrm import GSLRMOutput, gather_rows
+from gslrm.model.gslrm import GSLRMOutput
 
 SH_C0 = 0.28209479177387814
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
@@ -244,4 +244,5 @@ def direct_losses(output: GSLRMOutput, targets: Targets, scale_px: float) -> dic
 
 def pixels_of(maps: Tensor, output: GSLRMOutput) -> Tensor:
     """[b, v, c, h, w] -> [b, k, c] at the pixels that have an image Gaussian."""
-    return gather_rows(maps.permute(0, 1, 3, 4, 2).flatten(1, 3), output.pixel_index)
+    pixels = maps.permute(0, 1, 3, 4, 2).flatten(1, 3)
+    return pixels.gather(1, output.pixel_index[..., None].expand(-1, -1, pixels.shape[-1]))

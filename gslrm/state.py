@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 import warnings
 from collections import deque
 from dataclasses import dataclass, field
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 
 from gslrm.adaptation import adapt, adapter_state, load_training_weights, plain_weights, save_adapters
 from gslrm.checkpoints import (
-    DDP_PREFIX,
     PATTERN,
     checkpoint_path,
     load_weights,
@@ -169,8 +167,7 @@ def load_state(state: TrainingState, start: Start, config: GSLRMConfig) -> None:
     missing = set(STATE_KEYS) - set(checkpoint)
     if missing:
         raise ValueError(f"checkpoint {path} lacks {', '.join(sorted(missing))} and cannot be resumed; {weights_only}")
-    weights = network_tensors(checkpoint["model"])
-    weights = {re.sub(*DDP_PREFIX, name): tensor for name, tensor in weights.items()}
+    weights = network_tensors(checkpoint["model"], path)
     load_training_weights(state.model, weights, checkpoint.get("lora"), config.training.adaptation, path)
     saved = checkpoint["optimizer"]["param_groups"]
     sizes, own_sizes = ([len(group["params"]) for group in groups] for groups in (saved, state.optimizer.param_groups))

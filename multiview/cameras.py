@@ -16,9 +16,10 @@ from torch import Tensor
 
 from multiview.files import read_json, take
 
+# Nerfstudio's and COLMAP's names; FaceLift's files have none of them.
 LENS_TERMS = ("k1", "k2", "k3", "k4", "k5", "k6", "p1", "p2", "skew")
 LARGEST_SIDE = 1 << 15  # pixels; no camera file is believed beyond it
-TURNTABLE_DISTANCE = 2.7
+TURNTABLE_DISTANCE = 2.7  # FaceLift's, as the rigs'
 TURNTABLE_HFOV_DEG = 50.0
 
 
@@ -54,13 +55,13 @@ class Cameras:
         """
         if not (torch.isfinite(self.c2w).all() and torch.isfinite(self.fxfycxcy).all()):
             raise ValueError(f"{source}: c2w and fxfycxcy must be finite")
-        rotation = self.c2w[..., :3, :3].double()
+        rotation = self.c2w[..., :3, :3].double()  # float32 would blur what 1e-3 is to tell apart
         error = (rotation.mT @ rotation - torch.eye(3, dtype=torch.float64, device=rotation.device)).abs().max()
-        if error > 1e-3:
+        if error > 1e-3:  # calibrations are written with four decimals and more
             raise ValueError(f"{source}: the rotation of c2w must be orthonormal to 1e-3, it is off by {error:.2g}")
         if (torch.linalg.det(rotation) < 0).any():
             raise ValueError(f"{source}: the rotation of c2w mirrors (determinant -1); OpenCV axes are right-handed")
-        if (self.fxfycxcy[..., :2] <= 0).any():
+        if (self.fxfycxcy[..., :2] <= 0).any():  # negative ones flip the image: another convention's axes
             raise ValueError(f"{source}: fx and fy must be positive, got {self.fxfycxcy[..., :2].tolist()}")
         return self
 
@@ -81,9 +82,8 @@ class Cameras:
             raise ValueError("look_at: a camera looks straight up or down, where 'no roll' is undefined")
         right = torch.nn.functional.normalize(right, dim=-1)
         down = torch.linalg.cross(forward, right, dim=-1)
-        c2w = torch.zeros(*eye.shape[:-1], 4, 4, dtype=eye.dtype, device=eye.device)
-        c2w[..., :3, 0], c2w[..., :3, 1], c2w[..., :3, 2], c2w[..., :3, 3] = right, down, forward, eye
-        c2w[..., 3, 3] = 1.0
+        c2w = torch.eye(4, dtype=eye.dtype, device=eye.device).repeat(*eye.shape[:-1], 1, 1)
+        c2w[..., :3, :] = torch.stack([right, down, forward, eye], dim=-1)
         return Cameras(c2w, fxfycxcy.expand(*eye.shape[:-1], 4).contiguous(), height, width)
 
     @staticmethod
@@ -99,7 +99,7 @@ class Cameras:
         focal = focal_over_width * size
         fxfycxcy = torch.tensor([focal, focal, size / 2, size / 2], dtype=torch.float64)
         cameras = Cameras.look_at(eye, torch.zeros(3, dtype=torch.float64), fxfycxcy, size, size)
-        return cameras.to(torch.float32)
+        return cameras.to(torch.float32)  # as every other camera, whatever it was computed in
 
     @staticmethod
     def turntable(
@@ -107,6 +107,7 @@ class Cameras:
         hfov_deg: float = TURNTABLE_HFOV_DEG,
     ) -> Cameras:  # fmt: skip
         """FaceLift's turntable: from -y counter-clockwise over 360 degrees, end point excluded. Shape [num_views]."""
+        # Azimuth runs clockwise, the turntable counter-clockwise.
         azimuth_deg = -torch.arange(num_views, dtype=torch.float64) * 360.0 / num_views
         focal_over_width = 0.5 / math.tan(math.radians(hfov_deg) / 2)
         return Cameras.orbit(azimuth_deg, torch.full_like(azimuth_deg, elevation_deg), distance, focal_over_width, size)
@@ -167,7 +168,7 @@ class Cameras:
         """Origins and unit directions through the pixel centres, world frame, each [..., h, w, 3]."""
         dtype, device = self.fxfycxcy.dtype, self.fxfycxcy.device
         v, u = torch.meshgrid(
-            torch.arange(self.height, dtype=dtype, device=device) + 0.5,
+            torch.arange(self.height, dtype=dtype, device=device) + 0.5,  # centers of pixels
             torch.arange(self.width, dtype=dtype, device=device) + 0.5,
             indexing="ij",
         )
@@ -175,7 +176,7 @@ class Cameras:
         x, y = (u - cx) / fx, (v - cy) / fy
         directions = torch.nn.functional.normalize(torch.stack([x, y, torch.ones_like(x)], dim=-1), dim=-1)
         directions = torch.einsum("...ij,...hwj->...hwi", self.c2w[..., :3, :3], directions)
-        directions = torch.nn.functional.normalize(directions, dim=-1)
+        directions = torch.nn.functional.normalize(directions, dim=-1)  # the rotation is orthonormal to 1e-3 only
         return self.origins[..., None, None, :].expand_as(directions), directions
 
     def project(self, xyz: Tensor) -> tuple[Tensor, Tensor]:
@@ -188,7 +189,7 @@ class Cameras:
 
     def resize(self, height: int, width: int) -> Cameras:
         """The cameras of the same pictures resized to height x width."""
-        sx, sy = width / self.width, height / self.height
+        sx, sy = width / self.width, height / self.height  # cx scales like fx: the origin is the outer corner
         scale = torch.tensor([sx, sy, sx, sy], dtype=self.fxfycxcy.dtype, device=self.fxfycxcy.device)
         return Cameras(self.c2w, self.fxfycxcy * scale, height, width)
 
@@ -224,6 +225,7 @@ class Cameras:
     def to_frames(self) -> list[dict]:
         """The `frames` list of `opencv_cameras.json`, without `file_path`. Cameras must have shape [v]."""
         frames = []
+        # float64 prints what float32 holds; the file then gives back the same bits.
         for w2c, (fx, fy, cx, cy) in zip(self.w2c.double().tolist(), self.fxfycxcy.double().tolist()):
             frames.append({"w": self.width, "h": self.height, "fx": fx, "fy": fy, "cx": cx, "cy": cy, "w2c": w2c})
         return frames
@@ -240,7 +242,7 @@ class Cameras:
             fxfycxcy.append([take(frame, key, float, where) for key in ("fx", "fy", "cx", "cy")])
             w2c.append(take(frame, "w2c", (4, 4), where))
             bent = [key for key in LENS_TERMS if take(frame, key, float, where, default=0.0) != 0]
-            if bent:
+            if bent:  # a pinhole in their place would be off by tens of pixels at the rim
                 raise ValueError(f"{where} has lens terms {', '.join(bent)}; undistort the images first")
         if len(sizes) != 1:
             raise ValueError(f"{source}: all frames must have one image size, got w x h {sorted(sizes)}")

@@ -40,7 +40,7 @@ def save_checkpoint(path: Path | str, state: dict, sidecar: dict) -> None:
     path = Path(path)
     with full_disk_explained(path, tensor_bytes(state)):
         try:
-            write_json(sidecar_path(path), sidecar)
+            write_json(sidecar_path(path), sidecar)  # first: weights without it could not be told what they are
             with atomic_write(path) as temporary, open(temporary, "wb") as handle:  # a handle: see full_disk_explained
                 torch.save(state, handle)
         except BaseException:
@@ -96,7 +96,7 @@ def _check_unfolding(path: Path, zipped: bool) -> None:
     if zipped:
         with zipfile.ZipFile(path) as archive:
             if any(entry.filename.endswith("/constants.pkl") for entry in archive.infolist()):
-                raise ValueError(f"it is TorchScript; convert it: torch.save(torch.jit.load(p).state_dict(), '{path}')")
+                raise ValueError(f"it is TorchScript; save torch.jit.load('{path}').state_dict() instead")
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                 raise ValueError("its parts are compressed, which torch.save never does; write it with torch.save")
             damaged = archive.testzip()
@@ -134,7 +134,7 @@ def step_of(path: Path) -> int:
 def newest_checkpoint(folder: Path | str, pattern: str = "ckpt_*.pt") -> Path | None:
     """Returns the newest complete checkpoint file of a folder, found by reading it; None if there is none."""
     for path in sorted(Path(folder).glob(pattern), key=step_of, reverse=True):
-        if step_of(path) < 0:
+        if step_of(path) < 0:  # ckpt_best.pt and the like: nobody knows whether it is newer
             continue
         try:
             load_checkpoint(path)
@@ -178,7 +178,7 @@ def load_strict(
         for pattern, replacement in (COMPILED, *renames):
             name = re.sub(pattern, replacement, name)
         renamed[name] = tensor
-    own = module.state_dict()
+    own = module.state_dict()  # torch's own strict loading speaks of one kind of problem at a time
     problems = []
     missing, unexpected = sorted(set(own) - set(renamed)), sorted(set(renamed) - set(own))
     shapes = [

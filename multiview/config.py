@@ -37,15 +37,15 @@ def load_config(
 
     source = str(path) if path is not None else "command line"
     kinds = _kinds_of_keys(schema)
-    texts = {name for name, kind in kinds.items() if kind == "text"}
+    texts = {name for name, kind in kinds.items() if kind == "text"}  # YAML's guesses are not asked for these
     trees = [] if path is None else _read_chain(Path(path), texts)
     for override in overrides:
         key, equals, typed = override.partition("=")
         if not equals:
             raise ValueError(f"override {override!r} must look like key=value")
-        value: Any = None if typed in ("null", "~") else typed
+        value: Any = None if typed in ("null", "~") else typed  # the only two words that stay YAML's
         try:
-            if key not in texts or typed[:1] in ("'", '"', "["):
+            if key not in texts or typed[:1] in ("'", '"', "["):  # quotes and lists are YAML on purpose
                 trees.append(("command line", OmegaConf.to_container(OmegaConf.from_dotlist([override]))))
                 continue
         except (YAMLError, OmegaConfBaseException) as error:
@@ -60,6 +60,9 @@ def load_config(
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), *(tree for _, tree in trees)))
     except OmegaConfBaseException as error:
         raise ValueError(f"{source}: {str(error).strip().splitlines()[0]} (key {error.full_key})") from error
+    except ValueError as error:  # a section's own check names its key alone
+        named = str(error).startswith((source, "command line"))
+        raise ValueError(str(error) if named else f"{source}: {error}") from None
 
 
 def config_to_dict(config: object) -> dict:
@@ -88,7 +91,7 @@ def read_yaml(path: Path | str, texts: set[str] = frozenset()) -> dict:
     try:
         if len(text) > YAML_LIMIT:
             raise ValueError(f"it has {len(text)} characters, {YAML_LIMIT} are the limit")
-        for event in yaml.parse(text):
+        for event in yaml.parse(text):  # events do not unfold: this is cheap for any file
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             aliases += isinstance(event, yaml.AliasEvent)
             if depth > 30 or aliases > 16:
@@ -118,10 +121,10 @@ def _read_chain(path: Path, texts: set[str]) -> list[tuple[str, dict]]:
     """Returns (file, content) of a YAML and of the files its `base:` names (relative to it), the first base first."""
     chain: list[tuple[str, dict]] = []
     base: str | None = path.name
-    while base:
+    while base:  # a chain, and no tree: a delta names one file
         path = path.parent / base
         content = read_yaml(path, texts | {"base"})
-        if len(chain) > 10:
+        if len(chain) > 10:  # the shipped ones have two
             raise ValueError(f"config {path}: its chain of `base:` files is longer than 10; does it name itself?")
         base = take(content, "base", str, str(path), default=None)
         content.pop("base", None)
@@ -135,7 +138,7 @@ def _kinds_of_keys(schema: type, prefix: str = "") -> dict[str, str]:
     for entry in dataclasses.fields(schema):
         name, kind = prefix + entry.name, typing.get_type_hints(schema)[entry.name]
         parts = {kind, *typing.get_args(kind)}
-        parts |= {typing.get_origin(part) for part in parts}
+        parts |= {typing.get_origin(part) for part in parts}  # str | None, list[str], Literal["a", "b"]
         if dataclasses.is_dataclass(kind):
             kinds |= {name: "section", **_kinds_of_keys(kind, name + ".")}
         elif dict in parts:
@@ -151,6 +154,7 @@ def _check_keys(content: dict, kinds: dict[str, str], source: str, prefix: str =
         name = f"{prefix}{key}"
         if name not in kinds:
             nearest = difflib.get_close_matches(name, kinds, n=1, cutoff=0.0)
+            # A key at the wrong depth is the commonest mistake: its name is nearer than any spelling.
             leaf = [known for known in kinds if known.rsplit(".", 1)[-1] == str(key)]
             raise ValueError(f"{source}: unknown key '{name}'; the nearest known one is '{(leaf or nearest)[0]}'")
         if kinds[name] == "section" and not isinstance(value, dict | None):
@@ -173,16 +177,20 @@ def _drop_ignored(tree: dict, ignored: set[str], source: str) -> None:
 # ---- settings of a script: default, help and check said once --------------------------------------------------------
 
 
-def option(default: Any, help: str, *, choices: tuple | None = None, least: float | None = None, metavar: str = ""):
-    """Returns a dataclass field that `add_fields` makes a flag of. default: ... if required. least: of a number."""
-    metadata = {"help": help, "choices": choices, "least": least, "metavar": metavar}
+def option(
+    default: Any, help: str, *, choices: tuple | None = None, least: float | None = None, most: float | None = None,
+    metavar: str | tuple[str, ...] = "",
+):  # fmt: skip
+    """Returns a dataclass field that `add_fields` makes a flag of. default: ... if required. least, most: limits."""
+    metadata = {"help": help, "choices": choices, "limits": (least, most), "metavar": metavar}
     return dataclasses.field(default=dataclasses.MISSING if default is ... else default, metadata=metadata)
 
 
 def add_fields(parser: argparse.ArgumentParser, settings: type) -> None:
     """Adds one flag per `option` field of a dataclass; `parser` may be a group of one.
 
-    bool becomes --name / --no-name; a tuple takes its values after one flag; what has no default value is required.
+    bool becomes --name / --no-name; a tuple takes its values after one flag (`tuple[int, ...]` any number, `tuple[int,
+    int]` two); what has no default value is required.
     Imports nothing heavy, so that --help answers at once.
     """
     hints = typing.get_type_hints(settings)
@@ -197,31 +205,30 @@ def add_fields(parser: argparse.ArgumentParser, settings: type) -> None:
         if kind is bool:
             words |= {"action": argparse.BooleanOptionalAction}
         else:
-            words |= {"type": checked(kind, entry.metadata["least"]), "choices": entry.metadata["choices"]}
-            words |= {"nargs": "*"} if many else {}
+            words |= {"type": checked(kind, *entry.metadata["limits"]), "choices": entry.metadata["choices"]}
+            words |= {"nargs": many} if many else {}
             words |= {"metavar": entry.metadata["metavar"]} if entry.metadata["metavar"] else {}
         parser.add_argument(f"--{entry.name}", **words)
 
 
 def from_arguments(settings: type[Config], arguments: argparse.Namespace) -> Config:
     """Returns the dataclass filled from parsed arguments; its __post_init__ checks what concerns several of them."""
-    flags = [entry.name for entry in dataclasses.fields(settings) if "help" in entry.metadata]
-    values = {name: getattr(arguments, name) for name in flags}
+    values = {entry.name: getattr(arguments, entry.name) for entry in dataclasses.fields(settings)}
     return settings(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
-def _flag_type(hint: Any) -> tuple[type, bool]:
-    """Returns the type of a field's value (`float | None` -> float), and whether the field holds several."""
+def _flag_type(hint: Any) -> tuple[type, int | str | None]:
+    """Returns the type of a field's value (`float | None` -> float), and argparse's nargs where it holds several."""
     parts = [part for part in typing.get_args(hint) if part is not type(None)]
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return _flag_type(parts[0])
     if typing.get_origin(hint) is tuple:
-        return parts[0], True
-    return hint, False
+        return parts[0], "*" if Ellipsis in parts else len(parts)
+    return hint, None
 
 
-def checked(kind: type, least: float | None):
-    """Returns an argparse type that refuses numbers below `least` and such as are not finite."""
+def checked(kind: type, least: float | None = None, most: float | None = None):
+    """Returns an argparse type that refuses numbers below `least`, above `most` and such as are not finite."""
 
     def convert(text: str):
         value = kind(text)
@@ -229,6 +236,8 @@ def checked(kind: type, least: float | None):
             raise argparse.ArgumentTypeError(f"must be finite, got {text}")
         if least is not None and value < least:
             raise argparse.ArgumentTypeError(f"must be at least {least}, got {text}")
+        if most is not None and value > most:
+            raise argparse.ArgumentTypeError(f"must be at most {most}, got {text}")
         return value
 
     convert.__name__ = kind.__name__  # argparse names the type in its message

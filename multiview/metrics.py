@@ -29,7 +29,7 @@ def psnr(prediction: Tensor, target: Tensor) -> Tensor:
 
 def foreground_psnr(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """PSNR in dB over the pixels of the ground-truth mask (weighted by it), [...]."""
-    error = (prediction - target).square().mean(-3, keepdim=True)
+    error = (prediction - target).square().mean(-3, keepdim=True)  # over colors first: the mask has one channel
     return _decibel(_masked_mean(error, mask, "foreground_psnr"))
 
 
@@ -67,7 +67,7 @@ def foreground_ssim(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 def _ssim_map(prediction: Tensor, target: Tensor) -> Tensor:
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    a, b = prediction.flatten(0, -4), target.flatten(0, -4)
+    a, b = prediction.flatten(0, -4), target.flatten(0, -4)  # torchmetrics wants one batch dimension
     _, values = structural_similarity_index_measure(
         a, b, sigma=1.5, kernel_size=11, data_range=1.0, reduction="none", return_full_image=True
     )
@@ -79,9 +79,27 @@ def _masked_mean(values: Tensor, mask: Tensor, name: str) -> Tensor:
     if mask.shape[-3] != 1:
         raise ValueError(f"mask must have 1 channel, got shape {list(mask.shape)}")
     weight = mask.flatten(-3).sum(-1)
-    if (weight <= 0).any():
+    if (weight <= 0).any():  # a mean over nothing would be a perfect or a void score, by chance
         raise ValueError(f"{name}: a mask is empty, there is no foreground to measure")
     return (values * mask).flatten(-3).sum(-1) / weight
+
+
+def difference_ratio(images: Tensor, targets: Tensor, masks: Tensor, reference_view: int) -> Tensor:
+    """How much generated views differ from the input image, over how much the true ones do: [b].
+
+    images, targets: [b, n, 3, s, s] 0..1 on one background; masks: [b, n, 1, s, s]. Per object, mean absolute
+    difference to the input image over the pixels where the animal truly stands in the view or in the input, summed
+    over the unseen views. 1: as different as the truth. 0: copies of the
+    input, which a UNet that has learned to copy generates.
+    """
+    others = [view for view in range(targets.shape[1]) if view != reference_view]
+    region = (torch.maximum(masks[:, others], masks[:, reference_view, None]) > 0.5).to(targets.dtype)
+    given = targets[:, reference_view, None]
+
+    def difference(views: Tensor) -> Tensor:
+        return ((views[:, others] - given).abs().mean(2, keepdim=True) * region).sum(dim=(1, 2, 3, 4))
+
+    return difference(images) / difference(targets).clamp_min(1e-6)
 
 
 @torch.no_grad()
@@ -93,6 +111,7 @@ def lpips_distances(
     network: from `load_lpips`. prediction, target: [..., 3, h, w] 0..1.
     """
     whole, inside = [], []
+    # One image at a time: VGG's features of a whole set take gigabytes.
     for a, b, m in zip(prediction.flatten(0, -4), target.flatten(0, -4), mask.flatten(0, -4)):
         a, b = a[None] * 2 - 1, b[None] * 2 - 1
         network.spatial = True
@@ -133,7 +152,7 @@ def load_lpips(device: torch.device | str = "cpu", path: Path | str | None = Non
 
 
 def _decibel(mean_squared_error: Tensor) -> Tensor:
-    return -10.0 * torch.log10(mean_squared_error.clamp_min(1e-10))
+    return -10.0 * torch.log10(mean_squared_error.clamp_min(1e-10))  # equal images: 100 dB, so that means stay finite
 
 
 # ---- view consistency -----------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import MISSING, asdict, dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -24,22 +25,22 @@ FILL_FACTOR = 2.0  # `framing: fill`: how much farther and longer than FaceLift'
 ANGLE_TOLERANCE_DEG = 0.05
 LENGTH_TOLERANCE = 1e-3  # relative, distance and focal length
 
-PROMPT_STYLES = {
+PROMPT_STYLES = {  # the texts that released and own embeddings were made from: a changed word is another embedding
     "facelift": "a rendering image of 3D models, {view} view, color map.",
     "facelift_normal": "a rendering image of 3D models, {view} view, normal map.",
     "mouse": "a rendering image of a 3D model, {view} view, from above at an angle, color map.",
     "mouse_normal": "a rendering image of a 3D model, {view} view, from above at an angle, normal map.",
     "laboratory": "a laboratory mouse, white background, high quality",
 }
-CHOICES = {
+CHOICES = {  # what a rig file may say; anything else would be read as something that it is not
     "azimuth_zero": ("heading", "reference"),
     "framing": ("exact", "fill", "facelift"),
-    "up_axis": ("z",),
+    "up_axis": ("z",),  # the key exists so that files can say so, and foreign ones be refused
     "prompt_style": tuple(PROMPT_STYLES),
 }
 ANGLES_SUFFIX = ", elevation {elevation:g} degrees, azimuth {azimuth:g} degrees"
 
-MENDING = {
+MENDING = {  # by role, the command that makes the artifact anew for the rig
     "embeddings": "python scripts/generate_mouse_prompt_embeds.py --rig {rig} --model_name <the folder whose text "
     "encoder the UNet was trained with>",
     "unet": "python train_diffusion.py --config configs/mouse_mvdiffusion.yaml rig={rig}",
@@ -80,13 +81,13 @@ class ViewRig:
     azimuth_zero: str = "reference"
     framing: str = "exact"
     up_axis: str = "z"
-    reference_view: int = 0
+    reference_view: int = 0  # FaceLift's input is its first view
     prompt_style: str = "mouse"
 
     def __post_init__(self) -> None:
         if not self.views:
             raise ValueError(f"rig {self.name}: at least one view is needed")
-        if len(set(self.view_names)) != len(self.views):
+        if len(set(self.view_names)) != len(self.views):  # prompts and files are made from the names
             raise ValueError(f"rig {self.name}: view names must differ, got {self.view_names}")
         if not 0 <= self.reference_view < len(self.views):
             raise ValueError(
@@ -113,13 +114,10 @@ class ViewRig:
 
     def cameras(self, size: int) -> Cameras:
         """Returns the rig's cameras for square images of `size` pixels, shape [num_views]."""
-        return Cameras.orbit(
-            torch.tensor([view.azimuth_deg for view in self.views], dtype=torch.float64),
-            torch.tensor([view.elevation_deg for view in self.views], dtype=torch.float64),
-            torch.tensor([self.view_distance(view) for view in self.views], dtype=torch.float64),
-            self.focal,
-            size,
-        )
+        # float64, since differences of a rig from its own cameras are measured in hundredths of a degree.
+        rows = [(view.azimuth_deg, view.elevation_deg, self.view_distance(view)) for view in self.views]
+        azimuth, elevation, distance = torch.tensor(rows, dtype=torch.float64).unbind(-1)
+        return Cameras.orbit(azimuth, elevation, distance, self.focal, size)
 
     def prompts(self, style: str | None = None, *, angles: bool = False) -> list[str]:
         """Returns one text prompt per view. `angles` appends the numbers (elevation, azimuth)."""
@@ -127,13 +125,11 @@ class ViewRig:
         if style not in PROMPT_STYLES:
             raise ValueError(f"prompt style must be one of {', '.join(PROMPT_STYLES)}, got {style!r}")
         template = PROMPT_STYLES[style] + (ANGLES_SUFFIX if angles else "")
-        return [
-            template.format(view=view.name, elevation=view.elevation_deg, azimuth=view.azimuth_deg)
-            for view in self.views
-        ]
+        return [template.format(view=v.name, elevation=v.elevation_deg, azimuth=v.azimuth_deg) for v in self.views]
 
     def fingerprint(self) -> str:
         """Returns a short hash of geometry and order, equal for rigs that agree up to rounding."""
+        # Rounded, so that a rig and the same rig read from a file have one fingerprint.
         content = [self.azimuth_zero, self.reference_view, round(self.focal, 5)]
         for view in self.views:
             angles = [round(view.azimuth_deg, 2), round(view.elevation_deg, 2)]
@@ -142,25 +138,23 @@ class ViewRig:
 
     def differences(self, other: ViewRig) -> list[str]:
         """Returns the differences that keep two rigs apart (empty: none). Geometry counts, names and prompts do not."""
-        if self.num_views != other.num_views:
+        if self.num_views != other.num_views:  # then no view has a counterpart to be compared with
             return [f"number of views: {self.num_views} against {other.num_views}"]
-        found = []
+        told = []
         for index, (a, b) in enumerate(zip(self.views, other.views)):
-            azimuth_gap = abs((a.azimuth_deg - b.azimuth_deg + 180.0) % 360.0 - 180.0)
-            if azimuth_gap > ANGLE_TOLERANCE_DEG:
-                found.append(f"azimuth of view {index}: {a.azimuth_deg:g} against {b.azimuth_deg:g} degrees")
+            if abs((a.azimuth_deg - b.azimuth_deg + 180.0) % 360.0 - 180.0) > ANGLE_TOLERANCE_DEG:
+                told.append(f"azimuth of view {index}: {a.azimuth_deg:g} against {b.azimuth_deg:g} degrees")
             if abs(a.elevation_deg - b.elevation_deg) > ANGLE_TOLERANCE_DEG:
-                found.append(f"elevation of view {index}: {a.elevation_deg:g} against {b.elevation_deg:g} degrees")
-            da, db = self.view_distance(a), other.view_distance(b)
-            if abs(da - db) > LENGTH_TOLERANCE * da:
-                found.append(f"distance of view {index}: {da:g} against {db:g}")
+                told.append(f"elevation of view {index}: {a.elevation_deg:g} against {b.elevation_deg:g} degrees")
+            near, far = self.view_distance(a), other.view_distance(b)
+            if abs(near - far) > LENGTH_TOLERANCE * near:
+                told.append(f"distance of view {index}: {near:g} against {far:g}")
         if abs(self.focal - other.focal) > LENGTH_TOLERANCE * self.focal:
-            found.append(f"focal length over width: {self.focal:g} against {other.focal:g}")
-        if self.azimuth_zero != other.azimuth_zero:
-            found.append(f"azimuth_zero: {self.azimuth_zero} against {other.azimuth_zero}")
-        if self.reference_view != other.reference_view:
-            found.append(f"reference view: {self.reference_view} against {other.reference_view}")
-        return found
+            told.append(f"focal length over width: {self.focal:g} against {other.focal:g}")
+        for key, name in (("azimuth_zero", "azimuth_zero"), ("reference_view", "reference view")):
+            if getattr(self, key) != getattr(other, key):
+                told.append(f"{name}: {getattr(self, key)} against {getattr(other, key)}")
+        return told
 
     def mirror_order(self) -> list[int]:
         """Returns per view the index of its mirror image in x, the vertical plane through azimuth 0.
@@ -188,6 +182,7 @@ class ViewRig:
 
     def with_framing(self, framing: str) -> ViewRig:
         """Returns the rig in another framing: `fill` doubles distance and focal length, the others keep 2.7 and 549."""
+        # Farther and longer by one factor: the animal keeps its size in the image and loses perspective.
         factor = FILL_FACTOR if framing == "fill" else 1.0
         was = FILL_FACTOR if self.framing == "fill" else 1.0
         return replace(self, framing=framing, distance=self.distance / was * factor, focal=self.focal / was * factor)
@@ -202,6 +197,7 @@ class ViewRig:
     @staticmethod
     def from_dict(content: dict, source: str) -> ViewRig:
         """Reads the content of a rig file (`to_dict`); unknown, missing and wrong values are errors naming `source`."""
+        # Views first: the rig's own check of its views then speaks of View objects.
         rows = take(content, "views", list, f"{source}: a view rig")
         views = tuple(_from_row(View, row, f"{source}: view {index}") for index, row in enumerate(rows))
         for view in views:
@@ -215,21 +211,21 @@ class ViewRig:
     @staticmethod
     def from_cameras(cameras: Cameras, name: str, view_names: list[str] | None = None) -> ViewRig:
         """Returns the rig of measured cameras [v] that look at the origin, in the given order."""
-        azimuths, elevations = cameras.azimuth_deg.tolist(), cameras.elevation_deg.tolist()
-        distances = cameras.distance.tolist()
+        azimuths, distances = cameras.azimuth_deg.tolist(), cameras.distance.tolist()
         names = view_names or [f"azimuth_{azimuth:.1f}" for azimuth in azimuths]
-        views = tuple(View(*values) for values in zip(names, azimuths, elevations, distances))
-        mean_distance = sum(distances) / len(distances)
+        views = tuple(View(*row) for row in zip(names, azimuths, cameras.elevation_deg.tolist(), distances))
         focal = float(cameras.fxfycxcy[..., 0].mean()) / cameras.width
-        return ViewRig(name=name, views=views, distance=mean_distance, focal=focal)
+        return ViewRig(name=name, views=views, distance=sum(distances) / len(distances), focal=focal)
 
 
 def _from_row(schema: type, row: dict, where: str):
     """Returns a View or ViewRig from keys and values; each must be known and of the type its field is written with."""
-    values, fields = {}, schema.__dataclass_fields__
-    for key, entry in fields.items():
-        kind = {"str": str, "int": int, "tuple[View, ...]": tuple}.get(entry.type, float)
-        values[key] = take(row, key, kind, where, default=... if entry.default is MISSING else entry.default)
+    fields = schema.__dataclass_fields__
+    kinds = {"str": str, "int": int, "tuple[View, ...]": tuple}  # annotations are texts here; the rest are numbers
+    values = {
+        key: take(row, key, kinds.get(f.type, float), where, default=... if f.default is MISSING else f.default)
+        for key, f in fields.items()
+    }
     if unknown := sorted(map(str, set(row) - set(fields))):
         raise ValueError(f"{where} has unknown keys {unknown}; known: {sorted(fields)}")
     return schema(**values)
@@ -243,7 +239,7 @@ def load_rig(name_or_path: str | Path) -> ViewRig:
     """Reads a rig by name (`configs/rigs/<name>.yaml`), or from a YAML/JSON file (bare, or under the key `rig`)."""
     from multiview.config import read_yaml
 
-    path = Path(name_or_path)
+    path = Path(name_or_path)  # names have no suffix
     if path.suffix not in (".yaml", ".yml", ".json"):
         path = RIGS_FOLDER / f"{name_or_path}.yaml"
     if not path.is_file():
@@ -261,6 +257,7 @@ def check_alignment(expected: ViewRig | None = None, /, **artifacts: ViewRig) ->
     """
     if not artifacts:
         raise ValueError("check_alignment needs at least one artifact")
+    # What the user named counts first; without it the first artifact does, and the message names both roles.
     base_role = "requested" if expected is not None else next(iter(artifacts))
     base = expected if expected is not None else artifacts[base_role]
     for role, rig in artifacts.items():
@@ -282,23 +279,21 @@ def check_rig_cameras(rig: ViewRig, cameras: Cameras, source: str) -> None:
     """Refuses cameras [v] that are not the rig's own: other views, or the right places with other axes."""
     measured = replace(
         ViewRig.from_cameras(cameras, f"measured in {source}"),
-        azimuth_zero=rig.azimuth_zero,
+        azimuth_zero=rig.azimuth_zero,  # a camera file cannot say these two
         reference_view=min(rig.reference_view, len(cameras) - 1),
     )
     differences = rig.differences(measured)
     if differences:
         raise RigMismatchError(mismatch_message("requested", rig, "cameras", measured, differences))
-    _check_axes(rig.cameras(cameras.width).c2w, cameras.c2w, source)
+    _check_axes(rig.cameras(cameras.width), cameras, source, tolerance_deg=0.5)
 
 
 def check_posed_views(rig: ViewRig, cameras: Cameras, source: str) -> None:
-    """For Stage 2 on calibrated cameras [v] of any directions: convention, distance and intrinsics must be the rig's.
-
-    Raises ValueError with what was expected.
-    """
-    centre = cameras.origins.new_zeros(3)
-    own = Cameras.look_at(cameras.origins, centre, cameras.fxfycxcy[0], cameras.height, cameras.width)
-    _check_axes(own.c2w, cameras.c2w, source, tolerance_deg=15.0)
+    """For Stage 2 on calibrated cameras [v] of any directions: convention, distance and lens must be the rig's."""
+    upright = Cameras.look_at(
+        cameras.origins, cameras.origins.new_zeros(3), cameras.fxfycxcy[0], cameras.height, cameras.width
+    )
+    _check_axes(upright, cameras, source, tolerance_deg=15.0)  # a hand-held or tilted camera is no other convention
     for name, got, expected, tolerance in (
         ("distance from the origin", cameras.distance, rig.distance, 0.15),
         ("focal length over width", cameras.fxfycxcy[:, 0] / cameras.width, rig.focal, 0.10),
@@ -313,15 +308,15 @@ def check_posed_views(rig: ViewRig, cameras: Cameras, source: str) -> None:
             )
 
 
-def _check_axes(expected_c2w: torch.Tensor, c2w: torch.Tensor, source: str, tolerance_deg: float = 0.5) -> None:
-    cosine = (expected_c2w[..., :3, :3] * c2w[..., :3, :3]).sum(dim=-2)  # per axis x, y, z
-    limit = torch.cos(torch.deg2rad(torch.tensor(tolerance_deg, dtype=torch.float64))).item()
-    if (cosine < limit - 1e-6).any():
-        flipped = (cosine[..., 0] > 0.5).all() and (cosine[..., 1] < -0.5).all() and (cosine[..., 2] < -0.5).all()
+def _check_axes(expected: Cameras, cameras: Cameras, source: str, tolerance_deg: float) -> None:
+    # Axes that differ by a sign are another convention; everything between is a camera that looks elsewhere.
+    cosine = (expected.c2w[..., :3, :3] * cameras.c2w[..., :3, :3]).sum(dim=-2)  # per axis x, y, z
+    if (cosine < math.cos(math.radians(tolerance_deg)) - 1e-6).any():
+        flipped = (cosine[..., 0] > 0.5).all() and (cosine[..., 1:] < -0.5).all()
         hint = (
             "they look like OpenGL axes (y up, z backward): negate columns 1 and 2 of c2w"
             if flipped
-            else ("cameras must look at the origin, world z up, OpenCV axes (x right, y down, z forward)")
+            else "cameras must look at the origin, world z up, OpenCV axes (x right, y down, z forward)"
         )
         raise ValueError(f"{source}: the cameras stand in the right places but look elsewhere; {hint}")
 
@@ -338,7 +333,7 @@ def mismatch_message(role_a: str, a: ViewRig, role_b: str, b: ViewRig, differenc
                 f"  d {rig.view_distance(view):.3g}"
             )
         columns.append(lines)
-    width = max(map(len, columns[0])) + 4
+    width = max(map(len, columns[0])) + 4  # of the left column
     table = "\n".join(f"  {x:<{width}}{y}".rstrip() for x, y in zip_longest(*columns, fillvalue=""))
     shown = differences[:4] + ([f"and {len(differences) - 4} more"] if len(differences) > 4 else [])
     # What to type for a rig: its name if it ships with the project, else the file of the dataset that measured it.

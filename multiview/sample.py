@@ -27,7 +27,7 @@ from multiview.rig import ViewRig
 
 log = logging.getLogger(__name__)
 
-CAMERAS_FILE = "opencv_cameras.json"
+CAMERAS_FILE = "opencv_cameras.json"  # FaceLift's name and layout
 DATASET_FILE = "dataset.json"
 MASK_MOST = 0.95  # of an image: alpha that covers more is no mask, and would make the background part of the animal
 DEPTH_UNIT = 1e-4  # world units per step of the 16-bit depth images: up to 6.55 units
@@ -71,7 +71,7 @@ def read_sample(
     path = folder / CAMERAS_FILE
     if not path.is_file():
         raise ValueError(f"sample {folder} has no {CAMERAS_FILE}; a sample folder is expected (docs/data_format.md)")
-    content = read_json(path)
+    content = read_json(path)  # what else it holds is kept in `extra`
     frames = take(content, "frames", list, str(path))
     if num_views is not None and len(frames) < num_views:
         raise ValueError(f"sample {folder} has {len(frames)} views, {num_views} are needed")
@@ -79,13 +79,13 @@ def read_sample(
     outside = [view for view in chosen if not 0 <= view < len(frames)]
     if outside:
         raise ValueError(f"sample {folder} has {len(frames)} views, there are no views {outside}")
-    frames = [frames[view] for view in chosen]
+    frames = [frames[view] for view in chosen]  # the others are neither checked nor opened: training reads 4 of many
     cameras = Cameras.from_frames(frames, str(path))
     images, depths, names = [], [], []
     for view, frame in zip(chosen, frames):
         where = f"{path}: frame {view}"
         file = inside(folder, take(frame, "file_path", str, where), where)
-        names.append(take(frame, "view", str, where, default=None))
+        names.append(take(frame, "view", str, where, default=None))  # FaceLift's frames have none
         images.append(read_rgba(file))
         sizes = {file: tuple(images[-1].shape[-2:])}
         if with_depth:
@@ -102,7 +102,7 @@ def read_sample(
             )
     rgba, depth = torch.stack(images), torch.stack(depths) if with_depth else None
     if image_size is not None and (cameras.height, cameras.width) != (image_size, image_size):
-        if cameras.height != cameras.width:
+        if cameras.height != cameras.width:  # one size for both sides would stretch the animal
             raise ValueError(f"sample {folder}: square images are expected, got {cameras.height} x {cameras.width}")
         rgba = torch.stack([resize_rgba(image, image_size) for image in images])
         cameras = cameras.resize(image_size, image_size)
@@ -119,6 +119,7 @@ def write_sample(folder: Path | str, sample: Sample) -> None:
         (temporary / "images").mkdir()
         frames = sample.cameras.to_frames()
         for index, frame in enumerate(frames):
+            # Paths by position, so that a sample can be moved and read without this code.
             frame["file_path"] = f"images/cam_{index:03d}.png"
             if sample.view_names[index] is not None:
                 frame["view"] = sample.view_names[index]
@@ -133,7 +134,7 @@ def write_sample(folder: Path | str, sample: Sample) -> None:
 
 def is_complete_sample(folder: Path | str) -> bool:
     """A folder written by `write_sample` is complete when it exists: it is renamed into place."""
-    return (Path(folder) / CAMERAS_FILE).is_file()
+    return (Path(folder) / CAMERAS_FILE).is_file()  # no image is opened: an import asks this for thousands
 
 
 def read_split(list_file: Path | str) -> list[Path]:
@@ -153,6 +154,7 @@ def read_split(list_file: Path | str) -> list[Path]:
 def write_split(list_file: Path | str, folders: list[Path | str]) -> None:
     """Writes sample folders relative to the list file, atomically."""
     list_file = Path(list_file)
+    # Relative to the list, so that a dataset can be moved; forward slashes, so that it can be moved anywhere.
     lines = [Path(os.path.relpath(folder, list_file.parent)).as_posix() for folder in folders]
     with atomic_write(list_file) as temporary:
         temporary.write_text("".join(f"{line}\n" for line in lines))
@@ -187,7 +189,7 @@ def open_dataset(folder: Path, rig: ViewRig, parameters: dict) -> None:
         write_dataset_info(folder, rig, **parameters)
         return
     present = read_dataset_info(folder)
-    if present.get("example"):
+    if present.get("example"):  # tracked by git: it is moved, never written into
         aside = folder.with_name(f"{folder.name}_example")
         if aside.exists():
             raise ValueError(f"{folder} holds the example dataset and {aside} exists already; name a new --output_dir")
@@ -195,6 +197,7 @@ def open_dataset(folder: Path, rig: ViewRig, parameters: dict) -> None:
         folder.rename(aside)
         write_dataset_info(folder, rig, **parameters)
         return
+    # Two halves of a dataset made differently would look like one.
     differences = rig.differences(present.pop("rig"))
     for key in sorted(set(parameters) | set(present)):
         if parameters.get(key) != present.get(key):
@@ -211,7 +214,7 @@ def inside(folder: Path, relative: str, where: str) -> Path:
 
     Links are followed: the user made them, and Hugging Face's cache consists of them.
     """
-    parts = relative.split("/")
+    parts = relative.split("/")  # what the system itself refuses would be an error without the file's name
     if not relative or "\0" in relative or max(map(len, parts)) > 255:
         raise ValueError(f"{where} holds {relative[:60]!r}, a path is expected")
     if os.path.isabs(relative):
@@ -231,6 +234,6 @@ def _read_depth(path: Path) -> Tensor:
         raise ValueError(f"depth image {path} does not exist: synthetic mice have it (make_synthetic_mouse.py --depth)")
     with damage_explained(f"depth image {path}"), Image.open(path) as image:
         steps = np.asarray(image)
-    if steps.ndim != 2:
+    if steps.ndim != 2:  # a colored picture of depth has no unit
         raise ValueError(f"depth image {path} must be gray with 16 bits, got {list(steps.shape)}")
     return torch.from_numpy(steps.astype(np.float32))[None] * DEPTH_UNIT

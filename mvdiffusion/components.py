@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from multiview.files import DAMAGE, damage_explained, read_json
-from mvdiffusion.models.unet import load_unet, resolve_unet_folder
+from multiview.files import take
+from mvdiffusion.component_files import failure_told, read_config, read_weights, require_finite
+from mvdiffusion.models.unet import WEIGHTS, fill_empty, load_unet, resolve_unet_folder
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
@@ -28,10 +29,9 @@ FROZEN_FOLDERS = (
     "vae", "image_encoder", "feature_extractor", "image_normalizer", "image_noising_scheduler", "scheduler",
 )  # fmt: skip
 TEXT_FOLDERS = ("text_encoder", "tokenizer")
-# What asks for a download: nothing else does.
-HUB_PREFIX = "hub:"
-# Buffers that older transformers stored and newer ones compute.
-COMPUTED_BUFFERS = ("position_ids",)
+HUB_PREFIX = "hub:"  # asks for a download: nothing else does
+COMPUTED_BUFFERS = ("position_ids",)  # older transformers stored them, newer ones compute them
+LARGEST_IMAGE = 4096  # pixels, of CLIP's preprocessing
 
 
 @dataclass(frozen=True)
@@ -69,14 +69,14 @@ class Components:
 
     @property
     def vae_factor(self) -> int:
-        """Picture pixels per latent cell."""
+        """Image pixels per latent cell."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     @property
     def image_size(self) -> int:
-        """Side of the pictures the UNet was made for, pixels."""
+        """Side of the images the UNet was made for, pixels."""
         if self.unet is None:
-            raise ValueError("these components were loaded without a UNet, which fixes the picture size")
+            raise ValueError("these components were loaded without a UNet, which fixes the image size")
         return self.unet.config.sample_size * self.vae_factor
 
 
@@ -85,7 +85,7 @@ def tune(
 ) -> None:
     """Sets the components up, in place, for speed or memory; what they compute stays the same up to rounding.
 
-    vae_slicing: encode and decode picture by picture (memory of one). channels_last: memory layout of convolutions,
+    vae_slicing: encode and decode image by image (memory of one). channels_last: memory layout of convolutions,
     faster in half precision on a GPU. compiled: torch.compile for the UNet (its first call takes minutes).
     """
     if vae_slicing:
@@ -146,11 +146,11 @@ def load_components(
 
     unet: a UNet folder (or training checkpoint) to use instead of `<folder>/unet`. dtype: float16 reproduces FaceLift's
     inference on a GPU; the CPU wants float32. offload: UNet, VAE and image encoder stay on the CPU but while they work.
-    Raises ValueError for missing folders and for weights that do not fit.
+    Raises ValueError for missing folders, for configurations that make no model and for weights that do not fit.
     """
     from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler
     from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
-    from transformers import CLIPVisionModelWithProjection
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     folder = local_folder(folder)
     require_folders(folder, FROZEN_FOLDERS)
@@ -159,15 +159,18 @@ def load_components(
     if with_unet:
         unet_folder = resolve_unet_folder(unet if unet is not None else folder / "unet")
         network = load_unet(unet_folder, dtype=dtype).to(resting).requires_grad_(False)
-    scheduler = DDIMScheduler.from_config(_read_config(folder / "scheduler", "scheduler_config.json"))
-    noising = DDPMScheduler.from_config(_read_config(folder / "image_noising_scheduler", "scheduler_config.json"))
+    image_encoder = _load_clip(CLIPVisionModelWithProjection, CLIPVisionConfig, folder / "image_encoder", dtype)
+    extractor = load_feature_extractor(folder / "feature_extractor", image_encoder.config.image_size)
     return Components(
-        vae=_frozen(AutoencoderKL, folder / "vae", resting, dtype),
-        image_encoder=_frozen(CLIPVisionModelWithProjection, folder / "image_encoder", resting, dtype),
-        feature_extractor=load_feature_extractor(folder / "feature_extractor"),
-        image_normalizer=_frozen(StableUnCLIPImageNormalizer, folder / "image_normalizer", device, dtype),
-        image_noising_scheduler=noising,
-        scheduler=scheduler,
+        vae=_load_diffusers(AutoencoderKL, folder / "vae", dtype).to(resting),
+        image_encoder=image_encoder.to(resting),
+        feature_extractor=extractor,
+        # The normalizer's own `to` makes new parameters, which would want gradients.
+        image_normalizer=_load_diffusers(StableUnCLIPImageNormalizer, folder / "image_normalizer", dtype)
+        .to(device)
+        .requires_grad_(False),
+        image_noising_scheduler=_load_scheduler(DDPMScheduler, folder / "image_noising_scheduler"),
+        scheduler=_load_scheduler(DDIMScheduler, folder / "scheduler"),
         unet=network,
         unet_folder=unet_folder,
         folder=folder,
@@ -178,47 +181,90 @@ def load_components(
 
 def load_text(folder: Path | str) -> tuple[CLIPTokenizer, CLIPTextModel]:
     """Tokenizer and text encoder of a components folder (float32, CPU); used to make prompt embeddings only."""
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
     folder = local_folder(folder)
     require_folders(folder, TEXT_FOLDERS)
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-    return tokenizer, _frozen(CLIPTextModel, folder / "text_encoder", "cpu", torch.float32)
+    with failure_told(f"{folder / 'tokenizer'} is no CLIP tokenizer"):
+        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    return tokenizer, _load_clip(CLIPTextModel, CLIPTextConfig, folder / "text_encoder", torch.float32)
 
 
-def load_feature_extractor(folder: Path | str) -> Any:
-    """The PIL-based CLIP image processor: FaceLift's numbers exactly, which the torchvision one misses."""
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-    with damage_explained(f"image processor {folder}"):
-        return CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
-
-
-def _read_config(folder: Path, name: str) -> dict:
-    path = folder / name
-    if not path.is_file():
-        raise ValueError(f"{folder} holds no {name}")
-    return read_json(path)
+def _load_diffusers(kind: type, folder: Path, dtype: torch.dtype) -> Any:
+    """A frozen diffusers model out of its folder, strictly."""
+    path = folder / "config.json"
+    content = read_config(path, {"latent_channels": int, "embedding_dim": int})
+    take(content, "scaling_factor", float, str(path), default=1.0, least=1e-6)  # latents are divided by it
+    with failure_told(f"{path} makes no {kind.__name__}"), torch.device("meta"):
+        model = kind.from_config(content)
+    state = read_weights(folder, WEIGHTS)
+    model._fix_state_dict_keys_on_load(state)  # attention layers of older files are called query, key, value
+    fill_empty(model, state, folder)
+    return model.to(dtype).eval().requires_grad_(False)
 
 
-def _frozen(kind: type, folder: Path, device: torch.device | str, dtype: torch.dtype) -> Any:
-    """from_pretrained that refuses missing or unexpected weights instead of warning."""
+def _load_clip(kind: type, config_kind: type, folder: Path, dtype: torch.dtype) -> Any:
+    """A frozen transformers model out of its folder; missing and unexpected weights are errors instead of warnings."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # a bar per component, gone in milliseconds
-    dtype_argument = "dtype" if kind.__module__.startswith("transformers.") else "torch_dtype"
-    try:
+    path = folder / "config.json"
+    fields = {"hidden_size": int, "projection_dim": int, "image_size": int, "patch_size": int}
+    config = read_config(path, fields)
+    weights = [file.name for file in folder.glob("*") if file.suffix in (".safetensors", ".bin")]
+    variant = "fp16" if weights and all(".fp16" in name for name in weights) else None
+    with failure_told(f"{folder} cannot be loaded as {kind.__name__}"):
         model, report = kind.from_pretrained(
-            folder, local_files_only=True, output_loading_info=True, **{dtype_argument: dtype}
-        )
-    except DAMAGE as error:
-        raise ValueError(f"{folder} cannot be loaded as {kind.__name__}: {str(error).splitlines()[0]}") from error
+            folder, config=config_kind.from_dict(config), local_files_only=True, output_loading_info=True, dtype=dtype,
+            variant=variant,
+        )  # fmt: skip
     problems = {
-        title: sorted(name for name in report.get(key, ()) if not name.endswith(COMPUTED_BUFFERS))
+        title: sorted(str(name) for name in report.get(key, ()) if not str(name).endswith(COMPUTED_BUFFERS))
         for title, key in (("missing", "missing_keys"), ("unexpected", "unexpected_keys"), ("shape", "mismatched_keys"))
     }
-    found = [f"{title}: {', '.join(map(str, names[:5]))}" for title, names in problems.items() if names]
-    if found:
-        raise ValueError(f"weights in {folder} do not fit {kind.__name__}: {'; '.join(found)}")
-    # In this order: the image normalizer's own `to` makes new parameters.
-    return model.to(device).eval().requires_grad_(False)
+    if any(problems.values()):
+        listed = "; ".join(f"{title}: {', '.join(names[:5])}" for title, names in problems.items() if names)
+        raise ValueError(f"weights in {folder} do not fit {kind.__name__}: {listed}")
+    require_finite(dict(model.named_parameters()), folder)
+    return model.eval().requires_grad_(False)
+
+
+def _load_scheduler(kind: type, folder: Path) -> Any:
+    """A scheduler with the 1000 time steps that training draws from."""
+    path = folder / "scheduler_config.json"
+    fields = {"prediction_type": ("epsilon", "v_prediction"), "beta_schedule": ("scaled_linear", "squaredcos_cap_v2")}
+    content = read_config(path, fields, required=tuple(fields))  # left out, another one would be taken
+    with failure_told(f"{path} makes no {kind.__name__}"):
+        scheduler = kind.from_config(content)
+        fits = bool(((scheduler.betas > 0) & (scheduler.betas <= 1)).all()) and len(scheduler.betas) == 1000
+    if not fits:
+        raise ValueError(f"{path} must make a noise schedule of 1000 steps with betas within 0..1; copy it again")
+    return scheduler
+
+
+def load_feature_extractor(folder: Path, side: int | None = None) -> Any:
+    """The PIL-based CLIP image processor: FaceLift's numbers exactly, which the torchvision one misses.
+
+    side: of the image encoder's input, pixels, if known; the processor is tried on one image.
+    """
+    from PIL import Image
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    path = folder / "preprocessor_config.json"
+    switches = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
+    content = read_config(path, dict.fromkeys(switches, bool), largest=LARGEST_IMAGE)
+    with failure_told(f"{path} describes no CLIP image processor"):
+        extractor = CLIPImageProcessorPil.from_dict(content)
+        pixels = extractor(images=[Image.new("RGB", (8, 8), "white")], return_tensors="pt")["pixel_values"]
+        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (extractor.image_mean, extractor.image_std))
+        crop = (extractor.crop_size["height"], extractor.crop_size["width"])
+        # Training computes the same from these numbers alone (`latents.clip_pixels_fast`).
+        expected = ((1 - mean) / std).expand(1, 3, *crop)
+        fits = side in (None, crop[0]) and crop[0] == crop[1] and pixels.shape == expected.shape
+        fits = fits and pixels.isfinite().all() and torch.allclose(pixels, expected)
+    if not fits:
+        raise ValueError(
+            f"{path} must make images of {side or crop[0]} px, normalized by its image_mean and image_std, for the "
+            "image encoder beside it; copy it again"
+        )
+    return extractor

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from multiview.run import WandbOptions
@@ -32,25 +33,37 @@ IGNORED_KEYS = frozenset(
 )
 
 
+def choice(default: Any, *others: Any) -> Any:
+    """A field whose value is one of the given ones."""
+    return field(default=default, metadata={"choices": (default, *others)})
+
+
+def within(default: float, low: float, high: float = math.inf) -> Any:
+    """A field whose value is a number within low..high."""
+    return field(default=default, metadata={"range": (low, high)})
+
+
 @dataclass
 class MixEntry:
     """One of several data sets that are trained on together."""
 
     train_data: str = ""  # split list
-    ratio: float = 1.0  # share of the samples; all shares add up to 1
+    ratio: float = 1.0  # fraction of the samples; all add up to 1
 
 
 @dataclass
 class MVDiffusionConfig:
-    """Everything `train_diffusion.py` needs; steps are optimiser updates. FaceLift's other keys: upstream.py."""
+    """Everything `train_diffusion.py` needs; steps are optimizer updates. FaceLift's other keys: facelift_yaml.py."""
 
     # What is trained
     pretrained_model_name_or_path: str = "checkpoints/mvdiffusion/pipeckpts"  # components folder
     pretrained_unet_path: str | None = None  # UNet to start from; None: the components folder's own
     unet: dict[str, Any] | None = None  # constructor arguments: start from a fresh UNet of this shape
     allow_rig_change: bool = False  # the starting UNet may carry another rig than the data set's
-    attention: str | None = None  # sparse, full, none; None: what the UNet's config says, sparse for a fresh one
-    camera_conditioning: str | None = None  # none, adaln, cross_attention, concat; None: what the UNet's config says
+    attention: str | None = choice(None, "sparse", "full", "none")  # None: as the UNet says, sparse for a fresh one
+    camera_conditioning: str | None = choice(
+        None, "none", "adaln", "cross_attention", "concat"
+    )  # None: as the UNet says
     rig: str | None = None  # None: the data set's
     num_views: int | None = None  # None: the rig's; any other number is refused
     image_size: int | None = None  # pixels; None: the UNet's; any other is refused
@@ -61,28 +74,29 @@ class MVDiffusionConfig:
     mix: list[MixEntry] = field(default_factory=list)  # several data sets of one rig by ratio, instead of train_data
     validation_data: str = "data_mouse/data_mouse_val.txt"
     backgrounds: list[str] = field(default_factory=lambda: ["white", "black", "gray"])  # one per sample, at random
-    brightness_jitter: float = 0.1  # factor drawn from 1 +- this, the same for all views of a sample
-    contrast_jitter: float = 0.1
-    saturation_jitter: float = 0.0
-    hue_jitter_deg: float = 0.0  # angle drawn from +- this
-    random_crop_ratio: float = 1.0  # smallest share of the picture's side that a crop keeps; cameras go with it
-    mirror_probability: float = 0.0  # pixels, cameras, view order and prompts together
-    reference_view_idx: str = "0"  # "0": the rig's reference view; "random": any; targets, prompts, cameras follow
+    brightness_jitter: float = within(0.1, 0, 1)  # factor drawn from 1 +- this, the same for all views of a sample
+    contrast_jitter: float = within(0.1, 0, 1)
+    saturation_jitter: float = within(0.0, 0, 1)
+    hue_jitter_deg: float = within(0.0, 0, 180)  # angle drawn from +- this
+    random_crop_ratio: float = within(1.0, 0.1, 1)  # smallest side of a crop; cameras go with it
+    mirror_probability: float = within(0.0, 0, 1)  # pixels, cameras, view order and prompts together
+    reference_view_idx: str = choice("0", "random")  # "0": the rig's; else targets, prompts, cameras follow
     cache_latents: bool = False  # encode every sample and variant once, on disk
-    cache_variants: int = 1  # augmentation draws per sample with cache_latents
+    cache_variants: int = within(1, 1, 1000)  # augmentation draws per sample with cache_latents
     cache_dir: str = "checkpoints/latent_cache"  # keyed by content: may be shared by runs
-    dataloader_num_workers: int = 2
+    dataloader_num_workers: int = within(2, 0, 256)
 
-    # Optimisation
+    # Optimization
     output_dir: str = "checkpoints/mvdiffusion/mouse"
     seed: int = 0
-    max_train_steps: int = 30000
-    train_batch_size: int = 4  # objects per process
-    gradient_accumulation_steps: int = 4
+    max_train_steps: int = within(30000, 0)
+    train_batch_size: int = within(4, 1, 4096)  # objects per process
+    gradient_accumulation_steps: int = within(4, 1, 4096)
     gradient_checkpointing: bool = False
-    mixed_precision: str = "no"  # no, fp16, bf16
-    learning_rate: float = 5e-5
-    lr_scheduler: str = "constant"  # after the warm-up: constant, or linear or cosine to 0 at max_train_steps
+    mixed_precision: str = choice("no", "fp16", "bf16")
+    learning_rate: float = within(5e-5, 0, 1)
+    # After the warm-up: constant, or linear or cosine to 0 at max_train_steps
+    lr_scheduler: str = choice("constant", "constant_with_warmup", "linear", "cosine", "piecewise_constant")
     lr_warmup_steps: int = 100
     step_rules: str = "1"  # of lr_scheduler piecewise_constant (no warm-up): "1:200000,0.5" is factor 1, later 0.5
     lr_multipliers: dict[str, float] = field(default_factory=dict)  # {pattern in a parameter's name: factor}
@@ -90,7 +104,7 @@ class MVDiffusionConfig:
     use_8bit_adam: bool = False  # bitsandbytes, CUDA only
     trainable_modules: list[str] | None = None  # only parameters whose names hold one of these; None: all
     freeze_encoder: bool = False  # the UNet's down blocks stand still in the first half of the run
-    lora_rank: int = 0  # > 0: train low-rank adapters instead of the UNet's own weights
+    lora_rank: int = within(0, 0, 4096)  # > 0: train low-rank adapters instead of the UNet's own weights
     lora_alpha: float | None = None  # None: the rank, i.e. factor 1
     lora_targets: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
     lora_also_train: list[str] = field(default_factory=list)  # parts of names trained in full beside, e.g. conv_in
@@ -102,26 +116,26 @@ class MVDiffusionConfig:
     max_grad_norm: float = 1.0
     use_ema: bool = True
     ema_decay: float = 0.9999
-    condition_drop_rate: float = 0.05  # labels dropped, latents dropped, or both, each at this rate, per object
+    condition_drop_rate: float = within(0.05, 0, 1 / 3)  # labels, latents, or both, each at this rate
     snr_gamma: float | None = 5.0  # None: no weighting
-    snr_weighting: str = "prediction"  # form by the scheduler's prediction type; "upstream": FaceLift's epsilon form
-    high_noise_share: float = 0.0  # share of time steps drawn from high_noise_range instead of from all
+    snr_weighting: str = choice("prediction", "upstream")  # by the prediction type; FaceLift's: epsilon's form always
+    high_noise_share: float = within(0.0, 0, 1)  # fraction of time steps drawn from high_noise_range
     high_noise_range: list[int] = field(default_factory=lambda: [850, 999])
     foreground_weight: float = 1.0  # weight of latent cells that hold the animal
     overfit_steps: int = 1000  # max_train_steps under --overfit
 
     # Saving and looking
-    checkpointing_steps: int = 1000
-    checkpoints_total_limit: int = 3
-    validation_steps: int = 1000
+    checkpointing_steps: int = within(1000, 1)
+    checkpoints_total_limit: int = within(3, 1)
+    validation_steps: int = within(1000, 1)
     validation_samples: int = 8
     validation_guidance_scales: list[float] = field(default_factory=lambda: [1.0, 3.0])
-    validation_num_steps: int = 20
-    log_steps: int = 10
+    validation_num_steps: int = within(20, 1, 1000)
+    log_steps: int = within(10, 1)
     export_dir: str | None = None  # where the finished EMA UNet and its prompt embeddings go, in float16
     export_num_steps: int = 50  # sampling that suits the exported UNet; inference takes it unless told otherwise
     export_guidance_scale: float = 3.0
-    export_mirror: str = "never"  # auto: the animals face one way in training, so inference may mirror a photograph
+    export_mirror: str = choice("never", "always", "auto")  # auto: the training animals face one way
     device: str = "auto"
     wandb: WandbOptions = field(default_factory=lambda: WandbOptions(project="mouse_mvdiffusion", group="mvdiffusion"))
 
@@ -136,30 +150,17 @@ class MVDiffusionConfig:
                 f"unet (a fresh UNet's shape) and pretrained_unet_path={self.pretrained_unet_path} are both set, but a "
                 "run starts from one of them: set unet=null to start from the pretrained one"
             )
-        unknown = set(self.backgrounds) - set(BACKGROUNDS)
-        if unknown or not self.backgrounds:
+        if not self.backgrounds or set(self.backgrounds) - set(BACKGROUNDS):
             raise ValueError(
                 f"backgrounds must be a non-empty list out of {sorted(BACKGROUNDS)}, got {self.backgrounds}"
             )
-        schedules = ("constant", "constant_with_warmup", "linear", "cosine", "piecewise_constant")
-        cameras = (None, "none", "adaln", "cross_attention", "concat")
-        for name, value, allowed in (
-            ("reference_view_idx", self.reference_view_idx, ("0", "random")),
-            ("lr_scheduler", self.lr_scheduler, schedules),
-            ("export_mirror", self.export_mirror, ("never", "always", "auto")),
-            ("mixed_precision", self.mixed_precision, ("no", "fp16", "bf16")),
-            ("snr_weighting", self.snr_weighting, ("prediction", "upstream")),
-            ("camera_conditioning", self.camera_conditioning, cameras),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
-        for name, low, high in (
-            ("random_crop_ratio", 0.1, 1.0), ("mirror_probability", 0.0, 1.0), ("brightness_jitter", 0.0, 1.0),
-            ("contrast_jitter", 0.0, 1.0), ("saturation_jitter", 0.0, 1.0), ("hue_jitter_deg", 0.0, 180.0),
-            ("condition_drop_rate", 0.0, 1 / 3), ("cache_variants", 1, 1000), ("lora_rank", 0, 4096),
-        ):  # fmt: skip
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(f"{name} must be within {low:g}..{high:g}, got {getattr(self, name)}")
+        for entry in fields(self):
+            value, allowed = getattr(self, entry.name), entry.metadata.get("choices")
+            if allowed is not None and value not in allowed:
+                raise ValueError(f"{entry.name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+            low, high = entry.metadata.get("range", (-math.inf, math.inf))
+            if "range" in entry.metadata and not low <= value <= high:
+                raise ValueError(f"{entry.name} must be within {low:g}..{high:g}, got {value}")
         if len(self.high_noise_range) != 2 or not 0 <= self.high_noise_range[0] < self.high_noise_range[1] <= 999:
             raise ValueError(f"high_noise_range must be [low, high] within 0..999, got {self.high_noise_range}")
         if self.lora_rank and self.trainable_modules is not None:

@@ -18,7 +18,7 @@ from mvdiffusion.config import MixEntry, MVDiffusionConfig
 from mvdiffusion.data.augmentation import Augmentation
 from mvdiffusion.data.mixing import MixedDataset
 from mvdiffusion.data.mouse_dataset import MouseMVDiffusionDataset
-from mvdiffusion.latent_cache import weights_fingerprint
+from mvdiffusion.latents import weights_fingerprint
 from mvdiffusion.lora import add_lora, is_adapter_weight, stock_name
 from mvdiffusion.models.unet import configure_views, create_unet, load_unet, resolve_unet_folder, unet_rig
 from mvdiffusion.optimization import Ema, choose_parameters

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from multiview.checkpoint import load_checkpoint
 from multiview.files import atomic_write, read_json, take, write_json
-from multiview.rig import PROMPT_STYLES, RigMismatchError, ViewRig
+from multiview.rig import PROMPT_STYLES, RigMismatchError, ViewRig, check_alignment
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 COLOUR_FILE, NORMAL_FILE, METADATA_FILE = "clr_embeds.pt", "normal_embeds.pt", "metadata.json"
 TRACKED_FOLDER = "mvdiffusion/data/mouse_prompt_embeds_6view"
 TOKENS = 77
-# From here on two views are nearly the same to the text encoder (FaceLift's own front and back: 0.979).
-NEARLY_THE_SAME = 0.975
+NEARLY_THE_SAME = 0.975  # cosine of two views to the text encoder (FaceLift's own front and back: 0.979)
+WIDEST = 8192  # of a text encoder; the largest public ones give 4096
+GENERATE = "python scripts/generate_mouse_prompt_embeds.py"
 
 
 @dataclass(frozen=True)
@@ -62,16 +63,6 @@ def alike_views(similarity: Tensor, names: list[str], threshold: float = NEARLY_
     return [f"{names[j]} and {names[i]} {value:.3f}" for value, i, j in pairs]
 
 
-def text_encoder_fingerprint(folder: Path | str) -> str:
-    """Hash over the weights and configuration of a folder's text encoder and tokenizer."""
-    digest = hashlib.sha256()
-    for part in ("text_encoder", "tokenizer"):
-        for path in sorted((Path(folder) / part).iterdir()):
-            digest.update(path.name.encode())
-            digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
 def write_prompt_embeds(
     folder: Path | str, components_folder: Path | str, rig: ViewRig, style: str, *, angles: bool
 ) -> dict:
@@ -80,22 +71,27 @@ def write_prompt_embeds(
     Computed in float32 on one thread and stored as float16, so that repeating it gives the same bytes.
     Returns the metadata.
     """
-    from mvdiffusion.components import load_text
+    from mvdiffusion.components import load_text, local_folder
 
-    folder = Path(folder)
-    tokenizer, text_encoder = load_text(components_folder)
+    folder, source = Path(folder), local_folder(components_folder)
+    tokenizer, text_encoder = load_text(source)
+    files = {COLOUR_FILE: rig.prompts(style, angles=angles)}
+    if f"{style}_normal" in PROMPT_STYLES:
+        files[NORMAL_FILE] = rig.prompts(f"{style}_normal", angles=angles)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        files = {COLOUR_FILE: rig.prompts(style, angles=angles)}
-        if f"{style}_normal" in PROMPT_STYLES:
-            files[NORMAL_FILE] = rig.prompts(f"{style}_normal", angles=angles)
         embeddings = {name: encode_prompts(prompts, tokenizer, text_encoder).half() for name, prompts in files.items()}
     finally:
         torch.set_num_threads(threads)
     for name, tensor in embeddings.items():
         with atomic_write(folder / name) as temporary, open(temporary, "wb") as handle:
             torch.save(tensor, handle)  # through a handle: a path's name would be stored in the file
+    fingerprint = hashlib.sha256()  # of the weights and configuration that made these embeddings
+    for part in ("text_encoder", "tokenizer"):
+        for path in sorted(path for path in (source / part).iterdir() if path.is_file()):
+            fingerprint.update(path.name.encode() + path.read_bytes())
+    similarity = view_similarity(embeddings[COLOUR_FILE]).tolist()
     metadata = {
         "rig": rig.to_dict(),
         "style": style,
@@ -104,7 +100,7 @@ def write_prompt_embeds(
         "prompts_normal": files.get(NORMAL_FILE),
         "text_encoder": {
             "folder": Path(components_folder).as_posix(),
-            "fingerprint": text_encoder_fingerprint(components_folder),
+            "fingerprint": fingerprint.hexdigest()[:16],
             "width": text_encoder.config.hidden_size,
         },
         "shape": list(embeddings[COLOUR_FILE].shape),
@@ -112,7 +108,7 @@ def write_prompt_embeds(
         "similarity": {
             "measure": "cosine of two views' token sequences",
             "views": rig.view_names,
-            "matrix": [[round(value, 3) for value in row] for row in view_similarity(embeddings[COLOUR_FILE]).tolist()],
+            "matrix": [[round(value, 3) for value in row] for row in similarity],
         },
     }
     write_json(folder / METADATA_FILE, metadata)
@@ -128,20 +124,19 @@ def load_prompt_embeds(path: Path | str, rig: ViewRig | None = None) -> PromptEm
     """
     path = Path(path)
     path = path / COLOUR_FILE if path.is_dir() else path
-    command = "python scripts/generate_mouse_prompt_embeds.py --rig <rig> --output_dir <folder>"
     if not path.is_file():
+        command = f"{GENERATE} --rig <rig> --output_dir <folder>"
         raise ValueError(f"prompt embeddings {path} do not exist; make them: {command}")
     tensor = load_checkpoint(path, object)
-    if not isinstance(tensor, Tensor) or tensor.ndim != 3 or tensor.shape[1] != TOKENS:
-        found = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise ValueError(f"prompt embeddings {path} must be a tensor [num_views, {TOKENS}, width], got {found}")
+    is_tensor = isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.ndim == 3
+    if not is_tensor or tensor.shape[1] != TOKENS or not 0 < tensor.shape[2] <= WIDEST:
+        got = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise ValueError(f"prompt embeddings {path} must be a tensor [num_views, {TOKENS}, width], got {got}")
     metadata_path, metadata = path.with_name(METADATA_FILE), {}
     if metadata_path.is_file():
         metadata = read_json(metadata_path)
         stored = ViewRig.from_dict(take(metadata, "rig", dict, str(metadata_path)), str(metadata_path))
-        if rig is not None and rig.differences(stored):
-            from multiview.rig import check_alignment
-
+        if rig is not None:
             check_alignment(rig, embeddings=stored)
         rig = stored
     if rig is None:
@@ -149,9 +144,15 @@ def load_prompt_embeds(path: Path | str, rig: ViewRig | None = None) -> PromptEm
     if len(tensor) != rig.num_views:
         raise RigMismatchError(
             f"prompt embeddings {path} describe {len(tensor)} views, rig {rig.name} has {rig.num_views}; make new: "
-            f"python scripts/generate_mouse_prompt_embeds.py --rig {rig.name} --output_dir {path.parent}"
+            f"{GENERATE} --rig {rig.name} --output_dir {path.parent}"
         )
-    return PromptEmbeds(tensor.float().contiguous(), rig, str(path), metadata)
+    tensor = tensor.float().contiguous()
+    if not tensor.isfinite().all():
+        raise ValueError(
+            f"prompt embeddings {path} hold values that are not finite; make new: {GENERATE} --rig {rig.name} "
+            f"--output_dir {path.parent}"
+        )
+    return PromptEmbeds(tensor, rig, str(path), metadata)
 
 
 def check_embeds_fit(embeds: PromptEmbeds, unet: UNet2DConditionModel | Path | str, source: Path | str = "") -> None:
@@ -160,7 +161,9 @@ def check_embeds_fit(embeds: PromptEmbeds, unet: UNet2DConditionModel | Path | s
     unet: a loaded UNet, or its folder (only config.json is read: cheap, before any weights are loaded).
     """
     if isinstance(unet, Path | str):
-        config, source = read_json(Path(unet) / "config.json"), unet
+        from mvdiffusion.models.unet import read_unet_config
+
+        config, source = read_unet_config(unet), unet
     else:
         config = unet.config
     width, views, name = config["cross_attention_dim"], config.get("num_views"), f"UNet {source}".strip()
@@ -168,15 +171,16 @@ def check_embeds_fit(embeds: PromptEmbeds, unet: UNet2DConditionModel | Path | s
         folder = "checkpoints/mvdiffusion/pipeckpts" if width == 1024 else "<components folder of this UNet>"
         raise ValueError(
             f"prompt embeddings {embeds.source} are {embeds.width} wide, the {name} expects {width}: they come from "
-            "another text encoder. Make them with the UNet's own: python scripts/generate_mouse_prompt_embeds.py "
-            f"--rig {embeds.rig.name} --model_name {folder} --output_dir <folder>"
+            f"another text encoder. Make them with the UNet's own: {GENERATE} --rig {embeds.rig.name} "
+            f"--model_name {folder} --output_dir <folder>"
         )
-    told_by_cameras = config.get("camera_conditioning", "none") != "none"  # then any number of views can be asked for
-    if views is not None and embeds.rig.num_views != views and not told_by_cameras:
+    # A UNet that is given its cameras can be asked for any number of views.
+    has_cameras = (config.get("camera_conditioning") or "none") != "none"
+    if views is not None and embeds.rig.num_views != views and not has_cameras:
         raise RigMismatchError(
             f"prompt embeddings {embeds.source} describe {embeds.rig.num_views} views (rig {embeds.rig.name}), the "
-            f"{name} was trained with {views}; use embeddings of its rig: python "
-            "scripts/generate_mouse_prompt_embeds.py --rig <its rig> --output_dir <folder>"
+            f"{name} was trained with {views}; use embeddings of its rig: {GENERATE} --rig <its rig> "
+            "--output_dir <folder>"
         )
 
 

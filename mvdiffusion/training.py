@@ -27,11 +27,9 @@ from mvdiffusion.checkpoints import (
     save_training,
 )
 from mvdiffusion.components import Components, load_components
-from mvdiffusion.conditioning import class_labels
 from mvdiffusion.config import MVDiffusionConfig
 from mvdiffusion.data.mouse_dataset import MouseMVDiffusionDataset
-from mvdiffusion.encoding import EncodedBatch, live_batches
-from mvdiffusion.latent_cache import LatentCache
+from mvdiffusion.latents import EncodedBatch, LatentCache, class_labels, live_batches
 from mvdiffusion.lora import merged_state, save_adapters
 from mvdiffusion.losses import diffusion_loss, draw_timesteps, drop_masks, noise_and_target, snr_weights
 from mvdiffusion.models.unet import run_unet, save_unet

@@ -10,6 +10,7 @@ from torch import Tensor
 from multiview.cameras import Cameras
 from multiview.image import grid
 from multiview.metrics import (
+    difference_ratio,
     foreground_psnr,
     foreground_ssim,
     load_lpips,
@@ -21,10 +22,9 @@ from multiview.metrics import (
     ssim,
     view_consistency,
 )
-from mvdiffusion.collapse import difference_ratio
 from mvdiffusion.components import Components
-from mvdiffusion.conditioning import condition_latents, decode_latents
 from mvdiffusion.data.mouse_dataset import MouseMVDiffusionDataset
+from mvdiffusion.latents import condition_latents, decode_latents
 from mvdiffusion.pipelines.multiview import generate_views
 from mvdiffusion.prompts import PromptEmbeds
 

@@ -65,7 +65,7 @@ class Stage1Options:
 
     def __post_init__(self) -> None:
         for entry in fields(self):
-            least, value = entry.metadata["least"], getattr(self, entry.name)
+            (least, _), value = entry.metadata["limits"], getattr(self, entry.name)
             if least is not None and value < least:
                 raise ValueError(f"{entry.name} must be at least {least}, got {value}")
 

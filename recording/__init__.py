@@ -1,27 +1,15 @@
-"""Raw recordings (synchronised videos, mask videos, one calibration) to sample folders, and back.
+"""Raw recordings (synchronized videos, mask videos, one calibration) to sample folders.
 
 calibration/     calibration files of every usual format <-> Calibration (K, distortion, w2c in float64), checked
-misfit.py        whether a calibration belongs to the pictures, and what is the matter if not
-check.py         a look at a calibration in numbers (--check), check_picture.py draws it
-video.py         finding and sequentially decoding the videos, or folders of pictures
-streams.py       that decoding spread over processes, each video in one
-masks.py         cleaning masks, what is measured on them
-segment.py       masks for recordings without any, from the background
-tracks.py        the cleaned masks on disk between the two passes of an import
-centre.py        the animal's centre, smoothing, the world's up, the animal's heading
+video.py         finding and sequentially decoding the videos, or folders of images
+masks.py         cleaning masks, what is measured on them, and how they are kept while an import runs
+segment.py       one camera's masks: from its mask video, or from the background
+center.py        the animal's center, smoothing, the world's up, the animal's heading
 geometry.py      world scale, naming views by measured direction, label cameras
-rectify.py       the exact warp: homography of a rotation about the camera centre
-png.py           picture files of what it cut out
-kernels.py       compiled loops over pixels and points
-lanes.py         what the processes of an import do, one camera each
-settings.py      what an import is asked to do
+rectify.py       the exact warp (homography of a rotation about the camera center), and the images cut out by it
+workers.py       lanes of work in order, one camera each, spread over processes
+settings.py      what an import is asked to do: the flags of scripts/process_mouse_data.py
 analysis.py      the recording's parts, and what its masks say about the animal
-output.py        writing samples: complete or not at all, shards
-splits.py        which samples train and which validate
-process.py       the import: analyse, plan, write, report
-quality/         how good any dataset is: measured, faults named, graded, shown
-report.py        quality_report.json and quality_report.html, of an import and of any dataset
-write.py         a raw recording from renderings (for tests and demonstrations)
-film.py          what a real camera adds to a rendering: lens, light, noise; and the truth
-round_trip.py    whether an import gives back what was filmed
+importer.py      the import: analyse, plan, write samples and split lists, report
+quality/         do images, masks and cameras belong together: of a calibration, a recording, any dataset
 """

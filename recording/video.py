@@ -1,16 +1,17 @@
-"""Finding the videos of a recording and decoding them in order: a random seek misses the frame in many files."""
+"""Finding the videos of a recording and decoding them in order: a random seek misses the frame in many files.
+
+Stored pixels are what calibrations count: nothing that a file says about turning its images for display is obeyed.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-
-from recording.masks import HALF
 
 if TYPE_CHECKING:
     from av import VideoFrame
@@ -18,38 +19,44 @@ if TYPE_CHECKING:
 
 MASK_FOLDERS = ("simpleclick_undist", "masks")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
-RATE_TOLERANCE = 1e-3  # relative
+OTHER_VIDEOS = (".avi", ".mov", ".mkv", ".m4v", ".webm", ".mpg", ".mpeg", ".wmv", ".h264", ".ts")
+OTHER_IMAGES = (".heic", ".heif", ".avif", ".jfif", ".webp", ".gif", ".jp2", ".dng", ".exr")
+MAX_PIXELS = 50_000_000  # of a frame, by default: 8K has 33 million
+DEPTHS = (8, 10, 12, 14, 16)  # bits that cameras use of files of 16
+DEPTH_FRAMES = 8  # images of a folder that are asked how many
 # Pixel formats of three planes, a byte each, brightness first. Brightness is all that a mask needs, and of a part of a
-# frame the planes' own parts can be taken; frames of other formats are turned into colours as a whole.
+# frame the planes' own parts can be taken; frames of other formats are turned into colors as a whole.
 PLANAR_FORMATS = ("yuv420p", "yuv422p", "yuv444p", "yuvj420p", "yuvj422p", "yuvj444p")
-LIMITED_HALF = 125  # in the place of HALF where brightness counts from 16 to 235, as in most videos
+FULL_RANGE, LIMITED_RANGE = (0, 255), (16, 235)  # black and white, as brightness is stored in most videos
 
 
 @dataclass(frozen=True)
 class Video:
-    """One camera's video: one file, consecutive chunks, or one picture file per frame. size: (width, height).
+    """One camera's video: one file, consecutive chunks, or one image file per frame. size: (width, height).
 
-    counts: frames of each file. rate: frames/s, 0 where it is not known (pictures).
+    counts: frames of each file. rate: frames/s, 0 where it is not known (images). white: largest value of an image
+    file's pixels.
     """
 
     files: tuple[Path, ...]
     counts: tuple[int, ...]
     size: tuple[int, int]
     rate: float
+    white: int = 255
 
     @property
     def num_frames(self) -> int:
         return sum(self.counts)
 
     @property
-    def is_pictures(self) -> bool:
+    def is_images(self) -> bool:
         return self.files[0].suffix.lower() in IMAGE_SUFFIXES
 
     @property
     def name(self) -> str:
         if len(self.files) == 1:
             return str(self.files[0])
-        return f"{self.files[0].parent} ({len(self.files)} {'pictures' if self.is_pictures else 'chunks'})"
+        return f"{self.files[0].parent} ({len(self.files)} {'images' if self.is_images else 'chunks'})"
 
 
 class VideoReader:
@@ -63,47 +70,54 @@ class VideoReader:
         self._chunk_end = 0
         self._converter = None
 
-    def read(self, index: int) -> np.ndarray:
-        """Frame `index` as [h, w, 3] uint8, RGB. Frames before the last one read are an error."""
-        return np.ascontiguousarray(self.read_bgr(index)[..., ::-1])
-
     def read_bgr(self, index: int) -> np.ndarray:
-        """As `read`, in the decoder's own order of channels: a picture less to copy."""
-        if self.video.is_pictures:
-            return self._picture(index)
-        return self._colours(self._frame(index))
+        """Returns frame `index` as [h, w, 3] uint8 BGR. Frames before the last one read are an error."""
+        return _colors_of(self._image(index)) if self.video.is_images else self._colors(self._frame(index))
 
     def read_part(self, index: int, x: int, y: int, width: int, height: int) -> np.ndarray:
-        """`read_bgr(index)[y : y + height, x : x + width]`, without making colours of the rest.
+        """Returns `read_bgr(index)[y : y + height, x : x + width]`, without making colors of the rest.
 
-        All of a large frame's colours take a third as long as decoding it.
+        All of a large frame's colors take a third as long as decoding it.
         """
-        if self.video.is_pictures:
-            return self._picture(index)[y : y + height, x : x + width]
+        if self.video.is_images:
+            return _colors_of(self._image(index)[y : y + height, x : x + width])
         frame = self._frame(index)
         if frame.format.name not in PLANAR_FORMATS or not width * height:
-            return self._colours(frame)[y : y + height, x : x + width]
-        # From even pixels on, since colour may have half of the resolution.
+            return self._colors(frame)[y : y + height, x : x + width]
+        # From even pixels on, since color may have half of the resolution.
         left, top = x & ~1, y & ~1
         part = _cut(frame, left, top, min(x + width + 1 & ~1, frame.width), min(y + height + 1 & ~1, frame.height))
-        return self._colours(part)[y - top : y - top + height, x - left : x - left + width]
+        return self._colors(part)[y - top : y - top + height, x - left : x - left + width]
 
-    def read_mask(self, index: int) -> tuple[np.ndarray, int]:
-        """Brightness [h, w] uint8 of frame `index` of a mask video, and the level above which it shows the animal.
+    def read_mask(self, index: int) -> tuple[np.ndarray, tuple[int, int]]:
+        """Returns the brightness [h, w] uint8 of frame `index` of a mask video, and which values are black and white.
 
-        Where the file's format allows it no colours are made of it, which would take half as long as decoding.
+        Where the file's format allows it no colors are made of it, which would take half as long as decoding. Of
+        several colors the brightest counts: masks of a palette are red or green. Of cut-outs it is alpha that counts.
         """
-        if self.video.is_pictures:
-            return self._picture(index)[..., 2], HALF
+        if self.video.is_images:
+            image = self._image(index)
+            cut_out = image.shape[2] == 4 and image[..., 3].min() < 255
+            return (image[..., 3] if cut_out else _colors_of(image).max(axis=-1)), FULL_RANGE
         frame = self._frame(index)
         if frame.format.name in PLANAR_FORMATS:
-            return _plane(frame, 0), HALF if frame.format.name.startswith("yuvj") else LIMITED_HALF
-        return self._colours(frame)[..., 2], HALF
+            return _plane(frame, 0), FULL_RANGE if frame.format.name.startswith("yuvj") else LIMITED_RANGE
+        return self._colors(frame).max(axis=-1), FULL_RANGE
 
-    def _picture(self, index: int) -> np.ndarray:
+    def _image(self, index: int) -> np.ndarray:
+        """Returns image file `index`, [h, w, 1, 3 or 4] uint8 as OpenCV orders its channels."""
         self._check_order(index)
         self._next = index + 1
-        return _read_picture(self.video.files[index], index, self.video.size)
+        path, white = self.video.files[index], self.video.white
+        image = _read_image(path, self.video.size)
+        if image.dtype == np.uint16:
+            if image.max() > white:
+                raise ValueError(
+                    f"{path} holds {image.max()}, although the images looked at first end at {white}; save the whole "
+                    "folder with 8 bits, or with all 16 in use"
+                )
+            image = (image * (255.0 / white)).round().astype(np.uint8)
+        return image
 
     def _frame(self, index: int) -> VideoFrame:
         """Decodes up to frame `index`."""
@@ -111,7 +125,12 @@ class VideoReader:
 
         self._check_order(index)
         while self._chunk_end <= index:
-            self._open_next_chunk()
+            self.close()
+            self._chunk += 1
+            self._next = self._chunk_end
+            self._chunk_end += self.video.counts[self._chunk]
+            self._container = _open(self.video.files[self._chunk])
+            self._frames = self._container.decode(video=0)
         path, frame = self.video.files[self._chunk], None
         while self._next <= index:
             try:
@@ -121,7 +140,8 @@ class VideoReader:
             if frame is None:
                 raise ValueError(
                     f"{path}: frame {self._next} cannot be decoded although the file says it holds "
-                    f"{self.video.counts[self._chunk]} frames; it is truncated or damaged"
+                    f"{self.video.counts[self._chunk]} frames; it is truncated or damaged: copy it anew, or cut all "
+                    f"videos (ffmpeg -i {path.name} -frames:v {self._next} -crf 12 cut.mp4)"
                 )
             self._next += 1
         if (frame.width, frame.height) != self.video.size:
@@ -137,27 +157,20 @@ class VideoReader:
         return frame
 
     def _check_order(self, index: int) -> None:
-        if not self._next <= index < self.video.num_frames:
+        count = self.video.num_frames
+        if not self._next <= index < count:
             raise ValueError(
-                f"{self.video.name}: frame {index} was asked for after frame {self._next - 1} of "
-                f"{self.video.num_frames}; frames are read in increasing order"
+                f"{self.video.name}: frame {index} was asked for after frame {self._next - 1} of {count}; frames are "
+                "read in increasing order"
             )
 
-    def _open_next_chunk(self) -> None:
-        self.close()
-        self._chunk += 1
-        self._next = self._chunk_end
-        self._chunk_end += self.video.counts[self._chunk]
-        self._container = _open(self.video.files[self._chunk])
-        self._frames = self._container.decode(video=0)
-
-    def _colours(self, frame: VideoFrame) -> np.ndarray:
-        """[h, w, 3] uint8 BGR, as OpenCV makes them of the same frame."""
+    def _colors(self, frame: VideoFrame) -> np.ndarray:
+        """Returns [h, w, 3] uint8 BGR, as OpenCV makes them of the same frame."""
         from av.video.reformatter import Interpolation, VideoReformatter
 
         self._converter = self._converter or VideoReformatter()
-        colours = self._converter.reformat(frame, format="bgr24", interpolation=Interpolation.BICUBIC, threads=1)
-        return _plane(colours, 0, 3).reshape(frame.height, frame.width, 3)
+        colors = self._converter.reformat(frame, format="bgr24", interpolation=Interpolation.BICUBIC, threads=1)
+        return _plane(colors, 0, 3).reshape(frame.height, frame.width, 3)
 
     def close(self) -> None:
         if self._container is not None:
@@ -171,108 +184,174 @@ class VideoReader:
         self.close()
 
 
-def find_videos(folder: Path | str, num_cameras: int, flag: str) -> list[Video]:
-    """The videos of cameras 0..n-1, in one of three layouts.
+# ---- finding --------------------------------------------------------------------------------------------------------
+
+
+def find_videos(folder: Path | str, num_cameras: int, flag: str, max_pixels: int = MAX_PIXELS) -> list[Video]:
+    """Finds the videos of cameras 0..n-1, in one of three layouts.
 
     `0.mp4 ... 5.mp4` (MAMMAL); `Camera1/0.mp4[, 3000.mp4, ...]` (DANNCE, chunks named by their first frame); folders
-    `0 ... 5` or `Camera1 ... Camera6` of pictures, one per frame, in the order of the numbers in their names.
-    flag: the command-line flag that named the folder, for messages.
+    `0 ... 5` or `Camera1 ... Camera6` of images, one per frame, in the order of the numbers in their names.
+    flag: the command-line flag that named the folder, for messages. max_pixels: larger frames are refused. Raises
+    ValueError for what is missing: cameras, chunks, images.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{flag} {folder} is not a folder; 0.mp4 ... {num_cameras - 1}.mp4 are expected in it")
     if (folder / "Camera1").is_dir():
-        listed = [_chunks(folder / f"Camera{index + 1}") for index in range(num_cameras)]
-        extra = folder / f"Camera{num_cameras + 1}"
+        names = [f"Camera{index + 1}" for index in range(num_cameras + 1)]
     elif (folder / "0").is_dir():
-        listed = [_chunks(folder / str(index)) for index in range(num_cameras)]
-        extra = folder / str(num_cameras)
+        names = [str(index) for index in range(num_cameras + 1)]
     else:
-        flat = [folder / f"{index}.mp4" for index in range(num_cameras)]
-        missing = [path.name for path in flat if not path.is_file()]
-        if missing:
-            inner = [path.name for path in sorted(folder.iterdir()) if path.is_dir() and (path / "0.mp4").is_file()]
-            hint = f"; its folder(s) {', '.join(inner)} hold videos: did you mean one of these?" if inner else ""
-            raise ValueError(f"{flag} {folder} lacks {', '.join(missing)} of {num_cameras} cameras{hint}")
-        listed = [[path] for path in flat]
-        extra = folder / f"{num_cameras}.mp4"
-    if extra.exists():
-        raise ValueError(f"{flag} {folder} holds {extra.name}, but the calibration has only {num_cameras} cameras")
-    return [probe(files) for files in listed]
+        names = [f"{index}.mp4" for index in range(num_cameras + 1)]
+    missing = [name for name in names[:-1] if not (folder / name).exists()]
+    if missing:
+        raise ValueError(f"{flag} {folder} lacks {', '.join(missing)} of {num_cameras} cameras{_hint(folder)}")
+    if (folder / names[-1]).exists():
+        raise ValueError(f"{flag} {folder} holds {names[-1]}, but the calibration has only {num_cameras} cameras")
+    paths = [folder / name for name in names[:-1]]
+    videos = [probe(_chunks(path) if path.is_dir() else [path], max_pixels) for path in paths]
+    for path, video in zip(paths, videos):
+        numbers = [frame_number(file) for file in video.files]
+        if path.suffix or video.is_images or numbers == list(range(len(numbers))):  # chunks may also be counted
+            continue
+        for file, number, start in zip(video.files, numbers, np.cumsum([0, *video.counts])):
+            if number != start:
+                raise ValueError(
+                    f"{file} is named by its first frame, but the chunks before it hold {start} frames: a chunk before "
+                    "it is missing or cut; put it back, since frame n must be the same instant in every video"
+                )
+    # One camera may film darkness: how many bits count is one number for all of them.
+    return [replace(video, white=max(video.white for video in videos)) for video in videos]
 
 
-def check_videos(videos: list[Video], masks: list[Video]) -> None:
-    """All videos show the same instants: equal frame counts and rates; masks as large as their pictures."""
-    first = videos[0]
-    for video in (*videos, *masks):
-        if video.num_frames != first.num_frames:
-            raise ValueError(
-                f"{video.name} has {video.num_frames} frames, {first.name} has {first.num_frames}; frame n must be the "
-                "same instant in every video, so the counts must be equal"
-            )
-        if video.rate and first.rate and abs(video.rate - first.rate) > RATE_TOLERANCE * first.rate:
-            raise ValueError(f"{video.name} runs at {video.rate:g} frames/s, {first.name} at {first.rate:g}")
-    for video, mask in zip(videos, masks):  # no masks where they are still to be found
-        if video.size != mask.size:
-            raise ValueError(
-                f"{mask.name} is {mask.size[0]} x {mask.size[1]}, its video {video.name} {video.size[0]} x "
-                f"{video.size[1]}; masks must be of the same (undistorted or raw) pictures"
-            )
+def probe(files: list[Path], max_pixels: int = MAX_PIXELS) -> Video:
+    """Reads counts, size and rate of one camera's file(s) from their headers. Of images the first one's size is taken.
 
-
-def probe(files: list[Path]) -> Video:
-    """Counts, size and rate of one camera's file(s), from their headers. Of pictures the first one's size is taken."""
+    Raises ValueError for files that are cut short or whose frames are too large.
+    """
     if files[0].suffix.lower() in IMAGE_SUFFIXES:
-        height, width = _read_picture(files[0], 0).shape[:2]
-        return Video(tuple(files), (1,) * len(files), (width, height), 0.0)
+        first, bits = _read_image(files[0], max_pixels=max_pixels), 8
+        size = first.shape[1::-1]
+        if first.dtype == np.uint16:  # of which cameras often use 10 or 12 bits
+            chosen = [files[int(index)] for index in np.linspace(0, len(files) - 1, DEPTH_FRAMES)]
+            brightest = max(int(_read_image(path, size).max()) for path in chosen)
+            bits = next(bits for bits in DEPTHS if brightest < 2**bits)
+        return Video(tuple(files), (1,) * len(files), size, 0.0, 2**bits - 1)
     counts, sizes, rates = [], set(), []
     for path in files:
         with _open(path) as container:
             stream = container.streams.video[0]
             rates.append(float(stream.guessed_rate or 0.0))
             sizes.add((stream.codec_context.width, stream.codec_context.height))
-            # Where the header does not count its frames, it says how long they last.
-            seconds = float((stream.duration or 0) * (stream.time_base or 0))
-            counts.append(stream.frames or round(seconds * rates[-1]))
-        if counts[-1] <= 0:
-            raise ValueError(f"video {path} says that it holds {counts[-1]} frames; it is damaged or no video")
+            _check_size(path, (stream.codec_context.width, stream.codec_context.height), max_pixels)
+            counts.append(_count(path, container, rates[-1]))
     if len(sizes) != 1:
-        raise ValueError(f"the chunks in {files[0].parent} have different picture sizes: {sorted(sizes)}")
+        raise ValueError(f"the chunks in {files[0].parent} have different image sizes: {sorted(sizes)}")
     return Video(tuple(files), tuple(counts), sizes.pop(), rates[0])
 
 
+def _count(path: Path, container: InputContainer, rate: float) -> int:
+    """Returns how many frames a video shows."""
+    stream = container.streams.video[0]
+    # An index (mp4) knows more than the header's count: what an edit cut off stays in the file (ffmpeg -ss -c copy).
+    index = list(stream.index_entries) if "mp4" in container.format.name else []
+    held = path.stat().st_size
+    whole = sum(entry.pos + entry.size <= held for entry in index)
+    if whole < len(index):
+        raise ValueError(
+            f"video {path} is truncated: {whole} of its {len(index)} frames are there; copy it anew, or cut all videos "
+            f"and masks to what it holds (ffmpeg -i {path.name} -frames:v {whole} -crf 12 cut.mp4)"
+        )
+    # Where a header does not count its frames, it says how long they last.
+    seconds = float((stream.duration or 0) * (stream.time_base or 0))
+    count = sum(not entry.is_discard for entry in index) or stream.frames or round(seconds * rate)
+    if count <= 0:
+        raise ValueError(f"video {path} says that it holds {count} frames; it is damaged or no video")
+    return count
+
+
+def _check_size(path: Path, size: tuple[int, int], max_pixels: int) -> None:
+    if size[0] * size[1] > max_pixels:
+        raise ValueError(
+            f"{path} is {size[0]} x {size[1]} pixels, {max_pixels / 1e6:g} million are allowed; scale the videos and "
+            "the calibration down, or allow more with --max_megapixels"
+        )
+
+
 def _chunks(folder: Path) -> list[Path]:
-    """The video chunks of a camera's folder, or its pictures, in order."""
-    if not folder.is_dir():
-        raise ValueError(f"{folder} does not exist: a camera's videos or pictures are missing")
+    """Returns the video chunks of a camera's folder, or its images, in order."""
     files = [path for path in folder.glob("*.mp4") if re.fullmatch(r"\d+", path.stem)]
     if files:
         return sorted(files, key=lambda path: int(path.stem))
-    pictures = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
-    if not pictures:
-        raise ValueError(f"{folder} holds neither chunks named by their first frame (0.mp4, 3000.mp4) nor pictures")
-    unnumbered = [path.name for path in pictures if not re.search(r"\d", path.stem)]
-    if unnumbered:
-        raise ValueError(f"{folder / unnumbered[0]}: pictures are named by frame numbers (000000.png, frame_12.jpg)")
-    numbered = sorted((int(re.findall(r"\d+", path.stem)[-1]), path) for path in pictures)
-    for (number, path), (following, other) in zip(numbered, numbered[1:]):
-        if following != number + 1:
-            raise ValueError(f"{folder}: {path.name} is followed by {other.name}; every frame needs one picture")
-    return [path for _, path in numbered]
-
-
-def _read_picture(path: Path, index: int, size: tuple[int, int] | None = None) -> np.ndarray:
-    import cv2
-
-    picture = cv2.imread(str(path), cv2.IMREAD_COLOR)
-    if picture is None:
-        raise ValueError(f"{path}: the picture of frame {index} cannot be read; it is missing or damaged")
-    if size is not None and picture.shape[1::-1] != size:
+    images = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
+    if not images:
         raise ValueError(
-            f"{path}: the picture of frame {index} is {picture.shape[1]} x {picture.shape[0]}, the first one is "
-            f"{size[0]} x {size[1]}"
+            f"{folder} holds neither chunks named by their first frame (0.mp4, 3000.mp4) nor images{_hint(folder)}"
         )
-    return picture
+    unnumbered = [path.name for path in images if not re.search(r"\d", path.stem)]
+    if unnumbered:
+        raise ValueError(f"{folder / unnumbered[0]}: images are named by frame numbers (000000.png, frame_12.jpg)")
+    images.sort(key=frame_number)
+    for path, other in zip(images, images[1:]):
+        if frame_number(other) != frame_number(path) + 1:
+            raise ValueError(f"{folder}: {path.name} is followed by {other.name}; every frame needs one image")
+    return images
+
+
+def frame_number(path: Path) -> int:
+    """Returns the frame number of an image: the last number in its name."""
+    return int(re.findall(r"\d+", path.stem)[-1])
+
+
+def _hint(folder: Path) -> str:
+    """What else a folder holds, in words, and the command that makes what is wanted of it."""
+    inner = [path.name for path in sorted(folder.iterdir()) if path.is_dir() and (path / "0.mp4").is_file()]
+    if inner:
+        return f"; its folder(s) {', '.join(inner)} hold videos: did you mean one of these?"
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in OTHER_VIDEOS:
+            command = f"ffmpeg -i {path.name} -crf 12 {path.stem}.mp4"
+            return f"; {path.name} is there: convert it and its like with {command} (masks with -crf 0)"
+        if path.suffix.lower() in OTHER_IMAGES:
+            return f"; {path.name} is there: convert it and its like to PNG (magick mogrify -format png *{path.suffix})"
+    return ""
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def _read_image(path: Path, size: tuple[int, int] | None = None, max_pixels: int = 0) -> np.ndarray:
+    """Reads an image file's stored pixels [h, w, 1, 3 or 4], uint8 or uint16; size: (w, h) that is expected."""
+    import cv2
+    from PIL import Image
+
+    found = None
+    try:
+        with Image.open(path) as header:  # before the pixels: a large file must not take the memory first
+            found = header.size
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{path} is far too large an image ({error}); scale images and calibration down") from None
+    except (OSError, SyntaxError, ValueError):  # OpenCV knows more formats
+        pass
+    if found is not None and max_pixels:
+        _check_size(path, found, max_pixels)
+    image = cv2.imread(str(path), cv2.IMREAD_UNCHANGED) if found is None or size in (None, found) else None
+    found = found if image is None else image.shape[1::-1]
+    if found is not None and size not in (None, found):
+        raise ValueError(
+            f"{path}: the image of frame {frame_number(path)} is {found[0]} x {found[1]}, the first one is {size[0]} x "
+            f"{size[1]}"
+        )
+    if image is None:
+        raise ValueError(f"{path}: the image of frame {frame_number(path)} cannot be read; it is missing or damaged")
+    if image.dtype not in (np.uint8, np.uint16):
+        raise ValueError(f"{path} holds {image.dtype} pixels; 8 or 16 bits are expected: save it as PNG")
+    return image if image.ndim == 3 else image[..., None]
+
+
+def _colors_of(image: np.ndarray) -> np.ndarray:
+    return image[..., :3] if image.shape[2] >= 3 else np.repeat(image[..., :1], 3, axis=2)
 
 
 def _open(path: Path) -> InputContainer:
@@ -282,29 +361,34 @@ def _open(path: Path) -> InputContainer:
         raise ValueError(f"video {path} does not exist")
     try:
         container = av.open(str(path))
-    except av.FFmpegError:
-        container = None
-    if container is None or not container.streams.video or container.streams.video[0].codec_context is None:
-        raise ValueError(f"video {path} cannot be opened; it is truncated, damaged or of an unknown codec")
+    except (av.FFmpegError, OSError):
+        raise ValueError(f"video {path} cannot be opened; it is truncated, damaged or of an unknown codec") from None
+    kinds = sorted({stream.type for stream in container.streams}) or ["none"]
+    covers = [s for s in container.streams.video if av.stream.Disposition.attached_pic in s.disposition]
+    if not container.streams.video or covers:
+        container.close()
+        raise ValueError(f"{path} holds no video (its streams: {', '.join(kinds)}); a video of the animal is expected")
+    if container.streams.video[0].codec_context is None:
+        raise ValueError(f"video {path} cannot be opened; its codec is unknown")
     # One thread each: the import runs as many decoders as it was given processes.
     container.streams.video[0].codec_context.thread_count = 1
     return container
 
 
 def _plane(frame: VideoFrame, number: int, channels: int = 1) -> np.ndarray:
-    """[h, channels w] uint8, one plane of a frame, not copied."""
+    """Returns [h, channels w] uint8, one plane of a frame, not copied."""
     plane = frame.planes[number]
     return np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[: plane.height, : channels * plane.width]
 
 
 def _cut(frame: VideoFrame, left: int, top: int, right: int, bottom: int) -> VideoFrame:
-    """A part of a frame of one of PLANAR_FORMATS; left and top are even."""
+    """Cuts a part out of a frame of one of PLANAR_FORMATS; left and top are even."""
     import av
 
     part = av.VideoFrame(right - left, bottom - top, frame.format.name)
     part.colorspace, part.color_range = frame.colorspace, frame.color_range
     for number in range(3):
-        own, whole = _plane(part, number), _plane(frame, number)
+        target, whole = _plane(part, number), _plane(frame, number)
         x, y = left >> (whole.shape[1] < frame.width), top >> (whole.shape[0] < frame.height)
-        own[:] = whole[y : y + own.shape[0], x : x + own.shape[1]]
+        target[:] = whole[y : y + target.shape[0], x : x + target.shape[1]]
     return part

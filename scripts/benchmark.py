@@ -1,128 +1,399 @@
-"""Times of both stages with random weights; rasterizer and GS-LRM beside plain PyTorch versions in the same run.
+"""Times of both stages with random weights, and of the import of recordings.
 
-The import of recordings (--what import) beside pure decoding of the same videos, on the CPU, whatever the preset.
-
-  rasterizer  forward and backward beside a tiled rasterizer in plain PyTorch (benchmarks/peer_rasterizer.py)
-  gslrm       the network beside the same one written with plain torch modules (benchmarks/peer_gslrm.py)
-  tokens      dense against pruned, by the share of each view that the animal covers
+  rasterizer  forward and backward, beside the tests' tiled rasterizer in plain PyTorch
+  gslrm       the network, beside the tests' same one of plain torch modules
+  tokens      dense against pruned, by the fraction of each view that the animal covers
   training    a whole training step, with and without gradient checkpointing
   rendering   the input views of one reconstruction
-  sampling    Stage 1: one picture to the rig's views in 50 steps with guidance, sparse and full attention
+  sampling    Stage 1: one photograph to the rig's views in 50 steps with guidance, sparse and full attention
   diffusion_training
-              Stage 1: an update of train_diffusion.py, latents from the cache or encoded in each update
-  import      a recording to samples; not among the parts by default. Needs some minutes and 1 GB in TMPDIR
+              Stage 1: an update of its training, latents at hand (as from the cache) or encoded in each update
+  import      a recording to samples beside pure decoding of its videos; minutes, 1 GB in TMPDIR, only on request
 
-Wall times: `median (first to third quartile)`, each after a run that warms up. Ratios are of runs that took turns, so
-they hold on a busy machine too; milliseconds need a quiet one. demo is the demo model's size (runs on a CPU), full is
-FaceLift's (d 1024, 24 layers; Stage 1 as SD 2.1 unCLIP; six views of 512 px: for a GPU, in half precision).
+Times: `median (first to third quartile)` in ms. What is compared runs in turn: ratios hold on a busy machine too.
+demo is the demo model's size (runs on a CPU), full is FaceLift's (d 1024, 24 layers; Stage 1 as SD 2.1 unCLIP; six
+views of 512 px: for a GPU, in half precision).
 """
 
 import argparse
+import ctypes
+import statistics
 import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from evaluation import throughput
 from multiview.config import checked
-from multiview.run import main_guard
+from multiview.run import REPOSITORY, git_hash, main_guard, make_generator, resolve_device
 
-POSITIVE = checked(int, 1)
-
-DIFFUSION_PARTS = ("sampling", "diffusion_training")
-MODEL_PARTS = ("rasterizer", "gslrm", "tokens", "training", "rendering", *DIFFUSION_PARTS)
+MODEL_PARTS = ("rasterizer", "gslrm", "tokens", "training", "rendering", "sampling", "diffusion_training")
 PARTS = (*MODEL_PARTS, "import")
+# Image size, d and layers of GS-LRM; scenes of the rasterizer: Gaussians, image size.
+PRESETS = {"demo": ((128, 256, 6), ((20_000, 128), (100_000, 128), (100_000, 256)))}
+PRESETS["full"] = ((512, 1024, 24), (*PRESETS["demo"][1], (400_000, 512)))
+COVERAGES = (0.05, 0.15, 0.30, 0.60, 1.0)  # fractions of each view that the animal covers
+MATRIX_SIDE = {"cpu": 1536, "cuda": 8192}  # large enough to reach the machine's rate, small enough for a second
+TOO_LARGE, STORAGE = "out of memory", ("all activations kept", "gradient checkpointing")
+NUMBERS = {
+    "repeats": (9, "timed runs, each after two more"), "frames": (2000, "import: of the recording, at the least"),
+    "source_frames": (24, "import: filmed, then looped"), "video_width": (1152, "import: even, pixels"),
+    "workers": (2, "import: processes, and threads that decode"),
+}  # fmt: skip
 
 
 def parts(text: str) -> tuple[str, ...]:
     chosen = tuple(part.strip() for part in text.split(",") if part.strip())
-    unknown = [part for part in chosen if part not in PARTS]
-    if unknown or not chosen:
+    if not chosen or not set(chosen) <= set(PARTS):
         raise argparse.ArgumentTypeError(f"must be one or more of {', '.join(PARTS)}, got {text!r}")
     return chosen
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=("demo", "full"), default="demo", help="sizes (default: demo)")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
-    parser.add_argument(
-        "--what", type=parts, default=MODEL_PARTS, metavar="PART[,PART...]", help=f"(default: {','.join(MODEL_PARTS)})"
-    )
-    parser.add_argument("--repeats", type=POSITIVE, default=9, help="timed runs after one that warms up (default: 9)")
-    parser.add_argument("--compile", action="store_true", help="gslrm, training and sampling also compiled")
-    parser.add_argument("--no_memory", action="store_true", help="leave peak memory out (CPU: a process per figure)")
-    group = parser.add_argument_group("import")
-    group.add_argument("--frames", type=POSITIVE, default=2000, help="of the recording, at the least (default: 2000)")
-    group.add_argument("--source_frames", type=POSITIVE, default=24, help="filmed, then looped (default: 24)")
-    group.add_argument("--video_width", type=POSITIVE, default=1152, help="even, px of the videos (default: 1152)")
-    group.add_argument("--workers", type=POSITIVE, default=2, help="processes, of the decoding too (default: 2)")
-    parser.add_argument("--output", type=Path, help="JSON file to write; the table goes beside it as .md")
-    return parser.parse_args(arguments)
+def import_libraries() -> None:
+    """Imports what takes seconds only when something is measured, so that --help answers at once."""
+    global psutil, torch, Timer, FlopCounterMode, Cameras, load_rig, Gaussians, render, GSLRM, forward_flops
+    global select_foreground, ImageTokenizerConfig, ModelConfig, TransformerConfig, peer_rasterizer, PlainGSLRM, HALF
+    import psutil
+    import torch
+    from torch.utils.benchmark import Timer
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from gslrm.config import ImageTokenizerConfig, ModelConfig, TransformerConfig
+    from gslrm.model.gaussians import Gaussians
+    from gslrm.model.gaussians_renderer import render
+    from gslrm.model.gslrm import GSLRM, forward_flops
+    from gslrm.model.selection import select_foreground
+    from multiview.cameras import Cameras
+    from multiview.rig import load_rig
+    from tests import peer_rasterizer
+    from tests.peer_gslrm import PlainGSLRM
+
+    HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = parse_arguments(arguments)
-    from benchmarks.report import describe_machine
-    from multiview.run import git_hash, resolve_device
-
-    device = resolve_device(options.device)
-    header = {
-        "preset": options.preset, "repeats": options.repeats, "git": git_hash(), **describe_machine(device)
-    }  # fmt: skip
-    text = ", ".join(f"{key} {value}" for key, value in header.items()) + "\n"
-    print(text)
-    tables = []
-    for what in options.what:
-        table = measure(what, options, device)
-        print(table.markdown(), flush=True)
-        tables.append(table)
-    if options.output:
-        write_results(options.output, header, text, tables)
-
-
-def measure(what: str, options: argparse.Namespace, device):
-    if what == "import":
-        return measure_recording(options)
-    return (measure_stage1 if what in DIFFUSION_PARTS else measure_stage2)(what, options, device)
-
-
-def measure_recording(options: argparse.Namespace):
-    from benchmarks.recording import measure_import
-    from scripts.make_synthetic_mouse import make_renderer
-
-    return measure_import(
-        make_renderer(), frames=options.frames, source_frames=options.source_frames, video_width=options.video_width,
-        workers=options.workers,
-    )  # fmt: skip
-
-
-def measure_stage1(what: str, options: argparse.Namespace, device):
-    from benchmarks.diffusion import measure_diffusion_training, measure_sampling
-    from mvdiffusion.workloads import workloads
-
-    sampling, training = workloads(options.preset)
-    memory = not options.no_memory
-    if what == "sampling":
-        return measure_sampling(sampling, device, options.repeats, compile=options.compile, memory=memory)
-    return measure_diffusion_training(training, device, options.repeats, memory=memory)
-
-
-def measure_stage2(what: str, options: argparse.Namespace, device):
-    from benchmarks.presets import PRESETS, measure
-
-    return measure(
-        what, PRESETS[options.preset], device, options.repeats, compile=options.compile, memory=not options.no_memory
-    )
-
-
-def write_results(path: Path, header: dict, text: str, tables: list) -> None:
-    """The same tables as JSON and as Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=tuple(PRESETS), default="demo", help="sizes (default: demo)")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    parser.add_argument("--what", type=parts, default=MODEL_PARTS, metavar="PART[,PART...]", help="all but import")
+    parser.add_argument("--compile", action="store_true", help="GS-LRM and the UNet of sampling compiled")
+    parser.add_argument("--no_memory", action="store_true", help="leave peak memory out")
+    for name, (default, text) in NUMBERS.items():
+        parser.add_argument(f"--{name}", type=checked(int, 1), default=default, help=f"{text} (default: {default})")
+    parser.add_argument("--output", type=Path, help="JSON file to write; the table goes beside it as .md")
+    options = parser.parse_args(arguments)
+    import_libraries()
     from multiview.files import atomic_write, write_json
+    from multiview.report import Table
 
-    write_json(path, {**header, "tables": [table.to_dict() for table in tables]})
-    with atomic_write(path.with_suffix(".md")) as temporary:
-        temporary.write_text("\n".join([text, *(table.markdown() for table in tables)]))
-    print(f"{path}, {path.with_suffix('.md')}")
+    bench = Bench(options, resolve_device(options.device))
+    header = {
+        "preset": options.preset, "repeats": options.repeats, "compile": options.compile, "git": git_hash(),
+        "device": torch.cuda.get_device_name() if bench.on_gpu else "cpu", "cores": psutil.cpu_count(),
+        "threads": torch.get_num_threads(), "torch": torch.__version__,
+    }  # fmt: skip
+    pages, tables = [", ".join(f"{key} {value}" for key, value in header.items()) + "\n"], []
+    print(pages[0])
+    for part in options.what:
+        title, records, *notes = globals()[f"measure_{part}"](bench)
+        notes += [f"Matrix rate, measured in this run: {bench.rate / 1e12:.3g} TFLOP/s."] if bench.rate else []
+        pages.append(Table(title, list(records[0]), [list(record.values()) for record in records], notes).markdown())
+        tables.append({"title": title, "records": records, "notes": notes})
+        print(pages[-1], flush=True)
+    if options.output:
+        write_json(options.output, {**header, "tables": tables})  # times as lists of seconds
+        with atomic_write(options.output.with_suffix(".md")) as temporary:
+            temporary.write_text("\n".join(pages))
+
+
+class Times(tuple):
+    """Seconds of the runs that count."""
+
+    def __str__(self) -> str:
+        first, _, third = statistics.quantiles([*self, *self], n=4, method="inclusive")
+        return f"{1e3 * statistics.median(self):.3g} ({1e3 * first:.3g}-{1e3 * third:.3g})"
+
+
+class Bench:
+    """One device and how things are measured on it; what is too large for it is named so."""
+
+    def __init__(self, options: argparse.Namespace, device) -> None:
+        self.options, self.device, self.on_gpu = options, device, device.type == "cuda"
+        self.rate: float | None = None  # of a large square matrix product, operations per second
+        (self.size, self.d, self.layers), self.scenes = PRESETS[options.preset]
+
+    def time(self, *runs: Callable[[], object]) -> list:
+        """Returns the Times of all runs, one after the other in each round; alone where memory is short for all."""
+        try:
+            # A Timer runs twice before it counts, which pays for what the neighbor left in caches and heap.
+            timers = [Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads()) for run in runs]
+            rounds = [[timer.timeit(1).median for timer in timers] for _ in range(self.options.repeats)]
+            return [Times(times) for times in zip(*rounds)]
+        except torch.OutOfMemoryError:
+            pass  # what the failed runs held is free only outside this block
+        torch.cuda.empty_cache()
+        return [TOO_LARGE] if len(runs) == 1 else [self.time(run)[0] for run in runs]
+
+    def faster(self, slow: Times | str, fast: Times | str) -> float | None:
+        """Returns the median over the rounds of slow / fast."""
+        return None if TOO_LARGE in (slow, fast) else statistics.median(a / b for a, b in zip(slow, fast))
+
+    def work(self, flops: float, times: Times | str, run: Callable[[], object]) -> dict:
+        """Returns useful operations, their rate, its fraction of the machine's rate for matrices, and peak memory."""
+        if self.rate is None:
+            side, dtype = MATRIX_SIDE[self.device.type], torch.bfloat16 if self.on_gpu else torch.float32
+            a, b = (torch.randn(side, side, device=self.device).to(dtype) for _ in range(2))
+            self.rate = 2 * side**3 / statistics.median(self.time(lambda: a @ b)[0])
+        reached = None if times == TOO_LARGE else flops / statistics.median(times)
+        return {
+            "operations, TFLOP": flops / 1e12, "TFLOP/s": reached and reached / 1e12,
+            "fraction of the matrix rate": reached and reached / self.rate, "peak memory, MiB": self.peak(run),
+        }  # fmt: skip
+
+    def peak(self, run: Callable[[], object]) -> float | str | None:
+        """Returns the MiB that `run` needs at most beside what is there before it; None where not measured."""
+        from multiview.run import peak_bytes, reset_peak
+
+        if self.options.no_memory or not (self.on_gpu or reset_peak()):
+            return None
+        if self.on_gpu:
+            try:
+                run()
+                before = torch.cuda.memory_allocated()
+                torch.cuda.reset_peak_memory_stats()
+                run()
+                return (torch.cuda.max_memory_allocated() - before) / 2**20
+            except torch.OutOfMemoryError:
+                return TOO_LARGE
+        # By the kernel's high-water mark. Large blocks come straight from the kernel meanwhile, so that what is freed
+        # does not stay with the process: malloc's M_MMAP_THRESHOLD, then back to the largest that glibc chooses.
+        library = ctypes.CDLL(None)
+        library.mallopt(-3, 2**16)
+        run()
+        library.malloc_trim(0), reset_peak()
+        before = psutil.Process().memory_info().rss
+        run()
+        library.mallopt(-3, 2**25)
+        return max(0.0, peak_bytes() - before) / 2**20
+
+
+def count_flops(run: Callable[[], object]) -> float:
+    """Returns the operations of matrix products, convolutions and attention in `run()`."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return float(counter.get_total_flops())
+
+
+def random_gaussians(kind: str, count: int, device):
+    """trained-like: a shell of mostly opaque splats of about one point spacing. untrained: as before any training."""
+    generator = torch.Generator().manual_seed(0)
+    a, b, c, d = (torch.randn(1, count, 3, generator=generator) for _ in range(4))
+    rotation, opacity = torch.randn(1, count, 5, generator=generator).split([4, 1], dim=-1)
+    if kind == "trained-like":
+        xyz = torch.nn.functional.normalize(a, dim=-1) * torch.tensor([0.3, 0.6, 0.3]) + 0.005 * b
+        scaling, opacity = 0.4 * c + torch.tensor((1.8 / count) ** 0.5).log(), 1.5 + 1.5 * opacity
+    else:
+        xyz = torch.rand(1, count, 3, generator=generator) * 1.2 - 0.6
+        scaling, opacity = torch.full_like(c, 0.1).log(), torch.full_like(opacity, -2.0)
+    return Gaussians(xyz, d[:, :, None], scaling, rotation, opacity).to(device)
+
+
+def measure_rasterizer(bench: Bench):
+    records, names = [], ("forward", "forward + backward")
+    for kind, (count, size) in [(kind, scene) for kind in ("trained-like", "untrained") for scene in bench.scenes]:
+        leaves = random_gaussians(kind, count, bench.device).map(lambda tensor: tensor.requires_grad_())
+        camera = Cameras.turntable(6, size)[:1].to(bench.device)
+        draws = [partial(render, leaves, camera[None]), partial(peer_rasterizer.rasterize, leaves, camera)]
+
+        def both(draw, leaves=leaves):
+            return torch.autograd.grad(sum(x.sum() for x in draw()[:2]), [*vars(leaves).values()])
+
+        record = {"scene": f"{kind}, {count} at {size} px"}
+        runs = [map(torch.no_grad(), draws), (partial(both, draw) for draw in draws)]
+        for name, (own, plain) in zip(names, (bench.time(*pair) for pair in runs)):
+            record |= {name: own, f"plain {name}": plain, f"{name}, times faster": bench.faster(plain, own)}
+        records.append(record)
+    return "Rasterizer, one view, ms", records
+
+
+def gslrm_run(bench: Bench, passes: str, *, plain=None, coverage=None, checkpoint=0):
+    """Returns a pass of GS-LRM over one scene, its useful operations (a backward pass counts twice) and its tokens.
+
+    passes: forward, forward + backward, or training step (forward, rendering of the input views, L2, backward,
+    clipping, AdamW; no VGG losses). coverage: of each view by a disc, whose network prunes; None: dense.
+    """
+    torch.manual_seed(0)
+    size, device, rig = bench.size, bench.device, load_rig("mouse6")
+    config = ModelConfig(ImageTokenizerConfig(size), TransformerConfig(bench.d, n_layer=bench.layers))
+    config.prune_background_tokens = coverage is not None
+    model = (plain(config) if plain else GSLRM(config, grad_checkpoint_every=checkpoint)).to(device)
+    model.requires_grad_(passes != "forward")
+    images, cameras = torch.rand(1, rig.num_views, 3, size, size, device=device), rig.cameras(size)[None].to(device)
+    inputs, tokens = {}, config.gaussians.n_gaussians + rig.num_views * (size // config.image_tokenizer.patch_size) ** 2
+    if coverage is not None:
+        offset, disc = (torch.arange(size) + 0.5 - size / 2).square(), torch.zeros(size * size)
+        disc[(offset[:, None] + offset).flatten().argsort(stable=True)[: round(coverage * size**2)]] = 1.0
+        masks = inputs["masks"] = disc.view(size, size).to(device).expand(1, rig.num_views, 1, -1, -1).contiguous()
+        selection = select_foreground(masks, config.image_tokenizer.patch_size, config.prune_margin_px)
+        tokens = config.gaussians.n_gaussians + selection.patches_per_sample[0]
+    if bench.options.compile:
+        torch.compiler.reset()  # graphs of earlier cases are forgotten
+        for module in [model] if plain else model.transformer_layers:
+            module.compile()
+
+    def predict():
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+            output = model(images, cameras, **inputs)
+        return output if plain else output.gaussians
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5) if passes == "training step" else None
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        gaussians = predict()
+        if optimizer is None:
+            return sum(tensor.square().mean() for tensor in vars(gaussians).values()).backward()
+        torch.nn.functional.mse_loss(render(gaussians, cameras).rgb, images).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    flops = forward_flops(config, [tokens]) * (1 if passes == "forward" else 3)
+    return torch.no_grad()(predict) if passes == "forward" else step, flops, tokens
+
+
+def measure_gslrm(bench: Bench):
+    records = []
+    for passes in ("forward", "forward + backward"):
+        run, flops, _ = gslrm_run(bench, passes)
+        peer, _, _ = gslrm_run(bench, passes, plain=PlainGSLRM)
+        own, plain = bench.time(run, peer)
+        record = {"pass": passes, "ms": own, **bench.work(flops, own, run), "plain torch modules, ms": plain}
+        record |= {"times faster": bench.faster(plain, own), "plain peak memory, MiB": bench.peak(peer)}
+        records.append(record)
+    return f"Network: d {bench.d}, {bench.layers} layers, six views of {bench.size} px", records
+
+
+def measure_tokens(bench: Bench):
+    records = []
+    for coverage in COVERAGES:
+        record: dict = {"coverage, %": 100 * coverage}
+        for passes in ("forward", "forward + backward"):
+            dense, work, all_tokens = gslrm_run(bench, passes)
+            pruned, less, tokens = gslrm_run(bench, passes, coverage=coverage)
+            times = bench.time(dense, pruned)
+            record |= {"tokens": tokens, "of": all_tokens, "operations, times fewer": work / less}
+            record |= {f"{passes}: dense, ms": times[0], f"{passes}: pruned, ms": times[1]}
+            record |= {f"{passes}: times faster": bench.faster(*times)}
+            record |= {f"{passes}: dense, MiB": bench.peak(dense), f"{passes}: pruned, MiB": bench.peak(pruned)}
+        records.append(record)
+    return "Foreground tokens", records, "Masks: a disc in the middle of every view."
+
+
+def measure_training(bench: Bench):
+    records = []
+    for every, name in enumerate(STORAGE):
+        run, flops, _ = gslrm_run(bench, "training step", checkpoint=every)
+        records.append({"step": name, "ms": (times := bench.time(run)[0]), **bench.work(flops, times, run)})
+    return "Training step of Stage 2", records, "Operations: three forward passes; what is recomputed does not count."
+
+
+def measure_rendering(bench: Bench):
+    cameras = load_rig("mouse6").cameras(bench.size)[None].to(bench.device)
+    gaussians = random_gaussians("trained-like", cameras.shape[1] * bench.size**2, bench.device)
+    runs = [partial(render, gaussians, cameras), partial(render, gaussians, cameras[:, :1])]
+    record = {"Gaussians": gaussians.num_gaussians, **dict(zip(("all views, ms", "one view, ms"), bench.time(*runs)))}
+    return f"Rendering, six views of {bench.size} px", [{**record, "peak memory, MiB": bench.peak(runs[0])}]
+
+
+def measure_import(bench: Bench):
+    return throughput.measure_import(*(getattr(bench.options, name) for name in list(NUMBERS)[1:]))
+
+
+def stage1(bench: Bench, attention: str):
+    """Returns the training config, components with a UNet, and prompt embeddings, all of random weights."""
+    from mvdiffusion.demo import SD21_UNCLIP, demo_shape, random_components
+    from mvdiffusion.facelift_yaml import load_training_config
+    from mvdiffusion.models.unet import create_unet
+    from mvdiffusion.prompts import TOKENS, PromptEmbeds
+
+    name = {"demo": "demo", "full": "mouse"}[bench.options.preset]
+    config, rig = load_training_config(str(REPOSITORY / "configs" / f"{name}_mvdiffusion.yaml"), []), load_rig("mouse6")
+    shape = SD21_UNCLIP if bench.options.preset == "full" else demo_shape(config.unet)
+    with bench.device:
+        unet, dtype = create_unet(shape.unet, rig.num_views, attention), torch.float16 if bench.on_gpu else None
+    components = random_components(shape, device=bench.device, dtype=dtype or torch.float32)
+    prompts = torch.randn(rig.num_views, TOKENS, shape.unet["cross_attention_dim"])
+    return config, replace(components, unet=unet), PromptEmbeds(prompts, rig, "random prompt embeddings")
+
+
+def measure_sampling(bench: Bench):
+    from mvdiffusion.components import tune
+    from mvdiffusion.pipelines.multiview import GUIDANCE_SCALE, NUM_STEPS, generate_views
+
+    image, runs, flops = torch.rand(1, 3, bench.size, bench.size), {}, {}
+    for attention in ("sparse", "full"):
+        _, components, embeds = stage1(bench, attention)
+        components.unet.to(components.vae.dtype).eval().requires_grad_(False)
+
+        def run(num_steps: int = NUM_STEPS, components=components, embeds=embeds):
+            return generate_views(components, image, embeds, num_steps=num_steps, guidance_scale=GUIDANCE_SCALE)
+
+        one, two = (count_flops(lambda n=n, run=run: run(n)) for n in (1, 2))
+        flops[attention], runs[attention] = (one + (NUM_STEPS - 1) * (two - one), two - one), run
+        tune(components, compiled=bench.options.compile)
+    records, times = [], bench.time(*runs.values())
+    for (attention, run), whole in zip(runs.items(), times):
+        short, long = bench.time(lambda run=run: run(1), lambda run=run: run(3))
+        step = TOO_LARGE if TOO_LARGE in (short, long) else Times((b - a) / 2 for a, b in zip(short, long))
+        record = {"attention": attention, "whole, ms": whole, "times the first row's": bench.faster(whole, times[0])}
+        work = bench.work(flops[attention][0], whole, lambda run=run: run(2))  # more steps need no more memory
+        records.append({**record, "one step, ms": step, "of a step, TFLOP": flops[attention][1] / 1e12, **work})
+    return "Sampling, 50 steps with guidance", records, "A step: the UNet on both guidance halves, and the sampler."
+
+
+def measure_diffusion_training(bench: Bench):
+    from mvdiffusion.latents import EncodedBatch, encode
+    from mvdiffusion.training import training_loss
+
+    (config, components, embeds), rig = stage1(bench, "sparse"), load_rig("mouse6")
+    unet, b, size = components.unet.train(), config.train_batch_size, components.image_size
+    average = [parameter.detach().clone() for parameter in unet.parameters()]
+    optimizer, half = torch.optim.AdamW(unet.parameters(), lr=1e-5), HALF.get(config.mixed_precision)
+    images = torch.rand(b, rig.num_views, 3, size, size, device=bench.device)
+    one, prompts = rig.cameras(size).to(bench.device), torch.arange(rig.num_views, device=bench.device)
+    cameras = Cameras(one.c2w.expand(b, -1, -1, -1), one.fxfycxcy.expand(b, -1, -1), size, size)
+
+    def batch() -> EncodedBatch:
+        encoded = encode(components, images, torch.ones_like(images[:, :, :1]), images[:, :1])
+        encoded |= {"condition": encoded["mean"][:, rig.reference_view], "embedding": encoded["embedding"][:, 0]}
+        return EncodedBatch(**encoded, prompts=prompts.expand(b, -1), cameras=cameras)
+
+    def update(cached: EncodedBatch | None) -> None:
+        for part in range(config.gradient_accumulation_steps):
+            current = cached or batch()
+            with torch.autocast(bench.device.type, dtype=half, enabled=half is not None):
+                loss = training_loss(unet, components, embeds, current, config, make_generator("benchmark", part))
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        torch._foreach_lerp_(average, [parameter.detach() for parameter in unet.parameters()], 1e-3)
+
+    records, runs = [], {"from the cache": partial(update, batch()), "encoded": partial(update, None)}
+    flops, count = [count_flops(run) for run in runs.values()], b * config.gradient_accumulation_steps
+    for name in STORAGE:
+        if name == STORAGE[1]:
+            unet.enable_gradient_checkpointing()
+        times = bench.time(*runs.values())
+        for (latents, run), operations, seconds in zip(runs.items(), flops, times):
+            rate = None if seconds == TOO_LARGE else count / statistics.median(seconds)
+            record = {"update": name, "latents": latents, "ms": seconds, "samples per second": rate}
+            record["times the cache's"] = bench.faster(seconds, times[0])
+            records.append({**record, **bench.work(operations, seconds, run)})
+    return f"Training of Stage 1: {b} objects of {rig.num_views} views of {size} px", records
 
 
 if __name__ == "__main__":

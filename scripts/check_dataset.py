@@ -46,7 +46,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
     from recording.quality.findings import GRADES
-    from recording.report import HTML_NAME, check_dataset
+    from recording.quality.report import HTML_NAME, check_dataset
 
     report = check_dataset(
         options.data, options.output_dir, rig=options.rig, num_samples=options.num_samples,

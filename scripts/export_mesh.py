@@ -12,16 +12,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from multiview.config import checked
 from multiview.run import main_guard
 
-POSITIVE = checked(int, 1)
-
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--ply", required=True, type=Path, help="3D Gaussians in the INRIA layout")
     parser.add_argument("--output", required=True, type=Path, help="mesh.ply (z up) or mesh.glb (y up, as glTF wants)")
-    parser.add_argument("--resolution", type=POSITIVE, default=128, help="voxels along the longest side")
-    parser.add_argument("--views", type=POSITIVE, default=48, help="depth pictures from all around")
-    parser.add_argument("--view_size", type=POSITIVE, default=384, help="pixels of a depth picture's side")
+    parser.add_argument("--resolution", type=checked(int, 1), default=128, help="voxels along the longest side")
+    parser.add_argument("--views", type=checked(int, 1), default=48, help="depth pictures from all around")
+    parser.add_argument("--view_size", type=checked(int, 1), default=384, help="pixels of a depth picture's side")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     arguments = parser.parse_args()
     if arguments.output.suffix not in (".ply", ".glb"):

@@ -27,7 +27,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     from multiview.config import load_config
-    from mvdiffusion.demo_components import DemoComponentsConfig
+    from mvdiffusion.demo import DemoComponentsConfig
     from mvdiffusion.demo_training import make_demo_components
 
     overrides = list(arguments.overrides)

@@ -9,8 +9,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from multiview.config import checked
 from multiview.run import main_guard
 
-POSITIVE = checked(int, 1)
-
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -19,10 +17,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, help="receives cam_000.png, cam_001.png, ... of --cameras")
     parser.add_argument("--depth", action="store_true", help="also depth/cam_000.png ..., 16 bit, as in a sample")
     parser.add_argument("--alpha", action="store_true", help="also alpha/cam_000.png ..., 8 bit")
-    parser.add_argument("--sheet", action="store_true", help="also sheet.png: everything in one picture")
+    parser.add_argument("--sheet", action="store_true", help="also sheet.png: everything in one image (of one size)")
     parser.add_argument("--turntable", type=Path, help="an .mp4 of a camera going once around")
-    parser.add_argument("--turntable_views", type=POSITIVE, default=120, help="frames of --turntable")
-    parser.add_argument("--turntable_size", type=POSITIVE, default=384, help="pixels, even")
+    parser.add_argument("--turntable_views", type=checked(int, 1), default=120, help="frames of --turntable")
+    parser.add_argument("--turntable_size", type=checked(int, 1), default=384, help="pixels, even")
     parser.add_argument("--elevation", type=float, default=0.0, help="of --turntable, degrees")
     parser.add_argument("--background", choices=["white", "gray", "black"], default="white", help="behind the animal")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -40,32 +38,54 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
+    from gslrm.model.gaussians_renderer import render_turntable
     from gslrm.model.ply import load_ply
+    from multiview.files import full_disk_explained
+    from multiview.image import BACKGROUNDS, save_video
     from multiview.run import resolve_device
 
+    cameras = read_cameras_of_any_size(arguments.cameras) if arguments.cameras else []
+    if arguments.sheet and len({(camera.height, camera.width) for camera in cameras}) > 1:
+        raise ValueError(f"--sheet needs cameras of one image size, and {arguments.cameras} has several: leave it out")
     gaussians = load_ply(arguments.ply).to(resolve_device(arguments.device))
-    if arguments.cameras is not None:
-        render_cameras(gaussians, arguments)
+    if cameras:
+        with full_disk_explained(arguments.output_dir):
+            render_cameras(gaussians, cameras, arguments)
+        print(f"{arguments.output_dir}: {len(cameras)} images of {gaussians.num_gaussians} Gaussians")
     if arguments.turntable is not None:
-        render_video(gaussians, arguments)
+        frames = render_turntable(
+            gaussians, arguments.turntable_views, arguments.turntable_size, elevation_deg=arguments.elevation,
+            background=BACKGROUNDS[arguments.background],
+        )  # fmt: skip
+        with full_disk_explained(arguments.turntable):
+            save_video(arguments.turntable, frames.cpu())
+        print(f"{arguments.turntable}: {len(frames)} frames of {arguments.turntable_size} px")
 
 
-def render_cameras(gaussians, arguments: argparse.Namespace) -> None:
-    """One picture per camera, and the maps and the sheet asked for."""
+def read_cameras_of_any_size(path: Path) -> list:
+    """Returns one Cameras of shape [1] per frame: unlike a sample's, these need not agree in their image size."""
+    from multiview.cameras import Cameras
+    from multiview.files import read_json
+
+    frames = read_json(path).get("frames")
+    if not isinstance(frames, list) or not frames:
+        raise ValueError(f"camera file {path} must hold an object with a list 'frames', at least one")
+    return [Cameras.from_frames([frame], f"{path}, frame {number}") for number, frame in enumerate(frames)]
+
+
+def render_cameras(gaussians, cameras: list, arguments: argparse.Namespace) -> None:
+    """Writes one image per camera, and the maps and the sheet asked for."""
     import torch
 
     from gslrm.model.gaussians_renderer import render
-    from multiview.cameras import read_cameras
     from multiview.image import BACKGROUNDS, write_image
     from pipeline.outputs import contact_sheet, depth_images, write_alpha, write_depth
 
-    folder, cameras = arguments.output_dir, read_cameras(arguments.cameras).to(gaussians.device)
-    folder.mkdir(parents=True, exist_ok=True)
-    kept = {"rgb": [], "depth": [], "alpha": []}
-    for number in range(len(cameras)):
+    folder, rows = arguments.output_dir, {"rgb": [], "depth": [], "alpha": []}
+    for number, camera in enumerate(cameras):
         name = f"cam_{number:03d}.png"
         with torch.no_grad():
-            output = render(gaussians, cameras[None, number : number + 1], BACKGROUNDS[arguments.background])
+            output = render(gaussians, camera[None].to(gaussians.device), BACKGROUNDS[arguments.background])
         rgb, depth, alpha = (t[0, 0].cpu() for t in (output.rgb.clamp(0, 1), output.mean_depth(), output.alpha))
         write_image(folder / name, rgb)
         if arguments.depth:
@@ -73,29 +93,14 @@ def render_cameras(gaussians, arguments: argparse.Namespace) -> None:
         if arguments.alpha:
             write_alpha(folder / "alpha" / name, alpha)
         if arguments.sheet:
-            for kind, picture in zip(kept, (rgb, depth, alpha)):
-                kept[kind].append(picture)
+            rows["rgb"].append(rgb)
+            rows["depth"] += [depth] if arguments.depth else []
+            rows["alpha"] += [alpha.expand(3, -1, -1)] if arguments.alpha else []
     if arguments.sheet:
-        rows = [torch.stack(kept["rgb"])]
+        shown = {kind: torch.stack(images) for kind, images in rows.items() if images}
         if arguments.depth:
-            rows.append(depth_images(torch.stack(kept["depth"])))
-        if arguments.alpha:
-            rows.append(torch.stack(kept["alpha"]).expand(-1, 3, -1, -1))
-        write_image(folder / "sheet.png", contact_sheet(rows))
-    print(f"{folder}: {len(cameras)} pictures of {gaussians.num_gaussians} Gaussians")
-
-
-def render_video(gaussians, arguments: argparse.Namespace) -> None:
-    from gslrm.model.gaussians_renderer import render_turntable
-    from multiview.image import BACKGROUNDS, save_video
-
-    frames = render_turntable(
-        gaussians, arguments.turntable_views, arguments.turntable_size, elevation_deg=arguments.elevation,
-        background=BACKGROUNDS[arguments.background],
-    )  # fmt: skip
-    arguments.turntable.parent.mkdir(parents=True, exist_ok=True)
-    save_video(arguments.turntable, frames.cpu())
-    print(f"{arguments.turntable}: {len(frames)} frames of {arguments.turntable_size} px")
+            shown["depth"] = depth_images(shown["depth"])
+        write_image(folder / "sheet.png", contact_sheet(list(shown.values())))
 
 
 if __name__ == "__main__":

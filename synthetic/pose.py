@@ -1,61 +1,19 @@
-"""Postures: a handful of numbers per pose (so that poses interpolate), drawn at random by kind of behaviour."""
+"""Postures: a handful of numbers per pose (so that poses interpolate), drawn at random by kind of behavior."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 
+from synthetic.settings import ALL_POSES, POSES
+
 CONTROL_STATIONS = np.array([0.0, 0.22, 0.45, 0.62, 0.74, 0.86, 1.0])  # where spine_pitch and spine_yaw are given
-POSES = ("walk", "stand", "crouch", "turn", "rear", "groom", "sniff")
-_WEIGHTS = (0.28, 0.16, 0.13, 0.16, 0.10, 0.09, 0.08)
-
-
-@dataclass(frozen=True)
-class MousePose:
-    """Lengths in body lengths, angles in degrees. Limb order: hind left, hind right, fore left, fore right.
-
-    spine_pitch, spine_yaw: [7] direction of the spine (towards the nose) at CONTROL_STATIONS; pitch up, yaw to the
-    animal's left. hip_height, shoulder_height: of the spine above the floor; the spine is pitched as a whole so that
-    the shoulder has its height (weight `level` 0..1; 0 leaves the pitch alone, for rearing).
-    foot_forward, foot_out: [4] paw on the floor, from below its joint. foot_lift: [4] height of the paw.
-    hand_free: [2] 0..1, fore paws taken off the floor towards hand_at; hand_at: [2, 3] in the shoulder's frame
-    (forward, outward, up); hand_snout: 0..1 takes free fore paws to the snout instead.
-    tail_bend: [4] curvature of the tail to the left at its quarters, degrees per tail length. tail_side: 1 or -1, where
-    a tail too long for the picture curls. tail_raise: [2] pitch at its base and height kept above the floor.
-    ear_turn: [2] ears rotated backwards.
-    """
-
-    kind: str
-    spine_pitch: np.ndarray
-    spine_yaw: np.ndarray
-    hip_height: float
-    shoulder_height: float
-    level: float
-    foot_forward: np.ndarray
-    foot_out: np.ndarray
-    foot_lift: np.ndarray
-    hand_free: np.ndarray
-    hand_at: np.ndarray
-    hand_snout: float
-    tail_bend: np.ndarray
-    tail_side: float
-    tail_raise: np.ndarray
-    ear_turn: np.ndarray
-
-    def towards(self, other: MousePose, t: float) -> MousePose:
-        """The pose a share t (0..1) of the way to `other`."""
-        mixed = {}
-        for item in fields(self):
-            a, b = getattr(self, item.name), getattr(other, item.name)
-            mixed[item.name] = (a if t < 0.5 else b) if item.name == "kind" else (1 - t) * a + t * b
-        return MousePose(**mixed)
-
-
+_WEIGHTS = (0.28, 0.16, 0.13, 0.16, 0.10, 0.09, 0.08)  # of POSES
+KEY_SECONDS = (0.5, 1.2)  # between two drawn postures of a moving animal
 # kind: spine pitch at the control stations, hip height, shoulder height, level
 _BASES = {
-    "rest": ([54, 32, -8, -26, -6, 0, -12], 0.265, 0.262, 1.0),
     "walk": ([54, 32, -12, -28, -6, -4, -16], 0.265, 0.262, 1.0),
     "stand": ([62, 36, -14, -30, -2, 0, -14], 0.248, 0.250, 1.0),
     "crouch": ([70, 42, -18, -42, -18, -16, -26], 0.185, 0.185, 1.0),
@@ -63,48 +21,89 @@ _BASES = {
     "rear": ([50, 66, 70, 56, 34, 16, 4], 0.165, 0.30, 0.0),
     "groom": ([52, 60, 38, -8, -40, -54, -62], 0.150, 0.30, 0.0),
     "sniff": ([42, 26, -6, -16, 12, 10, 0], 0.252, 0.255, 1.0),
+    "curl": ([74, 46, -18, -44, -22, -20, -28], 0.180, 0.175, 1.0),
+    "stretch": ([16, 10, -2, -8, 0, 2, -4], 0.200, 0.195, 1.0),
 }
 
 
-def rest_pose() -> MousePose:
-    """The symmetric standing mouse."""
-    pitch, hip, shoulder, level = _BASES["rest"]
-    return MousePose(
-        kind="rest",
-        spine_pitch=np.array(pitch, dtype=float),
-        spine_yaw=np.zeros(7),
-        hip_height=hip,
-        shoulder_height=shoulder,
-        level=level,
-        foot_forward=np.array([0.06, 0.06, 0.03, 0.03]),
-        foot_out=np.array([0.125, 0.125, 0.075, 0.075]),
-        foot_lift=np.zeros(4),
-        hand_free=np.zeros(2),
-        hand_at=np.array([[0.10, 0.05, -0.10], [0.10, 0.05, -0.10]]),
-        hand_snout=0.0,
-        tail_bend=np.zeros(4),
-        tail_side=1.0,
-        tail_raise=np.array([-14.0, 0.0]),
-        ear_turn=np.zeros(2),
-    )
+def _rest(*values: float) -> np.ndarray:
+    return field(default_factory=lambda: np.array(values, dtype=float))
+
+
+@dataclass(frozen=True)
+class MousePose:
+    """Lengths in body lengths, angles in degrees. Limb order: hind left, hind right, fore left, fore right.
+
+    The default values are the symmetric standing mouse, `rest`.
+    spine_pitch, spine_yaw: [7] direction of the spine (towards the nose) at CONTROL_STATIONS; pitch up, yaw to the
+    animal's left. hip_height, shoulder_height: of the spine above the floor; the spine is pitched as a whole so that
+    the shoulder has its height (weight `level` 0..1; 0 leaves the pitch alone, for rearing).
+    foot_forward, foot_out: [4] paw on the floor, from below its joint. foot_lift: [4] height of the paw.
+    hand_free: [2] 0..1, fore paws taken off the floor towards hand_at; hand_at: [2, 3] in the shoulder's frame
+    (forward, outward, up); hand_snout: 0..1 takes free fore paws to the snout instead.
+    tail_bend: [4] curvature of the tail to the left at its quarters, degrees per tail length. tail_side: 1 or -1, where
+    a tail too long for the image curls. tail_raise: [2] pitch at its base and height kept above the floor.
+    ear_turn: [2] ears rotated backwards.
+    """
+
+    kind: str = "rest"
+    spine_pitch: np.ndarray = _rest(54, 32, -8, -26, -6, 0, -12)
+    spine_yaw: np.ndarray = _rest(0, 0, 0, 0, 0, 0, 0)
+    hip_height: float = 0.265
+    shoulder_height: float = 0.262
+    level: float = 1.0
+    foot_forward: np.ndarray = _rest(0.06, 0.06, 0.03, 0.03)
+    foot_out: np.ndarray = _rest(0.125, 0.125, 0.075, 0.075)
+    foot_lift: np.ndarray = _rest(0, 0, 0, 0)
+    hand_free: np.ndarray = _rest(0, 0)
+    hand_at: np.ndarray = field(default_factory=lambda: np.array([[0.10, 0.05, -0.10]] * 2))
+    hand_snout: float = 0.0
+    tail_bend: np.ndarray = _rest(0, 0, 0, 0)
+    tail_side: float = 1.0
+    tail_raise: np.ndarray = _rest(-14, 0)
+    ear_turn: np.ndarray = _rest(0, 0)
+
+    def towards(self, other: MousePose, t: float) -> MousePose:
+        """Returns the pose a share t (0..1) of the way to `other`."""
+        pairs = ((item.name, getattr(self, item.name), getattr(other, item.name)) for item in fields(self))
+        return MousePose(
+            **{name: (a if t < 0.5 else b) if name == "kind" else (1 - t) * a + t * b for name, a, b in pairs}
+        )
+
+    def stride(self, phase: float, amplitude: float) -> MousePose:
+        """Returns the pose with the limbs at `phase` (radians) of a walking cycle of this amplitude (body lengths).
+
+        Diagonal limbs go together; a paw that swings forward is lifted.
+        """
+        phases = phase + np.array([0.0, math.pi, math.pi + 0.35, 0.35])
+        sway = 5.0 * math.sin(phase) * np.array([1, 0.6, -0.3, -0.6, -0.5, -0.3, -0.3])
+        return replace(
+            self,
+            foot_forward=self.foot_forward + amplitude * np.sin(phases) * np.array([1, 1, 0.9, 0.9]),
+            foot_lift=np.array([0.05, 0.05, 0.045, 0.045]) * np.clip(np.cos(phases), 0.0, 1.0),
+            spine_yaw=self.spine_yaw + sway,
+        )
 
 
 def random_pose(rng: np.random.Generator, kind: str | None = None) -> MousePose:
-    """A pose of the given kind (one of POSES), or of a kind drawn at random."""
+    """Draws a pose of the given kind (of ALL_POSES), or of one of POSES at random."""
     if kind is None:
         kind = POSES[rng.choice(len(POSES), p=np.array(_WEIGHTS) / sum(_WEIGHTS))]
-    if kind not in POSES:
-        raise ValueError(f"pose kind must be one of {', '.join(POSES)}, got {kind!r}")
+    if kind not in _BASES:
+        raise ValueError(f"pose kind must be one of {', '.join(ALL_POSES)}, got {kind!r}")
     pitch, hip, shoulder, level = _BASES[kind]
     pitch = np.array(pitch, dtype=float) * rng.uniform(0.85, 1.15) + rng.normal(0, [3, 4, 4, 5, 7, 7, 7])
-    bend = {"turn": rng.uniform(35, 95) * rng.choice([-1, 1]), "sniff": rng.normal(0, 26)}.get(kind, rng.normal(0, 14))
-    # yaw grows from loin to neck; the head adds its own
+    # All of these are drawn, whatever the kind: the numbers after them are the same for every kind.
+    turn, sniff, other = rng.uniform(35, 95) * rng.choice([-1, 1]), rng.normal(0, 26), rng.normal(0, 14)
+    bend = {"turn": turn, "sniff": sniff, "curl": 1.5 * turn}.get(kind, other)
+    # Yaw grows from loin to neck; the head adds its own.
     yaw = bend * np.array([-0.30, -0.15, 0.25, 0.60, 0.85, 1.0, 1.05]) + rng.normal(0, 7) * np.array(
         [0, 0, 0, 0.2, 0.7, 1, 1]
     )
-    tail_bend = random_tail_bend(rng)
-    pose = replace(
-        rest_pose(),
+    # Mostly one gentle arc, sometimes an S.
+    arc, wave = rng.normal(0, 70), rng.normal(0, 70)
+    tail_bend = arc + wave * np.array([-0.6, -0.2, 0.4, 1.0]) + rng.normal(0, 30, 4)
+    pose = MousePose(
         kind=kind,
         spine_pitch=pitch,
         spine_yaw=yaw,
@@ -119,37 +118,39 @@ def random_pose(rng: np.random.Generator, kind: str | None = None) -> MousePose:
         ear_turn=rng.uniform(-18, 28) + rng.normal(0, 5, 2),
     )
     if kind == "walk":
-        return _stride(pose, rng.uniform(0, 2 * math.pi), rng.uniform(0.05, 0.10))
+        return pose.stride(rng.uniform(0, 2 * math.pi), rng.uniform(0.05, 0.10))
     if kind == "rear":
         reach = np.array([[rng.uniform(0.04, 0.14), 0.05, rng.uniform(-0.13, 0.0)] for _ in range(2)])
         return replace(pose, hand_free=np.ones(2), hand_at=reach, foot_forward=pose.foot_forward + 0.05)
     if kind == "groom":
         forward = pose.foot_forward + 0.06
         return replace(pose, hand_free=np.ones(2), hand_snout=rng.uniform(0.7, 1.0), foot_forward=forward)
+    if kind == "stretch":  # hind feet left behind, fore paws ahead: a mouse that explores
+        return replace(pose, foot_forward=pose.foot_forward + [-0.08, -0.08, 0.10, 0.10])
     if kind in ("stand", "sniff") and rng.random() < 0.2:
         return replace(pose, hand_free=np.array([1.0, 0.0]) if rng.random() < 0.5 else np.array([0.0, 1.0]))
     return pose
 
 
-def random_tail_bend(rng: np.random.Generator) -> np.ndarray:
-    """[4] degrees per tail length: mostly one gentle arc, sometimes an S."""
-    arc, wave = rng.normal(0, 70), rng.normal(0, 70)
-    return arc + wave * np.array([-0.6, -0.2, 0.4, 1.0]) + rng.normal(0, 30, 4)
+class PoseTrack:
+    """Postures that follow one another smoothly for `seconds`."""
 
+    def __init__(self, rng: np.random.Generator, seconds: float, kinds: tuple[str, ...]) -> None:
+        self._keys, time = [], 0.0
+        tail_side = float(rng.choice([-1.0, 1.0]))  # one for all: a tail does not jump to the other side
+        while not self._keys or self._keys[-1][0] <= seconds:
+            kind = str(rng.choice(kinds))
+            # Walking postures stand still here; the stride is added as the animal moves.
+            pose = random_pose(rng, "stand" if kind == "walk" else kind)
+            pose = replace(pose, tail_side=tail_side, tail_bend=pose.tail_bend * pose.tail_side * tail_side)
+            self._keys.append((time, replace(pose, kind="walk", hand_free=np.zeros(2)) if kind == "walk" else pose))
+            time += rng.uniform(*KEY_SECONDS)
+        self._keys.append((time, self._keys[-1][1]))
 
-def _stride(pose: MousePose, phase: float, amplitude: float) -> MousePose:
-    """A walking step: diagonal limbs together; a paw that swings forward is lifted."""
-    phases = phase + np.array([0.0, math.pi, math.pi + 0.35, 0.35])
-    lift = np.array([0.05, 0.05, 0.045, 0.045]) * np.clip(np.cos(phases), 0.0, 1.0)
-    sway = 5.0 * math.sin(phase) * np.array([1, 0.6, -0.3, -0.6, -0.5, -0.3, -0.3])
-    return replace(
-        pose,
-        foot_forward=pose.foot_forward + amplitude * np.sin(phases) * np.array([1, 1, 0.9, 0.9]),
-        foot_lift=lift,
-        spine_yaw=pose.spine_yaw + sway,
-    )
-
-
-def stride(pose: MousePose, phase: float, amplitude: float) -> MousePose:
-    """`pose` with the limbs moved to `phase` (radians) of a walking cycle of the given amplitude (body lengths)."""
-    return _stride(pose, phase, amplitude)
+    def at(self, time: float) -> tuple[MousePose, float]:
+        """Returns the posture at a time (seconds), and how much of it is walking, 0..1."""
+        index = max(k for k in range(len(self._keys) - 1) if self._keys[k][0] <= time)
+        (t0, a), (t1, b) = self._keys[index : index + 2]
+        t = (time - t0) / (t1 - t0)
+        t = t * t * (3 - 2 * t)
+        return a.towards(b, t), (1 - t) * (a.kind == "walk") + t * (b.kind == "walk")

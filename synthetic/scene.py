@@ -1,45 +1,112 @@
-"""A whole mouse: shape + pose + coat + light -> SplatCloud; mice by number."""
+"""A whole mouse: shape + pose + coat + light -> SplatCloud; mice by number, and mice that move."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+from scipy.spatial.transform import Rotation
 
 from synthetic import surface as parts
-from synthetic.body import MouseShape, random_shape
-from synthetic.cloud import SplatCloud, orient_splats
-from synthetic.coat import Coat, paint, random_coat
-from synthetic.implicit import Skin
-from synthetic.pose import MousePose, random_pose, rest_pose
-from synthetic.skeleton import EAR, Skeleton, build_skin, solve
+from synthetic.coat import Coat, coat_albedo, random_coat
+from synthetic.pose import MousePose, PoseTrack, random_pose
+from synthetic.settings import POSES
+from synthetic.skeleton import EAR, MouseShape, build_skin, random_shape, solve, unit
 
-SPACING = 0.0112  # between samples, body lengths: no holes in pictures up to 256 px
+# DANNCE's 22 names, in its order.
+KEYPOINT_NAMES = (
+    "EarL EarR Snout SpineF SpineM TailBase TailMid TailEnd ForepawL WristL ElbowL ShoulderL "
+    "ForepawR WristR ElbowR ShoulderR HindpawL AnkleL KneeL HindpawR AnkleR KneeR"
+).split()
+WALK_SPEED = 0.9  # body lengths per second
+STRIDE_HZ = 3.0
+MAX_TURN_DEG_S = 110.0
+
+
+@dataclass(frozen=True)
+class SplatCloud:
+    """Flat Gaussian splats on an animal's surface, shading baked in. World z up, float32 arrays.
+
+    means: [n, 3] world. log_scales: [n, 3] natural log of the standard deviations, world units.
+    quats: [n, 4] wxyz, unit. opacity: [n] 0..1. rgb: [n, 3] 0..1 (sRGB, shaded).
+    center: [3] the body's center (tail not counted). keypoints: [22, 3] in the order of KEYPOINT_NAMES.
+    body_length: nose to tail base along the stretched spine, world units. floor: z of the floor.
+    meta: pose, coat and other draws, JSON-able.
+    """
+
+    means: np.ndarray
+    log_scales: np.ndarray
+    quats: np.ndarray
+    opacity: np.ndarray
+    rgb: np.ndarray
+    center: np.ndarray
+    keypoints: np.ndarray
+    body_length: float
+    floor: float = 0.0
+    meta: dict = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.means)
+
+    def transformed(self, *, scale: float = 1.0, rotate_z_deg: float = 0.0, offset=(0.0, 0.0, 0.0)) -> SplatCloud:
+        """Maps x to scale * Rz(rotate_z_deg) x + offset [3] (counter-clockwise seen from above)."""
+        a = math.radians(rotate_z_deg)
+        rotation = np.array([[math.cos(a), -math.sin(a), 0], [math.sin(a), math.cos(a), 0], [0, 0, 1]])
+        offset = np.asarray(offset, dtype=np.float64)
+        means, center, keypoints = (
+            (scale * points @ rotation.T + offset).astype(np.float32)
+            for points in (self.means, self.center, self.keypoints)
+        )
+        c, s = math.cos(a / 2), math.sin(a / 2)
+        w, x, y, z = self.quats.T
+        quats = np.stack([c * w - s * z, c * x - s * y, c * y + s * x, c * z + s * w], axis=1)
+        return replace(
+            self,
+            means=means,
+            log_scales=(self.log_scales + math.log(scale)).astype(np.float32),
+            quats=quats.astype(np.float32),
+            center=center,
+            keypoints=keypoints,
+            body_length=self.body_length * scale,
+            floor=float(scale * self.floor + offset[2]),
+        )
+
+    def facing(self, heading_deg: float) -> SplatCloud:
+        """Returns the cloud of a mouse that heads -y, centered at the origin and turned to an azimuth."""
+        self.meta["heading_deg"] = heading_deg % 360.0
+        return self.transformed(offset=-self.center).transformed(rotate_z_deg=-heading_deg)
+
+
+# ---- light ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Light:
     """direction: [3] unit, towards the key light. key, sky, ground: strengths; tint: per channel.
 
-    fill, fill_direction: a second lamp. belly: 0..1, how much darker what faces down is.
+    fill, fill_direction: a second lamp. belly: 0..1, how much darker surfaces are that face down.
     """
 
     direction: np.ndarray
-    key: float = 0.75
-    sky: float = 0.62
-    ground: float = 0.30
-    tint: tuple = (1.0, 1.0, 1.0)
+    key: float
+    sky: float
+    ground: float
+    tint: tuple
     fill: float = 0.0
-    fill_direction: tuple = (0.0, 0.0, 1.0)
+    fill_direction: np.ndarray = field(default_factory=lambda: np.array([0.0, 0.0, 1.0]))
     belly: float = 0.0
 
 
+def _lamp(azimuth: float, elevation_deg: float) -> np.ndarray:
+    up = math.radians(elevation_deg)
+    return np.array([math.cos(azimuth) * math.cos(up), math.sin(azimuth) * math.cos(up), math.sin(up)])
+
+
 def random_light(rng: np.random.Generator) -> Light:
-    azimuth, elevation = rng.uniform(0, 2 * math.pi), math.radians(rng.uniform(35, 80))
-    direction = [math.cos(azimuth) * math.cos(elevation), math.sin(azimuth) * math.cos(elevation), math.sin(elevation)]
     return Light(
-        np.array(direction),
+        _lamp(rng.uniform(0, 2 * math.pi), rng.uniform(35, 80)),
         key=rng.uniform(0.55, 0.95),
         sky=rng.uniform(0.5, 0.72),
         ground=rng.uniform(0.22, 0.40),
@@ -49,125 +116,74 @@ def random_light(rng: np.random.Generator) -> Light:
 
 def laboratory_light(rng: np.random.Generator) -> Light:
     """Wider than `random_light`: soft light from above with weak lamps, or two lamps from two sides, dark bellies."""
-
-    def towards(azimuth: float, low: float, high: float) -> np.ndarray:
-        up = math.radians(rng.uniform(low, high))
-        return np.array([math.cos(azimuth) * math.cos(up), math.sin(azimuth) * math.cos(up), math.sin(up)])
-
     azimuth = rng.uniform(0, 2 * math.pi)
     soft = rng.random() < 0.4
     total = rng.uniform(1.05, 1.65)  # strength of all light from above together
     sky = total * (rng.uniform(0.6, 0.85) if soft else rng.uniform(0.2, 0.5))
     fill = (total - sky) * (rng.uniform(0.15, 0.5) if rng.random() < 0.6 else 0.0)
     return Light(
-        towards(azimuth, 30, 85),
+        _lamp(azimuth, rng.uniform(30, 85)),
         key=total - sky - fill,
         sky=sky,
         ground=sky * rng.uniform(0.1, 0.45),
         tint=tuple(np.exp(rng.normal(0, 0.02, 3))),
         fill=fill,
-        fill_direction=tuple(towards(azimuth + rng.uniform(0.5, 1.5) * math.pi, 15, 70)),
+        fill_direction=_lamp(azimuth + rng.uniform(0.5, 1.5) * math.pi, rng.uniform(15, 70)),
         belly=rng.uniform(0.1, 0.9),
     )
 
 
-def sample_surface(
-    s: Skeleton, shape: MouseShape, pose: MousePose, skin: Skin, spacing: float, rng: np.random.Generator
-) -> parts.Surface:
-    """All parts of the posed mouse, body lengths."""
-    streams = rng.spawn(6)  # one per part: a part whose number of samples varies must not disturb the others
-    pieces = [parts.sample_body(s, shape, skin, spacing, streams[0])]
-    pieces.append(parts.sample_tube(s.tail, s.tail_radius, 0.8 * spacing, parts.TAIL, streams[1]))
-    for limb in range(4):
-        pieces += parts.foot(s, shape, limb, 0.8 * spacing, streams[2 + limb])
-    for k, side in enumerate((1.0, -1.0)):
-        pieces += parts.ear(s, shape, side, float(pose.ear_turn[k]), 0.85 * spacing)
-        centre, radius = parts.eye(s, shape, skin, side)
-        pieces.append(parts.sample_blob(centre, np.eye(3), [radius] * 3, 0.5 * spacing, parts.EYE_PART))
-    place, tangent, left, up = s.frame(0.992)
-    axes = np.stack([tangent, left, up])
-    pieces.append(
-        parts.sample_blob(place + 0.004 * tangent + 0.006 * up, axes, [0.013, 0.016, 0.012], 0.6 * spacing, parts.NOSE)
-    )
-    return parts.Surface.joined(pieces)
-
-
 def shade(surface: parts.Surface, openness: np.ndarray, albedo: np.ndarray, light: Light) -> np.ndarray:
-    """[n, 3] sRGB 0..1: hemispheric and key light, occlusion, a sheen on fur, highlights in the eyes.
+    """Returns [n, 3] sRGB 0..1: hemispheric and key light, occlusion, a sheen on fur, highlights in the eyes.
 
     openness: [n] 0..1, how much of its surroundings each sample sees.
     """
-    n = surface.normals
-    part = surface.part
-    floor = np.clip(surface.points[:, 2] / 0.10, 0.0, 1.0)
+    n, part = surface.normals, surface.part
+    floor = np.clip(surface.points[:, 2] / 0.10, 0.0, 1.0)  # the floor shades what is near it
     openness = (0.12 + 0.88 * openness) * (0.65 + 0.35 * floor)
     upward = 0.5 + 0.5 * n[:, 2]
     ambient = (light.ground + (light.sky - light.ground) * upward) * openness
     facing = n @ light.direction
     key = light.key * np.clip((facing + 0.25) / 1.25, 0, 1) * np.clip(openness * 1.25, 0, 1)
-    thin = (part == parts.EAR_INNER) | (part == parts.EAR_OUTER)
+    thin = np.isin(part, (parts.EAR_INNER, parts.EAR_OUTER))
     key = np.where(thin, light.key * (0.35 + 0.5 * np.clip(np.abs(facing), 0, 1)), key)  # light passes through ears
     if light.fill:
         key = key + light.fill * np.clip((n @ light.fill_direction + 0.25) / 1.25, 0, 1) * np.clip(openness, 0, 1)
     received = (ambient + key) * (1 - light.belly * np.clip(-n[:, 2], 0, 1))
     linear = albedo * (received[:, None] * np.array(light.tint))
-    half = light.direction + [0, 0, 0.6]
-    half = half / np.linalg.norm(half)
-    gloss = np.clip(n @ half, 0, 1)
-    fur = (part == parts.FUR) | (part == parts.LIMB)
+    gloss = np.clip(n @ unit(light.direction + [0, 0, 0.6]), 0, 1)
+    fur, skin = np.isin(part, (parts.FUR, parts.LIMB)), np.isin(part, (parts.TAIL, parts.FOOT, parts.NOSE))
     linear = linear + np.where(fur, 0.018 * light.key * gloss**12 * openness, 0.0)[:, None]
-    skin_sheen = (part == parts.TAIL) | (part == parts.FOOT) | (part == parts.NOSE)
-    linear = linear + np.where(skin_sheen, 0.03 * light.key * gloss**8, 0.0)[:, None]
-    eye = part == parts.EYE_PART
-    glint = np.clip((n[:, 2] - 0.52) / 0.1, 0, 1) * np.clip((0.86 - n[:, 2]) / 0.1, 0, 1)
-    glint = glint * (gloss > 0.75)
-    linear = linear + np.where(eye, 0.02 * upward**2 + 0.8 * glint, 0.0)[:, None]
+    linear = linear + np.where(skin, 0.03 * light.key * gloss**8, 0.0)[:, None]
+    glint = np.clip((n[:, 2] - 0.52) / 0.1, 0, 1) * np.clip((0.86 - n[:, 2]) / 0.1, 0, 1) * (gloss > 0.75)
+    linear = linear + np.where(part == parts.EYE_PART, 0.02 * upward**2 + 0.8 * glint, 0.0)[:, None]
     linear = np.clip(linear, 0.0, 1.0)
     return np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
 
 
-def keypoints(s: Skeleton, shape: MouseShape, surface: parts.Surface) -> np.ndarray:
-    """[22, 3] body lengths, in the order of cloud.KEYPOINT_NAMES."""
-    tips = []
-    for side in (1.0, -1.0):
-        base, _ = parts.head_points(s, EAR, 50.0, side)
-        is_ear = (surface.part == parts.EAR_INNER) & (surface.rest[:, 2] > 0.97)
-        points = surface.points[is_ear]
-        left = s.frame(EAR)[2]
-        points = points[side * ((points - s.frame(EAR)[0]) @ left) > 0]
-        tips.append(points.mean(0))
-    middle = len(s.tail) // 2
-    paws = []
-    for limb in (2, 3, 0, 1):
-        length = shape.fore_foot if limb >= 2 else shape.hind_foot
-        joint_first = [s.limbs[limb, 2] + 0.7 * length * s.feet[limb], s.limbs[limb, 2], s.limbs[limb, 1]]
-        paws += joint_first + ([s.limbs[limb, 0]] if limb >= 2 else [])
-    rows = tips + [s.spine[-1], s.frame(0.62)[0], s.frame(0.33)[0], s.tail[0], s.tail[middle], s.tail[-1]] + paws
-    return np.array(rows)
+# ---- one mouse ------------------------------------------------------------------------------------------------------
 
 
-def splat_noise(surface: parts.Surface, rng: np.random.Generator) -> np.ndarray:
-    """[n, 4] two normal and two uniform (0..1) numbers per splat that stay with it in every pose."""
-    table = np.concatenate([rng.normal(0, 1, (16384, 2)), rng.random((16384, 2))], axis=1)
-    return table[surface.number % len(table)]
-
-
-def build_cloud(
-    shape: MouseShape, pose: MousePose, coat: Coat, light: Light, rng: np.random.Generator, spacing: float = SPACING
-) -> SplatCloud:
+def build_cloud(shape: MouseShape, pose: MousePose, coat: Coat, light: Light, rng: np.random.Generator) -> SplatCloud:
     """The posed mouse, heading -y, floor at z = 0, world units. `rng` drives only the layout and the fur's noise."""
     s = solve(shape, pose)
     skin = build_skin(s, shape)
     layout, pattern = rng.spawn(2)
-    surface = sample_surface(s, shape, pose, skin, spacing, layout)
+    surface = parts.sample_mouse(s, shape, pose, skin, layout)
     openness = skin.openness(surface.points, surface.normals)
-    splats = splats_from_surface(surface, openness, coat, light, pattern, scale=shape.length)
+    rim = surface.points[(surface.part == parts.EAR_INNER) & (surface.rest[:, 2] > 0.97)]
+    side = (rim - s.frame(EAR)[0]) @ s.frame(EAR)[2]  # left is positive
+    keypoints = [rim[side > 0].mean(0), rim[side < 0].mean(0), s.spine[-1], s.frame(0.62)[0], s.frame(0.33)[0]]
+    keypoints += [s.tail[0], s.tail[len(s.tail) // 2], s.tail[-1]]
+    for limb in (2, 3, 0, 1):  # DANNCE begins with the fore limbs, and names no hip
+        socket, joint, ankle = s.limbs[limb]
+        paw = ankle + 0.7 * (shape.fore_foot if limb >= 2 else shape.hind_foot) * s.feet[limb]
+        keypoints += [paw, ankle, joint] + ([socket] if limb >= 2 else [])
     return SplatCloud(
-        **splats,
-        centre=(shape.length * s.centre).astype(np.float32),
-        keypoints=(shape.length * keypoints(s, shape, surface)).astype(np.float32),
+        **splats_from_surface(surface, openness, coat, light, pattern, scale=shape.length),
+        center=(shape.length * s.center).astype(np.float32),
+        keypoints=(shape.length * np.array(keypoints)).astype(np.float32),
         body_length=float(shape.length),
-        floor=0.0,
         meta={"pose": pose.kind, "coat": coat.name},
     )
 
@@ -175,10 +191,12 @@ def build_cloud(
 def splats_from_surface(
     surface: parts.Surface, openness: np.ndarray, coat: Coat, light: Light, rng: np.random.Generator, *, scale: float
 ) -> dict[str, np.ndarray]:
-    """Paints and shades a surface (body lengths), one splat per sample: SplatCloud's arrays, enlarged by scale."""
-    noise = splat_noise(surface, rng)
-    rgb = shade(surface, openness, paint(surface, coat, noise, rng), light)
-    fur = (surface.part == parts.FUR) | (surface.part == parts.LIMB)
+    """Colors and shades a surface (body lengths), one splat per sample: SplatCloud's arrays, enlarged by scale."""
+    # Two normal and two uniform (0..1) numbers per splat that stay with it in every pose.
+    table = np.concatenate([rng.normal(0, 1, (16384, 2)), rng.random((16384, 2))], axis=1)
+    noise = table[surface.number % len(table)]
+    rgb = shade(surface, openness, coat_albedo(surface, coat, noise, rng), light)
+    fur = np.isin(surface.part, (parts.FUR, parts.LIMB))
     fuzz = np.where(fur, 0.0035 * noise[:, 1], 0.0) * np.clip(1.1 - surface.rest[:, 0], 0.15, 1)
     points = surface.points + fuzz[:, None] * surface.normals
     along = surface.size * np.where(fur, 0.80 + 0.45 * noise[:, 3], 0.66)
@@ -186,13 +204,19 @@ def splats_from_surface(
     # hairs rise from the skin by a few degrees, which frays the outline
     flow = surface.flow / np.maximum(np.linalg.norm(surface.flow, axis=1, keepdims=True), 1e-9)
     lean = np.where(fur, 0.35 * noise[:, 2], 0.0)[:, None]
-    normals = surface.normals - lean * (flow - (flow * surface.normals).sum(1, keepdims=True) * surface.normals)
-    normals = normals / np.linalg.norm(normals, axis=1, keepdims=True)
-    log_scales, quats = orient_splats(normals, flow, along, across, 0.16 * surface.size)
+    normals = surface.normals
+    normals = unit(normals - lean * (flow - (flow * normals).sum(1, keepdims=True) * normals))
+    # Splats lie in the surface, long axis along the flow; where it points straight out, along any tangent.
+    tangent = flow - (flow * normals).sum(1, keepdims=True) * normals
+    length = np.linalg.norm(tangent, axis=1, keepdims=True)
+    spare = unit(np.cross(normals, np.where(np.abs(normals[:, :1]) < 0.8, [[1.0, 0.0, 0.0]], [[0.0, 1.0, 0.0]])))
+    tangent = np.where(length > 1e-4, tangent / np.maximum(length, 1e-8), spare)
+    frames = np.stack([tangent, np.cross(normals, tangent), normals], axis=2)
+    scales = np.log(np.stack([along, across, 0.16 * surface.size], axis=1)).astype(np.float32)
     return {
         "means": (scale * points).astype(np.float32),
-        "log_scales": (log_scales + math.log(scale)).astype(np.float32),
-        "quats": quats,
+        "log_scales": (scales + math.log(scale)).astype(np.float32),
+        "quats": Rotation.from_matrix(frames).as_quat(scalar_first=True).astype(np.float32),
         "opacity": np.where(fur, 0.97, 0.985).astype(np.float32),
         "rgb": rgb.astype(np.float32),
     }
@@ -207,18 +231,64 @@ def make_mouse(
     heading_deg: float | None = None,
     light: Light | None = None,
 ) -> SplatCloud:
-    """Mouse number `index` of the series `seed`, normalised: body's centre at the origin, z up.
+    """Mouse number `index` of the series `seed`, normalized: body's center at the origin, z up.
 
     heading_deg: azimuth towards which the nose points (0 = -y, 90 = -x, as for cameras); None draws it uniformly.
     light: instead of the drawn one; the animal stays the same.
     """
     rng = np.random.default_rng(np.random.SeedSequence([seed, index]))
     shape = random_shape(rng)
-    drawn_pose = rest_pose() if pose == "rest" else random_pose(rng, pose)
+    drawn_pose = MousePose() if pose == "rest" else random_pose(rng, pose)
     drawn_coat = random_coat(rng, coat)
     drawn_light = random_light(rng)
     heading = float(rng.uniform(0, 360))
-    heading = heading if heading_deg is None else heading_deg
     cloud = build_cloud(shape, drawn_pose, drawn_coat, light or drawn_light, rng)
-    cloud.meta["heading_deg"] = heading % 360.0
-    return cloud.centred().transformed(rotate_z_deg=-heading)
+    return cloud.facing(heading if heading_deg is None else heading_deg)
+
+
+# ---- a moving mouse -------------------------------------------------------------------------------------------------
+
+
+def mouse_sequence(
+    seed: int,
+    num_frames: int,
+    *,
+    fps: float = 25.0,
+    arena_radius: float = 1.6,
+    coat: str | None = None,
+    poses: tuple[str, ...] = POSES,
+) -> Iterator[SplatCloud]:
+    """Yields num_frames clouds of one animal moving: floor at z = 0, arena center at the origin, z up.
+
+    Units are the synthetic world's (a nominal body is BODY_LENGTH long). The body's center stays within arena_radius
+    (world units) of the origin; `center` and `keypoints` follow. meta holds pose, coat, heading_deg and frame.
+    """
+    rng = np.random.default_rng(np.random.SeedSequence([seed, 3]))
+    shape, drawn_coat, light = random_shape(rng), random_coat(rng, coat), random_light(rng)
+    track = PoseTrack(rng, num_frames / fps, poses)
+    layout_seed = int(rng.integers(2**62))
+    place = rng.uniform(-0.4, 0.4, 2) * arena_radius
+    heading, phase, turn = float(rng.uniform(0, 360)), 0.0, 0.0
+    for frame in range(num_frames):
+        pose, walking = track.at(frame / fps)
+        step = shape.length * WALK_SPEED * walking / fps
+        turn = 0.93 * turn + rng.normal(0, 14.0)
+        # Near the wall the animal turns back towards the center.
+        urge = np.clip((np.linalg.norm(place) / arena_radius - 0.6) / 0.3, 0.0, 1.0)
+        wanted = math.degrees(math.atan2(place[0], place[1]))  # azimuth of the direction to the center
+        rate = walking * (turn + float(urge * 2.0 * ((wanted - heading + 180.0) % 360.0 - 180.0)))
+        heading += float(np.clip(rate, -MAX_TURN_DEG_S, MAX_TURN_DEG_S)) / fps
+        a = math.radians(heading)
+        place = place + step * np.array([-math.sin(a), -math.cos(a)])
+        place = place * min(1.0, arena_radius / max(np.linalg.norm(place), 1e-9))
+        phase += 2 * math.pi * STRIDE_HZ * walking / fps
+        pose = pose.stride(phase, 0.075 * walking) if walking > 0 else pose
+        x, y, z = light.direction  # the room's light in the frame of the animal
+        turned = np.array([math.cos(a) * x - math.sin(a) * y, math.sin(a) * x + math.cos(a) * y, z])
+        # The same layout and fur noise every frame: the coat stays on the animal.
+        fixed = np.random.default_rng(np.random.SeedSequence(layout_seed))
+        cloud = build_cloud(shape, pose, drawn_coat, replace(light, direction=turned), fixed)
+        cloud = cloud.transformed(rotate_z_deg=-heading)
+        cloud = cloud.transformed(offset=np.array([*(place - cloud.center[:2]), 0.0]))
+        cloud.meta.update(heading_deg=heading % 360.0, frame=frame)
+        yield cloud

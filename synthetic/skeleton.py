@@ -3,29 +3,94 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from synthetic.body import STATIONS, MouseShape
 from synthetic.implicit import Skin
 from synthetic.pose import CONTROL_STATIONS, MousePose
 
-HIP, SHOULDER = 0.13, 0.60  # spine stations of the limb girdles
+# The normalization rule for synthetic and real animals alike: the origin is the body's center (tail not counted),
+# z is up, and one scale per class of animals makes the nominal body (stretched, nose to tail base) this long, which
+# fills about half of an image taken from distance 2.7 with a 50-degree lens.
+BODY_LENGTH = 1.2
+STATIONS = np.linspace(0.0, 1.0, 56)  # along the spine: 0 tail base .. 1 tip of the nose
+HIP, SHOULDER = 0.13, 0.60  # stations of the limb girdles
 EAR, EYE = 0.752, 0.853
-# The tail's farthest horizontal distance from the body's centre, world units, so that the rigs' pictures (distance 2.7,
-# 50 degrees, elevation up to 20) hold it; less where it lies far below the centre, under an animal that rears.
+# The tail's farthest horizontal distance from the body's center, world units, so that the rigs' images (distance 2.7,
+# 50 degrees, elevation up to 20) hold it; less where it lies far below the center, under an animal that rears.
 TAIL_REACH, TAIL_REACH_LOW = 1.10, (1.50, 1.0)
 TAIL_NODES = 48
 SIDES = np.array([1.0, -1.0, 1.0, -1.0])  # left, right of the four limbs
 
+# Station, half width, half height above and below the spine: an egg with a tapering snout.
+_PROFILE = np.array(
+    """
+    0.000 0.022 0.022 0.022   0.012 0.062 0.062 0.056   0.040 0.104 0.106 0.090   0.085 0.144 0.146 0.122
+    0.150 0.176 0.176 0.150   0.230 0.193 0.188 0.170   0.320 0.194 0.186 0.178   0.410 0.180 0.174 0.170
+    0.500 0.156 0.156 0.148   0.580 0.132 0.136 0.124   0.650 0.114 0.118 0.106   0.710 0.108 0.106 0.096
+    0.765 0.106 0.098 0.090   0.815 0.099 0.088 0.082   0.860 0.084 0.074 0.070   0.905 0.064 0.059 0.057
+    0.945 0.049 0.047 0.044   0.975 0.038 0.038 0.033   0.992 0.025 0.026 0.021   1.000 0.010 0.011 0.009
+    """.split(),
+    dtype=np.float64,
+).reshape(-1, 4)
+# Uniform ranges of adult animals, in the order in which they are drawn (which older seeds rely on).
+_RANGES = {
+    "head": (0.95, 1.08), "snout": (0.88, 1.12), "ear_width": (0.80, 0.95), "ear_azimuth_deg": (35.0, 62.0),
+    "tail_length": (0.72, 1.0), "tail_radius": (0.024, 0.030), "eye_radius": (0.0175, 0.0215), "limb": (0.92, 1.12),
+    "hind_foot": (0.17, 0.205), "fore_foot": (0.075, 0.095),
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
+class MouseShape:
+    """One animal. length: world units; everything else relative to the body length or to a typical mouse (1)."""
+
+    length: float = BODY_LENGTH
+    fatness: float = 1.0
+    head: float = 1.0
+    snout: float = 1.0
+    ear_height: float = 0.158
+    ear_width: float = 0.134
+    ear_azimuth_deg: float = 48.0  # how far the ear's opening turns outwards from straight ahead
+    tail_length: float = 0.88
+    tail_radius: float = 0.027
+    eye_radius: float = 0.0195
+    limb: float = 1.0  # limb thickness
+    limb_length: float = 1.0
+    hind_foot: float = 0.19
+    fore_foot: float = 0.085
+
+    def half_sizes(self) -> np.ndarray:
+        """Returns [stations, 3] half width, half height up, half height down."""
+        sizes = np.stack([np.interp(STATIONS, _PROFILE[:, 0], _PROFILE[:, k]) for k in (1, 2, 3)], axis=1)
+        trunk, head = np.exp(-(((STATIONS - 0.30) / 0.22) ** 2)), np.exp(-(((STATIONS - 0.77) / 0.09) ** 2))
+        snout = np.clip((STATIONS - 0.86) / 0.08, 0.0, 1.0)
+        widen = 1 + (self.fatness - 1) * trunk + (self.head - 1) * head + (self.snout - 1) * snout
+        sag = 1 + 0.35 * max(self.fatness - 1, 0.0) * trunk  # a fat belly hangs
+        return sizes * widen[:, None] * np.stack([np.ones_like(sag), np.ones_like(sag), sag], axis=1)
+
+
+def random_length(rng: np.random.Generator) -> float:
+    """Draws an adult's body length, 1.13 to 1.32 world units."""
+    return BODY_LENGTH * float(np.clip(rng.normal(1.03, 0.035), 0.94, 1.10))
+
+
+def random_shape(rng: np.random.Generator) -> MouseShape:
+    """Draws an adult mouse, lean to fat."""
+    ear, limb_length = float(rng.uniform(0.138, 0.180)), float(rng.uniform(0.94, 1.06))
+    length, fatness = random_length(rng), float(np.clip(rng.normal(1.0, 0.08), 0.84, 1.22))
+    drawn = {name: float(rng.uniform(*limits)) for name, limits in _RANGES.items()}
+    drawn["ear_width"] *= ear
+    return MouseShape(length, fatness, ear_height=ear, limb_length=limb_length, **drawn)
+
+
+@dataclass
 class Skeleton:
     """spine, tangent, left, up: [stations, 3]; sizes: [stations, 3] half width, up, down.
 
-    limbs: [4, 3, 3] socket, knee or elbow, ankle or wrist. feet: [4, 3] unit directions of the feet; foot_up: [4, 3].
-    tail: [TAIL_NODES, 3]; tail_radius: [TAIL_NODES]. centre: [3] volume centroid of the trunk and head.
+    limbs: [4, 3, 3] socket, knee or elbow, ankle or wrist. feet: [4, 3] unit directions of the feet.
+    tail: [TAIL_NODES, 3]; tail_radius: [TAIL_NODES]. center: [3] volume centroid of the trunk and head.
     """
 
     spine: np.ndarray
@@ -33,50 +98,42 @@ class Skeleton:
     left: np.ndarray
     up: np.ndarray
     sizes: np.ndarray
-    limbs: np.ndarray
-    feet: np.ndarray
-    tail: np.ndarray
-    tail_radius: np.ndarray
-    centre: np.ndarray
+    center: np.ndarray
+    limbs: np.ndarray = field(init=False)
+    feet: np.ndarray = field(init=False)
+    tail: np.ndarray = field(init=False)
+    tail_radius: np.ndarray = field(init=False)
 
     def frame(self, station: float) -> np.ndarray:
-        """[4, 3]: position, tangent (towards the nose), left, up of the spine at a station."""
-        rows = [self._at(values, station) for values in (self.spine, self.tangent, self.left, self.up)]
-        return np.stack([rows[0]] + [row / np.linalg.norm(row) for row in rows[1:]])
-
-    @staticmethod
-    def _at(values: np.ndarray, station: float) -> np.ndarray:
-        place = station * (len(STATIONS) - 1)
-        index = min(int(place), len(STATIONS) - 2)
-        return values[index] + (place - index) * (values[index + 1] - values[index])
+        """Returns [4, 3]: position, tangent (towards the nose), left, up of the spine at a station."""
+        place, *axes = (_at(values, station) for values in (self.spine, self.tangent, self.left, self.up))
+        return np.stack([place, *(unit(axis) for axis in axes)])
 
     def size_at(self, station: float) -> np.ndarray:
-        return self._at(self.sizes, station)
+        return _at(self.sizes, station)
+
+
+def _at(values: np.ndarray, station: float) -> np.ndarray:
+    place = station * (len(STATIONS) - 1)
+    index = min(int(place), len(STATIONS) - 2)
+    return values[index] + (place - index) * (values[index + 1] - values[index])
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """Returns vectors [3] or [n, 3] at length 1."""
+    if vectors.ndim == 1:
+        return vectors / np.linalg.norm(vectors)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def perpendicular(vector: np.ndarray, axis: np.ndarray) -> np.ndarray:
+    """Returns the unit vector [3] nearest to `vector` that is perpendicular to the unit vector `axis`."""
+    return unit(vector - vector @ axis * axis)
 
 
 def solve(shape: MouseShape, pose: MousePose) -> Skeleton:
     """Places the whole skeleton: spine over its feet, limbs by two-bone inverse kinematics, tail on the floor."""
     sizes = shape.half_sizes()
-    spine, tangent, left, up = _spine(pose, sizes)
-    weight = sizes[:, 0] * (sizes[:, 1] + sizes[:, 2])
-    middle = spine + 0.5 * (sizes[:, 1] - sizes[:, 2])[:, None] * up
-    centre = (weight[:, None] * middle).sum(0) / weight.sum()
-    empty = np.zeros((4, 3, 3)), np.zeros((4, 3))
-    trunk = Skeleton(spine, tangent, left, up, sizes, *empty, np.zeros((2, 3)), np.zeros(2), centre)
-    limbs, feet = _limbs(trunk, shape, pose)
-    tail, radius = _tail(trunk, shape, pose)
-    return Skeleton(spine, tangent, left, up, sizes, limbs, feet, tail, radius, centre)
-
-
-def _smooth(values: np.ndarray) -> np.ndarray:
-    """Control values [7] in degrees -> [stations] radians, without corners."""
-    dense = np.interp(STATIONS, CONTROL_STATIONS, values)
-    kernel = np.hanning(13)[1:-1]
-    padded = np.pad(dense, 5, mode="edge")
-    return np.radians(np.convolve(padded, kernel / kernel.sum(), mode="valid"))
-
-
-def _spine(pose: MousePose, sizes: np.ndarray) -> tuple[np.ndarray, ...]:
     pitch, yaw = _smooth(pose.spine_pitch), _smooth(pose.spine_yaw)
     step = STATIONS[1]
     hip, shoulder = int(round(HIP / step)), int(round(SHOULDER / step))
@@ -91,8 +148,7 @@ def _spine(pose: MousePose, sizes: np.ndarray) -> tuple[np.ndarray, ...]:
     for _ in range(3):
         points, tangent = curve(pitch)
         run = np.linalg.norm(points[shoulder, :2] - points[hip, :2]) + 1e-6
-        error = pose.shoulder_height - points[shoulder, 2]
-        pitch = pitch + pose.level * math.atan2(error, run)
+        pitch = pitch + pose.level * math.atan2(pose.shoulder_height - points[shoulder, 2], run)
     for _ in range(6):
         points, tangent = curve(pitch)
         lowest = (points[:, 2] - 0.9 * sizes[:, 2])[shoulder + 6 :].min()
@@ -103,28 +159,41 @@ def _spine(pose: MousePose, sizes: np.ndarray) -> tuple[np.ndarray, ...]:
     left = np.stack([np.cos(yaw), np.sin(yaw), np.zeros_like(yaw)], axis=1)
     up = np.cross(tangent, left)
     low = (points[:, 2] - sizes[:, 2] * np.abs(up[:, 2])).min()
-    return points + [0, 0, max(0.004 - low, 0.0)], tangent, left, up
+    spine = points + [0, 0, max(0.004 - low, 0.0)]
+    weight = sizes[:, 0] * (sizes[:, 1] + sizes[:, 2])
+    # Every slice is two half ellipses whose middle lies off the spine.
+    middle = spine + 0.5 * (sizes[:, 1] - sizes[:, 2])[:, None] * up
+    skeleton = Skeleton(spine, tangent, left, up, sizes, (weight[:, None] * middle).sum(0) / weight.sum())
+    skeleton.limbs, skeleton.feet = _limbs(skeleton, shape, pose)
+    skeleton.tail, skeleton.tail_radius = _tail(skeleton, shape, pose)
+    return skeleton
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Control values [7] in degrees -> [stations] radians, without corners."""
+    kernel = np.hanning(13)[1:-1]
+    padded = np.pad(np.interp(STATIONS, CONTROL_STATIONS, values), 5, mode="edge")
+    return np.radians(np.convolve(padded, kernel / kernel.sum(), mode="valid"))
 
 
 def _two_bones(root: np.ndarray, target: np.ndarray, upper: float, lower: float, pole: np.ndarray):
-    """Joint and end of a two-bone chain whose joint bends towards `pole`; a target out of reach is approached."""
+    """Returns joint and end of a two-bone chain that bends towards `pole`; a target out of reach is approached."""
     reach = target - root
     distance = float(np.clip(np.linalg.norm(reach), abs(upper - lower) + 0.01, 0.985 * (upper + lower)))
-    axis = reach / np.linalg.norm(reach)
+    axis = unit(reach)
     along = (upper**2 - lower**2 + distance**2) / (2 * distance)
     bend = math.sqrt(max(upper**2 - along**2, 0.0))
-    pole = pole - pole @ axis * axis
-    pole = pole / np.linalg.norm(pole)
-    return root + along * axis + bend * pole, root + distance * axis
+    return root + along * axis + bend * perpendicular(pole, axis), root + distance * axis
 
 
-def _limbs(trunk: Skeleton, shape: MouseShape, pose: MousePose) -> tuple[np.ndarray, np.ndarray]:
+def _limbs(s: Skeleton, shape: MouseShape, pose: MousePose) -> tuple[np.ndarray, np.ndarray]:
+    """Returns `limbs` [4, 3, 3] and `feet` [4, 3] of the skeleton."""
     limbs, feet = np.zeros((4, 3, 3)), np.zeros((4, 3))
-    snout = trunk.frame(0.965)
+    snout = s.frame(0.965)
     for k, side in enumerate(SIDES):
         hind = k < 2
-        place, tangent, left, up = trunk.frame(HIP if hind else SHOULDER)
-        width = trunk.size_at(HIP if hind else SHOULDER)[0]
+        place, tangent, left, up = s.frame(HIP if hind else SHOULDER)
+        width = s.size_at(HIP if hind else SHOULDER)[0]
         root = place + side * width * (0.56 if hind else 0.60) * left - (0.03 if hind else 0.05) * up
         forward = np.array([left[1], -left[0], 0.0])  # horizontal heading at this girdle
         floor = place * [1, 1, 0] + (pose.foot_forward[k] + (0.02 if hind else 0.05)) * forward
@@ -133,33 +202,30 @@ def _limbs(trunk: Skeleton, shape: MouseShape, pose: MousePose) -> tuple[np.ndar
         foot = math.cos(toe_out) * forward + side * math.sin(toe_out) * left
         length = shape.hind_foot if hind else shape.fore_foot
         lift = pose.foot_lift[k]
-        heel = (0.035 if hind else 0.030) + 1.3 * lift
         ball = floor + [0, 0, 0.012 + lift]  # where the toes begin
-        ankle = ball - 0.60 * length * foot + [0, 0, heel]
+        ankle = ball - 0.60 * length * foot + [0, 0, (0.035 if hind else 0.030) + 1.3 * lift]
         if hind:
-            pole = forward + 0.45 * side * left + 0.25 * up
-            limbs[k] = [root, *_two_bones(root, ankle, shape.upper_hind, shape.lower_hind, pole)]
+            bones = 0.180 * shape.limb_length, 0.200 * shape.limb_length
+            limbs[k] = [root, *_two_bones(root, ankle, *bones, forward + 0.45 * side * left + 0.25 * up)]
         else:
-            free = pose.hand_free[k - 2]
-            hand = pose.hand_at[k - 2]
+            free, hand = pose.hand_free[k - 2], pose.hand_at[k - 2]
             held = root + hand[0] * tangent + side * hand[1] * left + hand[2] * up
             at_snout = snout[0] - 0.035 * snout[1] + side * 0.040 * snout[2] - 0.045 * snout[3]
             held = held + pose.hand_snout * (at_snout - held)
-            hanging = tangent + pose.hand_snout * (-0.3 * side * left) - 0.6 * (1 - pose.hand_snout) * up
-            hanging = hanging / np.linalg.norm(hanging)
+            hanging = unit(tangent + pose.hand_snout * (-0.3 * side * left) - 0.6 * (1 - pose.hand_snout) * up)
             wrist = ankle + free * (held - 0.5 * length * hanging - ankle)
             foot = foot + free * (hanging - foot)
-            pole = -tangent + 0.25 * side * left - 0.2 * up
-            limbs[k] = [root, *_two_bones(root, wrist, shape.upper_fore, shape.lower_fore, pole)]
+            bones = 0.132 * shape.limb_length, 0.140 * shape.limb_length
+            limbs[k] = [root, *_two_bones(root, wrist, *bones, -tangent + 0.25 * side * left - 0.2 * up)]
             ball = ball + free * (limbs[k, 2] + 0.6 * length * hanging - ball)
         direction = ball - limbs[k, 2]
         feet[k] = direction / max(np.linalg.norm(direction), 1e-6)
     return limbs, feet
 
 
-def _tail(trunk: Skeleton, shape: MouseShape, pose: MousePose) -> tuple[np.ndarray, np.ndarray]:
-    """The tail sinks from its base to the floor and bends as the pose says, more if it would leave the picture."""
-    place, tangent, _, up = trunk.frame(0.012)
+def _tail(s: Skeleton, shape: MouseShape, pose: MousePose) -> tuple[np.ndarray, np.ndarray]:
+    """Returns nodes [n, 3] and radii [n]: sinking from the base to the floor, bent more if it would leave the image."""
+    place, tangent, _, _ = s.frame(0.012)
     t = np.linspace(0, 1, TAIL_NODES)
     radius = shape.tail_radius * (1 - 0.74 * t**0.8)
     start_yaw = math.atan2(-tangent[0], tangent[1])  # of the direction -tangent, as for the spine
@@ -172,15 +238,14 @@ def _tail(trunk: Skeleton, shape: MouseShape, pose: MousePose) -> tuple[np.ndarr
         slopes[i] = (1 - blend) * math.radians(pose.tail_raise[0]) + blend * wanted
         height[i] = max(height[i - 1] + step * math.sin(slopes[i]), radius[i])
     bend = np.interp(t, [0.0, 0.33, 0.67, 1.0], pose.tail_bend)
-
-    drop = (height - trunk.centre[2]) * shape.length
+    drop = (height - s.center[2]) * shape.length
     limit = np.minimum(TAIL_REACH, TAIL_REACH_LOW[0] + TAIL_REACH_LOW[1] * drop)
 
     def curve(extra: float) -> tuple[np.ndarray, float]:
         yaw = start_yaw + np.radians(np.cumsum(bend + pose.tail_side * extra * (t > 0.12)) / (TAIL_NODES - 1))
         flat = step * np.cos(slopes) * (t > 0)
         xy = place[:2] + np.cumsum(flat[:, None] * np.stack([np.sin(yaw), -np.cos(yaw)], axis=1), axis=0)
-        reach = (np.linalg.norm(xy - trunk.centre[:2], axis=1) * shape.length / limit).max()
+        reach = (np.linalg.norm(xy - s.center[:2], axis=1) * shape.length / limit).max()
         return np.concatenate([xy, height[:, None]], axis=1), reach
 
     low, high = 0.0, 0.0
@@ -192,29 +257,22 @@ def _tail(trunk: Skeleton, shape: MouseShape, pose: MousePose) -> tuple[np.ndarr
     return curve(high)[0], radius
 
 
-def build_skin(skeleton: Skeleton, shape: MouseShape) -> Skin:
-    """The furred surface: spine tube, thighs, shoulders, cheeks, limbs."""
-    s = skeleton
-    spine = np.concatenate([s.spine, s.tangent, s.left, s.up, s.sizes], axis=1)
+def build_skin(s: Skeleton, shape: MouseShape) -> Skin:
+    """Returns the furred surface: spine tube, thighs, shoulders, cheeks, limbs."""
     ellipsoids, cones = [], []
-    for k in range(4):
-        root, joint, end = s.limbs[k]
+    for k, (root, joint, end) in enumerate(s.limbs):
         hind = k < 2
-        axis = joint - root
-        length = np.linalg.norm(axis)
-        axis = axis / length
-        across = s.frame(HIP if hind else SHOULDER)[2]
-        across = across - across @ axis * axis
-        across = across / np.linalg.norm(across)
+        axis, length = unit(joint - root), np.linalg.norm(joint - root)
+        across = perpendicular(s.frame(HIP if hind else SHOULDER)[2], axis)
         radii = [0.52 * length + 0.020, 0.044, 0.072] if hind else [0.52 * length + 0.010, 0.032, 0.046]
         radii = np.array(radii) * [1.0, shape.limb, shape.limb]
         ellipsoids.append(np.concatenate([root + 0.36 * axis * length, axis, across, np.cross(axis, across), radii]))
         thick = np.array([0.044, 0.029, 0.0150] if hind else [0.034, 0.022, 0.0135]) * shape.limb
-        cones.append(np.concatenate([root, joint, thick[:2]]))
-        cones.append(np.concatenate([joint, end, thick[1:]]))
+        cones += [np.concatenate([root, joint, thick[:2]]), np.concatenate([joint, end, thick[1:]])]
+    place, tangent, left, up = s.frame(0.815)
+    width, _, below = s.size_at(0.815)
     for side in (1.0, -1.0):
-        place, tangent, left, up = s.frame(0.815)
-        size = s.size_at(0.815)
-        centre = place + side * 0.62 * size[0] * left - 0.15 * size[2] * up
-        ellipsoids.append(np.concatenate([centre, tangent, left, up, [0.062, 0.036, 0.046]]))
+        center = place + side * 0.62 * width * left - 0.15 * below * up
+        ellipsoids.append(np.concatenate([center, tangent, left, up, [0.062, 0.036, 0.046]]))
+    spine = np.concatenate([s.spine, s.tangent, s.left, s.up, s.sizes], axis=1)
     return Skin(spine, np.array(ellipsoids), np.array(cones), blend=0.020)

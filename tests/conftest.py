@@ -12,15 +12,17 @@ SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 @pytest.fixture(scope="module")
 def script():
     """scripts/make_synthetic_mouse.py as a module."""
-    sys.path.insert(0, str(SCRIPTS))  # spawned workers import the script by its name
+    sys.path.insert(0, str(SCRIPTS))
     yield importlib.import_module("make_synthetic_mouse")
     sys.path.remove(str(SCRIPTS))
 
 
 @pytest.fixture(scope="module")
-def render(script):
+def render():
     """What draws synthetic mice on the CPU."""
-    return script.make_renderer()
+    from synthetic.dataset import make_renderer
+
+    return make_renderer()
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from recording.calibration import Calibration, write_mammal_pickle
-from recording.write import load_real_rig, video_writer
+from synthetic.dataset import load_real_rig, video_writer
 
 # x forward, y left, z up, mm; radius; the first five are trunk and head.
 TRUNK = [(-18, 0, 0, 14), (-6, 0, 1, 15), (7, 0, 0, 13), (19, 0, 2, 10), (29, 0, 3, 7)]

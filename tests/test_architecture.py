@@ -16,19 +16,18 @@ MOST = {  # HOUSE.md section 2 gives the goals: 16,500 lines, 115 files, 14 in a
     "product lines": 27_400, "product files": 190, "longest file": 400, "longest function": 90,
     "files in the largest folder": 24, "module functions named once per 1,000 lines": 19.5, "dataclasses": 125,
     "functions with more than 8 parameters": 13, "flags of inference_mouse.py": 32, "unused public names": 8,
-    "files in a circle of imports": 11, "lines reached by the entry scripts": 11_400, "test lines": 13_800,
+    "files in a circle of imports": 11, "lines reached by the entry scripts": 11_400, "test lines": 14_000,
 }  # fmt: skip
 LEAST_COMMENTS = 5.0  # per 100 code lines
-PACKAGES = ("multiview", "mvdiffusion", "gslrm", "pipeline", "synthetic", "recording", "evaluation", "benchmarks")
+PACKAGES = ("multiview", "mvdiffusion", "gslrm", "pipeline", "synthetic", "recording", "evaluation")
 ALLOWED_IMPORTS = {  # package -> the packages that it may import; entry scripts and scripts/ may import all
     "multiview": set(),
     "mvdiffusion": {"multiview"},
     "gslrm": {"multiview"},
     "recording": {"multiview"},
-    "synthetic": {"multiview", "recording"},
+    "synthetic": {"multiview", "gslrm", "recording"},
     "pipeline": {"multiview", "mvdiffusion", "gslrm"},
     "evaluation": {"multiview", "mvdiffusion", "gslrm", "pipeline", "recording", "synthetic"},
-    "benchmarks": {"multiview", "gslrm", "recording", "synthetic"},
 }
 HOMES = {  # library -> the only places that may import it
     "diffusers": ("mvdiffusion/", "scripts/make_demo_components.py"),

@@ -142,7 +142,7 @@ class Asking:
         (unfolding, "its parts are compressed"), (asking_for_memory, "asks for memory by a number"),
         (lambda p: torch.save(torch.nn.Linear(2, 2), p), "holds a torch.nn.modules.linear.Linear.*torch.save"),
         (lambda p: torch.save({"model": {}, "loss": Path("x")}, p), "holds a pathlib"),
-        (lambda p: torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), p), "TorchScript; convert it"),
+        (lambda p: torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), p), "TorchScript; save"),
         (lambda p: torch.save([1, 2], p), "must hold a dict, got list"),
     ],
 )  # fmt: skip

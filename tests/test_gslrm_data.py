@@ -62,7 +62,7 @@ def test_only_the_chosen_pictures_are_decoded(data, monkeypatch):
         read.clear()
         item = dataset[epoch, 1]
         chosen = [f"cam_{view:03d}" for view in item["index"][:, 0].tolist()]
-        assert read == chosen * 2  # colours, then depths
+        assert read == [view for view in chosen for _ in range(2)]  # color, then depth
 
 
 def test_an_item_holds_the_views_it_names(data):

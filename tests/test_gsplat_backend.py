@@ -6,10 +6,10 @@ import sys
 import pytest
 import torch
 
-from benchmarks.scenes import trained_like
 from gslrm.model.gaussians import Gaussians
 from gslrm.model.gaussians_renderer import render
 from multiview.cameras import Cameras
+from tests.gaussian_scenes import trained_like
 from tests.test_rasterizer import NAMES, cameras_for, scene
 
 
@@ -23,11 +23,11 @@ def test_gsplat_without_a_gpu_is_refused_and_never_imported():
 
 
 def test_both_backends_use_the_same_numbers():
-    from gslrm.model.rasterizers import gsplat_backend, layout, projection
+    from gslrm.model.rasterizers import gsplat_backend, projection
 
     settings = gsplat_backend.SETTINGS
     assert settings["near_plane"] == projection.NEAR_PLANE and settings["far_plane"] == projection.FAR_PLANE
-    assert settings["eps2d"] == projection.EPS_2D and settings["tile_size"] == layout.TILE_PX
+    assert settings["eps2d"] == projection.EPS_2D and settings["tile_size"] == projection.TILE_PX
     assert settings["rasterize_mode"] == "classic" and settings["render_mode"] == "RGB+D"
     assert settings["packed"] is False  # gsplat 1.5.3 mixes up the scenes of a batch when packed
 

@@ -101,7 +101,7 @@ def test_gsplat_given_our_arguments_draws_what_the_cpu_backend_draws(rasterizati
     )
     ours, our_gradients = pictures_and_gradients(lambda g, bg: render(g, cameras, bg), gaussians, background)
     for a, e in zip(ours, theirs):
-        assert a.shape == e.shape and (a - e).abs().max() < 2e-5
+        assert a.shape == e.shape and (a - e).abs().max() < 2e-5 * max(1.0, e.abs().max())
     for name, a, e in zip((*NAMES, "background"), our_gradients, their_gradients):
         assert (a - e).norm() < 2e-5 * e.norm(), name
 

@@ -16,7 +16,7 @@ import pytest
 from filmed_spheres import film
 
 from multiview.sample import read_sample, read_split
-from recording.process import process_recording
+from recording.importer import process_recording
 from recording.segment import segment
 from recording.settings import ImportSettings
 from recording.video import VideoReader, find_videos
@@ -196,7 +196,7 @@ def test_folders_of_pictures_give_what_the_videos_give(filmed, whole, tmp_path):
     assert (given.rgba[:, 3] > 0.5).any() and len(list((tmp_path / "data").glob("sample_*"))) == 3
     camera = pictures / "masks" / "Camera2"
     cv2.imwrite(str(camera / "frame_0001.png"), np.zeros((10, 10, 3), np.uint8))
-    with pytest.raises(ValueError, match=r"Camera2/frame_0001.png: the picture of frame 1 is 10 x 10"):
+    with pytest.raises(ValueError, match=r"Camera2/frame_0001.png: the image of frame 1 is 10 x 10"):
         process_recording(settings_for(pictures, tmp_path / "other"))
     (camera / "frame_0001.png").unlink()
     with pytest.raises(ValueError, match="frame_0000.png is followed by frame_0002.png"):
@@ -225,7 +225,7 @@ def test_spoilt_recordings_are_refused_in_one_line_that_names_the_file(filmed, t
         "short": r"videos_undist/2.mp4 has 10 frames, .*0.mp4 has 12",
         "small mask": r"masks/2.mp4 is 96 x 84, its video .*videos_undist/2.mp4 192 x 170",
     }
-    from recording.write import video_writer
+    from synthetic.dataset import video_writer
 
     for case, message in cases.items():
         folder = Path(shutil.copytree(filmed[0], tmp_path / case.replace(" ", "_")))
@@ -246,14 +246,14 @@ def test_spoilt_recordings_are_refused_in_one_line_that_names_the_file(filmed, t
 
 def test_error_in_another_process_arrives(filmed, tmp_path):
     folder = spoilt(filmed, tmp_path)
-    from recording.write import video_writer
+    from synthetic.dataset import video_writer
 
     writer = video_writer(folder / "masks" / "1.mp4", (192, 170), 25.0, 0)
     for _ in range(COUNT):
         writer.send(np.zeros((170, 192, 3), np.uint8))
     writer.close()
+    settings = settings_for(folder, tmp_path / "data", workers=2)
     with pytest.raises(ValueError, match=r"masks/1.mp4: the mask of frame 0 is empty"):
-        process_recording(settings_for(folder, tmp_path / "data", workers=2))
-    settings = replace(settings_for(folder, tmp_path / "data"), on_bad_frame="skip")
+        process_recording(replace(settings, on_bad_frame="error"))
     with pytest.raises(ValueError, match="every frame has an empty mask"):
         process_recording(settings)

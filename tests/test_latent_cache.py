@@ -14,8 +14,7 @@ from mvdiffusion.components import load_components
 from mvdiffusion.config import MVDiffusionConfig
 from mvdiffusion.data.augmentation import Augmentation
 from mvdiffusion.data.mouse_dataset import MouseMVDiffusionDataset
-from mvdiffusion.encoding import live_batches
-from mvdiffusion.latent_cache import LatentCache, encoder_fingerprint
+from mvdiffusion.latents import LatentCache, encoder_fingerprint, live_batches
 from mvdiffusion.models.unet import create_unet
 from mvdiffusion.prompts import load_prompt_embeds
 from mvdiffusion.training import training_loss

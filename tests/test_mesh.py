@@ -1,6 +1,6 @@
 """Meshes from Gaussians: a closed surface of the right size, place and colour, and files that read back."""
 
-import builtins
+import importlib
 import math
 import struct
 import subprocess
@@ -12,9 +12,10 @@ import pytest
 import torch
 from plyfile import PlyData
 
-from gslrm.model.gaussians import Gaussians, concatenate
+from gslrm.model.gaussians import Gaussians
 from gslrm.model.mesh import Mesh, check_libraries, extract_mesh, save_mesh
 from gslrm.model.ply import save_ply
+from tests.gaussian_scenes import concatenate
 
 ROOT = Path(__file__).resolve().parent.parent
 CENTRE, RADIUS, SIGMA = (0.2, -0.1, 0.3), 0.5, 0.015
@@ -73,7 +74,7 @@ def test_hidden_gaussians_and_floaters_leave_no_surface(mesh):
     floater = sphere(radius=0.02, n=20)
     floater.xyz[:] = floater.xyz * 0.3 + torch.tensor([0.7, 0.5, 0.7])
     inner = sphere(radius=0.2, n=500)
-    together = small(concatenate([sphere(), inner, floater]))
+    together = small(concatenate(sphere(), inner, floater))
     assert is_closed(together)
     distance = np.linalg.norm(together.vertices - np.array(CENTRE), axis=1)
     assert distance.min() > 0.45 and distance.max() < 0.55
@@ -85,23 +86,23 @@ def test_nothing_to_see_is_an_error(mesh):
     with pytest.raises(ValueError, match="sees a surface"):
         small(sphere(n=50, logit=-2.5))
     with pytest.raises(ValueError, match="one scene"):
-        small(concatenate([sphere(n=50)]).map(lambda t: t.repeat(2, *[1] * (t.ndim - 1))))
+        small(sphere(n=50).map(lambda t: t.repeat(2, *[1] * (t.ndim - 1))))
 
 
 def test_a_missing_library_is_named_with_the_command(monkeypatch):
-    real = builtins.__import__
+    real = importlib.import_module
 
     def without(name, *arguments, **options):
         if name.split(".")[0] in ("skimage", "trimesh"):
             raise ImportError(f"No module named {name!r}")
         return real(name, *arguments, **options)
 
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setattr(importlib, "import_module", without)
     with pytest.raises(ValueError, match=r"scikit-image .*pip install -r requirements-extra\.txt"):
         small(sphere(n=50))
     with pytest.raises(ValueError, match=r"scikit-image .*requirements-extra\.txt"):
         check_libraries(".ply")
-    with pytest.raises(ValueError, match=r"\.glb needs trimesh .*requirements-extra\.txt"):
+    with pytest.raises(ValueError, match=r"needs trimesh .*requirements-extra\.txt"):
         save_mesh("never.glb", tetrahedron())
     assert not Path("never.glb").exists()
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from multiview.metrics import (
+    difference_ratio,
     foreground_psnr,
     foreground_ssim,
     load_lpips,
@@ -86,3 +87,16 @@ def test_lpips_reads_its_backbone_from_disk(tmp_path):
     assert (inside < whole).all()  # what changed is far from the mask
     stored = torch.load(tmp_path / "vgg.pth", weights_only=True)
     assert torch.equal(network.net.slice1[0].weight, stored["features.0.weight"])
+
+
+def test_copies_score_0_the_truth_1_and_a_half_way_picture_half():
+    generator = torch.Generator().manual_seed(0)
+    masks = (torch.rand(2, 4, 1, 16, 16, generator=generator) > 0.7).float()
+    targets = 1 - masks + masks * torch.rand(2, 4, 3, 16, 16, generator=generator)
+    copies = targets[:, 1:2].expand_as(targets)
+    torch.testing.assert_close(difference_ratio(targets, targets, masks, 1), torch.ones(2))
+    torch.testing.assert_close(difference_ratio(copies, targets, masks, 1), torch.zeros(2))
+    torch.testing.assert_close(difference_ratio((targets + copies) / 2, targets, masks, 1), torch.full((2,), 0.5))
+    noisy_reference = targets.clone()
+    noisy_reference[:, 1] = 0.3  # the generated reference view itself does not count
+    torch.testing.assert_close(difference_ratio(noisy_reference, targets, masks, 1), torch.ones(2))

@@ -16,11 +16,11 @@ from multiview.sample import read_sample, read_split
 from mvdiffusion.checkpoints import components_folder_of, embeds_of
 from mvdiffusion.data.augmentation import Augmentation
 from mvdiffusion.data.mouse_dataset import MouseMVDiffusionDataset
+from mvdiffusion.facelift_yaml import load_training_config
 from mvdiffusion.losses import diffusion_loss, draw_timesteps, drop_masks, noise_and_target, snr_weights
 from mvdiffusion.models.unet import load_unet, unet_rig
 from mvdiffusion.prompts import load_prompt_embeds
 from mvdiffusion.training import train
-from mvdiffusion.upstream import load_training_config
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -75,14 +75,14 @@ def test_background_and_jitter_are_one_for_all_views(tiny):
 
 
 def test_standardised_latents_change_nothing_else():
-    from mvdiffusion.demo_components import VaeConfig
-    from mvdiffusion.demo_training import create_vae, standardise_latents
+    from mvdiffusion.demo import VaeConfig, create_vae
+    from mvdiffusion.demo_training import standardize_latents
 
     config = VaeConfig(block_out_channels=[8, 16], latent_channels=3, norm_groups=4)
     before, after = (create_vae(config, SIZE, 0).eval() for _ in range(2))
     generator = torch.Generator().manual_seed(0)
     rgba = torch.randint(0, 256, (3, 2, 4, SIZE, SIZE), generator=generator, dtype=torch.uint8)
-    standardise_latents(after, rgba)
+    standardize_latents(after, rgba)
     picture = torch.rand(2, 3, SIZE, SIZE, generator=generator) * 2 - 1
     with torch.no_grad():
         old, new = before.encode(picture).latent_dist, after.encode(picture).latent_dist

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from multiview.rig import load_rig
 from mvdiffusion.models.attention import MultiViewAttnProcessor, set_multiview_attention
-from mvdiffusion.models.unet import attention_mode, create_unet, load_unet, resolve_unet_folder, save_unet
+from mvdiffusion.models.unet import create_unet, load_unet, resolve_unet_folder, save_unet
 
 GOLDEN = Path(__file__).parent / "golden" / "unet_small"
 TOLERANCE = 1e-5  # float32 noise floor 3e-6; another thread count moves 2e-6; one weight moved by 0.01 gives 6e-4
@@ -55,7 +55,7 @@ def test_attention_does_not_depend_on_an_installed_backend(golden):
     """Mistake 22: FaceLift runs dense attention when xformers is missing; here the mode is the processor's own."""
     unet = load_unet(GOLDEN)
     modes = {p.mode for n, p in unet.attn_processors.items() if ".attn1." in n}
-    assert modes == {"sparse"} and attention_mode(unet) == "sparse"
+    assert modes == {"sparse"} and unet.config.sparse_mv_attention
 
 
 def test_sparse_sees_the_reference_view_only():

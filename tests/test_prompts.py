@@ -1,7 +1,7 @@
 """Prompt embeddings: made by the script, regenerable bit for bit, carrying their rig."""
 
 import json
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from multiview.rig import RigMismatchError, available_rigs, load_rig
-from mvdiffusion.demo_components import (
+from mvdiffusion.demo import (
     MIN_PROMPT_DIFFERENCE,
     TextConfig,
     check_prompts_differ,
@@ -42,6 +42,7 @@ def test_tokenizer_knows_the_prompts_and_any_other_text():
     for name in available_rigs():
         for prompt in load_rig(name).prompts(angles=True):
             assert tokenizer.unk_token_id not in tokenizer(prompt).input_ids[1:-1]
+    assert tokenizer.get_vocab() == make_tokenizer().get_vocab()  # the trainer's own order changes from run to run
     foreign = "Zebrafish, größer: 老鼠 <3"
     assert tokenizer.unk_token_id not in tokenizer(foreign).input_ids[1:-1]
     assert len(tokenizer(foreign, padding="max_length", max_length=77, truncation=True).input_ids) == 77
@@ -84,7 +85,7 @@ def test_facelifts_own_file_needs_its_rig_stated(tmp_path):
         load_prompt_embeds(tmp_path / "clr_embeds.pt", load_rig("uniform8"))
 
 
-def test_similar_views_are_reported(tmp_path, text_folder):
+def test_similar_views_are_reported(tmp_path, text_folder, monkeypatch, capsys):
     """FaceLift's own front and back are 0.98 alike; prompts that do not name the view are 1."""
     generator = torch.Generator().manual_seed(0)
     common = torch.randn(77, 16, generator=generator)
@@ -96,13 +97,9 @@ def test_similar_views_are_reported(tmp_path, text_folder):
     assert len(alike_views(similarity, ["a", "b", "c", "d"])) == 3
     stored = write_prompt_embeds(tmp_path, text_folder, load_rig("uniform4"), "laboratory", angles=False)["similarity"]
     assert stored["matrix"] == [[1.0] * 4] * 4 and stored["views"] == load_rig("uniform4").view_names
-    command = [
-        sys.executable, "scripts/generate_mouse_prompt_embeds.py", "--rig", "uniform4", "--style", "laboratory",
-        "--model_name", str(text_folder), "--output_dir", str(tmp_path / "script"),
-    ]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
-    names = load_rig("uniform4").view_names
-    assert "warning: nearly the same" in done.stdout and f"{names[0]} and {names[1]} 1.000" in done.stdout
+    run_script(monkeypatch, text_folder, tmp_path / "script", "--style", "laboratory")
+    names, told = load_rig("uniform4").view_names, capsys.readouterr().out
+    assert "warning: nearly the same" in told and f"{names[0]} and {names[1]} 1.000" in told
 
 
 def test_missing_and_misshapen_files_are_refused(tmp_path):
@@ -120,14 +117,17 @@ def test_elevation_changes_the_rig_and_its_name():
     assert {view.elevation_deg for view in lower.views} == {5} and lower.name == "mouse6_elevation5"
 
 
-def test_script_writes_what_the_library_does(tmp_path, text_folder):
-    command = [
-        sys.executable, "scripts/generate_mouse_prompt_embeds.py", "--rig", "uniform4", "--style", "facelift",
-        "--angles", "--model_name", str(text_folder), "--output_dir", str(tmp_path / "script"),
-    ]  # fmt: skip
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    rig = load_rig("uniform4")
-    write_prompt_embeds(tmp_path / "library", text_folder, rig, "facelift", angles=True)
+def run_script(monkeypatch, text_folder, output, *options):
+    """The script as its users call it, in this process: another one would import torch again."""
+    path = str(ROOT / "scripts" / "generate_mouse_prompt_embeds.py")
+    arguments = ["--rig", "uniform4", "--model_name", str(text_folder), "--output_dir", str(output), *options]
+    monkeypatch.setattr(sys, "argv", [path, *arguments])
+    runpy.run_path(path)["main"]()
+
+
+def test_script_writes_what_the_library_does(tmp_path, text_folder, monkeypatch):
+    run_script(monkeypatch, text_folder, tmp_path / "script", "--style", "facelift", "--angles")
+    write_prompt_embeds(tmp_path / "library", text_folder, load_rig("uniform4"), "facelift", angles=True)
     loaded = [load_prompt_embeds(tmp_path / name).tensor for name in ("script", "library")]
     assert torch.equal(*loaded)
 

@@ -9,16 +9,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gslrm.model.gaussians import Gaussians, concatenate
+from gslrm.model.gaussians import Gaussians
 from gslrm.model.gaussians_renderer import RenderOutput, render, render_turntable
-from gslrm.model.rasterizers.cpu import set_num_threads
 from multiview.cameras import Cameras
 from tests import oracle_rasterizer as oracle
+from tests.gaussian_scenes import concatenate
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ("xyz", "features", "scaling", "rotation", "opacity")
-# Of values up to 1 (alpha), 2 (colour) and 3 to 4 (depth, whose tolerance is 1e-6 of it); relative L2 for gradients.
-IMAGE_TOLERANCE, DEPTH_TOLERANCE, GRADIENT_TOLERANCE = 1e-6, 3e-6, 1e-5
+# Of images in proportion to their largest value, if that is above 1; relative L2 for gradients.
+IMAGE_TOLERANCE, GRADIENT_TOLERANCE = 1e-6, 1e-5
 
 
 def scene(b=1, n=100, degree=0, log_scale=-3.0, logit=0.0, seed=0):
@@ -81,9 +81,8 @@ def assert_agree(gaussians, cameras, background, slack=1):
     (ours, our_gradients), (exact, exact_gradients) = both_with_gradients(gaussians, cameras, background)
     for name, a, e in zip(RenderOutput._fields, ours, exact):
         assert a.shape == e.shape and a.dtype == torch.float32
-        error = (a - e).abs().max().item()
-        tolerance = slack * (DEPTH_TOLERANCE if name == "depth" else IMAGE_TOLERANCE)
-        assert error < tolerance, f"{name}: {error:.2g}"
+        error = ((a - e).abs().max() / e.abs().max().clamp_min(1.0)).item()
+        assert error < slack * IMAGE_TOLERANCE, f"{name}: {error:.2g}"
     for name, a, e in zip((*NAMES, "background"), our_gradients, exact_gradients):
         error = ((a - e).norm() / e.norm().clamp_min(1e-12)).item()
         assert error < GRADIENT_TOLERANCE, f"gradient of {name}: {error:.2g}"
@@ -254,7 +253,6 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
-    set_num_threads(None)
 
 
 @pytest.mark.parametrize("views", [1, 3], ids=["tiles in parallel", "pictures in parallel"])
@@ -264,9 +262,6 @@ def test_results_do_not_depend_on_the_number_of_threads(threads, views):
     for number in (1, 2, 3):
         threads(number)
         results.append(picture_and_gradients(gaussians, cameras))
-    set_num_threads(2)
-    threads(1)
-    results.append(picture_and_gradients(gaussians, cameras))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other))
 
@@ -303,7 +298,7 @@ def test_padding_is_left_out_before_anything_is_sorted(monkeypatch):
         return kept
 
     monkeypatch.setattr(cpu, "_draw", recorded)
-    alone, padded = (picture_and_gradients(g, cameras) for g in (real, concatenate([padding, real])))
+    alone, padded = (picture_and_gradients(g, cameras) for g in (real, concatenate(padding, real)))
     assert len(orders[0]) > 150 and (orders[1] == orders[0] + 300).all()
     assert all(torch.equal(a, e) for a, e in zip(padded[:3], alone[:3]))
     for a, e in zip(padded[3:], alone[3:]):
@@ -346,8 +341,6 @@ def test_wrong_arguments_are_refused_by_name():
     with pytest.raises(ValueError, match="background"):
         render(gaussians, cameras, torch.ones(4))
     moving = Cameras(cameras.c2w.clone().requires_grad_(), cameras.fxfycxcy, 40, 56)
-    with pytest.raises(ValueError, match="threads must be at least 1"):
-        set_num_threads(0)
     with pytest.raises(ValueError, match="no gradients for cameras"):
         render(gaussians, moving, backend="cpu")
 
@@ -384,5 +377,5 @@ def test_render_turntable_gives_the_frames_of_its_cameras():
     expected = render(gaussians, Cameras.turntable(5, 32, elevation_deg=20.0)[None], 0.0).rgb[0].clamp(0, 1)
     assert torch.equal(frames, expected)
     assert seen == [(i, 5) for i in range(1, 6)]
-    with pytest.raises(ValueError, match="one scene"):
+    with pytest.raises(ValueError, match="b = 2"):
         render_turntable(scene(b=2, n=5), 3, 16)

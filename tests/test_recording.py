@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -10,8 +11,9 @@ import torch
 
 from multiview.cameras import Cameras
 from multiview.rig import load_rig
+from recording.analysis import check_videos
 from recording.calibration import Calibration
-from recording.centre import triangulate
+from recording.center import triangulate
 from recording.geometry import (
     assign_views,
     directions_from,
@@ -20,11 +22,12 @@ from recording.geometry import (
     mask_extents,
     place,
 )
+from recording.importer import split_samples
 from recording.masks import Silhouette, _largest_part, _plainly_largest, clean_mask, measure_mask
 from recording.rectify import rectify
-from recording.splits import split_blocks
-from recording.video import VideoReader, check_videos, find_videos, probe
-from recording.write import load_real_rig, video_writer
+from recording.settings import ImportSettings
+from recording.video import VideoReader, find_videos, probe
+from synthetic.dataset import load_real_rig, video_writer
 
 MOUSE6 = load_rig("mouse6")
 
@@ -40,8 +43,11 @@ def arena() -> dict:
 
 
 def plan_for(calibration, centre, **options):
-    defaults = {"rig": MOUSE6, "framing": "fill", "poses": "exact", "body_length": 73.0, "reference_camera": None}
-    return make_plan(calibration, np.atleast_2d(centre), **{**defaults, **options})
+    """options: of `make_plan` and of the settings."""
+    given = {"rig": MOUSE6, "body_length": 73.0}
+    given |= {name: options.pop(name) for name in ("rig", "zoom", "body_length") if name in options}
+    settings = ImportSettings("v", "m", Path("o"), **{"framing": "fill", **options})
+    return make_plan(calibration, np.atleast_2d(centre), settings, **given)
 
 
 # ---- the world ---------------------------------------------------------------------------------------------------
@@ -74,10 +80,10 @@ def test_frames_are_read_in_order_across_chunks(tmp_path):
     check_videos(videos, videos)
     for video in videos:
         with VideoReader(video) as reader:
-            seen = [int(reader.read(index).mean().round()) for index in (0, 3, 9, 10, 14)]
+            seen = [int(reader.read_bgr(index).mean().round()) for index in (0, 3, 9, 10, 14)]
             np.testing.assert_allclose(seen, [0, 30, 90, 100, 140], atol=1)
             with pytest.raises(ValueError, match="increasing order"):
-                reader.read(14)
+                reader.read_bgr(14)
 
 
 @pytest.mark.parametrize("crf", [0, 12])  # other pixel formats
@@ -97,8 +103,8 @@ def test_masks_read_as_brightness_are_those_of_the_colours(tmp_path, crf):
     with VideoReader(video) as masks, VideoReader(video) as colours:
         for index in (0, 1, 3, 4, 6):
             expected = colours.read_bgr(index)[..., 2] > 127
-            picture, half = masks.read_mask(index)
-            np.testing.assert_array_equal(picture > half, expected)
+            image, (black, white) = masks.read_mask(index)
+            np.testing.assert_array_equal(image > (black + white) // 2, expected)
             assert 1400 <= expected.sum() <= 1600
 
 
@@ -127,7 +133,7 @@ def test_truncated_video_is_an_error_that_names_the_frame(tmp_path):
     write_video(path, range(10))
     video = replace(probe([path]), counts=(12,))  # a header that promises more than the file holds
     with VideoReader(video) as reader, pytest.raises(ValueError, match=r"0.mp4: frame 10 .*truncated"):
-        reader.read(11)
+        reader.read_bgr(11)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(ValueError, match="0.mp4"):
         probe([path])
@@ -139,6 +145,10 @@ def test_truncated_video_is_an_error_that_names_the_frame(tmp_path):
 def disc(height, width, x, y, radius):
     rows, columns = np.mgrid[:height, :width] + 0.5
     return (columns - x) ** 2 + (rows - y) ** 2 <= radius**2
+
+
+def silhouette(mask: np.ndarray) -> Silhouette:
+    return clean_mask(255 * mask.astype(np.uint8))
 
 
 def test_mask_keeps_the_largest_component_and_fills_small_holes_only():
@@ -168,14 +178,14 @@ def test_largest_part_from_borders_alone_is_the_one_counted_pixel_by_pixel():
 def test_centre_is_the_bodys_centre_of_mass_not_the_bounding_box():
     mask = disc(200, 400, 80, 100, 40)
     mask[97:103, 80:380] = True  # a long tail
-    statistics = measure_mask(mask)
+    statistics = measure_mask(silhouette(mask))
     box_centre = (40 + 380) / 2
     assert abs(statistics.centre[0] - 80) < 2.0 and abs(statistics.centre[1] - 100) < 1.0
     assert abs(statistics.centre[0] - box_centre) > 100
     assert abs(statistics.axis_length - 80) < 12  # the tail is not counted
     assert statistics.hull[:, 0].max() == 380 and not statistics.touches_border
     mask[97:103, 380:] = True
-    assert measure_mask(mask).touches_border
+    assert measure_mask(silhouette(mask)).touches_border
 
 
 # ---- geometry ---------------------------------------------------------------------------------------------------
@@ -304,9 +314,9 @@ def test_warp_shows_what_the_turned_camera_would_see(real, arena, distorted):
     photograph = (255 * pattern(directions)).round().astype(np.uint8)
     focal = placement.true_focal[slot] * size
     rgba = rectify(
-        calibration, camera, photograph, Silhouette(np.ones((1024, 1152), bool), 0, 0, (1152, 1024)),
+        calibration, camera, photograph[..., ::-1], Silhouette(np.ones((1024, 1152), bool), 0, 0, (1152, 1024)),
         rotation=placement.true_rotation[slot], focal_px=focal, size=size,
-    ).full().transpose(2, 0, 1) / 255.0  # fmt: skip
+    ).transpose(2, 0, 1) / 255.0  # fmt: skip
     grid = (np.stack(np.meshgrid(np.arange(size) + 0.5, np.arange(size) + 0.5), axis=-1) - size / 2) / focal
     rays = np.concatenate([grid, np.ones((size, size, 1))], axis=-1) @ placement.true_rotation[slot]
     expected = pattern(rays / np.linalg.norm(rays, axis=-1, keepdims=True)).transpose(2, 0, 1)
@@ -326,13 +336,12 @@ def test_points_land_where_the_written_cameras_project_them(real, arena):
         camera = plan.order[slot]
         point = centre + rng.uniform(-25, 25, 3)
         x, y = real.project(point[None])[camera, 0]
-        mask = disc(1024, 1152, x, y, 12)
-        mask = Silhouette.of(mask)
+        mask = silhouette(disc(1024, 1152, x, y, 12))
         colours = np.full((*mask.window.shape, 3), 255, np.uint8)
         rgba = rectify(
             real, camera, colours, mask, rotation=placement.true_rotation[slot],
             focal_px=placement.true_focal[slot] * 512, size=512,
-        ).full().transpose(2, 0, 1) / 255.0  # fmt: skip
+        ).transpose(2, 0, 1) / 255.0  # fmt: skip
         rows, columns = np.mgrid[:512, :512] + 0.5
         found = np.array([(rgba[3] * columns).sum(), (rgba[3] * rows).sum()]) / rgba[3].sum()
         sample_point = placement.to_sample[:3, :3] @ point + placement.to_sample[:3, 3]
@@ -342,8 +351,8 @@ def test_points_land_where_the_written_cameras_project_them(real, arena):
 
 
 def test_a_whole_photograph_in_the_place_of_its_part_is_refused(real):
-    mask = Silhouette.of(disc(1024, 1152, 500, 400, 12))
-    with pytest.raises(ValueError, match=r"colours must be the mask's window, \[\d+, \d+, 3\], got \[1024, 1152, 3\]"):
+    mask = silhouette(disc(1024, 1152, 500, 400, 12))
+    with pytest.raises(ValueError, match=r"colors must be the mask's window, \[\d+, \d+, 3\], got \[1024, 1152, 3\]"):
         rectify(real, 0, np.zeros((1024, 1152, 3), np.uint8), mask, rotation=np.eye(3), focal_px=500.0, size=64)
 
 
@@ -362,13 +371,23 @@ def test_extent_says_when_a_mask_is_clipped(real, arena):
 # ---- splits -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("count", [2, 5, 12, 100, 2000])
-def test_split_takes_blocks_of_time(tmp_path, count):
-    folders = [tmp_path / f"sample_{index:06d}" for index in range(count)]
-    train, val = split_blocks(folders)
-    assert sorted(train + val) == folders and len(val) == max(1, round(0.2 * count))
-    held_out = np.array([folder in set(val) for folder in folders])
-    assert np.abs(np.diff(held_out.astype(int))).sum() <= 4  # at most two blocks
+@pytest.mark.parametrize("count", [1, 2, 5, 12, 100, 2000])
+def test_split_takes_blocks_of_time(count):
+    train, val = split_samples(count)
+    assert sorted(train + val) == list(range(count)) and len(val) == (max(1, round(0.2 * count)) if count > 1 else 0)
+    assert np.abs(np.diff(np.isin(np.arange(count), val).astype(int))).sum() <= 4  # at most two blocks
+
+
+def test_split_leaves_a_gap_between_training_and_validation():
+    train, val = split_samples(200, seconds=[0.1 * index for index in range(200)])
+    assert min(abs(a - b) for a in train for b in val) >= 5 and len(val) == 40 and len(train) == 200 - 40 - 16
+    assert len(split_samples(200, seconds=list(range(200)))[0]) == 160  # nothing is near anything
+
+
+def test_random_split_depends_on_the_seed_only():
+    train, val = split_samples(50, seed=3)
+    assert sorted(train + val) == list(range(50)) and len(val) == 10 and (train, val) == split_samples(50, seed=3)
+    assert val != split_samples(50, seed=4)[1]
 
 
 def test_cameras_of_a_written_sample_are_read_back_by_the_project(real):

@@ -5,21 +5,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from round_trip import load_script
+from round_trip import direct_rendering, marked, marker_errors, share_in_hull
 
 from multiview.image import composite
 from multiview.metrics import foreground_psnr, mask_iou
 from multiview.sample import read_sample
 from recording.calibration import FORMATS, write_calibration
-from recording.film import FilmConditions
-from recording.process import process_recording
-from recording.round_trip import direct_rendering, marked, marker_errors, share_in_hull
+from recording.importer import process_recording
 from recording.settings import ImportSettings
-from recording.write import ARENA_REACH, load_real_rig, stand_in_arena, write_recording
-from synthetic.motion import mouse_sequence
+from synthetic.dataset import ARENA_REACH, load_real_rig, make_renderer, stand_in_arena, write_recording
+from synthetic.photograph import RecordingConditions
+from synthetic.scene import mouse_sequence
 
 WIDTH, SIZE = 576, 192  # half of the real photographs' width: two of their pixels make one of the picture's
-BLACK = FilmConditions(background=0.0)
+BLACK = RecordingConditions(background=0.0)
 HOLDS = {  # which formats can hold which lenses
     "none": tuple(FORMATS),
     "distorted": ("transforms", "colmap_text", "colmap_binary"),
@@ -39,7 +38,7 @@ def rig_with(lens: str):
 
 @pytest.fixture(scope="module")
 def render():
-    return load_script().make_renderer("cpu")
+    return make_renderer()
 
 
 @pytest.fixture(scope="module")
@@ -112,5 +111,5 @@ def test_true_keypoints_and_centre_are_written_beside_the_recording(filmed, clou
     assert truth["unit"] == "mm" and len(truth["keypoint_names"]) == 22
     for frame, cloud in zip(truth["frames"], clouds, strict=True):
         np.testing.assert_allclose(frame["keypoints"], cloud.keypoints, atol=1e-4)
-        np.testing.assert_allclose(frame["centre"], cloud.centre, atol=1e-4)
+        np.testing.assert_allclose(frame["centre"], cloud.center, atol=1e-4)
         assert 60 < frame["body_length"] < 90

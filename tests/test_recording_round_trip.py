@@ -9,28 +9,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from round_trip import load_script
+from round_trip import load_script, recording_cameras
 
 from multiview.image import composite
 from multiview.metrics import foreground_psnr, mask_iou
 from multiview.rig import RigMismatchError, check_alignment, load_rig
 from multiview.sample import read_dataset_info, read_sample, read_split
-from recording.film import FilmConditions
-from recording.process import process_recording
-from recording.round_trip import recording_cameras
+from recording.importer import process_recording
 from recording.settings import ImportSettings
-from recording.write import ARENA_REACH, load_real_rig, stand_in_arena, write_recording
-from synthetic.motion import mouse_sequence
+from synthetic.dataset import ARENA_REACH, load_real_rig, make_renderer, stand_in_arena, write_recording
+from synthetic.photograph import RecordingConditions
+from synthetic.scene import mouse_sequence
 
 ROOT = Path(__file__).resolve().parent.parent
 NUM_FRAMES, WIDTH, SIZE = 6, 384, 256  # a photograph's pixel is about one of the picture's
 BACKGROUND = 0.8
-CONDITIONS = FilmConditions(background=BACKGROUND)
+CONDITIONS = RecordingConditions(background=BACKGROUND)
 
 
 @pytest.fixture(scope="module")
 def render():
-    return load_script().make_renderer("cpu")
+    return make_renderer()
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +87,7 @@ def test_cameras_are_the_real_ones_and_keypoints_land_on_the_animal(dataset, clo
         for slot in range(len(order)):
             assert (sample.rgba[slot, 3, trunk[slot, :, 1], trunk[slot, :, 0]] > 0.5).all()
         centre = np.linalg.inv(to_sample)[:3, 3]
-        assert np.linalg.norm(centre - cloud.centre) < 2.5  # mm, of a 73 mm body
+        assert np.linalg.norm(centre - cloud.center) < 2.5  # mm, of a 73 mm body
 
 
 def test_views_are_in_the_rigs_order_by_direction(dataset):
@@ -169,7 +168,7 @@ def test_lists_are_relative_and_nothing_names_a_machine(dataset, recording):
 
 
 def test_empty_mask_is_an_error_that_can_be_skipped(recording, clouds, tmp_path, render):
-    from recording.write import video_writer
+    from synthetic.dataset import video_writer
 
     broken = tmp_path / "broken"
     (broken / "masks").mkdir(parents=True)
@@ -186,8 +185,10 @@ def test_empty_mask_is_an_error_that_can_be_skipped(recording, clouds, tmp_path,
     writer.close()
     settings = ImportSettings(recording / "videos_undist", broken, tmp_path / "data", image_size=64)
     with pytest.raises(ValueError, match=r"2.mp4: the mask of frame 3 is empty.*--on_bad_frame skip"):
-        process_recording(settings)
-    process_recording(replace(settings, on_bad_frame="skip"))
+        process_recording(replace(settings, on_bad_frame="error"))
+    said = []
+    assert process_recording(settings, said.append)["skipped_frames"] == 1
+    assert "frame 3 was left out: empty mask in 2.mp4" in said
     info = read_dataset_info(tmp_path / "data")
     assert info["frames"] == [0, 1, 2, 4, 5] and list(info["skipped_frames"]) == ["3"]
 

@@ -1,5 +1,6 @@
 """Seeds, the run folder, and the exit codes of entry scripts."""
 
+import errno
 import json
 import sys
 
@@ -41,13 +42,22 @@ def test_wandb_missing_is_said(tmp_path, monkeypatch):
         RunFolder(tmp_path, {}, None, wandb=WandbOptions(mode="offline"))
 
 
-def test_a_user_error_exits_1_with_one_message(capsys):
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ValueError("rig 'x' is unknown"), "rig 'x' is unknown"),
+        (OSError(errno.ENOSPC, "No space left on device", "out/a.mp4"), "out/a.mp4: No space left on device"),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "out"), "out: Not a directory"),
+        (OSError(errno.EROFS, "Read-only file system", "/x"), "/x: Read-only file system"),
+    ],
+)
+def test_a_user_error_exits_1_with_one_message(capsys, error, message):
     def main():
-        raise ValueError("rig 'x' is unknown")
+        raise error
 
     with pytest.raises(SystemExit) as exit_info:
         main_guard(main)
-    assert exit_info.value.code == 1 and "error: rig 'x' is unknown" in capsys.readouterr().err
+    assert exit_info.value.code == 1 and capsys.readouterr().err == f"error: {message}\n"
 
 
 def test_cuda_without_a_gpu_is_refused(monkeypatch):

@@ -1,26 +1,32 @@
-"""The synthetic mouse: deterministic, inside the picture, the right size, the right way round."""
+"""The synthetic mouse: deterministic, inside the image, the right size, the right way round; its datasets."""
 
 import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from multiview.files import owned_folder
 from multiview.rig import load_rig
 from multiview.sample import read_dataset_info, read_sample, read_split
-from synthetic.body import MouseShape
-from synthetic.body_model import BODY_KEYS, BodyModel, BodyModelMice, rotation_from_vector
-from synthetic.cloud import BODY_LENGTH, KEYPOINT_NAMES, quats_from_frames
+from synthetic.body_model import BODY_KEYS, BodyModelMice
 from synthetic.coat import COATS, random_coat
-from synthetic.dataset import make_sample, novel_cameras, split_indices
-from synthetic.motion import mouse_sequence
-from synthetic.pose import POSES, random_pose, rest_pose
-from synthetic.scene import build_cloud, make_mouse, random_light
-from synthetic.skeleton import solve
+from synthetic.dataset import make_sample, sample_cameras, split_indices
+from synthetic.pose import MousePose, random_pose
+from synthetic.scene import KEYPOINT_NAMES, build_cloud, make_mouse, mouse_sequence, random_light
+from synthetic.settings import ALL_POSES, MouseSettings
+from synthetic.skeleton import BODY_LENGTH, MouseShape, solve
 
 SIZE = 96
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "make_synthetic_mouse.py"
+PLAIN = MouseSettings(Path("unused"), image_size=SIZE, seed=4)
 
 
 @pytest.fixture(scope="module")
@@ -28,20 +34,21 @@ def rig():
     return load_rig("mouse6")
 
 
-def test_choices_in_help_match_the_package(script):
-    assert script.COATS == COATS and script.POSES == (*POSES, "rest")
+# ---- the animal -----------------------------------------------------------------------------------------------------
 
 
 def test_make_mouse_depends_on_seed_and_index_only():
     first = make_mouse(3, 7)
-    make_mouse(3, 8)
+    other = make_mouse(3, 8)
     again = make_mouse(3, 7)
     assert np.array_equal(first.means, again.means) and np.array_equal(first.rgb, again.rgb)
-    other = make_mouse(3, 8)
     assert len(other) != len(first) or not np.allclose(other.means, first.means)
+    # Numbers of the first release: older datasets can be continued.
+    assert first.rgb.mean() == pytest.approx(0.4468135, abs=1e-5)
+    assert np.allclose(first.rgb[1234], [0.4837958, 0.5037234, 0.50093323], atol=1e-5)
 
 
-@pytest.mark.parametrize("pose", [*POSES, "rest"])
+@pytest.mark.parametrize("pose", [*ALL_POSES, "rest"])
 def test_poses_stay_inside_every_view(pose, rig):
     cameras = rig.cameras(SIZE)
     for index in range(4):
@@ -52,45 +59,39 @@ def test_poses_stay_inside_every_view(pose, rig):
         assert uv.min() > 0.5 and uv.max() < SIZE - 0.5
 
 
-def test_normalisation_puts_the_body_centre_at_the_origin():
+def test_normalization_puts_the_body_center_at_the_origin():
     for index in range(6):
         cloud = make_mouse(5, index)
-        assert np.abs(cloud.centre).max() < 1e-6
+        assert np.abs(cloud.center).max() < 1e-6
         assert 0.93 * BODY_LENGTH <= cloud.body_length <= 1.11 * BODY_LENGTH
         # Without the tail, the splats surround the origin in every direction.
         body = cloud.means[np.abs(cloud.means).max(axis=1) < 0.45 * cloud.body_length]
         assert np.abs(np.median(body, axis=0)).max() < 0.12 * cloud.body_length
         assert cloud.means[:, 2].min() == pytest.approx(cloud.floor, abs=0.03)  # it stands on the floor
+    spine = solve(MouseShape(), MousePose()).spine
+    assert np.linalg.norm(np.diff(spine, axis=0), axis=1).sum() == pytest.approx(1.0, abs=0.01)
 
 
-def test_stretched_spine_has_the_body_length():
-    pose = rest_pose()
-    skeleton = solve(MouseShape(), pose)
-    assert np.linalg.norm(np.diff(skeleton.spine, axis=0), axis=1).sum() == pytest.approx(1.0, abs=0.01)
-
-
-def test_heading_points_the_nose_at_the_azimuth():
-    for heading, axis in ((0.0, (0, -1)), (90.0, (-1, 0)), (180.0, (0, 1))):
-        cloud = make_mouse(2, 1, pose="rest", heading_deg=heading)
-        nose = cloud.keypoints[KEYPOINT_NAMES.index("Snout")][:2]
-        assert np.dot(nose / np.linalg.norm(nose), axis) > 0.99
-        left = cloud.keypoints[KEYPOINT_NAMES.index("EarL")] - cloud.keypoints[KEYPOINT_NAMES.index("EarR")]
-        assert axis[0] * left[1] - axis[1] * left[0] > 0  # counter-clockwise from the nose, seen from above
+@pytest.mark.parametrize(("heading", "axis"), [(0.0, (0, -1)), (90.0, (-1, 0)), (180.0, (0, 1))])
+def test_heading_points_the_nose_at_the_azimuth(heading, axis):
+    cloud = make_mouse(2, 1, pose="rest", heading_deg=heading)
+    nose = cloud.keypoints[KEYPOINT_NAMES.index("Snout")][:2]
+    assert np.dot(nose / np.linalg.norm(nose), axis) > 0.99
+    left = cloud.keypoints[KEYPOINT_NAMES.index("EarL")] - cloud.keypoints[KEYPOINT_NAMES.index("EarR")]
+    assert axis[0] * left[1] - axis[1] * left[0] > 0  # counter-clockwise from the nose, seen from above
 
 
 def test_rest_mouse_is_left_right_symmetric():
     from scipy.spatial import cKDTree
 
     rng = np.random.default_rng(0)
-    shape = MouseShape(tail_length=0.4)  # a longer one would curl to stay in the picture
-    cloud = build_cloud(shape, rest_pose(), random_coat(rng, "grey"), random_light(rng), rng)
-    mirrored = cloud.means * [-1, 1, 1]
-    distance, nearest = cKDTree(cloud.means).query(mirrored)
+    shape = MouseShape(tail_length=0.4)  # a longer one would curl to stay in the image
+    cloud = build_cloud(shape, MousePose(), random_coat(rng, "grey"), random_light(rng), rng)
+    distance, _ = cKDTree(cloud.means).query(cloud.means * [-1, 1, 1])
     assert np.quantile(distance, 0.99) < 0.03 and distance.max() < 0.06
-    keypoints = cloud.keypoints * [-1, 1, 1]
     swap = [KEYPOINT_NAMES.index(n[:-1] + {"L": "R", "R": "L"}[n[-1]]) if n[-1] in "LR" else i
             for i, n in enumerate(KEYPOINT_NAMES)]  # fmt: skip
-    assert np.abs(keypoints - cloud.keypoints[swap]).max() < 0.02
+    assert np.abs(cloud.keypoints * [-1, 1, 1] - cloud.keypoints[swap]).max() < 0.02
 
 
 @pytest.mark.parametrize("coat", COATS)
@@ -109,8 +110,39 @@ def test_unknown_coat_and_pose_are_refused_by_name():
         make_mouse(0, 0, pose="fly")
 
 
+def test_sequence_moves_smoothly_and_keeps_its_coat(monkeypatch):
+    monkeypatch.setattr("synthetic.surface.SPACING", 0.03)
+    clouds = list(mouse_sequence(1, 12, fps=25.0, arena_radius=1.0, coat="piebald"))
+    steps = [np.abs(b.keypoints - a.keypoints).max() for a, b in zip(clouds, clouds[1:])]
+    assert max(steps) < 0.25 and sum(steps) > 0
+    assert all(np.linalg.norm(c.center[:2]) < 1.01 for c in clouds)
+    assert all(c.floor == 0.0 and c.means[:, 2].min() > -0.03 for c in clouds)
+    assert json.dumps(clouds[-1].meta)
+    sizes = [len(c) for c in clouds]
+    assert max(sizes) - min(sizes) < 0.1 * max(sizes)
+    rng = np.random.default_rng(0)
+    a, b = random_pose(rng, "crouch"), random_pose(rng, "rear")
+    assert np.allclose(a.towards(b, 0.0).spine_pitch, a.spine_pitch)
+    assert a.towards(b, 1.0).hip_height == pytest.approx(b.hip_height)
+
+
+def test_transformed_rotates_splats_with_their_centers():
+    def long_axis(quats: np.ndarray) -> np.ndarray:
+        w, x, y, z = quats.T
+        return np.stack([1 - 2 * (y * y + z * z), 2 * (x * y + w * z), 2 * (x * z - w * y)], axis=1)
+
+    cloud = make_mouse(0, 0, pose="rest")
+    turned = cloud.transformed(scale=2.0, rotate_z_deg=90.0, offset=(1.0, 0.0, 0.0))
+    assert np.allclose(turned.means[:, 0], 1.0 - 2 * cloud.means[:, 1], atol=1e-5)
+    assert np.allclose(long_axis(turned.quats)[:, 1], long_axis(cloud.quats)[:, 0], atol=1e-5)
+    assert np.allclose(turned.log_scales - cloud.log_scales, np.log(2.0), atol=1e-5)
+
+
+# ---- samples --------------------------------------------------------------------------------------------------------
+
+
 def test_sample_covers_its_share_and_depth_agrees_with_the_cameras(rig, render):
-    sample = make_sample(rig, SIZE, 4, 2, render, num_novel_views=2, depth=True)
+    sample = make_sample(rig, replace(PLAIN, num_novel_views=2, depth=True), 2, render)
     assert sample.rgba.shape == (8, 4, SIZE, SIZE) and sample.view_names[6:] == [None, None]
     coverage = sample.rgba[:6, 3].mean(dim=(1, 2))
     assert 0.065 < coverage.mean() < 0.4 and coverage.min() > 0.04
@@ -121,34 +153,42 @@ def test_sample_covers_its_share_and_depth_agrees_with_the_cameras(rig, render):
         fx, fy, cx, cy = sample.cameras.fxfycxcy[view]
         z = depth[v, u]
         local = torch.stack([(u + 0.5 - cx) / fx * z, (v + 0.5 - cy) / fy * z, z], dim=-1)
-        pose = sample.cameras.c2w[view]
-        world = local @ pose[:3, :3].T + pose[:3, 3]
-        nearest = torch.cdist(world, cloud).amin(dim=1)
+        c2w = sample.cameras.c2w[view]
+        nearest = torch.cdist(local @ c2w[:3, :3].T + c2w[:3, 3], cloud).amin(dim=1)
         # the mean depth of a pixel may lie between a near and a far surface, but only along outlines
         assert nearest.quantile(0.9) < 0.035
 
 
-def test_straight_alpha_keeps_colours_at_the_outline(rig, render):
-    """Premultiplied colours would turn a white mouse's outline dark."""
-    sample = make_sample(rig, SIZE, 4, 3, render, coat="white")
-    alpha = sample.rgba[:, 3]
-    edge = (alpha > 0.2) & (alpha < 0.6)
-    brightness = sample.rgba[:, :3].mean(1)
-    assert brightness[edge].median() > 0.6 * brightness[alpha > 0.95].median()
+def test_straight_alpha_keeps_colors_at_the_outline(rig, render):
+    """Premultiplied colors would turn a white mouse's outline dark."""
+    sample = make_sample(rig, replace(PLAIN, coat="white"), 3, render)
+    alpha, brightness = sample.rgba[:, 3], sample.rgba[:, :3].mean(1)
+    assert brightness[(alpha > 0.2) & (alpha < 0.6)].median() > 0.6 * brightness[alpha > 0.95].median()
 
 
 def test_novel_cameras_are_keyed_and_in_range(rig):
-    cameras = novel_cameras(rig, SIZE, 20, 0, 1)
+    settings = replace(PLAIN, num_novel_views=20)
+    cameras = sample_cameras(rig, settings, 1)[6:]
     assert (cameras.elevation_deg > -5.1).all() and (cameras.elevation_deg < 60.1).all()
     assert (cameras.distance > 2.39).all() and (cameras.distance < 3.01).all()
-    assert not torch.allclose(cameras.c2w, novel_cameras(rig, SIZE, 20, 0, 2).c2w)
+    assert not torch.allclose(cameras.c2w, sample_cameras(rig, settings, 2)[6:].c2w)
 
 
-def test_heading_range_is_respected(rig, render):
-    headings = [
-        make_sample(rig, 16, 0, i, render, heading_deg=(30.0, 10.0)).extra["synthetic"]["heading_deg"] for i in range(5)
-    ]
-    assert all(20.0 <= h <= 40.0 for h in headings) and len(set(headings)) == 5
+def test_heading_size_place_pose_and_elevation_stay_in_their_ranges(rig, render):
+    settings = replace(
+        PLAIN, image_size=16, heading_deg=(30.0, 10.0), size=(0.4, 1.3), off_center=0.1, elevation=(30.0, 50.0),
+        poses=("curl", "stretch"),
+    )  # fmt: skip
+    samples = [make_sample(rig, settings, index, render) for index in range(5)]
+    drawn = [sample.extra["synthetic"] for sample in samples]
+    assert all(20.0 <= d["heading_deg"] <= 40.0 for d in drawn) and len({d["heading_deg"] for d in drawn}) == 5
+    assert {d["pose"] for d in drawn} == {"curl", "stretch"}
+    lengths = [sample.extra["body_length"] for sample in samples]
+    assert 0.4 <= min(lengths) and max(lengths) <= 1.3 and max(lengths) - min(lengths) > 0.2
+    for sample in samples:
+        elevations = sample.cameras.elevation_deg
+        assert 29.9 < elevations[rig.reference_view] < 50.1
+        assert torch.allclose(elevations[1:], rig.cameras(16).elevation_deg[1:])
 
 
 def test_split_never_moves_a_sample_when_the_dataset_grows():
@@ -156,6 +196,9 @@ def test_split_never_moves_a_sample_when_the_dataset_grows():
     more_train, more_val = split_indices(90, 0.2)
     assert len(val) == 10 and set(val) <= set(more_val) and set(train) <= set(more_train)
     assert split_indices(3, 0.0) == ([0, 1, 2], [])
+
+
+# ---- the script -----------------------------------------------------------------------------------------------------
 
 
 def test_script_writes_the_same_dataset_with_any_workers_and_resumes(script, tmp_path):
@@ -176,52 +219,83 @@ def test_script_writes_the_same_dataset_with_any_workers_and_resumes(script, tmp
         script.main(["--output_dir", str(one), *common, "--workers", "1", "--seed", "5"])
 
 
-def test_script_refuses_a_foreign_folder(script, tmp_path):
-    (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="not empty and has no dataset.json"):
-        script.main(["--output_dir", str(tmp_path), "--num_samples", "1", "--workers", "1"])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--num_samples 2000000000", "argument --num_samples: must be at most 10000000"),
+        ("--num_samples 0", "must be at least 1"),
+        ("--image_size 100000", "must be at most 4096"),
+        ("--photographic 1.2", "must be at most 1, got 1.2"),
+        ("--photographic 0.5 --as_recording", "--photographic, .* are a dataset's"),
+        ("--val_fraction 1", "must be at most 0.999"),
+        ("--heading_deg 70", "expected 2 arguments"),
+        ("--size 0.4 30", "--size: must be at most 3"),
+        ("--noise 3", "add --as_recording"),
+        ("--noise nan", "must be finite"),
+        ("--as_recording --video_width 129", "--video_width must be even"),
+        ("--body_model m.npz", "go together"),
+        ("--pose walk --poses rear", "exclude each other"),
+    ],
+)
+def test_arguments_are_refused_before_any_work(script, capsys, arguments, message):
+    with pytest.raises(SystemExit) as end:
+        script.parse_arguments(["--output_dir", "out", *arguments.split()])
+    assert end.value.code == 2
+    assert re.search(message, " ".join(capsys.readouterr().err.split()))
 
 
-def test_sequence_moves_smoothly_and_keeps_its_coat():
-    clouds = list(mouse_sequence(1, 12, fps=25.0, arena_radius=1.0, coat="piebald", spacing=0.03))
-    steps = [np.abs(b.keypoints - a.keypoints).max() for a, b in zip(clouds, clouds[1:])]
-    assert max(steps) < 0.25 and sum(steps) > 0
-    assert all(np.linalg.norm(c.centre[:2]) < 1.01 for c in clouds)
-    assert all(c.floor == 0.0 and c.means[:, 2].min() > -0.03 for c in clouds)
-    assert json.dumps(clouds[-1].meta)
-    sizes = [len(c) for c in clouds]
-    assert max(sizes) - min(sizes) < 0.1 * max(sizes)
+def test_script_refuses_folders_that_are_not_its_own(script, tmp_path):
+    common = ["--num_samples", "1", "--workers", "1", "--image_size", "16"]
+    foreign, file, used = tmp_path / "foreign", tmp_path / "file", tmp_path / "used"
+    foreign.mkdir()
+    (foreign / "notes.txt").write_text("mine")
+    file.write_text("")
+    script.main(["--output_dir", str(used), *common])
+    for folder, more, message in (
+        (foreign, [], "not empty and has no dataset.json"),
+        (foreign, ["--as_recording"], "not empty; a recording is written into a new folder"),
+        (file, [], "is a file; name a folder"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            script.main(["--output_dir", str(folder), *common, *more])
+    assert [path.name for path in foreign.iterdir()] == ["notes.txt"]
+    with owned_folder(used), pytest.raises(ValueError, match="is in use by process"):
+        script.main(["--output_dir", str(used), *common])
 
 
-def test_pose_interpolation_reaches_both_ends():
-    rng = np.random.default_rng(0)
-    a, b = random_pose(rng, "crouch"), random_pose(rng, "rear")
-    assert np.allclose(a.towards(b, 0.0).spine_pitch, a.spine_pitch)
-    assert a.towards(b, 1.0).hip_height == pytest.approx(b.hip_height)
+def test_full_disk_is_one_sentence_and_lists_nothing(script, tmp_path, monkeypatch):
+    def full(self, *_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("multiview.sample.write_image", full)
+    with pytest.raises(ValueError, match="cannot write .*No space left on device"):
+        script.main(["--output_dir", str(tmp_path), "--num_samples", "1", "--workers", "1", "--image_size", "16"])
+    assert [path.name for path in tmp_path.iterdir()] == ["dataset.json"]
 
 
-def test_transformed_rotates_splats_with_their_centres():
-    cloud = make_mouse(0, 0, pose="rest")
-    turned = cloud.transformed(scale=2.0, rotate_z_deg=90.0, offset=(1.0, 0.0, 0.0))
-    assert np.allclose(turned.means[:, 0], 1.0 - 2 * cloud.means[:, 1], atol=1e-5)
-    axis = _long_axis(cloud.quats)
-    turned_axis = _long_axis(turned.quats)
-    assert np.allclose(turned_axis[:, 1], axis[:, 0], atol=1e-5)
-    assert np.allclose(turned.log_scales - cloud.log_scales, np.log(2.0), atol=1e-5)
+def test_sigterm_keeps_whole_samples_and_the_command_continues(tmp_path):
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        "--output_dir",
+        str(tmp_path),
+        "--image_size",
+        "16",
+        "--workers",
+        "1",
+        "--num_samples",
+    ]
+    run = subprocess.Popen([*command, "2000"], stderr=subprocess.PIPE, text=True)
+    while run.poll() is None and not (tmp_path / "sample_000001").exists():
+        time.sleep(0.05)
+    run.send_signal(signal.SIGTERM)
+    assert "repeat the command" in run.communicate(timeout=60)[1] and run.returncode == 143
+    assert not list(tmp_path.glob("*.txt")) and not (tmp_path / ".owner.json").exists()
+    subprocess.run([*command, "3"], check=True, capture_output=True)
+    assert len(read_split(tmp_path / "data_mouse_train.txt")) == 3 and not list(tmp_path.glob(".*"))
 
 
-def _long_axis(quats: np.ndarray) -> np.ndarray:
-    w, x, y, z = quats.T
-    return np.stack([1 - 2 * (y * y + z * z), 2 * (x * y + w * z), 2 * (x * z - w * y)], axis=1)
-
-
-def test_quats_from_frames_inverts_to_the_axes():
-    rotations = rotation_from_vector(np.random.default_rng(0).normal(0, 2.0, (50, 3)))
-    quats = quats_from_frames(rotations[:, :, 0], rotations[:, :, 1], rotations[:, :, 2])
-    assert np.allclose(_long_axis(quats), rotations[:, :, 0], atol=1e-5)
-
-
-# ---- external skinned mesh -----------------------------------------------------------------------------------------
+# ---- external skinned mesh ------------------------------------------------------------------------------------------
 
 
 def tiny_body() -> dict[str, np.ndarray]:
@@ -246,50 +320,47 @@ def tiny_body() -> dict[str, np.ndarray]:
     }  # fmt: skip
 
 
-def tiny_poses() -> dict[str, np.ndarray]:
+@pytest.fixture
+def body_files(tmp_path):
     vectors = np.zeros((3, 3, 3), dtype=np.float32)
     vectors[1, 2], vectors[2, 2] = [0, 0, 0.3], [0, 0, -0.3]
-    turns = np.tile(np.eye(3), (3, 1, 1))
-    return {"local_rotvec": vectors, "bone_scale": np.ones((3, 1), np.float32), "global_R": turns}
-
-
-def test_body_model_rest_pose_reproduces_the_mesh_and_turns_with_a_joint(tmp_path):
     np.savez(tmp_path / "body.npz", **tiny_body())
-    model = BodyModel.load(tmp_path / "body.npz")
-    rest = model.arrays["rest_local_rot"]
-    vertices, _ = model.pose(rest, np.ones(1), np.eye(3))
-    assert np.allclose(vertices - vertices[2], model.arrays["vertices"] - model.arrays["vertices"][2], atol=1e-6)
+    turns = np.tile(np.eye(3), (3, 1, 1))
+    np.savez(tmp_path / "poses.npz", local_rotvec=vectors, bone_scale=np.ones((3, 1), np.float32), global_R=turns)
+    return tmp_path / "body.npz", tmp_path / "poses.npz"
+
+
+def test_body_model_rest_pose_reproduces_the_mesh_and_turns_with_a_joint(body_files):
+    model = BodyModelMice(*body_files)
+    rest, mesh = model.arrays["rest_local_rot"], model.arrays["vertices"]
+    vertices, _ = model.pose(rest, np.ones(1))
+    assert np.allclose(vertices - vertices[2], mesh - mesh[2], atol=1e-6)
     turned = rest.copy()
-    turned[2] = rotation_from_vector(np.array([0, 0, np.pi / 2]))
-    moved, _ = model.pose(turned, np.ones(1), np.eye(3))
-    still = model.arrays["vertices"][:, 1] > -0.2
+    turned[2] = [[0, -1, 0], [1, 0, 0], [0, 0, 1]]
+    moved, _ = model.pose(turned, np.ones(1))
+    still = mesh[:, 1] > -0.2
     assert np.allclose(moved[still], vertices[still])
     # the nose corner lies 0.15 before the joint and 0.1 to its right: a quarter turn to the left about z
     assert np.allclose(moved[0] - [0, -0.15, 0], [0.15, -0.1, 0.0], atol=1e-6)
 
 
-def test_body_model_mice_fill_a_normalised_cloud(tmp_path):
-    np.savez(tmp_path / "body.npz", **tiny_body())
-    np.savez(tmp_path / "poses.npz", **tiny_poses())
-    mice = BodyModelMice.load(tmp_path / "body.npz", tmp_path / "poses.npz")
+def test_body_model_mice_fill_a_normalized_cloud(body_files):
+    mice = BodyModelMice(*body_files)
     cloud, again = mice(0, 3, coat="brown", heading_deg=90.0), mice(0, 3, coat="brown", heading_deg=90.0)
     assert np.array_equal(cloud.means, again.means)
     lit = mice(0, 3, coat="brown", heading_deg=90.0, light=random_light(np.random.default_rng(5)))
     assert np.array_equal(lit.means, cloud.means) and not np.allclose(lit.rgb, cloud.rgb)
-    assert np.abs(cloud.centre).max() < 1e-6 and np.abs(cloud.means.mean(axis=0)).max() < 0.15
+    assert np.abs(cloud.center).max() < 1e-6 and np.abs(cloud.means.mean(axis=0)).max() < 0.15
     nose = cloud.keypoints[KEYPOINT_NAMES.index("Snout")] - cloud.keypoints[KEYPOINT_NAMES.index("TailBase")]
     assert 0.9 * BODY_LENGTH < np.linalg.norm(nose) < 1.15 * BODY_LENGTH
     assert cloud.means[:, 2].min() == pytest.approx(cloud.floor, abs=0.02)
 
 
-def test_body_model_errors_name_the_file_and_the_remedy(tmp_path):
-    arrays = tiny_body()
-    del arrays["parents"]
-    np.savez(tmp_path / "body.npz", **arrays)
-    with pytest.raises(ValueError, match="body.npz lacks the arrays parents"):
-        BodyModel.load(tmp_path / "body.npz")
-    with pytest.raises(ValueError, match="does not exist"):
-        BodyModel.load(tmp_path / "absent.npz")
-    with pytest.raises(ValueError, match="--body_model_poses"):
-        BodyModelMice.load(tmp_path / "body.npz", None)
+def test_body_model_errors_name_the_file_and_the_remedy(body_files):
+    body, poses = body_files
+    np.savez(body, **{key: value for key, value in tiny_body().items() if key != "parents"})
+    with pytest.raises(ValueError, match="body.npz cannot be used: .parents is not a file"):
+        BodyModelMice(body, poses)
+    with pytest.raises(ValueError, match="absent.npz cannot be used: .* an .npz with vertices"):
+        BodyModelMice(body.with_name("absent.npz"), poses)
     assert "parents" in BODY_KEYS

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,12 +16,12 @@ ODD_IN_X = (3, 4, 7, 10, 13, 15)  # of the real spherical harmonics in 3DGS orde
 class Gaussians:
     """3D Gaussians of `b` scenes with `n` Gaussians each, as raw values (what a network predicts, what a PLY holds).
 
-    xyz: [b, n, 3] centres, world frame.
-    features: [b, n, (degree + 1)^2, 3] spherical-harmonics coefficients, degree 0 to 3; at degree 0 the colour is
+    xyz: [b, n, 3] centers, world frame.
+    features: [b, n, (degree + 1)^2, 3] spherical-harmonics coefficients, degree 0 to 3; at degree 0 the color is
         0.28209479 * features + 0.5.
     scaling: [b, n, 3] natural logarithm of the standard deviations, world units.
-    rotation: [b, n, 4] quaternions (w, x, y, z), need not be normalised.
-    opacity: [b, n, 1] logits.
+    rotation: [b, n, 4] quaternions (w, x, y, z), need not be normalized.
+    opacity: [b, n, 1] logits; +-infinity is a legal one.
     Raises ValueError if the shapes do not belong together.
     """
 
@@ -36,17 +36,14 @@ class Gaussians:
             raise ValueError(f"xyz must have shape [b, n, 3], got {list(self.xyz.shape)}")
         b, n, _ = self.xyz.shape
         for name, width in (("scaling", 3), ("rotation", 4), ("opacity", 1)):
-            shape = getattr(self, name).shape
-            if shape != (b, n, width):
-                raise ValueError(
-                    f"{name} must have shape [{b}, {n}, {width}] to go with xyz {[b, n, 3]}, got {list(shape)}"
-                )
-        shape = self.features.shape
-        coefficients = [(degree + 1) ** 2 for degree in range(MAX_SH_DEGREE + 1)]
-        if len(shape) != 4 or shape[:2] != (b, n) or shape[3] != 3 or shape[2] not in coefficients:
+            shape = list(getattr(self, name).shape)
+            if shape != [b, n, width]:
+                raise ValueError(f"{name} must have shape {[b, n, width]} to go with xyz {[b, n, 3]}, got {shape}")
+        shape, coefficients = list(self.features.shape), [(degree + 1) ** 2 for degree in range(MAX_SH_DEGREE + 1)]
+        if len(shape) != 4 or shape[:2] != [b, n] or shape[3] != 3 or shape[2] not in coefficients:
             raise ValueError(
                 f"features must have shape [{b}, {n}, k, 3] with k one of {coefficients} (SH degree 0 to "
-                f"{MAX_SH_DEGREE}) to go with xyz {[b, n, 3]}, got {list(shape)}"
+                f"{MAX_SH_DEGREE}) to go with xyz {[b, n, 3]}, got {shape}"
             )
 
     # ---- derived values -----------------------------------------------------------------------------------------
@@ -69,11 +66,6 @@ class Gaussians:
         return self.xyz.device
 
     @property
-    def get_xyz(self) -> Tensor:
-        """[b, n, 3] centres, world frame."""
-        return self.xyz
-
-    @property
     def get_scaling(self) -> Tensor:
         """[b, n, 3] standard deviations, world units."""
         return self.scaling.exp()
@@ -85,7 +77,7 @@ class Gaussians:
 
     @property
     def get_opacity(self) -> Tensor:
-        """[b, n, 1] in (0, 1)."""
+        """[b, n, 1] in 0..1."""
         return self.opacity.sigmoid()
 
     @property
@@ -94,11 +86,21 @@ class Gaussians:
         half = rotation_matrices(self.get_rotation) * self.get_scaling[..., None, :]
         return half @ half.mT
 
+    def check_finite(self, source: object) -> None:
+        """Raises ValueError, naming `source` and the number of bad values, for NaN and (but of opacity) infinity."""
+        bad = {name: int((~torch.isfinite(tensor)).sum()) for name, tensor in vars(self).items()}
+        bad["opacity"] = int(self.opacity.isnan().sum())  # the logit of 1 and of 0 is infinite
+        if any(bad.values()):
+            found = ", ".join(f"{count} of {name}" for name, count in bad.items() if count)
+            raise ValueError(
+                f"{source}: values of the {self.num_gaussians} Gaussians must be finite, got NaN or infinity in {found}"
+            )
+
     # ---- the same scenes, differently held ----------------------------------------------------------------------
 
     def map(self, function) -> Gaussians:
-        """`function` applied to every tensor."""
-        return Gaussians(**{field.name: function(getattr(self, field.name)) for field in fields(self)})
+        """Applies `function` to every tensor."""
+        return Gaussians(**{name: function(tensor) for name, tensor in vars(self).items()})
 
     def to(self, target) -> Gaussians:
         return self.map(lambda tensor: tensor.to(target))
@@ -106,23 +108,18 @@ class Gaussians:
     def float(self) -> Gaussians:
         return self.map(lambda tensor: tensor.float())
 
-    def detach(self) -> Gaussians:
-        return self.map(lambda tensor: tensor.detach())
-
     def scene(self, index: int) -> Gaussians:
-        """Scene `index` alone, still with a batch dimension of 1."""
-        if not 0 <= index < self.num_scenes:
-            raise ValueError(f"scene index must be in 0..{self.num_scenes - 1}, got {index}")
+        """Returns scene `index` alone, still with a batch dimension of 1."""
         return self.map(lambda tensor: tensor[index : index + 1])
 
     def select(self, index: Tensor) -> Gaussians:
-        """The Gaussians of one scene (b = 1) that `index` picks: bool mask [n] or positions [k]."""
+        """Returns the Gaussians of one scene (b = 1) that `index` picks: bool mask [n] or positions [k]."""
         if self.num_scenes != 1:
             raise ValueError(f"select needs one scene (scenes would differ in length), got {self.num_scenes}")
         return self.map(lambda tensor: tensor[:, index])
 
     def mirrored(self) -> Gaussians:
-        """The scenes mirrored in x, as `Cameras.mirrored` sees them.
+        """Returns the scenes mirrored in x, as `Cameras.mirrored` sees them.
 
         A covariance R S^2 R^T becomes (M R M) S^2 (M R M)^T with M = diag(-1, 1, 1): the rotation's axis is a
         pseudo-vector. Of the spherical harmonics those odd in x change sign.
@@ -134,24 +131,9 @@ class Gaussians:
         features[:, :, odd] = -features[:, :, odd]
         return replace(self, xyz=self.xyz * sign, rotation=self.rotation * quaternion_sign, features=features)
 
-    def scaled(self, modifier: float) -> Gaussians:
-        """Standard deviations multiplied by `modifier` (FaceLift's optional `scaling_modifier`)."""
-        if not modifier > 0:
-            raise ValueError(f"modifier must be positive, got {modifier}")
-        return replace(self, scaling=self.scaling + math.log(modifier))
-
-
-def concatenate(parts: list[Gaussians]) -> Gaussians:
-    """One Gaussians with the Gaussians of all `parts` (same number of scenes, same SH degree), in order."""
-    if not parts:
-        raise ValueError("concatenate needs at least one Gaussians, got an empty list")
-    return Gaussians(
-        **{field.name: torch.cat([getattr(part, field.name) for part in parts], dim=1) for field in fields(Gaussians)}
-    )
-
 
 def rotation_matrices(quaternions: Tensor) -> Tensor:
-    """Unit quaternions (w, x, y, z) [..., 4] -> rotation matrices [..., 3, 3]."""
+    """Unit quaternions (w, x, y, z) [..., 4] -> rotation matrices [..., 3, 3]; differentiable, on any device."""
     w, x, y, z = quaternions.unbind(-1)
     rows = [
         [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],

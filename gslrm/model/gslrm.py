@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ SCALING_OFFSET, SCALING_MAX = -2.3, -1.20  # log-scale = min(prediction + offset
 OPACITY_OFFSET = -2.0  # logit
 ABSENT_OPACITY = -30.0  # logit of padding Gaussians: far below the rasterizers' 1/255 cut
 DEPTH_HALF_RANGE = 1.8  # world units around the point of the ray nearest the origin
-PLAIN_DEPTH_HALF_RANGE, PLAIN_DEPTH_CENTRE = 1.5, 2.7
+PLAIN_DEPTH_HALF_RANGE, PLAIN_DEPTH_CENTER = 1.5, 2.7
 # Values of the rows that pad a sample with fewer Gaussians than another of its batch: harmless and not rendered.
 PADDING = {"xyz": 0.0, "features": 0.0, "scaling": SCALING_OFFSET, "rotation": 1.0, "opacity": ABSENT_OPACITY}
 EMBED_PATCHES = 4096  # patches whose pixels and rays exist at one time
@@ -35,7 +36,7 @@ EMBED_PATCHES = 4096  # patches whose pixels and rays exist at one time
 
 @dataclass(frozen=True)
 class GSLRMOutput:
-    """What a forward pass gives.
+    """Result of a forward pass.
 
     gaussians: raw values [b, n_free + k]: the free Gaussians first, then k image Gaussians. Without pruning
         k = v*h*w in the order (view, patch row, patch column, row in patch, column in patch).
@@ -58,15 +59,6 @@ class GSLRMOutput:
     def pixel_xyz(self) -> Tensor:
         """[b, k, 3] positions of the image Gaussians, world."""
         return self.gaussians.xyz[:, self.n_free :]
-
-    def to_pixels(self, values: Tensor) -> Tensor:
-        """[b, k, c] values of image Gaussians -> [b, v, h, w, c]; pixels without a Gaussian hold 0."""
-        b, _, c = values.shape
-        v, h, w = self.shape
-        canvas = values.new_zeros(b, v * h * w + 1, c)  # the extra pixel takes the padding
-        index = torch.where(self.pixel_valid, self.pixel_index, v * h * w)
-        canvas = canvas.scatter(1, index[..., None].expand(-1, -1, c), values)
-        return canvas[:, :-1].view(b, v, h, w, c)
 
 
 class FreeGaussianHead(nn.Module):
@@ -125,7 +117,7 @@ class GSLRM(nn.Module):
         """Predicts Gaussians from posed views.
 
         images: [b, v, 3, h, w] RGB in 0..1 (composited); h, w multiples of the patch size. Any v.
-        cameras: shape [b, v], OpenCV axes, of pictures h x w.
+        cameras: shape [b, v], OpenCV axes, of images h x w.
         masks: [b, v, 1, h, w] foreground in 0..1; needed if and only if `config.prune_background_tokens`: tokens and
             Gaussians of the background (farther than `prune_margin_px` from the mask) are dropped. May be empty.
         clip_xyz: image Gaussians into [-1, 1] (training with `config.clip_xyz`; never at inference).
@@ -155,7 +147,7 @@ class GSLRM(nn.Module):
         b, v, _, h, w = images.shape
         if tuple(cameras.shape) != (b, v) or (cameras.height, cameras.width) != (h, w):
             raise ValueError(
-                f"cameras must have shape [{b}, {v}] for pictures {h} x {w} to go with images {list(images.shape)}, "
+                f"cameras must have shape [{b}, {v}] for images {h} x {w} to go with images {list(images.shape)}, "
                 f"got {list(cameras.shape)} for {cameras.height} x {cameras.width}"
             )
         if (masks is not None) != self.config.prune_background_tokens:
@@ -169,17 +161,10 @@ class GSLRM(nn.Module):
 
     def _embed(self, images: Tensor, cameras: Cameras, selection: PatchSelection) -> Tensor:
         """Packed tokens [T', d] after the input norm: of each sample its free tokens, then its patches."""
-        embedded = []
-        for chunk in selection.chunks(EMBED_PATCHES):
-            if torch.is_grad_enabled():  # the backward pass makes rays and patches again instead of keeping them
-                embedded.append(
-                    checkpoint(
-                        self._embed_patches, images, cameras, chunk, use_reentrant=False, preserve_rng_state=False
-                    )
-                )
-            else:
-                embedded.append(self._embed_patches(images, cameras, chunk))
-        patches = torch.cat(embedded)
+        embed = self._embed_patches
+        if torch.is_grad_enabled():  # the backward pass makes rays and patches again instead of keeping them
+            embed = partial(checkpoint, embed, use_reentrant=False, preserve_rng_state=False)
+        patches = torch.cat([embed(images, cameras, chunk) for chunk in selection.chunks(EMBED_PATCHES)])
         free = self.gaussian_position_embeddings.to(patches)
         samples = patches.split(selection.patches_per_sample)
         return self.input_layer_norm(torch.cat([part for sample in samples for part in (free, sample)]))
@@ -194,7 +179,7 @@ class GSLRM(nn.Module):
         return tokens
 
     def _posed_patches(self, images: Tensor, cameras: Cameras, selection: PatchSelection) -> Tensor:
-        """[T, p, p, 9|12]: colours in -1..1 and rays."""
+        """[T, p, p, 9|12]: colors in -1..1 and rays."""
         origins, directions = patch_rays(cameras, selection)
         origins = origins[:, None, None].expand_as(directions)
         rays = []
@@ -267,7 +252,7 @@ class GSLRM(nn.Module):
             return sigma * (config.depth_max - config.depth_min) + config.depth_min
         if config.depth_reference_origin:
             return (2.0 * sigma - 1.0) * DEPTH_HALF_RANGE + origins.norm(dim=-1, keepdim=True)
-        return (2.0 * sigma - 1.0) * PLAIN_DEPTH_HALF_RANGE + PLAIN_DEPTH_CENTRE
+        return (2.0 * sigma - 1.0) * PLAIN_DEPTH_HALF_RANGE + PLAIN_DEPTH_CENTER
 
 
 def nearest_depth(origins: Tensor, directions: Tensor) -> Tensor:
@@ -275,6 +260,18 @@ def nearest_depth(origins: Tensor, directions: Tensor) -> Tensor:
     return -(origins * directions).sum(-1, keepdim=True)
 
 
-def gather_rows(values: Tensor, index: Tensor) -> Tensor:
-    """values [b, n, c], index [b, k] -> [b, k, c]."""
-    return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
+def forward_flops(config: ModelConfig, lengths: list[int]) -> float:
+    """Returns the operations of one forward pass: matrix products alone, a multiply-add counts 2.
+
+    lengths: of each sample's sequence, free Gaussian tokens included. Six dense 512-px views, patch size 8 and 2 free
+    tokens: [24578]. With pruning: 2 + the patches that the grown mask touches.
+    """
+    d, free, area = config.transformer.d, config.gaussians.n_gaussians, config.image_tokenizer.patch_size**2
+    num_values = 3 + 3 * (config.gaussians.sh_degree + 1) ** 2 + 3 + 4 + 1  # xyz, SH, scale, rotation, opacity
+    total = 0
+    for n in lengths:
+        total += 2 * (n - free) * config.image_tokenizer.in_channels * area * d
+        # q, k, v: 3; output: 1; MLP: 4 + 4. Then scores and weighted sum over all heads.
+        total += config.transformer.n_layer * (2 * n * 12 * d * d + 2 * 2 * n * n * d)
+        total += 2 * (n - free) * d * area * num_values + 2 * free * d * num_values
+    return float(total)

@@ -38,13 +38,7 @@ class MultiViewAttnProcessor:
     def __init__(self, num_views: int, mode: str, reference_view: int = 0) -> None:
         if mode not in ("sparse", "full"):
             raise ValueError(f"multi-view attention mode must be sparse or full, got {mode!r}")
-        self.mode = mode
-        self.set_views(num_views, reference_view)
-
-    def set_views(self, num_views: int, reference_view: int) -> None:
-        if not 0 <= reference_view < num_views:
-            raise ValueError(f"reference_view must be 0..{num_views - 1}, got {reference_view}")
-        self.num_views, self.reference_view = num_views, reference_view
+        self.mode, self.num_views, self.reference_view = mode, num_views, reference_view
 
     def __call__(
         self,
@@ -95,15 +89,17 @@ def set_multiview_attention(unet: UNet2DConditionModel, num_views: int, mode: st
     if mode not in ATTENTION_MODES:
         raise ValueError(f"attention must be one of {', '.join(ATTENTION_MODES)}, got {mode!r}")
     stock = AttnProcessor2_0()
-    own = stock if mode == "none" else MultiViewAttnProcessor(num_views, mode)
+    self_attention = stock if mode == "none" else MultiViewAttnProcessor(num_views, mode)
     cross = CameraAttnProcessor() if unet.config.camera_conditioning == "cross_attention" else stock
     names = unet.attn_processors
-    unet.set_attn_processor({name: own if ".attn1." in name else cross for name in names})
+    unet.set_attn_processor({name: self_attention if ".attn1." in name else cross for name in names})
 
 
 def set_views(unet: Module, num_views: int, reference_view: int) -> None:
     """Tells the multi-view attention of `unet` (wrapped or not) how many views an object has and which is the input."""
+    if not 0 <= reference_view < num_views:
+        raise ValueError(f"reference_view must be 0..{num_views - 1}, got {reference_view}")
     for module in unet.modules():
         processor = getattr(module, "processor", None)
         if isinstance(processor, MultiViewAttnProcessor):
-            processor.set_views(num_views, reference_view)
+            processor.num_views, processor.reference_view = num_views, reference_view

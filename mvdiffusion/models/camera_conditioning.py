@@ -1,4 +1,4 @@
-"""Telling the UNet where each view's camera stands, in numbers: what prompts can only say in words.
+"""Camera poses as inputs of the UNet: prompts can only name a view, numbers say where its camera stands.
 
 Three ways, each exactly without effect until trained (zero-initialised output, added to what the pretrained layers
 compute rather than mixed into it, so that not even rounding changes):
@@ -9,7 +9,7 @@ compute rather than mixed into it, so that not even rounding changes):
   do in IP-Adapter, https://arxiv.org/abs/2308.06721) through the layer's own key and value projections: these have no
   bias, so zero tokens have zero values and add exactly nothing.
 - `concat`: Pluecker-ray channels beside the latents. A convolution over concatenated channels is the sum of two
-  convolutions, so conv_in keeps its weights and the rays' share is a second, zero convolution whose output is added.
+  convolutions, so conv_in keeps its weights and the rays' part is a second, zero convolution whose output is added.
 
 Everything is relative to the reference view's azimuth: turning the whole world about its z axis changes nothing. All
 weights made here have names with the part `camera` (`is_camera_weight`).
@@ -17,6 +17,7 @@ weights made here have names with the part `camera` (`is_camera_weight`).
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 CAMERA_MODES = ("none", "adaln", "cross_attention", "concat")
 # Of the Fourier series in the azimuth, each at 1 / order: low ones, because a rig has few azimuths, 45 to 90 degrees
-# apart, and what is learnt there shall carry over to the directions between them.
+# apart, and what is learned there shall carry over to the directions between them.
 ORDERS = (1, 2)
 POSE_FEATURES = 8
 FEATURES = 2 * len(ORDERS) + 2 * POSE_FEATURES
@@ -53,11 +54,12 @@ def camera_features(cameras: Cameras, reference_view: int) -> Tensor:
 
     The pose, zero for FaceLift's own front camera and of order 1 elsewhere: elevation in radians; log distance and log
     focal length over FaceLift's; direction of the world origin from the camera (x, y of the unit vector: zero for a
-    camera that looks at it); principal point off the centre over the picture's size; tilt (world z of the camera's x
+    camera that looks at it); principal point off the center over the image size; tilt (world z of the camera's x
     axis: zero for an upright one).
     """
     azimuth = torch.deg2rad(cameras.azimuth_deg)
-    relative = azimuth - azimuth[..., reference_view, None]
+    orders = azimuth.new_tensor(ORDERS)
+    multiples = (azimuth - azimuth[..., reference_view, None])[..., None] * orders
     rotation, size = cameras.c2w[..., :3, :3], cameras.fxfycxcy.new_tensor([cameras.width, cameras.height])
     distance = cameras.distance[..., None]
     towards_origin = torch.einsum("...ij,...i->...j", rotation, -cameras.origins / distance)
@@ -73,7 +75,7 @@ def camera_features(cameras: Cameras, reference_view: int) -> Tensor:
         dim=-1,
     )
     reference = pose[..., reference_view, None, :].expand_as(pose)
-    return torch.cat([_fourier(relative), pose, reference], dim=-1)
+    return torch.cat([multiples.sin() / orders, multiples.cos() / orders, pose, reference], dim=-1)
 
 
 def camera_rays(cameras: Cameras, reference_view: int, side: int) -> Tensor:
@@ -81,23 +83,19 @@ def camera_rays(cameras: Cameras, reference_view: int, side: int) -> Tensor:
 
     World turned about z so that the reference view stands at azimuth 0; the moment is in units of FaceLift's distance.
     """
-    origins, directions = turn_to_reference(cameras, reference_view).resize(side, side).rays()
-    moments = torch.linalg.cross(origins, directions, dim=-1) / FACELIFT_DISTANCE
-    return torch.cat([directions, moments], dim=-1).movedim(-1, -3)
-
-
-def turn_to_reference(cameras: Cameras, reference_view: int) -> Cameras:
-    """The same cameras [..., n] in a world turned about its z axis so that the reference view's azimuth is 0."""
     angle = torch.deg2rad(cameras.azimuth_deg[..., reference_view])
     turn = torch.eye(4, dtype=angle.dtype, device=angle.device).repeat(*angle.shape, 1, 1)
     # Azimuth runs clockwise seen from above, so taking it away turns counter-clockwise.
     turn[..., 0, 0], turn[..., 0, 1] = angle.cos(), -angle.sin()
     turn[..., 1, 0], turn[..., 1, 1] = angle.sin(), angle.cos()
-    return Cameras(turn[..., None, :, :] @ cameras.c2w, cameras.fxfycxcy, cameras.height, cameras.width)
+    turned = replace(cameras, c2w=turn[..., None, :, :] @ cameras.c2w)
+    origins, directions = turned.resize(side, side).rays()
+    moments = torch.linalg.cross(origins, directions, dim=-1) / FACELIFT_DISTANCE
+    return torch.cat([directions, moments], dim=-1).movedim(-1, -3)
 
 
 def camera_inputs(mode: str, cameras: Cameras, reference_view: int, side: int, batch: int) -> dict[str, Tensor]:
-    """Cameras [b, n] -> what a CameraUNet of this mode reads, repeated for a batch of k * b * n (guidance halves)."""
+    """Cameras [b, n] -> what a UNet of this mode reads, repeated for a batch of k * b * n (guidance halves)."""
     count = cameras.c2w.shape[:-2].numel()
     if batch % count:
         raise ValueError(f"the batch must be a multiple of the cameras' objects x views = {count}, got {batch}")
@@ -105,13 +103,6 @@ def camera_inputs(mode: str, cameras: Cameras, reference_view: int, side: int, b
         rays = camera_rays(cameras, reference_view, side).flatten(0, 1)
         return {"camera_rays": rays.repeat(batch // count, 1, 1, 1)}
     return {"camera_features": camera_features(cameras, reference_view).flatten(0, 1).repeat(batch // count, 1)}
-
-
-def _fourier(angle: Tensor) -> Tensor:
-    """Angles [...], radians -> [..., 2 * orders]."""
-    orders = angle.new_tensor(ORDERS)
-    multiples = angle[..., None] * orders
-    return torch.cat([multiples.sin() / orders, multiples.cos() / orders], dim=-1)
 
 
 # ---- the layers they enter ------------------------------------------------------------------------------------------

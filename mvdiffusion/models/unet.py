@@ -4,16 +4,6 @@ A UNet folder holds `config.json` (with FaceLift's block names, num_views and at
 it too), `diffusion_pytorch_model.safetensors` and `rig.json` (the view rig it was trained with). One with camera
 conditioning says so (`_class_name: CameraUNet`, `camera_conditioning`), has more weights (`is_camera_weight`), and is
 this project's alone.
-
-How the UNet is called, in training and inference alike:
-
-    unet = create_unet(config, num_views, attention, camera_conditioning="adaln")
-    unet = load_unet(folder, camera_conditioning=None)  # None: as stored; a name adds it to a UNet that has none
-    v = run_unet(unet, inputs, step, prompts=..., labels=..., cameras=..., reference_view=rig.reference_view)
-
-`unet.config.camera_conditioning` is `none`, `adaln`, `cross_attention` or `concat`. `run_unet` takes the bare module or
-what accelerate (DDP), torch.compile or peft wrapped around it; see there for shapes. The weights are ordinary
-parameters of `unet`: EMA, state_dict and `save_unet` cover them, and peft's targets (`to_q`, ...) do not match them.
 """
 
 from __future__ import annotations
@@ -21,26 +11,31 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from multiview.cameras import Cameras
 from multiview.checkpoint import load_strict, read_rig, stamp_rig
-from multiview.files import damage_explained, read_json, take
 from multiview.rig import ViewRig
+from mvdiffusion.component_files import (
+    check_sizes,
+    failure_told,
+    read_config,
+    read_weights,
+    what_is_there,
+)
 from mvdiffusion.models.attention import set_multiview_attention, set_views
-from mvdiffusion.models.camera_conditioning import camera_inputs, is_camera_weight
-
-if TYPE_CHECKING:
-    from diffusers import UNet2DConditionModel
+from mvdiffusion.models.camera_conditioning import CAMERA_MODES, CameraConv2d, CameraEmbedding, camera_inputs
 
 log = logging.getLogger(__name__)
 
-WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
-LEGACY_WEIGHTS_NAME = "diffusion_pytorch_model.bin"
+WEIGHTS = "diffusion_pytorch_model"
+MOST_WEIGHTS = 4e9  # SD 2.1's UNet has 0.87e9, SDXL's 2.6e9
 TRAIN_COMMAND = "python train_diffusion.py --config configs/mouse_mvdiffusion.yaml"
 
 # FaceLift's keys that its own code never reads on this path, with the values its files hold.
@@ -62,66 +57,114 @@ MULTIVIEW_BLOCKS = {  # stock name -> FaceLift's name
     "CrossAttnUpBlock2D": "CrossAttnUpBlockMV2D",
     "UNetMidBlock2DCrossAttn": "UNetMidBlockMV2DCrossAttn",
 }
+READ_FIELDS = {  # what this project reads out of config.json itself
+    "num_views": int, "cross_attention_dim": int, "sample_size": int, "in_channels": int, "out_channels": int,
+    "multiview_attention": bool, "sparse_mv_attention": bool, "camera_conditioning": CAMERA_MODES,
+}  # fmt: skip
+
+
+class MultiViewUNet(UNet2DConditionModel):
+    """The stock UNet; with camera conditioning three of its own hooks read the cameras out of `added_cond_kwargs`."""
+
+    def add_camera_conditioning(self, mode: str) -> None:
+        """Adds the mode's layers, without effect until trained, and records it in the config."""
+        if mode not in CAMERA_MODES:
+            raise ValueError(f"camera_conditioning must be one of {', '.join(CAMERA_MODES)}, got {mode!r}")
+        width = self.time_embedding.linear_2.out_features
+        for key in ("addition_embed_type", "encoder_hid_dim_type", "cross_attention_norm"):
+            if mode != "none" and self.config[key] is not None:  # they would use the same hooks
+                raise ValueError(f"camera conditioning needs a UNet with {key} null, got {self.config[key]!r}")
+        if mode == "adaln":
+            self.camera = CameraEmbedding(mode, width, width)
+        elif mode == "cross_attention":
+            self.camera = CameraEmbedding(mode, width, self.config.cross_attention_dim)
+        elif mode == "concat":
+            self.conv_in = CameraConv2d.widen(self.conv_in)
+        self.register_to_config(camera_conditioning=mode)
+
+    def forward(
+        self, sample: Tensor, *args: Any, added_cond_kwargs: dict[str, Tensor] | None = None, **kwargs: Any
+    ) -> Any:
+        if self.config.camera_conditioning == "concat":
+            sample = torch.cat([sample, added_cond_kwargs["camera_rays"].to(sample.dtype)], dim=1)
+        return super().forward(sample, *args, added_cond_kwargs=added_cond_kwargs, **kwargs)
+
+    def get_aug_embed(
+        self, emb: Tensor, encoder_hidden_states: Tensor, added_cond_kwargs: dict[str, Tensor]
+    ) -> Tensor | None:
+        """What the stock forward adds to the time embedding: for `adaln`, the cameras'."""
+        if self.config.camera_conditioning != "adaln":
+            return super().get_aug_embed(emb, encoder_hidden_states, added_cond_kwargs)
+        return self.camera(added_cond_kwargs["camera_features"]).to(emb.dtype)
+
+    def process_encoder_hidden_states(
+        self, encoder_hidden_states: Tensor, added_cond_kwargs: dict[str, Tensor]
+    ) -> Tensor:
+        """What the stock forward gives to cross-attention: for `cross_attention`, with the camera tokens appended."""
+        if self.config.camera_conditioning != "cross_attention":
+            return super().process_encoder_hidden_states(encoder_hidden_states, added_cond_kwargs)
+        tokens = self.camera(added_cond_kwargs["camera_features"]).to(encoder_hidden_states.dtype)
+        return torch.cat([encoder_hidden_states, tokens], dim=1)
 
 
 # ---- configuration --------------------------------------------------------------------------------------------------
 
 
-def to_stock_config(config: dict, source: str) -> tuple[dict, int | None, str | None]:
-    """FaceLift's (or a stock) UNet config -> the stock constructor's arguments, num_views, attention mode.
+def read_unet_config(folder: Path | str) -> dict:
+    """Returns a UNet folder's config.json, the fields that this project reads checked for their types."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise ValueError(
+            f"UNet folder {folder} holds no config.json; {what_is_there(Path(folder))}; train one: {TRAIN_COMMAND}"
+        )
+    return read_config(path, READ_FIELDS, required=("cross_attention_dim",))
 
-    num_views and the mode are None where the config does not say (a plain 2D UNet).
+
+def to_stock_config(config: dict, source: str) -> tuple[dict, str | None]:
+    """Returns the stock constructor's arguments out of FaceLift's (or a stock) UNet config, and the attention mode.
+
+    The mode is None where the config does not say (a plain 2D UNet).
     Raises ValueError for a key that is neither diffusers' nor FaceLift's.
     """
-    from diffusers import UNet2DConditionModel
-
     known = set(inspect.signature(UNet2DConditionModel.__init__).parameters) - {"self"}
-    stock, unknown = {}, []
-    for key, value in config.items():
-        if key in known:
-            stock[key] = value
-        elif not key.startswith("_") and key not in {*VIEW_KEYS, *FACELIFT_UNUSED, *EMA_KEYS}:
-            unknown.append(key)
+    unknown = {key for key in config if not key.startswith("_")} - known - {*VIEW_KEYS, *FACELIFT_UNUSED, *EMA_KEYS}
     if unknown:
         raise ValueError(f"{source}: unknown UNet config keys {sorted(unknown)}")
+    stock = {key: value for key, value in config.items() if key in known}
     for key in BLOCK_KEYS:
         if stock.get(key) is not None:
-            stock[key] = _map_names(stock[key], lambda name: name.replace("BlockMV2D", "Block2D"))
+            stock[key] = _renamed(stock[key], {mine: stock_name for stock_name, mine in MULTIVIEW_BLOCKS.items()})
     mode = None
     if "multiview_attention" in config:
-        mode = "none"
-        if config["multiview_attention"]:
-            mode = "sparse" if config.get("sparse_mv_attention", False) else "full"
-    return stock, config.get("num_views"), mode
+        sparse = "sparse" if config.get("sparse_mv_attention", False) else "full"
+        mode = sparse if config["multiview_attention"] else "none"
+    return stock, mode
 
 
-def to_facelift_config(stock: dict, num_views: int, attention: str, camera_conditioning: str = "none") -> dict:
+def to_facelift_config(unet: MultiViewUNet) -> dict:
     """The inverse of `to_stock_config`: what is written, loadable by FaceLift (without cameras) and by this project."""
+    stock = json.loads(unet.to_json_string())
     config = {
         key: value
         for key, value in stock.items()
-        if not key.startswith("_") and (key, value) not in UNKNOWN_TO_FACELIFT.items()
+        if not key.startswith("_") and key not in VIEW_KEYS and (key, value) not in UNKNOWN_TO_FACELIFT.items()
     }
-    for key in BLOCK_KEYS:
-        config[key] = _map_names(config[key], lambda name: MULTIVIEW_BLOCKS.get(name, name))
-    config.update(FACELIFT_UNUSED)
-    config["num_views"] = num_views
-    config["multiview_attention"] = attention != "none"
-    config["sparse_mv_attention"] = attention == "sparse"
+    config.update({key: _renamed(config[key], MULTIVIEW_BLOCKS) for key in BLOCK_KEYS}, **FACELIFT_UNUSED)
+    config.update({key: stock[key] for key in VIEW_KEYS[:3]})
     name = "UNetMV2DConditionModel"
-    if camera_conditioning != "none":
-        name, config["camera_conditioning"] = "CameraUNet", camera_conditioning
+    if unet.config.camera_conditioning != "none":
+        name, config["camera_conditioning"] = "CameraUNet", unet.config.camera_conditioning
     return {"_class_name": name, "_diffusers_version": stock["_diffusers_version"], **config}
 
 
-def _map_names(names: str | list | tuple, rename) -> str | list:
-    return rename(names) if isinstance(names, str) else [rename(name) for name in names]
+def _renamed(names: str | list, table: dict[str, str]) -> str | list:
+    return table.get(names, names) if isinstance(names, str) else [_renamed(name, table) for name in names]
 
 
 # ---- creation, loading, saving --------------------------------------------------------------------------------------
 
 
-def configure_views(unet: UNet2DConditionModel, num_views: int, attention: str) -> UNet2DConditionModel:
+def configure_views(unet: MultiViewUNet, num_views: int, attention: str) -> MultiViewUNet:
     """Sets the number of views and the attention mode, and records both in the UNet's config."""
     set_multiview_attention(unet, num_views, attention)
     unet.register_to_config(
@@ -130,25 +173,134 @@ def configure_views(unet: UNet2DConditionModel, num_views: int, attention: str) 
     return unet
 
 
-def create_unet(
-    config: dict, num_views: int, attention: str, camera_conditioning: str = "none"
-) -> UNet2DConditionModel:
-    """A freshly initialised UNet. config: constructor arguments of diffusers' UNet2DConditionModel."""
-    stock, _, _ = to_stock_config(config, "unet config")
-    return configure_views(_build(stock, camera_conditioning), num_views, attention)
+def create_unet(config: dict, num_views: int, attention: str, camera_conditioning: str = "none") -> MultiViewUNet:
+    """A freshly initialized UNet. config: constructor arguments of diffusers' UNet2DConditionModel."""
+    check_sizes(config, "unet config")
+    stock, _ = to_stock_config(config, "unet config")
+    _without_weights(stock, "unet config")  # refuses what cannot be built, or is far too large, before memory is taken
+    unet = MultiViewUNet(**stock)
+    unet.add_camera_conditioning(camera_conditioning)
+    return configure_views(unet, num_views, attention)
 
 
-def _build(stock: dict, camera_conditioning: str) -> UNet2DConditionModel:
-    """The stock class where there are no cameras, else the same with zero-initialised camera layers."""
-    if camera_conditioning == "none":
-        from diffusers import UNet2DConditionModel
+def _without_weights(stock: dict, source: Path | str) -> MultiViewUNet:
+    """A UNet whose weights take no memory yet. Raises ValueError for a config that makes none or a gigantic one."""
+    with failure_told(f"{source} makes no UNet2DConditionModel"), torch.device("meta"):
+        unet = MultiViewUNet(**stock)
+    count = sum(parameter.numel() for parameter in unet.parameters())
+    if count > MOST_WEIGHTS:
+        raise ValueError(f"{source} makes a UNet of {count / 1e9:.1f}e9 weights, at most {MOST_WEIGHTS / 1e9:g}e9 fit")
+    return unet
 
-        unet = UNet2DConditionModel(**stock)
-        unet.register_to_config(camera_conditioning="none")
-        return unet
-    from mvdiffusion.models.camera_unet import CameraUNet
 
-    return CameraUNet(**stock).add_camera_conditioning(camera_conditioning)
+def load_unet(
+    folder: Path | str,
+    *,
+    num_views: int | None = None,
+    attention: str | None = None,
+    camera_conditioning: str | None = None,
+    widen_conv_in: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> MultiViewUNet:
+    """Loads a UNet folder of this project, of FaceLift, or (widen_conv_in) a stock 2D one.
+
+    num_views, attention: override what the config says; needed where it says nothing.
+    camera_conditioning: None takes what the config says; a name adds it, without effect until trained, to a UNet that
+    has none (and is refused by a UNet that has another).
+    widen_conv_in: where the source has only the noisy latents' input channels, the conditioning image's are added with
+    zero weights. A UNet that has them already keeps its own weights.
+    Raises ValueError for a missing folder or config, unknown keys, weights that do not fit or are not finite.
+    """
+    folder = Path(folder)
+    path, content = folder / "config.json", read_unet_config(folder)
+    stock, stored_mode = to_stock_config(content, str(path))
+    stored_cameras = content.get("camera_conditioning") or "none"
+    cameras = camera_conditioning or stored_cameras
+    if stored_cameras not in ("none", cameras):
+        raise ValueError(
+            f"the UNet in {folder} was trained with camera_conditioning {stored_cameras}, got {cameras}: leave the "
+            f"option out or set it to {stored_cameras}, or start from a UNet without camera conditioning"
+        )
+    num_views, attention = num_views or content.get("num_views"), attention or stored_mode
+    if num_views is None or attention is None:
+        raise ValueError(f"{path} does not say num_views and the attention mode (a 2D UNet?): state both in the config")
+    latent_channels, in_channels = stock.get("out_channels") or 4, stock.get("in_channels") or 4
+    if in_channels == latent_channels and not widen_conv_in:
+        raise ValueError(
+            f"UNet in {folder}: in_channels must be {2 * latent_channels} (noisy latents + input image), got "
+            f"{in_channels}; it is a 2D UNet, to be fine-tuned first: {TRAIN_COMMAND}"
+        )
+    state = read_weights(folder, WEIGHTS)
+    if in_channels == latent_channels and "conv_in.weight" in state:
+        weight = state["conv_in.weight"]  # [out, c, kh, kw] -> [out, 2c, kh, kw], the new half zero
+        state["conv_in.weight"] = torch.cat([weight, torch.zeros_like(weight)], dim=1)
+        stock["in_channels"] = 2 * latent_channels
+        log.info("conv_in of %s widened from %d to %d channels", folder, latent_channels, 2 * latent_channels)
+    unet = _without_weights(stock, path)
+    unet.add_camera_conditioning(stored_cameras)
+    fill_empty(unet, state, folder)
+    if stored_cameras != cameras:
+        unet.add_camera_conditioning(cameras)
+        log.info("camera conditioning %s added to %s", cameras, folder)
+    return configure_views(unet.to(dtype).eval(), num_views, attention)
+
+
+def fill_empty(model: torch.nn.Module, state: dict[str, Tensor], source: Path | str) -> None:
+    """Puts tensors, as float32, into a model made without weights; refuses what does not fit it (`load_strict`)."""
+    with warnings.catch_warnings():
+        # Into parameters without memory nothing can be copied, and torch warns of that: here only names and shapes are
+        # compared. The tensors themselves become the parameters, so that a model is in memory once and not twice.
+        warnings.simplefilter("ignore")
+        load_strict(model, state, source)
+    # Copies, because safetensors maps its file: it may be replaced while the model lives.
+    model.load_state_dict({name: tensor.to(torch.float32, copy=True) for name, tensor in state.items()}, assign=True)
+
+
+def save_unet(
+    unet: MultiViewUNet, folder: Path | str, rig: ViewRig, *, state: dict | None = None, half: bool = False
+) -> None:
+    """Writes a UNet folder: FaceLift's config.json, safetensors weights, rig.json.
+
+    state: weights to write instead of the module's own (an EMA copy). half: float16 on disk (for shipping).
+    `folder` is created; the caller makes the write atomic (multiview.files.atomic_folder).
+    """
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(to_facelift_config(unet), indent=2, sort_keys=True) + "\n")
+    state = unet.state_dict() if state is None else state
+    tensors = {name: (tensor.half() if half else tensor).detach().cpu().contiguous() for name, tensor in state.items()}
+    save_file(tensors, folder / f"{WEIGHTS}.safetensors", metadata={"format": "pt"})
+    stamp_rig(folder, rig)
+
+
+def resolve_unet_folder(path: Path | str) -> Path:
+    """A UNet folder from what users pass: the folder itself, a `checkpoint-<step>`, or a components folder.
+
+    In a training checkpoint `unet_ema` is preferred: it is what validation measures.
+    """
+    path = Path(path)
+    for name in ("", "unet_ema", "unet"):
+        if (path / name / "config.json").is_file():
+            return path / name
+    raise ValueError(
+        f"no UNet at {path}: expected config.json there or in its unet/ folder; {what_is_there(path)}; "
+        f"train one: {TRAIN_COMMAND}"
+    )
+
+
+def unet_rig(folder: Path | str) -> ViewRig | None:
+    """The rig stamped into a UNet folder; None for public weights, which carry none."""
+    return read_rig(Path(folder))
+
+
+def camera_conditioning_of(folder: Path | str) -> str:
+    """What a UNet folder's config says, without loading weights: `none`, `adaln`, `cross_attention` or `concat`."""
+    return read_unet_config(folder).get("camera_conditioning") or "none"
+
+
+# ---- one call -------------------------------------------------------------------------------------------------------
 
 
 def run_unet(
@@ -163,13 +315,13 @@ def run_unet(
 ) -> Tensor:
     """One prediction for a batch of k * b * n latents: k repetitions (guidance halves) of b objects of n views.
 
-    unet: the module, or what accelerate, torch.compile or peft wrapped around it.
-    inputs: [k * b * n, 2 * c, l, l], noisy latents and the input picture's. step: one for all, or [k * b * n].
+    unet: the module, or what accelerate (DDP), torch.compile or peft wrapped around it.
+    inputs: [k * b * n, 2 * c, l, l], noisy latents and the input image's. step: one for all, or [k * b * n].
     prompts: [k * b * n, tokens, width]. labels: [k * b * n, d].
-    cameras: [b, n], of pictures of any size in any world frame: only where they stand relative to the reference view
+    cameras: [b, n], of images of any size in any world frame: only where they stand relative to the reference view
     and the world's z axis counts. Needed with camera conditioning, where n may be any number; otherwise None or the n
     views that the UNet was made for (their poses are not used).
-    reference_view: index of the view that shows the input picture.
+    reference_view: index of the view that shows the input image.
     Returns [k * b * n, c, l, l]. Raises ValueError where cameras are missing or do not go with the batch.
     """
     config = unet.module.config if hasattr(unet, "module") else unet.config
@@ -179,157 +331,12 @@ def run_unet(
         if cameras is None:
             raise ValueError(f"a UNet with camera_conditioning {mode} needs cameras [b, n], got None")
         views = cameras.shape[-1]
-        cameras = cameras.to(inputs.device)
-        added = camera_inputs(mode, cameras, reference_view, inputs.shape[-1], len(inputs))
+        added = camera_inputs(mode, cameras.to(inputs.device), reference_view, inputs.shape[-1], len(inputs))
         conditions = {"added_cond_kwargs": added}
     elif cameras is not None and cameras.shape[-1] != views:
         raise ValueError(
-            f"a UNet without camera conditioning paints the {views} views it was trained with, got "
+            f"a UNet without camera conditioning generates the {views} views it was trained with, got "
             f"{cameras.shape[-1]} cameras"
         )
     set_views(unet, views, reference_view)
     return unet(inputs, step, encoder_hidden_states=prompts, class_labels=labels, **conditions).sample
-
-
-def attention_mode(unet: UNet2DConditionModel) -> str:
-    """`sparse`, `full` or `none`, as recorded by `configure_views`."""
-    if not unet.config.multiview_attention:
-        return "none"
-    return "sparse" if unet.config.sparse_mv_attention else "full"
-
-
-def load_unet(
-    folder: Path | str,
-    *,
-    num_views: int | None = None,
-    attention: str | None = None,
-    camera_conditioning: str | None = None,
-    widen_conv_in: bool = False,
-    dtype: torch.dtype = torch.float32,
-) -> UNet2DConditionModel:
-    """Loads a UNet folder of this project, of FaceLift, or (widen_conv_in) a stock 2D one.
-
-    num_views, attention: override what the config says; needed where it says nothing.
-    camera_conditioning: None takes what the config says; a name adds it, without effect until trained, to a UNet that
-    has none (and is refused by a UNet that has another).
-    widen_conv_in: where the source has only the noisy latents' input channels, the conditioning image's are added with
-    zero weights. A UNet that has them already keeps its own weights.
-    Raises ValueError for a missing folder or config, unknown keys, weights that do not fit.
-    """
-    folder = Path(folder)
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ValueError(
-            f"UNet folder {folder} holds no config.json; {_what_is_there(folder)}; train one: {TRAIN_COMMAND}"
-        )
-    content = read_json(path)
-    stock, stored_views, stored_mode = to_stock_config(content, str(path))
-    stored_cameras = content.get("camera_conditioning", "none")
-    camera_conditioning = camera_conditioning or stored_cameras
-    if stored_cameras not in ("none", camera_conditioning):
-        raise ValueError(
-            f"the UNet in {folder} was trained with camera_conditioning {stored_cameras}, got {camera_conditioning}: "
-            f"leave the option out or set it to {stored_cameras}, or start from a UNet without camera conditioning"
-        )
-    stored_views = take(content, "num_views", int, str(path), default=None, least=1, most=1000)
-    num_views, attention = num_views or stored_views, attention or stored_mode
-    if num_views is None or attention is None:
-        raise ValueError(f"{path} does not say num_views and the attention mode (a 2D UNet?): state both in the config")
-    state = _read_weights(folder)
-    latent_channels, in_channels = stock.get("out_channels", 4), stock.get("in_channels", 4)
-    if in_channels == latent_channels:
-        if not widen_conv_in:
-            raise ValueError(
-                f"UNet in {folder}: in_channels must be {2 * latent_channels} (noisy latents + input picture), got "
-                f"{in_channels}; it is a 2D UNet, to be fine-tuned first: {TRAIN_COMMAND}"
-            )
-        state["conv_in.weight"] = _widened(state["conv_in.weight"])
-        stock["in_channels"] = 2 * latent_channels
-        log.info("conv_in of %s widened from %d to %d channels", folder, latent_channels, 2 * latent_channels)
-    with damage_explained(f"UNet config {path}"):
-        unet = _build(stock, camera_conditioning)
-    if stored_cameras != camera_conditioning:
-        added = {name: tensor for name, tensor in unet.state_dict().items() if is_camera_weight(name)}
-        state = {**state, **added}
-        log.info("camera conditioning %s added to %s (%d new tensors)", camera_conditioning, folder, len(added))
-    load_strict(unet, state, str(folder))
-    if dtype != torch.float32:
-        unet = unet.to(dtype)
-    return configure_views(unet.eval(), num_views, attention)
-
-
-def save_unet(
-    unet: UNet2DConditionModel, folder: Path | str, rig: ViewRig, *, state: dict | None = None, half: bool = False
-) -> None:
-    """Writes a UNet folder: FaceLift's config.json, safetensors weights, rig.json.
-
-    state: weights to write instead of the module's own (an EMA copy). half: float16 on disk (for shipping).
-    `folder` is created; the caller makes the write atomic (multiview.checkpoint.atomic_folder).
-    """
-    from safetensors.torch import save_file
-
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    config = json.loads(unet.to_json_string())
-    content = to_facelift_config(
-        {key: value for key, value in config.items() if key not in VIEW_KEYS},
-        unet.config.num_views,
-        attention_mode(unet),
-        unet.config.camera_conditioning,
-    )
-    (folder / "config.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-    state = unet.state_dict() if state is None else state
-    tensors = {name: (tensor.half() if half else tensor).detach().cpu().contiguous() for name, tensor in state.items()}
-    save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
-    stamp_rig(folder, rig)
-
-
-def resolve_unet_folder(path: Path | str, *, prefer_ema: bool = True) -> Path:
-    """A UNet folder from what users pass: the folder itself, a `checkpoint-<step>`, or a components folder.
-
-    In a training checkpoint `unet_ema` is preferred (it is what validation measures) unless prefer_ema is False.
-    """
-    path = Path(path)
-    names = ("", "unet_ema", "unet") if prefer_ema else ("", "unet", "unet_ema")
-    for name in names:
-        if (path / name / "config.json").is_file():
-            return path / name
-    raise ValueError(
-        f"no UNet at {path}: expected config.json there or in its unet/ folder; {_what_is_there(path)}; "
-        f"train one: {TRAIN_COMMAND}"
-    )
-
-
-def unet_rig(folder: Path | str) -> ViewRig | None:
-    """The rig stamped into a UNet folder; None for public weights, which carry none."""
-    return read_rig(Path(folder))
-
-
-def camera_conditioning_of(folder: Path | str) -> str:
-    """What a UNet folder's config says, without loading weights: `none`, `adaln`, `cross_attention` or `concat`."""
-    return read_json(Path(folder) / "config.json").get("camera_conditioning", "none")
-
-
-def _what_is_there(folder: Path) -> str:
-    if not folder.exists():
-        return "the folder does not exist"
-    return f"it holds {sorted(item.name for item in folder.iterdir())[:8]}" if folder.is_dir() else "it is not a folder"
-
-
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if (folder / WEIGHTS_NAME).is_file():
-        try:
-            return load_file(folder / WEIGHTS_NAME)
-        except SafetensorError as error:
-            raise ValueError(f"{folder / WEIGHTS_NAME} is damaged or incomplete: {error}; copy it again") from error
-    if (folder / LEGACY_WEIGHTS_NAME).is_file():
-        return torch.load(folder / LEGACY_WEIGHTS_NAME, map_location="cpu", weights_only=True)
-    raise ValueError(f"UNet folder {folder} holds neither {WEIGHTS_NAME} nor {LEGACY_WEIGHTS_NAME}")
-
-
-def _widened(weight: Tensor) -> Tensor:
-    """conv_in weights [out, c, kh, kw] -> [out, 2c, kh, kw], the new half zero."""
-    return torch.cat([weight, torch.zeros_like(weight)], dim=1)

@@ -1,37 +1,44 @@
 """Is this a calibration of cameras around an animal? Everything here is decided before a video is opened.
 
-A rotation that is none, NaN and wrong shapes are refused where a file is read (`fields`). Here: intrinsics that cannot
-be, cameras that share no volume, and the usual ways of writing extrinsics that were meant otherwise. Each such way
-turns the cameras into others that are rarely as good: they see no common volume, or their axes meet far worse. What was
-meant is then named. Some ways stay hidden from a calibration alone (a world fixed to the first camera reads as well
-backwards), and show when pictures are compared with it: `recording.analysis`, `recording.check`.
+A rotation that is none, NaN and wrong shapes are refused where a file is read (`fields`), intrinsics that cannot be in
+`model`. Here: cameras that share no volume, and the usual ways of writing extrinsics that were meant otherwise. Each
+such way turns the cameras into others that are rarely as good: they see no common volume, or their axes meet far worse.
+What was meant is then named. Some ways stay hidden from a calibration alone (a world fixed to the first camera reads as
+well backwards), and show when images are compared with it: `recording.quality`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from recording.calibration.fields import OPENGL
-
-if TYPE_CHECKING:
-    from recording.calibration.model import Calibration
+from recording.calibration.model import Calibration, centers_of
 
 MILLIMETRES = {"mm": 1.0, "cm": 10.0, "m": 1000.0}
 RIG_DISTANCE_MM = (20.0, 20_000.0)  # camera to animal: from a microscope's working distance to a hall
 BODY_LENGTH_MM = (20.0, 400.0)  # nose to tail base: from a mouse pup to a large rat
-FOCAL_RANGE = (0.2, 20.0)  # over the picture's width: 136 to 3 degrees
 PARALLEL_DEG = 10.0  # axes that differ less than this meet nowhere in particular
 CONVERGED_DEG = 8.0  # how far off its axis a camera may see the point that the axes meet in, in a well-aimed rig
 SLACK_DEG = 10.0  # beyond this a reading that converges is believed over the one as written
 LEAST_VOLUME = 0.01  # radius of the largest ball all cameras see, over their mean distance from it
 
+
+def _assembled(rotation: np.ndarray, translation: np.ndarray) -> np.ndarray:
+    w2c = np.tile(np.eye(4), (len(rotation), 1, 1))
+    w2c[:, :3, :3], w2c[:, :3, 3] = rotation, translation
+    return w2c
+
+
+def _inverse(w2c: np.ndarray) -> np.ndarray:
+    return _assembled(w2c[:, :3, :3].mT, centers_of(w2c))
+
+
 READINGS = {
     "OpenGL axes (y up, z backward) declared as OpenCV's; turn the camera's y and z axes, or give them as "
     "transforms.json, which is read with OpenGL axes": lambda w2c: OPENGL @ w2c,
-    "camera-to-world matrices where world-to-camera is meant; invert them": lambda w2c: _inverse(w2c),
+    "camera-to-world matrices where world-to-camera is meant; invert them": _inverse,
     "camera-to-world matrices with OpenGL axes where OpenCV's world-to-camera is meant; invert them and turn the "
     "camera's y and z axes, or give them as transforms.json": lambda w2c: OPENGL @ _inverse(w2c),
     "rotations that are transposed; transpose R": lambda w2c: _assembled(w2c[:, :3, :3].mT, w2c[:, :3, 3]),
@@ -41,50 +48,18 @@ READINGS = {
 }  # fmt: skip
 
 
-def validate(calibration: Calibration) -> None:
-    """All checks that need the calibration only. Raises ValueError of one line that names the file."""
+def validate(calibration: Calibration) -> Calibration:
+    """Returns the calibration, checked without its images. Raises ValueError of one line that names the file."""
     arrays = {"K": calibration.K, "w2c": calibration.w2c, "distortion": calibration.distortion}
     for name, values in arrays.items():
         if not np.isfinite(values).all():
             raise ValueError(f"{calibration.source}: {name} must be finite numbers")
     if len(calibration) < 2:
         raise ValueError(f"{calibration.source}: at least two cameras are needed, got {len(calibration)}")
-    check_intrinsics(calibration)
+    calibration.check_intrinsics()
     check_facing(calibration)
     check_unit(calibration)
-
-
-# ---- intrinsics -------------------------------------------------------------------------------------------------
-
-
-def check_intrinsics(calibration: Calibration) -> None:
-    """K is upper triangular, fx and fy positive, alike and in FOCAL_RANGE, the principal point inside the picture."""
-    for index, K in enumerate(calibration.K):
-        what = f"{calibration.source}: camera {index}"
-        if np.abs(K[[1, 2, 2], [0, 0, 1]]).max() > 1e-6 or abs(K[2, 2] - 1.0) > 1e-6:
-            raise ValueError(
-                f"{what}: K must be [[fx, s, cx], [0, fy, cy], [0, 0, 1]], got {K.round(3).tolist()}; is it transposed?"
-            )
-        fx, fy, cx, cy = K[0, 0], K[1, 1], K[0, 2], K[1, 2]
-        if fx < 0 < fy:
-            raise ValueError(f"{what}: fx is negative ({fx:.1f}), so its picture is mirrored; mirror the video back")
-        if fx <= 0 or fy <= 0:
-            raise ValueError(f"{what}: fx and fy must be positive, got {fx:.1f} and {fy:.1f}")
-        if not 0.8 <= fx / fy <= 1.25:
-            raise ValueError(f"{what}: fx and fy must be alike (within 1.25), got {fx:.1f} and {fy:.1f}")
-        size = (1, 1) if calibration.relative else calibration.sizes[index]
-        if size is None:
-            continue
-        if not FOCAL_RANGE[0] <= fx / size[0] <= FOCAL_RANGE[1]:
-            raise ValueError(
-                f"{what}: fx {fx:.4g} is {fx / size[0]:.3g} picture widths ({size[0]} px); {FOCAL_RANGE[0]} to "
-                f"{FOCAL_RANGE[1]:.0f} are expected: fx in pixels, of the picture as filmed"
-            )
-        if not (0 < cx < size[0] and 0 < cy < size[1]):
-            raise ValueError(
-                f"{what}: the principal point ({cx:.1f}, {cy:.1f}) lies outside the {size[0]} x {size[1]} picture; was "
-                "the video resized or cropped after the calibration?"
-            )
+    return calibration
 
 
 # ---- extrinsics -------------------------------------------------------------------------------------------------
@@ -117,16 +92,25 @@ class Layout:
         return self.possible and self.spread_deg >= PARALLEL_DEG and float(self.off_deg.max()) <= CONVERGED_DEG
 
 
+def nearest(centers: np.ndarray, directions: np.ndarray) -> np.ndarray:
+    """Returns `multiview.cameras.nearest_point` of numpy arrays [..., n, 3]."""
+    import torch
+
+    from multiview.cameras import nearest_point
+
+    pair = (torch.from_numpy(np.ascontiguousarray(values)) for values in (centers, directions))
+    return nearest_point(*pair).numpy()
+
+
 def layout(w2c: np.ndarray, half: np.ndarray) -> Layout:
-    """w2c: [v, 4, 4]. half: [v, 4] tangents of the angles a picture reaches left, right, up and down of its axis."""
-    axes, centres = w2c[:, 2, :3], _centres(w2c)
-    projectors = np.eye(3) - axes[:, :, None] * axes[:, None, :]
-    focus = np.linalg.lstsq(projectors.sum(0), np.einsum("vij,vj->i", projectors, centres), rcond=None)[0]
-    offset = focus - centres
+    """w2c: [v, 4, 4]. half: [v, 4] tangents of the angles a image reaches left, right, up and down of its axis."""
+    axes, centers = w2c[:, 2, :3], centers_of(w2c)
+    focus = nearest(centers, axes)
+    offset = focus - centers
     depth = np.einsum("vi,vi->v", axes, offset)
     miss = np.linalg.norm(offset - depth[:, None] * axes, axis=-1)
     spread = float(np.degrees(np.arccos(np.clip(axes @ axes.T, -1.0, 1.0)).max()))
-    apart = np.linalg.norm(centres[:, None] - centres[None], axis=-1) + 1e9 * np.eye(len(w2c))
+    apart = np.linalg.norm(centers[:, None] - centers[None], axis=-1) + 1e9 * np.eye(len(w2c))
     same = apart < 1e-4 * np.median(np.linalg.norm(w2c[:, :3, 3], axis=-1))
     same &= axes @ axes.T > np.cos(np.radians(0.01))
     twins = tuple(int(k) for k in np.argwhere(same)[0]) if same.any() else None
@@ -137,33 +121,29 @@ def layout(w2c: np.ndarray, half: np.ndarray) -> Layout:
 def _largest_ball(w2c: np.ndarray, half: np.ndarray) -> float:
     """Of the balls within all view frusta the largest one's radius, over its mean distance from the cameras.
 
-    A linear programme (the Chebyshev centre): n . (x - c) >= r for each frustum's unit inward normals n.
+    A linear program (the Chebyshev centre): n . (x - c) >= r for each frustum's unit inward normals n.
     """
     from scipy.optimize import linprog
 
-    centres = _centres(w2c)
-    middle = centres.mean(0)
-    scale = float(np.linalg.norm(centres - middle, axis=-1).max())
+    centers = centers_of(w2c)
+    middle = centers.mean(0)
+    scale = float(np.linalg.norm(centers - middle, axis=-1).max())
     count = len(w2c)
-    normals = np.zeros((count, 5, 3))
-    normals[:, 0, 0], normals[:, 0, 2] = 1.0, half[:, 0]
-    normals[:, 1, 0], normals[:, 1, 2] = -1.0, half[:, 1]
-    normals[:, 2, 1], normals[:, 2, 2] = 1.0, half[:, 2]
-    normals[:, 3, 1], normals[:, 3, 2] = -1.0, half[:, 3]
-    normals[:, 4, 2] = 1.0
+    normals = np.tile([[1.0, 0, 0], [-1.0, 0, 0], [0, 1.0, 0], [0, -1.0, 0], [0, 0, 1.0]], (count, 1, 1))
+    normals[:, :4, 2] = half
     normals /= np.linalg.norm(normals, axis=-1, keepdims=True)
     world = np.einsum("vni,vij->vnj", normals, w2c[:, :3, :3])
-    reach = np.einsum("vnj,vj->vn", world, (centres - middle) / scale)
+    reach = np.einsum("vnj,vj->vn", world, (centers - middle) / scale)
     rows = np.concatenate([-world.reshape(-1, 3), np.ones((5 * count, 1))], axis=1)
     found = linprog([0.0, 0.0, 0.0, -1.0], A_ub=rows, b_ub=-reach.ravel(), bounds=[*[(-50.0, 50.0)] * 3, (None, 10.0)])
     if found.x is None:
         return -1.0
-    distance = np.linalg.norm((centres - middle) / scale - found.x[:3], axis=-1).mean()
+    distance = np.linalg.norm((centers - middle) / scale - found.x[:3], axis=-1).mean()
     return float(found.x[3] / distance)
 
 
 def field_of_view(calibration: Calibration) -> np.ndarray:
-    """[v, 4] tangents of what pictures reach left, right, up, down; a size not known is twice the principal point."""
+    """[v, 4] tangents of what images reach left, right, up, down; a size not known is twice the principal point."""
     K = calibration.K
     principal = K[:, :2, 2]
     sizes = [
@@ -257,7 +237,7 @@ def check_distances(calibration: Calibration, found: Layout) -> None:
 
 
 def rig_distance(calibration: Calibration) -> float:
-    """Mean distance of the cameras from the point nearest to their axes, in the calibration's unit."""
+    """Returns the cameras' mean distance from the point nearest to their axes, in the calibration's unit."""
     focus = layout(calibration.w2c, field_of_view(calibration)).focus
     return float(np.linalg.norm(calibration.centres - focus, axis=-1).mean())
 
@@ -305,20 +285,3 @@ def _power_of_ten(ratio: float) -> str:
     power = round(np.log10(ratio))
     fits = abs(np.log10(ratio) - power) < 0.4 and power != 0
     return f", {10.0**power:g} times as much (millimetres against metres?)" if fits and abs(power) == 3 else ""
-
-
-# ---- helpers ----------------------------------------------------------------------------------------------------
-
-
-def _centres(w2c: np.ndarray) -> np.ndarray:
-    return -np.einsum("vji,vj->vi", w2c[:, :3, :3], w2c[:, :3, 3])
-
-
-def _assembled(rotation: np.ndarray, translation: np.ndarray) -> np.ndarray:
-    w2c = np.tile(np.eye(4), (len(rotation), 1, 1))
-    w2c[:, :3, :3], w2c[:, :3, 3] = rotation, translation
-    return w2c
-
-
-def _inverse(w2c: np.ndarray) -> np.ndarray:
-    return _assembled(w2c[:, :3, :3].mT, _centres(w2c))

@@ -1,8 +1,8 @@
 """MAMMAL's new_cam.pkl: a pickled list (or a dict keyed 0, 1, ...) of {K, R, T[, mapx, mapy]}.
 
-X_cam = R X + T with column vectors; T in mm. K is that of the undistorted picture, made with OpenCV, so pixel centres
+X_cam = R X + T with column vectors; T in mm. K is that of the undistorted image, made with OpenCV, so pixel centers
 count from 0 and the principal point gets half a pixel here. The format holds no lens distortion: the videos that go
-with it are undistorted already; the remap tables are only looked at for the picture size.
+with it are undistorted already; the remap tables are only looked at for the image size.
 """
 
 from __future__ import annotations
@@ -15,13 +15,21 @@ from pathlib import Path
 
 import numpy as np
 
-from recording.calibration.fields import PIXEL_CENTRE, matrix, rigid, shifted
-from recording.calibration.model import Calibration
+from recording.calibration.fields import (
+    MOST_BYTES,
+    PIXEL_CENTRE,
+    Fields,
+    check_count,
+    image_size,
+    read_bytes,
+    rigid,
+    shifted,
+)
+from recording.calibration.model import Calibration, assemble
 
 FILE_NAME = "new_cam.pkl"
 UNIT = "mm"
-
-
+FIELDS = ("K", "R", "T")
 UNPICKLING_ERRORS = (
     pickle.UnpicklingError, EOFError, AttributeError, IndexError, KeyError, TypeError, ValueError, OverflowError,
     MemoryError, RecursionError, struct.error,
@@ -40,29 +48,19 @@ class NumpyUnpickler(pickle._Unpickler):
         self.answers = _stand_ins()
 
     def find_class(self, module: str, name: str):
-        found = self.answers.get((module.replace("numpy._core", "numpy.core"), name))
-        if found is None:
+        answer = self.answers.get((module.replace("numpy._core", "numpy.core"), name))
+        if answer is None:
             raise pickle.UnpicklingError(
                 f"it asks for {module}.{name}; only numpy arrays and plain containers are allowed"
             )
-        return found
+        return answer
 
+    def load_bytearray8(self) -> None:
+        """Takes bytes that are there; Python's own makes room for as many as the file claims."""
+        (length,) = struct.unpack("<Q", self.read(8))
+        self.append(self.read(min(length, MOST_BYTES)))
 
-class _Dtype:
-    """A numpy.dtype of numbers; its state holds the byte order."""
-
-    def __init__(self, text) -> None:
-        if not isinstance(text, str) or not re.fullmatch(r"[fiub][1248]", text):
-            raise pickle.UnpicklingError(f"arrays of dtype {text!r} are not allowed; numbers only")
-        self.text, self.order = text, "="
-
-    def __setstate__(self, state: tuple) -> None:
-        self.order = state[1] if state[1] in ("<", ">") else "="
-
-    def array(self, raw, shape: tuple, fortran: bool) -> np.ndarray:
-        data = raw.encode("latin1") if isinstance(raw, str) else bytes(raw)
-        values = np.frombuffer(data, dtype=np.dtype(self.order + self.text))
-        return values.reshape(shape, order="F" if fortran else "C").astype(values.dtype.newbyteorder("="))
+    dispatch = {**pickle._Unpickler.dispatch, pickle.BYTEARRAY8[0]: load_bytearray8}
 
 
 class _Array:
@@ -76,71 +74,92 @@ class _Array:
 
 
 def _stand_ins() -> dict:
-    """(module, name) -> what answers for it; functions of this one load, so that no file can change another's."""
+    """Returns what answers for (module, name): functions of this one load, so that no file can change another's."""
+    made_bytes = [0]  # one piece of a small file may be asked for again and again
 
-    def dtype(text, *_) -> _Dtype:
-        return _Dtype(text)
+    def count(data: bytes) -> bytes:
+        made_bytes[0] += len(data)
+        if made_bytes[0] > MOST_BYTES:
+            raise pickle.UnpicklingError(f"it unfolds to more than {MOST_BYTES / 1e6:.0f} MB")
+        return data
 
-    def reconstruct(*_) -> _Array:
-        return _Array()
+    class Dtype:
+        """A numpy.dtype of numbers; its state holds the byte order."""
 
-    def scalar(kind: _Dtype, raw) -> int | float | bool:
-        return kind.array(raw, (1,), False)[0].item()
+        def __init__(self, text, *_) -> None:
+            if not isinstance(text, str) or not re.fullmatch(r"[fiub][1248]", text):
+                raise pickle.UnpicklingError(f"arrays of dtype {text!r:.40} are not allowed; numbers only")
+            self.text, self.order = text, "="
 
-    def from_buffer(raw, kind: _Dtype, shape: tuple, order: str) -> np.ndarray:
-        return kind.array(raw, shape, order == "F")
+        def __setstate__(self, state: tuple) -> None:
+            self.order = state[1] if state[1] in ("<", ">") else "="
+
+        def array(self, raw, shape: tuple, fortran: bool) -> np.ndarray:
+            data = count(raw.encode("latin1") if isinstance(raw, str) else bytes(raw))
+            values = np.frombuffer(data, dtype=np.dtype(self.order + self.text))
+            return values.reshape(shape, order="F" if fortran else "C").astype(values.dtype.newbyteorder("="))
 
     def encode(text: str, encoding: str) -> bytes:  # protocol 2 keeps bytes as text
         if encoding not in ("latin1", "latin-1"):
-            raise pickle.UnpicklingError(f"codec {encoding!r} is not allowed")
-        return text.encode("latin1")
+            raise pickle.UnpicklingError(f"codec {encoding!r:.40} is not allowed")
+        return count(text.encode("latin1"))
 
     return {
         ("numpy", "ndarray"): "ndarray",  # only named, as what _reconstruct is to make
-        ("numpy", "dtype"): dtype,
+        ("numpy", "dtype"): lambda *state: Dtype(*state),
         ("_codecs", "encode"): encode,
-        ("numpy.core.multiarray", "_reconstruct"): reconstruct,
-        ("numpy.core.multiarray", "scalar"): scalar,
-        ("numpy.core.numeric", "_frombuffer"): from_buffer,
+        ("numpy.core.multiarray", "_reconstruct"): lambda *_: _Array(),
+        ("numpy.core.multiarray", "scalar"): lambda dtype, raw: dtype.array(raw, (1,), False)[0].item(),
+        ("numpy.core.numeric", "_frombuffer"): lambda raw, dtype, shape, order: dtype.array(raw, shape, order == "F"),
     }
 
 
-def _plain(content):
-    """The content with every stand-in array replaced by its ndarray."""
+def _plain(content, done: dict):
+    """Returns the content with every stand-in array replaced by its ndarray. done: by id, what was replaced before."""
+    if id(content) in done:
+        return done[id(content)]
     if isinstance(content, dict):
-        return {key: _plain(value) for key, value in content.items()}
-    if isinstance(content, (list, tuple)):
-        return type(content)(_plain(value) for value in content)
-    if isinstance(content, _Array):
-        if content.value is None:
-            raise pickle.UnpicklingError("an array has no content")
-        return content.value
-    if content is None or isinstance(content, (str, bytes, bytearray, int, float, complex, np.ndarray, set, frozenset)):
-        return content
-    raise pickle.UnpicklingError(f"it holds a {type(content).__name__}; only arrays and plain containers are allowed")
+        result = {key: _plain(value, done) for key, value in content.items()}
+    elif isinstance(content, (list, tuple)):
+        result = [_plain(value, done) for value in content]
+    elif isinstance(content, _Array) and content.value is not None:
+        result = content.value
+    elif content is None or isinstance(content, (str, bytes, int, float, complex, np.ndarray, set, frozenset)):
+        result = content
+    else:
+        raise pickle.UnpicklingError(f"it holds a {type(content).__name__}; only arrays and containers are allowed")
+    done[id(content)] = result
+    return result
 
 
 def load_numpy_pickle(path: Path | str):
-    """The content of a pickle of numpy arrays and plain containers. Raises ValueError for any other content."""
-    path = Path(path)
+    """Returns the content of a pickle of numpy arrays and plain containers. Raises ValueError for any other content."""
     try:
-        return _plain(NumpyUnpickler(path.read_bytes()).load())
+        return _plain(NumpyUnpickler(read_bytes(path)).load(), {})
     except UNPICKLING_ERRORS as error:
         raise ValueError(f"pickle {path} refused: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
 def read_mammal_pickle(path: Path | str) -> Calibration:
-    entries = _numbered_entries(load_numpy_pickle(path), path)
-    K, w2c, sizes = [], [], []
-    for index, entry in enumerate(entries):
-        missing = [key for key in ("K", "R", "T") if not isinstance(entry, dict) or key not in entry]
-        if missing:
-            raise ValueError(f"{path}: camera {index} lacks {', '.join(missing)}; K, R and T are expected")
-        K.append(shifted(matrix(entry["K"], (3, 3), f"{path}: K of camera {index}"), PIXEL_CENTRE))
-        w2c.append(rigid(entry["R"], entry["T"], f"{path}: camera {index}"))
-        table = entry.get("mapx")
-        sizes.append((table.shape[1], table.shape[0]) if isinstance(table, np.ndarray) and table.ndim == 2 else None)
-    return Calibration(np.array(K), np.array(w2c), np.zeros((len(K), 5)), tuple(sizes), str(path), unit=UNIT)
+    content = load_numpy_pickle(path)
+    if isinstance(content, dict):
+        keys = {str(key): key for key in content}
+        if set(keys) != {str(index) for index in range(len(content))}:
+            got = list(content)[:8]
+            raise ValueError(f"{path}: a dict of cameras must be keyed 0..n-1 without a gap, got keys {got}")
+        content = [content[keys[str(index)]] for index in range(len(content))]
+    if not isinstance(content, list):
+        raise ValueError(f"{path}: a list or dict of cameras is expected, got {type(content).__name__}")
+    check_count(len(content), path)
+    rows = []
+    for index, entry in enumerate(content):
+        camera = Fields(entry, f"{path}: camera {index}", required=FIELDS)
+        camera.refuse_unread(FIELDS)
+        table = camera.values.get("mapx")
+        size = image_size(*table.shape[::-1], camera.where) if getattr(table, "ndim", 0) == 2 else None
+        K = shifted(camera.matrix("K", 3, 3), PIXEL_CENTRE)
+        rows.append((K, rigid(entry["R"], entry["T"], camera.where), np.zeros(5), size, ""))
+    return assemble(rows, path, unit=UNIT)
 
 
 def write_mammal_pickle(path: Path | str, calibration: Calibration) -> None:
@@ -151,19 +170,3 @@ def write_mammal_pickle(path: Path | str, calibration: Calibration) -> None:
         for K, w2c in zip(shifted(calibration.K, -PIXEL_CENTRE), calibration.w2c, strict=True)
     ]
     Path(path).write_bytes(pickle.dumps(entries, protocol=4))
-
-
-def _numbered_entries(content, path: Path | str) -> list:
-    if isinstance(content, (list, tuple)):
-        if not content:
-            raise ValueError(f"{path}: the list of cameras is empty")
-        return list(content)
-    if isinstance(content, dict):
-        try:
-            numbered = {int(key): value for key, value in content.items()}
-        except (TypeError, ValueError):
-            numbered = {}
-        if sorted(numbered) == list(range(len(content))) and content:
-            return [numbered[index] for index in range(len(content))]
-        raise ValueError(f"{path}: a dict of cameras must be keyed 0..n-1 without a gap, got keys {list(content)[:8]}")
-    raise ValueError(f"{path}: a list or dict of cameras is expected, got {type(content).__name__}")

@@ -11,53 +11,37 @@ from pathlib import Path
 import numpy as np
 
 from multiview.files import write_json
-from recording.calibration.fields import intrinsics, matrix, number, picture_size, read_json, rigid
-from recording.calibration.model import Calibration
+from recording.calibration.fields import Fields, check_count, intrinsics, last_row_checked, rigid
+from recording.calibration.model import Calibration, assemble
 
 FILE_NAME = "opencv_cameras.json"
 FIELDS = ("w", "h", "fx", "fy", "cx", "cy", "w2c")
 
 
-def is_opencv(content: dict) -> bool:
-    frames = content.get("frames")
-    return isinstance(frames, list) and bool(frames) and isinstance(frames[0], dict) and "w2c" in frames[0]
-
-
-def read_opencv_json(path: Path | str) -> Calibration:
-    content = read_json(path)
-    K, w2c, sizes, names = [], [], [], []
-    for index, frame in enumerate(content["frames"]):
-        what = f"{path}: frame {index}"
-        missing = [key for key in FIELDS if not isinstance(frame, dict) or key not in frame]
-        if missing:
-            raise ValueError(f"{what} lacks {', '.join(missing)}")
-        K.append(intrinsics(*(number(frame[key], f"{what}: {key}") for key in ("fx", "fy", "cx", "cy"))))
-        values = matrix(frame["w2c"], (4, 4), f"{what}: w2c")
-        w2c.append(rigid(values[:3, :3], values[:3, 3], what))
-        sizes.append(picture_size(frame["w"], frame["h"], what))
-        names.append(str(frame.get("file_path", index)))
-    return Calibration(
-        np.array(K), np.array(w2c), np.zeros((len(K), 5)), tuple(sizes), str(path), unit=content.get("unit"),
-        names=tuple(names),
-    )  # fmt: skip
+def read_opencv_json(path: Path | str, content: dict) -> Calibration:
+    rows = []
+    check_count(len(content["frames"]), path)
+    for index, values in enumerate(content["frames"]):
+        frame = Fields(values, f"{path}: frame {index}", required=FIELDS)
+        frame.refuse_unread(FIELDS)
+        w2c = last_row_checked(frame.matrix("w2c", 4, 4), f"{frame.where}: w2c")
+        K = intrinsics(*map(frame.number, ("fx", "fy", "cx", "cy")))
+        name = frame.text("file_path", str(index))
+        rows.append((K, rigid(w2c[:3, :3], w2c[:3, 3], frame.where), np.zeros(5), frame.size(), name))
+    whole = Fields(content, str(path))
+    whole.refuse_unread(())
+    return assemble(rows, path, unit=whole.text("unit"))
 
 
 def write_opencv_json(path: Path | str, calibration: Calibration) -> None:
-    """Raises ValueError for skew, lens distortion or unknown picture sizes, which the format cannot hold."""
+    """Raises ValueError for skew, lens distortion or unknown image sizes, which the format cannot hold."""
     calibration.require(path, distortion=False, skew=False, sizes=True)
-    frames = []
-    for index, (K, w2c) in enumerate(zip(calibration.K, calibration.w2c, strict=True)):
-        width, height = calibration.sizes[index]
-        frames.append(
-            {
-                "file_path": calibration.name(index, "{0}.mp4"),
-                "w": width,
-                "h": height,
-                "fx": K[0, 0],
-                "fy": K[1, 1],
-                "cx": K[0, 2],
-                "cy": K[1, 2],
-                "w2c": w2c.tolist(),
-            }  # fmt: skip
-        )
+    frames = [
+        {
+            "file_path": calibration.name(index, "{0}.mp4"),
+            "w": calibration.sizes[index][0], "h": calibration.sizes[index][1],
+            "fx": K[0, 0], "fy": K[1, 1], "cx": K[0, 2], "cy": K[1, 2], "w2c": calibration.w2c[index].tolist(),
+        }
+        for index, K in enumerate(calibration.K)
+    ]  # fmt: skip
     write_json(Path(path), {"frames": frames, **({"unit": calibration.unit} if calibration.unit else {})})

@@ -1,17 +1,27 @@
-"""transforms.json of NeRF, instant-ngp, nerfstudio and Blender's NeRF exporters.
+"""Cameras with OpenGL's axes (y up, z backward) in JSON: transforms.json, and Blender's cameras as bpy names them.
 
-frames[].transform_matrix is camera to world with OpenGL's axes (y up, z backward), turned to OpenCV's here. Intrinsics
-stand per frame or for the whole file: fl_x, fl_y, cx, cy, w, h, k1, k2, p1, p2 (k3), or camera_angle_x (and _y) alone,
-the full angle over the picture's width. cx, cy count from the outer corner, as instant-ngp and COLMAP do. Where w and h
-are missing they come from the picture a frame names, or else from the videos (`Calibration.with_sizes`).
+transforms.json of NeRF, instant-ngp, nerfstudio and Blender's NeRF exporters: frames[].transform_matrix is camera to
+world. Intrinsics stand per frame or for the whole file: fl_x, fl_y, cx, cy, w, h, k1, k2, p1, p2 (k3), or
+camera_angle_x (and _y) alone, the full angle over the image's width. cx, cy count from the outer corner, as instant-ngp
+and COLMAP do. Where w and h are missing they come from the image a frame names, or else from the videos
+(`Calibration.with_sizes`). Frames of a camera that did not move (same matrix, same intrinsics) are one camera, at the
+place of the first. Cameras stand in the order of the numbers at the end of their file names where all have one, else in
+the file's order.
 
-Frames of a camera that did not move (same matrix, same intrinsics) are one camera, at the place of the first. Cameras
-stand in the order of the numbers at the end of their file names where all have one, else in the file's order.
+blender_cameras.json:
+{"render": {"resolution_x", "resolution_y", "resolution_percentage" = 100, "pixel_aspect_x" = 1, "pixel_aspect_y" = 1},
+ "cameras": [{"name", "matrix_world" 4x4, "lens" mm, "sensor_width" = 36, "sensor_height" = 24, "sensor_fit" = "AUTO",
+              "shift_x" = 0, "shift_y" = 0, "type" = "PERSP"}], "unit"?: "m"}
+In Blender: `[{"name": o.name, "matrix_world": [list(r) for r in o.matrix_world], "lens": o.data.lens, ...} for o in
+bpy.data.objects if o.type == "CAMERA"]`. A render setting may also stand in a camera. matrix_world is camera to world;
+its scale is ignored, as Blender does. A camera without shift looks through width / 2. Cameras stand in file order.
 """
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import re
 from pathlib import Path
 
@@ -20,49 +30,53 @@ import numpy as np
 from multiview.files import write_json
 from recording.calibration.fields import (
     COEFFICIENTS,
-    from_c2w,
+    MOST_CAMERAS,
+    OPENGL,
+    Fields,
+    check_count,
+    image_size,
     intrinsics,
-    lens_table,
-    number,
-    picture_size,
-    read_json,
-    to_c2w,
+    last_row_checked,
+    matrix,
+    rigid,
 )
-from recording.calibration.model import Calibration
+from recording.calibration.model import Calibration, assemble, centers_of
 
-FILE_NAME = "transforms.json"
-PINHOLES = ("OPENCV", "PINHOLE", "SIMPLE_PINHOLE", "SIMPLE_RADIAL", "RADIAL", "PERSPECTIVE")
+FILE_NAME, BLENDER_NAME = "transforms.json", "blender_cameras.json"
+LENS = ("k1", "k2", "p1", "p2", "k3")
+FIELDS = ("fl_x", "fl_y", "cx", "cy", "w", "h", "camera_angle_x", "camera_angle_y", *LENS)
+DEFAULTS = {
+    "resolution_percentage": 100, "pixel_aspect_x": 1.0, "pixel_aspect_y": 1.0, "sensor_width": 36.0,
+    "sensor_height": 24.0, "sensor_fit": "AUTO", "shift_x": 0.0, "shift_y": 0.0, "type": "PERSP",
+}  # fmt: skip
 
 
-def is_transforms(content: dict) -> bool:
-    frames = content.get("frames")
-    return isinstance(frames, list) and bool(frames) and isinstance(frames[0], dict) and "transform_matrix" in frames[0]
-
-
-def read_transforms(path: Path | str) -> Calibration:
-    content = read_json(path)
+def read_transforms(path: Path | str, content: dict) -> Calibration:
     shared = {key: value for key, value in content.items() if key != "frames"}
+    seen: set[str] = set()
     cameras: dict[bytes, tuple] = {}
-    for index, frame in enumerate(content["frames"]):
+    for index, values in enumerate(content["frames"]):
         what = f"{path}: frame {index}"
-        if not isinstance(frame, dict) or "transform_matrix" not in frame:
-            raise ValueError(f"{what} lacks transform_matrix")
-        values = {**shared, **frame}
-        _refuse_other_lenses(values, what)
-        size = _size(values, Path(path), what)
-        K = _intrinsics(values, size, what)
-        w2c = from_c2w(frame["transform_matrix"], f"{what}: transform_matrix", opengl=True)
-        lens = [number(values.get(key, 0.0), f"{what}: {key}") for key in ("k1", "k2", "p1", "p2", "k3")]
-        name = str(frame.get("file_path", ""))
+        values = {**shared, **Fields(values, what, required=("transform_matrix",)).values}
+        text = json.dumps({key: value for key, value in values.items() if key != "file_path"})
+        if text in seen:  # of a camera that did not move there may be 100,000 frames
+            continue
+        seen.add(text)
+        frame = Fields(values, what)
+        frame.refuse_unread(FIELDS)
+        size = _image_size(frame, Path(path))
+        K, lens = _intrinsics(frame, size), [frame.number(key, 0.0) for key in LENS]
+        w2c = _from_c2w(values["transform_matrix"], f"{what}: transform_matrix")
         key = np.concatenate([K.ravel(), w2c.ravel(), lens]).round(9).tobytes()
-        cameras.setdefault(key, (K, w2c, lens, size, size is None and "fl_x" not in values, name))
-    K, w2c, lenses, sizes, fractions, names = zip(*_in_order(list(cameras.values())), strict=True)
-    if len(set(fractions)) != 1:
+        cameras.setdefault(key, (K, w2c, lens, size, frame.text("file_path", "")))
+        if len(cameras) > MOST_CAMERAS:
+            raise ValueError(f"{path}: more than {MOST_CAMERAS} cameras; static cameras are expected, one per video")
+    rows = _in_order(list(cameras.values()))
+    # Where only angles are said, K is in fractions of the width.
+    fractions = {size is None and K[0, 2] < 1.0 for K, _, _, size, _ in rows}
+    if len(fractions) != 1:
         raise ValueError(f"{path}: some cameras state their picture size and others do not; give w, h for all or none")
-    return Calibration(
-        np.array(K), np.array(w2c), lens_table(list(lenses), str(path)), sizes, str(path),
-        names=names if all(names) else (), relative=fractions[0],
-    )  # fmt: skip
+    return assemble(rows, path, relative=fractions.pop())
 
 
 def write_transforms(path: Path | str, calibration: Calibration) -> None:
@@ -71,70 +85,150 @@ def write_transforms(path: Path | str, calibration: Calibration) -> None:
     frames = []
     for index, (K, w2c) in enumerate(zip(calibration.K, calibration.w2c, strict=True)):
         frame = {"file_path": f"images/cam_{index:03d}.png"}
-        if calibration.sizes[index] is not None:
-            frame |= dict(zip(("w", "h"), calibration.sizes[index], strict=True))
+        frame |= dict(zip(("w", "h"), calibration.sizes[index] or ()))
         frame |= {"fl_x": K[0, 0], "fl_y": K[1, 1], "cx": K[0, 2], "cy": K[1, 2]}
         frame |= dict(zip(COEFFICIENTS[:5], calibration.distortion[index].tolist(), strict=True))
-        frames.append({**frame, "transform_matrix": to_c2w(w2c, opengl=True).tolist()})
+        frames.append({**frame, "transform_matrix": _to_c2w(w2c).tolist()})
     write_json(Path(path), {"camera_model": "OPENCV", "frames": frames})
 
 
-def _refuse_other_lenses(values: dict, what: str) -> None:
-    model = str(values.get("camera_model", "OPENCV")).upper()
-    if model not in PINHOLES or values.get("is_fisheye", False):
-        model = "is_fisheye" if values.get("is_fisheye", False) else model
-        raise ValueError(f"{what}: camera model {model} is not supported; expected one of {', '.join(PINHOLES)}")
+def _from_c2w(values, what: str) -> np.ndarray:
+    """Returns [4, 4] world to camera, OpenCV axes, from a camera-to-world matrix [4, 4] (or [3, 4]), OpenGL axes."""
+    rows = 3 if isinstance(values, list) and len(values) == 3 else 4
+    c2w = matrix(values, (rows, 4), what)
+    if rows == 4:
+        last_row_checked(c2w, what)
+    w2c = rigid(c2w[:3, :3], c2w[:3, 3], what)  # checks the rotation, which is then turned around
+    w2c[:3, :3] = w2c[:3, :3].T
+    w2c[:3, 3] = -w2c[:3, :3] @ c2w[:3, 3]
+    return OPENGL @ w2c
 
 
-def _size(values: dict, path: Path, what: str) -> tuple[int, int] | None:
-    if "w" in values and "h" in values:
-        return picture_size(values["w"], values["h"], what)
-    name = values.get("file_path")
-    if not isinstance(name, str):
-        return None
+def _to_c2w(w2c: np.ndarray) -> np.ndarray:
+    c2w = np.eye(4)
+    c2w[:3, :3], c2w[:3, 3] = w2c[:3, :3].T, centers_of(w2c)
+    return c2w @ OPENGL
+
+
+def _image_size(frame: Fields, path: Path) -> tuple[int, int] | None:
+    if "w" in frame or "h" in frame:
+        return frame.size()
+    name = frame.text("file_path", "")
     for candidate in (path.parent / name, path.parent / f"{name}.png"):  # Blender's exporters leave .png out
-        if candidate.is_file() and candidate.suffix.lower() in (".png", ".jpg", ".jpeg"):
+        if os.path.isfile(candidate) and candidate.suffix.lower() in (".png", ".jpg", ".jpeg"):
             from PIL import Image
 
-            with Image.open(candidate) as picture:
-                return picture.size
+            try:
+                with Image.open(candidate) as image:
+                    return image.size
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+                raise ValueError(
+                    f"{frame.where}: the size of {candidate} cannot be read ({error}); give w and h in {path.name}"
+                ) from error
     return None
 
 
-def _intrinsics(values: dict, size: tuple[int, int] | None, what: str) -> np.ndarray:
-    """[3, 3] in pixels; where only an angle is known and no picture size, in fractions (`Calibration.relative`)."""
-    if "fl_x" in values:
-        fx = number(values["fl_x"], f"{what}: fl_x")
-        fy = number(values.get("fl_y", fx), f"{what}: fl_y")
-        if size is None and not ("cx" in values and "cy" in values):
-            raise ValueError(f"{what} needs the picture size w, h, or cx, cy (per frame or for the file)")
-        width, height = size or (0, 0)
-        cx, cy = values.get("cx", width / 2), values.get("cy", height / 2)
-        return intrinsics(fx, fy, number(cx, f"{what}: cx"), number(cy, f"{what}: cy"))
-    if "camera_angle_x" not in values:
-        raise ValueError(f"{what} needs fl_x or camera_angle_x (per frame or for the file)")
-    if size is None and ("cx" in values or "cy" in values or "camera_angle_y" in values):
-        raise ValueError(f"{what} needs the picture size w, h beside cx, cy or camera_angle_y")
+def _intrinsics(frame: Fields, size: tuple[int, int] | None) -> np.ndarray:
+    """Returns K [3, 3] in pixels; in fractions where only an angle is known and no size (`Calibration.relative`)."""
     width, height = size or (1, 1)
-    fx = _focal(values["camera_angle_x"], width, f"{what}: camera_angle_x")
-    fy = _focal(values["camera_angle_y"], height, f"{what}: camera_angle_y") if "camera_angle_y" in values else fx
-    cx, cy = values.get("cx", width / 2), values.get("cy", height / 2)
-    return intrinsics(fx, fy, number(cx, f"{what}: cx"), number(cy, f"{what}: cy"))
+    angles = {axis: _focal(frame, axis, side) for axis, side in (("x", width), ("y", height))}
+    if "fl_x" in frame:
+        fx = frame.number("fl_x")
+        fy = frame.number("fl_y", fx)
+        if size is None and not ("cx" in frame and "cy" in frame):
+            raise ValueError(f"{frame.where} needs the picture size w, h, or cx, cy (per frame or for the file)")
+        if size is not None and angles["x"] is not None and not 0.98 < angles["x"] / fx < 1.02:
+            raise ValueError(
+                f"{frame.where}: fl_x {fx:.5g} and camera_angle_x contradict each other ({angles['x']:.5g} px at a "
+                f"width of {width}); take out the one that is wrong"
+            )
+    elif angles["x"] is None:
+        raise ValueError(f"{frame.where} needs fl_x or camera_angle_x (per frame or for the file)")
+    elif size is None and ("cx" in frame or "cy" in frame or angles["y"] is not None):
+        raise ValueError(f"{frame.where} needs the picture size w, h beside cx, cy or camera_angle_y")
+    else:
+        fx = angles["x"]
+        fy = fx if angles["y"] is None else angles["y"]
+    return intrinsics(fx, fy, frame.number("cx", width / 2), frame.number("cy", height / 2))
 
 
-def _focal(angle, side: int, what: str) -> float:
-    radians = number(angle, what)
+def _focal(frame: Fields, axis: str, side: int) -> float | None:
+    key = f"camera_angle_{axis}"
+    if key not in frame:
+        return None
+    radians = frame.number(key)
     if not 0.0 < radians < math.pi:
-        raise ValueError(f"{what} must be radians between 0 and pi, got {radians:.4g}")
+        raise ValueError(f"{frame.where}: {key} must be radians between 0 and pi, got {radians:.4g}")
     return 0.5 * side / math.tan(0.5 * radians)
 
 
 def _in_order(cameras: list[tuple]) -> list[tuple]:
     """By the number at the end of each file name (its folder's, where the name's own repeat), if all have one."""
-    paths = [Path(camera[5]) for camera in cameras]
+    paths = [Path(camera[-1]) for camera in cameras]
     for parts in ([path.stem for path in paths], [path.parent.name for path in paths]):
-        found = [re.search(r"(\d+)$", part) for part in parts]
-        if all(found) and len({match[1] for match in found}) == len(cameras):
-            numbers = [int(match[1]) for match in found]
-            return [camera for _, camera in sorted(zip(numbers, cameras, strict=True), key=lambda pair: pair[0])]
+        ends = [re.search(r"([0-9]{1,18})$", part) for part in parts]
+        if all(ends) and len({match[1] for match in ends}) == len(cameras):
+            return [cameras[index] for index in sorted(range(len(cameras)), key=lambda k: int(ends[k][1]))]
     return cameras
+
+
+# ---- Blender's own names --------------------------------------------------------------------------------------------
+
+
+def read_blender_json(path: Path | str, content: dict) -> Calibration:
+    render = Fields(content.get("render", {}), f"{path}: render").values
+    check_count(len(content["cameras"]), path)
+    rows = []
+    for index, values in enumerate(content["cameras"]):
+        what = f"{path}: camera {index}"
+        values = {**DEFAULTS, **render, **Fields(values, what).values}
+        camera = Fields(values, what, required=("matrix_world", "lens", "resolution_x", "resolution_y"))
+        camera.refuse_unread(DEFAULTS)
+        if camera.text("type") != "PERSP":
+            raise ValueError(f"{what}: only perspective cameras (type PERSP) are supported, got {values['type']!r}")
+        percent = camera.number("resolution_percentage") / 100
+        size = image_size(*(float(int(camera.number(f"resolution_{side}") * percent)) for side in "xy"), what)
+        world = camera.matrix("matrix_world", 4, 4)
+        scale = np.linalg.norm(world[:3, :3], axis=0)
+        if (scale < 1e-12).any():
+            raise ValueError(f"{what}: matrix_world has an axis of length 0")
+        world[:3, :3] /= scale
+        w2c = _from_c2w(world, f"{what}: matrix_world")
+        rows.append((_blender_intrinsics(camera, size), w2c, np.zeros(5), size, camera.text("name", str(index))))
+    return assemble(rows, path, unit=Fields(content, str(path)).text("unit"))
+
+
+def _blender_intrinsics(camera: Fields, size: tuple[int, int]) -> np.ndarray:
+    """Returns Blender's projection: the side that `sensor_fit` names spans the image; shifts are in that side."""
+    width, height = size
+    fit = camera.text("sensor_fit")
+    if fit not in ("AUTO", "HORIZONTAL", "VERTICAL"):
+        raise ValueError(f"{camera.where}: sensor_fit must be AUTO, HORIZONTAL or VERTICAL, got {fit!r}")
+    # AUTO fits the longer side of the image, and measures it with sensor_width whichever it is.
+    side = "sensor_height" if fit == "VERTICAL" else "sensor_width"
+    positive = {key: camera.number(key) for key in ("pixel_aspect_x", "pixel_aspect_y", "lens", side)}
+    if min(positive.values()) <= 0:
+        raise ValueError(f"{camera.where}: {', '.join(positive)} must be positive, got {list(positive.values())}")
+    aspect = positive["pixel_aspect_y"] / positive["pixel_aspect_x"]  # of a pixel, height over width
+    horizontal = fit == "HORIZONTAL" or (fit == "AUTO" and width >= height * aspect)
+    span = width if horizontal else height * aspect  # the fitted side, in units of a pixel's width
+    fx = positive["lens"] / positive[side] * span
+    cx = width / 2 - camera.number("shift_x") * span
+    return intrinsics(fx, fx / aspect, cx, height / 2 + camera.number("shift_y") * span / aspect)
+
+
+def write_blender_json(path: Path | str, calibration: Calibration) -> None:
+    """Raises ValueError for skew, lens distortion or unknown image sizes, which the format cannot hold."""
+    calibration.require(path, distortion=False, skew=False, sizes=True)
+    cameras = []
+    for index, (K, w2c) in enumerate(zip(calibration.K, calibration.w2c, strict=True)):
+        (width, height), aspect = calibration.sizes[index], K[0, 0] / K[1, 1]
+        cameras.append(
+            {
+                "name": calibration.name(index, "Camera.{0:03d}"), "matrix_world": _to_c2w(w2c).tolist(),
+                "resolution_x": width, "resolution_y": height, "pixel_aspect_y": aspect, "sensor_fit": "HORIZONTAL",
+                "sensor_width": 36.0, "lens": 36.0 * K[0, 0] / width, "shift_x": 0.5 - K[0, 2] / width,
+                "shift_y": (K[1, 2] - height / 2) * aspect / width,
+            }
+        )  # fmt: skip
+    write_json(Path(path), {"cameras": cameras, **({"unit": calibration.unit} if calibration.unit else {})})

@@ -1,10 +1,9 @@
-"""How good a dataset of posed, masked views is, and if it is not, why.
+"""Do images, masks and cameras belong together: of a calibration, of a recording, and of any dataset.
 
-measure.py    one sample: masks, brightness, sharpness, cameras, silhouettes
-tangency.py   whether silhouettes and cameras belong together, to parts of a pixel
-diagnose.py   which fault explains silhouettes that do not
-dataset.py    finding and measuring the samples of any dataset, in several processes
-summary.py    figures per view and for the dataset
-findings.py   the grade, its reasons, and what to do about each
-page.py       all of it as one HTML page
+silhouettes.py  the measure, to parts of a pixel, and which usual fault explains what is left
+belongs.py      whether a calibration belongs to its videos, asked before an import
+measure.py      figures of samples and views
+findings.py     the one list of findings, each with its remedy, and the grade
+report.py       quality_report.json and quality_report.html, of an import and of any dataset
+check.py        a look at a calibration alone (--check)
 """

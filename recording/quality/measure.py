@@ -1,30 +1,38 @@
-"""Everything that is measured on one sample: masks, light, sharpness, cameras, silhouettes."""
+"""Figures of posed, masked samples: masks, light, sharpness, cameras, silhouettes; and their summary per view."""
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from multiview.cameras import Cameras
 from multiview.metrics import view_consistency
-from multiview.sample import Sample
-from recording.quality.tangency import DIRECTIONS, outline
+from multiview.rig import ViewRig
+from multiview.sample import Sample, read_sample
+from recording.geometry import angular_distance, circular_mean_deg
+from recording.quality.silhouettes import DIRECTIONS, FITTED, Diagnosis, Views, diagnose, outline
 
+MOST_VIEWS = 12  # looked at where no rig says how many belong to one
+MOST_FOR_SILHOUETTES = 2 * FITTED  # samples whose outlines are compared; more change nothing
 RIM_ALPHA = 0.02  # more of the animal than this in the outermost row or column: it is clipped
-OPAQUE_SHARE = 0.999  # a "mask" that covers so much of the picture is none
+OPAQUE_SHARE = 0.999  # a "mask" that covers so much of the image is none
 EMPTY_SHARE = 1e-5
-DARK, BRIGHT = 0.02, 0.98  # luminance beyond which a pixel holds no detail
+BRIGHT = 0.98  # luminance beyond which a pixel holds no detail
+MEANS = ("mask_area", "silhouette_iou", "silhouette_filled")  # over the views
 LUMA = (0.299, 0.587, 0.114)
+MOST_TURNED_DEG = 60.0  # cameras that look elsewhere carve nothing
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One sample's figures. views: one dict of numbers per view. points, intrinsics, w2c: as `tangency.Views`, [v]."""
+    """One sample's figures. views: one dict of numbers per view. points, intrinsics, w2c: as `Views`, [v]."""
 
-    id: str
     folder: Path | None
     size: tuple[int, int]
     views: list[dict]
@@ -34,115 +42,205 @@ class Measured:
     view_names: list[str | None]
 
 
+def measure_folders(
+    folders: list[Path], *, num_views: int | None, workers: int, progress: bool = False
+) -> tuple[list[Measured], dict[str, str]]:
+    """Returns figures of all readable samples in order, and per unreadable one why. num_views: None takes all."""
+    from tqdm import tqdm
+
+    options = {"total": len(folders), "desc": "samples", "unit": "sample", "disable": None if progress else True}
+    jobs = [(folder, num_views) for folder in folders]
+    if workers == 1:
+        results = [_measure(job) for job in tqdm(jobs, **options)]
+    else:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # inherited by the workers, before they import torch
+        with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+            results = list(tqdm(pool.map(_measure, jobs, chunksize=4), **options))
+    broken = {str(job[0]): result for job, result in zip(jobs, results, strict=True) if isinstance(result, str)}
+    return [result for result in results if isinstance(result, Measured)], broken
+
+
+def _measure(job: tuple[Path, int | None]) -> Measured | str:
+    """Returns the figures, or what keeps the sample from being read: a broken sample is a finding, not the end."""
+    folder, num_views = job
+    try:
+        sample = read_sample(folder, num_views=num_views)
+        if num_views is None and len(sample.view_names) > MOST_VIEWS:
+            sample = read_sample(folder, num_views=MOST_VIEWS)
+        return measure_sample(sample)
+    except (ValueError, OSError) as error:
+        return str(error)
+
+
 def measure_sample(sample: Sample, *, hulls: bool = True) -> Measured:
     """rgba [v, 4, h, w], cameras [v] -> figures; a view without a usable mask has None where it has no figure.
 
     hulls: whether to carve the hulls that predict each mask from the others, nearly all of the time.
     """
-    alpha = sample.rgba[:, 3]
-    width = sample.cameras.width
+    cameras, alpha = sample.cameras, sample.rgba[:, 3]
+    c2w, (fx, fy, cx, cy) = cameras.c2w, cameras.fxfycxcy.double().T
+    to_origin = torch.nn.functional.normalize(-cameras.origins, dim=-1)
+    look_off = torch.rad2deg(torch.acos((c2w[:, :3, 2] * to_origin).sum(-1).clamp(-1, 1)))
+    columns = {
+        "azimuth_deg": cameras.azimuth_deg, "elevation_deg": cameras.elevation_deg, "distance": cameras.distance,
+        "focal": fx / cameras.width, "focal_ratio": fy / fx, "cx": cx / cameras.width, "cy": cy / cameras.height,
+        "look_off_deg": look_off,
+    }  # fmt: skip
     views = [
-        {**_camera_figures(sample, view), **_mask_figures(alpha[view]), **_light_figures(sample.rgba[view])}
-        for view in range(len(alpha))
-    ]
-    _add_silhouettes(sample, views, hulls)
-    points = np.full((len(alpha), DIRECTIONS, 2), np.nan)
+        {**{key: float(values[view]) for key, values in columns.items()}, **_mask_figures(rgba[3].numpy()),
+         **_light_figures(rgba.numpy())}
+        for view, rgba in enumerate(sample.rgba)
+    ]  # fmt: skip
+    iou = filled = [None] * len(views)
+    usable = hulls and len(views) >= 3 and all(view["usable"] for view in views)
+    if usable and float(look_off.max()) <= MOST_TURNED_DEG:
+        found = view_consistency(sample.rgba[:, :3], sample.rgba[:, 3:], cameras)
+        iou, filled = found["mask_iou_per_view"], found["mask_per_view"]
+    points = np.full((len(views), DIRECTIONS, 2), np.nan)
     for view, figures in enumerate(views):
+        figures["silhouette_iou"], figures["silhouette_filled"] = iou[view], filled[view]
         # A clipped mask's hull ends at the border, where the animal does not.
         if figures["usable"] and not figures["clipped"]:
             points[view] = outline(alpha[view].numpy())
-    return Measured(
-        id=sample.id,
-        folder=sample.folder,
-        size=(width, sample.cameras.height),
-        views=views,
-        points=points,
-        intrinsics=sample.cameras.fxfycxcy.double().numpy() / width,
-        w2c=sample.cameras.w2c.double().numpy(),
-        view_names=list(sample.view_names),
-    )
+    intrinsics, w2c = cameras.fxfycxcy.double().numpy() / cameras.width, cameras.w2c.double().numpy()
+    size = (cameras.width, cameras.height)
+    return Measured(sample.folder, size, views, points, intrinsics, w2c, list(sample.view_names))
 
 
-def _camera_figures(sample: Sample, view: int) -> dict:
-    """Where the camera stands and whether it looks at the origin; angles in degrees, lengths over the width."""
-    camera = sample.cameras[[view]]
-    fx, fy, cx, cy = camera.fxfycxcy[0].double().tolist()
-    forward = camera.c2w[0, :3, 2]
-    towards = torch.nn.functional.normalize(-camera.origins[0], dim=-1)
-    return {
-        "azimuth_deg": float(camera.azimuth_deg[0]),
-        "elevation_deg": float(camera.elevation_deg[0]),
-        "distance": float(camera.distance[0]),
-        "focal": fx / camera.width,
-        "focal_ratio": fy / fx,
-        "cx": cx / camera.width,
-        "cy": cy / camera.height,
-        "look_off_deg": float(torch.rad2deg(torch.acos((forward @ towards).clamp(-1, 1)))),
-    }
-
-
-def _mask_figures(alpha: Tensor) -> dict:
-    """alpha: [h, w]. area: share of the picture. centre: the body's centre from the picture's, over the width."""
+def _mask_figures(alpha: np.ndarray) -> dict:
+    """alpha: [h, w]. area: share of the image. centre: the body's center from the image's, over the width."""
     import cv2
 
     height, width = alpha.shape
-    rim = torch.cat([alpha[0], alpha[-1], alpha[:, 0], alpha[:, -1]])
-    area = float(alpha.mean())
-    binary = (alpha > 0.5).numpy()
-    usable = bool(binary.any()) and EMPTY_SHARE < area < OPAQUE_SHARE
-    if usable:
+    rim = np.concatenate([alpha[0], alpha[-1], alpha[:, 0], alpha[:, -1]])
+    area, binary = float(alpha.mean(dtype=np.float64)), alpha > 0.5
+    figures = {
+        "usable": bool(binary.any()) and EMPTY_SHARE < area < OPAQUE_SHARE, "no_mask": area >= OPAQUE_SHARE,
+        "area": area, "clipped": bool((rim > RIM_ALPHA).any()), "centre_x": None, "centre_y": None,
+    }  # fmt: skip
+    if figures["usable"]:
         # Weighted by the squared distance from the outline, so that tail and legs hardly count.
-        depth = cv2.distanceTransform(np.pad(binary, 1).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_5)[1:-1, 1:-1] ** 2
-        x = (depth.sum(0) @ np.arange(width)) / depth.sum() + 0.5 - width / 2
-        y = (depth.sum(1) @ np.arange(height)) / depth.sum() + 0.5 - height / 2
-    return {
-        "usable": usable,
-        "no_mask": area >= OPAQUE_SHARE,
-        "area": area,
-        "clipped": bool((rim > RIM_ALPHA).any()),
-        "centre_x": float(x) / width if usable else None,
-        "centre_y": float(y) / width if usable else None,
-    }
+        padded = np.pad(binary, 1).astype(np.uint8)
+        depth = cv2.distanceTransform(padded, cv2.DIST_L2, cv2.DIST_MASK_5)[1:-1, 1:-1] ** 2
+        figures["centre_x"] = float((depth.sum(0) @ np.arange(width)) / depth.sum() + 0.5 - width / 2) / width
+        figures["centre_y"] = float((depth.sum(1) @ np.arange(height)) / depth.sum() + 0.5 - height / 2) / width
+    return figures
 
 
-def _light_figures(rgba: Tensor) -> dict:
-    """rgba: [4, h, w]. Mean colour and luminance of the animal, lost shares, and how sharp it is.
+def _light_figures(rgba: np.ndarray) -> dict:
+    """rgba: [4, h, w]. Mean luminance of the animal, the share of it that is white, and how sharp it is.
 
-    sharpness: variance of the Laplacian over the variance of the luminance, inside the mask: scale-free, larger is
-    sharper; comparable between views and samples of one dataset, not between datasets.
+    sharpness: what blurring over 3 x 3 pixels takes away inside the mask, over what blurring again takes away. A lens
+    or a codec loses fine detail first, whereas an animal's light and dark sides differ in both alike.
     """
     import cv2
 
-    # Nothing outside the mask counts: only the part around it is looked at.
-    left, top, width, height = cv2.boundingRect((rgba[3] > 0).numpy().astype(np.uint8))
-    rgba = rgba[:, max(top - 2, 0) : top + height + 2, max(left - 2, 0) : left + width + 2]
-    rgb, alpha = rgba[:3], rgba[3]
-    weight = alpha.double()
-    total = float(weight.sum())
+    rgb, alpha = rgba[:3], np.ascontiguousarray(rgba[3])
+    total = float(alpha.sum(dtype=np.float64))
     if total < 1:
-        return {"brightness": None, "colour": None, "dark_share": None, "bright_share": None, "sharpness": None}
-    luma = sum(share * channel for share, channel in zip(LUMA, rgb, strict=True))
-    inside = cv2.erode((alpha > 0.9).numpy().astype(np.uint8), np.ones((5, 5), np.uint8), borderValue=0).astype(bool)
-    sharpness = None
-    if inside.sum() >= 25:
-        laplacian = cv2.Laplacian(np.ascontiguousarray(luma.numpy()), cv2.CV_32F)
-        sharpness = float(laplacian[inside].var() / max(float(luma.numpy()[inside].var()), 1e-6))
+        return {"brightness": None, "bright_share": None, "sharpness": None}
+    luma = np.ascontiguousarray(sum(share * channel for share, channel in zip(LUMA, rgb, strict=True)))
+
+    once = cv2.blur(luma, (3, 3))
+    inside = cv2.erode((alpha > 0.9).astype(np.uint8), np.ones((5, 5), np.uint8), borderValue=0) > 0
+    fine, coarse = (np.abs(a - b)[inside] for a, b in ((luma, once), (once, cv2.blur(once, (3, 3)))))
     return {
-        "brightness": float((luma * weight).sum() / total),
-        "colour": [float((channel * weight).sum() / total) for channel in rgb],
-        "dark_share": float(((luma < DARK) * weight).sum() / total),
-        "bright_share": float(((luma > BRIGHT) * weight).sum() / total),
-        "sharpness": sharpness,
+        "brightness": float((luma * alpha).sum(dtype=np.float64) / total),
+        "bright_share": float(((luma > BRIGHT) * alpha).sum(dtype=np.float64) / total),
+        "sharpness": float(fine.mean() / max(coarse.mean(), 1e-9)) if len(fine) >= 25 else None,
     }
 
 
-def _add_silhouettes(sample: Sample, views: list[dict], hulls: bool) -> None:
-    """Adds per view how well the hull of the other views predicts its mask: IoU, and share of the mask it fills."""
-    usable = hulls and len(views) >= 3 and all(view["usable"] for view in views)
-    iou, filled = [None] * len(views), [None] * len(views)
-    if usable and not any(view["look_off_deg"] > 60 for view in views):
-        rgb = sample.rgba[:, :3]
-        found = view_consistency(rgb, sample.rgba[:, 3:], sample.cameras)
-        iou, filled = found["mask_iou_per_view"], found["mask_per_view"]
-    for view, overlap, share in zip(views, iou, filled, strict=True):
-        view["silhouette_iou"], view["silhouette_filled"] = overlap, share
+# ---- the summary ----------------------------------------------------------------------------------------------------
+
+
+def summarise(measured: list[Measured], rig: ViewRig | None) -> tuple[dict, Diagnosis | None]:
+    """measured: at least one sample. rig: what the dataset states, None if nothing. Diagnosis: None below 3 views.
+
+    Samples may have different numbers of views; the common ones are looked at.
+    """
+    counts = {len(one.views) for one in measured}
+    count = min(counts)
+    names = [name or f"view {slot}" for slot, name in enumerate(measured[0].view_names[:count])]
+    views = [{"name": names[slot], **_view_summary([one.views[slot] for one in measured])} for slot in range(count)]
+    for key in ("brightness", "sharpness"):
+        for view, ratio in zip(views, _relative(measured, key, count), strict=True):
+            view[f"{key}_relative"] = ratio
+    for view, stated in zip(views, rig.views if rig is not None else ()):
+        where = (view["azimuth_deg"], view["elevation_deg"], stated.azimuth_deg, stated.elevation_deg)
+        view["off_rig_deg"] = float(angular_distance(*where))
+    diagnosis = diagnose(outlines(measured, count)) if count >= 3 else None
+    for view, off in zip(views, diagnosis.per_view if diagnosis else ()):
+        view["tangency_rms"] = off
+    distances = [view["distance_mean"] for view in views]
+    return {
+        "num_samples": len(measured),
+        "num_views": count,
+        "view_counts": sorted(counts),
+        "sizes": sorted({one.size for one in measured}),
+        "rig": None if rig is None else rig.name,
+        "measured_rig": None if rig is not None else measured_rig(measured[0], count).to_dict(),
+        "distance_mean": _mean(distances),
+        "distance_variation": float(np.std(distances)) / _mean(distances),
+        **{f"{key}_mean": _mean([view[key] for view in views]) for key in MEANS},
+        **{key: sum(view[key] for view in views) for key in ("clipped", "empty")},
+        "tangency_rms": None if diagnosis is None else diagnosis.rms,
+        "tangency_rms_explained": None if diagnosis is None else diagnosis.left,
+        "views": views,
+    }, diagnosis
+
+
+def outlines(measured: list[Measured], count: int) -> Views:
+    """The first `count` views of evenly chosen samples whose outlines are all known, or as they are if none has."""
+    whole = [one for one in measured if np.isfinite(one.points[:count]).all()] or measured
+    chosen = np.unique(np.linspace(0, len(whole) - 1, MOST_FOR_SILHOUETTES).round().astype(int))
+    return Views(*(np.stack([getattr(whole[k], n)[:count] for k in chosen]) for n in ("points", "intrinsics", "w2c")))
+
+
+def measured_rig(one: Measured, count: int) -> ViewRig:
+    """What the cameras of a dataset without a rig amount to: those of its first sample."""
+    width, height = one.size
+    cameras = Cameras.from_w2c(
+        torch.from_numpy(one.w2c[:count]), torch.from_numpy(one.intrinsics[:count]) * width, height, width
+    )
+    names = one.view_names[:count]
+    complete = None not in names and len(set(names)) == count
+    return ViewRig.from_cameras(cameras, "measured", names if complete else [f"view_{k:02d}" for k in range(count)])
+
+
+def _view_summary(rows: list[dict]) -> dict:
+    """One view over all samples; rows: figures of `measure_sample`."""
+    known = {key: [row[key] for row in rows if row[key] is not None] for key in rows[0]}
+    area = np.array([row["area"] for row in rows if row["usable"]])
+    means = ("elevation_deg", "focal", "focal_ratio", "cx", "cy", "look_off_deg", "centre_x", "centre_y", "brightness",
+             "bright_share", "silhouette_iou", "silhouette_filled")  # fmt: skip
+    off = np.hypot(known["centre_x"], known["centre_y"])
+    return {
+        "azimuth_deg": float(circular_mean_deg(np.array(known["azimuth_deg"]))),
+        "distance_mean": _mean(known["distance"]),
+        "distance_std": float(np.std(known["distance"])),
+        "focal_spread": float(np.ptp(known["focal"])),
+        **{key: _mean(known[key]) for key in means},
+        "centre_off_rms": float(np.sqrt(np.mean(off**2))) if len(off) else None,
+        "mask_area": _mean(area),
+        "mask_area_variation": float(area.std() / area.mean()) if len(area) else None,
+        "clipped": int(sum(row["clipped"] for row in rows)),
+        "empty": int(sum(not row["usable"] and not row["no_mask"] for row in rows)),
+        "without_mask": int(sum(row["no_mask"] for row in rows)),
+        "sharpness": float(np.median(known["sharpness"])) if known["sharpness"] else None,
+    }
+
+
+def _relative(measured: list[Measured], key: str, count: int) -> list[float | None]:
+    """Per view, the median over the samples of its figure over the median of the sample's views.
+
+    Within a sample the animal and its light are the same, so what remains is the camera, and the side it sees.
+    """
+    rows = np.array([[view[key] for view in one.views[:count]] for one in measured], dtype=float)
+    ratios = [row / np.median(row) for row in rows if np.isfinite(row).all() and np.median(row) > 0]
+    return np.median(ratios, axis=0).tolist() if ratios else [None] * count
+
+
+def _mean(values) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None

@@ -1,4 +1,4 @@
-"""numba kernels of the CPU rasterizer, per picture: depth order, tiles, compositing and its gradients. float32.
+"""numba kernels of the CPU rasterizer, per image: depth order, tiles, compositing and its gradients. float32.
 
 Compositing is branch-free over runs of eight pixels (half a row of a tile), so that LLVM turns it into vector
 instructions; runs that a splat does not touch are left out. No fast-math: the backward pass replays the forward pass
@@ -13,15 +13,15 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
 
-from .layout import (
+from .projection import (
     BLUE,
     CONIC_A,
     CONIC_B,
     CONIC_C,
     DEPTH,
     GREEN,
+    MIN_ALPHA,
     NUM_COLUMNS,
     NUM_GRADS,
     OPACITY,
@@ -33,13 +33,13 @@ from .layout import (
     V_REST,
     U,
     V,
+    kernel,
 )
 
-MIN_ALPHA = np.float32(1.0 / 255.0)
 MAX_ALPHA = np.float32(0.999)
 MIN_TRANSMITTANCE = np.float32(1e-4)  # compositing stops before the splat that would bring a pixel to or below this
 HALF, ONE, ZERO = np.float32(0.5), np.float32(1.0), np.float32(0.0)
-PLANE_T = 4  # transmittance's plane in a picture [5, h, w]; the others are red, green, blue, depth
+PLANE_T = 4  # transmittance's plane in a image [5, h, w]; the others are red, green, blue, depth
 
 # Cephes' expf: exp(r) for |r| <= ln(2) / 2.
 LOG2_E, LN2_HIGH, LN2_LOW = np.float32(1.44269504088896341), np.float32(0.693359375), np.float32(-2.12194440e-4)
@@ -51,7 +51,7 @@ MAX_EXPONENT = np.float32(80.0)
 # ---- order and tiles ------------------------------------------------------------------------------------------------
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kernel()
 def depth_order(splats, tiles):
     """Indices of the Gaussians to draw, by ascending float32 depth, ties by index (a stable radix sort)."""
     n = splats.shape[0]
@@ -59,10 +59,7 @@ def depth_order(splats, tiles):
     count = 0
     for g in range(n):
         if tiles[g, 1] > tiles[g, 0] and tiles[g, 3] > tiles[g, 2]:
-            keys[count], order[count] = (
-                np.float32(splats[g, DEPTH]).view(np.uint32),
-                g,
-            )  # positive floats sort like their bits
+            keys[count], order[count] = np.float32(splats[g, DEPTH]).view(np.uint32), g  # positive: sort by the bits
             count += 1
     keys_next, order_next = np.empty(n, np.uint32), np.empty(n, np.int32)
     starts = np.empty(2048, np.int64)
@@ -82,7 +79,7 @@ def depth_order(splats, tiles):
     return order[:count].copy()
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kernel()
 def bin_tiles(order, tiles, tiles_x, tiles_y):
     """Lists the Gaussians of every tile in depth order.
 
@@ -122,7 +119,7 @@ def bin_tiles(order, tiles, tiles_x, tiles_y):
 # ---- compositing ----------------------------------------------------------------------------------------------------
 # A tile is worked on in one flat array `acc` of planes of 16 x 16 pixels (one array, because LLVM must know that they
 # do not overlap). Plane LIVE holds the transmittance while a pixel is open, 0 once it is closed or where it lies
-# outside the picture: such a pixel takes nothing more.
+# outside the image: such a pixel takes nothing more.
 
 PLANE = TILE_PX * TILE_PX
 P1, P2, P3, P4, P5 = (np.uint32(i * PLANE) for i in range(1, 6))
@@ -135,7 +132,7 @@ SUMS = 6 * PLANE  # backward: ten sums, RUN lanes each, behind the planes
 L0, L1, L2, L3, L4, L5, L6, L7, L8, L9 = (np.uint32(SUMS + i * RUN) for i in range(NUM_GRADS))
 
 
-@njit(cache=True, nogil=True, inline="always")
+@kernel(inline="always")
 def _exp_minus(s):
     """exp(-s) in float32 to 1e-7 relative, for 0 <= s <= 80; vectorises, which the C library's expf does not."""
     n = np.int32(s * -LOG2_E - HALF)
@@ -145,15 +142,15 @@ def _exp_minus(s):
     return (p * r * r + r + ONE) * np.int32((n + np.int32(127)) << np.int32(23)).view(np.float32)
 
 
-@njit(cache=True, nogil=True)
-def _touched(centre, reach, origin, size):
-    """First and last (exclusive) pixel of a tile at `origin`, relative to it, whose centres lie within the reach."""
-    first = max(math.ceil(centre - reach - 0.5 - origin), 0.0)
-    last = min(math.floor(centre + reach - 0.5 - origin) + 1.0, float(size))
+@kernel()
+def _touched(center, reach, origin, size):
+    """First and last (exclusive) pixel of a tile at `origin`, relative to it, whose centers lie within the reach."""
+    first = max(math.ceil(center - reach - 0.5 - origin), 0.0)
+    last = min(math.floor(center + reach - 0.5 - origin) + 1.0, float(size))
     return (int(first), int(last)) if last > first else (0, 0)
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _touched_box(splat, top, left, rows, columns):
     """First and last (exclusive) row and run of a tile that a splat touches."""
     first_row, last_row = _touched(splat[V], splat[REACH_Y], top, rows)
@@ -161,7 +158,7 @@ def _touched_box(splat, top, left, rows, columns):
     return first_row, last_row, first_column // RUN, (last_column + RUN - 1) // RUN
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _gather(splats, pair_splat, first, last, hand):
     """Copies the next splats of a tile side by side: reads that do not wait for one another cost half as much."""
     for i in range(last - first):
@@ -170,7 +167,7 @@ def _gather(splats, pair_splat, first, last, hand):
             hand[i, column] = splats[g, column]
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _all_closed(acc):
     highest = ZERO
     for p in range(LIVE, LIVE + PLANE):
@@ -178,23 +175,23 @@ def _all_closed(acc):
     return highest == ZERO
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _tile_box(tile, height, width):
     tiles_x = (width + TILE_PX - 1) // TILE_PX
     top, left = tile // tiles_x * TILE_PX, tile % tiles_x * TILE_PX
     return top, left, min(height - top, TILE_PX), min(width - left, TILE_PX)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
-def composite(splats, tile_starts, pair_splat, tile_order, worker, workers, picture):
+@kernel()
+def composite(splats, tile_starts, pair_splat, tile_order, worker, workers, image):
     """Front-to-back compositing of the tiles tile_order[worker::workers].
 
-    picture [5, h, w] receives red, green, blue, accumulated depth, transmittance.
+    image [5, h, w] receives red, green, blue, accumulated depth, transmittance.
     """
     acc, hand = np.empty(6 * PLANE, np.float32), np.empty((HAND, NUM_COLUMNS), np.float32)
     for turn in range(worker, tile_order.shape[0], workers):
         tile = tile_order[turn]
-        top, left, rows, columns = _tile_box(tile, picture.shape[1], picture.shape[2])
+        top, left, rows, columns = _tile_box(tile, image.shape[1], image.shape[2])
         acc[:] = ZERO
         acc[PLANE_T * PLANE : LIVE] = ONE
         for i in range(rows):
@@ -234,38 +231,38 @@ def composite(splats, tile_starts, pair_splat, tile_order, worker, workers, pict
         for plane in range(5):
             for i in range(rows):
                 for j in range(columns):
-                    picture[plane, top + i, left + j] = acc[plane * PLANE + i * TILE_PX + j]
+                    image[plane, top + i, left + j] = acc[plane * PLANE + i * TILE_PX + j]
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
-def _start_backward(acc, picture, grad_picture, top, left, rows, columns):
+@kernel()
+def _start_backward(acc, image, grad_image, top, left, rows, columns):
     """Planes of a tile: gradients of red, green, blue, depth; R (see composite_backward); LIVE."""
     acc[:] = ZERO
     for i in range(rows):
         for j in range(columns):
             p, y, x = i * TILE_PX + j, top + i, left + j
             acc[LIVE + p] = ONE
-            total = np.float64(grad_picture[PLANE_T, y, x]) * picture[PLANE_T, y, x]
+            total = np.float64(grad_image[PLANE_T, y, x]) * image[PLANE_T, y, x]
             for plane in range(4):
-                acc[plane * PLANE + p] = grad_picture[plane, y, x]
-                total += np.float64(grad_picture[plane, y, x]) * picture[plane, y, x]
+                acc[plane * PLANE + p] = grad_image[plane, y, x]
+                total += np.float64(grad_image[plane, y, x]) * image[plane, y, x]
             acc[PLANE_T * PLANE + p] = total
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kernel()
 def composite_backward(
-    splats, tile_starts, pair_splat, pair_slot, tile_order, worker, workers, picture, grad_picture, slot_grads
+    splats, tile_starts, pair_splat, pair_slot, tile_order, worker, workers, image, grad_image, slot_grads
 ):
     """Gradients of compositing per (tile, Gaussian) pair, slot_grads [pairs, NUM_GRADS] (zeros), by replaying it.
 
-    With T the transmittance before a splat, q = (colour, depth) . gradient, and R what lies behind the splat of
+    With T the transmittance before a splat, q = (color, depth) . gradient, and R what lies behind the splat of
     sum(weight q) + T_final gradient_T:  d loss / d alpha = T q - R / (1 - alpha).
     """
     acc, hand = np.empty(SUMS + NUM_GRADS * RUN, np.float32), np.empty((HAND, NUM_COLUMNS), np.float32)
     for turn in range(worker, tile_order.shape[0], workers):
         tile = tile_order[turn]
-        top, left, rows, columns = _tile_box(tile, picture.shape[1], picture.shape[2])
-        _start_backward(acc, picture, grad_picture, top, left, rows, columns)
+        top, left, rows, columns = _tile_box(tile, image.shape[1], image.shape[2])
+        _start_backward(acc, image, grad_image, top, left, rows, columns)
         for pair in range(tile_starts[tile], tile_starts[tile + 1]):
             held = (pair - tile_starts[tile]) % HAND
             if held == 0:
@@ -315,9 +312,9 @@ def composite_backward(
             _sum_lanes(acc, a, b, c, opacity, slot_grads, pair_slot[pair])
 
 
-@njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc"})
+@kernel(fastmath={"reassoc"})
 def _sum_lanes(acc, a, b, c, opacity, slot_grads, slot):
-    """Gradients of one splat in one tile from the lanes' moments of d_sigma and weighted colours."""
+    """Gradients of one splat in one tile from the lanes' moments of d_sigma and weighted colors."""
     for column in range(NUM_GRADS):
         total = ZERO
         for k in range(RUN):

@@ -1,7 +1,7 @@
 """The CPU rasterizer: numba kernels behind a torch.autograd.Function.
 
 Same mathematics as gsplat's `classic` mode, differentiable in everything but the cameras. Deterministic: results do
-not depend on the number of threads, which is torch.get_num_threads() unless set_num_threads says otherwise.
+not depend on the number of threads, which is torch.get_num_threads().
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gslrm.model.gaussians import Gaussians
+from gslrm.model.rasterizers import warm_up
+from gslrm.model.rasterizers.spherical_harmonics import evaluate_colors
 from multiview.cameras import Cameras
 
-from ..gaussians import Gaussians
-from .spherical_harmonics import evaluate_colors
+GRADS = {"xyz": 3, "quaternion": 4, "scale": 3, "opacity": 1, "color": 3}  # columns per Gaussian, in this order
 
 
 def rasterize(gaussians: Gaussians, cameras: Cameras, background: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -25,7 +27,7 @@ def rasterize(gaussians: Gaussians, cameras: Cameras, background: Tensor) -> tup
     gaussians: b scenes. cameras: [b, v]; no gradients for them. background: [b, v, 3].
     Returns rgb [b, v, 3, h, w] (not clipped above), alpha [b, v, 1, h, w] in 0..1 and depth [b, v, 1, h, w], the
     accumulated sum of weight * z (z along the optical axis; divide by alpha for a mean depth).
-    A scene with a value that is not finite gives pictures of NaN, as arithmetic does.
+    A scene with a value that is not finite gives images of NaN, as arithmetic does.
     Raises ValueError for tensors on another device and for cameras that require gradients.
     """
     if cameras.c2w.requires_grad or cameras.fxfycxcy.requires_grad:
@@ -35,117 +37,113 @@ def rasterize(gaussians: Gaussians, cameras: Cameras, background: Tensor) -> tup
             raise ValueError(f"the CPU rasterizer needs {name} on the cpu, got {tensor.device}")
     with torch.autocast("cpu", enabled=False):
         gaussians = gaussians.float()
-        pictures = _Rasterize.apply(
-            gaussians.get_xyz,
+        images = _Rasterize.apply(
+            gaussians.xyz,
             gaussians.get_rotation,
             gaussians.get_scaling,
             gaussians.get_opacity[..., 0],
             evaluate_colors(gaussians.xyz, gaussians.features, cameras.origins.float()),
             cameras.w2c.double(),
             cameras.fxfycxcy.double(),
-            cameras.height,
-            cameras.width,
+            (cameras.height, cameras.width),
         )
-        transmittance = pictures[:, :, 4:5]
-        rgb = pictures[:, :, :3] + transmittance * background.float()[..., None, None]
-    return rgb, 1 - transmittance, pictures[:, :, 3:4]
+        transmittance = images[:, :, 4:5]
+        rgb = images[:, :, :3] + transmittance * background.float()[..., None, None]
+    return rgb, 1 - transmittance, images[:, :, 3:4]
 
 
 class _Rasterize(torch.autograd.Function):
-    """xyz [b,n,3], unit quaternions [b,n,4], scales [b,n,3], opacities [b,n], colours [b,1 or v,n,3] -> [b,v,5,h,w].
+    """xyz [b,n,3], unit quaternions [b,n,4], scales [b,n,3], opacities [b,n], colors [b,1 or v,n,3] -> [b,v,5,h,w].
 
     The five planes are red, green, blue (over black), accumulated depth, transmittance.
     """
 
     @staticmethod
-    def forward(ctx, xyz, quaternion, scale, opacity, color, w2c, intrinsics, height, width):
+    def forward(ctx, xyz, quaternion, scale, opacity, color, w2c, intrinsics, size):
         tensors = [t.detach().contiguous() for t in (xyz, quaternion, scale, opacity, color, w2c, intrinsics)]
-        arrays = [t.numpy() for t in tensors]
-        pictures = torch.empty(*w2c.shape[:2], 5, height, width)
-        planes = pictures.flatten(0, 1).numpy()
-        parts, views = _parts_per_picture(len(planes)), w2c.shape[1]
-
-        def draw(index):
-            return _draw(_inputs(arrays, *divmod(index, views)), planes[index], parts)
-
-        kept = _for_pictures(draw, len(planes), parts)
+        images = torch.empty(*w2c.shape[:2], 5, *size)
+        planes, scenes = images.flatten(0, 1).numpy(), _scenes(tensors)
+        kept = _for_images(lambda index, parts: _draw(scenes[index], planes[index], parts), len(planes))
         if any(ctx.needs_input_grad):
             # Everything goes through save_for_backward, where torch.utils.checkpoint can drop and recompute it.
-            kept = [torch.from_numpy(array) for of_picture in kept for array in of_picture]
-            ctx.save_for_backward(*tensors, pictures, *kept)
-        return pictures
+            kept = [torch.from_numpy(array) for of_image in kept for array in of_image]
+            ctx.save_for_backward(*tensors, images, *kept)
+        return images
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_pictures):
+    def backward(ctx, grad_images):
         saved = ctx.saved_tensors  # read once: a checkpoint hands out what it recomputed a single time
-        tensors, pictures, saved = saved[:7], saved[7], saved[8:]
-        arrays = [t.numpy() for t in tensors]
-        planes = pictures.flatten(0, 1).numpy()
-        per_picture = len(saved) // len(planes)
-        kept = [[t.numpy() for t in saved[i : i + per_picture]] for i in range(0, len(saved), per_picture)]
-        grad_planes = grad_pictures.float().contiguous().flatten(0, 1).numpy()
-        (num_scenes, n), (color_views, views) = tensors[0].shape[:2], (tensors[4].shape[1], pictures.shape[1])
-        parts = _parts_per_picture(len(planes))
-
-        def draw_backward(index):
-            inputs = _inputs(arrays, *divmod(index, views))
-            return _draw_backward(inputs, kept[index], planes[index], grad_planes[index], parts)
-
+        tensors, images, saved = saved[:7], saved[7], saved[8:]
+        planes, scenes = images.flatten(0, 1).numpy(), _scenes(tensors)
+        per_image = len(saved) // len(planes)
+        kept = [[t.numpy() for t in saved[i : i + per_image]] for i in range(0, len(saved), per_image)]
+        grad_planes = grad_images.float().contiguous().flatten(0, 1).numpy()
+        (num_scenes, n), (color_views, views) = tensors[0].shape[:2], (tensors[4].shape[1], images.shape[1])
+        of_images = _for_images(
+            lambda i, parts: _draw_backward(scenes[i], kept[i], planes[i], grad_planes[i], parts), len(planes)
+        )
         # Views are summed in order, whoever finishes first.
-        grads = torch.zeros(num_scenes, n, 14)
-        grad_color = torch.zeros(num_scenes, color_views, n, 3) if color_views > 1 else grads[:, None, :, 11:]
-        for index, own in enumerate(_for_pictures(draw_backward, len(planes), parts)):
+        total = torch.zeros(num_scenes, n, sum(GRADS.values()))
+        xyz, quaternion, scale, opacity, color = total.split(list(GRADS.values()), dim=-1)
+        color = color[:, None] if color_views == 1 else torch.zeros(num_scenes, color_views, n, 3)
+        for index, grads in enumerate(of_images):
             b, v = divmod(index, views)
-            grads[b] += own
+            total[b] += grads
             if color_views > 1:
-                grad_color[b, v] = own[:, 11:]
-        return grads[..., :3], grads[..., 3:7], grads[..., 7:10], grads[..., 10], grad_color, None, None, None, None
+                color[b, v] = grads[:, -3:]
+        return xyz, quaternion, scale, opacity[..., 0], color, None, None, None
 
 
-def _inputs(arrays, b: int, v: int):
-    """What the kernels need to know of picture (b, v), in the order of projection.project."""
-    xyz, quaternion, scale, opacity, color, w2c, intrinsics = arrays
-    return xyz[b], quaternion[b], scale[b], opacity[b], color[b, v % color.shape[1]], w2c[b, v], intrinsics[b, v]
+def _scenes(tensors) -> list[tuple[np.ndarray, ...]]:
+    """Per image the kernels' inputs, in the order of projection.project; images are numbered scene by scene."""
+    xyz, quaternion, scale, opacity, color, w2c, intrinsics = (tensor.numpy() for tensor in tensors)
+    return [
+        (xyz[b], quaternion[b], scale[b], opacity[b], color[b, v % color.shape[1]], w2c[b, v], intrinsics[b, v])
+        for b in range(w2c.shape[0])
+        for v in range(w2c.shape[1])
+    ]
 
 
-def _draw(inputs, picture, parts: int):
-    """Fills picture [5, h, w], the work cut into `parts`. Returns what the backward pass needs."""
-    from . import compositing, layout, projection
+def _draw(inputs, image: np.ndarray, parts: int):
+    """Fills image [5, h, w], the work cut into `parts`. Returns what the backward pass needs."""
+    warm_up.wait()
+    from gslrm.model.rasterizers import compositing, projection
 
-    _, height, width = picture.shape
-    n = inputs[0].shape[0]
-    splats, tiles = np.empty((n, layout.NUM_COLUMNS), np.float32), np.empty((n, 4), np.int32)
+    _, height, width = image.shape
+    n, tile = inputs[0].shape[0], projection.TILE_PX
+    splats, tiles = np.empty((n, projection.NUM_COLUMNS), np.float32), np.empty((n, 4), np.int32)
     cuts = [n * part // parts for part in range(parts + 1)]
     broken = _in_threads(
         lambda part: projection.project(*inputs, height, width, cuts[part], cuts[part + 1], splats, tiles), parts
     )
     order = compositing.depth_order(splats, tiles)
-    tiles_x, tiles_y = -(-width // layout.TILE_PX), -(-height // layout.TILE_PX)
-    tile_starts, pair_splat, pair_slot, slot_starts = compositing.bin_tiles(order, tiles, tiles_x, tiles_y)
+    tile_starts, pair_splat, pair_slot, slot_starts = compositing.bin_tiles(
+        order, tiles, -(-width // tile), -(-height // tile)
+    )
     # The fullest tiles first, dealt out to the threads in turn.
     tile_order = np.argsort(-np.diff(tile_starts), kind="stable")
     _in_threads(
-        lambda part: compositing.composite(splats, tile_starts, pair_splat, tile_order, part, parts, picture), parts
+        lambda part: compositing.composite(splats, tile_starts, pair_splat, tile_order, part, parts, image), parts
     )
     if any(broken):
-        picture[:] = np.nan
+        image[:] = np.nan
     return splats, order, tile_starts, pair_splat, pair_slot, slot_starts, tile_order
 
 
-def _draw_backward(inputs, kept, picture, grad_picture, parts: int) -> Tensor:
-    """Gradients of one picture, [n, 14]: xyz 3, quaternion 4, scale 3, opacity 1, colour 3."""
-    from . import compositing, layout, projection
+def _draw_backward(inputs, kept, image: np.ndarray, grad_image: np.ndarray, parts: int) -> Tensor:
+    """Returns the gradients of one image, [n, 14], columns as in GRADS."""
+    from gslrm.model.rasterizers import compositing, projection
 
     xyz, quaternion, scale, _, _, w2c, intrinsics = inputs
     splats, order, tile_starts, pair_splat, pair_slot, slot_starts, tile_order = kept
-    _, height, width = picture.shape
-    slot_grads = np.zeros((len(pair_splat), layout.NUM_GRADS), np.float32)
-    grads = torch.zeros(len(xyz), 14)
+    _, height, width = image.shape
+    slot_grads = np.zeros((len(pair_splat), projection.NUM_GRADS), np.float32)
+    grads = torch.zeros(len(xyz), sum(GRADS.values()))
     grads_array = grads.numpy()
     tile_data = (splats, tile_starts, pair_splat, pair_slot, tile_order)
     _in_threads(
-        lambda part: compositing.composite_backward(*tile_data, part, parts, picture, grad_picture, slot_grads), parts
+        lambda part: compositing.composite_backward(*tile_data, part, parts, image, grad_image, slot_grads), parts
     )
     geometry = (xyz, quaternion, scale, w2c, intrinsics, height, width, splats, order, slot_starts, slot_grads)
     cuts = [len(order) * part // parts for part in range(parts + 1)]
@@ -158,44 +156,23 @@ def _draw_backward(inputs, kept, picture, grad_picture, parts: int) -> Tensor:
 # (data-loader workers), another allows one caller per process, and all of them slow down badly on a busy machine.
 
 _pool: tuple[int, int, ThreadPoolExecutor] | None = None  # (process, threads, executor)
-_chosen_threads: int | None = None
 
 
-def set_num_threads(threads: int | None) -> None:
-    """How many threads the rasterizer uses in this process; None (the start): torch.get_num_threads().
-
-    Worth setting on a machine busy with other work, where torch itself is best left with one thread: its threads wait
-    for one another in every operation, the rasterizer's only two or three times per picture.
-    """
-    global _chosen_threads
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads must be at least 1 (or None: as torch), got {threads}")
-    _chosen_threads = threads
-
-
-def _num_threads() -> int:
-    return torch.get_num_threads() if _chosen_threads is None else _chosen_threads
-
-
-def _parts_per_picture(num_pictures: int) -> int:
-    """Into how many parts each picture is cut: one if there are enough pictures to keep all threads busy."""
-    return 1 if num_pictures >= _num_threads() else _num_threads()
-
-
-def _for_pictures(function, num_pictures: int, parts: int) -> list:
-    """`function` of every picture: the pictures in parallel, or one after the other if each is cut into parts.
+def _for_images(function, count: int) -> list:
+    """Returns function(index, parts) of every image: images in parallel, or one after the other, each cut into parts.
 
     Never both: a thread of the pool must not wait for the pool.
     """
-    if parts > 1:
-        return [function(index) for index in range(num_pictures)]
-    return _in_threads(function, num_pictures)
+    threads = torch.get_num_threads()
+    if count < threads:
+        return [function(index, threads) for index in range(count)]
+    return _in_threads(lambda index: function(index, 1), count)
 
 
 def _in_threads(function, count: int) -> list:
-    """[function(0), ..., function(count - 1)]."""
+    """Returns [function(0), ..., function(count - 1)]."""
     global _pool
-    threads = _num_threads()
+    threads = torch.get_num_threads()
     if threads == 1 or count <= 1:
         return [function(index) for index in range(count)]
     if _pool is None or _pool[:2] != (os.getpid(), threads):  # after a fork, the parent's threads are gone

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gslrm.model.gaussians import Gaussians
+from gslrm.model.rasterizers.spherical_harmonics import evaluate_colors
 from multiview.cameras import Cameras
-
-from ..gaussians import Gaussians
-from .spherical_harmonics import evaluate_colors
 
 # What both backends compute, as gsplat names it; projection.py holds the same numbers (a test compares them).
 SETTINGS = {
@@ -37,17 +36,19 @@ def rasterize(gaussians: Gaussians, cameras: Cameras, background: Tensor) -> tup
     for name, tensor in (("gaussians", gaussians.xyz), ("cameras", cameras.c2w), ("background", background)):
         if tensor.device.type != "cuda":
             raise ValueError(f"the gsplat backend needs {name} on a CUDA device, got {tensor.device}")
-    if gaussians.num_gaussians == 0:
-        return _nothing(cameras, background)
+    background = background.float()
+    if gaussians.num_gaussians == 0:  # gsplat's kernels refuse an empty scene
+        empty = background.new_zeros(*cameras.shape, 1, cameras.height, cameras.width)
+        return background[..., None, None] + empty.expand(-1, -1, 3, -1, -1), empty, empty.clone()
     with torch.autocast("cuda", enabled=False):
-        return _call(_load_gsplat(), gaussians.float(), cameras, background.float())
+        return _call(_load_gsplat(), gaussians.float(), cameras, background)
 
 
 def _call(rasterization, gaussians: Gaussians, cameras: Cameras, background: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Our arguments to gsplat's `rasterization`, its results to ours."""
+    """Passes our arguments to gsplat's `rasterization` and brings its results into our layout."""
     colors = evaluate_colors(gaussians.xyz, gaussians.features, cameras.origins.float())
-    pictures, alpha, _ = rasterization(
-        means=gaussians.get_xyz,
+    images, alpha, _ = rasterization(
+        means=gaussians.xyz,
         quats=gaussians.get_rotation,
         scales=gaussians.get_scaling,
         opacities=gaussians.get_opacity[..., 0],
@@ -59,28 +60,18 @@ def _call(rasterization, gaussians: Gaussians, cameras: Cameras, background: Ten
         backgrounds=background,
         **SETTINGS,
     )
-    pictures, alpha = pictures.movedim(-1, 2), alpha.movedim(-1, 2)  # [b, v, h, w, c] -> [b, v, c, h, w]
-    return pictures[:, :, :3].contiguous(), alpha.contiguous(), pictures[:, :, 3:].contiguous()
+    images, alpha = images.movedim(-1, 2), alpha.movedim(-1, 2)  # [b, v, h, w, c] -> [b, v, c, h, w]
+    return images[:, :, :3].contiguous(), alpha.contiguous(), images[:, :, 3:].contiguous()
 
 
 def _load_gsplat():
+    """Returns gsplat's `rasterization`. Raises ValueError, with the command that helps, where it cannot run."""
+    remedy = "run `bash setup_mouse_env.sh --gpu`, which says what is missing, or use backend='cpu'"
     try:
         from gsplat import rasterization
         from gsplat.cuda._backend import _C  # compiles on first use, minutes, unless a compiled library is installed
     except (ImportError, RuntimeError) as error:
-        raise ValueError(
-            f"gsplat cannot be used ({error}): run `bash setup_mouse_env.sh --gpu`, which says what is missing, or "
-            "use backend='cpu'"
-        ) from error
+        raise ValueError(f"gsplat cannot be used ({error}): {remedy}") from error
     if _C is None:
-        raise ValueError(
-            "gsplat has no compiled kernels and found no CUDA toolkit to compile them with: run "
-            "`bash setup_mouse_env.sh --gpu`, which says what is missing, or use backend='cpu'"
-        )
+        raise ValueError(f"gsplat has no compiled kernels and found no CUDA toolkit to compile them with: {remedy}")
     return rasterization
-
-
-def _nothing(cameras: Cameras, background: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    b, v = cameras.shape
-    empty = background.new_zeros(b, v, 1, cameras.height, cameras.width, dtype=torch.float32)
-    return background.float()[..., None, None] + empty.expand(b, v, 3, -1, -1), empty, empty.clone()

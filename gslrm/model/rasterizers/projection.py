@@ -10,33 +10,37 @@ import math
 import numpy as np
 from numba import njit
 
-from .layout import (
-    BLUE,
-    CONIC_A,
-    CONIC_B,
-    CONIC_C,
-    DEPTH,
-    GREEN,
-    OPACITY,
-    REACH_X,
-    REACH_Y,
-    RED,
-    TILE_PX,
-    U_REST,
-    V_REST,
-    U,
-    V,
-)
+TILE_PX = 16
+# Columns of the per-Gaussian table `splats` (float32), written here and read by compositing. The gradients that come
+# back from compositing have the first ten, in the same order. U_REST and V_REST are what float32 leaves of the
+# position: a tile subtracts its own corner first and adds them then, so that large images are no less exact.
+U, V, CONIC_A, CONIC_B, CONIC_C, OPACITY, RED, GREEN, BLUE, DEPTH, REACH_X, REACH_Y, U_REST, V_REST = range(14)
+NUM_COLUMNS, NUM_GRADS = 14, 10
+# numba's cache on disk only notices a change of the file a kernel is in: after a change of these, remove __pycache__.
 
 EPS_2D = 0.3  # pixel^2 added to the diagonal of the projected covariance: no Gaussian falls between pixels
 FAR_PLANE = 1e10
-FOV_MARGIN = 0.3  # the Jacobian is evaluated at most this fraction of half a picture outside the picture
+FOV_MARGIN = 0.3  # the Jacobian is evaluated at most this fraction of half an image outside the image
 MAX_EXTENT = 3.33  # standard deviations; sqrt(2 ln 255) rounded up
 MIN_ALPHA = np.float32(1.0 / 255.0)
 NEAR_PLANE = 0.01  # world units; Gaussians with z below it are not drawn
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+def kernel(**options):
+    """Returns a decorator that compiles on first use, keeping the result on disk where that can be written."""
+
+    def decorate(function):
+        compiled = njit(nogil=True, error_model="numpy", **options)(function)
+        try:
+            compiled.enable_caching()
+        except RuntimeError:  # installation and home are read-only: every process compiles anew, 5 seconds
+            pass
+        return compiled
+
+    return decorate
+
+
+@kernel()
 def _rotation(quaternion, g):
     """Row g of a table of unit quaternions (w, x, y, z) -> the three columns of the rotation matrix."""
     w, x = np.float64(quaternion[g, 0]), np.float64(quaternion[g, 1])
@@ -48,7 +52,7 @@ def _rotation(quaternion, g):
     )
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kernel()
 def _to_camera(w2c, xyz, g):
     x, y, z = np.float64(xyz[g, 0]), np.float64(xyz[g, 1]), np.float64(xyz[g, 2])
     return (
@@ -58,17 +62,17 @@ def _to_camera(w2c, xyz, g):
     )
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
-def _clamped_slope(slope, focal, centre, size):
-    """x / z kept within the picture and a margin, as used in the Jacobian only; and whether it was left alone."""
+@kernel()
+def _clamped_slope(slope, focal, center, size):
+    """x / z kept within the image and a margin, as used in the Jacobian only; and whether it was left alone."""
     margin = FOV_MARGIN * 0.5 * size / focal
-    highest = (size - centre) / focal + margin
-    lowest = -(centre / focal + margin)
+    highest = (size - center) / focal + margin
+    lowest = -(center / focal + margin)
     clamped = min(highest, max(lowest, slope))
     return clamped, clamped == slope
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kernel()
 def _axis(w2c, column, scale):
     """An axis of the Gaussian, one standard deviation long, in the camera's frame.
 
@@ -81,13 +85,13 @@ def _axis(w2c, column, scale):
     )
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kernel()
 def _flatten(axis, fx_z, fy_z, slope_x, slope_y):
     """The Jacobian of the projection times an axis: pixels."""
     return fx_z * (axis[0] - slope_x * axis[2]), fy_z * (axis[1] - slope_y * axis[2])
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kernel()
 def _axis_backward(w2c, column, scale, fx_z, fy_z, slope_x, slope_y, per_z, v00, v01, v11):
     """Gradients that reach one axis from the 2D covariance's gradient V.
 
@@ -110,15 +114,15 @@ def _axis_backward(w2c, column, scale, fx_z, fy_z, slope_x, slope_y, per_z, v00,
     )
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
-def _tile_range(centre, reach, size):
-    """First and last (exclusive) tile with a pixel centre within the reach; both 0 if there is none."""
-    first = max(math.ceil(centre - reach - 0.5), 0.0)
-    last = min(math.floor(centre + reach - 0.5), size - 1.0)
+@kernel()
+def _tile_range(center, reach, size):
+    """First and last (exclusive) tile with a pixel center within the reach; both 0 if there is none."""
+    first = max(math.ceil(center - reach - 0.5), 0.0)
+    last = min(math.floor(center + reach - 0.5), size - 1.0)
     return (int(first) // TILE_PX, int(last) // TILE_PX + 1) if last >= first else (0, 0)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kernel()
 def project(xyz, quaternion, scale, opacity, color, w2c, intrinsics, height, width, start, stop, splats, tiles):
     """Projects Gaussians start..stop-1 of a scene into one camera.
 
@@ -172,13 +176,13 @@ def project(xyz, quaternion, scale, opacity, color, w2c, intrinsics, height, wid
     return broken
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kernel()
 def project_backward(
     xyz, quaternion, scale, w2c, intrinsics, height, width, splats, order, slot_starts, slot_grads, start, stop, grads
 ):
     """Sums the slots of the Gaussians order[start..stop-1] and takes the gradients back through the projection.
 
-    Writes grads [n, 14] (float32, zeros): xyz 3, quaternion 4 (of the normalised one), scale 3, opacity 1, colour 3.
+    Writes grads [n, 14] (float32, zeros): xyz 3, quaternion 4 (of the normalised one), scale 3, opacity 1, color 3.
     """
     fx, fy, cx, cy = intrinsics[0], intrinsics[1], intrinsics[2], intrinsics[3]
     for rank in range(start, stop):

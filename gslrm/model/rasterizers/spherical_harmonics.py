@@ -34,9 +34,9 @@ def sh_basis(directions: Tensor, degree: int) -> Tensor:
 
 
 def evaluate_colors(xyz: Tensor, features: Tensor, origins: Tensor) -> Tensor:
-    """Colours max(SH + 0.5, 0) seen from camera centres `origins` [b, v, 3].
+    """Colors max(SH + 0.5, 0) seen from camera centers `origins` [b, v, 3].
 
-    xyz: [b, n, 3]; features: [b, n, k, 3]. Returns [b, v, n, 3], or [b, 1, n, 3] at degree 0, where the colour is the
+    xyz: [b, n, 3]; features: [b, n, k, 3]. Returns [b, v, n, 3], or [b, 1, n, 3] at degree 0, where the color is the
     same from everywhere.
     """
     degree = {1: 0, 4: 1, 9: 2, 16: 3}[features.shape[2]]

@@ -1,1 +1,0 @@
-"""What scripts/benchmark.py measures; imported by that script and by tests only."""

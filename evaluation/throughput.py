@@ -1,0 +1,95 @@
+"""The import of a recording beside pure decoding of its videos: a short synthetic one, looped without encoding.
+
+Both commands are the user's own. Decoding is OpenCV's, before and after the import, on as many threads.
+"""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from multiview.run import REPOSITORY
+
+
+def command(script: str, *flags: str, **values: object) -> list[str]:
+    given = [str(word) for name, value in values.items() for word in (f"--{name}", value)]
+    return [sys.executable, str(REPOSITORY / "scripts" / script), *flags, *given]
+
+
+def measure_import(frames: int, source_frames: int, video_width: int, workers: int) -> tuple[str, list[dict], str]:
+    """Returns title, rows and note of a table. frames: at the least, looped from `source_frames` that are filmed."""
+    import imageio_ffmpeg
+
+    loops = -(-frames // source_frames)
+    frames = loops * source_frames
+    with tempfile.TemporaryDirectory(prefix="benchmark_import_") as name:
+        short, recording = Path(name, "short"), Path(name, "recording")
+        film = {"output_dir": short, "num_samples": source_frames, "video_width": video_width}
+        subprocess.run(command("make_synthetic_mouse.py", "--as_recording", **film), check=True, capture_output=True)
+        for path in sorted(short.rglob("*.mp4")):
+            copy = recording / path.relative_to(short)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            loop = ["-v", "error", "-stream_loop", str(loops - 1), "-i", path, "-c", "copy", copy]
+            subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), *loop], check=True)
+        shutil.copy(short / "new_cam.pkl", recording)
+        before = decode(recording, frames, workers)
+        wall, cpu, report, memory = run_import(recording, Path(name, "data"), frames, workers)
+        after = decode(recording, frames, workers)
+    fastest, least = ((a + b) / 2 for a, b in zip(before, after))
+    ratios = {
+        "frames/s over decoding's": fastest / wall, "without the report": fastest / (wall - report),
+        "by CPU time": least / cpu, "largest memory of all processes, MiB": memory,
+    }  # fmt: skip
+    records = []
+    for what, (seconds, spent) in {"decoding before": before, "import": (wall, cpu), "decoding after": after}.items():
+        record = {"what": what, "seconds": seconds, "frames/s": frames / seconds, "CPU ms/frame": 1e3 * spent / frames}
+        records.append({**record, **(ratios if what == "import" else dict.fromkeys(ratios))})
+    return "Import of a recording", records, f"{frames} frames of 12 videos {video_width} px wide to 512 px."
+
+
+def decode(recording: Path, frames: int, workers: int) -> tuple[float, float]:
+    """Decodes all videos, each frame turned into colors in the memory of the one before: wall and CPU seconds."""
+    import cv2
+
+    def count_frames(path: Path) -> int:
+        capture, count, frame = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1]), 0, None
+        while (frame := capture.read(frame)[1]) is not None:
+            count += 1
+        return count
+
+    started, cpu = time.time(), time.process_time()
+    with ThreadPoolExecutor(workers) as pool:
+        counts = set(pool.map(count_frames, sorted(recording.rglob("*.mp4"))))
+    if counts != {frames}:
+        raise ValueError(f"the videos were looped to {frames} frames, {sorted(counts)} were decoded")
+    return time.time() - started, time.process_time() - cpu
+
+
+def run_import(recording: Path, output: Path, frames: int, workers: int) -> tuple[float, float, float, float]:
+    """Runs process_mouse_data.py: seconds with its start, CPU seconds, seconds of the report, MiB, of all processes."""
+    import psutil
+
+    before, started, memory = resource.getrusage(resource.RUSAGE_CHILDREN), time.time(), 0
+    videos = {"video_dir": recording / "videos_undist", "meta_dir": recording, "output_dir": output}
+    child = psutil.Popen(
+        command("process_mouse_data.py", **videos, num_samples=frames, image_size=512, workers=workers)
+    )
+    while child.poll() is None:
+        try:
+            family = [child, *child.children(recursive=True)]
+            memory = max(memory, sum(process.memory_full_info().pss for process in family))
+        except psutil.Error:  # one of them has ended meanwhile
+            pass
+        time.sleep(0.5)
+    if child.returncode:
+        raise ValueError(f"the import of {recording} failed; it said why above")
+    ended, after = time.time(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    report = ended - (output / "data_mouse_val.txt").stat().st_mtime  # the lists are written last before the report
+    return ended - started, cpu, report, memory / 2**20

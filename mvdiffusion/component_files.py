@@ -1,0 +1,118 @@
+"""Model folders as other programs write them: JSON configurations and weights, every error naming the file."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from torch import Tensor
+
+from multiview.checkpoint import load_checkpoint
+from multiview.files import DAMAGE, read_json, take
+
+LARGEST = 2**20  # of any number in a configuration: widths, vocabularies and time steps are far smaller
+MOST_LAYERS = 256
+DEEPEST = 8
+# What diffusers, transformers and torch raise for a configuration or a file they cannot use.
+LIBRARY_ERRORS = (*DAMAGE, ImportError, SafetensorError, StrictDataclassError)
+
+
+@contextmanager
+def failure_told(what: str) -> Iterator[None]:
+    """Turns a library's exception into a ValueError of one line: `what`, then the first line of the library's."""
+    try:
+        yield
+    except LIBRARY_ERRORS as error:
+        line = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        raise ValueError(f"{what}: {line[:300]}; copy it again") from error
+
+
+def read_config(
+    path: Path, fields: Mapping[str, type | tuple] | None = None, required: tuple = (), largest: int = LARGEST
+) -> dict:
+    """Returns a component's JSON configuration, its sizes and the named fields checked.
+
+    fields: what this project reads itself, each with its type (whole numbers are positive) or its allowed values.
+    Raises ValueError naming the file and the key, before anything is allocated from these numbers.
+    """
+    content = read_json(path)
+    check_sizes(content, str(path), largest)
+    for name, allowed in (fields or {}).items():
+        kind, default = str if isinstance(allowed, tuple) else allowed, ... if name in required else None
+        value = take(content, name, kind, str(path), default=default, least=1 if kind is int else -1e30)
+        if isinstance(allowed, tuple) and value not in (None, *allowed):
+            raise ValueError(f"{path}: {name} must be one of {', '.join(allowed)}, got {value!r:.60}")
+    return content
+
+
+def check_sizes(content: dict | list, source: str, largest: int = LARGEST, depth: int = 0) -> None:
+    """Refuses numbers that are not finite or larger than any model's, and deep nesting: libraries would try them."""
+    if depth > DEEPEST:
+        raise ValueError(f"{source} is nested more than {DEEPEST} levels deep, which no model's configuration is")
+    for key, value in content.items() if isinstance(content, dict) else enumerate(content):
+        limit = MOST_LAYERS if "layers" in str(key) else largest  # of a list so named, also inside
+        if isinstance(value, dict | list):
+            check_sizes(value, f"{source}: {key}", limit, depth + 1)
+        elif isinstance(value, int | float) and not (math.isfinite(value) and abs(value) <= limit):
+            raise ValueError(f"{source}: {key} must be a finite number of at most {limit}, got {value!r:.40}")
+
+
+def read_weights(folder: Path, stem: str) -> dict[str, Tensor]:
+    """Returns all tensors of `<stem>.safetensors`, else of its shards, its half-precision variant or torch's .bin.
+
+    Prefixes that torch.compile and DataParallel leave in names are taken off. Raises ValueError for missing, cut and
+    non-finite weights, naming the file.
+    """
+    from safetensors.torch import load_file
+
+    state: dict[str, Tensor] = {}
+    for path in _weight_files(folder, stem):
+        with failure_told(f"{path} is damaged or incomplete"):
+            part = load_checkpoint(path) if path.suffix == ".bin" else load_file(path)
+        if not isinstance(part, dict) or not all(isinstance(tensor, Tensor) for tensor in part.values()):
+            raise ValueError(f"{path} must hold named tensors, got something else")
+        require_finite(part, path)
+        state.update({re.sub(r"^(_orig_mod\.|module\.)+", "", name): tensor for name, tensor in part.items()})
+    return state
+
+
+def _weight_files(folder: Path, stem: str) -> list[Path]:
+    """The file, or the shards, to read: safetensors before .bin, full precision before half, whole before shards."""
+    named = re.compile(rf"{stem}(\.fp16)?(?:-\d+-of-(\d+))?(\.fp16)?\.(safetensors|bin)")
+    groups: dict[tuple[bool, bool, int], list[Path]] = {}
+    for path in sorted(folder.glob(f"{stem}*")):
+        if match := named.fullmatch(path.name):
+            key = (match[4] == "bin", bool(match[1] or match[3]), int(match[2] or 0))
+            groups.setdefault(key, []).append(path)
+    if not groups:
+        raise ValueError(
+            f"{folder} holds no weights: expected {stem}.safetensors (whole, in shards or .fp16) or .bin; "
+            f"{what_is_there(folder)}"
+        )
+    shards, files = min(groups)[2], groups[min(groups)]
+    if shards and len(files) != shards:
+        raise ValueError(f"{folder} holds {len(files)} of the {shards} shards of {stem}; copy the missing ones as well")
+    return files
+
+
+def require_finite(tensors: Mapping[str, Tensor], source: Path | str) -> None:
+    """Refuses weights with NaN or infinity: what they compute looks like an empty image, not like an error."""
+    bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if bad:
+        raise ValueError(
+            f"weights {source} hold values that are not finite (NaN or infinity) in {len(bad)} of {len(tensors)} "
+            f"tensors, first in {bad[0]}: the file is damaged or its training diverged; copy it again, or use an "
+            "earlier checkpoint"
+        )
+
+
+def what_is_there(folder: Path) -> str:
+    """A clause for messages about a folder that lacks something."""
+    if not folder.exists():
+        return "the folder does not exist"
+    return f"it holds {sorted(item.name for item in folder.iterdir())[:8]}" if folder.is_dir() else "it is not a folder"

@@ -1,0 +1,130 @@
+"""FaceLift's flat training YAML: its keys are folded into this project's own where the file is read.
+
+Switches without a meaning here are ignored with a line in the log; values without a counterpart are refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from multiview.config import load_config
+from mvdiffusion.config import IGNORED_KEYS, MVDiffusionConfig
+
+# Of unet_from_pretrained_kwargs: what the UNet's own config says, or what is decided by its weights.
+IGNORED_UNET_KEYS = frozenset(
+    {
+        "unclip", "zero_init_conv_in", "zero_init_camera_projection", "init_mvattn_with_selfattn", "cd_attention_last",
+        "cd_attention_mid", "selfattn_block", "addition_downsample", "addition_channels", "sample_size",
+    }
+)  # fmt: skip
+# Keys whose only supported value is the one FaceLift ships.
+FIXED_KEYS = {
+    "drop_type": ("drop_as_a_whole", "conditions are dropped per object, for all its views at once"),
+    "scale_input_latents": (True, "the input image's latents are scaled, in training and in sampling"),
+    "pipe_validation_kwargs": ({"eta": 1.0}, "validation samples with fresh noise in every step"),
+    "resume_from_checkpoint": (
+        "latest",
+        "repeating a command resumes its output_dir; to start from another run's weights set pretrained_unet_path",
+    ),
+}
+BACKGROUNDS = {"three_choices": ["white", "black", "gray"]}
+
+
+@dataclass
+class FaceLiftData:
+    """`train_dataset` and `validation_dataset` of FaceLift's file."""
+
+    path: str | None = None  # split list
+    bg_color: str | None = None  # three_choices, or the name of one
+    augmentation: bool | None = None
+    aug_brightness: list[float] | None = None  # range of the factor
+    aug_contrast: list[float] | None = None
+    aug_hflip: bool | None = None
+
+
+@dataclass
+class FlatConfig(MVDiffusionConfig):
+    """A training file: this project's keys and FaceLift's, the latter None where a file does not use them."""
+
+    n_views: int | None = None
+    img_wh: Any = None  # 512 or [512, 512]
+    prompt_embed_path: str | None = None
+    train_dataset: FaceLiftData = field(default_factory=FaceLiftData)
+    validation_dataset: FaceLiftData = field(default_factory=FaceLiftData)
+    use_classifier_free_guidance: bool | None = None
+    drop_type: str | None = None
+    scale_input_latents: bool | None = None
+    resume_from_checkpoint: str | None = None
+    wandb_exp_name: str | None = None
+    wandb_group: str | None = None
+    pipe_kwargs: dict[str, Any] = field(default_factory=dict)
+    pipe_validation_kwargs: dict[str, Any] = field(default_factory=dict)
+    unet_from_pretrained_kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+def load_training_config(path: Path | str | None, overrides: list[str] = ()) -> MVDiffusionConfig:
+    """Typed defaults <- YAML of this project or FaceLift's <- `key=value` overrides, checked.
+
+    Raises ValueError for unknown keys, and for values of FaceLift's that have no counterpart here.
+    """
+    flat = load_config(FlatConfig, path, overrides, ignored=IGNORED_KEYS)
+    try:
+        _fold(flat)
+        _fold_data(flat)
+        own = {entry.name: getattr(flat, entry.name) for entry in fields(MVDiffusionConfig)}
+        return MVDiffusionConfig(**own).validate()
+    except ValueError as error:
+        raise ValueError(f"{path or 'command line'}: {error}") from error
+
+
+def _fold(config: FlatConfig) -> None:
+    """Moves the values of FaceLift's keys into this project's."""
+    for key, (value, reason) in FIXED_KEYS.items():
+        if getattr(config, key) not in (None, {}, value):
+            raise ValueError(f"{key} must be {value!r}: {reason}; got {getattr(config, key)!r}")
+    if config.use_classifier_free_guidance is False:
+        config.condition_drop_rate = 0.0
+    side = config.img_wh[0] if isinstance(config.img_wh, list) and config.img_wh else config.img_wh
+    if side is not None and (not isinstance(side, int) or config.img_wh not in (side, [side, side])):
+        raise ValueError(f"img_wh must be square, [512, 512] or 512, got {config.img_wh}")
+    for value, target, key in (
+        (config.n_views, config, "num_views"), (config.prompt_embed_path, config, "prompt_embeds"),
+        (side, config, "image_size"), (config.wandb_exp_name, config.wandb, "name"),
+        (config.wandb_group, config.wandb, "group"),
+    ):  # fmt: skip
+        if value is not None:
+            setattr(target, key, value)
+    for name in ("unet_from_pretrained_kwargs", "pipe_kwargs"):
+        given = {key: value for key, value in getattr(config, name).items() if key not in IGNORED_UNET_KEYS}
+        views, multiview, sparse = (
+            given.pop(key, None) for key in ("num_views", "multiview_attention", "sparse_mv_attention")
+        )
+        if given:
+            raise ValueError(f"{name}: unknown keys {sorted(given)}")
+        if views is not None and config.num_views not in (None, views):
+            raise ValueError(f"{name}.num_views is {views}, num_views {config.num_views}")
+        config.num_views = config.num_views if views is None else views
+        if multiview is not None:
+            config.attention = ("sparse" if sparse else "full") if multiview else "none"
+
+
+def _fold_data(config: FlatConfig) -> None:
+    train, validation = config.train_dataset, config.validation_dataset
+    config.train_data = train.path or config.train_data
+    config.validation_data = validation.path or config.validation_data
+    if validation.bg_color not in (None, "white"):
+        raise ValueError(f"validation_dataset.bg_color must be white, got {validation.bg_color!r}")
+    if train.bg_color is not None:
+        config.backgrounds = BACKGROUNDS.get(train.bg_color, [train.bg_color])
+    if train.augmentation is False:
+        config.brightness_jitter = config.contrast_jitter = 0.0
+        return
+    for key, value in (("brightness", train.aug_brightness), ("contrast", train.aug_contrast)):
+        if value is not None and (len(value) != 2 or abs(value[0] + value[1] - 2.0) > 1e-6):
+            raise ValueError(f"train_dataset.aug_{key} must be a range about 1, e.g. [0.9, 1.1], got {value}")
+        if value is not None:
+            setattr(config, f"{key}_jitter", round(value[1] - 1.0, 9))
+    if train.aug_hflip:
+        config.mirror_probability = 0.5  # with mirrored cameras, view order and prompts

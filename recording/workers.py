@@ -1,0 +1,133 @@
+"""Work that must be done in order per lane (a camera's video), with the lanes spread over processes.
+
+A video is decoded once, front to back, in one process. Only small results travel between processes; images stay where
+they were decoded. The result does not depend on the number of processes.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import forkserver
+from typing import Any
+
+KEPT = 2**24  # bytes: blocks of memory up to this size stay with a process instead of going back and forth
+BLOCK = 6  # steps a lane takes before the next one has its turn: its decoder's frames are still in the cache
+AHEAD = 4  # blocks by which a process may be ahead of the slowest: what is unfinished stays bounded
+PRELOADED = ["recording.rectify", "recording.segment", "cv2", "numba"]
+
+_lanes: dict[int, Iterator[Any]] = {}  # of this worker process
+
+
+def run_lanes(
+    make: Callable[[int], Iterator[Any]],
+    lanes: Sequence[int],
+    steps: int,
+    *,
+    workers: int,
+    costs: Sequence[float] | None = None,
+) -> Iterator[tuple[int, int, Any]]:
+    """Runs make(lane), an iterator of at least `steps` items, for every lane; yields (lane, step, item) as they come.
+
+    Each lane's steps come in order. A lane lives in one of `workers` processes, in this one if workers is 1; `make` and
+    the items must be picklable then. costs: of each lane, so that the processes have equally much to do. What a lane
+    raises is raised here.
+    """
+    if workers == 1 or len(lanes) < 2:
+        streams = {lane: make(lane) for lane in lanes}
+        try:
+            for step in range(steps):
+                for lane, stream in streams.items():
+                    yield lane, step, next(stream)
+        finally:
+            for stream in streams.values():
+                stream.close()
+        return
+    parts = share_out(lanes, costs or [1.0] * len(lanes), min(workers, len(lanes)))
+    # One pool per process: a lane's decoder is in one process, so its steps must go there.
+    pools = [ProcessPoolExecutor(1, _context(), _start, (make, part)) for part in parts]
+    try:
+        yield from _collect(pools, [range(first, min(first + BLOCK, steps)) for first in range(0, steps, BLOCK)])
+    except BrokenProcessPool:
+        raise ChildProcessError(
+            "a worker process ended unexpectedly (was it killed for want of memory?); repeat the command to continue, "
+            "with fewer --workers"
+        ) from None
+    finally:
+        for pool in pools:
+            pool.shutdown(wait=False, cancel_futures=True)
+        for pool in pools:
+            pool.shutdown()
+
+
+def share_out(lanes: Sequence[int], costs: Sequence[float], workers: int) -> list[list[int]]:
+    """Returns the lanes of each process: the dearest first, each to the process that has least to do."""
+    parts, load = [[] for _ in range(workers)], [0.0] * workers
+    for place in sorted(range(len(lanes)), key=lambda place: -costs[place]):
+        least = load.index(min(load))
+        parts[least].append(lanes[place])
+        load[least] += costs[place]
+    return parts
+
+
+def _collect(pools: list[ProcessPoolExecutor], blocks: list[range]) -> Iterator[tuple[int, int, Any]]:
+    """Yields the results of all blocks of steps of all processes; none gets far ahead of the slowest."""
+    begun, done = [0] * len(pools), [0] * len(pools)  # blocks of each process
+    pending: dict[Future, int] = {}
+    while min(done) < len(blocks):
+        for number, pool in enumerate(pools):
+            while begun[number] < min(min(done) + AHEAD, len(blocks)):
+                pending[pool.submit(_advance, blocks[begun[number]])] = number
+                begun[number] += 1
+        finished = wait(pending, return_when=FIRST_COMPLETED).done
+        for future in [future for future in pending if future in finished]:  # as submitted: lanes stay in order
+            done[pending.pop(future)] += 1
+            yield from future.result()
+
+
+def _start(make: Callable[[int], Iterator[Any]], lanes: list[int]) -> None:
+    """Prepares a worker process."""
+    import cv2
+
+    for number in (signal.SIGINT, signal.SIGTERM):  # the main process says when to stop
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_main_process, daemon=True).start()
+    cv2.setNumThreads(1)
+    if "torch" in sys.modules:  # imported with what is to be done, if at all
+        sys.modules["torch"].set_num_threads(1)
+    _lanes.update((lane, make(lane)) for lane in lanes)
+    bytearray(KEPT)  # freed at once: glibc keeps what is freed up to the size of the largest block it saw freed
+    gc.freeze()  # what is imported stays: collections need not look at it
+
+
+def _end_with_main_process() -> None:
+    """A killed main process must not leave workers behind: they would wait for work for ever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _advance(steps: range) -> list[tuple[int, int, Any]]:
+    return [(lane, step, next(stream)) for lane, stream in _lanes.items() for step in steps]
+
+
+def start_early() -> None:
+    """Has the server of processes started beside other work, so that it is there when it is needed."""
+    if "forkserver" in multiprocessing.get_all_start_methods():
+        _context()
+        forkserver.ensure_running()
+
+
+def _context():
+    """Processes from a server that has imported the package once; plain spawning where the system has no such thing."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context

@@ -1,0 +1,249 @@
+"""Calibration files as people really bring them: facts that must not be dropped, damage, and sizes nobody asked for."""
+
+import json
+import pickle
+import random
+import struct
+import time
+import zlib
+
+import numpy as np
+import pytest
+from scipy.io import savemat
+
+from recording.calibration import FORMATS, Calibration, read_calibration, read_dannce_labels, write_calibration
+from synthetic.dataset import load_real_rig
+
+
+@pytest.fixture(scope="module")
+def real() -> Calibration:
+    return load_real_rig()[0]
+
+
+def edited(tmp_path, real, format, change):
+    """A calibration file in JSON with a change made to its content."""
+    path = write_calibration(tmp_path, real, format)
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    return path
+
+
+def put(key, value, *where):
+    """A change: sets a field of the whole file, or of what `where` leads to."""
+
+    def change(content):
+        for step in where:
+            content = content[step]
+        content[key] = value
+
+    return change
+
+
+FRAME, CAMERA = ("frames", 2), ("cameras", 2)
+MEANINGFUL = [  # what says how a camera sees and is not used must be refused by name
+    *[("transforms", put(key, value), key) for key, value in {
+        "k4": 0.02, "k5": -0.1, "p3": 0.001, "s1": 0.1, "is_fisheye": True, "ftheta_p0": 0.1, "latlong": True,
+        "x_fov": 60, "equirectangular": True, "camera_model": "EQUIRECTANGULAR", "lens_mode": "ftheta", "skew": 0.3,
+        "from_na": True,
+        "rolling_shutter": [0, 0, 0.01, 0], "distortion_model": "kannala_brandt",
+    }.items()],
+    ("transforms", put("k4", 0.02, *FRAME), "frame 2: k4"),
+    ("transforms", put("camera_angle_x", 2.0), "fl_x 1632.3 and camera_angle_x contradict"),
+    ("opencv", put("k1", -0.1, *FRAME), "frame 2: k1"),
+    ("opencv", put("distortion", [0.1, 0, 0], *FRAME), "frame 2: distortion"),
+    ("opencv", put("camera_model", "OPENCV_FISHEYE"), "camera_model"),
+    ("blender", put("type", "PANO", *CAMERA), "camera 2: only perspective"),
+    ("blender", put("use_crop_to_border", True, *CAMERA), "camera 2: use_crop_to_border"),
+]  # fmt: skip
+TYPES = [  # a field of another type, missing or impossible
+    ("opencv", put("fx", None, *FRAME), "frame 2: fx must be a number, got None"),
+    ("opencv", put("w2c", None, *FRAME), "frame 2: w2c must be 4 x 4 numbers, got None"),
+    ("opencv", put(2, None, "frames"), "frame 2 must be an object of named fields, got None"),
+    ("opencv", put(0, None, "frames"), "frame 0 must be an object"),
+    ("opencv", put("file_path", 7, *FRAME), "frame 2: file_path must be text, got 7"),
+    ("opencv", put("w2c", np.eye(4).T.tolist()[:3], *FRAME), r"frame 2: w2c .* got shape \(3, 4\)"),
+    ("opencv", put("w2c", [[0, 0, 0, 1]] * 3 + [[1, 2, 3, 1]], *FRAME), "frame 2: w2c must end in the row 0 0 0 1"),
+    ("opencv", put("cx", True, *FRAME), "frame 2: cx must be a number, got True"),
+    ("opencv", put("cx", "576", *FRAME), "frame 2: cx must be a number, got '576'"),
+    ("opencv", put("fx", 10**400, *FRAME), "frame 2: fx must be a number"),
+    ("opencv", put("w", 1e9, *FRAME), "frame 2: the picture size must be whole numbers from 1 to 100000"),
+    ("opencv", put("unit", ["mm"]), "unit must be text"),
+    ("opencv", put("frames", {}), "no cameras found"),
+    ("opencv", put("frames", [{"w2c": 1}] * 300), "1 to 256 cameras are expected"),
+    ("transforms", put("transform_matrix", None, *FRAME), "frame 2: transform_matrix must be 4 x 4 numbers"),
+    ("transforms", put("fl_x", None, *FRAME), "frame 2: fl_x must be a number"),
+    ("transforms", put("file_path", {}, *FRAME), "frame 2: file_path must be text"),
+    ("transforms", lambda content: content["frames"][2].pop("h"), "frame 2: h must be a number, got None"),
+    ("blender", put("render", 3), "render must be an object"),
+    ("blender", put("lens", 0, *CAMERA), "camera 2: .* must be positive"),
+    ("blender", put("name", 3, *CAMERA), "camera 2: name must be text"),
+]
+
+
+@pytest.mark.parametrize(
+    ("format", "change", "message"), [*MEANINGFUL, *TYPES], ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_fields_that_cannot_be_used_are_refused_by_name(tmp_path, real, format, change, message):
+    path = edited(tmp_path, real, format, change)
+    with pytest.raises(ValueError, match=message) as caught:
+        read_calibration(path)
+    assert path.name in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_fields_at_their_defaults_say_nothing(tmp_path, real):
+    told = {"k4": 0.0, "is_fisheye": False, "rolling_shutter": [0, 0, 0, 0], "camera_model": "pinhole", "ftheta_p0": 0,
+            "aabb_scale": 16, "applied_scale": 2.0, "offset": [0.5, 0.5, 0.5], "lens_mode": "Perspective"}  # fmt: skip
+    assert read_calibration(edited(tmp_path, real, "transforms", lambda content: content.update(told))).close_to(real)
+
+
+def test_other_formats_refuse_what_they_cannot_use(tmp_path, real):
+    path = write_calibration(tmp_path, real, "mammal")
+    entries = pickle.loads(path.read_bytes())
+    entries[2]["D"] = np.array([0.1, 0.0])
+    path.write_bytes(pickle.dumps(entries))
+    with pytest.raises(ValueError, match="new_cam.pkl: camera 2: D = "):
+        read_calibration(path)
+    path = write_calibration(tmp_path, real, "anipose")
+    path.write_text(path.read_text().replace("[cam_1]", "[cam_1]\nfisheye = true"))
+    with pytest.raises(ValueError, match=r"calibration.toml: \[cam_1\]: fisheye = True"):
+        read_calibration(path)
+
+
+def dannce_cells(real):
+    cells = np.empty((len(real), 1), dtype=object)
+    for k, (K, w2c) in enumerate(zip(real.K, real.w2c)):
+        lens = {"RDistort": np.zeros((1, 2)), "TDistort": np.zeros((1, 2))}
+        cells[k, 0] = {"K": K.T, "r": w2c[:3, :3].T, "t": w2c[:3, 3][None], **lens}
+    return cells
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_dannce_names_belong_to_its_cameras(tmp_path, real, compressed):
+    path = tmp_path / "label3d_dannce.mat"
+    names = np.array([f"Camera{k}" for k in (1, 2, 3, 4, 6, 7)], dtype=object)[:, None]
+    savemat(path, {"params": dannce_cells(real), "camnames": names}, do_compression=compressed)
+    assert read_calibration(path).names == ("Camera1", "Camera2", "Camera3", "Camera4", "Camera6", "Camera7")
+    for wrong in (names[:5], np.tile(names[:1], (6, 1)), np.arange(6.0)):
+        savemat(path, {"params": dannce_cells(real), "camnames": wrong})
+        with pytest.raises(ValueError, match="label3d_dannce.mat: camnames"):
+            read_calibration(path)
+    cells = dannce_cells(real)
+    cells[1, 0]["Skew"] = 0.5
+    savemat(path, {"params": cells})
+    with pytest.raises(ValueError, match=r"params\{2\}: Skew = "):
+        read_calibration(path)
+
+
+@pytest.mark.parametrize("format", ["opencv", "anipose", "colmap_text"])
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_byte_order_marks_are_understood(tmp_path, real, format, encoding):
+    path = write_calibration(tmp_path, real, format)
+    for file in [path] if path.is_file() else path.glob("*.txt"):
+        file.write_bytes(file.read_text().encode(encoding))
+    assert read_calibration(path).close_to(real)
+
+
+def test_colmap_images_without_empty_lines_are_all_read(tmp_path, real):
+    path = write_calibration(tmp_path, real, "colmap_text")
+    lines = (path / "images.txt").read_text().splitlines()
+    for kept in (lambda k, line: line, lambda k, line: line or k % 4 == 2):  # all gone, or some
+        left = "\n".join(line for k, line in enumerate(lines) if kept(k, line))
+        (path / "images.txt").write_text(left)
+        assert read_calibration(path).close_to(real)
+    (path / "images.txt").write_text("\n".join(line or "1.5 2.5 -1 700.0 20.5 33" for line in lines))
+    assert read_calibration(path).close_to(real)
+
+
+def claims_gigabytes() -> bytes:
+    """A MAT-file whose variable `params` says that it unfolds to 4 GB."""
+    packed = zlib.compress(struct.pack("<II", 14, 2**32 - 64) + bytes(2**16))
+    return b"MATLAB 5.0".ljust(124) + b"\x00\x01IM" + struct.pack("<II", 15, len(packed)) + packed
+
+
+def again_and_again() -> bytes:
+    """A pickle of one piece of 8 MB that is asked for as an array 100 times."""
+    piece = b"B" + struct.pack("<I", 2**23) + bytes(2**23) + b"q\x010"
+    dtype = b"cnumpy\ndtype\n(X\x02\x00\x00\x00f8tR"
+    array = b"cnumpy.core.numeric\n_frombuffer\n(h\x01" + dtype + b"(I1048576\ntX\x01\x00\x00\x00CtRa"
+    return b"\x80\x04]" + piece + 100 * array + b"."
+
+
+def many_cameras() -> bytes:
+    rows = [[0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
+    frames = [{"transform_matrix": [[1, 0, 0, k], *rows[:3]]} for k in range(100_000)]
+    return json.dumps({"w": 9, "h": 9, "fl_x": 9.0, "frames": frames}).encode()
+
+
+HUGE = {
+    "label3d_dannce.mat": claims_gigabytes,
+    "new_cam.pkl": again_and_again,
+    "calibration.toml": lambda: (".".join(["a"] * 50_000) + " = 1").encode(),
+    "deep.toml": lambda: b"a = " + b"[" * 50_000,
+    "deep.json": lambda: b'{"frames": ' + b"[" * 100_000,
+    "transforms.json": many_cameras,
+    "new_cam.pickle": lambda: b"\x80\x04" + b"]" * 100_000 + b"a" * 99_999 + b".",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HUGE)
+def test_sizes_nobody_asked_for_are_refused_soon(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(HUGE[name]())
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=name):
+        read_calibration(path)
+    assert time.monotonic() - start < 20
+
+
+def test_many_frames_of_static_cameras_are_read(tmp_path, real):
+    path = edited(tmp_path, real, "transforms", lambda content: content.update(frames=content["frames"] * 500))
+    assert read_calibration(path).close_to(real)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("label3d_dannce.mat", b"MATLAB 7.3 MAT-file".ljust(600), "MATLAB 7.3 .*-v7"),
+        ("label3d_dannce.mat", b"", "not a MATLAB file"),
+        ("transforms.json", b'{"frames": [', "transforms.json is not valid JSON"),
+        ("transforms.json", b"\xff\xfe\x00", "transforms.json is no text"),
+        ("calibration.toml", b"[cam_0\n", "calibration.toml is not valid TOML"),
+        ("calibration.toml", b"cam_0 = 3\n", "calibration.toml has no cameras"),
+        ("cameras.xml", b"<a/>", "cameras.xml: unknown kind"),
+    ],
+)
+def test_files_that_are_none_of_these_are_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_calibration(tmp_path / name)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_mutated_files_are_read_or_refused(tmp_path, real, format):
+    """Bit flips, cuts, bytes written over or left out: no other exception, no hang, one line that names the file."""
+    rng = random.Random(format)
+    path = write_calibration(tmp_path, real, format)
+    for file in [path] if path.is_file() else [path / f"{part}{path_suffix(path)}" for part in ("cameras", "images")]:
+        whole = file.read_bytes()
+        for number in range(40):
+            data, at = bytearray(whole), rng.randrange(len(whole))
+            if number % 4 == 0:
+                data[at] ^= 1 << rng.randrange(8)
+            elif number % 4 == 1:
+                data = data[:at]
+            elif number % 4 == 2:
+                data[at : at + 16] = rng.randbytes(16)
+            else:
+                del data[at : at + rng.randrange(200)]
+            file.write_bytes(data)
+            try:
+                read_calibration(path)
+                read_dannce_labels(path) if path.suffix == ".mat" else None
+            except ValueError as error:
+                assert path.name in str(error) and "\n" not in str(error)
+        file.write_bytes(whole)
+
+
+def path_suffix(folder):
+    return ".bin" if (folder / "cameras.bin").is_file() else ".txt"
