@@ -213,7 +213,8 @@ def add_fields(parser: argparse.ArgumentParser, settings: type) -> None:
 
 def from_arguments(settings: type[Config], arguments: argparse.Namespace) -> Config:
     """Returns the dataclass filled from parsed arguments; its __post_init__ checks what concerns several of them."""
-    values = {entry.name: getattr(arguments, entry.name) for entry in dataclasses.fields(settings)}
+    flags = [entry.name for entry in dataclasses.fields(settings) if "help" in entry.metadata]
+    values = {name: getattr(arguments, name) for name in flags}
     return settings(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
