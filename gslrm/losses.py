@@ -22,6 +22,9 @@ from gslrm.model.gslrm import GSLRMOutput
 SH_C0 = 0.28209479177387814
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
 POINTSDIST_WARMUP_STEPS, POINTSDIST_WARMUP_WEIGHT = 1000, 0.1
+NAMES = ("l2", "lpips", "perceptual", "ssim", "alpha", "background", "pixelalign", "pointsdist")
+NEEDS_RENDERING = set(NAMES[:6])
+MASKABLE = set(NAMES) - {"alpha", "background"}
 FOREGROUND_ALPHA = 0.5  # above it a pixel counts as the animal's where a pixel either counts or not
 POINTSDIST_SPREAD = 0.5  # world units of target standard deviation
 # Inside the direct loss: metres of surface error, colour, opacity and scale brought to like size.
@@ -51,17 +54,8 @@ def loss_weights(losses: LossesConfig, step: int, *, l2_warmup_steps: int = 0) -
 
     l2_warmup_steps: passes without LPIPS and perceptual loss.
     """
-    weights = {
-        "l2": losses.l2_loss_weight,
-        "lpips": losses.lpips_loss_weight,
-        "perceptual": losses.perceptual_loss_weight,
-        "ssim": losses.ssim_loss_weight,
-        "alpha": losses.alpha_loss_weight,
-        "background": losses.background_loss_weight,
-        "pixelalign": losses.pixelalign_loss_weight,
-        "pointsdist": losses.pointsdist_loss_weight,
-        "direct": losses.direct_loss_weight_after if losses.direct_warmup_steps else losses.direct_loss_weight,
-    }
+    weights = {name: getattr(losses, f"{name}_loss_weight") for name in NAMES}
+    weights["direct"] = losses.direct_loss_weight_after if losses.direct_warmup_steps else losses.direct_loss_weight
     if losses.warmup_pointsdist and step < POINTSDIST_WARMUP_STEPS:
         weights.update(l2=0.0, perceptual=0.0, pointsdist=POINTSDIST_WARMUP_WEIGHT)
     if step < l2_warmup_steps:
@@ -69,10 +63,6 @@ def loss_weights(losses: LossesConfig, step: int, *, l2_warmup_steps: int = 0) -
     if step < losses.direct_warmup_steps:
         weights = {"direct": losses.direct_loss_weight}
     return {name: weight for name, weight in weights.items() if weight > 0}
-
-
-MASKABLE = {"l2", "lpips", "perceptual", "ssim", "pixelalign", "pointsdist"}
-NEEDS_RENDERING = {"l2", "lpips", "perceptual", "ssim", "alpha", "background"}
 
 
 def total_loss(
@@ -90,33 +80,29 @@ def total_loss(
     rgb, alpha: [b, t, 3|1, h, w] rendered; None when no loss of `weights` needs them. networks: `lpips`, `perceptual`
     (gslrm.perceptual.load_networks).
     """
+    compute = {
+        "l2": lambda mask, _: l2_loss(rgb, targets.rgb, mask),
+        "ssim": lambda mask, _: ssim_loss(rgb, targets.rgb, mask),
+        "alpha": lambda *_: l2_loss(alpha, targets.alpha),
+        "background": lambda *_: l2_loss(rgb, targets.rgb, 1.0 - targets.alpha),
+        "lpips": lambda mask, _: networks["lpips"](rgb, targets.rgb, mask),
+        "perceptual": lambda mask, _: networks["perceptual"](rgb, targets.rgb, mask),
+        "pixelalign": lambda _, mask: pixelalign_loss(output, mask, losses.pixelalign_normalisation),
+        "pointsdist": lambda _, mask: pointsdist_loss(output, mask),
+    }
     parts: dict[str, Tensor] = {}
     for name in weights:
-        masked = name in MASKABLE and getattr(losses, f"masked_{name}_loss")
-        mask, input_mask = (targets.alpha, targets.input_alpha) if masked else (None, None)
-        if name == "l2":
-            parts[name] = l2_loss(rgb, targets.rgb, mask)
-        elif name == "ssim":
-            parts[name] = ssim_loss(rgb, targets.rgb, mask)
-        elif name == "alpha":
-            parts[name] = l2_loss(alpha, targets.alpha)
-        elif name == "background":
-            parts[name] = l2_loss(rgb, targets.rgb, 1.0 - targets.alpha)
-        elif name in ("lpips", "perceptual"):
-            parts[name] = networks[name](rgb, targets.rgb, mask)
-        elif name == "pixelalign":
-            parts[name] = pixelalign_loss(output, input_mask, losses.pixelalign_normalisation)
-        elif name == "pointsdist":
-            parts[name] = pointsdist_loss(output, input_mask)
-        elif name == "direct":
-            for part, value in direct_losses(output, targets, losses.direct_scale_px).items():
-                parts[f"direct_{part}"] = value
+        if name == "direct":
+            parts |= {f"direct_{part}": x for part, x in direct_losses(output, targets, losses.direct_scale_px).items()}
             parts[name] = sum(weight * parts[f"direct_{part}"] for part, weight in DIRECT_PARTS.items())
+        else:
+            masked = name in MASKABLE and getattr(losses, f"masked_{name}_loss")
+            parts[name] = compute[name](*((targets.alpha, targets.input_alpha) if masked else (None, None)))
     means = {name: value.mean() for name, value in parts.items()}
     return sum(weight * means[name] for name, weight in weights.items()), means
 
 
-# ---- losses on pictures ---------------------------------------------------------------------------------------------
+# ---- losses on images -----------------------------------------------------------------------------------------------
 
 
 def l2_loss(prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -139,11 +125,11 @@ def ssim_loss(prediction: Tensor, target: Tensor, mask: Tensor | None = None) ->
 
 
 def ssim_map(a: Tensor, b: Tensor) -> Tensor:
-    """[n, c, h, w] pictures in 0..1 -> SSIM [n, c, h - 10, w - 10] (Gaussian window 11, sigma 1.5, no padding)."""
+    """[n, c, h, w] images in 0..1 -> SSIM [n, c, h - 10, w - 10] (Gaussian window 11, sigma 1.5, no padding)."""
     offsets = torch.arange(SSIM_WINDOW, dtype=a.dtype, device=a.device) - SSIM_WINDOW // 2
     window = torch.exp(-0.5 * (offsets / SSIM_SIGMA) ** 2)
     window = window / window.sum()
-    # A channel and group for every map: on a CPU a tenth of the time that pictures of one channel each take.
+    # A channel and group for every map: on a CPU a tenth of the time that images of one channel each take.
     maps = torch.cat([a, b, a * a, b * b, a * b], dim=1)
     groups = maps.shape[1]
     maps = functional.conv2d(maps, window.view(1, 1, 1, -1).expand(groups, -1, -1, -1), groups=groups)

@@ -40,20 +40,20 @@ class VGG19(nn.Module):
         for number in range(1, 17):
             setattr(self, f"conv{number}", nn.Conv2d(channels[number - 1], channels[number], 3, padding=1))
 
-    def forward(self, pictures: Tensor) -> list[Tensor]:
+    def forward(self, images: Tensor) -> list[Tensor]:
         """[n, 3, h, w] mean-free 0..255 -> features of the layers in FEATURE_WEIGHTS."""
         features = []
         for number in range(1, max(FEATURE_WEIGHTS) + 1):
             if number in POOL_BEFORE:
-                pictures = functional.avg_pool2d(pictures, 2)
-            pictures = functional.relu(getattr(self, f"conv{number}")(pictures))
+                images = functional.avg_pool2d(images, 2)
+            images = functional.relu(getattr(self, f"conv{number}")(images))
             if number in FEATURE_WEIGHTS:
-                features.append(pictures)
+                features.append(images)
         return features
 
 
 class PerceptualLoss(nn.Module):
-    """Weighted L1 distance of pictures and VGG-19 features."""
+    """Weighted L1 distance of images and VGG-19 features."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,12 +63,12 @@ class PerceptualLoss(nn.Module):
     def forward(self, prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
         """[b, (t,) 3, h, w] in 0..1, twice; mask [b, (t,) 1, h, w] in 0..1 -> [b]."""
         b = len(prediction)
-        pictures = 255.0 * prediction.flatten(0, -4) - self.mean
+        images = 255.0 * prediction.flatten(0, -4) - self.mean
         with torch.no_grad():
-            true_pictures = 255.0 * target.flatten(0, -4) - self.mean
-            true_features = self.net(true_pictures)
-        distance = map_mean((pictures - true_pictures).abs(), mask, b)
-        for weight, features, truth in zip(FEATURE_WEIGHTS.values(), self.net(pictures), true_features):
+            true_images = 255.0 * target.flatten(0, -4) - self.mean
+            true_features = self.net(true_images)
+        distance = map_mean((images - true_images).abs(), mask, b)
+        for weight, features, truth in zip(FEATURE_WEIGHTS.values(), self.net(images), true_features):
             distance = distance + weight * map_mean((features - truth).abs(), mask, b)
         return distance / 255.0
 
@@ -89,18 +89,18 @@ class LPIPSLoss(nn.Module):
         difference = zip(self.network.lins, features, true_features)
         return sum(map_mean(linear((x - truth).square()), mask, b) for linear, x, truth in difference)
 
-    def _features(self, pictures: Tensor) -> list[Tensor]:
+    def _features(self, images: Tensor) -> list[Tensor]:
         """[b, (t,) 3, h, w] in 0..1 -> per layer [n, c, h', w'], unit length over c."""
         import lpips
 
-        pictures = self.network.scaling_layer(pictures.flatten(0, -4) * 2.0 - 1.0)
-        return [lpips.normalize_tensor(features) for features in self.network.net(pictures)]
+        images = self.network.scaling_layer(images.flatten(0, -4) * 2.0 - 1.0)
+        return [lpips.normalize_tensor(features) for features in self.network.net(images)]
 
 
 def map_mean(maps: Tensor, mask: Tensor | None, num_samples: int) -> Tensor:
-    """Mean of maps [n, c, h', w'] over each sample's pictures: [num_samples]; n is a multiple of num_samples.
+    """Mean of maps [n, c, h', w'] over each sample's images: [num_samples]; n is a multiple of num_samples.
 
-    mask: [..., 1, h, w], n pictures; averaged down to h' x w' as weights.
+    mask: [..., 1, h, w], n images; averaged down to h' x w' as weights.
     """
     maps = maps.mean(1, keepdim=True)
     if mask is None:
@@ -110,27 +110,28 @@ def map_mean(maps: Tensor, mask: Tensor | None, num_samples: int) -> Tensor:
 
 
 def load_networks(losses: LossesConfig, device: torch.device) -> dict[str, nn.Module]:
-    """The frozen networks of the losses whose weight is above 0. Raises ValueError naming a missing file."""
+    """Returns the frozen networks of the losses whose weight is above 0. Raises ValueError naming a missing file."""
     networks: dict[str, nn.Module] = {}
-    folder = Path(losses.vgg_folder)
-    if losses.lpips_loss_weight > 0:
-        path = folder / VGG16_FILE
-        require(path.is_file(), path, "torchvision's VGG-16 weights", "lpips_loss_weight")
-        from multiview.metrics import load_lpips
+    for key, names, what in (
+        ("lpips", (VGG16_FILE,), "torchvision's VGG-16 weights"),
+        ("perceptual", VGG19_FILES, "MatConvNet's VGG-19 weights"),
+    ):
+        if getattr(losses, f"{key}_loss_weight") <= 0:
+            continue
+        folder, setting = Path(losses.vgg_folder), f"training.losses.{key}_loss_weight"
+        path = next((folder / name for name in names if (folder / name).is_file()), None)
+        if path is None:
+            raise ValueError(
+                f"{setting} is above 0 and needs {what} at {folder / ' or '.join(names)}: put the file there, or set "
+                f"{setting}=0"
+            )
+        if key == "lpips":
+            from multiview.metrics import load_lpips
 
-        networks["lpips"] = LPIPSLoss(load_lpips(device, path))
-    if losses.perceptual_loss_weight > 0:
-        path = next((folder / name for name in VGG19_FILES if (folder / name).is_file()), None)
-        names = " or ".join(VGG19_FILES)
-        require(path is not None, folder / names, "MatConvNet's VGG-19 weights", "perceptual_loss_weight")
-        networks["perceptual"] = load_perceptual(path).to(device)
+            networks[key] = LPIPSLoss(load_lpips(device, path))
+        else:
+            networks[key] = load_perceptual(path).to(device)
     return networks
-
-
-def require(found: bool, path: Path, what: str, key: str) -> None:
-    if not found:
-        raise ValueError(f"training.losses.{key} is above 0 and needs {what} at {path}: put the file there, or set "
-                         f"training.losses.{key}=0")  # fmt: skip
 
 
 def load_perceptual(path: Path) -> PerceptualLoss:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -138,7 +139,7 @@ def record_masks(
         stats = [(path.name, path.stat()) for path in video.files]
         files = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
         digest = hashlib.sha256(json.dumps([files, frames]).encode()).hexdigest()
-        keys[camera] = {"segment": settings.segment, "content": digest, "version": 4}
+        keys[camera] = {"segment": settings.segment, "content": digest, "version": 5}
     todo = [camera for camera, key in keys.items() if not is_recorded(folder, camera, key)]
     make = partial(record_camera, videos, frames, settings.segment, folder, keys)
     with tqdm(total=len(todo) * len(frames), desc="masks", unit="mask", disable=None if todo else True) as bar:
@@ -255,39 +256,22 @@ def _hull_places(
     numbers: list[int],
     settings: ImportSettings,
 ) -> list[HullPlace]:
-    """Returns the visual hull's word on every kept frame, worked out side by side; [] where no heading is asked for."""
+    """Returns the visual hull's word on every kept frame; [] where no heading is asked for."""
     from tqdm import tqdm
 
     if settings.heading == "none":
         return []
-    count = min(settings.workers, len(kept))
-    make = partial(_carve_frames, calibration, settings.mask_folder, kept, centers, body_length, count)
-    places: list[HullPlace | None] = [None] * len(kept)
-    with tqdm(total=len(kept), desc="hulls", unit="frame", disable=None) as bar:
-        for lane, step, place in run_lanes(make, range(count), -(-len(kept) // count), workers=settings.workers):
-            if step * count + lane < len(kept):
-                if place is None:
-                    raise ValueError(
-                        f"frame {numbers[step * count + lane]}: the masks have no common volume, so there is no "
-                        "visual hull; look at the masks of this frame, or use --heading none"
-                    )
-                places[step * count + lane] = place
-                bar.update()
-    return places
+    tracks = [read_track(settings.mask_folder, camera) for camera in range(len(calibration))]
 
+    def carve(place: int) -> HullPlace:
+        masks = [track.silhouette(kept[place]) for track in tracks]
+        found = hull_place(calibration, masks, centers[place], body_length)
+        if found is None:
+            raise ValueError(
+                f"frame {numbers[place]}: the masks have no common volume, so there is no visual hull; look at the "
+                "masks of this frame, or use --heading none"
+            )
+        return found
 
-def _carve_frames(
-    calibration: Calibration,
-    folder: Path,
-    kept: list[int],
-    centers: np.ndarray,
-    body_length: float,
-    count: int,
-    lane: int,
-) -> Iterator[HullPlace | None]:
-    """Carves every count-th frame."""
-    tracks = [read_track(folder, camera) for camera in range(len(calibration))]  # pixels are mapped, not sent
-    for index in range(lane, len(kept), count):
-        masks = [track.silhouette(kept[index]) for track in tracks]
-        yield hull_place(calibration, masks, centers[index], body_length)
-    yield None  # lanes that are one frame shorter
+    with ThreadPoolExecutor(settings.workers) as threads:  # carving leaves Python's lock alone
+        return list(tqdm(threads.map(carve, range(len(kept))), total=len(kept), desc="hulls", disable=None))

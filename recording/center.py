@@ -8,7 +8,7 @@ of the visual hull of masks without tail and legs is about 1 mm off (docs/benchm
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numba
 import numpy as np
@@ -17,8 +17,8 @@ import torch
 from multiview.cameras import Cameras
 from multiview.hull import VisualHull, carve
 from recording.calibration import Calibration
-from recording.masks import MaskStatistics, Silhouette, openings, reduced
-from recording.rectify import lens_maps, photo_from_image
+from recording.masks import MaskStatistics, Silhouette, openings
+from recording.rectify import rectify
 
 TRUNK_POINTS = 24  # along each side of the cube in which the trunk's hull is looked for
 TRUNK_REACH = 0.6  # body lengths: half that side
@@ -193,15 +193,19 @@ def hull_place(
     rotations = cameras.w2c[:, :3, :3].numpy()
     box = torch.from_numpy(rough - half).float(), torch.from_numpy(rough + half).float()
 
-    def carved(windows: list[np.ndarray]) -> VisualHull:
-        small = np.stack([
-            _small_mask(calibration, k, window, (masks[k].x, masks[k].y), rotations[k], float(focal[k]) * HULL_PIXELS)
-            for k, window in enumerate(windows)
-        ])  # fmt: skip
-        return carve(torch.from_numpy(small)[:, None], cameras.to(torch.float32), resolution=HULL_VOXELS, bounds=box)
+    def carved(silhouettes: list[Silhouette]) -> VisualHull:
+        small = [
+            rectify(
+                calibration, k, np.zeros((*mask.window.shape, 3), np.uint8), mask, rotation=rotations[k],
+                focal_px=float(focal[k]) * HULL_PIXELS, size=HULL_PIXELS,
+            )[None, ..., 3]
+            for k, mask in enumerate(silhouettes)
+        ]  # fmt: skip
+        alpha = torch.from_numpy(np.stack(small)).float() / 255
+        return carve(alpha, cameras.to(torch.float32), resolution=HULL_VOXELS, bounds=box)
 
-    whole = carved([mask.window for mask in masks])
-    trunk = carved([openings(mask.window, HULL_LIMB_RADIUS)[0] for mask in masks])
+    whole = carved(masks)
+    trunk = carved([replace(mask, window=openings(mask.window, HULL_LIMB_RADIUS)[0]) for mask in masks])
     if not len(trunk.index) or not len(whole.index):
         return None
     solid = np.zeros(len(trunk.grid), dtype=bool)
@@ -216,26 +220,6 @@ def hull_place(
     axis = np.linalg.eigh(np.cov((points - center).T))[1][:, -1]
     along = (whole.points.double().numpy() - center) @ axis
     return HullPlace(center, axis, (float(along.max()), float(-along.min())))
-
-
-def _small_mask(
-    calibration: Calibration,
-    camera: int,
-    window: np.ndarray,
-    corner: tuple[int, int],
-    rotation: np.ndarray,
-    focal_px: float,
-) -> np.ndarray:
-    """[HULL_PIXELS, HULL_PIXELS] float32 0..1, as `rectify` would show the mask; its rim need not be fine."""
-    import cv2
-
-    # Reduced in place first, so that the warp reads every pixel.
-    step = max(1, round(float(calibration.K[camera, 0, 0]) / focal_px))
-    to_photo = photo_from_image(calibration, camera, rotation, focal_px, HULL_PIXELS)
-    columns, rows = lens_maps(calibration, camera, to_photo, HULL_PIXELS, HULL_PIXELS)
-    columns, rows = ((columns + 0.5 - corner[0]) / step - 0.5, (rows + 0.5 - corner[1]) / step - 0.5)
-    small = reduced(window.astype(np.float32), step)
-    return cv2.remap(small, columns, rows, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT)
 
 
 # ---- over time ------------------------------------------------------------------------------------------------------

@@ -52,19 +52,20 @@ def process_recording(settings: ImportSettings, say: Callable[[str], None] = lam
     # Torch's small tensors are not worth threads, which would wait for each other beside busy worker processes.
     torch.set_num_threads(1)
     try:
-        with stopped_by_signals(), full_disk_explained(settings.output_dir), _owned(settings):
-            return _process(settings, say)
+        if settings.workers > 1:
+            start_early()
+        with stopped_by_signals(), full_disk_explained(settings.output_dir):
+            recording = open_recording(settings)  # before anything is written
+            with _owned(settings):
+                return _process(recording, settings, say)
     finally:
         torch.set_num_threads(before)
         with suppress(OSError):
             settings.mask_folder.rmdir()  # all that was in it went when the last shard ended
 
 
-def _process(settings: ImportSettings, say: Callable[[str], None]) -> dict | None:
-    if settings.workers > 1:
-        start_early()
+def _process(recording: Recording, settings: ImportSettings, say: Callable[[str], None]) -> dict | None:
     rig = None if settings.rig == CALIBRATED else load_rig(settings.rig)
-    recording = open_recording(settings)
     frames = choose_frames(recording.num_frames, settings.num_samples)
     if len(frames) < settings.num_samples:
         say(f"the recording has {recording.num_frames} frames: {len(frames)} samples instead of {settings.num_samples}")

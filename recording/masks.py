@@ -17,7 +17,6 @@ import numpy as np
 
 from multiview.files import atomic_write
 
-BLOCK = 32  # rows looked through together for something bright
 HOLE_FRACTION = 0.05  # holes up to this fraction of the mask are faults; larger ones are real (a curled tail's inside)
 # Parts thinner than twice this, over the square root of the mask's area, are left out: of the body whose length is
 # measured (tail, whiskers), and of the trunk whose center of mass is taken (also legs, ears and snout). Chosen on
@@ -88,36 +87,17 @@ def clean_mask(image: np.ndarray, level: int = 127) -> Silhouette:
     import cv2
 
     size = (image.shape[1], image.shape[0])
-    x, y, width, height = bright_box(image, level)
+    binary = cv2.threshold(image, level, 1, cv2.THRESH_BINARY)[1]
+    x, y, width, height = cv2.boundingRect(binary)
+    window = binary[y : y + height, x : x + width]
     if width == 0:
         return Silhouette(np.zeros((0, 0), bool), 0, 0, size)
-    window = cv2.threshold(image[y : y + height, x : x + width], level, 1, cv2.THRESH_BINARY)[1]
     # Borders say at once whether there is more than one part, or a hole: mostly there is not.
     borders, tree = cv2.findContours(window, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
     if len(borders) > 1:
         window, left, top = _plainly_largest(borders, tree[0, :, 3]) or _largest_part(window)
         x, y = x + left, y + top
     return Silhouette(window.astype(bool), x, y, size)
-
-
-def bright_box(image: np.ndarray, level: int) -> tuple[int, int, int, int]:
-    """x, y, width, height of the box around all that is brighter in [h, w] uint8; all 0 where nothing is.
-
-    Blocks of rows are looked through first: of a whole photograph, several times faster than one pixel at a time.
-    """
-    whole = len(image) - len(image) % BLOCK
-    bright = image[:whole].reshape(-1, BLOCK, image.shape[1]).max(axis=1) > level
-    if whole < len(image):
-        bright = np.vstack([bright, image[whole:].max(axis=0) > level])
-    columns, blocks = np.flatnonzero(bright.any(axis=0)), np.flatnonzero(bright.any(axis=1))
-    if not len(columns):
-        return 0, 0, 0, 0
-    left, right = int(columns[0]), int(columns[-1]) + 1
-    first, last = (
-        start + np.flatnonzero((image[start : start + BLOCK, left:right] > level).any(axis=1))
-        for start in BLOCK * blocks[[0, -1]]
-    )
-    return left, int(first[0]), right - left, int(last[-1] + 1 - first[0])
 
 
 def _plainly_largest(borders: Sequence[np.ndarray], parents: np.ndarray) -> tuple[np.ndarray, int, int] | None:
@@ -186,7 +166,12 @@ def measure_mask(mask: Silhouette) -> MaskStatistics | None:
     area = int(np.count_nonzero(mask.window))
     # Lengths and centers of mass need no full resolution: reduced to some thousand pixels, they cost little.
     step = max(1, int(math.sqrt(area / MEASURED_AREA)))
-    small = mask.window if step == 1 else reduced(mask.window.view(np.uint8) * np.uint8(255), step) >= 128
+    height, width = mask.window.shape
+    small = mask.window
+    if step > 1:  # by majority; what is left over at the end counts as empty
+        padded = np.zeros((-(-height // step) * step, -(-width // step) * step), np.uint8)
+        padded[:height, :width] = mask.window
+        small = cv2.resize(padded * np.uint8(255), None, fx=1 / step, fy=1 / step, interpolation=cv2.INTER_AREA) >= 128
     body, trunk = openings(small, TAIL_RADIUS, LIMB_RADIUS)
     rows, columns = np.nonzero(body)
     moments = cv2.moments(body.view(np.uint8), binaryImage=True)
@@ -198,7 +183,6 @@ def measure_mask(mask: Silhouette) -> MaskStatistics | None:
     # Hull of pixel squares, not of their centers: all four corners of each hull pixel.
     corners = (hull[:, None] + np.array([[0, 0], [1, 0], [0, 1], [1, 1]])).reshape(-1, 2)
     corners = cv2.convexHull(corners.astype(np.float32))[:, 0].astype(np.float64) + [mask.x, mask.y]
-    height, width = mask.window.shape
     return MaskStatistics(
         area=float(area),
         centre=np.array([middle["m10"] / middle["m00"] + 0.5, middle["m01"] / middle["m00"] + 0.5]) * step
@@ -208,16 +192,6 @@ def measure_mask(mask: Silhouette) -> MaskStatistics | None:
         touches_border=mask.x == 0 or mask.y == 0 or mask.x + width == mask.size[0] or mask.y + height == mask.size[1],
         trunk=Trunk(np.packbits(trunk), mask.x, mask.y, *trunk.shape[::-1], step),
     )
-
-
-def reduced(image: np.ndarray, step: int) -> np.ndarray:
-    """Averages [h, w] over squares of `step` pixels; what is left over at its end counts as filled up with zeros."""
-    import cv2
-
-    height, width = (-(-side // step) for side in image.shape)
-    padded = np.zeros((height * step, width * step), image.dtype)
-    padded[: image.shape[0], : image.shape[1]] = image
-    return cv2.resize(padded, (width, height), interpolation=cv2.INTER_AREA)
 
 
 # ---- one camera's masks on disk -------------------------------------------------------------------------------------
@@ -273,9 +247,7 @@ def record_track(folder: Path, camera: int, key: dict, masks: Iterable[Silhouett
                 size=size,
                 boxes=np.array(boxes, dtype=np.int64).reshape(-1, 4),
                 starts=np.cumsum(lengths),
-                scalars=np.array(
-                    [(m.area, *m.centre, m.axis_length, m.touches_border) for m in measured], np.float64
-                ),
+                scalars=np.array([(m.area, *m.centre, m.axis_length, m.touches_border) for m in measured], np.float64),
                 hulls=np.concatenate([one.hull for one in measured]),
                 hull_lengths=[len(one.hull) for one in measured],
                 trunks=np.array([(t.x, t.y, t.width, t.height, t.step) for t in trunks], np.int64),

@@ -112,17 +112,15 @@ def rectify(
         return result
     window = mask.window.view(np.uint8)
     cut_out = cv2.cvtColor(np.ascontiguousarray(colors), cv2.COLOR_BGR2RGBA)
-    cut_out = cv2.copyMakeBorder(
-        cv2.bitwise_and(cut_out, cut_out, mask=window), *[SOURCE_RIM] * 4, cv2.BORDER_CONSTANT, value=0
-    )
+    cut_out = cv2.bitwise_and(cut_out, cut_out, mask=window)
+    cut_out = cv2.copyMakeBorder(cut_out, *[SOURCE_RIM] * 4, cv2.BORDER_CONSTANT, value=0)
     corner = mask.x - SOURCE_RIM, mask.y - SOURCE_RIM
     fine = (width * over, height * over)
     to_photo = photo_from_image(calibration, camera, rotation, focal_px * over, size * over)
     to_photo = to_photo @ np.array([[1.0, 0.0, left * over], [0.0, 1.0, top * over], [0.0, 0.0, 1.0]])
     if np.any(calibration.distortion[camera]):
         columns, rows = lens_maps(calibration, camera, to_photo, *fine)
-        columns -= corner[0]
-        rows -= corner[1]
+        columns, rows = columns - np.float32(corner[0]), rows - np.float32(corner[1])
         warped = cv2.remap(cut_out, columns, rows, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT)
     else:
         K = calibration.K[camera].copy()

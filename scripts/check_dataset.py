@@ -1,6 +1,6 @@
-"""Checks a dataset of posed, masked views: do pictures, masks and cameras belong together, and what is wrong if not?
+"""Checks a dataset of posed, masked views: do images, masks and cameras belong together, and what is wrong if not?
 
-Takes any folder of samples (<sample>/opencv_cameras.json and its pictures), FaceLift's included, a split list (also
+Takes any folder of samples (<sample>/opencv_cameras.json and its images), FaceLift's included, a split list (also
 FaceLift's, with absolute paths) or one sample. Writes quality_report.html (one file, for eyes) and quality_report.json
 (for programs) with a grade, its reasons and what to do about each. Without a dataset.json the rig is measured and
 described; distance and focal length are then compared with what FaceLift's released weights expect.
@@ -8,10 +8,12 @@ described; distance and focal length are then compared with what FaceLift's rele
 
 import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from multiview.config import add_fields, from_arguments, option
 from multiview.run import main_guard
 
 
@@ -19,38 +21,31 @@ class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsH
     pass
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
-    parser.add_argument("--data", required=True, type=Path, help="split list, dataset folder or sample folder")
-    parser.add_argument("--output_dir", required=True, type=Path, help="where the two reports go")
-    parser.add_argument("--rig", default=None, help="rig the views should be; left out: what dataset.json says")
-    parser.add_argument("--num_samples", type=int, default=200, help="looked at, evenly spaced over the dataset")
-    parser.add_argument(
-        "--num_views",
-        type=int,
-        default=None,
-        help="first views of each sample; left out: the rig's, or at most 12",
+@dataclass(frozen=True)
+class CheckSettings:
+    """Flags of this script."""
+
+    data: Path = option(..., "split list, dataset folder or sample folder")
+    output_dir: Path = option(..., "where the two reports go")
+    rig: str | None = option(None, "rig the views should be; left out: what dataset.json says")
+    num_samples: int = option(200, "looked at, evenly spaced over the dataset", least=1)
+    num_views: int | None = option(None, "first views of each sample; left out: the rig's, or at most 12", least=1)
+    workers: int = option(2, "processes; the result does not depend on it", least=1)
+    fail_below: str | None = option(
+        None, "exit with 1 when the grade is worse than this", choices=("usable", "good")
     )
-    parser.add_argument("--workers", type=int, default=2, help="processes; the result does not depend on it")
-    parser.add_argument(
-        "--fail_below", choices=("usable", "good"), default=None, help="exit with 1 when the grade is worse than this"
-    )
-    parsed = parser.parse_args(arguments)
-    for name, least in (("num_samples", 1), ("num_views", 1), ("workers", 1)):
-        value = getattr(parsed, name)
-        if value is not None and value < least:
-            parser.error(f"--{name} must be at least {least}, got {value}")
-    return parsed
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = parse_arguments(arguments)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
+    add_fields(parser, CheckSettings)
+    settings = from_arguments(CheckSettings, parser.parse_args(arguments))
     from recording.quality.findings import GRADES
     from recording.quality.report import HTML_NAME, check_dataset
 
     report = check_dataset(
-        options.data, options.output_dir, rig=options.rig, num_samples=options.num_samples,
-        num_views=options.num_views, workers=options.workers, progress=True,
+        settings.data, settings.output_dir, rig=settings.rig, num_samples=settings.num_samples,
+        num_views=settings.num_views, workers=settings.workers, progress=True,
     )  # fmt: skip
     print(f"{report['num_samples']} of {report['dataset_samples']} samples, {report['num_views']} views each")
     for view in report["views"]:
@@ -59,11 +54,11 @@ def main(arguments: list[str] | None = None) -> None:
             f"  {view['name']:<18} az {view['azimuth_deg']:6.1f}  el {view['elevation_deg']:5.1f}  "
             f"d {view['distance_mean']:.3f}  focal/width {view['focal']:.4f}{overlap}"
         )
-    print(f"quality: {report['grade']}; see {options.output_dir / HTML_NAME}")
+    print(f"quality: {report['grade']}; see {settings.output_dir / HTML_NAME}")
     for finding in report["findings"]:
         print(f"  {finding['severity']}: {finding['what']}\n    -> {finding['remedy']}")
-    if options.fail_below is not None and GRADES.index(report["grade"]) < GRADES.index(options.fail_below):
-        raise ValueError(f"the dataset is {report['grade']}, --fail_below {options.fail_below}")
+    if settings.fail_below is not None and GRADES.index(report["grade"]) < GRADES.index(settings.fail_below):
+        raise ValueError(f"the dataset is {report['grade']}, --fail_below {settings.fail_below}")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from multiview.sample import Sample, is_complete_sample, open_dataset, write_sam
 from recording.calibration import PIXEL_CENTRE, Calibration, read_calibration, write_calibration
 from synthetic.photograph import Camera, RecordingCameras, RecordingConditions, photograph
 from synthetic.scene import KEYPOINT_NAMES, SplatCloud, laboratory_light, make_mouse, mouse_sequence
-from synthetic.settings import MouseSettings
+from synthetic.settings import POSES, MouseSettings
 from synthetic.skeleton import BODY_LENGTH
 
 # (cloud, cameras [v]) -> rgb [v, 3, h, w] over black, alpha [v, 1, h, w], mean depth z [v, 1, h, w] where alpha > 0
@@ -327,9 +327,9 @@ def record_mouse(settings: MouseSettings) -> int:
         raise ValueError(f"--output_dir {folder} is not empty; a recording is written into a new folder")
     calibration, arena = load_real_rig(width=settings.video_width, lens=settings.lens_distortion)
     conditions = RecordingConditions(noise=settings.noise, uneven_light=settings.uneven_light, seed=settings.seed)
-    poses = {"poses": (settings.pose,)} if settings.pose else {}
+    poses = (settings.pose,) if settings.pose else settings.poses or POSES
     clouds = mouse_sequence(
-        settings.seed, settings.num_samples, fps=settings.fps, arena_radius=ARENA_REACH, coat=settings.coat, **poses
+        settings.seed, settings.num_samples, fps=settings.fps, arena_radius=ARENA_REACH, coat=settings.coat, poses=poses
     )
     clouds = tqdm(clouds, total=settings.num_samples, desc="frames", unit="frame", disable=None)
     with owned_folder(folder):

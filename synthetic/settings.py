@@ -78,9 +78,10 @@ class MouseSettings:
              f"--calibration_formats takes different ones of {', '.join(CALIBRATION_FORMATS)}, "
              f"parted by commas, got {self.calibration_formats!r}"),
             (recorded and self.body_model, "--as_recording films the procedural mouse; leave --body_model out"),
-            (recorded and (self.photographic or self.poses or self.size or self.off_center or self.elevation),
-             "--photographic, --poses, --size, --off_center and --elevation are a dataset's; a recording has "
+            (recorded and (self.photographic or self.size or self.off_center or self.elevation),
+             "--photographic, --size, --off_center and --elevation are a dataset's; a recording has "
              "--lens_distortion, --noise and --uneven_light"),
+            (recorded and self.pose == "rest", "--pose rest does not move: name another pose of the recording"),
             (not recorded and (self.lens_distortion != "none" or self.noise or self.uneven_light),
              "--lens_distortion, --noise and --uneven_light are a recording's: add --as_recording"),
             (bool(self.body_model) != bool(self.body_model_poses),

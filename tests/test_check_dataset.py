@@ -1,9 +1,8 @@
 """Any dataset is graded; datasets broken on purpose get the reason they were broken for."""
 
+import importlib.util
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -270,13 +269,17 @@ def test_data_that_is_none_is_refused(tmp_path):
         find_samples(tmp_path / "absent")
 
 
-def test_command_line_prints_the_grade_and_fails_below(folder, tmp_path):
-    script = [sys.executable, str(ROOT / "scripts" / "check_dataset.py"), "--data", str(folder), "--workers", "1"]
-    done = subprocess.run([*script, "--output_dir", str(tmp_path / "r")], capture_output=True, text=True)
-    assert done.returncode == 0 and "quality: good" in done.stdout, done.stderr
+def test_command_line_prints_the_grade_and_fails_below(folder, tmp_path, capsys):
+    spec = importlib.util.spec_from_file_location("check_dataset", ROOT / "scripts" / "check_dataset.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    arguments = ["--data", str(folder), "--workers", "1", "--output_dir", str(tmp_path / "r"), "--num_samples", "2"]
+    script.main(arguments)
+    assert "quality: good" in capsys.readouterr().out
     for path in folder.glob("*/images/cam_001.png"):
         shutil.copy(path.with_name("cam_004.png"), path)
-    done = subprocess.run(
-        [*script, "--output_dir", str(tmp_path / "r"), "--fail_below", "good"], capture_output=True, text=True
-    )
-    assert done.returncode == 1 and "quality: poor" in done.stdout and "Traceback" not in done.stderr
+    with pytest.raises(ValueError, match="the dataset is poor, --fail_below good"):
+        script.main([*arguments, "--fail_below", "good"])
+    assert "quality: poor" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        script.main([*arguments, "--num_views", "0"])

@@ -281,6 +281,21 @@ def test_render_ply_writes_one_image_per_camera_each_of_its_own_size(tmp_path):
         assert failed.returncode == 1 and message in failed.stderr and "Traceback" not in failed.stderr
 
 
+def test_a_video_that_does_not_fit_on_the_disk_is_an_error_and_leaves_nothing(tmp_path):
+    """Files may not grow beyond 12 kB, as on a disk with that much room."""
+    save_ply(tmp_path / "a.ply", random_gaussians(n=2000))
+    limited = (
+        "import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (12000, 12000)); sys.argv = sys.argv[1:]; "
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    command = [sys.executable, "-c", limited, ROOT / "scripts" / "render_ply.py", "--ply", tmp_path / "a.ply"]
+    command += ["--turntable", tmp_path / "out" / "t.mp4", "--turntable_views", "16", "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "t.mp4 could not be written" in done.stderr and not list((tmp_path / "out").iterdir())
+
+
 @pytest.mark.parametrize("degree", [0, 1, 2, 3])
 def test_mirrored_gaussians_look_like_the_mirror_image(degree):
     generator = torch.Generator().manual_seed(degree)

@@ -12,7 +12,7 @@ import torch
 from einops import rearrange
 from safetensors.torch import load_file
 
-from gslrm.checkpoints import load_gslrm, model_weights, resolve_checkpoint
+from gslrm.checkpoints import export_weights, load_gslrm, model_weights, resolve_checkpoint
 from gslrm.config import IGNORED_KEYS, GSLRMConfig, ModelConfig, model_config_from_dict
 from gslrm.model.gslrm import GSLRM
 from gslrm.state import build_optimizer
@@ -158,6 +158,17 @@ def test_weights_that_are_not_finite_are_refused_with_their_number(tmp_path):
     torch.save({"model": weights}, path)
     with pytest.raises(ValueError, match="ckpt_0000000000000009.pt: 3 weights are not finite.*input_layer_norm.weight"):
         load_gslrm(path, config_file=GOLDEN / "config.yaml")
+
+
+def test_a_foreign_checkpoint_is_not_exported(tmp_path):
+    path = tmp_path / "ckpt_0000000000000007.pt"
+    torch.save({"model": load_checkpoint(CHECKPOINT)["model"]}, path)
+    for sidecar in (None, {"config": {}}, {"config": {}, "rig": {}}):
+        if sidecar is not None:
+            path.with_suffix(".pt.json").write_text(json.dumps(sidecar))
+        with pytest.raises(ValueError, match="lacks its step, or a sidecar ckpt_0000000000000007.pt.json with config"):
+            export_weights(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("change, word", [("missing", "missing"), ("unexpected", "unexpected"), ("shape", "shape")])

@@ -1,6 +1,7 @@
 """The rasterizer backends against the float64 oracle, and the renderer around them."""
 
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -348,6 +349,33 @@ def test_wrong_arguments_are_refused_by_name():
 def test_importing_the_renderer_loads_neither_numba_nor_gsplat():
     code = "import sys, gslrm.model.gaussians_renderer; sys.exit(any(m in sys.modules for m in ('numba', 'gsplat')))"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_kernels_are_compiled_beforehand_for_the_types_that_are_drawn(tmp_path):
+    """What another process compiled into the cache is all that a first picture needs."""
+    draw = (
+        "import torch; from tests.test_rasterizer import cameras_for, render, scene\n"
+        "from gslrm.model.rasterizers import compositing, projection\n"
+        "with torch.no_grad(): render(scene(n=5), cameras_for(v=1))\n"
+        "kernels = compositing.composite, compositing.bin_tiles, compositing.depth_order, projection.project\n"
+        "print([sum(kernel.stats.cache_misses.values()) for kernel in kernels])"
+    )
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    for words in (["-m", "gslrm.model.rasterizers.warm_up"], ["-c", draw]):
+        done = subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == "[0, 0, 0, 0]", done.stderr
+
+
+def test_kernels_work_where_no_cache_can_be_written(monkeypatch):
+    from numba.core.dispatcher import Dispatcher
+
+    from gslrm.model.rasterizers.projection import kernel
+
+    def enable_caching(self):
+        raise RuntimeError("cannot cache function: no locator available for file")
+
+    monkeypatch.setattr(Dispatcher, "enable_caching", enable_caching)
+    assert kernel()(lambda x: x + 1)(2) == 3
 
 
 # ---- turntable ------------------------------------------------------------------------------------------------------

@@ -273,25 +273,15 @@ def test_full_disk_is_one_sentence_and_lists_nothing(script, tmp_path, monkeypat
     assert [path.name for path in tmp_path.iterdir()] == ["dataset.json"]
 
 
-def test_sigterm_keeps_whole_samples_and_the_command_continues(tmp_path):
-    command = [
-        sys.executable,
-        str(SCRIPT),
-        "--output_dir",
-        str(tmp_path),
-        "--image_size",
-        "16",
-        "--workers",
-        "1",
-        "--num_samples",
-    ]
-    run = subprocess.Popen([*command, "2000"], stderr=subprocess.PIPE, text=True)
+def test_sigterm_keeps_whole_samples_and_the_command_continues(script, tmp_path):
+    arguments = ["--output_dir", str(tmp_path), "--image_size", "16", "--workers", "1", "--num_samples"]
+    run = subprocess.Popen([sys.executable, str(SCRIPT), *arguments, "2000"], stderr=subprocess.PIPE, text=True)
     while run.poll() is None and not (tmp_path / "sample_000001").exists():
         time.sleep(0.05)
     run.send_signal(signal.SIGTERM)
     assert "repeat the command" in run.communicate(timeout=60)[1] and run.returncode == 143
     assert not list(tmp_path.glob("*.txt")) and not (tmp_path / ".owner.json").exists()
-    subprocess.run([*command, "3"], check=True, capture_output=True)
+    script.main([*arguments, "3", "--val_fraction", "0.2"])
     assert len(read_split(tmp_path / "data_mouse_train.txt")) == 3 and not list(tmp_path.glob(".*"))
 
 

@@ -50,15 +50,22 @@ READINGS = {
 
 def validate(calibration: Calibration) -> Calibration:
     """Returns the calibration, checked without its images. Raises ValueError of one line that names the file."""
-    arrays = {"K": calibration.K, "w2c": calibration.w2c, "distortion": calibration.distortion}
-    for name, values in arrays.items():
-        if not np.isfinite(values).all():
-            raise ValueError(f"{calibration.source}: {name} must be finite numbers")
     if len(calibration) < 2:
         raise ValueError(f"{calibration.source}: at least two cameras are needed, got {len(calibration)}")
     calibration.check_intrinsics()
-    check_facing(calibration)
-    check_unit(calibration)
+    seen = _check_facing(calibration)
+    distance = np.linalg.norm(calibration.centres - seen.focus, axis=-1)
+    middle = float(np.median(distance))
+    for index in np.flatnonzero((distance > 30 * middle) | (distance < middle / 30)):
+        if seen.spread_deg >= PARALLEL_DEG:  # a T in another unit
+            raise ValueError(
+                f"{calibration.source}: camera {index} stands {distance[index]:.4g} from the point the cameras look "
+                f"at, the others about {middle:.4g}; are millimetres and metres mixed (a factor of 1000)?"
+            )
+    if calibration.unit is not None and calibration.unit not in MILLIMETRES:
+        units = ", ".join(MILLIMETRES)
+        raise ValueError(f"{calibration.source}: unit must be one of {units}, got {calibration.unit!r}")
+    _check_length(calibration, "the cameras' distance from what they look at", distance.mean(), RIG_DISTANCE_MM)
     return calibration
 
 
@@ -103,7 +110,7 @@ def nearest(centers: np.ndarray, directions: np.ndarray) -> np.ndarray:
 
 
 def layout(w2c: np.ndarray, half: np.ndarray) -> Layout:
-    """w2c: [v, 4, 4]. half: [v, 4] tangents of the angles a image reaches left, right, up and down of its axis."""
+    """w2c: [v, 4, 4]. half: [v, 4] tangents of the angles an image reaches left, right, up and down of its axis."""
     axes, centers = w2c[:, 2, :3], centers_of(w2c)
     focus = nearest(centers, axes)
     offset = focus - centers
@@ -121,7 +128,7 @@ def layout(w2c: np.ndarray, half: np.ndarray) -> Layout:
 def _largest_ball(w2c: np.ndarray, half: np.ndarray) -> float:
     """Of the balls within all view frusta the largest one's radius, over its mean distance from the cameras.
 
-    A linear program (the Chebyshev centre): n . (x - c) >= r for each frustum's unit inward normals n.
+    A linear program (the Chebyshev center): n . (x - c) >= r for each frustum's unit inward normals n.
     """
     from scipy.optimize import linprog
 
@@ -155,103 +162,68 @@ def field_of_view(calibration: Calibration) -> np.ndarray:
     return np.stack([left / K[:, 0, 0], right / K[:, 0, 0], up / K[:, 1, 1], down / K[:, 1, 1]], axis=-1)
 
 
-def check_facing(calibration: Calibration) -> None:
-    """The cameras look at a common volume, and no other reading of the file makes far better sense."""
-    half = field_of_view(calibration)
+def _check_facing(calibration: Calibration) -> Layout:
+    """Returns the layout of cameras that look at a common volume where no other reading makes far better sense."""
+    source, half = calibration.source, field_of_view(calibration)
     written = layout(calibration.w2c, half)
     worst = float(written.off_deg.max())
     if written.possible and (len(calibration) < 4 or worst <= SLACK_DEG):
-        return check_distances(calibration, written)
-    meant = _better_reading(calibration.w2c, half, written)
-    if meant is not None:
+        return written
+    meant = _better_readings(calibration.w2c, half, written)
+    if meant:
         how = "do not look at a common volume" if not written.possible else f"look past each other by {worst:.0f} deg"
-        raise ValueError(f"{calibration.source}: as written the cameras {how}, but they do when read as {meant}")
-    odd = None if written.twins else _odd_camera(calibration.w2c, half, written)
-    if odd is not None:
-        raise ValueError(f"{calibration.source}: camera {odd[0]} looks away from what all the others look at; {odd[1]}")
+        raise ValueError(f"{source}: as written the cameras {how}, but they do when read as {', or as '.join(meant)}")
+    if not written.twins:
+        _check_odd_camera(calibration, half, written)
     if written.possible:
-        return check_distances(calibration, written)
+        return written
     if written.twins:
         raise ValueError(
-            f"{calibration.source}: cameras {written.twins[0]} and {written.twins[1]} are one and the same pose; a "
-            "camera is there twice, or R and T are not per camera"
+            f"{source}: cameras {written.twins[0]} and {written.twins[1]} are one and the same pose; a camera is there "
+            "twice, or R and T are not per camera"
         )
     away = np.flatnonzero(written.depth <= 0).tolist()
     which = f"camera(s) {away} look away from it" if away else "or their frusta miss each other"
-    raise ValueError(f"{calibration.source}: the cameras look at no common volume ({which}); R or T is wrong, or K is")
+    raise ValueError(f"{source}: the cameras look at no common volume ({which}); R or T is wrong, or K is")
 
 
-def _better_reading(w2c: np.ndarray, half: np.ndarray, written: Layout) -> str | None:
-    """The readings under which the axes meet well, if there are any and the file as written is far from them.
+def _better_readings(w2c: np.ndarray, half: np.ndarray, written: Layout) -> list[str]:
+    """Returns the readings under which the axes meet well, where the file as written is far from them.
 
     Several may do, e.g. where the world is the first camera's: then all are named, the usual mistakes first.
     """
-    found = []
-    for name, read in READINGS.items():
-        other = layout(read(w2c), half)
-        better = other.ball > written.ball and float(other.off_deg.max()) < 0.5 * float(written.off_deg.max())
-        if other.converged and (better or not written.possible):
-            found.append(name)
-    return ", or as ".join(found) or None
+    layouts = {name: layout(read(w2c), half) for name, read in READINGS.items()}
+    return [
+        name
+        for name, other in layouts.items()
+        if other.converged
+        and (not written.possible or (other.ball > written.ball and other.off_deg.max() < 0.5 * written.off_deg.max()))
+    ]
 
 
-def _odd_camera(w2c: np.ndarray, half: np.ndarray, written: Layout) -> tuple[int, str] | None:
-    """The one camera whose axis misses what all others' axes meet in, and what would mend it."""
-    index = int(np.argmax(written.off_deg))
-    rest = np.delete(np.arange(len(w2c)), index)
-    if len(rest) < 3 or written.off_deg[index] < 3 * CONVERGED_DEG or not layout(w2c[rest], half[rest]).converged:
-        return None
-    mended = {}
-    for name, read in READINGS.items():
-        mended[f"matrices are {name}"] = read(w2c[[index]])[0]
+def _check_odd_camera(calibration: Calibration, half: np.ndarray, written: Layout) -> None:
+    """Raises ValueError for one camera whose axis misses what all others' axes meet in, with what would mend it."""
+    w2c, index = calibration.w2c, int(np.argmax(written.off_deg))
+    others = np.delete(np.arange(len(w2c)), index)
+    if len(others) < 3 or written.off_deg[index] < 3 * CONVERGED_DEG or not layout(w2c[others], half[others]).converged:
+        return
+    mended = {f"matrices are {name}": read(w2c[[index]])[0] for name, read in READINGS.items()}
     for factor in (1000.0, 0.001):
-        scaled = w2c[index].copy()
-        scaled[:3, 3] *= factor
-        mended[f"T is to be multiplied by {factor:g} (millimetres and metres mixed)"] = scaled
+        name = f"T is to be multiplied by {factor:g} (millimetres and metres mixed)"
+        mended[name] = w2c[index] * np.array([1.0, 1.0, 1.0, factor])
     fits = {}
-    for name, matrix in mended.items():
+    for name, one in mended.items():
         changed = w2c.copy()
-        changed[index] = matrix
-        found = layout(changed, half)
-        if found.converged:
-            fits[name] = float(found.off_deg[index])
-    if fits:
-        return index, f"it would look there if its {min(fits, key=fits.get)}"
-    return None if written.possible else (index, "its R or T is wrong")
+        changed[index, :3] = one[:3]
+        meeting = layout(changed, half)
+        if meeting.converged:
+            fits[name] = float(meeting.off_deg[index])
+    if fits or not written.possible:
+        how = f"it would look there if its {min(fits, key=fits.get)}" if fits else "its R or T is wrong"
+        raise ValueError(f"{calibration.source}: camera {index} looks away from what all the others look at; {how}")
 
 
-def check_distances(calibration: Calibration, found: Layout) -> None:
-    """No camera stands hundreds of times nearer or farther than the others: a T in another unit."""
-    if found.spread_deg < PARALLEL_DEG:
-        return
-    distance = np.linalg.norm(calibration.centres - found.focus, axis=-1)
-    middle = float(np.median(distance))
-    for index in np.flatnonzero((distance > 30 * middle) | (distance < middle / 30)):
-        raise ValueError(
-            f"{calibration.source}: camera {index} stands {distance[index]:.4g} from the point the cameras look at, "
-            f"the others about {middle:.4g}; are millimetres and metres mixed (a factor of 1000)?"
-        )
-
-
-# ---- units ------------------------------------------------------------------------------------------------------
-
-
-def rig_distance(calibration: Calibration) -> float:
-    """Returns the cameras' mean distance from the point nearest to their axes, in the calibration's unit."""
-    focus = layout(calibration.w2c, field_of_view(calibration)).focus
-    return float(np.linalg.norm(calibration.centres - focus, axis=-1).mean())
-
-
-def check_unit(calibration: Calibration) -> None:
-    """Where the file or its format states a unit, the rig is of a size that cameras around an animal can have."""
-    if calibration.unit is None:
-        return
-    if calibration.unit not in MILLIMETRES:
-        raise ValueError(
-            f"{calibration.source}: unit must be one of {', '.join(MILLIMETRES)}, got {calibration.unit!r}"
-        )
-    distance = rig_distance(calibration) * MILLIMETRES[calibration.unit]
-    _check_length(calibration, "the cameras' distance from what they look at", distance, RIG_DISTANCE_MM)
+# ---- units ----------------------------------------------------------------------------------------------------------
 
 
 def check_body_length(calibration: Calibration, measured: float, stated: float | None = None) -> None:
@@ -260,28 +232,25 @@ def check_body_length(calibration: Calibration, measured: float, stated: float |
     Raises ValueError that names the factor (1000 for millimetres against metres) where one explains it.
     """
     if stated is not None and not 1 / 3 <= stated / measured <= 3:
-        factor = _power_of_ten(measured / stated)
+        power = np.log10(measured / stated)
+        factors = [10.0**p for p in (-3, 3) if abs(power - p) < 0.4]
+        units = [f", {factor:g} times as much (millimetres against metres?)" for factor in factors]
         raise ValueError(
             f"--body_length {stated:.4g} does not fit {calibration.source}: in its unit the masks show an animal "
-            f"{measured:.3g} long{factor}; give --body_length in the calibration's unit, or leave it out"
+            f"{measured:.3g} long{''.join(units)}; give --body_length in the calibration's unit, or leave it out"
         )
-    if calibration.unit is not None:
-        _check_length(calibration, "the animal's length", measured * MILLIMETRES[calibration.unit], BODY_LENGTH_MM)
+    _check_length(calibration, "the animal's length", measured, BODY_LENGTH_MM)
 
 
-def _check_length(calibration: Calibration, what: str, length_mm: float, allowed: tuple[float, float]) -> None:
-    if allowed[0] <= length_mm <= allowed[1]:
+def _check_length(calibration: Calibration, what: str, length: float, allowed_mm: tuple[float, float]) -> None:
+    """Takes the unit at its word, where the file or its format states one."""
+    length_mm = length * MILLIMETRES[calibration.unit] if calibration.unit else allowed_mm[0]
+    if allowed_mm[0] <= length_mm <= allowed_mm[1]:
         return
-    factors = [f for f in (1000.0, 0.001, 10.0, 0.1) if allowed[0] <= length_mm * f <= allowed[1]]
+    factors = [f for f in (1000.0, 0.001, 10.0, 0.1) if allowed_mm[0] <= length_mm * f <= allowed_mm[1]]
     hint = f"; it would be {length_mm * factors[0]:.3g} mm with T times {factors[0]:g}" if factors else ""
     units = " (metres and millimetres confused?)" if factors and factors[0] in (1000.0, 0.001) else ""
     raise ValueError(
         f"{calibration.source}: {what} is {length_mm:.3g} mm, taking its {calibration.unit} at its word; "
-        f"{allowed[0]:.0f} to {allowed[1]:.0f} mm are expected{hint}{units}"
+        f"{allowed_mm[0]:.0f} to {allowed_mm[1]:.0f} mm are expected{hint}{units}"
     )
-
-
-def _power_of_ten(ratio: float) -> str:
-    power = round(np.log10(ratio))
-    fits = abs(np.log10(ratio) - power) < 0.4 and power != 0
-    return f", {10.0**power:g} times as much (millimetres against metres?)" if fits and abs(power) == 3 else ""
