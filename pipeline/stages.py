@@ -65,11 +65,6 @@ def generate(
     cameras, own = artifacts.stage2_cameras(size), resize_rgba(photo, size)
 
     def posed(rgb: Tensor, mirrored: bool) -> PosedViews:
-        if not torch.isfinite(rgb).all():
-            raise ValueError(
-                f"Stage 1 generated views that are not finite: the weights of {artifacts.unet} or "
-                f"{artifacts.components} are damaged (NaN or infinity); train or copy them again, or name others"
-            )
         rgb = (rgb.cpu() * 255).round() / 255  # the images that are written are the images that are used
         rgb = rgb.flip(-1)[rig.mirror_order()] if mirrored else rgb
         masks = mask_from_white(rgb)

@@ -306,7 +306,8 @@ def test_weights_that_do_not_fit_or_are_not_finite_are_refused(tiny, model, tmp_
     assert code == 1 and "not finite" in err and path.name in err and not (tmp_path / "out").exists()
     # Weights that are finite may still overflow on the way: no result is better than an empty one.
     for message, weight in (
-        ("views", model.components.unet.conv_in.weight), ("Gaussians", next(model.network.parameters())),
+        ("UNet", model.components.unet.conv_in.weight), ("Gaussians", next(model.network.parameters())),
+        ("autoencoder", model.components.vae.decoder.conv_in.weight),
     ):  # fmt: skip
         kept = weight.data.clone()
         weight.data.fill_(float("nan"))
