@@ -5,7 +5,7 @@ Keys that FaceLift's own files hold and that change nothing here are listed in `
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 
 IGNORED_KEYS = (
     "profile",
@@ -90,7 +90,7 @@ class RuntimeConfig:
     grad_clip_norm: float = 1.0
     allowed_gradnorm_factor: float = 20.0  # an update whose norm exceeds clip x this is skipped and counted
     grad_checkpoint_every: int = 1  # blocks recomputed together in the backward pass; 0 = off
-    torch_compile: bool = False  # compile the transformer blocks; the first passes then take minutes
+    torch_compile: bool = False  # compile the transformer blocks; the first iterations then take minutes
     recompute_rendering: bool = False  # draw again in the backward pass instead of keeping everything: less memory
     raster_backend: str = "auto"
     ema_decay: float = 0.0  # 0 = off
@@ -100,7 +100,7 @@ class RuntimeConfig:
 class CameraNoiseConfig:
     """Standard deviations of the error in the cameras that the model is told, drawn for each input view by itself."""
 
-    rotation_deg: float = 0.0  # about the camera centre
+    rotation_deg: float = 0.0  # about the camera center
     translation: float = 0.0  # world units, along each axis
     pixels: float = 0.0  # principal point, at model.image_tokenizer.image_size
 
@@ -129,7 +129,7 @@ class DatasetConfig:
     num_input_views: int = 6
     random_view_selection: bool = False  # inputs drawn at random instead of the rig's first ones
     maximize_view_overlap: bool = False  # random targets must see what some input sees
-    overlap_rule: str = "normalised"  # or `upstream`: FaceLift's, on positions that are not normalised
+    overlap_rule: str = "normalised"  # or `upstream`: FaceLift's, on positions that are not normalized
     target_has_input: bool = True  # inputs are targets too
     background_color: str = "white"  # white, gray, black, random
     on_bad_sample: str = "error"  # or `skip`: unreadable samples are left out, counted and logged, at start
@@ -162,10 +162,10 @@ class LossesConfig:
     masked_pixelalign_loss: bool = True  # weighted by alpha
     pixelalign_normalisation: str = "upstream"  # masked form over the number of all pixels; or `foreground`
     masked_pointsdist_loss: bool = False  # over alpha > 0.5; needed with model.prune_background_tokens
-    warmup_pointsdist: bool = False  # first 1000 passes: points distance (0.1) instead of l2 and perceptual
+    warmup_pointsdist: bool = False  # first 1000 iterations: points distance (0.1) instead of l2 and perceptual
     direct_loss_weight: float = 0.0  # to the true surface points; needs depth maps in the dataset
     direct_loss_weight_after: float = 0.0  # once direct_warmup_steps are over
-    direct_warmup_steps: int = 0  # passes without rendering, direct losses alone
+    direct_warmup_steps: int = 0  # iterations without rendering, direct losses alone
     direct_scale_px: float = 0.7  # target scale of a pixel's Gaussian, in pixel footprints
     vgg_folder: str = "checkpoints/vgg"
 
@@ -199,7 +199,7 @@ class AdaptationConfig:
 class ScheduleConfig:
     max_fwdbwd_passes: int = 20000
     warmup: int = 500  # parameter updates
-    l2_warmup_steps: int = 0  # passes without LPIPS and perceptual loss
+    l2_warmup_steps: int = 0  # iterations without LPIPS and perceptual loss
 
 
 @dataclass
@@ -207,7 +207,7 @@ class CheckpointingConfig:
     resume_ckpt: str | None = None  # file or folder to start from; None = random weights
     allow_rig_change: bool = False  # start weights may carry another rig than the dataset's
     checkpoint_dir: str = "checkpoints/gslrm/run"
-    checkpoint_every: int = 500  # passes
+    checkpoint_every: int = 500  # iterations
     checkpoints_total_limit: int = 3
     export_dir: str | None = None  # where the finished network goes in float16, to ship it
 
@@ -223,7 +223,7 @@ class WandbConfig:
 
 @dataclass
 class LoggingConfig:
-    print_every: int = 20  # passes
+    print_every: int = 20  # iterations
     vis_every: int = 250
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
@@ -244,7 +244,7 @@ class TrainingConfig:
 @dataclass
 class ValidationConfig:
     enabled: bool = True
-    val_every: int = 500  # passes
+    val_every: int = 500  # iterations
     dataset_path: str = "data_mouse/data_mouse_val.txt"
     num_samples: int = 8
 
@@ -258,25 +258,24 @@ class GSLRMConfig:
 
 
 def model_config_from_dict(content: dict, source: str) -> ModelConfig:
-    """The model section of a checkpoint's sidecar as ModelConfig. Raises ValueError for keys that do not exist."""
+    """Returns the model section of a checkpoint's sidecar as ModelConfig.
 
-    def build(schema: type, values: dict, prefix: str):
-        known = {entry.name: entry for entry in fields(schema)}
-        unknown = sorted(set(values) - set(known))
-        if unknown:
-            raise ValueError(f"{source}: unknown keys {', '.join(prefix + name for name in unknown)}")
-        nested = {name: default_of(known[name]) for name in values}
-        return schema(
-            **{
-                name: build(type(nested[name]), value, f"{prefix}{name}.") if is_dataclass(nested[name]) else value
-                for name, value in values.items()
-            }
-        )
+    Raises ValueError for keys that do not exist and for values of another type than the default's.
+    """
 
-    def default_of(entry):
-        return entry.default_factory() if entry.default_factory is not MISSING else entry.default
+    def build(default: object, values: object, key: str):
+        if not is_dataclass(default):
+            whole = type(default) is float and type(values) is int  # JSON writes 1.0 as 1 now and then
+            if default is not None and type(values) is not type(default) and not whole:
+                raise ValueError(f"{source}: {key} must be a {type(default).__name__}, got {values!r}")
+            return values
+        known = vars(default)
+        if not isinstance(values, dict) or not set(values) <= set(known):
+            unknown = sorted(set(values) - set(known)) if isinstance(values, dict) else [repr(values)]
+            raise ValueError(f"{source}: unknown keys {', '.join(f'{key}.{name}' for name in unknown)}")
+        return replace(default, **{name: build(known[name], value, f"{key}.{name}") for name, value in values.items()})
 
-    return build(ModelConfig, content, "model.")
+    return build(ModelConfig(), content, "model")
 
 
 # ---- checks that need no data ---------------------------------------------------------------------------------------

@@ -199,8 +199,8 @@ def _load_diffusers(kind: type, folder: Path, dtype: torch.dtype) -> Any:
         model = kind.from_config(content)
     state = read_weights(folder, WEIGHTS)
     model._fix_state_dict_keys_on_load(state)  # attention layers of older files are called query, key, value
-    fill_empty(model, state, folder)
-    return model.to(dtype).eval().requires_grad_(False)
+    fill_empty(model, state, folder, dtype)
+    return model.eval().requires_grad_(False)
 
 
 def _load_clip(kind: type, config_kind: type, folder: Path, dtype: torch.dtype) -> Any:

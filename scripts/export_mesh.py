@@ -1,4 +1,4 @@
-"""Makes a triangle mesh with vertex colours from a PLY of 3D Gaussians: a .ply or .glb that any 3D program reads.
+"""Makes a triangle mesh with vertex colors from a PLY of 3D Gaussians: a .ply or .glb that any 3D program reads.
 
 Needs scikit-image (and trimesh for .glb): pip install -r requirements-extra.txt
 """
@@ -18,8 +18,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--ply", required=True, type=Path, help="3D Gaussians in the INRIA layout")
     parser.add_argument("--output", required=True, type=Path, help="mesh.ply (z up) or mesh.glb (y up, as glTF wants)")
     parser.add_argument("--resolution", type=checked(int, 1), default=128, help="voxels along the longest side")
-    parser.add_argument("--views", type=checked(int, 1), default=48, help="depth pictures from all around")
-    parser.add_argument("--view_size", type=checked(int, 1), default=384, help="pixels of a depth picture's side")
+    parser.add_argument("--views", type=checked(int, 1), default=48, help="depth maps from all around")
+    parser.add_argument("--view_size", type=checked(int, 1), default=384, help="pixels of a depth map's side")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     arguments = parser.parse_args()
     if arguments.output.suffix not in (".ply", ".glb"):

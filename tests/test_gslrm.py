@@ -418,8 +418,13 @@ def test_inputs_that_do_not_go_together_are_refused(wrong):
 def test_model_config_survives_the_sidecar():
     config = tiny(prune_background_tokens=True, gaussians={"n_gaussians": 4, "sh_degree": 1})
     assert model_config_from_dict(json.loads(json.dumps(config_to_dict(config))), "sidecar") == config
-    with pytest.raises(ValueError, match="model.transformer.heads"):
-        model_config_from_dict({"transformer": {"heads": 3}}, "sidecar")
+    for wrong, message in (
+        ({"transformer": {"heads": 3}}, "model.transformer.heads"), ({"transformer": None}, "model.transformer.None"),
+        ({"transformer": {"d": "256"}}, "model.transformer.d must be a int, got '256'"), ([1], r"model.\[1\]"),
+        ({"hard_pixelalign": 1}, "hard_pixelalign must be a bool"), ({"transformer": {"d": 0.5}}, "d must be a int"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"sidecar: .*{message}"):
+            model_config_from_dict(wrong, "sidecar")
 
 
 def test_wrong_channel_count_is_refused():

@@ -117,7 +117,7 @@ def select_foreground(masks: Tensor, patch_size: int, margin_px: int) -> PatchSe
 def patch_rays(cameras: Cameras, selection: PatchSelection) -> tuple[Tensor, Tensor]:
     """World rays through the kept patches' pixels: origins [T, 3], unit directions [T, p, p, 3].
 
-    A patch is a crop of its picture, so its rays are those of the cropped camera; cameras: [b, v].
+    A patch is a crop of its image, so its rays are those of the cropped camera; cameras: [b, v].
     """
     where = selection.sample, selection.view
     zero = torch.zeros_like(selection.left)

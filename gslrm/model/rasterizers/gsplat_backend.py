@@ -26,7 +26,7 @@ SETTINGS = {
 
 
 def rasterize(gaussians: Gaussians, cameras: Cameras, background: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Renders `b` scenes, each from its `v` cameras, on a CUDA device in float32, whatever autocast says.
+    """Renders `b` scenes, each from its `v` cameras, on a CUDA device in float32, under autocast too.
 
     The same signature and results as the CPU backend's; gradients also reach c2w (not fxfycxcy).
     Raises ValueError without a CUDA device, for tensors elsewhere, and where gsplat has no compiled kernels.
