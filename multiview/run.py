@@ -11,12 +11,13 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from multiview.files import write_json
 
@@ -27,10 +28,15 @@ if TYPE_CHECKING:
 
     from multiview.rig import ViewRig
 
+log = logging.getLogger(__name__)
+
 REPOSITORY = Path(__file__).resolve().parent.parent
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # what clusters and closed terminals send
+STOPPED = 143  # exit code of a run that such a signal ended between two items
 PRECISIONS = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}  # of a network's matrix products
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # torchrun and accelerate set all of them
+
+Item = TypeVar("Item")
 
 
 # ---- randomness and devices -------------------------------------------------------------------------------------
@@ -337,7 +343,69 @@ def _start_wandb(path: Path, config: dict, options: WandbOptions):
     )  # fmt: skip
 
 
+# ---- the installation -------------------------------------------------------------------------------------------
+
+
+def shipped(path: Path | str) -> Path:
+    """Returns a relative path as it leads beside the code, where something is there, else as it stands.
+
+    So that the demo models, their embeddings and components are found from any working directory.
+    """
+    path = Path(path)
+    beside = REPOSITORY / path
+    return beside if beside.exists() and Path.cwd() != REPOSITORY else path
+
+
+def choose_numba_cache() -> None:
+    """Lets numba keep its machine code in the temporary folder where neither installation nor home can be written.
+
+    Numba says so only when it compiles, which may be after hours of work. Runs before numba is imported.
+    """
+    if "NUMBA_CACHE_DIR" in os.environ or any(map(_can_write, (REPOSITORY, Path.home() / ".cache" / "numba"))):
+        return
+    folder = Path(tempfile.gettempdir()) / f"mouse_facelift_numba_{os.getuid()}"
+    os.environ["NUMBA_CACHE_DIR"] = str(folder)
+    log.warning("neither %s nor %s can be written: compiled code is kept in %s", REPOSITORY, Path.home(), folder)
+
+
+def _can_write(folder: Path) -> bool:
+    """Says whether a folder, or the nearest one above it that exists, can be written; permissions alone may lie."""
+    while not folder.exists():
+        folder = folder.parent
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
+def check_output_folder(folder: Path | str) -> None:
+    """Raises ValueError where results could not be written into a folder: before the work rather than after it."""
+    folder = Path(folder)
+    above = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
+    if not above.is_dir():
+        raise ValueError(f"{folder} cannot be a folder: {above} is a file; name another --output_dir")
+    if not _can_write(above):
+        raise ValueError(f"{folder} cannot be written (read-only, full or not yours); name another --output_dir")
+
+
 # ---- entry scripts ----------------------------------------------------------------------------------------------
+
+
+def stoppable(items: Iterable[Item]) -> Iterator[Item]:
+    """Yields the items; a stop signal lets the one in work be finished, then ends the run with exit code 143."""
+    received: list[int] = []
+    before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in STOP_SIGNALS}
+    try:
+        for item in items:
+            if received:
+                name = signal.Signals(received[0]).name
+                print(f"stopped by {name}: finished items are whole; repeat the command for the rest", file=sys.stderr)
+                sys.exit(STOPPED)
+            yield item
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def main_guard(main: Callable[[], None]) -> None:
@@ -346,6 +414,7 @@ def main_guard(main: Callable[[], None]) -> None:
     argparse keeps exit code 2 for bad arguments. Programming errors keep their traceback.
     """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    choose_numba_cache()
     try:
         main()
     except (ValueError, OSError) as error:  # OSError: a full or read-only disk, a file where a folder should be

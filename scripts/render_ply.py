@@ -6,8 +6,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from multiview.config import checked
 from multiview.run import main_guard
-from pipeline.flags import positive
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -19,8 +19,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--alpha", action="store_true", help="also alpha/cam_000.png ..., 8 bit")
     parser.add_argument("--sheet", action="store_true", help="also sheet.png: everything in one image (of one size)")
     parser.add_argument("--turntable", type=Path, help="an .mp4 of a camera going once around")
-    parser.add_argument("--turntable_views", type=positive, default=120, help="frames of --turntable")
-    parser.add_argument("--turntable_size", type=positive, default=384, help="pixels, even")
+    parser.add_argument("--turntable_views", type=checked(int, 1), default=120, help="frames of --turntable")
+    parser.add_argument("--turntable_size", type=checked(int, 1), default=384, help="pixels, even")
     parser.add_argument("--elevation", type=float, default=0.0, help="of --turntable, degrees")
     parser.add_argument("--background", choices=["white", "gray", "black"], default="white", help="behind the animal")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -79,7 +79,7 @@ def render_cameras(gaussians, cameras: list, arguments: argparse.Namespace) -> N
 
     from gslrm.model.gaussians_renderer import render
     from multiview.image import BACKGROUNDS, write_image
-    from pipeline.outputs import contact_sheet, depth_pictures, write_alpha, write_depth
+    from pipeline.outputs import contact_sheet, depth_images, write_alpha, write_depth
 
     folder, rows = arguments.output_dir, {"rgb": [], "depth": [], "alpha": []}
     for number, camera in enumerate(cameras):
@@ -99,7 +99,7 @@ def render_cameras(gaussians, cameras: list, arguments: argparse.Namespace) -> N
     if arguments.sheet:
         shown = {kind: torch.stack(images) for kind, images in rows.items() if images}
         if arguments.depth:
-            shown["depth"] = depth_pictures(shown["depth"])
+            shown["depth"] = depth_images(shown["depth"])
         write_image(folder / "sheet.png", contact_sheet(list(shown.values())))
 
 

@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from gslrm.config import AugmentationConfig, DatasetConfig, GSLRMConfig
-from multiview.camera_noise import perturb
-from multiview.cameras import Cameras, read_cameras
+from multiview.cameras import Cameras, perturb, read_cameras
 from multiview.image import BACKGROUNDS, Draw, composite
 from multiview.rig import ViewRig, check_posed_views
 from multiview.run import make_generator, seed_from
