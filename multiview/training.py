@@ -216,18 +216,11 @@ def training_loop(training: Training, stop: Stop) -> None:
     stop.in_loop = True
     for batch in training.batches(sampler):
         # 1. Forward and backward. All processes see the same mean loss, so they skip a bad one together.
-        is_update = (training.passes + 1) % options.accumulate == 0
-        generator = make_generator(training.randomness, options.seed, accelerator.process_index, training.passes)
-        rate = training.set_rates()
+        is_update, rate = (training.passes + 1) % options.accumulate == 0, training.set_rates()
         # Gradients of all but the last pass of an update stay in their process.
         with nullcontext() if is_update or alone else model.no_sync():
-            loss, details = training.loss(model, batch, generator)
-            told = torch.stack([loss.detach().float(), loss.new_tensor(stop.is_due(), dtype=torch.float32)])
-            mean_loss, is_due = accelerator.reduce(told, reduction="mean")
-            if mean_loss.isfinite():
-                training.scaler.scale(loss / options.accumulate).backward()
-            else:
-                spoiled = True
+            mean_loss, is_due, details = one_pass(training, model, batch, stop)
+        spoiled = spoiled or not mean_loss.isfinite()
         losses.append(mean_loss)
         training.passes += 1
 
@@ -242,7 +235,7 @@ def training_loop(training: Training, stop: Stop) -> None:
             continue
         step = training.passes // per_step
         is_last = step == options.steps
-        is_end = is_last or (is_update and bool(is_due > 0))  # a checkpoint knows nothing of half an update
+        is_end = is_last or (is_update and is_due)  # a checkpoint knows nothing of half an update
 
         # 3. Numbers and images.
         if step % options.log_every == 0 or is_last:
@@ -286,6 +279,18 @@ def training_loop(training: Training, stop: Stop) -> None:
     run.close()
     accelerator.wait_for_everyone()  # nobody leaves the group while another still talks
     stop.end(f"{options.unit} {step} of {options.steps}" if step < options.steps else None)
+
+
+def one_pass(training: Training, model: nn.Module, batch: Any, stop: Stop) -> tuple[Tensor, bool, Any]:
+    """Forward, and backward where the loss is finite: (mean loss, whether any process wants to stop, details)."""
+    options, accelerator = training.options, training.accelerator
+    generator = make_generator(training.randomness, options.seed, accelerator.process_index, training.passes)
+    loss, details = training.loss(model, batch, generator)
+    told = torch.stack([loss.detach().float(), loss.new_tensor(stop.is_due(), dtype=torch.float32)])
+    mean_loss, is_due = accelerator.reduce(told, reduction="mean")
+    if mean_loss.isfinite():
+        training.scaler.scale(loss / options.accumulate).backward()
+    return mean_loss, bool(is_due > 0), details
 
 
 def measure(training: Training, run: RunFolder, step: int) -> dict[str, float]:
