@@ -184,18 +184,11 @@ def run_training(build: Callable[[Accelerator], Training], options: LoopOptions)
 
 
 def training_loop(training: Training, stop: Stop) -> None:
-    from accelerate.utils import gather_object
-
     options, accelerator, network = training.options, training.accelerator, training.network
     is_main, alone = accelerator.is_main_process, accelerator.num_processes == 1
     per_step = options.accumulate if options.unit == "step" else 1  # passes per step
     first = step = training.passes // per_step
-    found = gather_object([training.passes])
-    if len(set(found)) > 1:
-        raise ValueError(
-            f"the processes found checkpoints of different passes, {found}: {options.folder} must lie on a file system "
-            "that all nodes share"
-        )
+    check_same_start(training)
     model = network if alone else accelerator.prepare(network)  # what is frozen takes no part in DDP
     run = RunFolder(options.folder, training.config, training.rig, wandb=options.wandb, is_main=is_main)
     run.forget_after(first)
@@ -216,18 +209,11 @@ def training_loop(training: Training, stop: Stop) -> None:
     stop.in_loop = True
     for batch in training.batches(sampler):
         # 1. Forward and backward. All processes see the same mean loss, so they skip a bad one together.
-        is_update = (training.passes + 1) % options.accumulate == 0
-        generator = make_generator(training.randomness, options.seed, accelerator.process_index, training.passes)
-        rate = training.set_rates()
+        is_update, rate = (training.passes + 1) % options.accumulate == 0, training.set_rates()
         # Gradients of all but the last pass of an update stay in their process.
         with nullcontext() if is_update or alone else model.no_sync():
-            loss, details = training.loss(model, batch, generator)
-            told = torch.stack([loss.detach().float(), loss.new_tensor(stop.is_due(), dtype=torch.float32)])
-            mean_loss, is_due = accelerator.reduce(told, reduction="mean")
-            if mean_loss.isfinite():
-                training.scaler.scale(loss / options.accumulate).backward()
-            else:
-                spoiled = True
+            mean_loss, is_due, details = one_pass(training, model, batch, stop)
+        spoiled = spoiled or not mean_loss.isfinite()
         losses.append(mean_loss)
         training.passes += 1
 
@@ -242,21 +228,18 @@ def training_loop(training: Training, stop: Stop) -> None:
             continue
         step = training.passes // per_step
         is_last = step == options.steps
-        is_end = is_last or (is_update and bool(is_due > 0))  # a checkpoint knows nothing of half an update
+        is_end = is_last or (is_update and is_due)  # a checkpoint knows nothing of half an update
 
         # 3. Numbers and images.
         if step % options.log_every == 0 or is_last:
             numbers = {
-                **training.numbers(details), "loss": float(torch.stack(losses).mean()), "lr": rate,
-                "updates": training.updates, **training.counts,
+                "loss": float(torch.stack(losses).mean()), "lr": rate,
                 f"seconds_per_{options.unit}": (busy - logged_busy) / (step - logged_step),
             }  # fmt: skip
             logged_busy, logged_step = busy, step
             if gradient_norm is not None:
                 numbers["gradient_norm"] = gradient_norm
-            run.log(step, numbers)
-            if is_main and (step % options.print_every == 0 or is_last):
-                log.info("%s %d/%d  %s", options.unit, step, options.steps, as_text(numbers, PRINTED))
+            log_numbers(training, run, step, {**training.numbers(details), **numbers})
         if step % options.image_every == 0 or is_last:
             image = training.image(details)
             if image is not None:
@@ -286,6 +269,37 @@ def training_loop(training: Training, stop: Stop) -> None:
     run.close()
     accelerator.wait_for_everyone()  # nobody leaves the group while another still talks
     stop.end(f"{options.unit} {step} of {options.steps}" if step < options.steps else None)
+
+
+def check_same_start(training: Training) -> None:
+    from accelerate.utils import gather_object
+
+    found = gather_object([training.passes])
+    if len(set(found)) > 1:
+        raise ValueError(
+            f"the processes found checkpoints of different passes, {found}: "
+            f"{training.options.folder} must lie on a file system that all nodes share"
+        )
+
+
+def log_numbers(training: Training, run: RunFolder, step: int, numbers: dict[str, float]) -> None:
+    options = training.options
+    numbers = {**numbers, "updates": training.updates, **training.counts}
+    run.log(step, numbers)
+    if run.is_main and (step % options.print_every == 0 or step == options.steps):
+        log.info("%s %d/%d  %s", options.unit, step, options.steps, as_text(numbers, PRINTED))
+
+
+def one_pass(training: Training, model: nn.Module, batch: Any, stop: Stop) -> tuple[Tensor, bool, Any]:
+    """Forward, and backward where the loss is finite: (mean loss, whether any process wants to stop, details)."""
+    options, accelerator = training.options, training.accelerator
+    generator = make_generator(training.randomness, options.seed, accelerator.process_index, training.passes)
+    loss, details = training.loss(model, batch, generator)
+    told = torch.stack([loss.detach().float(), loss.new_tensor(stop.is_due(), dtype=torch.float32)])
+    mean_loss, is_due = accelerator.reduce(told, reduction="mean")
+    if mean_loss.isfinite():
+        training.scaler.scale(loss / options.accumulate).backward()
+    return mean_loss, bool(is_due > 0), details
 
 
 def measure(training: Training, run: RunFolder, step: int) -> dict[str, float]:
