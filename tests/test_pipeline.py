@@ -16,6 +16,7 @@ from pipeline_tiny import must, prepare_pipeline, run, write_gslrm, write_unet
 
 import multiview.run
 from gslrm.model.ply import load_ply
+from multiview.checkpoint import read_sidecar, save_checkpoint
 from multiview.image import read_rgba, save_video, to_uint8, write_image
 from multiview.rig import RigMismatchError, load_rig
 from multiview.run import choose_numba_cache, shipped, stoppable
@@ -288,11 +289,10 @@ def spoiled(tiny, folder: Path, name: str, change) -> Path:
     """A copy of the GS-LRM whose tensor `name` went through `change`; None drops it for another name."""
     folder.mkdir()
     path = folder / tiny["gslrm"].name
-    shutil.copy(tiny["gslrm"].with_suffix(".pt.json"), path.with_suffix(".pt.json"))
     state = torch.load(tiny["gslrm"], weights_only=True)["model"]
     tensor = state.pop(name)
     state[name if change else "surprise.weight"] = change(tensor) if change else tensor
-    torch.save({"model": state}, path)
+    save_checkpoint(path, {"model": state}, read_sidecar(tiny["gslrm"]))
     return path
 
 
