@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gslrm.model.gaussians import Gaussians
+from multiview.cameras import Cameras
+
 C0 = 0.28209479177387814
 C1 = 0.4886025119029199
 C2 = (1.0925484305920792, 0.31539156525252005, 0.5462742152960396)
@@ -33,16 +36,14 @@ def sh_basis(directions: Tensor, degree: int) -> Tensor:
     return torch.stack(basis, dim=-1)
 
 
-def evaluate_colors(xyz: Tensor, features: Tensor, origins: Tensor) -> Tensor:
-    """Colors max(SH + 0.5, 0) seen from camera centers `origins` [b, v, 3].
+def evaluate_colors(gaussians: Gaussians, cameras: Cameras) -> Tensor:
+    """Colors max(SH + 0.5, 0) of b scenes seen from cameras [b, v], float32.
 
-    xyz: [b, n, 3]; features: [b, n, k, 3]. Returns [b, v, n, 3], or [b, 1, n, 3] at degree 0, where the color is the
-    same from everywhere.
+    Returns [b, v, n, 3], or [b, 1, n, 3] at degree 0, where the color is the same from everywhere.
     """
-    degree = {1: 0, 4: 1, 9: 2, 16: 3}[features.shape[2]]
-    if degree == 0:
-        colors = C0 * features[:, None, :, 0]
+    if gaussians.sh_degree == 0:
+        colors = C0 * gaussians.features[:, None, :, 0]
     else:
-        directions = torch.nn.functional.normalize(xyz[:, None] - origins[:, :, None], dim=-1)
-        colors = torch.einsum("bvnk,bnkc->bvnc", sh_basis(directions, degree), features)
+        directions = torch.nn.functional.normalize(gaussians.xyz[:, None] - cameras.origins.float()[:, :, None], dim=-1)
+        colors = torch.einsum("bvnk,bnkc->bvnc", sh_basis(directions, gaussians.sh_degree), gaussians.features)
     return (colors + 0.5).clamp_min(0.0)
