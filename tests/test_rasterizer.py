@@ -237,7 +237,7 @@ def test_scenes_and_views_of_a_batch_equal_single_renders():
     together = render(gaussians, cameras)
     for b in range(2):
         for v in range(3):
-            alone = render(gaussians.scene(b), cameras[b : b + 1, v : v + 1])
+            alone = render(gaussians.map(lambda tensor, b=b: tensor[b : b + 1]), cameras[b : b + 1, v : v + 1])
             for x, y in zip(together, alone):
                 torch.testing.assert_close(x[b, v], y[0, 0], atol=2e-6, rtol=0)
 

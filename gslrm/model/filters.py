@@ -11,20 +11,13 @@ from gslrm.model.gaussians import Gaussians
 
 @dataclass(frozen=True)
 class FilterSettings:
-    """Steps in this order; None leaves a step out. The defaults are for an animal.
+    """Steps in this order, lengths in world units; None leaves a step out. The defaults are for an animal."""
 
-    min_opacity: keep opacity > min_opacity.
-    max_scaling: keep the largest standard deviation < max_scaling (world units).
-    spare_upper_half: Gaussians with z > 0 pass the max_scaling step (FaceLift: hair on an upright head).
-    floater: remove |x| > floater and |y| > floater and z < -floater, the lower corners (world units).
-    crop_box: (x lowest, x highest, y lowest, y highest, z lowest, z highest), inclusive, world units.
-    """
-
-    min_opacity: float = 0.04
-    max_scaling: float | None = None
-    spare_upper_half: bool = False  # nothing says which way is up for a limb
-    floater: float | None = None
-    # The body is about 1.2 units long and a stretched tail as long again.
+    min_opacity: float = 0.04  # keeps opacity > min_opacity
+    max_scaling: float | None = None  # keeps the largest standard deviation < max_scaling
+    spare_upper_half: bool = False  # z > 0 passes max_scaling (FaceLift: hair on an upright head; limbs have no up)
+    floater: float | None = None  # removes |x| > floater and |y| > floater and z < -floater, the lower corners
+    # Lowest and highest x, y, z, inclusive: the body is about 1.2 units long and a stretched tail as long again.
     crop_box: tuple[float, float, float, float, float, float] | None = (-1.5, 1.5, -1.5, 1.5, -1.0, 1.0)
 
 
@@ -36,8 +29,6 @@ def filter_gaussians(gaussians: Gaussians, settings: FilterSettings | None = Non
     with NaN fails, so that a broken network would look like one that sees nothing.
     """
     settings = settings or FilterSettings()
-    if gaussians.num_scenes != 1:
-        raise ValueError(f"filters take one scene, got {gaussians.num_scenes}; use gaussians.scene(i)")
     gaussians.check_finite("Stage 2")
     xyz = gaussians.xyz[0].float()
     keep = gaussians.get_opacity[0, :, 0].float() > settings.min_opacity
@@ -45,8 +36,7 @@ def filter_gaussians(gaussians: Gaussians, settings: FilterSettings | None = Non
         small = gaussians.get_scaling[0].float().amax(dim=-1) < settings.max_scaling
         keep &= small | (xyz[:, 2] > 0) if settings.spare_upper_half else small
     if settings.floater is not None:
-        f = settings.floater
-        keep &= ~((xyz[:, 0].abs() > f) & (xyz[:, 1].abs() > f) & (xyz[:, 2] < -f))
+        keep &= ~((xyz[:, :2].abs() > settings.floater).all(dim=-1) & (xyz[:, 2] < -settings.floater))
     if settings.crop_box is not None:
         lowest, highest = xyz.new_tensor(settings.crop_box).view(3, 2).unbind(-1)
         keep &= ((xyz >= lowest) & (xyz <= highest)).all(dim=-1)

@@ -34,19 +34,14 @@ class Gaussians:
     def __post_init__(self) -> None:
         if self.xyz.ndim != 3 or self.xyz.shape[-1] != 3:
             raise ValueError(f"xyz must have shape [b, n, 3], got {list(self.xyz.shape)}")
-        b, n, _ = self.xyz.shape
-        for name, width in (("scaling", 3), ("rotation", 4), ("opacity", 1)):
+        harmonics = [[(degree + 1) ** 2, 3] for degree in range(MAX_SH_DEGREE + 1)]
+        ends = {"features": harmonics, "scaling": [[3]], "rotation": [[4]], "opacity": [[1]]}
+        for name, allowed in ends.items():
             shape = list(getattr(self, name).shape)
-            if shape != [b, n, width]:
-                raise ValueError(f"{name} must have shape {[b, n, width]} to go with xyz {[b, n, 3]}, got {shape}")
-        shape, coefficients = list(self.features.shape), [(degree + 1) ** 2 for degree in range(MAX_SH_DEGREE + 1)]
-        if len(shape) != 4 or shape[:2] != [b, n] or shape[3] != 3 or shape[2] not in coefficients:
-            raise ValueError(
-                f"features must have shape [{b}, {n}, k, 3] with k one of {coefficients} (SH degree 0 to "
-                f"{MAX_SH_DEGREE}) to go with xyz {[b, n, 3]}, got {shape}"
-            )
-
-    # ---- derived values -----------------------------------------------------------------------------------------
+            if shape not in [[*self.xyz.shape[:2], *end] for end in allowed]:
+                raise ValueError(
+                    f"{name} must have shape [b, n] as xyz {list(self.xyz.shape)}, then one of {allowed}, got {shape}"
+                )
 
     @property
     def num_scenes(self) -> int:
@@ -80,12 +75,6 @@ class Gaussians:
         """[b, n, 1] in 0..1."""
         return self.opacity.sigmoid()
 
-    @property
-    def get_covariance(self) -> Tensor:
-        """[b, n, 3, 3] covariance matrices, world frame."""
-        half = rotation_matrices(self.get_rotation) * self.get_scaling[..., None, :]
-        return half @ half.mT
-
     def check_finite(self, source: object) -> None:
         """Raises ValueError, naming `source` and the number of bad values, for NaN and (but of opacity) infinity."""
         bad = {name: int((~torch.isfinite(tensor)).sum()) for name, tensor in vars(self).items()}
@@ -96,21 +85,12 @@ class Gaussians:
                 f"{source}: values of the {self.num_gaussians} Gaussians must be finite, got NaN or infinity in {found}"
             )
 
-    # ---- the same scenes, differently held ----------------------------------------------------------------------
-
     def map(self, function) -> Gaussians:
         """Applies `function` to every tensor."""
         return Gaussians(**{name: function(tensor) for name, tensor in vars(self).items()})
 
     def to(self, target) -> Gaussians:
         return self.map(lambda tensor: tensor.to(target))
-
-    def float(self) -> Gaussians:
-        return self.map(lambda tensor: tensor.float())
-
-    def scene(self, index: int) -> Gaussians:
-        """Returns scene `index` alone, still with a batch dimension of 1."""
-        return self.map(lambda tensor: tensor[index : index + 1])
 
     def select(self, index: Tensor) -> Gaussians:
         """Returns the Gaussians of one scene (b = 1) that `index` picks: bool mask [n] or positions [k]."""
@@ -124,12 +104,10 @@ class Gaussians:
         A covariance R S^2 R^T becomes (M R M) S^2 (M R M)^T with M = diag(-1, 1, 1): the rotation's axis is a
         pseudo-vector. Of the spherical harmonics those odd in x change sign.
         """
-        sign = self.xyz.new_tensor([-1.0, 1.0, 1.0])
-        quaternion_sign = self.xyz.new_tensor([1.0, 1.0, -1.0, -1.0])
+        sign_xyz, sign_wxyz = self.xyz.new_tensor([-1.0, 1.0, 1.0]), self.xyz.new_tensor([1.0, 1.0, -1.0, -1.0])
         features = self.features.clone()
-        odd = [index for index in ODD_IN_X if index < features.shape[2]]
-        features[:, :, odd] = -features[:, :, odd]
-        return replace(self, xyz=self.xyz * sign, rotation=self.rotation * quaternion_sign, features=features)
+        features[:, :, [index for index in ODD_IN_X if index < features.shape[2]]] *= -1
+        return replace(self, xyz=self.xyz * sign_xyz, rotation=self.rotation * sign_wxyz, features=features)
 
 
 def rotation_matrices(quaternions: Tensor) -> Tensor:

@@ -14,10 +14,11 @@ import math
 
 import numpy as np
 
+# isort: off
 from .projection import (
     BLUE, CONIC_A, CONIC_B, CONIC_C, DEPTH, GREEN, MIN_ALPHA, NUM_COLUMNS, NUM_GRADS, OPACITY, REACH_X, REACH_Y, RED,
     TILE_PX, U_REST, V_REST, U, V, kernel,
-)  # isort: skip  # fmt: skip
+)  # fmt: skip
 
 MAX_ALPHA = np.float32(0.999)
 MIN_TRANSMITTANCE = np.float32(1e-4)  # compositing stops before the splat that would bring a pixel to or below this

@@ -103,7 +103,8 @@ def _draw(inputs, image: np.ndarray, parts: int):
     cuts = [n * part // parts for part in range(parts + 1)]
     broken = _in_threads(lambda i: projection.project(*inputs, *size, cuts[i], cuts[i + 1], splats, tiles), parts)
     order = compositing.depth_order(splats, tiles)
-    tile_starts, pair_splat, pair_slot, slot_starts = compositing.bin_tiles(order, tiles, *(-(-x // tile) for x in size))
+    tiles_y, tiles_x = (-(-pixels // tile) for pixels in size)
+    tile_starts, pair_splat, pair_slot, slot_starts = compositing.bin_tiles(order, tiles, tiles_x, tiles_y)
     # The fullest tiles first, dealt out to the threads in turn.
     tile_order = np.argsort(-np.diff(tile_starts), kind="stable")
     kept = splats, tile_starts, pair_splat, pair_slot, tile_order
