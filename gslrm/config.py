@@ -5,27 +5,14 @@ Keys that FaceLift's own files hold and that change nothing here are listed in `
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 
 IGNORED_KEYS = (
-    "profile",
-    "debug",
-    "model.class_name",
-    "model.half_bbx_size",
-    "training.dataset.normalize_distance_to",
-    "training.dataset.remove_alpha",
-    "training.dataloader.num_threads",
-    "training.losses.distill_loss_weight",
-    "training.schedule.num_epochs",
-    "training.schedule.early_stop_after_epochs",
-    "training.logging.wandb.job_type",
-    "training.logging.wandb.log_every",
-    "inference",
-    "validation.output_dir",
-)
-
-
-# ---- model ----------------------------------------------------------------------------------------------------------
+    "profile", "debug", "model.class_name", "model.half_bbx_size", "training.dataset.normalize_distance_to",
+    "training.dataset.remove_alpha", "training.dataloader.num_threads", "training.losses.distill_loss_weight",
+    "training.schedule.num_epochs", "training.schedule.early_stop_after_epochs", "training.logging.wandb.job_type",
+    "training.logging.wandb.log_every", "inference", "validation.output_dir",
+)  # fmt: skip
 
 
 @dataclass
@@ -73,9 +60,6 @@ class ModelConfig:
     clip_xyz: bool = False  # in training only: image Gaussians into [-1, 1]. FaceLift asked for it and never did it
     prune_background_tokens: bool = False  # drop tokens and Gaussians of background pixels; forward then needs masks
     prune_margin_px: int = 2  # pixels around the mask that are kept
-
-
-# ---- training -------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -259,98 +243,71 @@ class GSLRMConfig:
 
 def model_config_from_dict(content: dict, source: str) -> ModelConfig:
     """The model section of a checkpoint's sidecar as ModelConfig. Raises ValueError for keys that do not exist."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
-    def build(schema: type, values: dict, prefix: str):
-        known = {entry.name: entry for entry in fields(schema)}
-        unknown = sorted(set(values) - set(known))
-        if unknown:
-            raise ValueError(f"{source}: unknown keys {', '.join(prefix + name for name in unknown)}")
-        nested = {name: default_of(known[name]) for name in values}
-        return schema(
-            **{
-                name: build(type(nested[name]), value, f"{prefix}{name}.") if is_dataclass(nested[name]) else value
-                for name, value in values.items()
-            }
-        )
-
-    def default_of(entry):
-        return entry.default_factory() if entry.default_factory is not MISSING else entry.default
-
-    return build(ModelConfig, content, "model.")
-
-
-# ---- checks that need no data ---------------------------------------------------------------------------------------
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), content))
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{source}: key model.{error.full_key}: {str(error).splitlines()[0]}") from error
 
 
 def check_config(config: GSLRMConfig) -> None:
     """Refuses combinations that cannot train. Raises ValueError naming the key, what was expected and why."""
-    dataset, losses, runtime = config.training.dataset, config.training.losses, config.training.runtime
-    if dataset.num_input_views < 2:
-        raise ValueError(
-            f"training.dataset.num_input_views must be at least 2, got {dataset.num_input_views}: Stage 2 triangulates "
-            "between posed views and learns a flat billboard from one. A single photograph goes through Stage 1 first "
-            "(python inference_mouse.py --input_image ...). Set training.dataset.num_input_views=6"
-        )
-    if dataset.num_views < dataset.num_input_views:
-        raise ValueError(
-            f"training.dataset.num_views ({dataset.num_views}) counts inputs and targets together and must be at least "
-            f"num_input_views ({dataset.num_input_views})"
-        )
-    if not dataset.target_has_input and dataset.num_views == dataset.num_input_views:
-        raise ValueError(
-            "training.dataset: target_has_input false leaves no target view when num_views equals num_input_views "
-            f"({dataset.num_views}); raise num_views"
-        )
+    training, model = config.training, config.model
+    dataset, losses, runtime = training.dataset, training.losses, training.runtime
     for key, value, allowed in (
         ("training.dataset.background_color", dataset.background_color, ("white", "gray", "black", "random")),
         ("training.dataset.on_bad_sample", dataset.on_bad_sample, ("error", "skip")),
         ("training.dataset.overlap_rule", dataset.overlap_rule, ("normalised", "upstream")),
         ("training.losses.pixelalign_normalisation", losses.pixelalign_normalisation, ("upstream", "foreground")),
         ("training.runtime.amp_dtype", runtime.amp_dtype, ("bf16", "fp16")),
-        ("model.gaussians.upsampler.upsample_factor", config.model.gaussians.upsampler.upsample_factor, (1,)),
+        ("model.gaussians.upsampler.upsample_factor", model.gaussians.upsampler.upsample_factor, (1,)),
     ):
         if value not in allowed:
             raise ValueError(f"{key} must be one of {', '.join(map(str, allowed))}, got {value!r}")
     uses_pointsdist = losses.pointsdist_loss_weight > 0 or losses.warmup_pointsdist
-    check_augmentation(dataset.augmentation)
-    mix_percents(dataset)
-    if config.model.prune_background_tokens and uses_pointsdist and not losses.masked_pointsdist_loss:
-        raise ValueError(
-            "the plain points-distance loss needs every pixel, but model.prune_background_tokens drops most: set "
-            "training.losses.masked_pointsdist_loss=true, or model.prune_background_tokens=false"
-        )
-    if config.training.checkpointing.checkpoint_every % runtime.grad_accum_steps:
-        raise ValueError(
-            "training.checkpointing.checkpoint_every must be a multiple of training.runtime.grad_accum_steps "
-            f"({runtime.grad_accum_steps}), got {config.training.checkpointing.checkpoint_every}"
-        )
-    if losses.direct_warmup_steps > 0 and losses.direct_loss_weight <= 0:
-        raise ValueError("training.losses.direct_warmup_steps needs direct_loss_weight > 0")
-
-
-def check_augmentation(augmentation: AugmentationConfig) -> None:
-    """Raises ValueError for a range that is not one, or noise of negative size."""
+    views, inputs, every = dataset.num_views, dataset.num_input_views, training.checkpointing.checkpoint_every
+    for wrong, message in (
+        (inputs < 2,
+         f"training.dataset.num_input_views must be at least 2, got {inputs}: Stage 2 triangulates between posed views "
+         "and learns a flat billboard from one. A single photograph goes through Stage 1 first (python "
+         "inference_mouse.py --input_image ...). Set training.dataset.num_input_views=6"),
+        (views < inputs,
+         f"training.dataset.num_views ({views}) counts inputs and targets together and must be at least "
+         f"num_input_views ({inputs})"),
+        (not dataset.target_has_input and views == inputs,
+         "training.dataset: target_has_input false leaves no target view when num_views equals num_input_views "
+         f"({views}); raise num_views"),
+        (model.prune_background_tokens and uses_pointsdist and not losses.masked_pointsdist_loss,
+         "the plain points-distance loss needs every pixel, but model.prune_background_tokens drops most: set "
+         "training.losses.masked_pointsdist_loss=true, or model.prune_background_tokens=false"),
+        (every % runtime.grad_accum_steps,
+         "training.checkpointing.checkpoint_every must be a multiple of training.runtime.grad_accum_steps "
+         f"({runtime.grad_accum_steps}), got {every}"),
+        (losses.direct_warmup_steps > 0 and losses.direct_loss_weight <= 0,
+         "training.losses.direct_warmup_steps needs direct_loss_weight > 0"),
+    ):  # fmt: skip
+        if wrong:
+            raise ValueError(message)
+    augmentation, prefix = dataset.augmentation, "training.dataset.augmentation"
     for name in ("brightness_range", "contrast_range", "saturation_range", "hue_range_deg"):
         limits, lowest = getattr(augmentation, name), -180.0 if name == "hue_range_deg" else 0.0
         if len(limits) != 2 or not lowest <= limits[0] <= limits[1]:
-            raise ValueError(
-                f"training.dataset.augmentation.{name} must be [low, high] with {lowest:g} <= low <= high, got {limits}"
-            )
-    for entry in fields(CameraNoiseConfig):
-        value = getattr(augmentation.camera_noise, entry.name)
+            raise ValueError(f"{prefix}.{name} must be [low, high] with {lowest:g} <= low <= high, got {limits}")
+    for name, value in vars(augmentation.camera_noise).items():
         if value < 0:
             raise ValueError(
-                f"training.dataset.augmentation.camera_noise.{entry.name} is a standard deviation and must be 0 or "
-                f"more, got {value}"
+                f"{prefix}.camera_noise.{name} is a standard deviation and must be 0 or more, got {value}"
             )
+    mix_percents(dataset)
 
 
 def mix_percents(dataset: DatasetConfig) -> list[int]:
     """Of 100 training items, how many come from `dataset_path` and from each dataset of `mix`."""
-    percents = []
-    for number, part in enumerate(dataset.mix):
-        percents.append(round(part.ratio * 100))
-        if abs(part.ratio * 100 - percents[-1]) > 1e-6 or percents[-1] < 1:
+    percents = [round(part.ratio * 100) for part in dataset.mix]
+    for number, (part, percent) in enumerate(zip(dataset.mix, percents)):
+        if abs(part.ratio * 100 - percent) > 1e-6 or percent < 1:
             raise ValueError(
                 f"training.dataset.mix[{number}].ratio must be a whole number of hundredths above 0, so that the "
                 f"proportions can hold exactly, got {part.ratio}"

@@ -5,12 +5,12 @@ Tokens are packed: linear layers and norms run over the rows of all samples, att
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
-
-INIT_STD = 0.02
 
 
 class Attention(nn.Module):
@@ -27,27 +27,13 @@ class Attention(nn.Module):
     def forward(self, tokens: Tensor, lengths: list[int]) -> Tensor:
         """tokens: [T, d], the sequences of all samples one after the other; lengths: of each. Samples do not mix."""
         qkv = run_linear(self.to_qkv, tokens).unflatten(-1, (3, -1, self.d_head))  # [T, 3, heads, d_head]
-        if len(set(lengths)) == 1:
-            attended = attend(qkv.unflatten(0, (len(lengths), lengths[0])))
-        else:
-            attended = torch.cat([attend(sequence[None]) for sequence in qkv.split(lengths)])
-        return run_linear(self.fc, attended)
-
-
-def attend(qkv: Tensor) -> Tensor:
-    """Full attention inside each of b sequences: [b, n, 3, heads, d_head] -> [b * n, heads * d_head]."""
-    query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [b, heads, n, d_head]
-    attended = functional.scaled_dot_product_attention(query, key, value)
-    return attended.transpose(1, 2).flatten(2).flatten(0, 1)
-
-
-class MLP(nn.Module):
-    def __init__(self, d: int) -> None:
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(d, 4 * d, bias=False), nn.GELU(), nn.Linear(4 * d, d, bias=False))
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return run_linear(self.mlp, tokens)
+        equal = len(set(lengths)) == 1
+        attended = []
+        for batch in [qkv.unflatten(0, (len(lengths), lengths[0]))] if equal else [x[None] for x in qkv.split(lengths)]:
+            query, key, value = batch.permute(2, 0, 3, 1, 4)  # each [b, heads, n, d_head]
+            values = functional.scaled_dot_product_attention(query, key, value)
+            attended.append(values.transpose(1, 2).flatten(2).flatten(0, 1))
+        return run_linear(self.fc, attended[0] if equal else torch.cat(attended))
 
 
 def run_linear(layers: nn.Linear | nn.Sequential, tokens: Tensor) -> Tensor:
@@ -57,17 +43,11 @@ def run_linear(layers: nn.Linear | nn.Sequential, tokens: Tensor) -> Tensor:
     the speed of the default library. Only for torch's own layers: an adapter around one runs as it is.
     """
     parts = layers if isinstance(layers, nn.Sequential) else (layers,)
-    if (
-        tokens.device.type == "cpu"
-        and tokens.dtype == torch.float32
-        and len(tokens) > 0
-        and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
-        and torch.backends.mkldnn.is_available()
-        and all(type(part) in (nn.Linear, nn.GELU) for part in parts)
-    ):
-        return layers(tokens.to_mkldnn()).to_dense()
+    plain = tokens.device.type == "cpu" and tokens.dtype == torch.float32 and len(tokens) > 0
+    watched = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
+    if plain and not watched and torch.backends.mkldnn.is_available():
+        if all(type(part) in (nn.Linear, nn.GELU) for part in parts):
+            return layers(tokens.to_mkldnn()).to_dense()
     return layers(tokens)
 
 
@@ -77,11 +57,12 @@ class TransformerBlock(nn.Module):
         self.norm1 = nn.LayerNorm(d, bias=False)
         self.attn = Attention(d, d_head)
         self.norm2 = nn.LayerNorm(d, bias=False)
-        self.mlp = MLP(d)
+        layers = nn.Sequential(nn.Linear(d, 4 * d, bias=False), nn.GELU(), nn.Linear(4 * d, d, bias=False))
+        self.mlp = nn.ModuleDict({"mlp": layers})  # FaceLift's names: mlp.mlp.0
 
     def forward(self, tokens: Tensor, lengths: list[int]) -> Tensor:
         tokens = tokens + self.attn(self.norm1(tokens), lengths)
-        return tokens + self.mlp(self.norm2(tokens))
+        return tokens + run_linear(self.mlp["mlp"], self.norm2(tokens))
 
 
 def run_blocks(blocks: nn.ModuleList, tokens: Tensor, lengths: list[int], checkpoint_every: int) -> Tensor:
@@ -89,24 +70,16 @@ def run_blocks(blocks: nn.ModuleList, tokens: Tensor, lengths: list[int], checkp
 
     With `checkpoint_every` k > 0, groups of k blocks are recomputed in the backward pass.
     """
-    if checkpoint_every <= 0 or not torch.is_grad_enabled():
-        for block in blocks:
-            tokens = block(tokens, lengths)
-        return tokens
 
     def run_group(start: int, tokens: Tensor) -> Tensor:
-        for block in blocks[start : start + checkpoint_every]:
+        for block in blocks[start : start + step]:
             tokens = block(tokens, lengths)
         return tokens
 
-    for start in range(0, len(blocks), checkpoint_every):
-        tokens = checkpoint(run_group, start, tokens, use_reentrant=False)
+    # Without it one by one: a longer group's caller would hold on to the group's input.
+    checkpointing = checkpoint_every > 0 and torch.is_grad_enabled()
+    step = checkpoint_every if checkpointing else 1
+    run = partial(checkpoint, run_group, use_reentrant=False) if checkpointing else run_group
+    for start in range(0, len(blocks), step):
+        tokens = run(start, tokens)
     return tokens
-
-
-def init_weights(module: nn.Module) -> None:
-    """Linear layers N(0, 0.02), norms 1 (apply with `model.apply`)."""
-    if isinstance(module, nn.Linear):
-        nn.init.normal_(module.weight, std=INIT_STD)
-    elif isinstance(module, nn.LayerNorm):
-        nn.init.ones_(module.weight)
