@@ -297,9 +297,7 @@ def check_config(config: GSLRMConfig) -> None:
             raise ValueError(f"{prefix}.{name} must be [low, high] with {lowest:g} <= low <= high, got {limits}")
     for name, value in vars(augmentation.camera_noise).items():
         if value < 0:
-            raise ValueError(
-                f"{prefix}.camera_noise.{name} is a standard deviation and must be 0 or more, got {value}"
-            )
+            raise ValueError(f"{prefix}.camera_noise.{name} is a standard deviation and must be 0 or more, got {value}")
     mix_percents(dataset)
 
 
