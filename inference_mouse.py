@@ -210,7 +210,7 @@ def write_result(folder, gaussians, views, arguments, photo=None) -> tuple[int, 
     """Filters, writes PLY, turntable and what was asked for; returns how many Gaussians were kept and predicted."""
     from tqdm import tqdm
 
-    from gslrm.model.filters import filter_gaussians
+    from gslrm.model.gaussians import filter_gaussians
     from pipeline.outputs import write_extras, write_gaussians
 
     total = gaussians.num_gaussians

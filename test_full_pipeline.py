@@ -32,7 +32,7 @@ def main() -> None:
         warm_up.start()  # the first command of an installation compiles kernels, beside the imports that follow
     from tqdm import tqdm
 
-    from gslrm.model.filters import filter_gaussians
+    from gslrm.model.gaussians import filter_gaussians
     from multiview.image import read_photo, write_image
     from multiview.photo import prepare_photo
     from multiview.run import resolve_device

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from evaluation.evaluate import Prediction, predict_gaussians, reconstruct_sample
-from gslrm.model.filters import FilterSettings, filter_gaussians
+from gslrm.model.gaussians import FilterSettings, filter_gaussians
 from multiview.camera_noise import perturb
 from multiview.rig import ViewRig
 from multiview.run import make_generator

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gslrm.config import LossesConfig
+from gslrm.model.gaussians import C0
 from gslrm.model.gslrm import GSLRMOutput
-from gslrm.model.rasterizers.spherical_harmonics import C0
 
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
 POINTSDIST_WARMUP_STEPS, POINTSDIST_WARMUP_WEIGHT = 1000, 0.1

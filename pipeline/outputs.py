@@ -80,12 +80,12 @@ def write_extras(
 ) -> None:  # fmt: skip
     """What is written on request.
 
-    exports: formats of gslrm.model.export, as gaussians<suffix>. mesh: "ply" or "glb". maps: depth/view_00.png and
+    exports: formats of gslrm.model.ply, as gaussians<suffix>. mesh: "ply" or "glb". maps: depth/view_00.png and
     alpha/view_00.png ... from the views' cameras. sheet: sheet.png, the photo [4, s, s] (if there is one) and the views
     above the renderings from the same cameras.
     """
     if exports:
-        from gslrm.model.export import FORMATS, export
+        from gslrm.model.ply import FORMATS, export
 
         for name in exports:
             export(folder / f"gaussians{FORMATS[name]}", gaussians, name)

@@ -9,9 +9,8 @@ from pathlib import Path
 import torch
 
 from gslrm.config import GSLRMConfig
-from gslrm.model.gaussians import Gaussians
+from gslrm.model.gaussians import C0, Gaussians
 from gslrm.model.gaussians_renderer import render
-from gslrm.model.rasterizers.spherical_harmonics import C0
 from multiview.cameras import Cameras
 from multiview.config import load_config
 from multiview.rig import load_rig

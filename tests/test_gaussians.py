@@ -12,8 +12,7 @@ import torch
 from plyfile import PlyData
 from safetensors.torch import load_file
 
-from gslrm.model.filters import FilterSettings, filter_gaussians
-from gslrm.model.gaussians import Gaussians
+from gslrm.model.gaussians import FilterSettings, Gaussians, filter_gaussians
 from gslrm.model.gaussians_renderer import render
 from gslrm.model.ply import load_ply, save_ply
 from multiview.cameras import Cameras

@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from gslrm.config import GaussiansConfig, ImageTokenizerConfig, ModelConfig, TransformerConfig
-from gslrm.model.gslrm import GSLRM
+from gslrm.model.gslrm import GSLRM, Attention
 from gslrm.model.selection import select_patches
-from gslrm.model.transformer import Attention
 from multiview.cameras import Cameras
 from tests import oracle_gslrm
 from tests.test_gslrm import assert_same, rows_of, spread

@@ -9,8 +9,7 @@ from gslrm_toys import SIZE, config_of, logged, write_toys
 from gslrm.adaptation import adapt, check_adaptation, parse_layers, plain_weights
 from gslrm.checkpoints import load_gslrm
 from gslrm.config import AdaptationConfig
-from gslrm.model.gslrm import GSLRM
-from gslrm.model.transformer import TransformerBlock
+from gslrm.model.gslrm import GSLRM, TransformerBlock
 from gslrm.state import (
     SKIP_WINDOW,
     Start,

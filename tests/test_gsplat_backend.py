@@ -34,8 +34,8 @@ def test_both_backends_use_the_same_numbers():
 
 def test_gsplat_is_called_with_the_arguments_it_documents():
     """No GPU needed: a stand-in with gsplat 1.5.3's signature and shape checks draws what it is told to draw."""
+    from gslrm.model.gaussians import C0
     from gslrm.model.rasterizers.gsplat_backend import call
-    from gslrm.model.rasterizers.spherical_harmonics import C0
 
     def rasterization(means, quats, scales, opacities, colors, viewmats, Ks, width, height, *, backgrounds, **settings):
         (b, n, _), v = means.shape, viewmats.shape[1]

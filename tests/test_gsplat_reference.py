@@ -9,10 +9,9 @@ import inspect
 import pytest
 import torch
 
-from gslrm.model.gaussians import Gaussians
+from gslrm.model.gaussians import Gaussians, sh_basis
 from gslrm.model.gaussians_renderer import render
 from gslrm.model.rasterizers.gsplat_backend import call
-from gslrm.model.rasterizers.spherical_harmonics import sh_basis
 from tests.test_rasterizer import NAMES, cameras_for, scene
 
 pytest.importorskip("gsplat")

@@ -12,9 +12,8 @@ import torch
 from PIL import Image
 
 from gslrm.model import mesh
-from gslrm.model.export import FORMATS
 from gslrm.model.gaussians_renderer import render
-from gslrm.model.ply import save_ply
+from gslrm.model.ply import FORMATS, save_ply
 from multiview.cameras import Cameras
 from multiview.files import write_json
 from multiview.image import read_rgba

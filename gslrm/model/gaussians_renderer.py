@@ -53,12 +53,15 @@ def render(
         )
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    on_gpu = device.type == "cuda" if backend == "auto" else backend == "gsplat"
+    if device.type != ("cuda" if on_gpu else "cpu"):  # gsplat without a GPU would start a compilation that fails
+        raise ValueError(f"backend {backend} needs a {'CUDA device' if on_gpu else 'CPU'}, got tensors on {device}")
     background = torch.as_tensor(background, dtype=None if isinstance(background, Tensor) else torch.float32)
     if background.shape not in ((), (3,), (b, 3), (b, v, 3)):
         raise ValueError(f"background must be a number, [3], [{b}, 3] or [{b}, {v}, 3], got {list(background.shape)}")
     background = background.to(device)
     background = (background[:, None] if background.ndim == 2 else background).expand(b, v, 3)
-    if backend == "gsplat" or backend == "auto" and device.type == "cuda":
+    if on_gpu:
         from gslrm.model.rasterizers.gsplat_backend import rasterize
     else:
         from gslrm.model.rasterizers.cpu import rasterize

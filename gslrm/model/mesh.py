@@ -38,9 +38,7 @@ class Mesh:
 
 
 def check_libraries(suffix: str) -> None:
-    """Raises ValueError for a suffix that is no mesh's and, with the command that installs it, a missing library."""
-    if suffix not in SUFFIXES:
-        raise ValueError(f"a mesh is written as {' or '.join(SUFFIXES)}, got {suffix or 'no suffix'}")
+    """Raises ValueError for a library that a .ply or .glb mesh needs, with the command that installs it."""
     for module in list(LIBRARIES)[: 2 if suffix == ".glb" else 1]:
         _library(module)
 
@@ -49,9 +47,8 @@ def _library(module: str):
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ValueError(
-            f"this mesh needs {LIBRARIES[module]} ({error}): pip install -r requirements-extra.txt"
-        ) from error
+        name = LIBRARIES[module]
+        raise ValueError(f"this mesh needs {name} ({error}): pip install -r requirements-extra.txt") from error
 
 
 @torch.no_grad()

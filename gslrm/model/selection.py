@@ -57,11 +57,6 @@ class PatchSelection:
         first = (self.view * h + self.top) * w + self.left
         return self.pixels_of((first[:, None] + (inside[:, None] * w + inside).flatten()).flatten())
 
-    def chunks(self, num_patches: int) -> list[PatchSelection]:
-        """The patches alone, at most `num_patches` at a time (for `patches_of` and `rays`)."""
-        parts = zip(*(x.split(num_patches) for x in (self.sample, self.view, self.top, self.left)))
-        return [PatchSelection(*part, self.patch_size, self.shape, [], [], None) for part in parts]
-
     def rays(self, cameras: Cameras) -> tuple[Tensor, Tensor]:
         """World rays of cameras [b, v] through the kept patches' pixels: origins [T, 3], unit directions [T, p, p, 3].
 

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from gslrm.model.gaussians import Gaussians
 from gslrm.model.rasterizers import warm_up
-from gslrm.model.rasterizers.spherical_harmonics import evaluate_colors
 from multiview.cameras import Cameras
 
 GRADS = {"xyz": 3, "quaternion": 4, "scale": 3, "opacity": 1, "color": 3}  # columns per Gaussian, in this order
@@ -25,18 +24,15 @@ def rasterize(gaussians: Gaussians, cameras: Cameras, background: Tensor) -> tup
     """Renders b scenes from cameras [b, v] over background [b, v, 3], all on the CPU, in float32.
 
     Returns rgb, alpha and depth as `render` describes them. A scene with a value that is not finite gives images of
-    NaN, as arithmetic does. Raises ValueError for tensors on another device and for cameras that require gradients.
+    NaN, as arithmetic does. Raises ValueError for cameras that require gradients.
     """
     if cameras.c2w.requires_grad or cameras.fxfycxcy.requires_grad:
         raise ValueError("the CPU rasterizer has no gradients for cameras: detach c2w and fxfycxcy")
-    for name, tensor in (("gaussians", gaussians.xyz), ("cameras", cameras.c2w), ("background", background)):
-        if tensor.device.type != "cpu":
-            raise ValueError(f"the CPU rasterizer needs {name} on the cpu, got {tensor.device}")
     with torch.autocast("cpu", enabled=False):
         gaussians = gaussians.to(torch.float32)
         images = _Rasterize.apply(
             gaussians.xyz, gaussians.get_rotation, gaussians.get_scaling, gaussians.get_opacity[..., 0],
-            evaluate_colors(gaussians, cameras), cameras.w2c.double(), cameras.fxfycxcy.double(),
+            gaussians.colors_seen(cameras), cameras.w2c.double(), cameras.fxfycxcy.double(),
             (cameras.height, cameras.width),
         )  # fmt: skip
         transmittance = images[:, :, 4:5]
