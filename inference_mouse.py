@@ -4,52 +4,45 @@ Without checkpoint flags the small demo models are used. Each result goes to <ou
 """
 
 import argparse
-import time
+import sys
+from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
+from multiview.config import add_fields, from_arguments
 from multiview.run import main_guard
-from pipeline.flags import add_chain_flags, add_photo_flags, add_stage1_flags, positive, stage1_options
+from pipeline.artifacts import Checkpoints, Options, parse_with_overrides
 
 EXPORTS = ("splat", "ply_compressed")
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+# Images that no library here can read: named as failed, where a text file in the folder is only mentioned.
+FOREIGN_SUFFIXES = {".heic", ".heif", ".jxl", ".dng", ".raw", ".cr2", ".cr3", ".nef", ".arw"}
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+def parse_arguments() -> tuple[argparse.Namespace, Options]:
+    parser = argparse.ArgumentParser(description=__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--input_image", type=Path, help="one photograph (RGBA: its alpha is the mask)")
     source.add_argument("--input_dir", type=Path, help="every photograph in a folder")
     source.add_argument("--sample_dir", type=Path, help="a sample folder of posed views: Stage 2 only")
-    source.add_argument("--input_video", type=Path, help="frames of a video, see --video_stride")
-    parser.add_argument("--mvdiffusion_checkpoint", type=Path, help="Stage 1: UNet folder or checkpoint-<step>")
-    parser.add_argument("--checkpoint", type=Path, help="Stage 2: ckpt_*.pt or a folder of them")
-    add_chain_flags(parser)
-    add_stage1_flags(parser)
-    add_photo_flags(parser)
-    parser.add_argument(
-        "--keep_input_view", action=argparse.BooleanOptionalAction, default=True,
-        help="Stage 2 sees the photograph itself as the reference view instead of its painted copy",
-    )  # fmt: skip
+    source.add_argument("--input_video", type=Path, help="frames of a video, see video_stride")
+    add_fields(parser, Checkpoints)
+    parser.add_argument("--seed", type=int, default=0, help="of each photograph, wherever it stands in a folder")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--no_filter", action="store_true", help="keep every Gaussian")
-    parser.add_argument("--turntable_size", type=int, default=256, help="pixels")
+    parser.add_argument("--turntable_views", type=int, default=120, help="frames of turntable.mp4 (120); 0 writes none")
     parser.add_argument(
         "--export", type=export_formats, default=(), metavar="FORMAT[,FORMAT]",
         help=f"also gaussians.splat or gaussians.compressed.ply: {', '.join(EXPORTS)}",
     )  # fmt: skip
-    parser.add_argument("--maps", action="store_true", help="also depth/ and alpha/ as seen by the views' cameras")
-    parser.add_argument("--sheet", action="store_true", help="also sheet.png: input and views above their renderings")
     parser.add_argument(
         "--mesh", nargs="?", choices=("ply", "glb"), const="ply",
         help="also mesh.ply (the value may be left out) or mesh.glb; needs requirements-extra.txt",
     )  # fmt: skip
-    parser.add_argument("--video_stride", type=positive, default=10, help="use every so many-th frame of --input_video")
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs"))
-    arguments = parser.parse_args()
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs"), help="default: outputs")
+    arguments, options = parse_with_overrides(parser, Options)
     if arguments.turntable_views < 0:
         parser.error("--turntable_views must be at least 0")
-    if arguments.turntable_size % 2 or arguments.turntable_size < 16:
-        parser.error("--turntable_size must be even and at least 16")
-    return arguments
+    return arguments, options
 
 
 def export_formats(text: str) -> tuple[str, ...]:
@@ -61,65 +54,127 @@ def export_formats(text: str) -> tuple[str, ...]:
 
 
 def main() -> None:
-    arguments = parse_arguments()
+    arguments, options = parse_arguments()
     from gslrm.model.rasterizers import warm_up
 
     if not arguments.device.startswith("cuda"):
         warm_up.start()  # the first command of an installation compiles kernels, beside the imports that follow
-    from multiview.run import resolve_device
-    from pipeline.artifacts import load_stage1, load_stage2, resolve_chain, resolve_stage2
+    from tqdm import tqdm
 
+    from multiview.run import check_output_folder, stoppable
+    from pipeline import MouseFaceLift, PhotographError
+
+    check_output_folder(arguments.output_dir)
     if arguments.mesh is not None:
         from gslrm.model.mesh import check_libraries
 
         check_libraries(f".{arguments.mesh}")
-    device = resolve_device(arguments.device)
-    if arguments.sample_dir is not None:
-        artifacts = resolve_stage2(rig=arguments.rig, gslrm=arguments.checkpoint, gslrm_config=arguments.gslrm_config)
-        reconstruct_sample(arguments, artifacts, load_stage2(artifacts, device), device)
-        return
-    jobs = list_jobs(arguments)
-    artifacts = resolve_chain(
-        rig=arguments.rig, unet=arguments.mvdiffusion_checkpoint, gslrm=arguments.checkpoint,
-        gslrm_config=arguments.gslrm_config, components=arguments.mvdiff_pretrained, embeds=arguments.prompt_embeds,
-        num_steps=arguments.num_steps, guidance_scale=arguments.guidance_scale, options=stage1_options(arguments),
+    posed, failed = arguments.sample_dir is not None, {}
+    # Inputs first: a wrong path is told before models are loaded.
+    jobs = [] if posed else list_jobs(arguments, options.video_stride, failed)
+    model = MouseFaceLift.load(
+        device=arguments.device, stages="2" if posed else "full", options=options,
+        **vars(from_arguments(Checkpoints, arguments)),
     )  # fmt: skip
-    print(f"rig {artifacts.rig.name}: {artifacts.rig.num_views} views; embeddings, UNet and GS-LRM agree")
-    components, model = load_stage1(artifacts, device), load_stage2(artifacts, device)
-    for name, photo in jobs:
-        reconstruct_photo(name, photo, arguments, artifacts, components, model, device)
+    save = {
+        "turntable_views": arguments.turntable_views, "turntable_size": options.turntable_size,
+        "export": arguments.export, "mesh": arguments.mesh, "maps": options.maps, "sheet": options.sheet,
+    }  # fmt: skip
+    if posed:
+        reconstruct_sample(model, arguments, save)
+        return
+    print(f"rig {model.rig.name}: {model.rig.num_views} views; embeddings, UNet and GS-LRM agree")
+    done = 0
+    for name, image in stoppable(jobs):
+        bar = partial(tqdm, desc=f"{name}: generating {model.rig.num_views} views", unit="step", disable=None)
+        try:
+            result = model(
+                image, seed=arguments.seed, crop=options.crop, keep_input_view=options.keep_input_view,
+                filtered=not arguments.no_filter, name=name, progress=bar,
+            )  # fmt: skip
+        except PhotographError as error:  # one bad photograph does not end the others
+            if arguments.input_image is not None:
+                raise
+            leave_out(name, str(error), failed)
+            continue
+        result.save(arguments.output_dir / name, **save)
+        report(arguments.output_dir / name, result)
+        done += 1
+    if failed:
+        raise ValueError(f"{done} done, {len(failed)} failed: " + "; ".join(failed.values()))
 
 
-def list_jobs(arguments: argparse.Namespace):
-    """(output name, RGBA picture) pairs, read as they come; that every file is there is checked at once."""
-    from multiview.image import check_picture, read_photo
+def leave_out(name: str, reason: str, failed: dict[str, str]) -> None:
+    """Names a photograph that cannot be used at once, and again at the end."""
+    failed[name] = reason
+    print(f"{name} is left out: {reason}", file=sys.stderr)
+
+
+def report(folder: Path, result) -> None:
+    seconds = sum(result.record["seconds"].values())
+    print(f"{folder}: {result.record['gaussians']['kept']} Gaussians in gaussians.ply, {seconds:.1f} s")
+
+
+def reconstruct_sample(model, arguments: argparse.Namespace, save: dict) -> None:
+    """Posed views of a sample folder through Stage 2."""
+    from multiview.image import composite
+    from multiview.sample import read_sample
+
+    sample = read_sample(arguments.sample_dir)
+    count = min(len(sample.rgba), model.rig.num_views)  # novel views come after the rig's
+    rgba, folder = sample.rgba[:count], arguments.output_dir / arguments.sample_dir.resolve().name
+    result = model.reconstruct(
+        composite(rgba, 1.0), rgba[:, 3:], sample.cameras[:count], filtered=not arguments.no_filter,
+        name=str(arguments.sample_dir.resolve()),
+    )  # fmt: skip
+    result.save(folder, **save)
+    report(folder, result)
+
+
+def list_jobs(arguments: argparse.Namespace, stride: int, failed: dict[str, str]) -> Iterable:
+    """Returns (name of the result, path or image) of what is to be reconstructed; what cannot be read is in `failed`.
+
+    Every file is looked at here, before the models are loaded.
+    """
+    from PIL import Image
+
+    from multiview.image import check_picture
 
     if arguments.input_video is not None:
         if not arguments.input_video.is_file():
             raise ValueError(f"--input_video {arguments.input_video} does not exist")
-        return video_frames(arguments.input_video, arguments.video_stride)
+        return video_frames(arguments.input_video, stride, failed)
     if arguments.input_image is not None:
-        return [(arguments.input_image.stem, read_photo(arguments.input_image))]
-    if not arguments.input_dir.is_dir():
-        raise ValueError(f"--input_dir {arguments.input_dir} is not a folder")
-    paths = sorted(p for p in arguments.input_dir.iterdir() if p.suffix.lower() in PICTURES)
-    if not paths:
-        raise ValueError(f"--input_dir {arguments.input_dir} holds no picture ({', '.join(PICTURES)})")
-    stems = [path.stem for path in paths]
-    twice = sorted({stem for stem in stems if stems.count(stem) > 1})
-    if twice:
-        raise ValueError(f"--input_dir {arguments.input_dir}: several pictures would write to the folder {twice[0]}/")
-    for path in paths:
-        check_picture(path)
-    return ((path.stem, read_photo(path)) for path in paths)
+        check_picture(arguments.input_image)
+        return [(arguments.input_image.stem, arguments.input_image)]
+    folder, jobs = arguments.input_dir, {}
+    if not folder.is_dir():
+        raise ValueError(f"--input_dir {folder} is not a folder")
+    for path in sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")):
+        try:
+            check_picture(path)
+        except ValueError as error:
+            if path.suffix.lower() in FOREIGN_SUFFIXES | Image.registered_extensions().keys():
+                leave_out(path.name, str(error), failed)
+            else:
+                print(f"{path.name} is left out: not an image", file=sys.stderr)
+            continue
+        if path.stem in jobs:  # the second would overwrite the first
+            raise ValueError(f"--input_dir {folder}: several images would write to the folder {path.stem}/")
+        jobs[path.stem] = path
+    if not jobs:
+        raise ValueError("; ".join([f"--input_dir {folder} holds no image that can be read", *failed.values()]))
+    return list(jobs.items())
 
 
-def video_frames(path: Path, stride: int):
-    """(name, RGBA) of every stride-th frame, decoded in order."""
+def video_frames(path: Path, stride: int, failed: dict[str, str]) -> Iterator:
+    """Yields (name, RGBA [4, h, w]) of every stride-th frame; a video that ends too early is in `failed` afterwards."""
     import cv2
     import torch
 
     capture, number = cv2.VideoCapture(str(path)), 0
+    # Decoders end a cut file as they end a whole one; only the header knows how many frames there were.
+    announced = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
     try:
         while True:
             ok, frame = capture.read()
@@ -133,99 +188,9 @@ def video_frames(path: Path, stride: int):
         capture.release()
     if number == 0:
         raise ValueError(f"--input_video {path} holds no frame that can be decoded")
-
-
-def reconstruct_photo(name, photo, arguments, artifacts, components, model, device) -> None:
-    """One photograph: frame it, paint the views, reconstruct, write."""
-    from dataclasses import asdict
-
-    from tqdm import tqdm
-
-    from multiview.image import write_image
-    from multiview.photo import prepare_photo
-    from pipeline.outputs import start_folder, write_run, write_views
-    from pipeline.stages import paint_views, reconstruct
-
-    folder = arguments.output_dir / name
-    prepared, report = prepare_photo(photo, components.image_size, crop=arguments.crop, source=name)
-    start_folder(folder)
-    write_image(folder / "input.png", prepared)
-    started = time.perf_counter()
-    views = paint_views(
-        components, artifacts, prepared, seed=arguments.seed,
-        keep_input_view=arguments.keep_input_view,
-        progress=lambda steps: tqdm(steps, desc=f"{name}: painting {artifacts.rig.num_views} views", unit="step"),
-    )  # fmt: skip
-    painted = time.perf_counter()
-    write_views(folder, views, artifacts.rig)
-    gaussians = reconstruct(model, views, device)
-    reconstructed = time.perf_counter()
-    kept, total = write_result(folder, gaussians, views, arguments, prepared)
-    write_run(
-        folder, artifacts.rig,
-        {
-            "input": name, "photo": asdict(report), "artifacts": artifacts.describe(), "seed": arguments.seed,
-            "num_steps": artifacts.num_steps, "guidance_scale": artifacts.guidance_scale,
-            "keep_input_view": arguments.keep_input_view, "filtered": not arguments.no_filter,
-            "seed_scores": views.seed_scores, "mirrored": views.mirrored, "mirror_scores": views.mirror_scores,
-            "gaussians": {"predicted": total, "kept": kept},
-            "seconds": {
-                "stage1": round(painted - started, 2), "stage2": round(reconstructed - painted, 2),
-                "output": round(time.perf_counter() - reconstructed, 2),
-            },
-        },
-    )  # fmt: skip
-    print(f"{folder}: {kept} Gaussians in gaussians.ply, {time.perf_counter() - started:.1f} s")
-
-
-def reconstruct_sample(arguments, artifacts, model, device) -> None:
-    """Posed views of a sample folder through Stage 2."""
-    from multiview.rig import check_posed_views
-    from multiview.sample import read_sample
-    from pipeline.outputs import start_folder, write_run, write_views
-    from pipeline.stages import reconstruct, views_of_sample
-
-    sample = read_sample(arguments.sample_dir)
-    count = min(len(sample.rgba), artifacts.rig.num_views)  # novel views come after the rig's
-    cameras = sample.cameras[:count]
-    check_posed_views(artifacts.rig, cameras, str(arguments.sample_dir))
-    views = views_of_sample(sample.rgba[:count], cameras)
-    folder = arguments.output_dir / arguments.sample_dir.resolve().name
-    start_folder(folder)
-    started = time.perf_counter()
-    gaussians = reconstruct(model, views, device)
-    seconds = time.perf_counter() - started
-    write_views(folder, views, None)
-    kept, total = write_result(folder, gaussians, views, arguments)
-    content = {
-        "input": arguments.sample_dir.resolve().name, "artifacts": artifacts.describe(), "input_views": count,
-        "filtered": not arguments.no_filter, "gaussians": {"predicted": total, "kept": kept},
-        "seconds": {"stage2": round(seconds, 2)},
-    }  # fmt: skip
-    write_run(folder, artifacts.rig, content)
-    print(f"{folder}: {kept} Gaussians in gaussians.ply from {count} views, {seconds:.1f} s")
-
-
-def write_result(folder, gaussians, views, arguments, photo=None) -> tuple[int, int]:
-    """Filters, writes PLY, turntable and what was asked for; returns how many Gaussians were kept and predicted."""
-    from tqdm import tqdm
-
-    from gslrm.model.gaussians import filter_gaussians
-    from pipeline.outputs import write_extras, write_gaussians
-
-    total = gaussians.num_gaussians
-    if not arguments.no_filter:
-        gaussians = filter_gaussians(gaussians)
-    with tqdm(total=arguments.turntable_views, desc=f"{folder.name}: turntable", unit="frame") as bar:
-        write_gaussians(
-            folder, gaussians, turntable_views=arguments.turntable_views, turntable_size=arguments.turntable_size,
-            elevation_deg=float(views.cameras.elevation_deg.mean()), on_frame=lambda done, _: bar.update(1),
-        )  # fmt: skip
-    write_extras(
-        folder, gaussians, views, exports=arguments.export, mesh=arguments.mesh, maps=arguments.maps,
-        sheet=arguments.sheet, photo=photo,
-    )  # fmt: skip
-    return gaussians.num_gaussians, total
+    if number < 0.99 * announced - 1:  # headers of variable frame rates count a frame more or less
+        reason = f"{path} is cut: {number} of {announced} frames can be decoded; copy it again from its source"
+        leave_out(f"the rest of {path.name}", reason, failed)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Train Stage 2 (GS-LRM: posed views -> Gaussians). Repeating the command resumes it.
+"""Train Stage 2 (GS-LRM: posed views to Gaussians). Repeating the command resumes it.
 
   python train_gslrm.py --config configs/mouse_config_finetune.yaml --overfit 10
   torchrun --nproc_per_node 4 train_gslrm.py --config configs/mouse_config_finetune.yaml
@@ -10,9 +10,7 @@ import argparse
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="train_gslrm.py"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, metavar="F", help="YAML over the defaults of gslrm/config.py")
     parser.add_argument(
         "--overfit", type=int, default=0, metavar="N",
@@ -40,8 +38,8 @@ def main() -> None:
         return
     from gslrm.training import train
 
-    folder = train(config, overfit=arguments.overfit)
-    print(f"checkpoints, metrics.jsonl and pictures: {folder}")
+    folder = train(config, arguments.overfit)
+    print(f"checkpoints, metrics.jsonl, summary.json and images: {folder}")
 
 
 if __name__ == "__main__":

@@ -1,293 +1,193 @@
-"""What scripts/evaluate.py measures: predictions against true views, as records. No files, no flags, no tables."""
+"""Measures the model on held-out samples, mouse by mouse: beside its baselines, or at every sweep's level."""
 
 from __future__ import annotations
 
-import math
-import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from tqdm import tqdm
 
-from multiview.consistency import view_consistency
-from multiview.image import composite
-from multiview.metrics import (
-    foreground_psnr,
-    foreground_ssim,
-    lpips_distances,
-    mask_from_white,
-    mask_iou,
-    psnr,
-    ssim,
+from evaluation import SWEEPS, EvaluationSettings
+from evaluation.methods import (
+    GENERATED,
+    HULL_OF_GENERATED,
+    HULL_OF_TRUE,
+    NEAREST,
+    OTHER_RIG_VIEWS,
+    OWN,
+    TrainingMice,
+    consistency_of,
+    describe,
+    predict_baselines,
+    predict_gaussians,
+    predict_generated,
+    reconstruct_sample,
+    records_of,
+    side_shown,
+    splits_of,
 )
-from pipeline.stages import PosedViews, paint_views, reconstruct, views_of_sample
+from evaluation.report import Report, image_rows, mean
+from evaluation.sweeps import find_world_units_per_mm, plan_sweeps, predict_levels, write_sweeps
+from multiview.image import grid, write_image
+from multiview.metrics import load_lpips, lpips_backbone_path
+from multiview.rig import check_alignment
+from multiview.run import git_hash, peak_bytes, reset_peak, stoppable
+from multiview.sample import Sample, read_dataset_info, read_sample, read_split
 
 if TYPE_CHECKING:
-    from gslrm.model.gaussians import Gaussians
-    from gslrm.model.gslrm import GSLRM
-    from multiview.cameras import Cameras
-    from multiview.rig import ViewRig
-    from multiview.sample import Sample
-    from mvdiffusion.components import Components
-    from pipeline.artifacts import Artifacts
-
-NOVEL, OTHER_RIG_VIEWS, RIG_VIEWS = "novel views", "rig views but the input", "rig views, inputs among them"
-OWN = {"1": "Stage 1", "2": "Stage 2", "full": "whole chain"}  # what is measured, by stage
-PAINTED = "the painted views, before Stage 2"
-METRICS = (
-    "foreground_psnr", "psnr", "foreground_ssim", "ssim", "mask_iou", "depth_error", "foreground_lpips", "lpips",
-)  # fmt: skip
-SMALLER_IS_BETTER = ("lpips", "foreground_lpips", "depth_error", "seconds", "peak_memory_mib")
-WORST_SHARE = 0.05
-# By the angle about the world's axis between a view and the input view, degrees: up to the number.
-DIRECTIONS = {"near the input (to 60 deg)": 60.0, "side (60 to 120 deg)": 120.0, "back (beyond 120 deg)": 180.0}
-# What of the animal the input view shows, by the azimuth of its nose less the input view's, in quarters about these.
-SIDES = {0: "the head", 90: "its left side", 180: "the hindquarters", 270: "its right side"}
-SURFACE = 0.5  # alpha or mask from here on is animal, where depth is compared
+    from pipeline import MouseFaceLift
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """Pictures rgb [n, 3, h, w] 0..1 on white and masks [n, 1, h, w], beside the true RGBA views [n, 4, h, w].
+def evaluate(settings: EvaluationSettings, model: MouseFaceLift) -> str:
+    """Measures what the settings ask for and writes it; returns the tables as Markdown."""
+    info = read_dataset_info(settings.data.parent)
+    check_alignment(model.rig, dataset=info["rig"])
+    folders = read_split(settings.data)[: settings.num_samples]
+    notes, lpips = [], None
+    if lpips_backbone_path().is_file():
+        lpips = load_lpips(model.device)
+    else:
+        notes.append(f"LPIPS is not measured: no weights at {lpips_backbone_path().as_posix()}.")
+    if any(getattr(settings, factor) for factor in SWEEPS):  # baselines have no cameras, views or filters to vary
+        return run_sweeps(settings, model, info, folders, lpips, notes)
+    return run_stage(settings, model, folders, lpips, notes)
 
-    views: which of the sample's they are. depth, true_depth: [n, 1, h, w] camera-frame z in world units, 0 = no
-    surface; None where the method or the sample has none.
+
+def run_stage(
+    settings: EvaluationSettings, model: MouseFaceLift, folders: Sequence[Path], lpips, notes: list[str]
+) -> str:
+    """Measures one stage, or both together, beside its baselines."""
+    training, stage = None, settings.stage
+    if "nearest" in settings.baselines:
+        if settings.train_data is not None:
+            training = TrainingMice.read(settings.train_data, model.rig, folders)
+        else:
+            notes.append("The nearest training mouse is not measured: no --train_data.")
+    report = Report(stage, len(folders))
+    for folder in stoppable(tqdm(folders, desc=f"stage {stage}", unit="mouse")):
+        evaluate_sample(report, read(folder, model, stage), folder.name, settings, model, training, lpips)
+    measured = {record["method"] for record in report.records}
+    told = describe(stage, settings.baselines, training)
+    memory = "the most that the whole process held, libraries and weights included; left out where that cannot be told"
+    if model.device.type == "cuda":
+        memory = "the most that torch held on the GPU, weights included"
+    report.notes = [*notes, f"Memory: {memory}. Seconds: from input to the rendered views compared."]
+    told = {method: text for method, text in told.items() if method in measured}
+    head, artifacts = head_of(settings, model), model.artifacts
+    facts = {"data": f"{head['data']}, {len(folders)} mice", "rig": artifacts.rig.name}
+    facts |= {name: str(head["artifacts"][name]) for name in ("unet", "gslrm") if head["artifacts"][name]}
+    if stage != "2":
+        steps, guidance = artifacts.num_steps, artifacts.guidance_scale
+        facts["sampling"] = f"{artifacts.options.sampler}, {steps} steps, guidance {guidance:g}"
+    facts |= {"seed": str(settings.seed), "commit": head["git"]}
+    return report.write(settings.output_dir, head, facts, told)
+
+
+def evaluate_sample(
+    report: Report, sample: Sample, name: str, settings: EvaluationSettings, model: MouseFaceLift,
+    training: TrainingMice | None, lpips,
+) -> None:  # fmt: skip
+    """Measures one mouse: the model, timed, then the baselines; what they give goes into the report."""
+    stage, rig, generated = settings.stage, model.rig, None
+    splits, reference = splits_of(stage, sample, rig), rig.reference_view
+    with measure_cost(model.device) as cost:  # the model alone: baselines are not what a user runs
+        if stage != "2":
+            generated = model.generate(sample.rgba[reference], seed=settings.seed)
+        if stage == "1":
+            own = predict_generated(generated, sample, splits)
+        else:
+            gaussians = reconstruct_sample(model, sample) if generated is None else model.predict(generated)
+            own = predict_gaussians(gaussians, sample, splits)
+    others = predict_baselines(stage, settings.baselines, sample, model, generated=generated, training=training)
+    if stage == "full":  # the same views before Stage 2: whether it gains or loses
+        rig_views = {split: views for split, views in splits.items() if split == OTHER_RIG_VIEWS}
+        others = {GENERATED: predict_generated(generated, sample, rig_views), **others}
+    side = side_shown(sample, reference)
+    head = {"sample": name} | ({"input_shows": side} if side else {})
+    records = records_of(head, {OWN[stage]: own, **others}, sample, reference, lpips)
+    report.records += records
+    asset = {"sample": name, **cost}
+    if generated is not None:
+        asset["consistency"] = consistency_of(generated, sample, rig, with_copy="copy" in settings.baselines)
+    report.assets.append(asset)
+    shown = next((label for label in (HULL_OF_GENERATED, HULL_OF_TRUE.get(stage), NEAREST) if label in others), None)
+    between = generated if stage == "full" else None
+    rows = ["truth", *(["painted views"] if between else []), OWN[stage], *([shown] if shown else [])]
+    report.rows = ", ".join(rows)
+    quality = mean([record for record in records if record["method"] == OWN[stage]], "foreground_psnr")
+    report.show(name, quality, image_rows(sample, reference, own, others.get(shown), between))
+
+
+def run_sweeps(
+    settings: EvaluationSettings, model: MouseFaceLift, info: dict, folders: Sequence[Path], lpips, notes: list[str]
+) -> str:
+    """Measures every level of every factor that has values."""
+    scale, rig, size = None, model.rig, model.network.config.image_tokenizer.image_size
+    if settings.camera_noise_mm:
+        source = (settings.data.parent / "dataset.json").as_posix()
+        scale, note = find_world_units_per_mm(info, settings.world_units_per_mm, source)
+        notes.append(f"Camera positions: {note}.")
+    if settings.camera_noise_px:
+        notes.append(f"Pixels are those of the model's input, {size} x {size}.")
+    sweeps = plan_sweeps({factor: getattr(settings, factor) for factor in SWEEPS}, rig, scale)
+    records, sheets = [], {factor: [] for factor in sweeps}
+    for folder in stoppable(tqdm(folders, desc="sweeps", unit="mouse")):
+        sample = read(folder, model, "2")
+        splits, made = splits_of(settings.stage, sample, rig), None
+        if settings.stage == "full":
+            made = model.predict(model.generate(sample.rgba[rig.reference_view], seed=settings.seed))
+        for level, predictions in predict_levels(
+            model, sample, folder.name, sweeps, splits, seed=settings.seed, gaussians=made
+        ):
+            head = {"factor": level.factor, "value": level.value, "sample": folder.name}
+            records += records_of(head, {"model": predictions}, sample, rig.reference_view, lpips)
+            if folder == folders[0]:  # one mouse shows what a level does
+                shown, sheet = next(iter(predictions.values())), sheets[level.factor]
+                sheet += [shown.rgb] if sheet else [shown.target, shown.rgb]
+    for factor, images in sheets.items():
+        write_image(settings.output_dir / f"sheet_{factor}.png", grid(torch.cat(images), columns=len(images[0])))
+    title = f"{len(folders)} mice, {', '.join(splits)}; line: mean over views, band: middle half"
+    return write_sweeps(settings.output_dir, sweeps, records, head_of(settings, model), title, notes)
+
+
+def read(folder: Path, model: MouseFaceLift, stage: str) -> Sample:
+    """Returns a sample at the size of the stage's model, with depth if Stage 2 is measured and the sample has it."""
+    size = model.network.config.image_tokenizer.image_size if stage == "2" else model.image_size
+    return read_sample(folder, image_size=size, with_depth=stage != "1" and (folder / "depth").is_dir())
+
+
+@contextmanager
+def measure_cost(device: torch.device) -> Iterator[dict[str, float]]:
+    """Fills the dict it yields with `seconds` and, where it can be told, `peak_memory_mib`.
+
+    CUDA: the most that torch held on the card, weights included. CPU: the most that the process held, libraries and
+    weights included, where the kernel lets its high-water mark be reset.
     """
-
-    rgb: Tensor
-    mask: Tensor
-    truth: Tensor
-    views: tuple[int, ...] = ()
-    depth: Tensor | None = None
-    true_depth: Tensor | None = None
-
-    @property
-    def target(self) -> Tensor:
-        """The true views [n, 3, h, w] on white."""
-        return composite(self.truth, 1.0)
-
-
-def compare(
-    sample: Sample, views: Sequence[int], rgb: Tensor, mask: Tensor, depth: Tensor | None = None
-) -> Prediction:  # fmt: skip
-    """Pictures of the sample's `views` beside the truth."""
-    views = list(views)
-    true_depth = None if sample.depth is None else sample.depth[views]
-    return Prediction(rgb, mask, sample.rgba[views], tuple(views), depth, true_depth)
+    cost: dict[str, float] = {}
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    known = on_gpu or reset_peak()  # some containers do not let the kernel's mark be reset
+    started = time.perf_counter()
+    yield cost
+    if on_gpu:
+        torch.cuda.synchronize(device)
+    cost["seconds"] = time.perf_counter() - started
+    if known:
+        cost["peak_memory_mib"] = (torch.cuda.max_memory_allocated(device) if on_gpu else peak_bytes()) / 2**20
 
 
-# ---- what each stage is compared on ---------------------------------------------------------------------------------
-
-
-def splits_of(stage: str, sample: Sample, rig: ViewRig) -> dict[str, list[int]]:
-    """Views that a stage ("1", "2" or "full") is compared on, by name of the split; no view is an input.
-
-    A sample without extra views (a real recording) leaves Stage 2 nothing but its inputs, under a name that says so.
-    """
-    others = [view for view in range(rig.num_views) if view != rig.reference_view]
-    extra = list(range(rig.num_views, len(sample.rgba)))
-    if stage == "1":
-        return {OTHER_RIG_VIEWS: others}
-    if stage == "2":
-        return {NOVEL: extra} if extra else {RIG_VIEWS: list(range(rig.num_views))}
-    return {NOVEL: extra, OTHER_RIG_VIEWS: others} if extra else {OTHER_RIG_VIEWS: others}
-
-
-def paint(components: Components, artifacts: Artifacts, sample: Sample, *, seed: int) -> PosedViews:
-    """Stage 1 on the sample's input view, which stands for itself among the views."""
-    picture = sample.rgba[artifacts.rig.reference_view]
-    return paint_views(components, artifacts, picture, seed=seed, keep_input_view=True)
-
-
-def predict_stage1(painted: PosedViews, sample: Sample, splits: dict[str, list[int]]) -> dict[str, Prediction]:
-    """By split: the painted views against the sample's; their masks are read off the white."""
+def head_of(settings: EvaluationSettings, model: MouseFaceLift) -> dict:
+    """Returns what was measured, for metrics.json."""
+    artifacts = model.artifacts
     return {
-        split: compare(sample, views, painted.rgb[views], mask_from_white(painted.rgb[views]))
-        for split, views in splits.items()
-    }
-
-
-def reconstruct_sample(
-    model: GSLRM, sample: Sample, num_rig_views: int, device: torch.device, *,
-    views: tuple[int, ...] | None = None, seen_cameras: Cameras | None = None,
-) -> Gaussians:  # fmt: skip
-    """Stage 2 on the sample's true rig views. views: which of them go in; None: all.
-
-    seen_cameras: [num_rig_views], what the model is told instead of the truth.
-    """
-    chosen = list(range(num_rig_views)) if views is None else list(views)
-    cameras = (sample.cameras[:num_rig_views] if seen_cameras is None else seen_cameras)[chosen]
-    return reconstruct(model, views_of_sample(sample.rgba[chosen], cameras), device)
-
-
-def predict_gaussians(
-    gaussians: Gaussians, sample: Sample, splits: dict[str, list[int]], device: torch.device
-) -> dict[str, Prediction]:
-    """By split: the Gaussians [1, n] as the sample's own cameras see them."""
-    return {split: render_views(gaussians, sample, views, device) for split, views in splits.items()}
-
-
-@torch.no_grad()
-def render_views(gaussians: Gaussians, sample: Sample, views: Sequence[int], device: torch.device) -> Prediction:
-    """The Gaussians [1, n] from the sample's own cameras, on white."""
-    from gslrm.model.gaussians_renderer import render
-
-    output = render(gaussians, sample.cameras[list(views)][None].to(device), background=1.0)
-    rgb, mask, depth = output.rgb[0].cpu().clamp(0, 1), output.alpha[0].cpu(), output.mean_depth(SURFACE)[0].cpu()
-    return compare(sample, views, rgb, mask, depth)
-
-
-# ---- numbers --------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def measure(prediction: Prediction, lpips: torch.nn.Module | None = None) -> list[dict[str, float]]:
-    """Metrics of every view (METRICS). foreground_*: inside the true mask. lpips: with its network (`load_lpips`).
-
-    depth_error: see `depth_errors`; only where both depths are there, and absent from a view in which they share no
-    surface.
-    """
-    rgb, target, mask = prediction.rgb, prediction.target, prediction.truth[:, 3:]
-    columns = {
-        "foreground_psnr": foreground_psnr(rgb, target, mask), "psnr": psnr(rgb, target),
-        "foreground_ssim": foreground_ssim(rgb, target, mask), "ssim": ssim(rgb, target),
-        "mask_iou": mask_iou(prediction.mask, mask),
+        "stage": settings.stage, "data": settings.data.as_posix(),
+        "train_data": settings.train_data and settings.train_data.as_posix(), "rig": artifacts.rig.to_dict(),
+        "artifacts": artifacts.describe(), "num_steps": artifacts.num_steps,
+        "guidance_scale": artifacts.guidance_scale, "seed": settings.seed, "git": git_hash(),
     }  # fmt: skip
-    if prediction.depth is not None and prediction.true_depth is not None:
-        columns["depth_error"] = depth_errors(prediction)
-    if lpips is not None:
-        device = next(lpips.parameters()).device
-        whole, inside = lpips_distances(lpips, rgb.to(device), target.to(device), mask.to(device))
-        columns["foreground_lpips"], columns["lpips"] = inside.cpu(), whole.cpu()
-    records = [{name: columns[name][view].item() for name in METRICS if name in columns} for view in range(len(rgb))]
-    return [{name: value for name, value in record.items() if not math.isnan(value)} for record in records]
-
-
-def depth_errors(prediction: Prediction) -> Tensor:
-    """Mean absolute difference of depth [n], world units along the optical axis, over the pixels that both show.
-
-    Those pixels only: what is missing or too much is the mask's IoU. nan where there are none.
-    """
-    shown = (prediction.mask >= SURFACE) & (prediction.depth > 0)
-    there = (prediction.truth[:, 3:] > SURFACE) & (prediction.true_depth > 0)
-    common = (shown & there).float()
-    difference = ((prediction.depth - prediction.true_depth).abs() * common).flatten(1).sum(1)
-    return difference / common.flatten(1).sum(1)
-
-
-def measure_consistency(rgb: Tensor, cameras: Cameras) -> dict[str, float]:
-    """mask, colour and score of `view_consistency`, with masks read off the white: painted and true views alike."""
-    figures = view_consistency(rgb, mask_from_white(rgb), cameras)
-    return {name: figures[name] for name in ("score", "mask", "colour")}
-
-
-def angle_from_input(cameras: Cameras, reference: int) -> list[float]:
-    """Degrees 0..180 about the world's axis between each view [v] and the input view, to a tenth."""
-    azimuth = cameras.azimuth_deg.double()
-    return [round(abs((float(a) + 180.0) % 360.0 - 180.0), 1) for a in azimuth - azimuth[reference]]
-
-
-def direction_of(angle_deg: float) -> str:
-    """The name in DIRECTIONS of an angle from the input view, 0..180."""
-    return next(name for name, limit in DIRECTIONS.items() if angle_deg <= limit)
-
-
-def side_shown(sample: Sample, reference: int) -> str | None:
-    """The name in SIDES of what the input view shows; None where the sample does not say where the nose points."""
-    heading = sample.extra.get("synthetic", {}).get("heading_deg")
-    if heading is None:
-        return None
-    quarter = round((heading - float(sample.cameras.azimuth_deg[reference])) / 90.0) % 4
-    return SIDES[90 * quarter]
-
-
-# ---- summaries ------------------------------------------------------------------------------------------------------
-
-
-def metric_names(records: list[dict]) -> list[str]:
-    """The metrics that any of the records holds, in a fixed order."""
-    return [name for name in METRICS if any(name in record for record in records)]
-
-
-def summarise(records: list[dict], names: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
-    """Per metric the mean, median and the value that the worst 5 % of the records do not exceed.
-
-    names: which; None: all metrics that the records hold. A metric that no record holds is left out.
-    """
-    summary = {}
-    for name in metric_names(records) if names is None else names:
-        values = [record[name] for record in records if name in record]
-        if not values:
-            continue
-        values.sort(reverse=name in SMALLER_IS_BETTER)
-        summary[name] = {
-            "mean": statistics.fmean(values),
-            "median": statistics.median(values),
-            "worst_5_percent": values[max(0, round(WORST_SHARE * len(values)) - 1)],
-        }
-    return summary
-
-
-def mean_by(records: list[dict], key: str, name: str) -> dict[str, float]:
-    """Mean of the metric `name` by value of `key`, in order of appearance; values whose records lack it are absent."""
-    return {
-        value: statistics.fmean(numbers)
-        for value in dict.fromkeys(record[key] for record in records)
-        if (numbers := [record[name] for record in records if record[key] == value and name in record])
-    }
-
-
-def margins(records: list[dict], of: str, split: str) -> list[dict]:
-    """How far the method `of` lies above each other one, mouse by mouse: rows with method, and per metric the mean
-    difference, its standard error over mice and the share of mice on which it is better."""
-    rows, chosen = [], [record for record in records if record["split"] == split]
-    own = [record for record in chosen if record["method"] == of]
-    for method in dict.fromkeys(record["method"] for record in chosen):
-        other = [record for record in chosen if record["method"] == method]
-        if method == of or not own:
-            continue
-        row: dict = {"method": method}
-        for name in ("foreground_psnr", "mask_iou"):
-            mine, theirs = mean_by(own, "sample", name), mean_by(other, "sample", name)
-            differences = [mine[sample] - theirs[sample] for sample in mine if sample in theirs]
-            spread = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else 0.0
-            row[name] = {
-                "mean": statistics.fmean(differences), "standard_error": spread,
-                "better_share": sum(difference > 0 for difference in differences) / len(differences),
-            }  # fmt: skip
-        rows.append(row)
-    return rows
-
-
-# ---- one sample -----------------------------------------------------------------------------------------------------
-
-
-def records_of(
-    head: dict, predictions: dict[str, dict[str, Prediction]], angles: list[float], lpips: torch.nn.Module | None
-) -> list[dict]:
-    """One record per method, split and view. predictions: method -> split -> prediction. angles: `angle_from_input`."""
-    return [
-        {
-            **head, "method": method, "split": split, "view": view, "angle_deg": angles[view],
-            "direction": direction_of(angles[view]), **metrics,
-        }
-        for method, by_split in predictions.items()
-        for split, prediction in by_split.items()
-        for view, metrics in zip(prediction.views, measure(prediction, lpips))
-    ]  # fmt: skip
-
-
-def consistency_of(painted: PosedViews, sample: Sample, num_rig_views: int, *, copied: Tensor | None) -> dict:
-    """By whose views: figures of `measure_consistency`, and as a share of the true views' own score (`of_truth`).
-
-    copied: [3, h, w], the input view as all views, if that is wanted beside them.
-    """
-    cameras = sample.cameras[:num_rig_views]
-    sets = {"painted views": painted.rgb, "true views": composite(sample.rgba[:num_rig_views], 1.0)}
-    if copied is not None:
-        sets["input copied"] = copied.expand(num_rig_views, -1, -1, -1)
-    found = {name: measure_consistency(rgb, cameras) for name, rgb in sets.items()}
-    own = found["true views"]["score"]
-    return {name: {**figures, "of_truth": figures["score"] / own} for name, figures in found.items()}

@@ -7,24 +7,25 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
-from evaluation.evaluate import Prediction, predict_gaussians, reconstruct_sample
+from evaluation.methods import Predictions, Splits, predict_gaussians, reconstruct_sample
+from evaluation.report import group_by, metrics_table, plot_sweep, summarise
 from gslrm.model.gaussians import FilterSettings, filter_gaussians
-from multiview.camera_noise import perturb
-from multiview.rig import ViewRig
+from multiview.cameras import perturb
+from multiview.files import atomic_write, write_json
 from multiview.run import make_generator
 from synthetic.dataset import BODY_LENGTH_MM
 from synthetic.skeleton import BODY_LENGTH
 
 if TYPE_CHECKING:
     from gslrm.model.gaussians import Gaussians
-    from gslrm.model.gslrm import GSLRM
+    from multiview.rig import ViewRig
     from multiview.sample import Sample
+    from pipeline import MouseFaceLift
 
 FACTORS = {  # flag -> what its values are
     "camera_noise_deg": "camera rotation error, standard deviation in degrees",
@@ -34,7 +35,6 @@ FACTORS = {  # flag -> what its values are
     "min_opacity": "filter: least opacity kept, the rest as in the preset 'animal'",
     "max_scaling": "filter: largest standard deviation kept in world units, the rest as in the preset 'animal'",
 }
-FILTERS = ("min_opacity", "max_scaling")  # factors that act on the Gaussians, whoever made them
 MM_CALIBRATIONS = ("new_cam.pkl",)  # formats whose unit of length is the millimetre
 
 
@@ -42,7 +42,7 @@ MM_CALIBRATIONS = ("new_cam.pkl",)  # formats whose unit of length is the millim
 class Level:
     """One setting of one factor; everything else is at its best (no noise, all views, no filter).
 
-    translation: world units. pixels: of the model's input pictures. views: which rig views go in. filters: None keeps
+    translation: world units. pixels: of the model's input images. views: which rig views go in. filters: None keeps
     every Gaussian.
     """
 
@@ -58,43 +58,34 @@ class Level:
     def name(self) -> str:
         return f"{self.factor}={self.value:g}"
 
-    def is_undisturbed(self, rig: ViewRig) -> bool:
-        """Whether the Gaussians, before any filter, are those of true cameras and all views."""
-        return not (self.rotation_deg or self.translation or self.pixels) and len(self.views) == rig.num_views
-
 
 def plan_sweeps(
-    values: dict[str, list[float]], rig: ViewRig, world_units_per_mm: float | None
+    values: Mapping[str, Sequence[float]], rig: ViewRig, world_units_per_mm: float | None
 ) -> dict[str, list[Level]]:
-    """Levels by factor. values: by factor (FACTORS); factors without values are left out.
+    """Returns the levels by factor. values: by factor (FACTORS); factors without values are left out.
 
     Raises ValueError for counts of views that the rig does not have, and for mm without a scale.
     """
-    everything = tuple(range(rig.num_views))
-    sweeps = {}
-    for factor, numbers in values.items():
-        if factor == "num_input_views":
-            sweeps[factor] = [Level(factor, number, spread_views(rig, int(number))) for number in numbers]
-        elif factor == "camera_noise_mm":
-            if world_units_per_mm is None:
-                raise ValueError("camera_noise_mm needs the length of a millimetre: pass --world_units_per_mm")
-            sweeps[factor] = [Level(factor, mm, everything, translation=mm * world_units_per_mm) for mm in numbers]
-        elif factor == "camera_noise_deg":
-            sweeps[factor] = [Level(factor, degrees, everything, rotation_deg=degrees) for degrees in numbers]
-        elif factor == "camera_noise_px":
-            sweeps[factor] = [Level(factor, pixels, everything, pixels=pixels) for pixels in numbers]
-        elif factor in FILTERS:
-            sweeps[factor] = [
-                Level(factor, number, everything, filters=FilterSettings(**{factor: number}))
-                for number in numbers
-            ]
-        else:
-            raise ValueError(f"factor must be one of {', '.join(FACTORS)}, got {factor!r}")
-    return sweeps
+    if values.get("camera_noise_mm") and world_units_per_mm is None:
+        raise ValueError("camera_noise_mm needs the length of a millimetre: pass --world_units_per_mm")
+
+    everything, mm = tuple(range(rig.num_views)), world_units_per_mm or 0.0
+    settings = {  # factor -> what a value of it changes
+        "camera_noise_deg": lambda value: {"rotation_deg": value},
+        "camera_noise_mm": lambda value: {"translation": value * mm},
+        "camera_noise_px": lambda value: {"pixels": value},
+        "num_input_views": lambda value: {"views": spread_views(rig, int(value))},
+        "min_opacity": lambda value: {"filters": FilterSettings(min_opacity=value)},
+        "max_scaling": lambda value: {"filters": FilterSettings(max_scaling=value)},
+    }
+    return {
+        factor: [Level(factor, value, **{"views": everything, **settings[factor](value)}) for value in numbers]
+        for factor, numbers in values.items() if numbers
+    }  # fmt: skip
 
 
 def spread_views(rig: ViewRig, count: int) -> tuple[int, ...]:
-    """`count` of the rig's views, the reference view among them, as far apart in azimuth as can be; in rig order.
+    """Returns `count` of the rig's views, the reference view among them, as far apart in azimuth as can be.
 
     Of all choices the one whose views, as equal charges on a circle, have the least energy (the sum of 1 / chord); ties
     go to the first in rig order. mouse6: 2 -> 0, 3; 3 -> 0, 2, 4; 4 -> 0, 1, 3, 4.
@@ -108,12 +99,12 @@ def spread_views(rig: ViewRig, count: int) -> tuple[int, ...]:
         # Rounded: choices that are turned copies of one another are ties. Views above one another are at 1e6.
         return round(sum(1 / max(chord, 1e-6) for chord in chords), 9)
 
-    choices = (choice for choice in itertools.combinations(range(rig.num_views), count) if rig.reference_view in choice)
-    return min(choices, key=energy)
+    choices = itertools.combinations(range(rig.num_views), count)
+    return min((choice for choice in choices if rig.reference_view in choice), key=energy)
 
 
 def find_world_units_per_mm(info: dict, given: float | None, source: str) -> tuple[float, str]:
-    """World units per mm of a dataset, and on what that rests. info: its dataset.json. given: the user's own figure.
+    """Returns world units per mm of a dataset, and what that rests on. info: its dataset.json. given: by the user.
 
     Recordings: the scale they were imported with, where the calibration's format fixes the unit as mm. Synthetic mice:
     their nominal body (BODY_LENGTH world units) is taken as an adult mouse's (BODY_LENGTH_MM).
@@ -143,36 +134,58 @@ def find_world_units_per_mm(info: dict, given: float | None, source: str) -> tup
 
 
 def predict_levels(
-    model: GSLRM, sample: Sample, name: str, rig: ViewRig, sweeps: dict[str, list[Level]],
-    splits: dict[str, list[int]], device: torch.device, *, seed: int, gaussians: Gaussians | None = None,
-) -> Iterator[tuple[Level, dict[str, Prediction]]]:  # fmt: skip
-    """One sample at every level of every sweep, by split. The noise depends on (seed, name, level) alone.
+    model: MouseFaceLift, sample: Sample, name: str, sweeps: Mapping[str, list[Level]], splits: Splits, *, seed: int,
+    gaussians: Gaussians | None = None,
+) -> Iterator[tuple[Level, Predictions]]:  # fmt: skip
+    """Yields one sample at every level of every sweep, by split. The noise depends on (seed, name, level) alone.
 
-    gaussians: those of the undisturbed model, where they are made already (the chain's); else Stage 2 makes them.
+    gaussians: those of the undisturbed model, where they are made already (both stages'); else Stage 2 makes them.
     What levels have in common is computed once.
     """
     undisturbed = None
     for level in itertools.chain(*sweeps.values()):
-        plain = level.is_undisturbed(rig)
-        if plain and level.filters is None and undisturbed is not None:
+        noise = {"rotation_deg": level.rotation_deg, "translation": level.translation, "pixels": level.pixels}
+        plain = not any(noise.values()) and len(level.views) == model.rig.num_views
+        if plain and level.filters is None and undisturbed is not None:  # e.g. no noise, and all views, are one level
             yield level, undisturbed
             continue
-        if plain and gaussians is None:
-            gaussians = reconstruct_sample(model, sample, rig.num_views, device)
-        made = gaussians if plain else _disturbed(model, sample, name, rig, level, device, seed)
-        if level.filters is not None:
-            made = filter_gaussians(made, level.filters)
-        predictions = predict_gaussians(made, sample, splits, device)
-        if plain and level.filters is None:
-            undisturbed = predictions
+        if plain:
+            gaussians = reconstruct_sample(model, sample) if gaussians is None else gaussians
+            made = gaussians
+        else:
+            # Keyed on the mouse and the level, so that a level's figures do not depend on what else is swept.
+            generator = make_generator(seed, name, level.name)
+            noisy = perturb(sample.cameras[: model.rig.num_views], **noise, generator=generator)
+            made = reconstruct_sample(model, sample, level.views, noisy)
+        made = made if level.filters is None else filter_gaussians(made, level.filters)
+        predictions = predict_gaussians(made, sample, splits)
+        undisturbed = predictions if plain and level.filters is None else undisturbed
         yield level, predictions
 
 
-def _disturbed(
-    model: GSLRM, sample: Sample, name: str, rig: ViewRig, level: Level, device: torch.device, seed: int
-) -> Gaussians:
-    cameras = perturb(
-        sample.cameras[: rig.num_views], rotation_deg=level.rotation_deg, translation=level.translation,
-        pixels=level.pixels, generator=make_generator(seed, name, level.name),
-    )  # fmt: skip
-    return reconstruct_sample(model, sample, rig.num_views, device, views=level.views, seen_cameras=cameras)
+def write_sweeps(
+    folder: Path, sweeps: Mapping[str, list[Level]], records: list[dict], head: dict, title: str, notes: list[str]
+) -> str:
+    """Writes metrics.json, table.md and a plot per factor; returns the Markdown. records: with factor and value."""
+    tables, summaries = [], {}
+    for factor, levels in sweeps.items():
+        rows = group_by(records, "factor")[factor,]
+        by_value = group_by(rows, "value")
+        tables.append(metrics_table(FACTORS[factor], rows, {"value": factor}).markdown())
+        if factor == "num_input_views":
+            used = (f"{len(level.views)}: {', '.join(map(str, level.views))}" for level in levels)
+            notes = [*notes, f"Input views used, numbered in rig order: {'; '.join(used)}."]
+        summaries[factor] = [
+            {
+                "value": level.value, "views": list(level.views), "rotation_deg": level.rotation_deg,
+                "translation_world_units": level.translation, "pixels": level.pixels,
+                "filters": level.filters and asdict(level.filters), **summarise(by_value[level.value,]),
+            }
+            for level in levels
+        ]  # fmt: skip
+        plot_sweep(folder / f"sweep_{factor}.png", rows, FACTORS[factor], title)
+    text = "\n".join([*tables, *(note + "\n" for note in notes)])
+    write_json(folder / "metrics.json", head | {"sweeps": summaries, "notes": notes, "views": records})
+    with atomic_write(folder / "table.md") as temporary:
+        temporary.write_text(text)
+    return text

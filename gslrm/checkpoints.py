@@ -25,9 +25,8 @@ from multiview.checkpoint import (
     read_sidecar,
     save_checkpoint,
 )
-from multiview.config import config_to_dict, load_config
+from multiview.config import load_config
 from multiview.rig import ViewRig
-from multiview.run import git_hash
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +58,18 @@ def resolve_checkpoint(path: Path | str) -> Path:
         hint = " FaceLift's weights (huggingface.co/wlyu/OpenFaceLift, non-commercial research) go there"
     hint = hint or " Train one with train_gslrm.py"
     raise ValueError(f"GS-LRM checkpoint {path} does not exist.{hint}; nothing is used in its place")
+
+
+def find_start(config: GSLRMConfig) -> tuple[Path | None, bool, bool]:
+    """Returns where a run starts (None: random weights), whether with optimizer, schedule and counters, and whether
+    that is the run's own newest checkpoint. Raises ValueError if `resume_ckpt` does not exist."""
+    options = config.training.checkpointing
+    own = newest_checkpoint(options.checkpoint_dir, PATTERN)
+    if own is not None:
+        return own, True, True
+    if not options.resume_ckpt:
+        return None, False, False
+    return resolve_checkpoint(options.resume_ckpt), not config.training.optimizer.reset_training_state, False
 
 
 def model_weights(checkpoint: Mapping, source: Path) -> dict[str, Tensor]:
@@ -99,9 +110,9 @@ def load_weights(model: GSLRM, path: Path) -> None:
 
 def read_checkpoint_rig(path: Path) -> ViewRig | None:
     """The rig of a checkpoint: its sidecar's, else the folder's `rig.json`, else None (public weights carry none)."""
-    sidecar = read_sidecar(path)
-    if sidecar is not None and sidecar.get("rig"):
-        return ViewRig.from_dict(sidecar["rig"], f"{path}.json")
+    rig = (read_sidecar(path) or {}).get("rig")
+    if rig:
+        return ViewRig.from_dict(rig, f"{path}.json")
     return read_rig(path.parent)
 
 
@@ -122,10 +133,6 @@ def load_gslrm(
     model = GSLRM(model_config)
     load_weights(model, path)
     return model.eval().to(device), read_checkpoint_rig(path), path
-
-
-def sidecar(config: GSLRMConfig, rig: ViewRig, step: int) -> dict:
-    return {"config": config_to_dict(config), "rig": rig.to_dict(), "step": step, "git": git_hash()}
 
 
 def export_weights(

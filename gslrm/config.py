@@ -5,8 +5,11 @@ Keys that FaceLift's own files hold and that change nothing here are listed in `
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass, replace
+from math import inf
 from typing import Literal
+
+from multiview.sampler import mixed_lists
 
 IGNORED_KEYS = (
     "profile", "debug", "model.class_name", "model.half_bbx_size", "training.dataset.normalize_distance_to",
@@ -75,17 +78,18 @@ class RuntimeConfig:
     grad_clip_norm: float = 1.0
     allowed_gradnorm_factor: float = 20.0  # an update whose norm exceeds clip x this is skipped and counted
     grad_checkpoint_every: int = 1  # blocks recomputed together in the backward pass; 0 = off
-    torch_compile: bool = False  # compile the transformer blocks; the first passes then take minutes
+    torch_compile: bool = False  # compile the transformer blocks; the first iterations then take minutes
     recompute_rendering: bool = False  # draw again in the backward pass instead of keeping everything: less memory
     raster_backend: str = "auto"
     ema_decay: float = 0.0  # 0 = off
+    budget_s: float | None = None  # seconds after which the run saves itself and stops; repeating continues it
 
 
 @dataclass
 class CameraNoiseConfig:
     """Standard deviations of the error in the cameras that the model is told, drawn for each input view by itself."""
 
-    rotation_deg: float = 0.0  # about the camera centre
+    rotation_deg: float = 0.0  # about the camera center
     translation: float = 0.0  # world units, along each axis
     pixels: float = 0.0  # principal point, at model.image_tokenizer.image_size
 
@@ -103,7 +107,7 @@ class AugmentationConfig:
 @dataclass
 class MixConfig:
     dataset_path: str
-    ratio: float  # of the training items, in whole hundredths
+    ratio: float  # of the training items, rounded to hundredths
 
 
 @dataclass
@@ -114,7 +118,7 @@ class DatasetConfig:
     num_input_views: int = 6
     random_view_selection: bool = False  # inputs drawn at random instead of the rig's first ones
     maximize_view_overlap: bool = False  # random targets must see what some input sees
-    overlap_rule: Literal["normalised", "upstream"] = "normalised"  # upstream: FaceLift's, by unnormalised positions
+    overlap_rule: Literal["normalised", "upstream"] = "normalised"  # upstream: FaceLift's, by unnormalized positions
     target_has_input: bool = True  # inputs are targets too
     background_color: Literal["white", "gray", "black", "random"] = "white"
     on_bad_sample: Literal["error", "skip"] = "error"  # skip: unreadable ones are left out and logged, at start
@@ -147,10 +151,10 @@ class LossesConfig:
     masked_pixelalign_loss: bool = True  # weighted by alpha
     pixelalign_normalisation: Literal["upstream", "foreground"] = "upstream"  # masked form: over all pixels' number
     masked_pointsdist_loss: bool = False  # over alpha > 0.5; needed with model.prune_background_tokens
-    warmup_pointsdist: bool = False  # first 1000 passes: points distance (0.1) instead of l2 and perceptual
+    warmup_pointsdist: bool = False  # first 1000 iterations: points distance (0.1) instead of l2 and perceptual
     direct_loss_weight: float = 0.0  # to the true surface points; needs depth maps in the dataset
     direct_loss_weight_after: float = 0.0  # once direct_warmup_steps are over
-    direct_warmup_steps: int = 0  # passes without rendering, direct losses alone
+    direct_warmup_steps: int = 0  # iterations without rendering, direct losses alone
     direct_scale_px: float = 0.7  # target scale of a pixel's Gaussian, in pixel footprints
     vgg_folder: str = "checkpoints/vgg"
 
@@ -184,7 +188,7 @@ class AdaptationConfig:
 class ScheduleConfig:
     max_fwdbwd_passes: int = 20000
     warmup: int = 500  # parameter updates
-    l2_warmup_steps: int = 0  # passes without LPIPS and perceptual loss
+    l2_warmup_steps: int = 0  # iterations without LPIPS and perceptual loss
 
 
 @dataclass
@@ -192,9 +196,10 @@ class CheckpointingConfig:
     resume_ckpt: str | None = None  # file or folder to start from; None = random weights
     allow_rig_change: bool = False  # start weights may carry another rig than the dataset's
     checkpoint_dir: str = "checkpoints/gslrm/run"
-    checkpoint_every: int = 500  # passes
+    checkpoint_every: int = 500  # iterations
     checkpoints_total_limit: int = 3
     export_dir: str | None = None  # where the finished network goes in float16, to ship it
+    skip_digest: bool = False  # resume without comparing files with their digests
 
 
 @dataclass
@@ -208,7 +213,7 @@ class WandbConfig:
 
 @dataclass
 class LoggingConfig:
-    print_every: int = 20  # passes
+    print_every: int = 20  # iterations
     vis_every: int = 250
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
@@ -229,7 +234,7 @@ class TrainingConfig:
 @dataclass
 class ValidationConfig:
     enabled: bool = True
-    val_every: int = 500  # passes
+    val_every: int = 500  # iterations
     dataset_path: str = "data_mouse/data_mouse_val.txt"
     num_samples: int = 8
 
@@ -243,22 +248,58 @@ class GSLRMConfig:
 
 
 def model_config_from_dict(content: dict, source: str) -> ModelConfig:
-    """The model section of a checkpoint's sidecar as ModelConfig. Raises ValueError for keys that do not exist."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+    """Returns the model section of a checkpoint's sidecar as ModelConfig.
 
-    try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), content))
-    except OmegaConfBaseException as error:
-        raise ValueError(f"{source}: key model.{error.full_key}: {str(error).splitlines()[0]}") from error
+    Raises ValueError for keys that do not exist and for values of another type than the default's.
+    """
+
+    def build(default: object, values: object, key: str):
+        if not is_dataclass(default):
+            whole = type(default) is float and type(values) is int  # JSON writes 1.0 as 1 now and then
+            if default is not None and type(values) is not type(default) and not whole:
+                raise ValueError(f"{source}: {key} must be a {type(default).__name__}, got {values!r}")
+            return values
+        known = vars(default)
+        if not isinstance(values, dict) or not set(values) <= set(known):
+            unknown = sorted(set(values) - set(known)) if isinstance(values, dict) else [repr(values)]
+            raise ValueError(f"{source}: unknown keys {', '.join(f'{key}.{name}' for name in unknown)}")
+        return replace(default, **{name: build(known[name], value, f"{key}.{name}") for name, value in values.items()})
+
+    return build(ModelConfig(), content, "model")
+
+
+def size_of(config: GSLRMConfig) -> tuple[float, float, float]:
+    """Lower bounds: parameters, parameters that train, and bytes of a batch."""
+    transformer, training = config.model.transformer, config.training
+    pixels = training.dataset.num_views * config.model.image_tokenizer.image_size**2
+    parameters, adaptation = 12.0 * transformer.n_layer * transformer.d**2, training.adaptation
+    is_partial = adaptation.lora_rank or adaptation.trainable_layers is not None
+    return parameters, 0.0 if is_partial else parameters, 16.0 * pixels * training.dataloader.batch_size_per_gpu
 
 
 def check_config(config: GSLRMConfig) -> None:
     """Refuses combinations that cannot train. Raises ValueError naming the key, what was expected and why."""
     training, model = config.training, config.model
     dataset, losses, runtime = training.dataset, training.losses, training.runtime
-    uses_pointsdist = losses.pointsdist_loss_weight > 0 or losses.warmup_pointsdist
     views, inputs, every = dataset.num_views, dataset.num_input_views, training.checkpointing.checkpoint_every
+    for key, value, low, high in (
+        ("model.image_tokenizer.image_size", model.image_tokenizer.image_size, 1, 2**16),
+        ("model.transformer.n_layer", model.transformer.n_layer, 1, 10_000),
+        ("training.runtime.grad_accum_steps", runtime.grad_accum_steps, 1, inf),
+        ("training.dataloader.batch_size_per_gpu", training.dataloader.batch_size_per_gpu, 1, inf),
+        ("training.dataloader.num_workers", training.dataloader.num_workers, 0, 512),
+        ("training.dataloader.prefetch_factor", training.dataloader.prefetch_factor, 1, 1024),
+        ("training.schedule.max_fwdbwd_passes", training.schedule.max_fwdbwd_passes, 1, inf),
+        ("training.checkpointing.checkpoint_every", training.checkpointing.checkpoint_every, 1, inf),
+        ("training.checkpointing.checkpoints_total_limit", training.checkpointing.checkpoints_total_limit, 1, inf),
+        ("training.logging.print_every", training.logging.print_every, 1, inf),
+        ("training.logging.vis_every", training.logging.vis_every, 1, inf),
+        ("validation.val_every", config.validation.val_every, 1, inf),
+        ("validation.num_samples", config.validation.num_samples, 1, inf),
+    ):
+        if not low <= value <= high:
+            raise ValueError(f"{key} must be within {low} to {high}, got {value}")
+    uses_pointsdist = losses.pointsdist_loss_weight > 0 or losses.warmup_pointsdist
     for wrong, message in (
         (inputs < 2,
          f"training.dataset.num_input_views must be at least 2, got {inputs}: Stage 2 triangulates between posed views "
@@ -289,21 +330,4 @@ def check_config(config: GSLRMConfig) -> None:
     for name, value in vars(augmentation.camera_noise).items():
         if value < 0:
             raise ValueError(f"{prefix}.camera_noise.{name} is a standard deviation and must be 0 or more, got {value}")
-    mix_percents(dataset)
-
-
-def mix_percents(dataset: DatasetConfig) -> list[int]:
-    """Of 100 training items, how many come from `dataset_path` and from each dataset of `mix`."""
-    percents = [round(part.ratio * 100) for part in dataset.mix]
-    for number, (part, percent) in enumerate(zip(dataset.mix, percents)):
-        if abs(part.ratio * 100 - percent) > 1e-6 or percent < 1:
-            raise ValueError(
-                f"training.dataset.mix[{number}].ratio must be a whole number of hundredths above 0, so that the "
-                f"proportions can hold exactly, got {part.ratio}"
-            )
-    if sum(percents) > 99:
-        raise ValueError(
-            f"training.dataset.mix: the ratios add up to {sum(percents) / 100:g}, which leaves nothing for "
-            f"training.dataset.dataset_path ({dataset.dataset_path}); make it the dataset with the rest of the items"
-        )
-    return [100 - sum(percents), *percents]
+    mixed_lists(dataset.dataset_path, [(part.dataset_path, part.ratio) for part in dataset.mix])

@@ -1,7 +1,7 @@
 """Stage 2's losses: pure functions from predictions and targets to per-sample values.
 
-Every function returns [b], normalised inside its sample. The mean over samples is then the same whether a batch is seen
-by one process or split over several, which a normalisation over the batch would break.
+Every function returns [b], normalized inside its sample. The mean over samples is then the same whether a batch is seen
+by one process or split over several, which a normalization over the batch would break.
 
 Each exists plain and foreground-masked. A mask is the true alpha of the target views (of the input views for the losses
 on Gaussians); a masked loss is the alpha-weighted mean over the sample's pixels, and 0 where no pixel is foreground.
@@ -27,7 +27,7 @@ NEEDS_RENDERING = set(NAMES[:6])
 MASKABLE = set(NAMES) - {"alpha", "background"}
 FOREGROUND_ALPHA = 0.5  # above it a pixel counts as the animal's where a pixel either counts or not
 POINTSDIST_SPREAD = 0.5  # world units of target standard deviation
-# Inside the direct loss: metres of surface error, colour, opacity and scale brought to like size.
+# Inside the direct loss: world units of surface error, color, opacity and scale brought to like size.
 DIRECT_PARTS = {"xyz": 4.0, "colour": 2.0, "opacity": 0.2, "scale": 0.1}
 
 
@@ -52,7 +52,7 @@ class Targets:
 def loss_weights(losses: LossesConfig, step: int, *, l2_warmup_steps: int = 0) -> dict[str, float]:
     """The weight of every loss at a forward/backward pass; zero weights are left out.
 
-    l2_warmup_steps: passes without LPIPS and perceptual loss.
+    l2_warmup_steps: iterations without LPIPS and perceptual loss.
     """
     weights = {name: getattr(losses, f"{name}_loss_weight") for name in NAMES}
     weights["direct"] = losses.direct_loss_weight_after if losses.direct_warmup_steps else losses.direct_loss_weight
@@ -154,7 +154,7 @@ def pixelalign_loss(output: GSLRMOutput, input_alpha: Tensor | None = None, norm
 def pointsdist_loss(output: GSLRMOutput, input_alpha: Tensor | None = None) -> Tensor:
     """Spreads the points of each view around the camera's distance to the origin (mean squared error [b]).
 
-    The target of a point is its distance from the camera, standardised over its view (corrected standard deviation),
+    The target of a point is its distance from the camera, standardized over its view (corrected standard deviation),
     times POINTSDIST_SPREAD, plus the camera's distance from the origin; no gradient passes through it.
     input_alpha: [b, v, 1, h, w]: statistics and mean over the pixels with alpha above 0.5 alone. Only this form means
     the same for a model that prunes the background, whose kept pixels are no fair sample of a view.
@@ -174,15 +174,15 @@ def pointsdist_loss(output: GSLRMOutput, input_alpha: Tensor | None = None) -> T
         mean = per_view(weight * distance) / count.clamp_min(1.0)
         centered = distance - mean.gather(1, view)
         variance = per_view(weight * centered.square()) / (count - 1.0).clamp_min(1.0)
-        standardised = centered / (variance.sqrt().gather(1, view) + 1e-8)
-        target = (standardised * POINTSDIST_SPREAD).to(distance) + output.ray_origins.norm(dim=-1)
+        standardized = centered / (variance.sqrt().gather(1, view) + 1e-8)
+        target = (standardized * POINTSDIST_SPREAD).to(distance) + output.ray_origins.norm(dim=-1)
     return weighted_mean((distance - target).square(), weight.to(distance))
 
 
 def direct_losses(output: GSLRMOutput, targets: Targets, scale_px: float) -> dict[str, Tensor]:
     """Image Gaussians against the surface that depth maps show, without rendering; each value [b].
 
-    xyz: L1 to the true point; colour: MSE; scale: L1 of the log-scale to `scale_px` pixel footprints, all over
+    xyz: L1 to the true point; color: MSE; scale: L1 of the log-scale to `scale_px` pixel footprints, all over
     foreground pixels; opacity: cross-entropy to the mask over all pixels that have a Gaussian.
     """
     gaussians, n = output.gaussians, output.n_free
@@ -196,11 +196,11 @@ def direct_losses(output: GSLRMOutput, targets: Targets, scale_px: float) -> dic
     distance = depth / (output.ray_directions * forward).sum(-1, keepdim=True)
     truth = output.ray_origins + distance * output.ray_directions
     log_scale = torch.log(scale_px * depth.clamp_min(1e-3) / focal)
-    colour = gaussians.features[:, n:, 0] * C0 + 0.5
+    color = gaussians.features[:, n:, 0] * C0 + 0.5
     opacity = functional.binary_cross_entropy_with_logits(gaussians.opacity[:, n:], alpha, reduction="none")
     return {
         "xyz": weighted_mean((gaussians.xyz[:, n:] - truth).abs(), surface),
-        "colour": weighted_mean((colour - rgb).square(), surface),
+        "colour": weighted_mean((color - rgb).square(), surface),
         "opacity": weighted_mean(opacity, present),
         "scale": weighted_mean((gaussians.scaling[:, n:] - log_scale).abs(), surface),
     }

@@ -1,51 +1,67 @@
-"""Stage 2's training: one flat loop under plain python or torchrun. Repeating the command resumes it.
-
-The batch of a pass depends on (seed, pass) only and losses are means over samples, so n processes with batch b take the
-same steps as one process with batch n*b.
-"""
+"""Stage 2's training: what the loop of `multiview.training` needs to train a GS-LRM, start it and resume it."""
 
 from __future__ import annotations
 
 import logging
-import math
-import time
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from gslrm.adaptation import check_adaptation
-from gslrm.checkpoints import export_weights
-from gslrm.config import GSLRMConfig, RuntimeConfig, check_config
-from gslrm.data.loading import build_datasets, build_loader
-from gslrm.data.mouse_dataset import MouseViewDataset
+from gslrm.adaptation import adapt, check_adaptation, lora_settings
+from gslrm.checkpoints import (
+    PATTERN,
+    checkpoint_path,
+    export_weights,
+    find_start,
+    load_weights,
+    network_tensors,
+    read_checkpoint_rig,
+)
+from gslrm.config import GSLRMConfig, check_config, size_of
+from gslrm.data.mouse_dataset import build_datasets
 from gslrm.losses import NEEDS_RENDERING, POINTSDIST_WARMUP_STEPS, loss_weights, total_loss
 from gslrm.model.gaussians_renderer import render
 from gslrm.model.gslrm import GSLRM, GSLRMOutput
 from gslrm.perceptual import load_networks
-from gslrm.state import (
-    REASONS,
-    TrainingState,
-    check_skips,
-    find_start,
-    network_to_measure,
-    save,
-    start_state,
-    update,
+from gslrm.validation import image_metrics, prepare, run_model, validate
+from multiview.checkpoint import (
+    Ema,
+    is_adapter_weight,
+    load_checkpoint,
+    load_strict,
+    merged_weights,
+    save_adapters,
+    save_checkpoint,
 )
-from gslrm.validation import Batch, picture_metrics, prepare, run_model, validate
 from multiview.config import config_to_dict
-from multiview.files import full_disk_explained
 from multiview.image import grid
-from multiview.rig import ViewRig, check_alignment, load_rig
-from multiview.run import Distributed, RunFolder, WandbOptions, resolve_device, seed_everything
+from multiview.rig import check_alignment, check_start, load_rig
+from multiview.run import (
+    LoopOptions,
+    WandbOptions,
+    autocast,
+    check_size,
+    git_hash,
+    resolve_device,
+    seed_everything,
+)
+from multiview.sampler import StepSampler, load_batches
+from multiview.training import Training, run_training
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 log = logging.getLogger(__name__)
 
+STATE_KEYS = ("model", "optimizer", "lr_scheduler", "fwdbwd_pass_step", "param_update_step")
 
-def train(config: GSLRMConfig, *, overfit: int = 0) -> Path:
+
+def train(config: GSLRMConfig, overfit: int = 0) -> Path:
     """Trains to `max_fwdbwd_passes`, continuing whatever the checkpoint folder holds. Returns that folder.
 
     overfit: N > 0 trains and validates on the first N samples without augmentation, in a folder of its own.
@@ -55,167 +71,301 @@ def train(config: GSLRMConfig, *, overfit: int = 0) -> Path:
     config = overfit_config(config, overfit) if overfit else config
     check_config(config)
     check_adaptation(config.training.adaptation, config.model.transformer.n_layer)
-    device = resolve_device(config.training.runtime.device)
-    if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = config.training.runtime.use_tf32
-    processes = Distributed.start(device)
-    try:
-        with full_disk_explained(Path(config.training.checkpointing.checkpoint_dir)):
-            return _train(config, device, processes, overfit)
-    finally:
-        processes.stop()
+    return run_training(partial(GSLRMTraining, config, overfit), loop_options(config))
 
 
 def overfit_config(config: GSLRMConfig, num_samples: int) -> GSLRMConfig:
-    """The same run on few samples: no augmentation, validation on the training samples, its own folder."""
+    """The same run on few samples: no augmentation, validation on the training samples, its own folder, no export."""
     training = config.training
-    dataset = replace(training.dataset, augmentation=replace(training.dataset.augmentation, enabled=False))
+    dataset = replace(training.dataset, mix=[], augmentation=replace(training.dataset.augmentation, enabled=False))
     folder = f"{training.checkpointing.checkpoint_dir.rstrip('/')}_overfit{num_samples}"
+    checkpointing = replace(training.checkpointing, checkpoint_dir=folder, export_dir=None)
     return replace(
         config,
-        training=replace(
-            training, dataset=dataset, checkpointing=replace(training.checkpointing, checkpoint_dir=folder)
-        ),
+        training=replace(training, dataset=dataset, checkpointing=checkpointing),
         validation=replace(config.validation, dataset_path=dataset.dataset_path, num_samples=num_samples),
     )
 
 
-@dataclass(frozen=True)
-class Run:
-    """What stays the same during a run."""
-
-    config: GSLRMConfig
-    device: torch.device
-    processes: Distributed
-    network: nn.Module  # the model, wrapped for several processes
-    networks: dict[str, nn.Module]  # frozen networks of the losses
-    rig: ViewRig
-    folder: RunFolder
-
-
-@dataclass(frozen=True)
-class PassResult:
-    """One forward/backward pass."""
-
-    loss: float  # mean over the processes
-    parts: dict[str, Tensor]  # this process's
-    batch: Batch
-    rgb: Tensor | None  # None: this pass rendered nothing
-    alpha: Tensor | None
-
-
-def _train(config: GSLRMConfig, device: torch.device, processes: Distributed, overfit: int) -> Path:
-    training, runtime = config.training, config.training.runtime
-    folder = Path(training.checkpointing.checkpoint_dir)
-    dataset, val_dataset = build_datasets(config, overfit)
-    rig = check_alignment(load_rig(config.rig) if config.rig else None, dataset=dataset.rig)
-    start = find_start(config)
-    networks = load_networks(training.losses, device)
-    seed_everything("gslrm-init", runtime.seed)
-    model = GSLRM(config.model, grad_checkpoint_every=runtime.grad_checkpoint_every).to(device)
-    state = start_state(model, config, start, rig)
-    if runtime.torch_compile:
-        compile_blocks(model)
-    run_folder = RunFolder(folder, config_to_dict(config), rig, wandb=wandb_options(config), is_main=processes.is_main)
-    run_folder.forget_after(state.passes)
-    network: nn.Module = model
-    if processes.world_size > 1:
-        network = nn.parallel.DistributedDataParallel(model)  # what is frozen takes no part in it
-    log.info(
-        "%s: %.2f M parameters, %d samples, passes %d to %d, %d process(es) on %s", folder,
-        sum(p.numel() for p in model.parameters()) / 1e6, len(dataset), state.passes,
-        training.schedule.max_fwdbwd_passes, processes.world_size, device,
+def loop_options(config: GSLRMConfig) -> LoopOptions:
+    training, runtime, every = config.training, config.training.runtime, config.training.logging
+    lowers = runtime.use_amp and (runtime.amp_on_cpu or resolve_device(runtime.device).type == "cuda")
+    wandb = every.wandb
+    mode = "offline" if wandb.offline and wandb.mode == "online" else wandb.mode
+    return LoopOptions(
+        folder=training.checkpointing.checkpoint_dir, device=runtime.device, seed=runtime.seed, unit="pass",
+        steps=training.schedule.max_fwdbwd_passes, accumulate=runtime.grad_accum_steps,
+        batch_size=training.dataloader.batch_size_per_gpu, lr=training.optimizer.lr, warmup=training.schedule.warmup,
+        max_norm=runtime.grad_clip_norm, skip_factor=runtime.allowed_gradnorm_factor,
+        precision=runtime.amp_dtype if lowers else "no", ema_decay=runtime.ema_decay,
+        save_every=training.checkpointing.checkpoint_every, keep=training.checkpointing.checkpoints_total_limit,
+        validate_every=config.validation.val_every, log_every=every.print_every, print_every=every.print_every,
+        image_every=every.vis_every, budget_s=runtime.budget_s, skip_digest=training.checkpointing.skip_digest,
+        wandb=WandbOptions(mode=mode, project=wandb.project, group=wandb.group, name=wandb.exp_name),
     )  # fmt: skip
-    run = Run(config, device, processes, network, networks, rig, run_folder)
-    run_passes(run, state, dataset, val_dataset)
-    if training.checkpointing.export_dir and processes.is_main and not overfit:
-        export_weights(folder, training.checkpointing.export_dir, dtype=torch.float16)
-    run_folder.close()
-    processes.barrier()  # nobody leaves the group while another still talks
-    return folder
 
 
-def run_passes(run: Run, state: TrainingState, dataset: MouseViewDataset, val_dataset: MouseViewDataset | None) -> None:
-    """The loop, from the state's pass to the last."""
-    training, processes = run.config.training, run.processes
-    every, stop = training.logging, training.schedule.max_fwdbwd_passes
-    run.network.train()
-    spoiled, began, since, seen = False, time.perf_counter(), time.perf_counter(), 0
-    for raw_batch in build_loader(dataset, run.config, processes, start=state.passes, stop=stop):
-        # 1. Forward and backward. All processes see the same mean loss, so they skip a bad one together.
-        is_update = (state.passes + 1) % training.runtime.grad_accum_steps == 0
-        result = run_pass(run, state, raw_batch, is_update=is_update)
-        spoiled = spoiled or not math.isfinite(result.loss)
-        state.passes += 1
+class GSLRMTraining(Training):
+    """A GS-LRM on its way from posed views to Gaussians."""
 
-        # 2. Update.
-        gradient_norm = None
-        if is_update:
-            gradient_norm = update(state, training.runtime, spoiled=spoiled)
-            spoiled = False
-            check_skips(state, run.config)
+    pattern, randomness, first_average_counts = PATTERN, "gslrm-dropout", True
+    network: GSLRM
 
-        # 3. Numbers and pictures.
-        seen += 1
-        step, last = state.passes, state.passes == stop
-        if step % every.print_every == 0 or last:
-            values = numbers(run, state, result, gradient_norm)
-            values["seconds_per_pass"] = (time.perf_counter() - since) / seen
-            run.folder.log(step, values)
-            if processes.is_main:
-                log.info("pass %d/%d  %s", step, stop, summary(values, state, time.perf_counter() - began))
-            since, seen = time.perf_counter(), 0
-        if result.rgb is not None and (step % every.vis_every == 0 or last):
-            run.folder.image("train", step, training_sheet(result.batch, result.rgb))
+    def __init__(self, config: GSLRMConfig, overfit: int, accelerator: Accelerator) -> None:
+        super().__init__(accelerator, loop_options(config))
+        self.settings, self.config = config, config_to_dict(config)
+        training, runtime = config.training, config.training.runtime
+        self.advice = (
+            f"Lower training.optimizer.lr (now {training.optimizer.lr:g}) or lengthen training.schedule.warmup (now "
+            f"{training.schedule.warmup}) and set training.optimizer.reset_lr=true; look at the data "
+            "(quality_report.html; --overfit 10 must work); a loss that is not finite may also need "
+            "training.runtime.use_amp=false"
+        )
+        if self.device.type == "cuda":
+            torch.backends.cuda.matmul.allow_tf32 = runtime.use_tf32
+        check_size(*size_of(config), self.device, "model.transformer, image_size, batch_size_per_gpu or num_views")
+        self.dataset, self.check_set = build_datasets(config, overfit)
+        self.rig = check_alignment(load_rig(config.rig) if config.rig else None, dataset=self.dataset.rig)
+        path, whole, is_own = find_start(config)
+        self.networks = load_networks(training.losses, self.device)
+        seed_everything("gslrm-init", runtime.seed)
+        self.network = GSLRM(config.model, grad_checkpoint_every=runtime.grad_checkpoint_every).to(self.device)
+        self._start_from(path, whole)
+        self.schedule_start = 0  # pass at which the learning rate's warm-up began; above 0 after reset_lr
+        options = training.optimizer
+        groups, names = parameter_groups(self.network, options.weight_decay), dict(self.network.named_parameters())
+        names = {parameter: name for name, parameter in names.items()}
+        self.parameters = {names[parameter]: parameter for group in groups for parameter in group["params"]}
+        self.optimizer = torch.optim.AdamW(
+            groups, lr=options.lr, betas=(options.beta1, options.beta2), eps=1e-8, fused=True
+        )
+        for group in self.optimizer.param_groups:
+            group["initial_lr"] = options.lr
+        checkpoint = self._resume(path, is_own) if whole else {}
+        if runtime.ema_decay > 0 and accelerator.is_main_process:
+            self.ema = Ema(self.averaged(), runtime.ema_decay)
+            if "ema" in checkpoint:
+                self.ema.load(checkpoint["ema"])
+        if runtime.torch_compile:
+            compile_blocks(self.network)
+        self.is_compiled = runtime.torch_compile
 
-        # 4. Checkpoint and validation.
-        if step % training.checkpointing.checkpoint_every == 0 or last:
-            if processes.is_main:
-                save(state, run.config, run.rig)
-        if val_dataset is not None and (step % run.config.validation.val_every == 0 or last):
-            if processes.is_main:
-                measure(run, state, val_dataset)
-            processes.barrier()
-            since, seen = time.perf_counter(), 0
+    # ---- starting and resuming ---------------------------------------------------------------------------------
 
+    def _start_from(self, path: Path | None, whole: bool) -> None:
+        """Weights to start from, and what trains. Weights that carry no rig (public ones) may start any; weights of
+        another rig only where the config says so (`allow_rig_change`); a training state never."""
+        source = read_checkpoint_rig(path) if path is not None else None
+        if path is None:
+            log.info("starting from random weights (training.checkpointing.resume_ckpt is not set)")
+        elif whole:
+            if source is not None:
+                check_alignment(self.rig, gslrm=source)
+        else:
+            if source is not None and not self.settings.training.checkpointing.allow_rig_change:
+                check_start(self.rig, "training.checkpointing.allow_rig_change", gslrm=source)
+            load_weights(self.network, path)
+            log.info("starting from the weights of %s (rig %s)", path, source.name if source else "not recorded")
+        adapt(self.network, self.settings.training.adaptation)
 
-def run_pass(run: Run, state: TrainingState, raw_batch: dict[str, Tensor], *, is_update: bool) -> PassResult:
-    """Forward, loss, and backward where the loss is finite. Direct warm-up renders nothing."""
-    training, runtime, losses = run.config.training, run.config.training.runtime, run.config.training.losses
-    prune = run.config.model.prune_background_tokens
-    weights = loss_weights(losses, state.passes, l2_warmup_steps=training.schedule.l2_warmup_steps)
-    batch = prepare(raw_batch, training.dataset.num_input_views, run.device)
-    clip = run.config.model.clip_xyz and not (losses.warmup_pointsdist and state.passes < POINTSDIST_WARMUP_STEPS)
-    if training.adaptation.lora_dropout > 0:  # so that a resumed run drops what it would have dropped
-        seed_everything("gslrm-dropout", runtime.seed, run.processes.rank, state.passes)
-    # Gradients of all but the last pass of an update stay in their process.
-    synchronised = nullcontext() if is_update or run.processes.world_size == 1 else run.network.no_sync()
-    with synchronised:
-        with autocast(run.device, runtime):
-            output = run_model(run.network, prune, batch, clip_xyz=clip)
+    def _resume(self, path: Path, is_own: bool) -> Mapping[str, Any]:
+        """Weights, adapters, optimizer, schedule, scaler and counters of a checkpoint file, which is returned.
+
+        Raises ValueError for a file that holds less, or that was trained with other parameters frozen.
+        """
+        training, checkpoint = self.settings.training, load_checkpoint(path)
+        weights_only = (
+            f"start from its weights: another checkpoint_dir with training.checkpointing.resume_ckpt={path} and "
+            "training.optimizer.reset_training_state=true"
+        )
+        missing = set(STATE_KEYS) - set(checkpoint)
+        if missing:
+            raise ValueError(
+                f"checkpoint {path} lacks {', '.join(sorted(missing))} and cannot be resumed; {weights_only}"
+            )
+        weights = network_tensors(checkpoint["model"], path)
+        expected, lora = lora_settings(training.adaptation), checkpoint.get("lora") or {}
+        if expected != dict(lora.get("settings", {})):
+            raise ValueError(
+                f"checkpoint {path} was trained with training.adaptation {lora.get('settings') or 'without adapters'}, "
+                f"this run has {expected or 'none'}: use the same settings, or {weights_only}, which are merged ones"
+            )
+        if lora:  # merging rounds, so the matrices under the adapters are kept beside the merged ones
+            for name in lora["base"]:
+                weights.pop(name.replace(".base_layer.", "."))
+            weights |= {**lora["base"], **lora["adapters"]}
+        load_strict(self.network, weights, path)
+        saved = checkpoint["optimizer"]["param_groups"]
+        sizes, own_sizes = ([len(g["params"]) for g in groups] for groups in (saved, self.optimizer.param_groups))
+        if sizes != own_sizes or checkpoint.get("trained", list(self.parameters)) != list(self.parameters):
+            raise ValueError(
+                f"checkpoint {path} trained other parameters ({sum(sizes)} tensors, this run {sum(own_sizes)}): "
+                f"training.adaptation must stay as it was, or {weights_only}"
+            )
+        self.passes, self.updates = int(checkpoint["fwdbwd_pass_step"]), int(checkpoint["param_update_step"])
+        if not is_own and self.passes >= self.options.steps:
+            raise ValueError(
+                f"checkpoint {path} is at pass {self.passes}, so training.schedule.max_fwdbwd_passes="
+                f"{self.options.steps} leaves nothing to do: raise it, or {weights_only}"
+            )
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        schedule, scheduler = checkpoint.get("schedule", {}), checkpoint["lr_scheduler"]
+        self.schedule_start, self.tried = int(schedule.get("start_pass", 0)), int(scheduler["last_epoch"])
+        for group, lr in zip(self.optimizer.param_groups, scheduler["base_lrs"]):
+            group["initial_lr"] = lr
+        if checkpoint.get("scaler"):
+            self.scaler.load_state_dict(checkpoint["scaler"])
+        self.counts.update(checkpoint.get("counts", {}))
+        self.recent.extend(checkpoint.get("recent_skips", []))
+        self._apply_resets(path, is_own, schedule)
+        log.info("resuming %s at pass %d, update %d", path, self.passes, self.updates)
+        return checkpoint
+
+    def _apply_resets(self, path: Path, is_own: bool, schedule: Mapping[str, Any]) -> None:
+        """`reset_lr` and `reset_weight_decay` on a resumed state; a warning where the config's own values do not count.
+
+        A repeated command finds the reset already done in its own checkpoint (the same lr and warm-up) and goes on.
+        """
+        options, warmup = self.settings.training.optimizer, self.options.warmup
+        decayed = self.optimizer.param_groups[0]
+        recorded = (schedule.get("lr", decayed["initial_lr"]), schedule.get("warmup", warmup))
+        if options.reset_lr and (recorded != (options.lr, warmup) or not is_own):
+            for group in self.optimizer.param_groups:
+                group["initial_lr"] = options.lr
+            self.schedule_start, self.tried = self.passes, 0
+            self.recent.clear()
+            log.info("the learning rate starts again: lr %g, warm-up %d", options.lr, warmup)
+        elif recorded != (options.lr, warmup):
+            log.warning(
+                "%s continues with its lr %g (warm-up %s); the config's lr %g (warm-up %d) counts only with "
+                "training.optimizer.reset_lr=true", path, *recorded, options.lr, warmup,
+            )  # fmt: skip
+        if options.reset_weight_decay:
+            decayed["weight_decay"] = options.weight_decay
+        elif decayed["weight_decay"] != options.weight_decay:
+            log.warning(
+                "%s continues with its weight decay %g; the config's %g counts only with "
+                "training.optimizer.reset_weight_decay=true", path, decayed["weight_decay"], options.weight_decay,
+            )  # fmt: skip
+
+    def schedule_length(self) -> int:
+        return (self.options.steps - self.schedule_start) // self.options.accumulate
+
+    # ---- a pass ------------------------------------------------------------------------------------------------
+
+    def batches(self, sampler: StepSampler) -> Iterator[dict[str, Tensor]]:
+        loader = self.settings.training.dataloader
+        return load_batches(self.dataset, sampler, loader.num_workers, self.device, loader.prefetch_factor)
+
+    def loss(self, model: nn.Module, raw_batch: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, tuple]:
+        """Direct warm-up renders nothing."""
+        config, training, losses = self.settings, self.settings.training, self.settings.training.losses
+        weights = loss_weights(losses, self.passes, l2_warmup_steps=training.schedule.l2_warmup_steps)
+        batch = prepare(raw_batch, training.dataset.num_input_views, self.device)
+        clip = config.model.clip_xyz and not (losses.warmup_pointsdist and self.passes < POINTSDIST_WARMUP_STEPS)
+        if training.adaptation.lora_dropout > 0:  # so that a resumed run drops what it would have dropped
+            torch.manual_seed(generator.initial_seed())
+        with autocast(self.device, self.options.precision):
+            output = run_model(model, config.model.prune_background_tokens, batch, clip_xyz=clip)
         rgb = alpha = None
         if NEEDS_RENDERING & set(weights):
             rgb, alpha, _ = render(
-                output.gaussians, batch.target_cameras, batch.background, runtime.raster_backend,
-                recompute=runtime.recompute_rendering,
+                output.gaussians, batch.target_cameras, batch.background, training.runtime.raster_backend,
+                recompute=training.runtime.recompute_rendering,
             )  # fmt: skip
         loss, parts = total_loss(
-            weights, losses, output, batch.targets, rgb=rgb, alpha=alpha, networks=run.networks
+            weights, losses, output, batch.targets, rgb=rgb, alpha=alpha, networks=self.networks
         )
-        loss = loss + zero_of(output)
-        mean_loss = run.processes.mean(loss.detach()).item()
-        if math.isfinite(mean_loss):
-            state.scaler.scale(loss / runtime.grad_accum_steps).backward()
-    return PassResult(mean_loss, parts, batch, rgb, alpha)
+        return loss + zero_of(output), (parts, batch.targets, rgb, alpha)
+
+    def numbers(self, details: tuple) -> dict[str, float]:
+        parts, targets, rgb, alpha = details
+        values = {name: self.accelerator.reduce(part.detach(), "mean").item() for name, part in parts.items()}
+        return values if rgb is None else values | image_metrics(rgb, alpha, targets.rgb, targets.alpha)
+
+    def image(self, details: tuple) -> Tensor | None:
+        """Contact sheet: targets of the first samples above, renderings below."""
+        _, targets, rgb, _ = details
+        if rgb is None:
+            return None
+        rows = [row for i in range(min(4, len(rgb))) for row in (targets.rgb[i], rgb[i].detach().clamp(0, 1))]
+        return grid(torch.cat(rows), rgb.shape[1])
+
+    # ---- between passes ----------------------------------------------------------------------------------------
+
+    def averaged(self) -> dict[str, Tensor]:
+        """The plain weights, adapters merged."""
+        return merged_weights(self.network)
+
+    def measured(self) -> GSLRM:
+        """The network with the averaged weights if there are any (sharing their memory), else the training one."""
+        if self.ema is None:
+            return self.network
+        with torch.device("meta"):
+            network = GSLRM(self.settings.model)
+        network.load_state_dict(self.ema.weights, strict=True, assign=True)
+        return network
+
+    def validate(self) -> tuple[dict[str, float], Tensor] | None:
+        if self.check_set is None:
+            return None
+        return validate(
+            self.measured(), self.check_set, device=self.device, autocast=autocast(self.device, self.options.precision),
+            backend=self.settings.training.runtime.raster_backend, lpips=self.networks.get("lpips"),
+        )  # fmt: skip
+
+    def save(self, is_last: bool) -> None:
+        """Writes the checkpoint. `model` holds plain weights, so every reader of GS-LRM weights can load the file."""
+        options, adaptation = self.settings.training.checkpointing, self.settings.training.adaptation
+        self.set_rates()  # a checkpoint holds the rates of the update that follows, as FaceLift's do
+        groups, state = self.optimizer.param_groups, self.network.state_dict()
+        content = {
+            "model": merged_weights(self.network),
+            "optimizer": self.optimizer.state_dict(),
+            "lr_scheduler": {  # as torch's LambdaLR writes it, which FaceLift loads
+                "base_lrs": [group["initial_lr"] for group in groups], "last_epoch": self.tried,
+                "_step_count": self.tried + 1, "_is_initial": False, "_get_lr_called_within_step": False,
+                "_last_lr": [group["lr"] for group in groups], "lr_lambdas": [None] * len(groups),
+            },
+            "fwdbwd_pass_step": self.passes,
+            "param_update_step": self.updates,
+            "schedule": {
+                "start_pass": self.schedule_start, "lr": groups[0]["initial_lr"], "warmup": self.options.warmup,
+            },
+            "scaler": self.scaler.state_dict(),
+            "counts": dict(self.counts),
+            "recent_skips": list(self.recent),
+            "trained": list(self.parameters),
+            "rig": self.rig.to_dict(),
+        }  # fmt: skip
+        if adaptation.lora_rank:
+            content["lora"] = {
+                "settings": lora_settings(adaptation),
+                "base": {name: tensor for name, tensor in state.items() if ".base_layer." in name},
+                "adapters": {name: tensor for name, tensor in state.items() if is_adapter_weight(name)},
+            }
+        if self.ema is not None:
+            content["ema"] = self.ema.weights
+        path = checkpoint_path(options.checkpoint_dir, self.passes)
+        sidecar = {"config": self.config, "rig": self.rig.to_dict(), "step": self.passes, "git": git_hash()}
+        save_checkpoint(path, content, sidecar)
+        if adaptation.save_adapters:
+            save_adapters(self.network, path.parent / "adapters", self.rig, options.resume_ckpt)
+
+    def export(self) -> None:
+        options = self.settings.training.checkpointing
+        if options.export_dir:
+            path = export_weights(options.checkpoint_dir, options.export_dir, dtype=torch.float16)
+            log.info("exported to %s", path)
 
 
-# ---- the pieces, in the order of use --------------------------------------------------------------------------------
-
-
-def autocast(device: torch.device, runtime: RuntimeConfig) -> torch.autocast:
-    enabled = runtime.use_amp and (device.type == "cuda" or runtime.amp_on_cpu)
-    dtype = torch.float16 if runtime.amp_dtype == "fp16" else torch.bfloat16
-    return torch.autocast(device.type, dtype=dtype, enabled=enabled)
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """FaceLift's two groups of what trains: weight decay for tensors of two or more dimensions, none for norms."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
 
 
 def zero_of(output: GSLRMOutput) -> Tensor:
@@ -235,47 +385,3 @@ def compile_blocks(model: GSLRM) -> None:
     """
     for block in model.transformer_layers:
         block.compile(dynamic=True if model.config.prune_background_tokens else None)
-
-
-def numbers(run: Run, state: TrainingState, result: PassResult, gradient_norm: float | None) -> dict[str, float]:
-    """What a logged pass writes to metrics.jsonl."""
-    values = {name: run.processes.mean(value.detach()).item() for name, value in result.parts.items()}
-    values |= {"loss": result.loss, "lr": state.scheduler.get_last_lr()[0], "updates": state.updates}
-    values |= state.counts
-    if gradient_norm is not None:
-        values["gradient_norm"] = gradient_norm
-    if result.rgb is not None:
-        targets = result.batch.targets
-        values |= picture_metrics(result.rgb, result.alpha, targets.rgb, targets.alpha)
-    return values
-
-
-def measure(run: Run, state: TrainingState, dataset: MouseViewDataset) -> None:
-    """Validates the averaged weights if there are any, else the current ones; logs numbers and a contact sheet."""
-    runtime = run.config.training.runtime
-    values, sheet = validate(
-        network_to_measure(state), dataset, device=run.device, autocast=autocast(run.device, runtime),
-        backend=runtime.raster_backend, lpips=run.networks.get("lpips"),
-    )  # fmt: skip
-    run.folder.log(state.passes, values, split="val")
-    run.folder.image("val", state.passes, sheet)
-    log.info("validation at pass %d  %s", state.passes, "  ".join(f"{k} {v:.3f}" for k, v in values.items()))
-
-
-def wandb_options(config: GSLRMConfig) -> WandbOptions:
-    options = config.training.logging.wandb
-    mode = "offline" if options.offline and options.mode == "online" else options.mode
-    return WandbOptions(mode=mode, project=options.project, group=options.group, name=options.exp_name)
-
-
-def training_sheet(batch: Batch, rgb: Tensor) -> Tensor:
-    """Contact sheet: targets of the first samples above, renderings below."""
-    rows = [row for i in range(min(4, len(rgb))) for row in (batch.targets.rgb[i], rgb[i].detach().clamp(0, 1))]
-    return grid(torch.cat(rows), rgb.shape[1])
-
-
-def summary(values: dict[str, float], state: TrainingState, seconds: float) -> str:
-    shown = ("loss", "psnr", "fg_psnr", "iou", "gradient_norm", "lr", "seconds_per_pass")
-    text = "  ".join(f"{name} {values[name]:.4g}" for name in shown if name in values)
-    skipped = sum(state.counts[reason] for reason in REASONS)
-    return f"{text}  {seconds:.0f} s" + (f"  skipped {skipped}" if skipped else "")

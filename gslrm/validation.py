@@ -59,7 +59,7 @@ def run_model(model: torch.nn.Module, prune: bool, batch: Batch, *, clip_xyz: bo
 
 
 @torch.no_grad()
-def picture_metrics(rgb: Tensor, alpha: Tensor, target_rgb: Tensor, target_alpha: Tensor) -> dict[str, float]:
+def image_metrics(rgb: Tensor, alpha: Tensor, target_rgb: Tensor, target_alpha: Tensor) -> dict[str, float]:
     """Means over views [..., 3|1, h, w]: psnr, fg_psnr (views that show the animal), iou."""
     rgb = rgb.clamp(0.0, 1.0)
     shown = target_alpha.flatten(-3).sum(-1) > 0
@@ -80,7 +80,7 @@ def validate(
     """Means over the dataset (built with num_views None) and a contact sheet [3, H, W].
 
     Metrics `input_*` are of the views the model saw, `novel_*` of the others (absent if there are none): those of
-    `picture_metrics`, SSIM, and LPIPS where its network is given. The sheet has two rows per sample: targets above,
+    `image_metrics`, SSIM, and LPIPS where its network is given. The sheet has two rows per sample: targets above,
     predictions below.
     """
     num_inputs = dataset.num_input_views
@@ -98,7 +98,7 @@ def validate(
         for part, views in parts.items():
             rgb, truth = rendered.rgb[0, views].clamp(0.0, 1.0), batch.targets.rgb[0, views]
             if len(truth):
-                values = picture_metrics(rgb, rendered.alpha[0, views], truth, batch.targets.alpha[0, views])
+                values = image_metrics(rgb, rendered.alpha[0, views], truth, batch.targets.alpha[0, views])
                 values["ssim"] = metrics.ssim(rgb, truth).mean().item()
                 if lpips is not None:
                     values["lpips"] = lpips(rgb, truth).mean().item()

@@ -1,17 +1,20 @@
-"""Checkpoint files: written whole, loaded strictly, rotated; and the rig stamped beside weights."""
+"""Checkpoints: written whole with a digest, loaded strictly, rotated; the rig beside weights; adapters and averages."""
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import logging
+import os
 import re
 import shutil
 import zipfile
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from multiview.files import DAMAGE, atomic_write, full_disk_explained, read_json, write_json
+from multiview.files import DAMAGE, atomic_folder, atomic_write, full_disk_explained, read_json, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +24,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 RIG_FILE = "rig.json"
+DIGEST = "sha256"  # key of a sidecar: of one file its digest, of a folder {relative path: digest}
+SKIP_DIGEST = "MOUSE_FACELIFT_SKIP_DIGEST"  # environment variable, for speed
+ADAPTER = "default"  # peft's name of the one adapter
 COMPILED = (r"(^|\.)_orig_mod\.", r"\1")  # what torch.compile puts into the names of its weights
 # torch allows these calls in weights_only files; a few bytes then make gigabytes. No file of torch.save has them.
 UNFOLDING = (b"builtins\nbytearray\n", b"__builtin__\nbytearray\n", b"torch.storage\nUntypedStorage\n")
@@ -30,7 +36,7 @@ UNFOLDING = (b"builtins\nbytearray\n", b"__builtin__\nbytearray\n", b"torch.stor
 
 
 def save_checkpoint(path: Path | str, state: dict, sidecar: dict) -> None:
-    """Writes `<path>.json` (JSON values: config, rig, step, git hash), then the weights, each atomically.
+    """Writes `<path>.json` (JSON values: config, rig, step, git hash, and the digest), then the weights, atomically.
 
     The weights come last, so a weights file that exists is complete and has its sidecar. A full disk is a ValueError
     that says so and leaves no trace.
@@ -40,13 +46,38 @@ def save_checkpoint(path: Path | str, state: dict, sidecar: dict) -> None:
     path = Path(path)
     with full_disk_explained(path, tensor_bytes(state)):
         try:
-            write_json(sidecar_path(path), sidecar)  # first: weights without it could not be told what they are
-            with atomic_write(path) as temporary, open(temporary, "wb") as handle:  # a handle: see full_disk_explained
-                torch.save(state, handle)
+            with atomic_write(path) as temporary:
+                with open(temporary, "wb") as handle:  # a handle: see full_disk_explained
+                    torch.save(state, handle)
+                write_json(sidecar_path(path), {**sidecar, DIGEST: digest_of(temporary)})
         except BaseException:
             if not path.exists():
                 sidecar_path(path).unlink(missing_ok=True)
             raise
+
+
+def digest_of(path: Path | str) -> str:
+    """Returns the SHA-256 of a file's bytes, hexadecimal; computed once for a file that stays as it is."""
+    status = os.stat(path)
+    return _digest(str(path), status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(64)
+def _digest(path: str, size: int, changed_ns: int) -> str:
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def check_digest(path: Path, expected: str | None) -> None:
+    """Raises ValueError if a file's bytes are not those that were written.
+
+    expected: None (files older than digests) is not checked, and with MOUSE_FACELIFT_SKIP_DIGEST=1 nothing is.
+    """
+    if expected and not os.environ.get(SKIP_DIGEST) and digest_of(path) != expected:
+        raise ValueError(
+            f"{path} is damaged: its SHA-256 is not the one written beside it when it was saved; copy it again or use "
+            "the checkpoint before it (MOUSE_FACELIFT_SKIP_DIGEST=1 loads it unchecked)"
+        )
 
 
 def tensor_bytes(state: object) -> int:
@@ -71,17 +102,19 @@ def read_sidecar(path: Path | str) -> dict | None:
 def load_checkpoint(path: Path | str, kind: type = dict):
     """Loads on the CPU with weights_only; a missing, cut, altered or foreign file is an error that names it.
 
-    kind: of the content, a dictionary unless the file holds one tensor. torch's zip files carry a checksum per tensor,
-    which is compared: a flipped bit in the weights is not taken for a weight.
+    kind: of the content, a dictionary unless the file holds one tensor. The digest in the sidecar is compared, or
+    without one the checksum that torch's zip files carry per tensor: a flipped bit is not taken for a weight.
     """
     import torch
 
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"checkpoint {path} does not exist")
+    digest = (read_sidecar(path) or {}).get(DIGEST)
+    check_digest(path, digest)
     try:
         zipped = zipfile.is_zipfile(path)
-        _check_unfolding(path, zipped)
+        _check_unfolding(path, zipped, checksums=digest is None and not os.environ.get(SKIP_DIGEST))
         with torch.serialization.safe_globals([argparse.Namespace]):  # what trainings keep their arguments in
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except DAMAGE as error:
@@ -91,7 +124,7 @@ def load_checkpoint(path: Path | str, kind: type = dict):
     return content
 
 
-def _check_unfolding(path: Path, zipped: bool) -> None:
+def _check_unfolding(path: Path, zipped: bool, checksums: bool) -> None:
     """Refuses what would take far more memory than the file's size, and files whose checksums tell of damage."""
     if zipped:
         with zipfile.ZipFile(path) as archive:
@@ -99,7 +132,7 @@ def _check_unfolding(path: Path, zipped: bool) -> None:
                 raise ValueError(f"it is TorchScript; save torch.jit.load('{path}').state_dict() instead")
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                 raise ValueError("its parts are compressed, which torch.save never does; write it with torch.save")
-            damaged = archive.testzip()
+            damaged = archive.testzip() if checksums else None
             if damaged:
                 raise ValueError(f"its part {damaged} differs from its checksum: the file was altered or damaged")
             parts = [archive.read(name) for name in archive.namelist() if name.endswith("/data.pkl")]
@@ -132,7 +165,7 @@ def step_of(path: Path) -> int:
 
 
 def newest_checkpoint(folder: Path | str, pattern: str = "ckpt_*.pt") -> Path | None:
-    """Returns the newest complete checkpoint file of a folder, found by reading it; None if there is none."""
+    """The newest whole checkpoint file of a folder, found by reading it; None if there is none."""
     for path in sorted(Path(folder).glob(pattern), key=step_of, reverse=True):
         if step_of(path) < 0:  # ckpt_best.pt and the like: nobody knows whether it is newer
             continue
@@ -212,3 +245,95 @@ def read_rig(folder: Path | str) -> ViewRig | None:
 
     path = Path(folder) / RIG_FILE
     return ViewRig.from_dict(read_json(path), str(path)) if path.is_file() else None
+
+
+# ---- adapters (LoRA: Hu et al., arXiv 2106.09685) ---------------------------------------------------------------
+
+
+def add_adapters(model: torch.nn.Module, targets: Sequence[str], rank: int, alpha: float, dropout: float = 0.0) -> None:
+    """Puts low-rank adapters (peft's) into the layers whose names are or end with `targets`, in place.
+
+    A layer W becomes W + alpha / rank * B A; B is 0 at first, so the output does not change. A's first values come from
+    torch's global generator: seed it before. Raises ValueError for a target that no layer carries.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    names = [f".{name}" for name, _ in model.named_modules()]
+    missing = [target for target in targets if not any(name.endswith(f".{target}") for name in names)]
+    if missing:
+        raise ValueError(f"lora_targets: no layer of {type(model).__name__} is called {missing}")
+    options = LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, bias="none", target_modules=sorted(targets)
+    )  # fmt: skip
+    inject_adapter_in_model(options, model, adapter_name=ADAPTER)
+    model.train(model.training)  # peft's new modules would be in training mode, dropout active, in any case
+
+
+def is_adapter_weight(name: str) -> bool:
+    return ".lora_" in name
+
+
+def merged_weights(
+    model: torch.nn.Module, values: Mapping[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
+    """Returns the model's tensors under its own names, adapters folded in: what any reader of such a model loads.
+
+    values: tensors to take instead of the module's, by the module's names (an average of what trains). Without
+    adapters nothing is copied; with them the adapted layers' weights are, and nothing in the model changes.
+    """
+    import torch
+
+    state = {**model.state_dict(), **(values or {})}
+    merged = {name.replace(".base_layer.", "."): t for name, t in state.items() if not is_adapter_weight(name)}
+    with torch.no_grad():
+        for prefix, layer in model.named_modules():
+            if not hasattr(layer, "lora_A") or ADAPTER not in layer.lora_A:
+                continue
+            down, up = (state[f"{prefix}.{name}.{ADAPTER}.weight"].float() for name in ("lora_A", "lora_B"))
+            # A convolution's B is 1x1, so its product with A is one over channels.
+            change = up @ down if down.ndim == 2 else torch.einsum("or,rihw->oihw", up[:, :, 0, 0], down)
+            weight = merged[f"{prefix}.weight"]
+            merged[f"{prefix}.weight"] = (weight.float() + layer.scaling[ADAPTER] * change).to(weight.dtype)
+    return merged
+
+
+def save_adapters(
+    model: torch.nn.Module, folder: Path, rig: ViewRig, source: str | None,
+    values: Mapping[str, torch.Tensor] | None = None,
+) -> None:  # fmt: skip
+    """Writes the adapters alone in peft's layout (`PeftModel.from_pretrained(model, folder)` puts them on), atomically.
+
+    source: the weights they belong to, recorded in `adapter_config.json`. values: as in `merged_weights`.
+    """
+    from safetensors.torch import save_file
+
+    state = {**model.state_dict(), **(values or {})}
+    tensors = {
+        f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}": tensor.detach().cpu().contiguous()
+        for name, tensor in state.items()
+        if is_adapter_weight(name)
+    }
+    settings = model.peft_config[ADAPTER]
+    settings.base_model_name_or_path = source
+    with atomic_folder(folder) as temporary:
+        save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
+        settings.save_pretrained(str(temporary))
+        stamp_rig(temporary, rig)
+
+
+class Ema:
+    """Exponential moving average of named tensors, in float32: decay min(n / (9 + n), decay) at the n-th of them."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], decay: float) -> None:
+        self.decay = decay
+        self.weights = {name: tensor.detach().float().clone() for name, tensor in tensors.items()}
+
+    def update(self, tensors: Mapping[str, torch.Tensor], number: int) -> None:
+        """number: of these weights among the averaged ones, from 1; the first replace what was there."""
+        decay = min(number / (9 + number), self.decay) if number > 1 else 0.0
+        for name, average in self.weights.items():
+            average.lerp_(tensors[name].detach().to(average), 1 - decay)
+
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        for name, average in self.weights.items():
+            average.copy_(tensors[name])

@@ -134,9 +134,9 @@ def _read_chain(path: Path, texts: set[str]) -> list[tuple[str, dict]]:
 
 def _kinds_of_keys(schema: type, prefix: str = "") -> dict[str, str]:
     """Returns all dotted keys of a dataclass type, each a `section`, `mapping` (of free keys), `text` or `value`."""
-    kinds = {}
+    kinds, hints = {}, typing.get_type_hints(schema)
     for entry in dataclasses.fields(schema):
-        name, kind = prefix + entry.name, typing.get_type_hints(schema)[entry.name]
+        name, kind = prefix + entry.name, hints[entry.name]
         parts = {kind, *typing.get_args(kind)}
         parts |= {typing.get_origin(part) for part in parts}  # str | None, list[str], Literal["a", "b"]
         if dataclasses.is_dataclass(kind):
@@ -205,7 +205,7 @@ def add_fields(parser: argparse.ArgumentParser, settings: type) -> None:
         if kind is bool:
             words |= {"action": argparse.BooleanOptionalAction}
         else:
-            words |= {"type": _checked(kind, *entry.metadata["limits"]), "choices": entry.metadata["choices"]}
+            words |= {"type": checked(kind, *entry.metadata["limits"]), "choices": entry.metadata["choices"]}
             words |= {"nargs": many} if many else {}
             words |= {"metavar": entry.metadata["metavar"]} if entry.metadata["metavar"] else {}
         parser.add_argument(f"--{entry.name}", **words)
@@ -213,7 +213,8 @@ def add_fields(parser: argparse.ArgumentParser, settings: type) -> None:
 
 def from_arguments(settings: type[Config], arguments: argparse.Namespace) -> Config:
     """Returns the dataclass filled from parsed arguments; its __post_init__ checks what concerns several of them."""
-    values = {entry.name: getattr(arguments, entry.name) for entry in dataclasses.fields(settings)}
+    flags = [entry.name for entry in dataclasses.fields(settings) if "help" in entry.metadata]
+    values = {name: getattr(arguments, name) for name in flags}
     return settings(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
@@ -227,7 +228,7 @@ def _flag_type(hint: Any) -> tuple[type, int | str | None]:
     return hint, None
 
 
-def _checked(kind: type, least: float | None, most: float | None):
+def checked(kind: type, least: float | None = None, most: float | None = None):
     """Returns an argparse type that refuses numbers below `least`, above `most` and such as are not finite."""
 
     def convert(text: str):

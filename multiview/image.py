@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import subprocess
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from einops import rearrange
 from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor
 
+from multiview.cameras import Cameras
 from multiview.files import DAMAGE, atomic_write
 
 log = logging.getLogger(__name__)
@@ -203,6 +205,48 @@ def chroma_matrix(saturation: float, hue_deg: float) -> Tensor:
         [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]], dtype=torch.float64
     )
     return torch.linalg.inv(YIQ) @ turn @ YIQ
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One augmentation of a sample, the same for all its views; the defaults leave it as it is, on white.
+
+    background: a name out of BACKGROUNDS. brightness, contrast, saturation: factors. hue_deg: turn of the chroma plane.
+    crop: (left, top, side) in fractions of the image's width. mirrored: left and right exchanged.
+    """
+
+    background: str = "white"
+    brightness: float = 1.0
+    contrast: float = 1.0
+    saturation: float = 1.0
+    hue_deg: float = 0.0
+    crop: tuple[float, float, float] = (0.0, 0.0, 1.0)
+    mirrored: bool = False
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    def recolored(self, rgba: Tensor) -> Tensor:
+        return adjust_colours(
+            rgba, brightness=self.brightness, contrast=self.contrast, saturation=self.saturation, hue_deg=self.hue_deg
+        )
+
+    def apply(self, rgba: Tensor, cameras: Cameras, size: int) -> tuple[Tensor, Tensor, Cameras]:
+        """Square RGBA views [n, 4, s, s] and their cameras [n] -> images on the drawn background, masks, cameras.
+
+        Returns [n, 3, size, size] and [n, 1, size, size], 0..1, and the cameras of just these pixels, in stored order.
+        """
+        if self.crop[2] != 1.0:  # to the nearest whole pixels, and the cameras of just these
+            width = rgba.shape[-1]
+            side = max(1, round(self.crop[2] * width))
+            left, top = (min(round(fraction * width), width - side) for fraction in self.crop[:2])
+            rgba = rgba[..., top : top + side, left : left + side]
+            cameras = cameras.crop(left, top, side, side)
+        rgba, cameras = torch.stack([resize_rgba(view, size) for view in rgba]), cameras.resize(size, size)
+        if self.mirrored:
+            rgba, cameras = rgba.flip(-1), cameras.mirrored()
+        rgba = self.recolored(rgba)
+        return composite(rgba, BACKGROUNDS[self.background]), rgba[:, 3:], cameras
 
 
 def grid(pictures: Tensor, columns: int) -> Tensor:

@@ -1,15 +1,24 @@
-"""Image metrics: whole image and foreground. Images [..., 3, h, w] 0..1, masks [..., 1, h, w] 0..1."""
+"""Image metrics: whole image and foreground, and how well posed views agree in space.
+
+Images [..., 3, h, w] 0..1, masks [..., 1, h, w] 0..1.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from multiview.run import REPOSITORY
+from multiview.cameras import Cameras
+from multiview.hull import VisualHull, carve_leave_one_out, observe, silhouettes, surface
+from multiview.run import shipped
 
-LPIPS_BACKBONE = Path("checkpoints/vgg/vgg16-397923af.pth")  # in the working directory, or beside the code
+LPIPS_BACKBONE = Path("checkpoints/vgg/vgg16-397923af.pth")
+CONSISTENCY_RESOLUTION = 64  # voxels along the hull; finer changes the figures in the third decimal
+CONSISTENCY_SIZE = 128  # larger images are reduced to this: figures compare between sizes, and cost the same
+SEEN = 0.05  # a point counts for a view that sees it with at least this weight, and the others together too
 MASK_LEAST, MASK_SHARE, MASK_REACH = 0.04, 0.4, 2 / 128  # `mask_from_white`; the reach in image widths
 
 
@@ -115,8 +124,7 @@ def lpips_distances(
 
 def lpips_backbone_path() -> Path:
     """Returns where the VGG-16 weights of LPIPS lie, or are expected."""
-    beside = REPOSITORY / LPIPS_BACKBONE
-    return beside if beside.is_file() and not LPIPS_BACKBONE.is_file() else LPIPS_BACKBONE
+    return shipped(LPIPS_BACKBONE)
 
 
 def load_lpips(device: torch.device | str = "cpu", path: Path | str | None = None) -> torch.nn.Module:
@@ -145,3 +153,59 @@ def load_lpips(device: torch.device | str = "cpu", path: Path | str | None = Non
 
 def _decibel(mean_squared_error: Tensor) -> Tensor:
     return -10.0 * torch.log10(mean_squared_error.clamp_min(1e-10))  # equal images: 100 dB, so that means stay finite
+
+
+# ---- view consistency -----------------------------------------------------------------------------------------------
+
+
+def view_consistency(rgb: Tensor, masks: Tensor, cameras: Cameras) -> dict[str, float | list[float]]:
+    """Measures without ground truth whether posed views show one and the same solid. Figures 0..1, larger is better.
+
+    Masks of one solid are exactly the silhouettes of their visual hull; masks that disagree carve it away, so that it
+    no longer fills them (silhouette coherence: Hernandez, Schmitt and Cipolla 2007). On the hull's surface the views
+    that see a point must agree on its color (photo-consistency: Kutulakos and Seitz 2000). The whole set turned about
+    the world's axis stays consistent, as it should: the score says nothing about *which* animal is shown.
+
+    rgb: [v, 3, h, w] 0..1, masks: [v, 1, h, w] 0..1, cameras: [v], v >= 3. Returns
+    mask: fraction of a view's mask that the hull of the others fills, mean over views; 1 for silhouettes of one solid.
+    colour: 1 - mean absolute difference between what a view shows of a point and what the others show of it, over the
+        points that it and another one see; mean over views. 0 where no view has such a point.
+    score: mask * colour.
+    mask_iou: a view's mask against the silhouette of the hull of the others. Below 1 even for the truth, since a hull
+        of fewer views is larger than the animal: compare it with the truth's own, measured with the same cameras.
+    mask_per_view, colour_per_view (nan where a view has no such point), mask_iou_per_view: lists [v].
+    """
+    size = [cameras.height, cameras.width]
+    for name, tensor, channels in (("rgb", rgb, 3), ("masks", masks, 1)):
+        if list(tensor.shape) != [len(cameras), channels, *size]:
+            raise ValueError(
+                f"{name} must be {[len(cameras), channels, *size]} to go with its cameras, got {list(tensor.shape)}"
+            )
+    rgb, masks = rgb.float(), masks.float()
+    if max(size) > CONSISTENCY_SIZE:
+        size = [max(1, round(side * CONSISTENCY_SIZE / max(size))) for side in size]
+        rgb, masks = F.interpolate(torch.cat([rgb, masks], dim=1), size=size, mode="area").split([3, 1], dim=1)
+        cameras = cameras.resize(*size)
+    whole, others = carve_leave_one_out(masks, cameras, resolution=CONSISTENCY_RESOLUTION)
+    shown = torch.cat([silhouettes(surface(hull), cameras[[view]]) for view, hull in enumerate(others)])
+    drawn = masks > 0.5
+    both, either = (drawn & shown).flatten(1).sum(1), (drawn | shown).flatten(1).sum(1)
+    filled, overlap = both / drawn.flatten(1).sum(1).clamp_min(1), both / either.clamp_min(1)
+    color = _color_agreement(whole, rgb, masks, cameras)
+    known = color[~color.isnan()]
+    mask, mean_color = float(filled.mean()), float(known.mean()) if len(known) else 0.0
+    return {
+        "mask": mask, "colour": mean_color, "score": mask * mean_color, "mask_iou": float(overlap.mean()),
+        "mask_per_view": filled.tolist(), "colour_per_view": color.tolist(), "mask_iou_per_view": overlap.tolist(),
+    }  # fmt: skip
+
+
+def _color_agreement(hull: VisualHull, rgb: Tensor, masks: Tensor, cameras: Cameras) -> Tensor:
+    """Returns per view [v] how the colors of the hull's surface agree with the other views'; nan: nothing shared."""
+    colors, weights = observe(surface(hull), rgb, masks, cameras)
+    rest = weights.sum(0) - weights
+    weighted = colors * weights[..., None]
+    others = (weighted.sum(0) - weighted) / rest.clamp_min(1e-6)[..., None]
+    shared = torch.where((weights > SEEN) & (rest > SEEN), weights * rest, 0)
+    difference = (colors - others).abs().mean(-1)
+    return 1 - (difference * shared).sum(1) / shared.sum(1)

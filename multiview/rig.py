@@ -176,7 +176,7 @@ class ViewRig:
             if order[-1] < 0:
                 raise ValueError(
                     f"rig {self.name} cannot be mirrored: none of its views is the mirror image of {view.name}; "
-                    "use --mirror never"
+                    "use mirror=never"
                 )
         return order
 

@@ -1,28 +1,42 @@
-"""One run: seeds, device, processes, its folder and what it logs. The only module that knows wandb."""
+"""One run: seeds, device, processes, signals, its folder and what it logs. The only module that knows wandb."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
+import math
 import os
+import shlex
+import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from multiview.files import write_json
 
 if TYPE_CHECKING:
     import torch
+    from accelerate import Accelerator
     from torch import Tensor
 
     from multiview.rig import ViewRig
 
+log = logging.getLogger(__name__)
+
 REPOSITORY = Path(__file__).resolve().parent.parent
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # what clusters and closed terminals send
+STOPPED = 143  # exit code of a run that such a signal ended between two items
+PRECISIONS = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}  # of a network's matrix products
+LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # torchrun and accelerate set all of them
+
+Item = TypeVar("Item")
 
 
 # ---- randomness and devices -------------------------------------------------------------------------------------
@@ -66,6 +80,13 @@ def resolve_device(device: str) -> torch.device:
     return resolved
 
 
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Matrix products in `precision` inside; a wrapper of functions too."""
+    import torch
+
+    return torch.autocast(device.type, dtype=getattr(torch, PRECISIONS[precision]), enabled=precision != "no")
+
+
 def reset_peak() -> bool:
     """Lets `peak_bytes` begin anew; False where this system does not allow it."""
     try:
@@ -81,57 +102,108 @@ def peak_bytes() -> float:
     return 1024.0 * int(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
 
 
-# ---- processes --------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Distributed:
-    """The processes of one training run (torchrun's environment; one process without it)."""
+def matrix_rate(device: torch.device, precision: str) -> float:
+    """Measures the operations per second of this device's matrix product: the best of five."""
+    import torch
 
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
+    size, best = 8192 if device.type == "cuda" else 512, math.inf
+    a = torch.randn(size, size, device=device, dtype=getattr(torch, PRECISIONS[precision]))
+    for _ in range(5):
+        began = time.perf_counter()
+        (a @ a)[0, 0].item()
+        best = min(best, time.perf_counter() - began)
+    return 2.0 * size**3 / best
 
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
 
-    @staticmethod
-    def start(device: torch.device) -> Distributed:
-        """Joins torchrun's process group (nccl on CUDA, gloo on the CPU); without torchrun nothing is started."""
-        import torch
+def check_size(parameters: float, trained: float, batch_bytes: float, device: torch.device, keys: str) -> None:
+    """Refuses a run that cannot fit, before anything is built. All three are lower bounds.
 
-        if "RANK" not in os.environ:
-            return Distributed()
-        info = Distributed(
-            int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", "0"))
+    parameters, trained: how many, the latter with a gradient and two moments each. keys: what to lower.
+    """
+    import psutil
+    import torch
+
+    on_gpu = device.type == "cuda"
+    there = torch.cuda.get_device_properties(device).total_memory if on_gpu else psutil.virtual_memory().total
+    needed = 4.0 * parameters + 12.0 * trained + batch_bytes
+    if needed > there:
+        raise ValueError(
+            f"this configuration needs at least {needed / 1e9:.3g} GB ({parameters / 1e6:.3g} M parameters, a batch of "
+            f"{batch_bytes / 1e9:.3g} GB), {device} has {there / 1e9:.3g} GB; lower {keys}"
         )
-        if device.type == "cuda":
-            torch.cuda.set_device(info.local_rank)
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        return info
 
-    def mean(self, values: Tensor) -> Tensor:
-        """Average of a tensor over the processes."""
-        import torch
 
-        if self.world_size == 1:
-            return values
-        values = values.clone()
-        torch.distributed.all_reduce(values)
-        return values / self.world_size
+# ---- processes and signals --------------------------------------------------------------------------------------
 
-    def barrier(self) -> None:
-        import torch
 
-        if self.world_size > 1:
-            torch.distributed.barrier()
+class Stop:
+    """Asks the loop to end: when a signal came, or when `budget_s` seconds are over."""
 
-    def stop(self) -> None:
-        import torch
+    def __init__(self, budget_s: float | None) -> None:
+        self.deadline = math.inf if budget_s is None else time.monotonic() + budget_s
+        self.signal: signal.Signals | None = None
+        self.in_loop = False
 
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+    def __enter__(self) -> Stop:
+        self.old = {}
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
+            self.old = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _: object) -> None:
+        self.signal = signal.Signals(number)
+        if not self.in_loop:  # nothing was trained yet
+            print(f"{self.signal.name}: stopped before the first step", flush=True)
+            raise SystemExit(143)
+
+    def is_due(self) -> bool:
+        return self.signal is not None or time.monotonic() >= self.deadline
+
+    def end(self, place: str | None) -> None:
+        """Says how to continue a run that stopped at `place`. Raises SystemExit(143) if a signal did it."""
+        if place:
+            reason = "as budget_s is over" if self.signal is None else f"by {self.signal.name}"
+            command = shlex.join(["python", *sys.argv])
+            print(f"stopped {reason} at {place}, a checkpoint is saved; to continue:\n  {command}")
+            sys.stdout.flush()
+        if self.signal is not None:
+            raise SystemExit(143)
+
+
+def start_processes(device: str) -> Accelerator:
+    """Joins the processes that torchrun or `accelerate launch` started; without them this process is alone.
+
+    ACCELERATE_* variables of the environment do not count: the configuration says what is trained and how.
+    Raises ValueError for an environment that is half set, and where the processes cannot meet.
+    """
+    missing = [name for name in LAUNCHED if name not in os.environ]
+    set_here = [name for name in LAUNCHED[:3] if name in os.environ]
+    if missing and set_here and os.environ.get("WORLD_SIZE") != "1":
+        raise ValueError(
+            f"the environment has {', '.join(set_here)} but not {', '.join(missing)}: start several processes with "
+            "torchrun --nproc_per_node N train_....py ..., or a single one after: unset RANK WORLD_SIZE LOCAL_RANK"
+        )
+    is_cpu = resolve_device(device).type == "cpu"
+    ignored = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("ACCELERATE_")}
+    try:
+        from accelerate import Accelerator
+
+        return Accelerator(mixed_precision="no", gradient_accumulation_steps=1, cpu=is_cpu)
+    except (RuntimeError, ValueError, OSError) as error:
+        where = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"the processes of this run cannot meet at {where} ({first}); if the port is in use choose another: "
+            "torchrun --master_port 29501 --nproc_per_node N train_....py ..."
+        ) from error
+    finally:
+        os.environ.update(ignored)
 
 
 # ---- the run folder ---------------------------------------------------------------------------------------------
@@ -160,6 +232,36 @@ class WandbOptions:
     project: str = "mouse_facelift"
     group: str = ""
     name: str = ""
+
+
+@dataclass(frozen=True)
+class LoopOptions:
+    """What the loop takes from a stage's configuration."""
+
+    folder: str  # checkpoints, metrics.jsonl and images of this run, of nobody else
+    device: str  # auto, cpu, cuda
+    seed: int
+    steps: int  # train up to this step
+    accumulate: int  # passes per update
+    batch_size: int  # samples per pass and process
+    lr: float
+    max_norm: float  # of the whole gradient, by scaling
+    save_every: int  # steps, as are the others
+    validate_every: int
+    keep: int  # newest checkpoints
+    unit: str = "step"  # a step is an update, or with "pass" a pass
+    schedule: str = "cosine"  # of the learning rate, see `rate_factor`
+    warmup: int = 0  # updates
+    step_rules: str = "1"
+    skip_factor: float = math.inf  # an update whose gradient norm exceeds max_norm times this is skipped
+    precision: str = "no"  # of the network's matrix products: no (float32), fp16, bf16
+    ema_decay: float = 0.0  # 0: weights are not averaged
+    log_every: int = 1  # line of metrics.jsonl
+    print_every: int = 1
+    image_every: int = 1
+    budget_s: float | None = None  # seconds after which the run saves itself and stops
+    skip_digest: bool = False  # resume without comparing files with their digests
+    wandb: WandbOptions | None = None
 
 
 class RunFolder:
@@ -241,7 +343,69 @@ def _start_wandb(path: Path, config: dict, options: WandbOptions):
     )  # fmt: skip
 
 
+# ---- the installation -------------------------------------------------------------------------------------------
+
+
+def shipped(path: Path | str) -> Path:
+    """Returns a relative path as it leads beside the code, where something is there, else as it stands.
+
+    So that the demo models, their embeddings and components are found from any working directory.
+    """
+    path = Path(path)
+    beside = REPOSITORY / path
+    return beside if beside.exists() and Path.cwd() != REPOSITORY else path
+
+
+def choose_numba_cache() -> None:
+    """Lets numba keep its machine code in the temporary folder where neither installation nor home can be written.
+
+    Numba says so only when it compiles, which may be after hours of work. Runs before numba is imported.
+    """
+    if "NUMBA_CACHE_DIR" in os.environ or any(map(_can_write, (REPOSITORY, Path.home() / ".cache" / "numba"))):
+        return
+    folder = Path(tempfile.gettempdir()) / f"mouse_facelift_numba_{os.getuid()}"
+    os.environ["NUMBA_CACHE_DIR"] = str(folder)
+    log.warning("neither %s nor %s can be written: compiled code is kept in %s", REPOSITORY, Path.home(), folder)
+
+
+def _can_write(folder: Path) -> bool:
+    """Says whether a folder, or the nearest one above it that exists, can be written; permissions alone may lie."""
+    while not folder.exists():
+        folder = folder.parent
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
+def check_output_folder(folder: Path | str) -> None:
+    """Raises ValueError where results could not be written into a folder: before the work rather than after it."""
+    folder = Path(folder)
+    above = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
+    if not above.is_dir():
+        raise ValueError(f"{folder} cannot be a folder: {above} is a file; name another --output_dir")
+    if not _can_write(above):
+        raise ValueError(f"{folder} cannot be written (read-only, full or not yours); name another --output_dir")
+
+
 # ---- entry scripts ----------------------------------------------------------------------------------------------
+
+
+def stoppable(items: Iterable[Item]) -> Iterator[Item]:
+    """Yields the items; a stop signal lets the one in work be finished, then ends the run with exit code 143."""
+    received: list[int] = []
+    before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in STOP_SIGNALS}
+    try:
+        for item in items:
+            if received:
+                name = signal.Signals(received[0]).name
+                print(f"stopped by {name}: finished items are whole; repeat the command for the rest", file=sys.stderr)
+                sys.exit(STOPPED)
+            yield item
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def main_guard(main: Callable[[], None]) -> None:
@@ -250,6 +414,7 @@ def main_guard(main: Callable[[], None]) -> None:
     argparse keeps exit code 2 for bad arguments. Programming errors keep their traceback.
     """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    choose_numba_cache()
     try:
         main()
     except (ValueError, OSError) as error:  # OSError: a full or read-only disk, a file where a folder should be

@@ -1,34 +1,32 @@
 """Training checkpoints: <output_dir>/checkpoint-<step>/{unet, unet_ema, prompt_embeds, optimizer.pt, checkpoint.json}.
 
 With LoRA also lora/ (the adapters in peft's form) and trained.pt (what a resumed run needs); unet and unet_ema then
-hold the adapters folded in, and may be left out.
+hold the adapters folded in, and may be left out. checkpoint.json has the digest of every weights file.
 
 A folder appears under its name only when complete, so `output_dir` is joined exactly once: nothing is prefixed to it.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from multiview.checkpoint import load_checkpoint, rotate_checkpoints, step_of
-from multiview.files import atomic_folder, atomic_write, full_disk_explained, write_json
+from multiview.checkpoint import DIGEST, check_digest, digest_of, load_checkpoint, step_of
+from multiview.files import atomic_folder, atomic_write, full_disk_explained, read_json, write_json
 from multiview.rig import ViewRig, check_alignment
 from multiview.run import git_hash
-from mvdiffusion.models.unet import save_unet
 from mvdiffusion.pipelines.multiview import GUIDANCE_SCALE, NUM_STEPS
 from mvdiffusion.prompts import COLOUR_FILE, METADATA_FILE, PromptEmbeds
 
 log = logging.getLogger(__name__)
 
 PATTERN = "checkpoint-*"
-# What a resumed run has in common with the one it continues: the model, and the order of the optimiser's parameters.
+# What a resumed run has in common with the one it continues: the model, and the order of the optimizer's parameters.
 SAME_KEYS = (
     "pretrained_model_name_or_path", "pretrained_unet_path", "unet", "attention", "camera_conditioning", "use_ema",
     "use_8bit_adam", "lr_multipliers", "camera_embedding_lr_mult", "trainable_modules",
@@ -39,7 +37,7 @@ SIDECAR, OPTIMIZER_FILE, TRAINED_FILE, SAMPLING_FILE = "checkpoint.json", "optim
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete training checkpoint found on disk. trained: with LoRA, {own, ema: tensors by name, base}."""
+    """A whole training checkpoint found on disk. trained: with LoRA, {own, ema: tensors by name, base}."""
 
     folder: Path
     step: int
@@ -48,44 +46,21 @@ class Checkpoint:
     trained: dict | None = None
 
 
-def save_training(
-    output_dir: Path | str,
-    step: int,
-    *,
-    unet,
-    ema: dict[str, Tensor] | None,
-    optimizer: dict,
-    embeds: PromptEmbeds,
-    config: dict,
-    keep: int,
-    state: dict[str, Tensor] | None = None,
-    whole: bool = True,
-    trained: dict | None = None,
-    extras: Callable[[Path], None] | None = None,
-) -> Path:
-    """Writes checkpoint-<step> and deletes all but the newest `keep`. Returns its folder.
-
-    ema: the averaged weights under stock names, None without. state: weights to write instead of the UNet's own.
-    whole: False leaves the folders unet and unet_ema out. trained: what a resumed LoRA run needs. extras: writes more
-    into the checkpoint's folder before it appears.
-    """
-    folder = Path(output_dir) / f"checkpoint-{step}"
+@contextmanager
+def save_training(output_dir: Path | str, sidecar: dict, embeds: PromptEmbeds, optimizer: dict) -> Iterator[Path]:
+    """Yields a folder for weights, which becomes checkpoint-<step> when all is written."""
+    folder = Path(output_dir) / f"checkpoint-{sidecar['step']}"
     with full_disk_explained(folder), atomic_folder(folder) as temporary:
-        if whole:
-            save_unet(unet, temporary / "unet", embeds.rig, state=state)
-        if whole and ema is not None:
-            save_unet(unet, temporary / "unet_ema", embeds.rig, state=ema)
+        yield temporary
         save_embeds(temporary / "prompt_embeds", embeds)
-        for name, content in ((OPTIMIZER_FILE, optimizer), (TRAINED_FILE, trained)):
-            if content is not None:
-                with open(temporary / name, "wb") as handle:  # a handle: see full_disk_explained
-                    torch.save(content, handle)
-        if extras is not None:
-            extras(temporary)
-        sidecar = {"step": step, "rig": embeds.rig.to_dict(), "config": config, "git": git_hash()}
-        write_json(temporary / SIDECAR, sidecar)
-    rotate_checkpoints(output_dir, PATTERN, keep)
-    return folder
+        with open(temporary / OPTIMIZER_FILE, "wb") as handle:  # a handle: see full_disk_explained
+            torch.save(optimizer, handle)
+        digests = {str(path.relative_to(temporary)): digest_of(path) for path in weights_in(temporary)}
+        write_json(temporary / SIDECAR, {**sidecar, "git": git_hash(), DIGEST: digests})
+
+
+def weights_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.suffix in (".pt", ".safetensors"))
 
 
 def save_embeds(folder: Path, embeds: PromptEmbeds) -> None:
@@ -99,7 +74,7 @@ def save_embeds(folder: Path, embeds: PromptEmbeds) -> None:
 @dataclass(frozen=True)
 class Sampling:
     """What suits a UNet; the defaults are FaceLift's. mirror: `auto` for one that was trained on animals that face one
-    way, `never` for one that takes them as they come (pipeline.stages.paint_views)."""
+    way, `never` for one that takes them as they come (pipeline.stages.generate)."""
 
     num_steps: int = NUM_STEPS
     guidance_scale: float = GUIDANCE_SCALE
@@ -116,24 +91,46 @@ def sampling_of(unet_path: Path | str) -> Sampling:
     path = Path(unet_path)
     for folder in (path, path.parent):
         if (folder / SAMPLING_FILE).is_file():
-            return Sampling(**json.loads((folder / SAMPLING_FILE).read_text()))
+            return Sampling(**read_json(folder / SAMPLING_FILE))
     return Sampling()
 
 
 def newest_training(output_dir: Path | str, rig: ViewRig) -> Checkpoint | None:
-    """The newest complete checkpoint, found by reading; None if there is none. Refuses one of another rig."""
+    """The newest whole checkpoint, found by reading; None if there is none. Refuses one of another rig."""
     for folder in sorted(Path(output_dir).glob(PATTERN), key=step_of, reverse=True):
         try:
-            sidecar = json.loads((folder / SIDECAR).read_text())
+            sidecar = read_json(folder / SIDECAR)
+            check_weights(folder)
             optimizer = load_checkpoint(folder / OPTIMIZER_FILE)
             has_trained = sidecar["config"].get("lora_rank", 0) > 0
             trained = load_checkpoint(folder / TRAINED_FILE) if has_trained else None
-        except (ValueError, OSError) as error:
-            log.warning("%s is not complete (%s); looking at the one before it", folder, error)
+        except (ValueError, KeyError, OSError) as error:
+            log.warning("%s is not whole (%s); looking at the one before it", folder, error)
             continue
         check_alignment(rig, unet=ViewRig.from_dict(sidecar["rig"], str(folder / SIDECAR)))
         return Checkpoint(folder, sidecar["step"], optimizer, sidecar, trained)
     return None
+
+
+def check_weights(folder: Path, part: str = "") -> None:
+    """Raises ValueError if a weights file of a checkpoint is gone, cut off or changed. part: only in this folder of it.
+
+    Folders that are no training checkpoint hold no digests: only the lengths in their files' headers are compared.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    digests = read_json(folder / SIDECAR).get(DIGEST, {}) if (folder / SIDECAR).is_file() else {}
+    for name, digest in digests.items():
+        if name.startswith(part):
+            if not (folder / name).is_file():
+                raise ValueError(f"{folder / name} is missing")
+            check_digest(folder / name, digest)
+    for path in (folder / part).rglob("*.safetensors"):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
 
 
 def check_same_run(found: Checkpoint, config: dict) -> None:
@@ -164,7 +161,7 @@ def components_folder_of(unet_path: Path | str) -> Path | None:
         if (folder / "vae").is_dir():
             return folder
         if (folder / SIDECAR).is_file():
-            return Path(json.loads((folder / SIDECAR).read_text())["config"]["pretrained_model_name_or_path"])
+            return Path(read_json(folder / SIDECAR)["config"]["pretrained_model_name_or_path"])
     return None
 
 

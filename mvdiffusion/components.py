@@ -158,6 +158,9 @@ def load_components(
     network, unet_folder = None, None
     if with_unet:
         unet_folder = resolve_unet_folder(unet if unet is not None else folder / "unet")
+        from mvdiffusion.checkpoints import check_weights  # which imports prompts, and they this
+
+        check_weights(unet_folder.parent, unet_folder.name)
         network = load_unet(unet_folder, dtype=dtype).to(resting).requires_grad_(False)
     image_encoder = _load_clip(CLIPVisionModelWithProjection, CLIPVisionConfig, folder / "image_encoder", dtype)
     extractor = load_feature_extractor(folder / "feature_extractor", image_encoder.config.image_size)
@@ -199,8 +202,8 @@ def _load_diffusers(kind: type, folder: Path, dtype: torch.dtype) -> Any:
         model = kind.from_config(content)
     state = read_weights(folder, WEIGHTS)
     model._fix_state_dict_keys_on_load(state)  # attention layers of older files are called query, key, value
-    fill_empty(model, state, folder)
-    return model.to(dtype).eval().requires_grad_(False)
+    fill_empty(model, state, folder, dtype)
+    return model.eval().requires_grad_(False)
 
 
 def _load_clip(kind: type, config_kind: type, folder: Path, dtype: torch.dtype) -> Any:

@@ -48,7 +48,7 @@ class MixEntry:
     """One of several data sets that are trained on together."""
 
     train_data: str = ""  # split list
-    ratio: float = 1.0  # fraction of the samples; all add up to 1
+    ratio: float = 1.0  # share of the samples; train_data gives what all shares leave of 1
 
 
 @dataclass
@@ -71,7 +71,7 @@ class MVDiffusionConfig:
 
     # Data
     train_data: str = "data_mouse/data_mouse_train.txt"  # split list
-    mix: list[MixEntry] = field(default_factory=list)  # several data sets of one rig by ratio, instead of train_data
+    mix: list[MixEntry] = field(default_factory=list)  # further data sets of the same rig; train_data gives the rest
     validation_data: str = "data_mouse/data_mouse_val.txt"
     backgrounds: list[str] = field(default_factory=lambda: ["white", "black", "gray"])  # one per sample, at random
     brightness_jitter: float = within(0.1, 0, 1)  # factor drawn from 1 +- this, the same for all views of a sample
@@ -132,6 +132,8 @@ class MVDiffusionConfig:
     validation_guidance_scales: list[float] = field(default_factory=lambda: [1.0, 3.0])
     validation_num_steps: int = within(20, 1, 1000)
     log_steps: int = within(10, 1)
+    budget_s: float | None = None  # seconds after which the run saves itself and stops; repeating continues it
+    skip_digest: bool = False  # resume without comparing files with their digests
     export_dir: str | None = None  # where the finished EMA UNet and its prompt embeddings go, in float16
     export_num_steps: int = 50  # sampling that suits the exported UNet; inference takes it unless told otherwise
     export_guidance_scale: float = 3.0

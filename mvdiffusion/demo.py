@@ -12,7 +12,7 @@ import logging
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -237,26 +237,12 @@ def create_vae(config: VaeConfig, image_size: int, seed: int) -> AutoencoderKL:
 # ---- the same parts at any size, random weights ---------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Stage1Shape:
+class Stage1Shape(NamedTuple):
     """unet, vae, vision: constructor arguments of UNet2DConditionModel, AutoencoderKL and CLIPVisionConfig."""
 
     unet: dict
     vae: dict
     vision: dict
-
-    def __hash__(self) -> int:
-        return hash(repr(self))
-
-    @property
-    def vae_factor(self) -> int:
-        """Image pixels per latent cell."""
-        return 2 ** (len(self.vae["block_out_channels"]) - 1)
-
-    @property
-    def image_size(self) -> int:
-        """Side of the images, pixels."""
-        return self.unet["sample_size"] * self.vae_factor
 
 
 # Stable Diffusion 2.1 unCLIP as FaceLift fine-tunes it: 8 input channels, 64 x 64 latents; CLIP is ViT-H/14.
@@ -289,14 +275,14 @@ def demo_shape(unet: dict) -> Stage1Shape:
 
 
 def random_components(
-    shape: Stage1Shape, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0
+    shape: Stage1Shape, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Components:
     """The frozen parts (no UNet) with random weights, made on `device`, as `load_components` would give them."""
     from diffusers import AutoencoderKL
     from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     with torch.device(device):
         vae = AutoencoderKL(**shape.vae)
         image_encoder = CLIPVisionModelWithProjection(CLIPVisionConfig(**shape.vision))
@@ -304,7 +290,8 @@ def random_components(
     scheduler, noising = make_schedulers()
     # In this order: the image normalizer's own `to` makes new parameters.
     vae, image_encoder, normalizer = (
-        part.to(dtype).eval().requires_grad_(False) for part in (vae, image_encoder, normalizer)
+        (part if dtype == torch.float32 else part.to(dtype)).eval().requires_grad_(False)
+        for part in (vae, image_encoder, normalizer)
     )
     return Components(
         vae=vae, image_encoder=image_encoder, image_normalizer=normalizer,

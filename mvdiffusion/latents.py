@@ -22,17 +22,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from multiview.cameras import Cameras
 from multiview.files import atomic_write
+from multiview.sampler import load_batches
 
 if TYPE_CHECKING:
-    from multiview.order import StepSampler
+    from multiview.image import Draw
+    from multiview.sampler import MixedDataset, StepSampler
     from mvdiffusion.components import Components
-    from mvdiffusion.data.augmentation import Draw
-    from mvdiffusion.data.mixing import MixedDataset
-    from mvdiffusion.data.mouse_dataset import MouseMVDiffusionDataset
 
 log = logging.getLogger(__name__)
 
@@ -136,15 +134,14 @@ def encode(components: Components, images: Tensor, masks: Tensor, inputs: Tensor
 
 def live_batches(
     components: Components,
-    dataset: MouseMVDiffusionDataset | MixedDataset,
+    dataset: MixedDataset,
     sampler: StepSampler,
     workers: int,
     device: torch.device,
 ) -> Iterator[EncodedBatch]:
     """Reads and encodes batches as they are asked for."""
-    loader = DataLoader(dataset, batch_sampler=sampler, num_workers=workers, pin_memory=device.type == "cuda")
     reference = dataset.rig.reference_view
-    for batch in loader:
+    for batch in load_batches(dataset, sampler, workers, device):
         targets, masks, prompts, c2w, fxfycxcy = (
             batch[name].to(device, non_blocking=True) for name in ("targets", "masks", "prompts", "c2w", "fxfycxcy")
         )
@@ -170,7 +167,7 @@ class LatentCache:
     def __init__(
         self,
         components: Components,
-        dataset: MouseMVDiffusionDataset | MixedDataset,
+        dataset: MixedDataset,
         device: torch.device,
         folder: Path | str,
     ) -> None:

@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from mvdiffusion.latents import EncodedBatch, class_labels
+from mvdiffusion.models.unet import run_unet
+from mvdiffusion.prompts import PromptEmbeds
+
+if TYPE_CHECKING:
+    from mvdiffusion.components import Components
+    from mvdiffusion.config import MVDiffusionConfig
 
 
 def noise_and_target(
@@ -62,3 +72,34 @@ def draw_timesteps(
     uniform = torch.randint(1000, (count,), generator=generator)
     high = torch.randint(high_noise_range[0], high_noise_range[1] + 1, (count,), generator=generator)
     return torch.where(torch.rand(count, generator=generator) < high_noise_share, high, uniform)
+
+
+def training_loss(
+    model: nn.Module, components: Components, embeds: PromptEmbeds, batch: EncodedBatch, config: MVDiffusionConfig,
+    generator: torch.Generator,
+) -> Tensor:  # fmt: skip
+    """The loss [] of an encoded batch; all randomness comes from `generator` (CPU), in a fixed order."""
+    device, (objects, views) = batch.mean.device, batch.mean.shape[:2]
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device)
+
+    clip_noise = normal(*batch.embedding.shape)
+    posterior_noise, noise = normal(*batch.mean.shape), normal(*batch.mean.shape)
+    # One time step per object: its views must be equally far along to agree with each other.
+    steps = draw_timesteps(objects, generator, config.high_noise_share, config.high_noise_range)
+    no_labels, no_latents = drop_masks(torch.rand(objects, generator=generator), config.condition_drop_rate)
+
+    labels = class_labels(components, batch.embedding, clip_noise).masked_fill(no_labels.to(device)[:, None], 0)
+    condition = batch.condition.masked_fill(no_latents.to(device)[:, None, None, None], 0)
+    labels, condition, steps = (x.repeat_interleave(views, dim=0) for x in (labels, condition, steps.to(device)))
+    clean = (batch.mean + batch.std * posterior_noise).flatten(0, 1)
+    kind, alphas = components.scheduler.config.prediction_type, components.scheduler.alphas_cumprod
+    noisy, target = noise_and_target(clean, noise.flatten(0, 1), alphas, steps, kind)
+    prediction = run_unet(
+        model, torch.cat([noisy, condition], dim=1), steps, prompts=embeds.tensor.to(device)[batch.prompts.flatten()],
+        labels=labels, cameras=batch.cameras, reference_view=embeds.rig.reference_view,
+    )  # fmt: skip
+    weights = snr_weights(alphas, steps, config.snr_gamma, kind, config.snr_weighting)
+    foreground = 1 + (config.foreground_weight - 1) * (batch.mask.flatten(0, 1) > 0.05).float()
+    return diffusion_loss(prediction, target, weights, foreground if config.foreground_weight != 1 else None)

@@ -1,24 +1,30 @@
-"""Stage 1 training: one flat loop. Repeating the command resumes it, with the same next losses."""
+"""Stage 1's training: what the loop of `multiview.training` needs to train a UNet, start it and resume it."""
 
 from __future__ import annotations
 
 import logging
-import math
-import time
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
-from torch.nn import Parameter
+from torch import Tensor, nn
 
+from multiview.checkpoint import Ema, add_adapters, is_adapter_weight, merged_weights, save_adapters
 from multiview.config import config_to_dict
-from multiview.files import atomic_folder, full_disk_explained
-from multiview.order import StepSampler
-from multiview.run import RunFolder, make_generator
+from multiview.files import atomic_folder
+from multiview.rig import ViewRig, check_alignment, check_start, load_rig
+from multiview.run import PRECISIONS, LoopOptions, autocast, check_size, seed_everything
+from multiview.sample import read_dataset_info
+from multiview.sampler import MixedDataset, StepSampler, mixed_lists
+from multiview.training import Training, run_training
 from mvdiffusion.checkpoints import (
+    PATTERN,
+    Checkpoint,
     Sampling,
     check_same_run,
     newest_training,
@@ -26,33 +32,21 @@ from mvdiffusion.checkpoints import (
     save_sampling,
     save_training,
 )
-from mvdiffusion.components import Components, load_components
+from mvdiffusion.components import load_components, local_folder
 from mvdiffusion.config import MVDiffusionConfig
 from mvdiffusion.data.mouse_dataset import MouseMVDiffusionDataset
-from mvdiffusion.latents import EncodedBatch, LatentCache, class_labels, live_batches
-from mvdiffusion.lora import merged_state, save_adapters
-from mvdiffusion.losses import diffusion_loss, draw_timesteps, drop_masks, noise_and_target, snr_weights
-from mvdiffusion.models.unet import run_unet, save_unet
-from mvdiffusion.optimization import (
-    Ema,
-    averaged_weights,
-    drop_encoder_gradients,
-    make_optimizer,
-    set_learning_rates,
-    trained_parameters,
+from mvdiffusion.latents import EncodedBatch, LatentCache, live_batches, weights_fingerprint
+from mvdiffusion.losses import training_loss
+from mvdiffusion.models.camera_conditioning import is_camera_weight
+from mvdiffusion.models.unet import (
+    configure_views,
+    create_unet,
+    load_unet,
+    resolve_unet_folder,
+    save_unet,
+    unet_rig,
 )
-from mvdiffusion.preparation import (
-    aligned_rig,
-    check_same_step,
-    has_cameras,
-    make_accelerator,
-    make_training_set,
-    picture_size,
-    prepared_unet,
-    restore,
-    training_lists,
-)
-from mvdiffusion.prompts import PromptEmbeds, check_embeds_fit
+from mvdiffusion.prompts import PromptEmbeds, check_embeds_fit, load_prompt_embeds
 from mvdiffusion.validation import evaluate
 
 if TYPE_CHECKING:
@@ -60,251 +54,341 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SHOWN_FIGURES = (
-    "foreground_psnr", "unseen_foreground_psnr", "unseen_mask_iou", "unseen_difference_ratio", "consistency",
-)  # fmt: skip
-
-FROZEN_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# FaceLift's own multiplier: it names the class embedding (the CLIP embedding's way into the UNet) after the camera.
+CLASS_EMBEDDING = r"^class_embedding\."
 
 
-def train(config: MVDiffusionConfig, overfit: int | None = None) -> dict[str, float]:
-    """Trains the UNet, validates, saves. overfit: train and validate on the first so many training samples.
+def train(config: MVDiffusionConfig, overfit: int = 0) -> Path:
+    """Trains to `max_train_steps`, continuing whatever the output folder holds. Returns that folder.
 
-    Returns the last validation's figures. Raises ValueError for whatever does not fit, and for a full disk.
+    overfit: N > 0 trains and validates on the first N samples, in a folder of its own.
+    Raises ValueError before any work for whatever is missing or does not fit; later for a full disk, and
+    TrainingDivergedError (a ValueError) when more than half of the last 200 updates were skipped.
     """
-    config = config.validate()
-    if overfit is not None:
-        config.output_dir, config.max_train_steps = f"{config.output_dir}_overfit{overfit}", config.overfit_steps
-        config.validation_samples, config.export_dir = overfit, None
-    with full_disk_explained(config.output_dir):
-        return run_training(*start(config, overfit))
+    config = overfit_config(config, overfit) if overfit else config
+    config.validate()
+    return run_training(partial(MVDiffusionTraining, config, overfit), loop_options(config))
 
 
-def run_training(trainer: Trainer, run: RunFolder) -> dict[str, float]:
-    """From the trainer's step to the last: updates, logs, checkpoints, validation, export."""
-    config, values = trainer.config, {}
-    started, first = time.monotonic(), trainer.step
-    while trainer.step < config.max_train_steps:
-        loss, rate = trainer.update()
-        step = trainer.step
-        if not math.isfinite(loss):
-            raise ValueError(f"the loss is {loss} at step {step}; lower learning_rate, or use mixed_precision: bf16")
-        seconds = (time.monotonic() - started) / (step - first)
-        run.log(step, {"loss": loss, "lr": rate, "seconds_per_step": seconds})
-        if step % config.log_steps == 0 and trainer.accelerator.is_main_process:
-            log.info("step %d of %d: loss %.4f, %.2f s/step", step, config.max_train_steps, loss, seconds)
-        is_last = step == config.max_train_steps
-        if step % config.checkpointing_steps == 0 or is_last:
-            trainer.save(is_last)
-        if step % config.validation_steps == 0 or is_last:
-            values = trainer.validate(run)
-    if trainer.step == first:  # a finished run that is started again answers with its figures
-        values = trainer.validate(run)
-    if config.export_dir and trainer.accelerator.is_main_process:
-        trainer.export()
-    run.close()
-    return values
+def overfit_config(config: MVDiffusionConfig, num_samples: int) -> MVDiffusionConfig:
+    """The same run on few samples: validation on the training samples, its own folder, no export."""
+    lists, _ = mixed_lists(config.train_data, [(part.train_data, part.ratio) for part in config.mix])
+    return replace(
+        config, output_dir=f"{config.output_dir}_overfit{num_samples}", max_train_steps=config.overfit_steps, mix=[],
+        train_data=lists[0], validation_data=lists[0], validation_samples=num_samples, export_dir=None,
+    )  # fmt: skip
 
 
-# ---- the run --------------------------------------------------------------------------------------------------------
+def loop_options(config: MVDiffusionConfig) -> LoopOptions:
+    return LoopOptions(
+        folder=config.output_dir, device=config.device, seed=config.seed, steps=config.max_train_steps,
+        accumulate=config.gradient_accumulation_steps, batch_size=config.train_batch_size, lr=config.learning_rate,
+        schedule=config.lr_scheduler, warmup=config.lr_warmup_steps, step_rules=config.step_rules,
+        max_norm=config.max_grad_norm, precision=config.mixed_precision,
+        ema_decay=config.ema_decay if config.use_ema else 0.0, save_every=config.checkpointing_steps,
+        keep=config.checkpoints_total_limit, validate_every=config.validation_steps, print_every=config.log_steps,
+        budget_s=config.budget_s, skip_digest=config.skip_digest, wandb=config.wandb,
+    )  # fmt: skip
 
 
-@dataclass
-class Trainer:
-    """What a run holds between two updates.
+def build_datasets(
+    config: MVDiffusionConfig, rig: ViewRig, image_size: int, overfit: int, *, with_cameras: bool
+) -> tuple[MixedDataset, MouseMVDiffusionDataset]:
+    """Training data as the config says, and validation data: samples as they are."""
+    lists, percents = mixed_lists(config.train_data, [(part.train_data, part.ratio) for part in config.mix])
+    parts: list[MouseMVDiffusionDataset] = []
+    for path in lists:
+        part = MouseMVDiffusionDataset(
+            path, rig, image_size, config, with_cameras=with_cameras, limit=overfit or None,
+            first_index=sum(map(len, parts)),
+        )  # fmt: skip
+        parts.append(part)
+    return MixedDataset(parts, percents), MouseMVDiffusionDataset(config.validation_data, rig, image_size)
 
-    unet: the bare module. model: what accelerate made of it. trained: the parameters that train at some time, by name.
-    ema: their average, on the main process. base: fingerprint of the weights that LoRA leaves alone.
-    step: optimiser updates so far.
-    """
 
-    config: MVDiffusionConfig
-    accelerator: Accelerator
-    components: Components
-    embeds: PromptEmbeds
-    unet: torch.nn.Module
-    model: torch.nn.Module
-    trained: dict[str, Parameter]
-    optimizer: torch.optim.Optimizer
-    ema: Ema | None
-    base: str | None
-    batches: Iterator[EncodedBatch]
-    check_set: MouseMVDiffusionDataset
-    step: int
+class MVDiffusionTraining(Training):
+    """A UNet on its way from one image of an animal to a rig's views."""
 
-    def update(self) -> tuple[float, float]:
-        """One optimiser update; all its randomness is keyed on (seed, rank, step). Returns loss and learning rate."""
-        config, accelerator = self.config, self.accelerator
-        rate = set_learning_rates(self.optimizer, config, self.step)
-        losses = []
-        for part in range(config.gradient_accumulation_steps):
-            micro_step = self.step * config.gradient_accumulation_steps + part
-            generator = make_generator("mvdiffusion step", config.seed, accelerator.process_index, micro_step)
-            with accelerator.accumulate(self.model):
-                batch = next(self.batches)
-                loss = training_loss(self.model, self.components, self.embeds, batch, config, generator)
-                accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    drop_encoder_gradients(self.unet, config, self.step)
-                    accelerator.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
-                self.optimizer.step()
-                self.optimizer.zero_grad(set_to_none=True)
-            losses.append(loss.detach())
-        self.step += 1
+    pattern, randomness = PATTERN, "mvdiffusion step"
+    shown = ("foreground_psnr", "unseen_foreground_psnr", "unseen_mask_iou", "unseen_difference_ratio", "consistency")
+
+    def __init__(self, config: MVDiffusionConfig, overfit: int, accelerator: Accelerator) -> None:
+        super().__init__(accelerator, loop_options(config))
+        self.settings, self.config = config, config_to_dict(config)
+        self.advice = (
+            f"Lower learning_rate (now {config.learning_rate:g}) or lengthen lr_warmup_steps (now "
+            f"{config.lr_warmup_steps}); look at the data (quality_report.html; --overfit 1 must work); a loss that is "
+            "not finite may also need mixed_precision: bf16"
+        )
+        check_size(*size_of(config), self.device, "unet.block_out_channels, layers_per_block or train_batch_size")
+        self.rig, self.embeds = aligned_rig(config)
+        # Frozen parts in the run's own precision on a GPU, as upstream; a CPU is no faster with less.
+        dtype = getattr(torch, PRECISIONS[config.mixed_precision]) if self.device.type == "cuda" else torch.float32
+        self.components = load_components(
+            config.pretrained_model_name_or_path, with_unet=False, device=self.device, dtype=dtype
+        )
+        found = newest_training(config.output_dir, self.rig)
+        if found:
+            check_same_run(found, self.config)
+        self.network, self.base = prepared_unet(config, self.rig, found)
+        check_embeds_fit(self.embeds, self.network)
+        if config.gradient_checkpointing:
+            self.network.enable_gradient_checkpointing()
+        self.network.to(self.device)
+        if config.mixed_precision != "no":  # the UNet alone, wherever it is called; what it returns is float32 again
+            from accelerate.utils import convert_outputs_to_fp32
+
+            lowered = autocast(self.device, config.mixed_precision)(self.network.forward)
+            self.network.forward = convert_outputs_to_fp32(lowered)
+        self.parameters = trained_parameters(self.network)
+        self.optimizer = make_optimizer(self.parameters, config, self.device)
+        if config.use_ema and accelerator.is_main_process:
+            self.ema = Ema(self.parameters, config.ema_decay)
+        if found:
+            self._restore(found)
+        size = self.network.config.sample_size * self.components.vae_factor
+        if config.image_size not in (None, size):
+            raise ValueError(
+                f"image_size is {config.image_size}, but this UNet generates images of {size} px; leave it out"
+            )
+        cameras = self.network.config.camera_conditioning != "none"
+        self.dataset, self.check_set = build_datasets(config, self.rig, size, overfit, with_cameras=cameras)
+
+    def _restore(self, found: Checkpoint) -> None:
+        """The average, the optimizer's moments, the gradient scaler and the counters of a checkpoint."""
         if self.ema is not None:
-            self.ema.update(self.trained, self.step)
-        return float(accelerator.reduce(torch.stack(losses).mean(), reduction="mean")), rate
+            trained = found.trained
+            self.ema.load(trained["ema"] if trained else load_unet(found.folder / "unet_ema").state_dict())
+        self.optimizer.load_state_dict(found.optimizer["optimizer"])
+        if found.optimizer.get("scaler"):
+            self.scaler.load_state_dict(found.optimizer["scaler"])
+        self.tried, self.passes = found.step, found.step * self.options.accumulate
+        self.updates = found.sidecar.get("updates", found.step)  # checkpoints older than skipped updates hold none
+        self.counts.update(found.sidecar.get("counts", {}))
+        self.recent.extend(found.sidecar.get("recent_skips", []))
+        log.info("continuing %s at step %d of %d", found.folder, found.step, self.options.steps)
 
-    def state(self, averaged: bool) -> dict[str, Tensor]:
-        """The UNet's whole state under stock names, with the averaged values of what is trained or its own."""
-        return merged_state(self.unet, self.ema.weights if averaged else None)
+    # ---- a pass ------------------------------------------------------------------------------------------------
+
+    def batches(self, sampler: StepSampler) -> Iterator[EncodedBatch]:
+        config = self.settings
+        if config.cache_latents:
+            return LatentCache(self.components, self.dataset, self.device, config.cache_dir).batches(sampler)
+        return live_batches(self.components, self.dataset, sampler, config.dataloader_num_workers, self.device)
+
+    def loss(self, model: nn.Module, batch: EncodedBatch, generator: torch.Generator) -> tuple[Tensor, None]:
+        return training_loss(model, self.components, self.embeds, batch, self.settings, generator), None
+
+    def adjust_gradients(self) -> None:
+        """`freeze_encoder`: in the first half of the run the UNet's down blocks stand still.
+
+        Taking the gradients away (instead of requires_grad) leaves DDP's buckets alone; a parameter without gradient is
+        skipped by the optimizer, its weight decay and moments too.
+        """
+        if self.settings.freeze_encoder and self.tried < self.options.steps // 2:
+            for name, parameter in self.parameters.items():
+                if is_encoder(name):
+                    parameter.grad = None
+
+    # ---- between passes ----------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _averaged_weights(self) -> Iterator[None]:
+        """Inside, the UNet is in eval mode and holds the averaged weights."""
+        average = self.ema.weights if self.ema else {}
+        own = {name: self.parameters[name].detach().clone() for name in average}
+        fill(self.parameters, average)
+        self.network.eval()
+        try:
+            yield
+        finally:
+            fill(self.parameters, own)
+            self.network.train()
+
+    def validate(self) -> tuple[dict[str, float], Tensor]:
+        config = self.settings
+        with self._averaged_weights():
+            return evaluate(
+                self.components, self.network, self.embeds, self.check_set, count=config.validation_samples,
+                seed=config.seed, guidance_scales=config.validation_guidance_scales,
+                num_steps=config.validation_num_steps,
+            )  # fmt: skip
 
     def save(self, is_last: bool) -> None:
-        """Writes checkpoint-<step>: whole UNets; with LoRA the trained tensors, and UNets if asked for or last."""
-        if self.accelerator.is_main_process:
-            config, average = self.config, self.ema is not None
-            optimizer = {"optimizer": self.optimizer.state_dict()}
-            if self.accelerator.scaler is not None:
-                optimizer["scaler"] = self.accelerator.scaler.state_dict()
-            whole = is_last or not config.lora_rank or config.lora_save_merged
-            trained = None
+        """Writes checkpoint-<step>: whole UNets; with LoRA what is trained, and UNets if asked for or last."""
+        config, average = self.settings, self.ema.weights if self.ema else None
+        optimizer = {"optimizer": self.optimizer.state_dict()}
+        if self.scaler.is_enabled():
+            optimizer["scaler"] = self.scaler.state_dict()
+        own = {name: parameter.detach() for name, parameter in self.parameters.items()}
+        sidecar = {
+            "step": self.tried, "rig": self.rig.to_dict(), "config": self.config, "updates": self.updates,
+            "counts": dict(self.counts), "recent_skips": list(self.recent),
+        }  # fmt: skip
+        with save_training(config.output_dir, sidecar, self.embeds, optimizer) as folder:
+            if is_last or not config.lora_rank or config.lora_save_merged:
+                save_unet(self.network, folder / "unet", self.rig, state=merged_weights(self.network))
+                if average is not None:
+                    save_unet(self.network, folder / "unet_ema", self.rig, state=merged_weights(self.network, average))
             if config.lora_rank:
-                own = {name: parameter.detach() for name, parameter in self.trained.items()}
-                trained = {"own": own, "ema": self.ema.weights if average else None, "base": self.base}
-            save_training(
-                config.output_dir, self.step, unet=self.unet, state=self.state(False) if whole else None,
-                ema=self.state(True) if whole and average else None, whole=whole, optimizer=optimizer,
-                embeds=self.embeds, config=config_to_dict(config), keep=config.checkpoints_total_limit, trained=trained,
-                extras=self.save_adapters if config.lora_rank else None,
-            )  # fmt: skip
-        self.accelerator.wait_for_everyone()
-
-    def save_adapters(self, folder: Path) -> None:
-        """The averaged adapters alone, in peft's form, into <folder>/lora."""
-        save_adapters(self.unet, folder / "lora", self.config, self.ema.weights if self.ema else None)
-
-    def validate(self, run: RunFolder) -> dict[str, float]:
-        """Figures of the averaged UNet on the validation samples (on the main process; elsewhere empty)."""
-        config, values = self.config, {}
-        if self.accelerator.is_main_process:
-            with averaged_weights(self.unet, self.ema):
-                values, sheet = evaluate(
-                    self.components, self.unet, self.embeds, self.check_set, count=config.validation_samples,
-                    seed=config.seed, guidance_scales=config.validation_guidance_scales,
-                    num_steps=config.validation_num_steps,
-                )  # fmt: skip
-            run.log(self.step, values, split="val")
-            run.image("validation", self.step, sheet)
-            log.info("step %d: %s", self.step, summary(values))
-        self.accelerator.wait_for_everyone()
-        return values
+                with open(folder / "trained.pt", "wb") as handle:  # a handle: see full_disk_explained
+                    torch.save({"own": own, "ema": average, "base": self.base}, handle)
+                source = config.pretrained_unet_path or config.pretrained_model_name_or_path
+                save_adapters(self.network, folder / "lora", self.rig, source, average)
 
     def export(self) -> None:
         """The finished UNet in float16 into a components folder: unet, prompt_embeds and sampling.json."""
-        folder = Path(self.config.export_dir)
+        config = self.settings
+        if not config.export_dir:
+            return
+        folder, state = Path(config.export_dir), merged_weights(self.network, self.ema.weights if self.ema else None)
         with atomic_folder(folder / "unet") as temporary:
-            save_unet(self.unet, temporary, self.embeds.rig, state=self.state(self.ema is not None), half=True)
+            save_unet(self.network, temporary, self.rig, state=state, half=True)
         save_embeds(folder / "prompt_embeds", self.embeds)
-        config = self.config
-        sampling = Sampling(config.export_num_steps, config.export_guidance_scale, config.export_mirror)
-        save_sampling(folder, sampling)
+        save_sampling(folder, Sampling(config.export_num_steps, config.export_guidance_scale, config.export_mirror))
         log.info("exported to %s", folder)
 
 
-def start(config: MVDiffusionConfig, overfit: int | None) -> tuple[Trainer, RunFolder]:
-    """Everything loaded, compared and, if there is a checkpoint, continued."""
-    accelerator = make_accelerator(config)
-    device = accelerator.device
-    rig, embeds = aligned_rig(config)
-    # Frozen parts in the run's own precision on a GPU, as upstream; a CPU is no faster with less.
-    dtype = FROZEN_DTYPES[config.mixed_precision] if device.type == "cuda" else torch.float32
-    components = load_components(config.pretrained_model_name_or_path, with_unet=False, device=device, dtype=dtype)
-    found = newest_training(config.output_dir, rig)
-    if found:
-        check_same_run(found, config_to_dict(config))
-    check_same_step(found)
-    unet, base = prepared_unet(config, rig, found)
-    check_embeds_fit(embeds, unet)
-    if config.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
+# ---- what is trained, and where it starts ---------------------------------------------------------------------------
+
+
+def aligned_rig(config: MVDiffusionConfig) -> tuple[ViewRig, PromptEmbeds]:
+    """The rig of this run, and its prompt embeddings, after comparing everything that carries one."""
+    lists, _ = mixed_lists(config.train_data, [(part.train_data, part.ratio) for part in config.mix])
+    dataset = read_dataset_info(Path(lists[0]).parent)["rig"]
+    stated = load_rig(config.rig) if config.rig else None
+    rig = stated or dataset
+    embeds = load_prompt_embeds(config.prompt_embeds, stated)
+    check_alignment(rig, dataset=dataset, embeddings=embeds.rig)
+    if config.num_views not in (None, rig.num_views):
+        raise ValueError(f"num_views is {config.num_views}, but rig {rig.name} has {rig.num_views} views; leave it out")
+    return rig, embeds
+
+
+def starting_unet(config: MVDiffusionConfig, rig: ViewRig):
+    """The UNet a run begins with (float32): a fresh one, or the pretrained one, set to the rig's views."""
+    cameras = config.camera_conditioning
+    if config.unet:
+        seed_everything("mvdiffusion unet", config.seed)
+        return create_unet(config.unet, rig.num_views, config.attention or "sparse", cameras or "none")
+    folder = resolve_unet_folder(
+        config.pretrained_unet_path or local_folder(config.pretrained_model_name_or_path) / "unet"
+    )
+    stored = unet_rig(folder)
+    if stored is not None and not config.allow_rig_change:
+        check_start(rig, "allow_rig_change", unet=stored)
+    unet = load_unet(
+        folder, num_views=rig.num_views, attention=config.attention, camera_conditioning=cameras, widen_conv_in=True
+    )
+    return configure_views(unet, rig.num_views, config.attention) if config.attention else unet
+
+
+def prepared_unet(config: MVDiffusionConfig, rig: ViewRig, found: Checkpoint | None):
+    """The UNet to train, and with LoRA the fingerprint of the weights it leaves alone (else None).
+
+    From a checkpoint: its UNet; with LoRA the run's first weights again and its trained tensors. Raises ValueError if
+    the first weights are no longer those that the checkpoint was trained on.
+    """
+    unet = load_unet(found.folder / "unet") if found and not config.lora_rank else starting_unet(config, rig)
+    if config.lora_rank:
+        seed_everything("mvdiffusion lora", config.seed)
+    choose_trained(unet, config)
+    if not config.lora_rank:
+        return unet, None
     trained = trained_parameters(unet)
-    model, optimizer = accelerator.prepare(unet.train(), make_optimizer(trained, config, device))
-    ema = None
-    if config.use_ema and accelerator.is_main_process:
-        ema = Ema(trained, config.ema_decay, device)
-    step = found.step if found else 0
+    frozen = {name.replace(".base_layer.", "."): t for name, t in unet.named_parameters() if name not in trained}
+    base = weights_fingerprint(frozen)
     if found:
-        restore(found, ema, optimizer, accelerator)
-        log.info("continuing %s at step %d of %d", found.folder, step, config.max_train_steps)
-    size = picture_size(config, unet, components)
-    train_set, percents = make_training_set(config, rig, size, limit=overfit, with_cameras=has_cameras(unet))
-    sampler = StepSampler(
-        [len(part) for part in train_set.parts], config.train_batch_size, seed=config.seed, percents=percents,
-        start=step * config.gradient_accumulation_steps,
-        rank=accelerator.process_index, world_size=accelerator.num_processes,
-    )  # fmt: skip
-    if config.cache_latents:
-        batches = LatentCache(components, train_set, device, config.cache_dir).batches(sampler)
-    else:
-        batches = live_batches(components, train_set, sampler, config.dataloader_num_workers, device)
-    check_list = training_lists(config)[0].train_data if overfit else config.validation_data
-    check_set = MouseMVDiffusionDataset(check_list, rig, size, seed=config.seed)
-    run = RunFolder(
-        config.output_dir, config_to_dict(config), rig, wandb=config.wandb, is_main=accelerator.is_main_process
-    )
-    run.forget_after(step)
-    trainer = Trainer(
-        config=config, accelerator=accelerator, components=components, embeds=embeds, unet=unet, model=model,
-        trained=trained, optimizer=optimizer, ema=ema, base=base, batches=batches, check_set=check_set, step=step,
-    )  # fmt: skip
-    return trainer, run
+        if found.trained["base"] != base:
+            raise ValueError(
+                f"{found.folder} holds adapters of other weights than {config.pretrained_unet_path or 'the UNet'} has "
+                f"now; restore them, or start anew with another output_dir=..., or delete {found.folder.parent}"
+            )
+        differing = sorted(set(trained) ^ set(found.trained["own"]))
+        if differing:
+            raise ValueError(f"{found.folder}: trained tensors are not those of this config, e.g. {differing[:3]}")
+        fill(trained, found.trained["own"])
+    return unet, base
 
 
-# ---- one step -------------------------------------------------------------------------------------------------------
+def choose_trained(unet: nn.Module, config: MVDiffusionConfig) -> None:
+    """Without LoRA all trains, or what `trainable_modules` names; with it adapters in `lora_targets`, new camera
+    weights and `lora_also_train`."""
+    if config.lora_rank:
+        add_adapters(unet, config.lora_targets, config.lora_rank, config.lora_alpha or config.lora_rank)
+    parts = config.lora_also_train if config.lora_rank else config.trainable_modules
+    for name, parameter in unet.named_parameters():
+        added = config.lora_rank and (is_adapter_weight(name) or is_camera_weight(name))
+        parameter.requires_grad_(bool(added or parts is None or any(part in name for part in parts)))
+    if not trained_parameters(unet):
+        raise ValueError(f"trainable_modules {config.trainable_modules} names no parameter of the UNet")
 
 
-def training_loss(
-    model, components: Components, embeds: PromptEmbeds, batch: EncodedBatch, config: MVDiffusionConfig,
-    generator: torch.Generator,
-) -> Tensor:  # fmt: skip
-    """The loss of one encoded batch; all randomness comes from `generator` (CPU), in a fixed order."""
-    device, (objects, views) = batch.mean.device, batch.mean.shape[:2]
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device)
-
-    clip_noise = normal(*batch.embedding.shape)
-    posterior_noise, noise = normal(*batch.mean.shape), normal(*batch.mean.shape)
-    # One time step per object: its views must be equally far along to agree with each other.
-    timesteps = draw_timesteps(objects, generator, config.high_noise_share, config.high_noise_range)
-    labels_dropped, latents_dropped = drop_masks(torch.rand(objects, generator=generator), config.condition_drop_rate)
-
-    labels = class_labels(components, batch.embedding, clip_noise).masked_fill(labels_dropped.to(device)[:, None], 0)
-    condition = batch.condition.masked_fill(latents_dropped.to(device)[:, None, None, None], 0)
-    per_view = [x.repeat_interleave(views, dim=0) for x in (labels, condition, timesteps.to(device))]
-    labels, condition, timesteps = per_view
-    clean = (batch.mean + batch.std * posterior_noise).flatten(0, 1)
-    kind, alphas = components.scheduler.config.prediction_type, components.scheduler.alphas_cumprod
-    noisy, target = noise_and_target(clean, noise.flatten(0, 1), alphas, timesteps, kind)
-    prediction = run_unet(
-        model,
-        torch.cat([noisy, condition], dim=1),
-        timesteps,
-        prompts=embeds.tensor.to(device)[batch.prompts.flatten()],
-        labels=labels,
-        cameras=batch.cameras,
-        reference_view=embeds.rig.reference_view,
-    )
-    weights = snr_weights(alphas, timesteps, config.snr_gamma, kind, config.snr_weighting)
-    foreground = 1 + (config.foreground_weight - 1) * (batch.mask.flatten(0, 1) > 0.05).float()
-    return diffusion_loss(prediction, target, weights, foreground if config.foreground_weight != 1 else None)
+def trained_parameters(unet: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that train at some time of the run, by name, in the module's order."""
+    return {name: parameter for name, parameter in unet.named_parameters() if parameter.requires_grad}
 
 
-def summary(values: dict[str, float]) -> str:
-    """One line: the autoencoder's own figures first, then each guidance scale's."""
-    groups: dict[str, list[str]] = {}
+@torch.no_grad()
+def fill(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
     for name, value in values.items():
-        group, figure = name.split("/")
-        if figure in SHOWN_FIGURES:
-            groups.setdefault(group, []).append(f"{figure} {value:.2f}")
-    return "; ".join(f"{group}: {', '.join(figures)}" for group, figures in groups.items())
+        parameters[name].copy_(value)
+
+
+def is_encoder(name: str) -> bool:
+    """The contracting half of the UNet. Not conv_in, whose image channels may be new, nor new camera weights."""
+    return name.startswith("down_blocks.") and not is_camera_weight(name)
+
+
+def parameter_groups(parameters: dict[str, nn.Parameter], config: MVDiffusionConfig) -> list[dict]:
+    """Groups of equal learning rate; `multiplier` is what multiplies the schedule's.
+
+    lr_multipliers: the first pattern (regular expression) found in a name decides; 1 where none is.
+    Raises ValueError for a pattern that no parameter's name matches.
+    """
+    patterns = {**config.lr_multipliers, CLASS_EMBEDDING: config.camera_embedding_lr_mult}
+    groups: dict[float, dict] = {}
+    used = {CLASS_EMBEDDING}
+    for name, parameter in parameters.items():
+        pattern = next((pattern for pattern in patterns if re.search(pattern, name)), None)
+        used.add(pattern)
+        multiplier = 1.0 if pattern is None else float(patterns[pattern])
+        groups.setdefault(multiplier, {"params": [], "multiplier": multiplier})["params"].append(parameter)
+    unused = [pattern for pattern in patterns if pattern not in used]
+    if unused:
+        examples = list(parameters)[:3]
+        raise ValueError(f"lr_multipliers: no trained parameter's name matches {unused}; examples: {examples}")
+    return list(groups.values())
+
+
+def make_optimizer(parameters: dict[str, nn.Parameter], config: MVDiffusionConfig, device: torch.device):
+    """AdamW over `parameter_groups`; with use_8bit_adam bitsandbytes' 8-bit one, which needs CUDA."""
+    options = {
+        "lr": config.learning_rate, "betas": (config.adam_beta1, config.adam_beta2),
+        "weight_decay": config.adam_weight_decay, "eps": config.adam_epsilon,
+    }  # fmt: skip
+    groups = parameter_groups(parameters, config)
+    if not config.use_8bit_adam:
+        return torch.optim.AdamW(groups, **options)
+    if device.type != "cuda":
+        raise ValueError(f"use_8bit_adam needs a CUDA device, got {device.type}; set use_8bit_adam: false")
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise ValueError(
+            "use_8bit_adam needs the package bitsandbytes, which cannot be imported: pip install bitsandbytes, or set "
+            "use_8bit_adam: false"
+        ) from error
+    return AdamW8bit(groups, **options)
+
+
+def size_of(config: MVDiffusionConfig) -> tuple[float, float, float]:
+    """Lower bounds for a fresh UNet: parameters, parameters that train, and bytes of a batch of image latents."""
+    unet = config.unet or {}
+    channels, layers = unet.get("block_out_channels", []), unet.get("layers_per_block", 1)
+    layers = min(layers) if isinstance(layers, list) else layers
+    # Each layer of a block has two 3x3 convolutions, on the way down and on the way up.
+    parameters = float(36 * layers * sum(width**2 for width in channels))
+    latents = config.train_batch_size * unet.get("in_channels", 8) * float(unet.get("sample_size", 8)) ** 2
+    is_partial = config.lora_rank or config.trainable_modules is not None
+    return parameters, 0.0 if is_partial else parameters, 4.0 * latents

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from multiview.cameras import Cameras
-from multiview.consistency import view_consistency
 from multiview.image import grid
 from multiview.metrics import (
     difference_ratio,
@@ -21,6 +20,7 @@ from multiview.metrics import (
     mask_iou,
     psnr,
     ssim,
+    view_consistency,
 )
 from mvdiffusion.components import Components
 from mvdiffusion.data.mouse_dataset import MouseMVDiffusionDataset

@@ -70,17 +70,12 @@ class Analysis:
     headings_deg: np.ndarray | None = None
 
 
-def hulls_of(analysis: Analysis) -> list[list[np.ndarray]]:
-    """[t][v] convex hulls of the masks, as `geometry.mask_extents` takes them."""
-    return [[mask.hull for mask in row] for row in analysis.masks]
-
-
 def open_recording(settings: ImportSettings) -> Recording:
     """Finds and checks calibration, videos and mask videos."""
     path = settings.calibration or find_calibration(settings.meta_dir)
     calibration = read_calibration(path, up=settings.up if settings.up in UP_ROTATIONS else "z")
     most = settings.max_megapixels * 1_000_000
-    videos = find_videos(settings.video_dir, len(calibration), "--video_dir", most)
+    videos = find_videos(settings.video_dir, len(calibration), "--video_dir", most, calibration.names)
     check_method(settings.segment)
     masks = []
     if settings.segment == "none":
@@ -94,7 +89,7 @@ def open_recording(settings: ImportSettings) -> Recording:
                     "--mask_dir, or find the masks with --segment median"
                 )
             folder, flag = found[0], "--meta_dir"
-        masks = find_videos(folder, len(calibration), flag, most)
+        masks = find_videos(folder, len(calibration), flag, most, calibration.names)
     check_videos(videos, masks)
     return Recording(calibration.with_sizes([video.size for video in videos]), videos, masks)
 

@@ -24,7 +24,7 @@ import torch
 from multiview.files import LOCK_FILE, full_disk_explained, owned_folder, remove_leftovers
 from multiview.rig import ViewRig, load_rig
 from multiview.sample import CAMERAS_FILE, DATASET_FILE, is_complete_sample, open_dataset, write_split
-from recording.analysis import Analysis, Recording, analyse, hulls_of, open_recording, record_masks
+from recording.analysis import Analysis, Recording, analyse, open_recording, record_masks
 from recording.calibration import Calibration
 from recording.geometry import CALIBRATED, Placement, Plan, label_error, make_plan, mask_extents, place
 from recording.rectify import cut_camera
@@ -205,8 +205,9 @@ def plan_dataset(
         )  # fmt: skip
         headings = [None] * len(analysis.centres) if analysis.headings_deg is None else analysis.headings_deg.tolist()
         placements = [place(plan, calibration, *where) for where in zip(analysis.centres, headings, strict=True)]
-        return plan, placements, mask_extents(calibration, placements, hulls_of(analysis))
+        return plan, placements, mask_extents(calibration, placements, hulls)
 
+    hulls = [[mask.hull for mask in row] for row in analysis.masks]
     plan, placements, extents = placed(1.0)
     if not np.isfinite(extents).all():
         bad = analysis.frames[int(np.argwhere(~np.isfinite(extents))[0, 0])]

@@ -6,7 +6,7 @@ Stored pixels are what calibrations count: nothing that a file says about turnin
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -187,18 +187,23 @@ class VideoReader:
 # ---- finding --------------------------------------------------------------------------------------------------------
 
 
-def find_videos(folder: Path | str, num_cameras: int, flag: str, max_pixels: int = MAX_PIXELS) -> list[Video]:
+def find_videos(
+    folder: Path | str, num_cameras: int, flag: str, max_pixels: int = MAX_PIXELS, names: Sequence[str] = ()
+) -> list[Video]:
     """Finds the videos of cameras 0..n-1, in one of three layouts.
 
     `0.mp4 ... 5.mp4` (MAMMAL); `Camera1/0.mp4[, 3000.mp4, ...]` (DANNCE, chunks named by their first frame); folders
     `0 ... 5` or `Camera1 ... Camera6` of images, one per frame, in the order of the numbers in their names.
-    flag: the command-line flag that named the folder, for messages. max_pixels: larger frames are refused. Raises
-    ValueError for what is missing: cameras, chunks, images.
+    flag: the command-line flag that named the folder, for messages. max_pixels: larger frames are refused. names: of
+    the calibration's cameras; where folders are called so they are theirs, whatever their numbers, and others belong
+    to cameras that were left out. Raises ValueError for what is missing: cameras, chunks, images.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{flag} {folder} is not a folder; 0.mp4 ... {num_cameras - 1}.mp4 are expected in it")
-    if (folder / "Camera1").is_dir():
+    if {path.name for path in folder.iterdir() if path.is_dir()} & set(names):
+        names = [*names, ""]
+    elif (folder / "Camera1").is_dir():
         names = [f"Camera{index + 1}" for index in range(num_cameras + 1)]
     elif (folder / "0").is_dir():
         names = [str(index) for index in range(num_cameras + 1)]
@@ -207,7 +212,7 @@ def find_videos(folder: Path | str, num_cameras: int, flag: str, max_pixels: int
     missing = [name for name in names[:-1] if not (folder / name).exists()]
     if missing:
         raise ValueError(f"{flag} {folder} lacks {', '.join(missing)} of {num_cameras} cameras{_hint(folder)}")
-    if (folder / names[-1]).exists():
+    if names[-1] and (folder / names[-1]).exists():
         raise ValueError(f"{flag} {folder} holds {names[-1]}, but the calibration has only {num_cameras} cameras")
     paths = [folder / name for name in names[:-1]]
     videos = [probe(_chunks(path) if path.is_dir() else [path], max_pixels) for path in paths]

@@ -8,6 +8,7 @@ runs are skipped, an interrupted one continues from its last checkpoint, a faile
 
 import argparse
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -15,28 +16,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from multiview.run import main_guard
 
 
-def parse_arguments() -> argparse.Namespace:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--spec", type=Path, required=True, help="YAML: base, stage, factors, seeds, overrides, metrics"
-    )
+    parser.add_argument("--spec", type=Path, required=True, help="YAML; see configs/ablation_*.yaml")
     parser.add_argument("--dry_run", action="store_true", help="print the cells and their overrides, and stop")
     parser.add_argument("--only", default="", help="run only cells whose names hold this text (default: all)")
-    return parser.parse_args()
-
-
-def main() -> None:
-    arguments = parse_arguments()
-    from dataclasses import asdict
-
-    from evaluation.ablation import check_cells, make_cells, prepare, read_spec, run_cells
-    from evaluation.effects import markdown, summarise
+    arguments = parser.parse_args()
+    from evaluation.ablation import check_cells, make_cells, markdown, prepare, read_spec, run_cells, summarise
     from multiview.files import atomic_write, write_json
     from multiview.run import git_hash
 
     spec = read_spec(arguments.spec)
     cells = make_cells(spec)
-    check_cells(spec, cells)
+    check_cells(spec, cells)  # all of them, before the first of many hours
     chosen = [cell for cell in cells if arguments.only in cell.name]
     if not chosen:
         raise ValueError(f"--only {arguments.only!r} fits none of {', '.join(cell.name for cell in cells)}")
@@ -56,6 +48,7 @@ def main() -> None:
         else:
             figures = f"failed: {result['reason']}"
         print(f"{len(results)} of {len(chosen)} {cell.name} ({result['seconds']:.0f} s): {figures}", flush=True)
+        # After every run: an ablation of days can be read while it goes on.
         with atomic_write(folder / "table.md") as temporary:
             temporary.write_text(markdown(results, levels, spec.metrics, spec.seeds))
         summary = summarise(results, levels, spec.metrics, spec.seeds)

@@ -25,8 +25,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from evaluation import throughput
+from multiview.config import checked
 from multiview.run import REPOSITORY, git_hash, main_guard, make_generator, resolve_device
-from pipeline.flags import positive
 
 MODEL_PARTS = ("rasterizer", "gslrm", "tokens", "training", "rendering", "sampling", "diffusion_training")
 PARTS = (*MODEL_PARTS, "import")
@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--compile", action="store_true", help="GS-LRM and the UNet of sampling compiled")
     parser.add_argument("--no_memory", action="store_true", help="leave peak memory out")
     for name, (default, text) in NUMBERS.items():
-        parser.add_argument(f"--{name}", type=positive, default=default, help=f"{text} (default: {default})")
+        parser.add_argument(f"--{name}", type=checked(int, 1), default=default, help=f"{text} (default: {default})")
     parser.add_argument("--output", type=Path, help="JSON file to write; the table goes beside it as .md")
     options = parser.parse_args(arguments)
     import_libraries()
@@ -353,7 +353,7 @@ def measure_sampling(bench: Bench):
 
 def measure_diffusion_training(bench: Bench):
     from mvdiffusion.latents import EncodedBatch, encode
-    from mvdiffusion.training import training_loss
+    from mvdiffusion.losses import training_loss
 
     (config, components, embeds), rig = stage1(bench, "sparse"), load_rig("mouse6")
     unet, b, size = components.unet.train(), config.train_batch_size, components.image_size

@@ -9,17 +9,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from multiview.config import checked
 from multiview.run import main_guard
-from pipeline.flags import positive
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--ply", required=True, type=Path, help="3D Gaussians in the INRIA layout")
     parser.add_argument("--output", required=True, type=Path, help="mesh.ply (z up) or mesh.glb (y up, as glTF wants)")
-    parser.add_argument("--resolution", type=positive, default=128, help="voxels along the longest side")
-    parser.add_argument("--views", type=positive, default=48, help="depth maps from all around")
-    parser.add_argument("--view_size", type=positive, default=384, help="pixels of a depth map's side")
+    parser.add_argument("--resolution", type=checked(int, 1), default=128, help="voxels along the longest side")
+    parser.add_argument("--views", type=checked(int, 1), default=48, help="depth maps from all around")
+    parser.add_argument("--view_size", type=checked(int, 1), default=384, help="pixels of a depth map's side")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     given = parser.parse_args()
     if given.output.suffix not in (".ply", ".glb") or given.output.resolve() == given.ply.resolve():

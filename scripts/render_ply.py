@@ -6,8 +6,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from multiview.config import checked
 from multiview.run import main_guard
-from pipeline.flags import positive
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -19,8 +19,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--alpha", action="store_true", help="also alpha/cam_000.png ..., 8 bit")
     parser.add_argument("--sheet", action="store_true", help="also sheet.png: everything in one image (of one size)")
     parser.add_argument("--turntable", type=Path, help="an .mp4 of a camera going once around")
-    parser.add_argument("--turntable_views", type=positive, default=120, help="frames of --turntable")
-    parser.add_argument("--turntable_size", type=positive, default=384, help="pixels, even")
+    parser.add_argument("--turntable_views", type=checked(int, 1), default=120, help="frames of --turntable")
+    parser.add_argument("--turntable_size", type=checked(int, 1), default=384, help="pixels, even")
     parser.add_argument("--elevation", type=float, default=0.0, help="of --turntable, degrees")
     parser.add_argument("--background", choices=["white", "gray", "black"], default="white", help="behind the animal")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -46,7 +46,7 @@ def main() -> None:
     from multiview.files import full_disk_explained, read_json
     from multiview.image import BACKGROUNDS, save_video, write_image
     from multiview.run import resolve_device
-    from pipeline.outputs import contact_sheet, depth_pictures, write_alpha, write_depth
+    from pipeline.outputs import contact_sheet, depth_images, write_alpha, write_depth
 
     gaussians, background = load_ply(given.ply).to(resolve_device(given.device)), BACKGROUNDS[given.background]
     if given.cameras is not None:  # unlike a sample's, these need not agree in their image size: one Cameras per frame
@@ -69,7 +69,7 @@ def main() -> None:
                 rows += [(rgb, depth, alpha.expand(3, -1, -1))] if given.sheet else []
             if given.sheet:
                 rgb, depth, alpha = (torch.stack(row) for row in zip(*rows))
-                shown = [rgb, *[depth_pictures(depth)] * given.depth, *[alpha] * given.alpha]
+                shown = [rgb, *[depth_images(depth)] * given.depth, *[alpha] * given.alpha]
                 write_image(folder / "sheet.png", contact_sheet(shown))
         print(f"{folder}: {len(cameras)} images of {gaussians.num_gaussians} Gaussians")
     if given.turntable is not None:

@@ -25,7 +25,7 @@ from multiview.image import to_uint8
 from multiview.rig import ViewRig, load_rig
 from multiview.run import REPOSITORY, resolve_device
 from multiview.sample import Sample, is_complete_sample, open_dataset, write_sample, write_split
-from recording.calibration import PIXEL_CENTRE, Calibration, read_calibration, write_calibration
+from recording.calibration import PIXEL_CENTRE, Calibration, read_calibration, validate, write_calibration
 from synthetic.photograph import Camera, RecordingCameras, RecordingConditions, photograph
 from synthetic.scene import KEYPOINT_NAMES, SplatCloud, laboratory_light, make_mouse, mouse_sequence
 from synthetic.settings import POSES, MouseSettings
@@ -229,7 +229,7 @@ def load_real_rig(*, width: int | None = None, lens: str = "none") -> tuple[Cali
         K = np.array([camera["K"] for camera in raw])
         K[:, :2, 2] += PIXEL_CENTRE
         distortion = np.array([camera["distortion"] for camera in raw])
-        calibration = replace(calibration, K=K, distortion=distortion).validate()
+        calibration = validate(replace(calibration, K=K, distortion=distortion))
     if width is not None:
         old_width, old_height = calibration.sizes[0]
         height = 2 * round(old_height * width / old_width / 2)

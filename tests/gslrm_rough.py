@@ -24,8 +24,8 @@ from gslrm_toys import config_of, write_toys
 
 from gslrm import training
 from gslrm.checkpoints import load_gslrm
-from gslrm.state import TrainingDivergedError
 from multiview.checkpoint import load_checkpoint, newest_checkpoint
+from multiview.training import TrainingDivergedError
 
 # Share of the passes that go wrong; every fourth loss or so is lost.
 MISHAPS = {"wild": 0.12, "nan": 0.08, "inf": 0.04, "nan_gradient": 0.03}

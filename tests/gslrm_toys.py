@@ -8,12 +8,15 @@ from pathlib import Path
 
 import torch
 
-from gslrm.config import GSLRMConfig
+from gslrm.config import DatasetConfig, GSLRMConfig
+from gslrm.data.mouse_dataset import MouseViewDataset
 from gslrm.model.gaussians import C0, Gaussians
 from gslrm.model.gaussians_renderer import render
+from gslrm.training import GSLRMTraining
 from multiview.cameras import Cameras
 from multiview.config import load_config
 from multiview.rig import load_rig
+from multiview.run import start_processes
 from multiview.sample import Sample, write_dataset_info, write_sample, write_split
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -83,6 +86,17 @@ def settings(data, folder, **overrides) -> list[str]:
 
 def config_of(data, folder, **overrides) -> GSLRMConfig:
     return load_config(GSLRMConfig, None, settings(data, folder, **overrides))
+
+
+def start(config: GSLRMConfig) -> GSLRMTraining:
+    """Everything loaded and resumed, as the loop gets it."""
+    return GSLRMTraining(config, 0, start_processes("cpu"))
+
+
+def dataset_of(list_file: Path, *, size: int = SIZE, **options) -> MouseViewDataset:
+    """A data set of a list; options of its own or of the section `training.dataset`."""
+    own = {name: options.pop(name) for name in ("with_depth", "seed", "limit", "every_view") if name in options}
+    return MouseViewDataset(list_file, DatasetConfig(**options), size, **own)
 
 
 def logged(folder, name="loss", split="train") -> list[float]:

@@ -84,6 +84,16 @@ def config_for(tiny: dict, output: Path, **changes) -> MVDiffusionConfig:
     return MVDiffusionConfig(**{**values, **changes})
 
 
+def augmentation(**options) -> MVDiffusionConfig:
+    """A configuration whose samples stay as they are, on white, but for these options."""
+    return MVDiffusionConfig(**{"backgrounds": ["white"], "brightness_jitter": 0.0, "contrast_jitter": 0.0, **options})
+
+
+def figures(output: Path) -> dict[str, float]:
+    """The last validation's figures, out of the closing block."""
+    return json.loads((output / "summary.json").read_text())["metrics"]
+
+
 def losses(output: Path) -> dict[int, float]:
     """Training losses of a run, by step."""
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]

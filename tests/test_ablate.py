@@ -8,8 +8,15 @@ from pathlib import Path
 import pytest
 from mvdiffusion_tiny import UNET, prepare
 
-from evaluation.ablation import check_cells, make_cells, read_spec, run_cells
-from evaluation.effects import effects, markdown, summarise
+from evaluation.ablation import (
+    check_cells,
+    main_effects,
+    make_cells,
+    markdown,
+    read_spec,
+    run_cells,
+    summarise,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 METRIC = "guidance_1/consistency"
@@ -52,7 +59,8 @@ def test_every_combination_is_a_cell_of_its_own_folder(tmp_path):
         ({"metric": ["x"]}, "unknown key 'metric'; the nearest known one is 'metrics'"),
         ({"metrics": []}, "the key 'metrics' is missing or empty"),
         ({"stage": 3}, "stage must be 1 or 2, got 3"),
-        ({"seeds": [1, 1]}, "different whole numbers"),
+        ({"seeds": [1, 1]}, "different whole numbers"), ({"seeds": ["x"]}, "different whole numbers"),
+        ({"metrics": 3}, "s.yaml: "), ({"base": {"a": 1}}, "s.yaml: "), ({"overrides": [1]}, "s.yaml: "),
         ({"factors": {"a": ["x"]}}, "factor 'a' needs at least two different levels"),
         ({"factors": {"a": {"x": 1, "y": 2}}}, "mapping of level names to config overrides"),
     ],
@@ -155,13 +163,13 @@ def test_effects_are_those_the_numbers_were_made_of():
             for b in levels["b"]:
                 extra = (1.0 + seed) * (a == "y") + gain[b] + 3.0 * (a == "y" and b == "w")
                 results.append(finished({"a": a, "b": b}, seed, offset + extra))
-    found = effects(results, levels, "m", [0, 1])
-    assert found["a: y - x"].mean == pytest.approx(1.5 + 1.0)  # mean over b, where w adds 3
-    assert found["a: y - x"].spread == pytest.approx(0.5**0.5)  # 2 and 3; the seeds' offset cancels
-    assert found["b: v - u"].mean == pytest.approx(2.0) and found["b: v - u"].spread == pytest.approx(0.0)
-    assert found["b: w - u"].mean == pytest.approx(5.0 + 1.5)
-    assert found["(a: y - x) x (b: v - u)"].mean == pytest.approx(0.0)
-    assert found["(a: y - x) x (b: w - u)"].mean == pytest.approx(3.0)
+    found = main_effects(results, levels, "m", [0, 1])
+    assert found["a: y - x"]["mean"] == pytest.approx(1.5 + 1.0)  # mean over b, where w adds 3
+    assert found["a: y - x"]["spread"] == pytest.approx(0.5**0.5)  # 2 and 3; the seeds' offset cancels
+    assert found["b: v - u"]["mean"] == pytest.approx(2.0) and found["b: v - u"]["spread"] == pytest.approx(0.0)
+    assert found["b: w - u"]["mean"] == pytest.approx(5.0 + 1.5)
+    assert found["(a: y - x) x (b: v - u)"]["mean"] == pytest.approx(0.0)
+    assert found["(a: y - x) x (b: w - u)"]["mean"] == pytest.approx(3.0)
     assert len(found) == 1 + 2 + 2
 
 
@@ -171,10 +179,10 @@ def test_three_way_interaction_is_the_change_of_the_two_way_one():
         finished({"a": a, "b": b, "c": c}, 0, 4.0 * (a == b == c == "1") + 1.0 * (a == b == "1"))
         for a in "01" for b in "01" for c in "01"
     ]  # fmt: skip
-    found = effects(results, levels, "m", [0])
-    assert found["(a: 1 - 0) x (b: 1 - 0) x (c: 1 - 0)"].mean == pytest.approx(4.0)
-    assert found["(a: 1 - 0) x (b: 1 - 0)"].mean == pytest.approx(1.0 + 2.0)
-    assert found["a: 1 - 0"].spread is None
+    found = main_effects(results, levels, "m", [0])
+    assert found["(a: 1 - 0) x (b: 1 - 0) x (c: 1 - 0)"]["mean"] == pytest.approx(4.0)
+    assert found["(a: 1 - 0) x (b: 1 - 0)"]["mean"] == pytest.approx(1.0 + 2.0)
+    assert found["a: 1 - 0"]["spread"] is None
 
 
 def test_incomplete_seeds_count_in_cells_but_not_in_effects():

@@ -13,10 +13,10 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import measure_house  # noqa: E402
 
 MOST = {  # HOUSE.md section 2 gives the goals: 16,500 lines, 115 files, 14 in a folder, 9 fragments, 60 dataclasses
-    "product lines": 27_400, "product files": 190, "longest file": 400, "longest function": 90,
+    "product lines": 24_500, "product files": 150, "longest file": 400, "longest function": 90,
     "files in the largest folder": 24, "module functions named once per 1,000 lines": 19.5, "dataclasses": 125,
     "functions with more than 8 parameters": 13, "flags of inference_mouse.py": 32, "unused public names": 8,
-    "files in a circle of imports": 11, "lines reached by the entry scripts": 11_400, "test lines": 14_000,
+    "files in a circle of imports": 11, "lines reached by the entry scripts": 11_800, "test lines": 15_000,
 }  # fmt: skip
 LEAST_COMMENTS = 5.0  # per 100 code lines
 PACKAGES = ("multiview", "mvdiffusion", "gslrm", "pipeline", "synthetic", "recording", "evaluation")
@@ -31,7 +31,7 @@ ALLOWED_IMPORTS = {  # package -> the packages that it may import; entry scripts
 }
 HOMES = {  # library -> the only places that may import it
     "diffusers": ("mvdiffusion/", "scripts/make_demo_components.py"),
-    "matplotlib": ("evaluation/plots.py",),
+    "matplotlib": ("evaluation/report.py", "recording/quality/check.py"),
     "gsplat": ("gslrm/model/rasterizers/", "gslrm/model/ply.py"),
     "wandb": ("multiview/run.py",),
 }
@@ -119,7 +119,7 @@ def test_the_house_stays_within_its_limits():
 
 def test_remedies_name_flags_that_exist():
     """Every --flag inside a sentence of the product is one that some script defines."""
-    defined, named = set(), {}
+    defined, named = {"nproc_per_node", "master_port", "shm-size"}, {}  # torchrun's and docker's
     for name, text in measure_house.product(ROOT).items():
         nodes = list(ast.walk(ast.parse(text)))
         prose = {id(n.body[0].value) for n in nodes if isinstance(n, ast.FunctionDef | ast.ClassDef | ast.Module)

@@ -312,13 +312,10 @@ def test_colmap_files_that_are_wrong_are_named(tmp_path, real):
     binary = write_calibration(tmp_path / "b", real, "colmap_binary")
     for name in ("cameras.bin", "images.bin"):
         whole = (binary / name).read_bytes()
-        for size in range(0, len(whole), 37):
-            (binary / name).write_bytes(whole[:size])
-            with pytest.raises(ValueError, match=f"{name} is truncated"):
+        for content, message in ((whole[:100], "is truncated"), (b"", "truncated"), (whole + b"0", "1 bytes too many")):
+            (binary / name).write_bytes(content)
+            with pytest.raises(ValueError, match=f"{name} .*{message}"):
                 read_calibration(binary)
-        (binary / name).write_bytes(whole + b"\0")
-        with pytest.raises(ValueError, match=f"{name} has 1 bytes too many"):
-            read_calibration(binary)
         (binary / name).write_bytes(whole)
     cameras = bytearray((binary / "cameras.bin").read_bytes())
     struct.pack_into("<i", cameras, 12, 5)

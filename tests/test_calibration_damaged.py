@@ -7,11 +7,13 @@ import struct
 import time
 import zlib
 
+import cv2
 import numpy as np
 import pytest
 from scipy.io import savemat
 
 from recording.calibration import FORMATS, Calibration, read_calibration, read_dannce_labels, write_calibration
+from recording.video import find_videos
 from synthetic.dataset import load_real_rig
 
 
@@ -133,6 +135,19 @@ def test_dannce_names_belong_to_its_cameras(tmp_path, real, compressed):
     savemat(path, {"params": cells})
     with pytest.raises(ValueError, match=r"params\{2\}: Skew = "):
         read_calibration(path)
+
+
+def test_videos_of_named_cameras_are_found_by_their_names(tmp_path):
+    for k in range(1, 7):
+        (tmp_path / f"Camera{k}").mkdir()
+        cv2.imwrite(str(tmp_path / f"Camera{k}" / "0.png"), np.zeros((8, 8, 3), np.uint8))
+    names = ("Camera1", "Camera2", "Camera4", "Camera5", "Camera6")
+    videos = find_videos(tmp_path, 5, "--video_dir", names=names)
+    assert tuple(video.files[0].parent.name for video in videos) == names
+    with pytest.raises(ValueError, match="holds Camera6, but the calibration has only 5 cameras"):
+        find_videos(tmp_path, 5, "--video_dir")
+    with pytest.raises(ValueError, match="lacks Camera9 of 2 cameras"):
+        find_videos(tmp_path, 2, "--video_dir", names=("Camera1", "Camera9"))
 
 
 @pytest.mark.parametrize("format", ["opencv", "anipose", "colmap_text"])

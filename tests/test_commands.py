@@ -128,10 +128,9 @@ def workspace(tmp_path_factory):
     embeds = load_prompt_embeds(folder / "mvdiffusion/data/mouse_prompt_embeds_6view")
     config = {"pretrained_model_name_or_path": "checkpoints/mvdiffusion/pipeckpts"}
     for name in ("mouse", "mouse/original_facelift_embeds"):
-        save_training(
-            folder / "checkpoints/mvdiffusion" / name, 6000, unet=unet, ema=None, optimizer={}, embeds=embeds,
-            config=config, keep=3,
-        )  # fmt: skip
+        sidecar = {"step": 6000, "rig": embeds.rig.to_dict(), "config": config}
+        with save_training(folder / "checkpoints/mvdiffusion" / name, sidecar, embeds, {}) as checkpoint:
+            save_unet(unet, checkpoint / "unet", embeds.rig)
 
     model = ModelConfig(
         image_tokenizer=ImageTokenizerConfig(image_size=SIZE),

@@ -10,10 +10,9 @@ import pytest
 import torch
 
 from multiview.cameras import Cameras
-from multiview.consistency import view_consistency
 from multiview.hull import carve, carve_leave_one_out, colour_surface, render_hull, silhouettes, surface, viewed_cube
 from multiview.image import composite
-from multiview.metrics import foreground_psnr, mask_iou
+from multiview.metrics import foreground_psnr, mask_iou, view_consistency
 from multiview.rig import load_rig
 from multiview.sample import read_sample, read_split
 

@@ -1,27 +1,22 @@
 """scripts/evaluate.py: sweeps (which views, how much noise, which filter), metrics, tables, plots and refusals."""
 
 import json
-import runpy
 from dataclasses import replace
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from chain_tiny import write_gslrm
+from pipeline_tiny import run, write_gslrm
+from test_mesh import sphere
 
-import evaluation.evaluate
-from evaluation.evaluate import NOVEL, OTHER_RIG_VIEWS, RIG_VIEWS, Prediction, measure, splits_of, summarise
-from evaluation.page import metrics_table
-from evaluation.plots import plot_sweep
+from evaluation.methods import NOVEL, OTHER_RIG_VIEWS, RIG_VIEWS, Prediction, measure, splits_of
+from evaluation.report import metrics_table, plot_sweep, summarise
 from evaluation.sweeps import Level, find_world_units_per_mm, plan_sweeps, predict_levels, spread_views
 from multiview.cameras import Cameras
 from multiview.image import read_rgba
 from multiview.rig import load_rig
 from multiview.sample import Sample, write_dataset_info, write_sample, write_split
-from tests.gaussian_scenes import trained_like
 
-ROOT = Path(__file__).resolve().parent.parent
-CPU = torch.device("cpu")
 SIZE = 32
 RIG = load_rig("mouse6")
 
@@ -41,21 +36,21 @@ def make_sample(num_extra: int) -> Sample:
 
 
 @pytest.fixture
-def told(monkeypatch):
+def told():
     """Every PosedViews that Stage 2 was given; its answer is always the same Gaussians."""
-    given = []
-
-    def reconstruct(model, views, device):
-        given.append(views)
-        return trained_like(200)
-
-    monkeypatch.setattr(evaluation.evaluate, "reconstruct", reconstruct)
-    return given
+    return []
 
 
-def run_levels(sweeps, *, sample=None, name="s", seed=0):
+def run_levels(told, sweeps, *, sample=None, name="s", seed=0, stage="2", gaussians=None):
     sample = sample or make_sample(2)
-    return list(predict_levels(None, sample, name, RIG, sweeps, splits_of("2", sample, RIG), CPU, seed=seed))
+
+    def predict(views):
+        told.append(views)
+        return sphere(n=200)
+
+    model = SimpleNamespace(rig=RIG, predict=predict)
+    splits = splits_of(stage, sample, RIG)
+    return list(predict_levels(model, sample, name, sweeps, splits, seed=seed, gaussians=gaussians))
 
 
 # ---- which views ----------------------------------------------------------------------------------------------------
@@ -113,7 +108,7 @@ def test_length_of_a_millimetre_comes_from_the_dataset_or_the_user():
 
 def test_the_model_is_told_noisy_cameras_and_the_truth_is_rendered(told):
     sample = make_sample(2)
-    (_, clean), (_, noisy) = run_levels(plan_sweeps({"camera_noise_deg": [0, 2]}, RIG, None), sample=sample)
+    (_, clean), (_, noisy) = run_levels(told, plan_sweeps({"camera_noise_deg": [0, 2]}, RIG, None), sample=sample)
     assert torch.equal(told[0].cameras.c2w, sample.cameras.c2w[:6])
     turned = told[1].cameras.c2w[:, :3, :3].mT @ sample.cameras.c2w[:6, :3, :3]
     angle = torch.rad2deg(((turned.diagonal(dim1=-2, dim2=-1).sum(-1) - 1) / 2).clamp(-1, 1).acos())
@@ -124,10 +119,10 @@ def test_the_model_is_told_noisy_cameras_and_the_truth_is_rendered(told):
 
 def test_noise_depends_on_seed_sample_and_level_alone(told):
     one = {"camera_noise_px": [1.0]}
-    run_levels(plan_sweeps(one, RIG, None))
-    run_levels(plan_sweeps({"camera_noise_deg": [3.0], "camera_noise_px": [0.5, 1.0]}, RIG, None))
-    run_levels(plan_sweeps(one, RIG, None), seed=1)
-    run_levels(plan_sweeps(one, RIG, None), name="another")
+    run_levels(told, plan_sweeps(one, RIG, None))
+    run_levels(told, plan_sweeps({"camera_noise_deg": [3.0], "camera_noise_px": [0.5, 1.0]}, RIG, None))
+    run_levels(told, plan_sweeps(one, RIG, None), seed=1)
+    run_levels(told, plan_sweeps(one, RIG, None), name="another")
     first, _, half, again, other_seed, other_sample = (views.cameras.fxfycxcy for views in told)
     assert torch.equal(first, again)
     for other in (half, other_seed, other_sample):
@@ -135,30 +130,24 @@ def test_noise_depends_on_seed_sample_and_level_alone(told):
 
 
 def test_undisturbed_levels_are_computed_once_and_views_are_chosen(told):
-    found = run_levels(plan_sweeps({"camera_noise_deg": [0], "num_input_views": [2, 6]}, RIG, None))
+    found = run_levels(told, plan_sweeps({"camera_noise_deg": [0], "num_input_views": [2, 6]}, RIG, None))
     assert [level.name for level, _ in found] == ["camera_noise_deg=0", "num_input_views=2", "num_input_views=6"]
     assert [len(views.rgb) for views in told] == [6, 2] and found[0][1] is found[2][1]
     assert torch.equal(told[1].cameras.c2w, RIG.cameras(SIZE).c2w[[0, 3]])
 
 
 def test_without_extra_views_the_rig_views_are_rendered_under_their_own_name(told):
-    ((_, predictions),) = run_levels(plan_sweeps({"num_input_views": [2]}, RIG, None), sample=make_sample(0))
+    ((_, predictions),) = run_levels(told, plan_sweeps({"num_input_views": [2]}, RIG, None), sample=make_sample(0))
     assert list(predictions) == [RIG_VIEWS] and len(predictions[RIG_VIEWS].rgb) == 6
 
 
 def test_filters_act_on_the_undisturbed_gaussians_alone(told):
     sweeps = plan_sweeps({"camera_noise_deg": [0], "min_opacity": [0.04, 0.999999]}, RIG, None)
-    (_, plain), (_, mild), (_, bare) = run_levels(sweeps)
+    (_, plain), (_, mild), (_, bare) = run_levels(told, sweeps)
     assert len(told) == 1 and plain[NOVEL].mask.mean() > 0.01
     assert bare[NOVEL].mask.max() == 0 and torch.equal(bare[NOVEL].rgb, torch.ones_like(bare[NOVEL].rgb))
     assert mild[NOVEL].mask.mean() > 0.01
-    given, sample = trained_like(200), make_sample(2)
-    made = list(
-        predict_levels(
-            None, sample, "s", RIG, plan_sweeps({"max_scaling": [1.0]}, RIG, None), splits_of("full", sample, RIG), CPU,
-            seed=0, gaussians=given,
-        )
-    )  # fmt: skip
+    made = run_levels(told, plan_sweeps({"max_scaling": [1.0]}, RIG, None), stage="full", gaussians=sphere(n=200))
     assert len(told) == 1 and list(made[0][1]) == [NOVEL, OTHER_RIG_VIEWS]
 
 
@@ -203,9 +192,9 @@ def test_the_worst_is_the_largest_where_smaller_is_better():
 
 def test_plots_are_pictures_with_a_line_in_them(tmp_path):
     records = [{"value": v, "foreground_psnr": 25 - v, "mask_iou": 0.9 - v / 50} for v in (0, 1, 2) for _ in range(3)]
-    plot_sweep(tmp_path / "a.png", "camera_noise_deg", records, "title")
+    plot_sweep(tmp_path / "a.png", records, "noise", "title")
     flat = [{**record, "foreground_psnr": 20.0} for record in records]
-    plot_sweep(tmp_path / "b.png", "camera_noise_deg", flat, "title")
+    plot_sweep(tmp_path / "b.png", flat, "noise", "title")
     a, b = read_rgba(tmp_path / "a.png"), read_rgba(tmp_path / "b.png")
     assert a.shape[-1] > 500 and not torch.equal(a, b)
 
@@ -226,14 +215,14 @@ def workspace(tmp_path_factory):
 
 def evaluate(workspace, *arguments):
     data, checkpoint = workspace
-    main = runpy.run_path(str(ROOT / "scripts" / "evaluate.py"))["main"]
-    main(["--data", str(data), "--checkpoint", str(checkpoint), "--device", "cpu", *map(str, arguments)])
+    return run("scripts/evaluate.py", "--data", data, "--checkpoint", checkpoint, "--device", "cpu", *arguments)
 
 
-def test_sweeps_write_tables_plots_and_records(workspace, tmp_path, capsys):
-    evaluate(
+def test_sweeps_write_tables_plots_and_records(workspace, tmp_path):
+    code, out, err = evaluate(
         workspace, "--stage", 2, "--camera_noise_mm", 0, 5, "--num_input_views", 2, 6, "--output_dir", tmp_path
     )  # fmt: skip
+    assert code == 0, err
     content = json.loads((tmp_path / "metrics.json").read_text())
     mm = content["sweeps"]["camera_noise_mm"]
     assert [level["value"] for level in mm] == [0, 5] and mm[1]["translation_world_units"] == pytest.approx(6 / 73)
@@ -242,7 +231,7 @@ def test_sweeps_write_tables_plots_and_records(workspace, tmp_path, capsys):
     chosen = [r["mask_iou"] for r in content["views"] if (r["factor"], r["value"]) == ("camera_noise_mm", 0)]
     assert mm[0]["mask_iou"]["mean"] == pytest.approx(sum(chosen) / 4)
     report = (tmp_path / "table.md").read_text()
-    assert "assumed" in report and "2: 0, 3" in report and report in capsys.readouterr().out
+    assert "assumed" in report and "2: 0, 3" in report and report in out
     for factor in ("camera_noise_mm", "num_input_views"):
         assert (tmp_path / f"sweep_{factor}.png").is_file() and (tmp_path / f"sheet_{factor}.png").is_file()
     assert not (tmp_path / "sweep_camera_noise_px.png").exists()
@@ -258,10 +247,8 @@ def test_sweeps_write_tables_plots_and_records(workspace, tmp_path, capsys):
     ],
 )  # fmt: skip
 def test_bad_arguments_end_before_anything_is_loaded(arguments):
-    parse = runpy.run_path(str(ROOT / "scripts" / "evaluate.py"))["parse_arguments"]
-    with pytest.raises(SystemExit) as stop:
-        parse(arguments)
-    assert stop.value.code == 2
+    code, _, err = run("scripts/evaluate.py", *arguments)
+    assert code == 2 and "usage:" in err
 
 
 def test_millimetres_of_an_unknown_dataset_are_refused(workspace, tmp_path):
@@ -269,7 +256,7 @@ def test_millimetres_of_an_unknown_dataset_are_refused(workspace, tmp_path):
     kept = info.read_text()
     info.write_text(json.dumps({"rig": json.loads(kept)["rig"]}))
     try:
-        with pytest.raises(ValueError, match="--world_units_per_mm"):
-            evaluate(workspace, "--stage", 2, "--camera_noise_mm", 1, "--output_dir", tmp_path)
+        code, _, err = evaluate(workspace, "--stage", 2, "--camera_noise_mm", 1, "--output_dir", tmp_path)
+        assert code == 1 and "--world_units_per_mm" in err
     finally:
         info.write_text(kept)

@@ -4,7 +4,6 @@ import json
 import math
 import mmap
 import re
-import runpy
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -12,42 +11,37 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from chain_tiny import write_gslrm
+from pipeline_tiny import must, write_gslrm
 
-from evaluation.baselines import (
-    NAMES,
-    TrainingMice,
-    copy_input,
-    describe,
-    predict_autoencoder,
-    predict_baselines,
-    predict_hull,
-    show_hull,
-)
-from evaluation.cost import measure_cost
-from evaluation.evaluate import (
+import evaluation.evaluate
+import evaluation.methods
+from evaluation.evaluate import measure_cost
+from evaluation.methods import (
+    COPY,
     DIRECTIONS,
     NOVEL,
     OTHER_RIG_VIEWS,
     RIG_VIEWS,
-    angle_from_input,
+    TrainingMice,
     compare,
     consistency_of,
-    direction_of,
-    margins,
+    copy_input,
+    describe,
     measure,
+    predict_autoencoder,
+    predict_baselines,
+    predict_hull,
+    records_of,
     side_shown,
     splits_of,
 )
-from evaluation.page import Table, picture_html, write_page
-from evaluation.report import Album, Report, picture_rows, sheet
+from evaluation.report import Report, image_rows, margins, sheet
 from multiview.cameras import Cameras
 from multiview.image import composite
 from multiview.rig import RigMismatchError, load_rig
 from multiview.sample import Sample, write_dataset_info, write_sample, write_split
-from pipeline.stages import PosedViews, views_of_sample
+from pipeline.stages import PosedViews, posed_views
 
-ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 SIZE, RADIUS = 48, 0.4
 RIG = load_rig("mouse6")
@@ -97,9 +91,14 @@ def test_views_compared_were_never_inputs():
 
 def test_directions_are_angles_from_the_input_view():
     near, side, back = DIRECTIONS
-    assert angle_from_input(RIG.cameras(SIZE), 0) == [0, 60, 120, 180, 120, 60]
-    assert angle_from_input(RIG.cameras(SIZE), 2) == [120, 60, 0, 60, 120, 180]
-    assert [direction_of(a) for a in (0, 60, 60.1, 120, 120.1, 180)] == [near, near, side, side, back, back]
+    sample, angles = ball(0), {}
+    for reference in (0, 2):
+        prediction = {"all": compare(sample, range(6), composite(sample.rgba, 1.0), sample.rgba[:, 3:])}
+        records = records_of({}, {"m": prediction}, sample, reference, None)
+        angles[reference] = [record["angle_deg"] for record in records]
+        directions = [record["direction"] for record in records]
+    assert angles == {0: [0, 60, 120, 180, 120, 60], 2: [120, 60, 0, 60, 120, 180]}
+    assert directions == [side, near, near, near, side, back]
 
 
 def test_the_side_that_the_input_shows_follows_from_the_nose():
@@ -133,10 +132,10 @@ def test_consistency_of_true_views_is_the_measure_of_painted_ones():
     broken = rgb.roll(9, dims=-1)
     broken[0] = rgb[0]
     views = PosedViews(broken, sample.rgba[:, 3:], sample.cameras)
-    found = consistency_of(views, sample, 6, copied=rgb[0])
+    found = consistency_of(views, sample, RIG, with_copy=True)
     assert found["true views"]["of_truth"] == 1 and found["true views"]["score"] > 0.97
     assert found["painted views"]["of_truth"] < 0.9  # although the masks that came with them are the true ones
-    assert consistency_of(replace(views, rgb=rgb), sample, 6, copied=None)["painted views"]["of_truth"] == 1
+    assert consistency_of(replace(views, rgb=rgb), sample, RIG, with_copy=False)["painted views"]["of_truth"] == 1
     assert set(found) == {"painted views", "true views", "input copied"}
 
 
@@ -150,19 +149,22 @@ def test_copied_input_is_the_input_everywhere():
         assert found[split].views == views and len(found[split].rgb) == len(views)
         assert torch.equal(found[split].rgb[-1], composite(sample.rgba[0], 1.0))
         assert torch.equal(found[split].truth, sample.rgba[list(views)])
+    recording = copy_input(ball(0), splits_of("2", ball(0), RIG), RIG.reference_view)
+    assert recording[RIG_VIEWS].views == (1, 2, 3, 4, 5)  # the input against itself would be perfect
 
 
 def test_hull_of_a_ball_is_the_ball_and_disagreeing_masks_leave_nothing():
     sample = ball(2)
-    views = views_of_sample(sample.rgba[:6], sample.cameras[:6])
+    views = posed_views(sample.rgba[:6], sample.cameras[:6])
     found = predict_hull(views, sample, splits_of("full", sample, RIG))
     record = measure(found[NOVEL])[0]
     assert record["mask_iou"] > 0.85 and record["foreground_psnr"] > 25 and record["depth_error"] < 0.1
     assert found[NOVEL].views == (6, 7) and found[OTHER_RIG_VIEWS].views == (1, 2, 3, 4, 5)
     apart = replace(views, masks=torch.zeros_like(views.masks))
     apart.masks[::2, :, :5, :5], apart.masks[1::2, :, -5:, -5:] = 1, 1
-    rgb, mask, depth = show_hull(apart, sample.cameras[6:])
-    assert rgb.min() == 1 and mask.max() == 0 and depth.max() == 0 and rgb.shape == (2, 3, SIZE, SIZE)
+    empty = predict_hull(apart, sample, {NOVEL: [6, 7]})[NOVEL]
+    assert empty.rgb.min() == 1 and empty.rgb.shape == (2, 3, SIZE, SIZE)
+    assert empty.mask.max() == 0 and empty.depth.max() == 0
 
 
 def test_nearest_training_mouse_is_like_the_input_and_held_out(tmp_path):
@@ -182,26 +184,21 @@ def test_nearest_training_mouse_is_like_the_input_and_held_out(tmp_path):
 
 @pytest.mark.parametrize("stage", ["1", "2", "full"])
 def test_baselines_say_what_they_were_given_and_keep_to_unseen_views(stage, tmp_path, monkeypatch):
-    import evaluation.baselines
-
     sample = ball(1)
-    views = views_of_sample(sample.rgba[:6], sample.cameras[:6])
+    views = posed_views(sample.rgba[:6], sample.cameras[:6])
     training = TrainingMice.read(dataset(tmp_path, {"a": ball(0)}), RIG, [])
-    monkeypatch.setattr(evaluation.baselines, "reconstruct_sample", lambda *a: "gaussians")
-    monkeypatch.setattr(
-        evaluation.baselines, "predict_gaussians", lambda made, sample, splits, device: dict.fromkeys(splits, made)
-    )
+    same = lambda first, sample, splits: dict.fromkeys(splits, first)  # noqa: E731
+    monkeypatch.setattr(evaluation.methods, "predict_gaussians", same)
+    monkeypatch.setattr(evaluation.methods, "predict_autoencoder", same)
+    model = SimpleNamespace(rig=RIG, predict=lambda views: "gaussians")
     names = ("copy", "nearest", "hull", "six_views", "autoencoder")
-    painted = None if stage == "2" else views
-    nothing = lambda parts, sample, splits: dict.fromkeys(splits)  # noqa: E731
-    monkeypatch.setattr(evaluation.baselines, "predict_autoencoder", nothing)
-    given = {"painted": painted, "training": training, "components": None, "model": None, "device": CPU}
-    found = predict_baselines(stage, names, sample, splits_of(stage, sample, RIG), RIG, **given)
+    given = {"generated": None if stage == "2" else views, "training": training}
+    found = predict_baselines(stage, names, sample, model, **given)
     assert set(found) == set(describe(stage, names, training)) and len(found) == {"1": 3, "2": 3, "full": 5}[stage]
     for label, predictions in found.items():
         if label.startswith("upper bound") and stage == "full":  # given the true rig views: those are no test of it
             assert list(predictions) == [NOVEL]
-    assert predict_baselines(stage, ("none",), sample, splits_of(stage, sample, RIG), RIG, **given) == {}
+    assert predict_baselines(stage, ("none",), sample, model, **given) == {}
 
 
 def test_autoencoder_is_shown_the_views_themselves():
@@ -229,7 +226,8 @@ def test_autoencoder_is_shown_the_views_themselves():
                 return SimpleNamespace(sample=latents)
 
     sample = ball(0)
-    found = predict_autoencoder(Components, sample, splits_of("1", sample, RIG))[OTHER_RIG_VIEWS]
+    model = SimpleNamespace(components=Components)
+    found = predict_autoencoder(model, sample, splits_of("1", sample, RIG))[OTHER_RIG_VIEWS]
     expected = (composite(sample.rgba[1:6], 1.0) * 2 - 1) / 2 / 2 + 0.5
     assert torch.allclose(found.rgb, expected) and found.views == (1, 2, 3, 4, 5) and asked == ["vae"]
 
@@ -241,7 +239,8 @@ def records(method: str, quality: float, split: str = NOVEL) -> list[dict]:
     return [
         {
             "sample": f"m{i}", "method": method, "split": split, "view": 6, "angle_deg": 45.0 * i,
-            "direction": direction_of(45.0 * i), "foreground_psnr": quality + i % 2, "mask_iou": quality / 40,
+            "direction": list(DIRECTIONS)[min(2, (45 * i) // 61)], "foreground_psnr": quality + i % 2,
+            "mask_iou": quality / 40,
         }
         for i in range(4)
     ]  # fmt: skip
@@ -257,28 +256,28 @@ def test_margins_are_taken_mouse_by_mouse():
     assert even["foreground_psnr"]["standard_error"] == pytest.approx(math.sqrt(1 / 3) / 2)
 
 
-def test_album_keeps_the_first_and_the_worst():
-    album = Album(num_mice=60)
+def test_report_keeps_the_first_and_the_worst():
+    album = Report("2", 60)
     for i in range(60):
-        album.add(f"m{i}", float((i * 7) % 60), torch.full((2, 3, 3, 4, 4), i / 255))
+        album.show(f"m{i}", float((i * 7) % 60), torch.full((2, 3, 3, 4, 4), i / 255))
     assert [name for _, name, _ in album.worst] == ["m0", "m43", "m26"]  # 5 % of 60; 7 i = 0, 1, 2 modulo 60
     assert len(album.first) == 8 and album.first[3].unique().tolist() == [3]
     assert sheet([album.first[1], album.first[2][:, :2]]).shape == (3, 16, 12)
 
 
-def test_rows_of_pictures_stand_below_their_truth():
+def test_rows_of_images_stand_below_their_truth():
     sample = ball(1)
     own = copy_input(sample, splits_of("full", sample, RIG), 0)
-    painted = views_of_sample(sample.rgba[:6], sample.cameras[:6])
-    rows = picture_rows(sample, 0, own, None, painted)
+    painted = posed_views(sample.rgba[:6], sample.cameras[:6])
+    rows = image_rows(sample, 0, own, None, painted)
     assert rows.shape == (3, 7, 3, SIZE, SIZE)  # truth, painted, model; the input, a novel view, five of the rig
     assert torch.equal(rows[0, 2:], rows[1, 2:]) and rows[1, 1].min() == 1 and rows[2, 0].min() == 1
 
 
 def test_report_of_a_run_is_complete_and_self_contained(tmp_path):
-    report = Report("2", Album(4), rows="truth, <Stage 2>", records=records("Stage 2", 20.0) + records("hull", 18.0))
+    report = Report("2", 4, rows="truth, <Stage 2>", records=records("Stage 2", 20.0) + records("hull", 18.0))
     report.assets = [{"sample": f"m{i}", "seconds": float(i)} for i in range(4)]
-    report.album.add("m0", 20.0, torch.zeros(2, 2, 3, 8, 8))
+    report.show("m0", 20.0, torch.zeros(2, 2, 3, 8, 8))
     report.notes = ["A note with <tags>."]
     text = report.write(tmp_path, {"stage": "2"}, {"data": "list.txt"}, {"hull": "true views"})
     content = json.loads((tmp_path / "metrics.json").read_text())
@@ -295,15 +294,6 @@ def test_report_of_a_run_is_complete_and_self_contained(tmp_path):
     assert all((tmp_path / name).is_file() for name in ("sheet.png", "worst.png", "directions.png"))
 
 
-def test_tables_and_pictures_of_the_page(tmp_path):
-    table = Table("T", ["a", "b"], [["x & y", "1"]])
-    assert table.markdown() == "## T\n\n| a | b |\n|---|---|\n| x & y | 1 |\n" and "x &amp; y" in table.html()
-    wide = picture_html(torch.rand(3, 4, 2600), "c'aption")
-    assert len(wide) < 40000 and "c&#x27;aption" in wide
-    write_page(tmp_path / "p.html", "t", {"a": "b"}, [table.html()], [])
-    assert (tmp_path / "p.html").read_text().startswith("<!doctype html>")
-
-
 def test_cost_sees_time_and_memory():
     size = 40 * 2**20
     with measure_cost(CPU) as cost:
@@ -317,8 +307,8 @@ def test_cost_sees_time_and_memory():
     assert later["peak_memory_mib"] < less["peak_memory_mib"] - 30  # the mark is reset, not the process's highest ever
 
 
-def test_cost_without_a_high_water_mark_is_seconds_alone(monkeypatch, tmp_path):
-    monkeypatch.setattr("multiview.memory.CLEAR", tmp_path / "proc" / "clear_refs")
+def test_cost_without_a_high_water_mark_is_seconds_alone(monkeypatch):
+    monkeypatch.setattr(evaluation.evaluate, "reset_peak", lambda: False)
     with measure_cost(CPU) as cost:
         pass
     assert list(cost) == ["seconds"]
@@ -327,18 +317,21 @@ def test_cost_without_a_high_water_mark_is_seconds_alone(monkeypatch, tmp_path):
 # ---- the command ----------------------------------------------------------------------------------------------------
 
 
-def test_stage_2_with_every_baseline_from_the_command_line(tmp_path, capsys):
+def test_stage_2_with_every_baseline_from_the_command_line(tmp_path):
     test = dataset(tmp_path / "test", {"a": ball(2), "b": ball(2, 0.3)})
     train = dataset(tmp_path / "train", {"c": ball(0, 0.35)})
-    main = runpy.run_path(str(ROOT / "scripts" / "evaluate.py"))["main"]
     flags = ["--checkpoint", write_gslrm(tmp_path / "gslrm", RIG), "--stage", 2, "--device", "cpu", "--data", test]
-    main([*map(str, flags), "--train_data", str(train), "--output_dir", str(tmp_path / "out")])
+    must("scripts/evaluate.py", *flags, "--train_data", train, "--output_dir", tmp_path / "out")
     content = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert len(content["baselines"]) == len(NAMES["2"]) and len(content["assets"]) == 2
+    assert len(content["baselines"]) == 3 and len(content["assets"]) == 2
     methods = {record["method"] for record in content["views"]}
     assert methods == {"Stage 2", *content["baselines"]} and len(content["views"]) == 2 * 2 * len(methods)
     assert "depth_error" in content["summary"][0] and content["worst"][0]["sample"] in ("a", "b")
-    assert "report.html" in capsys.readouterr().out
-    main([*map(str, flags), "--baselines", "none", "--output_dir", str(tmp_path / "none")])
-    alone = json.loads((tmp_path / "none" / "metrics.json").read_text())
-    assert {record["method"] for record in alone["views"]} == {"Stage 2"} and alone["baselines"] == {}
+    assert (tmp_path / "out" / "report.html").is_file()
+    # A recording, whose only views are inputs: the copied input is not measured against itself.
+    recording = dataset(tmp_path / "recording", {"r": ball(0, with_depth=False)})
+    flags[-1] = recording
+    must("scripts/evaluate.py", *flags, "--baselines", "copy", "--output_dir", tmp_path / "alone")
+    views = json.loads((tmp_path / "alone" / "metrics.json").read_text())["views"]
+    assert [record["view"] for record in views if record["method"] == COPY] == [1, 2, 3, 4, 5]
+    assert len(views) == 6 + 5 and all(record["split"] == RIG_VIEWS for record in views)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from gslrm.checkpoints import export_weights, load_gslrm, model_weights, resolve_checkpoint
 from gslrm.config import IGNORED_KEYS, GSLRMConfig, ModelConfig, model_config_from_dict
 from gslrm.model.gslrm import GSLRM
-from gslrm.state import build_optimizer
+from gslrm.training import parameter_groups
 from multiview.cameras import Cameras
 from multiview.checkpoint import load_checkpoint, load_strict
 from multiview.config import config_to_dict, load_config
@@ -198,7 +198,7 @@ def test_optimizer_groups_are_facelifts():
     config = load_config(GSLRMConfig, GOLDEN / "config.yaml", ignored=set(IGNORED_KEYS))
     model = GSLRM(config.model)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    own = build_optimizer(model, config.training.optimizer).param_groups
+    own = parameter_groups(model, config.training.optimizer.weight_decay)
     assert [[names[id(p)] for p in group["params"]] for group in own] == [group["params"] for group in groups]
     assert [group["weight_decay"] for group in own] == [group["weight_decay"] for group in groups]
 
@@ -418,8 +418,13 @@ def test_inputs_that_do_not_go_together_are_refused(wrong):
 def test_model_config_survives_the_sidecar():
     config = tiny(prune_background_tokens=True, gaussians={"n_gaussians": 4, "sh_degree": 1})
     assert model_config_from_dict(json.loads(json.dumps(config_to_dict(config))), "sidecar") == config
-    with pytest.raises(ValueError, match="model.transformer.heads"):
-        model_config_from_dict({"transformer": {"heads": 3}}, "sidecar")
+    for wrong, message in (
+        ({"transformer": {"heads": 3}}, "model.transformer.heads"), ({"transformer": None}, "model.transformer.None"),
+        ({"transformer": {"d": "256"}}, "model.transformer.d must be a int, got '256'"), ([1], r"model.\[1\]"),
+        ({"hard_pixelalign": 1}, "hard_pixelalign must be a bool"), ({"transformer": {"d": 0.5}}, "d must be a int"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"sidecar: .*{message}"):
+            model_config_from_dict(wrong, "sidecar")
 
 
 def test_wrong_channel_count_is_refused():

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from gslrm_toys import start, toy_sample
 
 from gslrm.checkpoints import VGG_PREFIX, export_weights, load_gslrm
 from gslrm.config import IGNORED_KEYS, GSLRMConfig
-from gslrm.model.gslrm import GSLRM
-from gslrm.state import Start, save, start_state
 from multiview.checkpoint import load_checkpoint, read_sidecar, sidecar_path
 from multiview.config import load_config
 from multiview.files import write_json
 from multiview.rig import load_rig
+from multiview.sample import write_dataset_info, write_sample, write_split
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden" / "gslrm_small"
@@ -47,7 +47,9 @@ def vgg_folder(vgg, tmp_path_factory):
 def golden_config(folder) -> GSLRMConfig:
     overrides = [
         f"training.checkpointing.checkpoint_dir={folder}", f"training.checkpointing.resume_ckpt={CHECKPOINT}",
-        "training.optimizer.reset_training_state=false", "training.runtime.device=cpu",
+        "training.optimizer.reset_training_state=false", "training.runtime.device=cpu", "validation.enabled=false",
+        f"training.dataset.dataset_path={folder}/data/train.txt", "training.losses.lpips_loss_weight=0",
+        "training.losses.perceptual_loss_weight=0",
     ]  # fmt: skip
     return load_config(GSLRMConfig, GOLDEN / "config.yaml", overrides, ignored=set(IGNORED_KEYS))
 
@@ -56,9 +58,11 @@ def golden_config(folder) -> GSLRMConfig:
 def resumed(tmp_path_factory):
     """FaceLift's training state, resumed and saved here."""
     folder = tmp_path_factory.mktemp("resumed")
-    config = golden_config(folder)
-    state = start_state(GSLRM(config.model), config, Start(CHECKPOINT, whole=True), RIG)
-    save(state, config, RIG)
+    write_sample(folder / "data" / "sample", toy_sample(0, RIG))
+    write_dataset_info(folder / "data", RIG)
+    write_split(folder / "data" / "train.txt", [folder / "data" / "sample"])
+    state = start(golden_config(folder))
+    state.save(False)
     return state, folder
 
 
@@ -130,7 +134,7 @@ def test_exported_weights_load_for_inference(resumed, tmp_path):
     model, rig, _ = load_gslrm(tmp_path / "shipped")
     assert rig == RIG and not model.training and "config" in read_sidecar(path)
     assert path.stat().st_size < 0.3 * (folder / CHECKPOINT.name).stat().st_size
-    for name, tensor in state.model.state_dict().items():
+    for name, tensor in state.network.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor.half().float())
 
 

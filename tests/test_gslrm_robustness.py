@@ -35,7 +35,7 @@ def test_training_survives_wild_gradients_nan_losses_and_a_full_disk(data, tmp_p
     assert 0 < counts["mended_gradient"] <= happened["nan_gradient"]
     assert result["updates"] == STEPS - sum(count for name, count in counts.items() if name.startswith("skipped_"))
 
-    monkeypatch.setattr("gslrm.state.MAX_SKIPPED", 30)
+    monkeypatch.setattr("multiview.training.MAX_SKIPPED", 30)
     hopeless = hopeless_run(data, tmp_path / "run", STEPS + 40)
     assert "training has diverged: 31 of the last" in hopeless["message"]
     for part in ("training.optimizer.lr", "training.schedule.warmup", "reset_lr", "quality_report", "skipped_gradient"):

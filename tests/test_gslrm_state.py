@@ -4,29 +4,16 @@ import json
 
 import pytest
 import torch
-from gslrm_toys import SIZE, config_of, logged, write_toys
+from gslrm_toys import SIZE, config_of, logged, start, write_toys
 
-from gslrm.adaptation import adapt, check_adaptation, parse_layers, plain_weights
+from gslrm.adaptation import adapt, check_adaptation, parse_layers
 from gslrm.checkpoints import load_gslrm
 from gslrm.config import AdaptationConfig
 from gslrm.model.gslrm import GSLRM, TransformerBlock
-from gslrm.state import (
-    SKIP_WINDOW,
-    Start,
-    TrainingDivergedError,
-    build_scheduler,
-    build_state,
-    check_skips,
-    find_start,
-    load_state,
-    save,
-    start_state,
-    trained_names,
-    update,
-)
 from gslrm.training import compile_blocks, train
-from multiview.checkpoint import load_checkpoint
+from multiview.checkpoint import load_checkpoint, merged_weights
 from multiview.rig import load_rig
+from multiview.training import SKIP_WINDOW, TrainingDivergedError, rate_factor
 
 RIG = load_rig("mouse6")
 LAST = "ckpt_0000000000000006.pt"
@@ -58,32 +45,34 @@ def views():
 # ---- updates --------------------------------------------------------------------------------------------------------
 
 
-def test_schedule_warms_up_and_falls_to_zero():
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    scheduler = build_scheduler(optimizer, warmup=4, updates=20)
-    rates = []
-    for _ in range(21):
-        rates.append(scheduler.get_last_lr()[0])
-        optimizer.step()
-        scheduler.step()
-    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
-    assert rates[4] == 1.0 and rates[-1] == pytest.approx(0.0) and all(a >= b for a, b in zip(rates[3:], rates[4:]))
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "total", "rules", "expected"),
+    [
+        ("cosine", 4, 20, "1", {0: 0.25, 1: 0.5, 3: 1.0, 4: 1.0, 12: 0.5, 20: 0.0, 30: 0.0}),
+        ("linear", 10, 110, "1", {0: 0.1, 9: 1.0, 60: 0.5}), ("constant", 10, 110, "1", {0: 0.1, 9: 1.0, 60: 1.0}),
+        ("piecewise_constant", 100, 9, "1:10,0.5:20,0.1", {0: 1, 9: 1, 10: 0.5, 19: 0.5, 20: 0.1, 999: 0.1}),
+    ],
+)  # fmt: skip
+def test_schedules_warm_up_and_follow_their_form(schedule, warmup, total, rules, expected):
+    rates = {done: rate_factor(schedule, done, warmup, total, rules) for done in expected}
+    assert rates == pytest.approx(expected)
+    with pytest.raises(ValueError, match="step_rules must look like"):
+        rate_factor("piecewise_constant", 0, 0, 10, "1:x,2")
 
 
 @pytest.mark.parametrize("case", ["fine", "exploding", "huge", "spoiled", "nan", "partly_nan", "overflow"])
 def test_updates_are_skipped_and_counted(data, tmp_path, case):
-    config = config_of(data, tmp_path)
-    state = build_state(GSLRM(config.model), config)
+    state = start(config_of(data, tmp_path))
     if case == "overflow":
         state.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
         state.scaler.scale(torch.zeros(1))  # as a backward pass would
-    before = state.model.input_layer_norm.weight.detach().clone()
+    before = state.network.input_layer_norm.weight.detach().clone()
     values = {"exploding": 1e3, "huge": 1e30, "nan": float("nan"), "overflow": float("inf")}  # 1e60 is no float32
-    for parameter in state.model.parameters():
+    for parameter in state.network.parameters():
         parameter.grad = torch.full_like(parameter, values.get(case, 1e-3))
     if case == "partly_nan":
-        state.model.gaussian_position_embeddings.grad[0] = float("nan")
-    norm = update(state, config.training.runtime, spoiled=case == "spoiled")
+        state.network.gaussian_position_embeddings.grad[0] = float("nan")
+    norm = state.update(spoiled=case == "spoiled")
     reason = {
         "spoiled": "skipped_nan_loss", "exploding": "skipped_gradient", "huge": "skipped_gradient",
         "nan": "skipped_gradient", "overflow": "skipped_overflow",
@@ -92,39 +81,36 @@ def test_updates_are_skipped_and_counted(data, tmp_path, case):
     expected["mended_gradient"] = int(case in ("nan", "partly_nan", "overflow"))
     skipped = case in reason
     assert state.counts == ({**expected, reason[case]: 1} if skipped else expected)
-    assert (not torch.equal(before, state.model.input_layer_norm.weight)) == (not skipped)
-    assert all(bool(parameter.isfinite().all()) for parameter in state.model.parameters())
-    assert list(state.recent) == [skipped] and state.updates == int(not skipped) and state.scheduler.last_epoch == 1
-    assert all(parameter.grad is None for parameter in state.model.parameters())
+    assert (not torch.equal(before, state.network.input_layer_norm.weight)) == (not skipped)
+    assert all(bool(parameter.isfinite().all()) for parameter in state.network.parameters())
+    assert list(state.recent) == [skipped] and state.updates == int(not skipped) and state.tried == 1
+    assert all(parameter.grad is None for parameter in state.network.parameters())
     assert (norm is None) == (case == "spoiled") and (case != "nan" or norm == 0)
 
 
 def test_fp16_scaler_is_updated_after_a_skipped_step(data, tmp_path):
-    config = config_of(data, tmp_path)
-    state = build_state(GSLRM(config.model), config)
+    state = start(config_of(data, tmp_path))
     state.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     for size in (1e4, 1e-3):  # skipped, then taken: unscale_ twice without update() would raise
-        loss = sum(parameter.sum() for parameter in state.model.parameters()) * size
+        loss = sum(parameter.sum() for parameter in state.network.parameters()) * size
         state.scaler.scale(loss).backward()
-        update(state, config.training.runtime, spoiled=False)
+        state.update(spoiled=False)
     assert state.updates == 1 and state.counts["skipped_gradient"] == 1
 
 
 def test_more_than_half_of_the_last_200_updates_skipped_is_the_end_and_survives_a_resume(data, tmp_path):
-    config = config_of(data, tmp_path)
-    state = build_state(GSLRM(config.model), config)
+    state = start(config_of(data, tmp_path))
     state.recent.extend([True] * 300 + [False] * 100 + [True] * 100)  # half of the last 200, whatever was before
     assert len(state.recent) == SKIP_WINDOW
-    check_skips(state, config)
+    state.check_skips()
     state.counts["skipped_gradient"] = 100
-    save(state, config, RIG)
-    start = find_start(config)
-    resumed = start_state(GSLRM(config.model), config, start, RIG)
-    assert start.own and resumed.recent == state.recent and resumed.counts == state.counts
-    check_skips(resumed, config)
-    update(resumed, config.training.runtime, spoiled=True)
+    state.save(False)
+    resumed = start(config_of(data, tmp_path))
+    assert resumed.recent == state.recent and resumed.counts == state.counts
+    resumed.check_skips()
+    resumed.update(spoiled=True)
     with pytest.raises(TrainingDivergedError, match="101 of the last 200.*skipped_gradient 100.*lr.*warmup.*reset_lr"):
-        check_skips(resumed, config)
+        resumed.check_skips()
 
 
 # ---- schedules of resumed runs --------------------------------------------------------------------------------------
@@ -141,7 +127,7 @@ def test_reset_lr_starts_warm_up_and_cosine_again_once(data, started, tmp_path):
     whole = train(config_of(data, tmp_path / "whole", **reset))
     # two updates of warm-up, then the cosine over the six passes that are left
     assert logged(whole, "lr") == pytest.approx(
-        [4e-4, 4e-4, *(2e-4 * (1 + torch.cos(torch.tensor(torch.pi * k / 4))).item() for k in (1, 2, 3, 4))]
+        [2e-4, 4e-4, *(2e-4 * (1 + torch.cos(torch.tensor(torch.pi * k / 4))).item() for k in (0, 1, 2, 3))]
     )
     train(config_of(data, tmp_path / "part", **reset))
     for path in (tmp_path / "part").glob("ckpt_*0012.pt*"):
@@ -156,34 +142,31 @@ def test_without_reset_the_checkpoints_lr_and_decay_count_and_the_log_says_so(da
         "training.schedule.max_fwdbwd_passes": 60, "training.optimizer.lr": 5e-4,
         "training.optimizer.weight_decay": 0.2,
     }  # fmt: skip
-    config = config_of(data, tmp_path, **changes)
-    state = start_state(GSLRM(config.model), config, find_start(config), RIG)
-    assert state.passes == 6 and state.schedule_start == 0 and state.scheduler.base_lrs == [1e-3, 1e-3]
+    state = start(config_of(data, tmp_path, **changes))
+    assert state.passes == 6 and state.schedule_start == 0
+    assert [group["initial_lr"] for group in state.optimizer.param_groups] == [1e-3, 1e-3]
     assert [group["weight_decay"] for group in state.optimizer.param_groups] == [0.05, 0.0]
     assert "reset_lr=true" in caplog.text and "reset_weight_decay=true" in caplog.text
-    config = config_of(data, tmp_path, **changes, **{"training.optimizer.reset_weight_decay": "true"})
-    state = start_state(GSLRM(config.model), config, find_start(config), RIG)
+    state = start(config_of(data, tmp_path, **changes, **{"training.optimizer.reset_weight_decay": "true"}))
     assert [group["weight_decay"] for group in state.optimizer.param_groups] == [0.2, 0.0]
 
 
-def test_scaler_and_averaged_weights_come_back(data, tmp_path):
+def test_scaler_and_averaged_weights_come_back(data, tmp_path, monkeypatch):
     config = config_of(data, tmp_path, **{"training.runtime.ema_decay": 0.5})
-    state = start_state(GSLRM(config.model), config, Start(), RIG)
+    state = start(config)
     state.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    for parameter in state.model.parameters():
+    for parameter in state.network.parameters():
         parameter.grad = torch.full_like(parameter, 1e-3)
     state.scaler.scale(torch.zeros(1))
-    update(state, config.training.runtime, spoiled=False)
-    save(state, config, RIG)
-    resumed = build_state(GSLRM(config.model), config)
-    resumed.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
-    load_state(resumed, find_start(config), config)
+    state.update(spoiled=False)
+    state.save(False)
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *_, scaler=torch.amp.GradScaler, **__: scaler("cpu"))
+    resumed = start(config)
     assert resumed.scaler.get_scale() == 1024.0 and resumed.updates == 1
     name = "input_layer_norm.weight"
-    assert torch.equal(resumed.ema[name], state.ema[name])
-    assert not torch.equal(resumed.ema[name], resumed.model.state_dict()[name])
-    off = config_of(data, tmp_path)
-    assert start_state(GSLRM(off.model), off, find_start(off), RIG).ema is None
+    assert torch.equal(resumed.ema.weights[name], state.ema.weights[name])
+    assert not torch.equal(resumed.ema.weights[name], resumed.network.state_dict()[name])
+    assert start(config_of(data, tmp_path)).ema is None
 
 
 # ---- what trains ----------------------------------------------------------------------------------------------------
@@ -239,14 +222,14 @@ def test_adapters_change_nothing_at_first_and_count_as_soon_as_they_move(data, t
     before, weights = model(*views()), {name: tensor.clone() for name, tensor in model.state_dict().items()}
     adapt(model, config.training.adaptation)
     assert torch.equal(model(*views()).gaussians.xyz, before.gaussians.xyz)
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in plain_weights(model).items())
-    trained = trained_names(model)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in merged_weights(model).items())
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert len(trained) == 4 and all(".lora_" in name and name.startswith("transformer_layers.1.") for name in trained)
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             torch.nn.init.normal_(parameter, std=0.3)
     merged = GSLRM(config.model).eval()
-    merged.load_state_dict(plain_weights(model), strict=True)
+    merged.load_state_dict(merged_weights(model), strict=True)
     got, plain = model(*views()).gaussians, merged(*views()).gaussians
     assert (got.xyz - before.gaussians.xyz).abs().max() > 1e-3
     for name in ("xyz", "features", "scaling", "rotation", "opacity"):
@@ -306,12 +289,10 @@ def test_other_adaptation_than_the_checkpoints_is_refused(data, started, adapted
         (folder, {**LORA, "training.adaptation.lora_alpha": 8}, "lora_alpha"),
         (started, {"training.adaptation.freeze_heads": "true"}, "trained other parameters"),
     ):
-        config = config_of(data, tmp_path, **whole, **options, **{"training.checkpointing.resume_ckpt": resume})
         with pytest.raises(ValueError, match=message):
-            start_state(GSLRM(config.model), config, find_start(config), RIG)
-    config = config_of(data, tmp_path, **{"training.checkpointing.resume_ckpt": folder})  # merged weights start any run
-    state = start_state(GSLRM(config.model), config, find_start(config), RIG)
-    assert torch.equal(state.model.state_dict()[ADAPTED[0]], load_checkpoint(folder / LAST)["ema"][ADAPTED[0]])
+            start(config_of(data, tmp_path, **whole, **options, **{"training.checkpointing.resume_ckpt": resume}))
+    state = start(config_of(data, tmp_path, **{"training.checkpointing.resume_ckpt": folder}))  # merged: start any run
+    assert torch.equal(state.network.state_dict()[ADAPTED[0]], load_checkpoint(folder / LAST)["ema"][ADAPTED[0]])
 
 
 def test_freezing_by_layer_range_moves_the_rest_alone(data, started, tmp_path):

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from gslrm_toys import ROOT, SIZE, config_of, logged, run_script, settings, toy_sample, write_toys
+from gslrm_toys import ROOT, SIZE, config_of, dataset_of, logged, run_script, settings, toy_sample, write_toys
 
 from gslrm import losses as loss_functions
 from gslrm.adaptation import check_adaptation
-from gslrm.config import GSLRMConfig, check_config
-from gslrm.data.mouse_dataset import MouseViewDataset, jitter, overlapping
+from gslrm.config import AugmentationConfig, GSLRMConfig, check_config
+from gslrm.data.mouse_dataset import draw_colors, overlapping
 from gslrm.model.gslrm import GSLRM
 from gslrm.training import overfit_config, train
 from multiview.cameras import Cameras
@@ -39,7 +39,7 @@ def empty_yaml(tmp_path):
 
 
 def test_item_layout_and_index_order(data):
-    dataset = MouseViewDataset(data / "train.txt", image_size=SIZE, num_input_views=4, num_views=6, with_depth=True)
+    dataset = dataset_of(data / "train.txt", num_input_views=4, num_views=6, with_depth=True)
     item = dataset[(0, 2)]
     assert item["image"].shape == (6, 3, SIZE, SIZE) and item["alpha"].shape == (6, 1, SIZE, SIZE)
     assert item["depth"].shape == (6, 1, SIZE, SIZE) and item["c2w"].shape == (6, 4, 4)
@@ -49,15 +49,13 @@ def test_item_layout_and_index_order(data):
     assert torch.allclose(item["c2w"][:4], load_rig("mouse6").cameras(SIZE).c2w[:4], atol=1e-6)
     corner = item["image"][0, :, 0, 0]
     assert torch.allclose(corner, torch.ones(3), atol=0.02)
-    without = MouseViewDataset(
-        data / "train.txt", image_size=SIZE, num_input_views=4, num_views=6, target_has_input=False
-    )
+    without = dataset_of(data / "train.txt", num_input_views=4, num_views=6, target_has_input=False)
     assert without[0]["targets"].tolist() == [4, 5]
 
 
 def test_items_depend_on_seed_epoch_and_index_only(data):
-    options = {"image_size": SIZE, "num_input_views": 3, "num_views": 5, "random_views": True, "background": "random"}
-    one, two = (MouseViewDataset(data / "train.txt", seed=7, **options) for _ in range(2))
+    options = {"num_input_views": 3, "num_views": 5, "random_view_selection": True, "background_color": "random"}
+    one, two = (dataset_of(data / "train.txt", seed=7, **options) for _ in range(2))
     one[(0, 1)]
     assert torch.equal(one[(3, 2)]["index"], two[(3, 2)]["index"])
     assert torch.equal(one[(3, 2)]["image"], two[(3, 2)]["image"])
@@ -73,10 +71,9 @@ def test_unreadable_sample_is_an_error_that_names_the_file_or_is_left_out(data, 
     write_split(tmp_path / "train.txt", [tmp_path / "sample_0", tmp_path / "sample_1"])
     picture = tmp_path / "sample_0" / "images" / "cam_002.png"
     picture.write_bytes(picture.read_bytes()[:40])
-    options = {"image_size": SIZE, "num_input_views": 6, "num_views": 6}
     with pytest.raises(ValueError, match="sample_0.*cam_002.png"):
-        MouseViewDataset(tmp_path / "train.txt", **options)[0]
-    dataset = MouseViewDataset(tmp_path / "train.txt", on_bad_sample="skip", **options)
+        dataset_of(tmp_path / "train.txt")[0]
+    dataset = dataset_of(tmp_path / "train.txt", on_bad_sample="skip")
     assert dataset.num_skipped == 1 and len(dataset) == 1
     dataset[0]
 
@@ -89,7 +86,7 @@ def test_cameras_at_another_distance_are_refused(tmp_path):
     write_dataset_info(tmp_path, load_rig("mouse6"))
     write_split(tmp_path / "train.txt", [tmp_path / "far"])
     with pytest.raises(ValueError, match="distance from the origin"):
-        MouseViewDataset(tmp_path / "train.txt", image_size=SIZE, num_input_views=6, num_views=6)[0]
+        dataset_of(tmp_path / "train.txt", num_input_views=6, num_views=6)[0]
 
 
 def test_view_overlap_rules():
@@ -100,15 +97,13 @@ def test_view_overlap_rules():
 
 
 def test_jitter_draws_once_for_all_views_and_leaves_alpha():
-    from gslrm.config import AugmentationConfig
-
     rgba = torch.full((3, 4, 8, 8), 0.5)
-    changed = jitter(rgba, AugmentationConfig(True, [1.1, 1.1], [1.0, 1.0]), torch.Generator())
+    changed = draw_colors(AugmentationConfig(True, [1.1, 1.1], [1.0, 1.0]), torch.Generator()).recolored(rgba)
     assert torch.allclose(changed[:, :3], torch.tensor(0.55)) and torch.equal(changed[:, 3:], rgba[:, 3:])
 
 
 def test_direct_losses_vanish_at_the_true_surface(data):
-    item = MouseViewDataset(data / "train.txt", image_size=SIZE, num_input_views=6, num_views=8, with_depth=True)[0]
+    item = dataset_of(data / "train.txt", num_input_views=6, num_views=8, with_depth=True)[0]
     cameras = Cameras(item["c2w"][None, :6], item["fxfycxcy"][None, :6], SIZE, SIZE)
     torch.manual_seed(0)
     output = GSLRM(config_of(data, "x").model)(item["image"][None, :6], cameras)
@@ -222,15 +217,17 @@ def test_overfit_reaches_its_samples_and_validates_on_them(data, tmp_path):
                                    "training.losses.direct_loss_weight": 1.0, "training.losses.direct_warmup_steps": 15,
                                    "training.losses.direct_loss_weight_after": 0.1, "training.runtime.ema_decay": 0.9},
     )  # fmt: skip
-    folder = train(config, overfit=2)
+    folder = train(config, 2)
     assert folder == tmp_path / "run_overfit2"
     direct = logged(folder)[:15]
     assert direct[-1] < 0.8 * direct[0]
     rendered = logged(folder)[15:]
     assert rendered[-1] < rendered[0]
-    assert {"input_fg_psnr", "novel_fg_psnr", "novel_iou", "novel_ssim"} <= set(
-        json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
-    )
+    summary = json.loads((folder / "summary.json").read_text())  # the closing block
+    assert {"input_fg_psnr", "novel_fg_psnr", "novel_iou", "novel_ssim"} <= set(summary["metrics"])
+    assert summary["pass"] == summary["of"] == 40 and summary["trained_parameters"] == summary["parameters"] > 1000
+    for name in ("seconds", "samples_per_second", "peak_memory_gb", "matrix_rate_fraction"):
+        assert summary[name] > 0, name
     assert list((folder / "pictures").glob("val_*.png")) and list((folder / "pictures").glob("train_*.png"))
     kept = sorted(path.name for path in folder.glob("ckpt_*.pt"))
     assert kept == [f"ckpt_{step:016d}.pt" for step in (36, 38, 40)]

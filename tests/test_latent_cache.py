@@ -5,25 +5,24 @@ from dataclasses import fields
 
 import pytest
 import torch
-from mvdiffusion_tiny import SIZE, UNET, prepare
+from mvdiffusion_tiny import SIZE, UNET, augmentation, prepare
 
-from multiview.order import StepSampler
 from multiview.rig import load_rig
 from multiview.run import make_generator
+from multiview.sampler import MixedDataset, StepSampler
 from mvdiffusion.components import load_components
 from mvdiffusion.config import MVDiffusionConfig
-from mvdiffusion.data.augmentation import Augmentation
 from mvdiffusion.data.mouse_dataset import MouseMVDiffusionDataset
 from mvdiffusion.latents import LatentCache, encoder_fingerprint, live_batches
+from mvdiffusion.losses import training_loss
 from mvdiffusion.models.unet import create_unet
 from mvdiffusion.prompts import load_prompt_embeds
-from mvdiffusion.training import training_loss
 
 CPU = torch.device("cpu")
-EVERYTHING = Augmentation(
-    backgrounds=("white", "gray", "black"), brightness=0.1, contrast=0.1, saturation=0.2, hue_deg=10, crop_ratio=0.7,
-    mirror=0.5,
-)  # fmt: skip
+EVERYTHING = {
+    "backgrounds": ["white", "gray", "black"], "brightness_jitter": 0.1, "contrast_jitter": 0.1, "hue_jitter_deg": 10,
+    "saturation_jitter": 0.2, "random_crop_ratio": 0.7, "mirror_probability": 0.5,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +51,10 @@ def calls(tiny):
         hook.remove()
 
 
-def dataset_of(tiny, **options) -> MouseMVDiffusionDataset:
-    defaults = {"reference_view_idx": "random", "augmentation": EVERYTHING, "variants": 2, "with_cameras": True}
-    return MouseMVDiffusionDataset(tiny["data"], load_rig("mouse6"), SIZE, **{**defaults, **options})
+def dataset_of(tiny, changes: dict = EVERYTHING, **options) -> MixedDataset:
+    defaults = {"reference_view_idx": "random", "cache_latents": True, "cache_variants": 2}
+    config = augmentation(**{**defaults, **changes, **options})
+    return MixedDataset([MouseMVDiffusionDataset(tiny["data"], load_rig("mouse6"), SIZE, config, with_cameras=True)])
 
 
 def tensors(batch) -> dict[str, torch.Tensor]:
@@ -94,7 +94,7 @@ def test_conditions_are_encoded_once_per_object(tiny, tmp_path, calls):
             cache.batch(sampler.batch(number))
     assert calls == {"vae": 6 * 6 * 2, "clip": 6 * 2}  # six samples, two variants
     # Every view may become the input; two variants that turn out equal are one entry.
-    rotating = LatentCache(tiny["loaded"], dataset_of(tiny, augmentation=None), CPU, tmp_path / "rotating")
+    rotating = LatentCache(tiny["loaded"], dataset_of(tiny, {}), CPU, tmp_path / "rotating")
     calls.update(vae=0, clip=0)
     for number in range(12):
         rotating.batch(sampler.batch(number))
@@ -102,7 +102,7 @@ def test_conditions_are_encoded_once_per_object(tiny, tmp_path, calls):
 
 
 def test_a_damaged_entry_is_encoded_anew_and_counted(tiny, tmp_path):
-    dataset = dataset_of(tiny, augmentation=None, variants=1)
+    dataset = dataset_of(tiny, {}, cache_variants=1)
     cache = LatentCache(tiny["loaded"], dataset, CPU, tmp_path)
     keys = [(0, index) for index in range(4)]
     before = tensors(cache.batch(keys))
@@ -121,13 +121,13 @@ def test_a_damaged_entry_is_encoded_anew_and_counted(tiny, tmp_path):
 
 
 def test_a_changed_picture_or_encoder_is_another_entry(tiny, tmp_path):
-    dataset = dataset_of(tiny, augmentation=None, variants=1)
+    dataset = dataset_of(tiny, {}, cache_variants=1)
     cache = LatentCache(tiny["loaded"], dataset, CPU, tmp_path)
     cache.batch([(0, 0)])
-    picture = dataset.folders[0] / "images" / "cam_003.png"
+    picture = dataset.parts[0].folders[0] / "images" / "cam_003.png"
     content = picture.read_bytes()
     try:
-        other = (dataset.folders[1] / "images" / "cam_003.png").read_bytes()
+        other = (dataset.parts[0].folders[1] / "images" / "cam_003.png").read_bytes()
         picture.write_bytes(other)
         changed = LatentCache(tiny["loaded"], dataset, CPU, tmp_path)
         changed.batch([(0, 0)])

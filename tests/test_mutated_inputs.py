@@ -161,12 +161,7 @@ def mutations(path: Path, good: bytes, draw: random.Random):
         yield f"{key}: {leaf!r:.20}" if turn % 4 != 3 else f"{key} renamed", written.encode()
 
 
-KNOWN = {"calibration transforms": "from_c2w's array of ragged rows names no file"}  # rows that are still to be mended
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.xfail(reason=KNOWN[n])] if n in KNOWN else []) for n in CASES]
-)
+@pytest.mark.parametrize("name", CASES)
 def test_a_mutated_file_is_one_sentence_that_names_it(name, tmp_path):
     make, read = CASES[name]
     (tmp_path / "good").mkdir()

@@ -9,21 +9,19 @@ import torch
 from mvdiffusion_tiny import UNET, config_for, losses, prepare
 from safetensors.torch import load_file
 
+from multiview.checkpoint import is_adapter_weight, merged_weights
 from multiview.run import seed_everything
 from mvdiffusion.checkpoints import newest_training
 from mvdiffusion.config import MVDiffusionConfig
-from mvdiffusion.lora import add_lora, is_adapter_weight, merged_state
 from mvdiffusion.models.unet import create_unet, load_unet, unet_rig
-from mvdiffusion.optimization import (
-    drop_encoder_gradients,
+from mvdiffusion.training import (
+    choose_trained,
     is_encoder,
-    lr_factor,
     make_optimizer,
     parameter_groups,
-    set_learning_rates,
+    train,
     trained_parameters,
 )
-from mvdiffusion.training import train
 
 CPU = torch.device("cpu")
 
@@ -63,14 +61,14 @@ def run_stock(unet):
 def test_merged_adapters_are_the_adapted_unet():
     unet, plain = small_unet(), small_unet()
     config = MVDiffusionConfig(lora_rank=3, lora_alpha=6.0, lora_targets=["to_q", "to_out.0", "conv1"])
-    add_lora(unet, config)
+    choose_trained(unet, config)
     torch.testing.assert_close(run_stock(unet), run_stock(plain), atol=0, rtol=0)  # B is zero: no effect yet
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, parameter in unet.named_parameters():
             if is_adapter_weight(name):
                 parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    state = merged_state(unet)
+    state = merged_weights(unet)
     assert state.keys() == plain.state_dict().keys() and not any(map(is_adapter_weight, plain.state_dict()))
     plain.load_state_dict(state)
     adapted = run_stock(unet)
@@ -80,13 +78,13 @@ def test_merged_adapters_are_the_adapted_unet():
 
 def test_adapters_and_new_camera_weights_train_and_nothing_else():
     unet = small_unet("adaln")
-    add_lora(unet, MVDiffusionConfig(lora_rank=2, lora_also_train=["conv_in"]))
+    choose_trained(unet, MVDiffusionConfig(lora_rank=2, lora_also_train=["conv_in"]))
     names = set(trained_parameters(unet))
     assert {"conv_in.weight", "conv_in.bias", "camera.output.weight"} <= names
     rest = {name for name in names if not is_adapter_weight(name) and not name.startswith(("conv_in.", "camera."))}
     assert not rest and sum(map(is_adapter_weight, names)) > 10
-    with pytest.raises(ValueError, match="no module of the UNet is called .'to_w'"):
-        add_lora(small_unet(), MVDiffusionConfig(lora_rank=2, lora_targets=["to_q", "to_w"]))
+    with pytest.raises(ValueError, match="no layer of .*UNet.* is called .'to_w'"):
+        choose_trained(small_unet(), MVDiffusionConfig(lora_rank=2, lora_targets=["to_q", "to_w"]))
 
 
 def test_lora_run_resumes_exactly_and_saves_both_forms(tiny, tmp_path):
@@ -148,16 +146,6 @@ def test_encoder_stands_still_for_the_first_half(tiny, tmp_path):
 def test_new_weights_in_the_encoder_are_not_frozen():
     assert is_encoder("down_blocks.0.resnets.0.conv1.weight")
     assert not is_encoder("down_blocks.0.camera.weight") and not is_encoder("conv_in.weight")
-    unet = small_unet()
-    for parameter in unet.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    config = MVDiffusionConfig(freeze_encoder=True, max_train_steps=10)
-    drop_encoder_gradients(unet, config, 5)
-    assert all(parameter.grad is not None for parameter in unet.parameters())
-    drop_encoder_gradients(unet, config, 4)
-    assert {name for name, p in unet.named_parameters() if p.grad is None} == {
-        name for name, _ in unet.named_parameters() if name.startswith("down_blocks.")
-    }
 
 
 # ---- rates ----------------------------------------------------------------------------------------------------------
@@ -169,13 +157,12 @@ def test_layers_have_rates_of_their_own():
         learning_rate=1e-3, lr_warmup_steps=0, lr_multipliers={r"\.attn1\.": 0.1, r"(^|\.)camera\.": 10.0},
         camera_embedding_lr_mult=2.0,
     )  # fmt: skip
-    optimizer = make_optimizer(trained_parameters(unet), config, CPU)
-    set_learning_rates(optimizer, config, 0)
-    rates = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
-    expected = {"attn1": 1e-4, "camera": 1e-2, "class_embedding": 2e-3}
+    groups = make_optimizer(trained_parameters(unet), config, CPU).param_groups
+    factors = {id(parameter): group["multiplier"] for group in groups for parameter in group["params"]}
+    expected = {"attn1": 0.1, "camera": 10.0, "class_embedding": 2.0}
     for name, parameter in unet.named_parameters():
-        rate = next((rate for part, rate in expected.items() if part in name.split(".")), 1e-3)
-        assert rates[id(parameter)] == pytest.approx(rate), name
+        factor = next((factor for part, factor in expected.items() if part in name.split(".")), 1.0)
+        assert factors[id(parameter)] == factor, name
     with pytest.raises(ValueError, match="no trained parameter's name matches"):
         parameter_groups(trained_parameters(unet), MVDiffusionConfig(lr_multipliers={"atn1": 2.0}))
 
@@ -190,17 +177,6 @@ def test_rates_survive_a_resumed_run(tiny, tmp_path):
     assert still == {name for name in first if ".attn1." in name}
     with pytest.raises(ValueError, match="run of another model .lr_multipliers"):
         train(quick(tiny, output))
-
-
-def test_schedules():
-    piecewise = MVDiffusionConfig(lr_scheduler="piecewise_constant", step_rules="1:10,0.5:20,0.1", lr_warmup_steps=100)
-    assert [lr_factor(piecewise, step) for step in (0, 9, 10, 19, 20, 999)] == [1, 1, 0.5, 0.5, 0.1, 0.1]
-    with pytest.raises(ValueError, match="step_rules must look like"):
-        lr_factor(MVDiffusionConfig(lr_scheduler="piecewise_constant", step_rules="1:x,2"), 0)
-    for name, middle in (("constant", 1.0), ("linear", 0.5), ("cosine", 0.5)):
-        config = MVDiffusionConfig(lr_scheduler=name, lr_warmup_steps=10, max_train_steps=110)
-        assert lr_factor(config, 0) == 0.1 and lr_factor(config, 9) == 1.0
-        assert lr_factor(config, 60) == pytest.approx(middle)
 
 
 def test_8bit_adam_is_refused_where_it_cannot_be(monkeypatch):

@@ -5,16 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from mvdiffusion_tiny import write_dataset
+from mvdiffusion_tiny import augmentation, write_dataset
 
 from multiview.cameras import Cameras
 from multiview.image import chroma_matrix
 from multiview.rig import View, ViewRig, load_rig
 from multiview.sample import Sample, write_dataset_info, write_sample, write_split
-from mvdiffusion.data.arrangement import arrange
-from mvdiffusion.data.augmentation import Augmentation
-from mvdiffusion.data.mixing import MixedDataset
+from mvdiffusion.config import MixEntry
 from mvdiffusion.data.mouse_dataset import MouseMVDiffusionDataset
+from mvdiffusion.data.views import arrange
+from mvdiffusion.training import build_datasets
 
 SIZE = 32
 
@@ -68,8 +68,8 @@ def test_an_item_is_a_picture_of_the_moved_animal_by_its_own_cameras(tmp_path, n
     rig = irregular_rig() if name == "irregular" else load_rig(name)
     data = write_animal(tmp_path, rig)
     dataset = MouseMVDiffusionDataset(
-        data, rig, SIZE, reference_view_idx="random", with_cameras=True,
-        augmentation=Augmentation(backgrounds=("black",), mirror=0.5),
+        data, rig, SIZE, augmentation(reference_view_idx="random", backgrounds=["black"], mirror_probability=0.5),
+        with_cameras=True,
     )  # fmt: skip
     xyz, colours = animal()
     seen = set()
@@ -95,8 +95,8 @@ def test_an_item_is_a_picture_of_the_moved_animal_by_its_own_cameras(tmp_path, n
 @pytest.mark.parametrize("name", ["mouse6", "facelift6", "uniform8"])
 def test_a_mirrored_sample_is_the_mirrored_mouse_on_the_same_rig(tmp_path, name):
     rig = load_rig(name)
-    augmentation = Augmentation(backgrounds=("black",), mirror=1.0)
-    item = MouseMVDiffusionDataset(write_animal(tmp_path, rig), rig, SIZE, augmentation=augmentation)[0]
+    always = augmentation(backgrounds=["black"], mirror_probability=1.0)
+    item = MouseMVDiffusionDataset(write_animal(tmp_path, rig), rig, SIZE, always)[0]
     xyz, colours = animal()
     expected = draw_points(xyz * torch.tensor([-1.0, 1.0, 1.0]), colours, rig.cameras(SIZE))
     assert bool(item["mirrored"]) and item["prompts"].tolist() == list(range(rig.num_views))
@@ -109,9 +109,9 @@ def test_only_cameras_can_tell_what_an_irregular_rig_shows(tmp_path):
     rig = irregular_rig()
     data = write_animal(tmp_path, rig)
     with pytest.raises(ValueError, match="mirror_probability: 0, or tell the UNet the cameras"):
-        MouseMVDiffusionDataset(data, rig, SIZE, augmentation=Augmentation(mirror=0.5))
+        MouseMVDiffusionDataset(data, rig, SIZE, augmentation(mirror_probability=0.5))
     with pytest.raises(ValueError, match="irregular does not; use reference_view_idx: 0"):
-        MouseMVDiffusionDataset(data, rig, SIZE, reference_view_idx="random")
+        MouseMVDiffusionDataset(data, rig, SIZE, augmentation(reference_view_idx="random"))
 
 
 def test_a_turned_heading_rig_keeps_the_names_of_its_views():
@@ -144,8 +144,8 @@ def test_a_crop_takes_its_cameras_along(tmp_path):
     write_sample(tmp_path / "sample_000000", Sample("b", rgba, cameras, rig.view_names))
     write_dataset_info(tmp_path, rig, source="ball")
     write_split(tmp_path / "list.txt", [tmp_path / "sample_000000"])
-    augmentation = Augmentation(crop_ratio=0.6, mirror=0.5)
-    dataset = MouseMVDiffusionDataset(tmp_path / "list.txt", rig, 64, augmentation=augmentation)
+    cropped = augmentation(random_crop_ratio=0.6, mirror_probability=0.5)
+    dataset = MouseMVDiffusionDataset(tmp_path / "list.txt", rig, 64, cropped)
     sides = set()
     for epoch in range(8):
         item = dataset[epoch, 0]
@@ -170,14 +170,14 @@ def test_hue_and_saturation_leave_greys_alone():
     assert (chroma_matrix(1.0, 120.0) @ red).argmax() != 0
 
 
-def test_variants_come_back_and_differ():
-    tiny = Augmentation(backgrounds=("white", "gray", "black"), brightness=0.1)
-    dataset = MouseMVDiffusionDataset.__new__(MouseMVDiffusionDataset)
-    dataset.augmentation, dataset.variants, dataset.seed, dataset.first_index = tiny, 3, 0, 0
-    draws = [dataset.draw(epoch, 5) for epoch in range(6)]
-    assert draws[:3] == draws[3:] and len(set(draws)) == 3
-    dataset.variants = 0
-    assert len({dataset.draw(epoch, 5) for epoch in range(6)}) == 6
+def test_variants_come_back_and_differ(tmp_path):
+    rig = load_rig("uniform4")
+    options = {"backgrounds": ["white", "gray", "black"], "brightness_jitter": 0.1, "cache_variants": 3}
+    data = write_dataset(tmp_path, rig, count=4)
+    for cached, different in ((True, 3), (False, 6)):
+        dataset = MouseMVDiffusionDataset(data, rig, SIZE, augmentation(cache_latents=cached, **options))
+        draws = [dataset.draw(epoch, 1) for epoch in range(6)]
+        assert len(set(draws)) == different and (not cached or draws[:3] == draws[3:])
 
 
 # ---- several data sets ----------------------------------------------------------------------------------------------
@@ -186,8 +186,10 @@ def test_variants_come_back_and_differ():
 def test_mixed_items_come_from_the_right_data_set(tmp_path):
     rig = load_rig("uniform4")
     lists = [write_dataset(tmp_path / name, rig, count=count) for name, count in (("a", 5), ("b", 4))]
-    parts = [MouseMVDiffusionDataset(path, rig, SIZE) for path in lists]
-    mixed = MixedDataset(parts)
-    assert len(mixed) == 5 and [len(part) for part in parts] == [3, 2]
-    assert torch.equal(mixed[0, 4]["targets"], parts[1][0, 1]["targets"]) and int(mixed[0, 4]["index"]) == 4
-    assert mixed.part(2) == (parts[0], 2) and mixed.part(3) == (parts[1], 0)
+    config = augmentation(train_data=str(lists[0]), mix=[MixEntry(str(lists[1]), 0.4)])
+    config.validation_data = str(lists[0])
+    mixed, _ = build_datasets(config, rig, SIZE, 0, with_cameras=False)
+    plain = MouseMVDiffusionDataset(lists[1], rig, SIZE)
+    assert len(mixed) == 5 and mixed.lengths == [3, 2] and mixed.percents == [60, 40]
+    assert torch.equal(mixed[0, 4]["targets"], plain[0, 1]["targets"]) and int(mixed[0, 4]["index"]) == 4
+    assert mixed.part(2) == (mixed.parts[0], 2) and mixed.part(3) == (mixed.parts[1], 0)

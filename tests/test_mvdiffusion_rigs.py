@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from mvdiffusion_tiny import SIZE, UNET, write_components, write_dataset
+from mvdiffusion_tiny import SIZE, UNET, figures, write_components, write_dataset
 
 from multiview.rig import load_rig
 from mvdiffusion.components import load_components
@@ -40,8 +40,8 @@ def config_for(folder, components, rig, **changes) -> MVDiffusionConfig:
 @pytest.mark.parametrize("name", ["uniform4", "mouse6", "uniform8"])
 def test_the_rig_alone_sets_the_number_of_views(tmp_path, components, name):
     rig = load_rig(name)
-    values = train(config_for(tmp_path, components, name, reference_view_idx="random", mirror_probability=0.5))
-    assert values["guidance_1/foreground_psnr"] > 0
+    train(config_for(tmp_path, components, name, reference_view_idx="random", mirror_probability=0.5))
+    assert figures(tmp_path / "run")["guidance_1/foreground_psnr"] > 0
     unet = tmp_path / "run" / "checkpoint-3" / "unet_ema"
     assert unet_rig(unet) == rig and json.loads((unet / "config.json").read_text())["num_views"] == rig.num_views
     loaded = load_components(components, unet=unet)
@@ -52,9 +52,9 @@ def test_the_rig_alone_sets_the_number_of_views(tmp_path, components, name):
 
 def test_any_view_may_be_the_reference(tmp_path, components):
     rig = replace(load_rig("uniform4"), name="back_first", reference_view=2)
-    values = train(config_for(tmp_path, components, rig, reference_view_idx="random", cache_latents=True,
-                              cache_dir=str(tmp_path / "cache")))  # fmt: skip
-    assert values["guidance_1/unseen_foreground_psnr"] > 0
+    cached = {"cache_latents": True, "cache_dir": str(tmp_path / "cache")}
+    train(config_for(tmp_path, components, rig, reference_view_idx="random", **cached))
+    assert figures(tmp_path / "run")["guidance_1/unseen_foreground_psnr"] > 0
     with pytest.raises(ValueError, match="num_views is 6, but rig back_first has 4 views"):
         train(config_for(tmp_path, components, rig, num_views=6))
 

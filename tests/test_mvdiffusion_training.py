@@ -1,5 +1,6 @@
 """Stage 1's trainer: data order, losses, resume, checkpoints, refusals."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -7,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from mvdiffusion_tiny import SIZE, config_for, losses, prepare, write_dataset
+from mvdiffusion_tiny import SIZE, augmentation, config_for, figures, losses, prepare, write_dataset
 
 from multiview.image import adjust_colours, composite
 from multiview.rig import RigMismatchError, load_rig
 from multiview.run import make_generator
 from multiview.sample import read_sample, read_split
 from mvdiffusion.checkpoints import components_folder_of, embeds_of
-from mvdiffusion.data.augmentation import Augmentation
+from mvdiffusion.config import MVDiffusionConfig
 from mvdiffusion.data.mouse_dataset import MouseMVDiffusionDataset
 from mvdiffusion.facelift_yaml import load_training_config
 from mvdiffusion.losses import diffusion_loss, draw_timesteps, drop_masks, noise_and_target, snr_weights
@@ -35,7 +36,9 @@ def tiny(tmp_path_factory):
 
 def test_rotated_reference_rotates_the_targets(tiny):
     """Mistake 6: with targets that stay, the model learns to copy its input."""
-    dataset = MouseMVDiffusionDataset(tiny["data"], load_rig("mouse6"), SIZE, reference_view_idx="random", seed=3)
+    dataset = MouseMVDiffusionDataset(
+        tiny["data"], load_rig("mouse6"), SIZE, augmentation(reference_view_idx="random", seed=3)
+    )
     stored = read_sample(read_split(tiny["data"])[0]).rgba
     seen = set()
     for epoch in range(12):
@@ -50,16 +53,14 @@ def test_rotated_reference_rotates_the_targets(tiny):
 def test_fixed_rigs_cannot_rotate(tmp_path):
     data = write_dataset(tmp_path, load_rig("facelift6"), count=2)
     with pytest.raises(ValueError, match="facelift6 does not; use reference_view_idx: 0"):
-        MouseMVDiffusionDataset(data, load_rig("facelift6"), SIZE, reference_view_idx="random")
+        MouseMVDiffusionDataset(data, load_rig("facelift6"), SIZE, augmentation(reference_view_idx="random"))
     with pytest.raises(RigMismatchError, match="requested and dataset"):
         MouseMVDiffusionDataset(data, load_rig("mouse6"), SIZE)
 
 
 def test_background_and_jitter_are_one_for_all_views(tiny):
-    augmentation = Augmentation(
-        backgrounds=("white", "black", "gray"), brightness=0.1, contrast=0.1, saturation=0.2, hue_deg=10.0
-    )
-    dataset = MouseMVDiffusionDataset(tiny["data"], load_rig("mouse6"), SIZE, augmentation=augmentation)
+    config = MVDiffusionConfig(saturation_jitter=0.2, hue_jitter_deg=10.0)
+    dataset = MouseMVDiffusionDataset(tiny["data"], load_rig("mouse6"), SIZE, config)
     backgrounds = set()
     for index in range(len(dataset)):
         item = dataset[index]
@@ -143,19 +144,35 @@ def test_foreground_weight_keeps_the_scale_of_an_even_error():
 # ---- the loop -------------------------------------------------------------------------------------------------------
 
 
-def test_killed_run_continues_with_the_same_losses(tiny, tmp_path):
+@pytest.mark.parametrize("damage", ["cut optimizer", "flipped bit", "cut UNet without digests", "missing"])
+def test_killed_run_continues_with_the_same_losses(tiny, tmp_path, caplog, damage):
+    """The checkpoint before takes over from a damaged one, with word of it."""
     output = tmp_path / "run"
-    values = train(config_for(tiny, output))
+    train(config_for(tiny, output))
+    values = figures(output)
     assert {"vae/foreground_psnr", "guidance_1/foreground_psnr", "guidance_1/unseen_mask_iou"} <= set(values)
     whole = losses(output)
     assert sorted(whole) == [1, 2, 3, 4]
-    # As after SIGKILL while checkpoint-4 was written: an unfinished folder, and a complete one before it.
-    (output / "checkpoint-4" / "optimizer.pt").write_bytes(b"cut")
-    (output / ".checkpoint-4.0123abcd.tmp").mkdir()
+    newest = output / "checkpoint-4"
+    unet, sidecar = newest / "unet" / "diffusion_pytorch_model.safetensors", newest / "checkpoint.json"
+    if damage == "cut optimizer":
+        (newest / "optimizer.pt").write_bytes(b"cut")
+        (output / ".checkpoint-4.0123abcd.tmp").mkdir()  # as after SIGKILL while it was written
+    elif damage == "flipped bit":
+        content = bytearray(unet.read_bytes())
+        content[-50] ^= 1
+        unet.write_bytes(content)
+    elif damage == "missing":
+        unet.unlink()
+    else:  # a checkpoint of the time before digests
+        sidecar.write_text(json.dumps({k: v for k, v in json.loads(sidecar.read_text()).items() if k != "sha256"}))
+        unet.write_bytes(unet.read_bytes()[:-100])
     train(config_for(tiny, output))
-    assert losses(output) == whole
+    assert "looking at the one before it" in caplog.text and losses(output) == whole
+    assert not [path for path in output.glob(".*") if path.is_dir()]
     # Nothing left to do: answered with figures, not trained again.
-    assert train(config_for(tiny, output)).keys() == values.keys() and losses(output) == whole
+    train(config_for(tiny, output))
+    assert figures(output) == values and losses(output) == whole
 
 
 def test_checkpoint_holds_all_that_inference_needs(tiny, tmp_path):
@@ -185,8 +202,9 @@ def test_overfitting_lowers_the_loss(tiny, tmp_path):
         tiny, tmp_path / "run", overfit_steps=40, checkpointing_steps=40, gradient_accumulation_steps=1,
         learning_rate=3e-3, condition_drop_rate=0.0, backgrounds=["white"],
     )  # fmt: skip
-    values = train(config, overfit=1)
-    found = losses(tmp_path / "run_overfit1")
+    folder = train(config, 1)
+    found, values = losses(folder), figures(folder)
+    assert folder == tmp_path / "run_overfit1"
     assert sum(found[k] for k in range(36, 41)) < 0.6 * sum(found[k] for k in range(1, 6))
     assert values["vae/foreground_psnr"] > 0
 

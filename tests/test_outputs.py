@@ -1,15 +1,13 @@
 """What is written on request: maps in a sample's convention, contact sheets, exports; nothing stale stays."""
 
 import functools
-import subprocess
-import sys
-from pathlib import Path
 
 import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pipeline_tiny import must, run
 
 from gslrm.model import mesh
 from gslrm.model.gaussians_renderer import render
@@ -18,11 +16,17 @@ from multiview.cameras import Cameras
 from multiview.files import write_json
 from multiview.image import read_rgba
 from multiview.sample import DEPTH_UNIT
-from pipeline.outputs import contact_sheet, depth_pictures, start_folder, write_alpha, write_depth, write_extras
+from pipeline.outputs import (
+    contact_sheet,
+    depth_images,
+    start_folder,
+    write_alpha,
+    write_depth,
+    write_exports,
+    write_renderings,
+)
 from pipeline.stages import PosedViews
 from tests.test_mesh import sphere
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def picture(path):
@@ -59,10 +63,10 @@ def test_contact_sheet_puts_kinds_under_each_other_and_wraps():
     torch.testing.assert_close(sheet[0, ::2, ::3], expected)
 
 
-def test_depth_pictures_are_dark_near_and_white_without_surface():
+def test_depth_images_are_dark_near_and_white_without_surface():
     depth = torch.tensor([0.0, 2.0, 3.0, 4.0]).view(1, 1, 2, 2)
-    assert depth_pictures(depth)[0, 1].flatten().tolist() == pytest.approx([1.0, 0.0, 0.4, 0.8])
-    assert (depth_pictures(torch.zeros(2, 1, 4, 4)) == 1).all()
+    assert depth_images(depth)[0, 1].flatten().tolist() == pytest.approx([1.0, 0.0, 0.4, 0.8])
+    assert (depth_images(torch.zeros(2, 1, 4, 4)) == 1).all()
 
 
 def views_of(gaussians, count=2, size=32):
@@ -74,12 +78,8 @@ def views_of(gaussians, count=2, size=32):
 def test_extras_are_written_on_request_and_removed_by_the_next_run(tmp_path):
     gaussians = sphere(n=500)
     views, photo = views_of(gaussians), torch.rand(4, 48, 48, generator=torch.Generator().manual_seed(0))
-    nothing = {"exports": (), "mesh": None, "maps": False, "sheet": False}
-    write_extras(tmp_path, gaussians, views, **nothing)
-    assert not list(tmp_path.iterdir())
-    write_extras(
-        tmp_path, gaussians, views, exports=("splat", "ply_compressed"), mesh=None, maps=True, sheet=True, photo=photo
-    )
+    write_exports(tmp_path, gaussians, ("splat", "ply_compressed"), None)
+    write_renderings(tmp_path, gaussians, views, maps=True, sheet=True, photo=photo)
     written = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
     assert written == {
         "gaussians.splat", "gaussians.compressed.ply", "sheet.png",
@@ -98,8 +98,7 @@ def test_extras_include_a_mesh(tmp_path, monkeypatch):
     small = functools.partial(mesh.extract_mesh, resolution=24, num_views=8, size=64)
     monkeypatch.setattr(mesh, "extract_mesh", small)
     gaussians = sphere(n=500)
-    views = views_of(gaussians)
-    write_extras(tmp_path, gaussians, views, exports=(), mesh="ply", maps=False, sheet=False)
+    write_exports(tmp_path, gaussians, (), "ply")
     assert [path.name for path in tmp_path.iterdir()] == ["mesh.ply"]
     start_folder(tmp_path)
     assert not list(tmp_path.iterdir())
@@ -108,22 +107,15 @@ def test_extras_include_a_mesh(tmp_path, monkeypatch):
 # ---- commands -------------------------------------------------------------------------------------------------------
 
 
-def command(script, *flags):
-    return subprocess.run(
-        [sys.executable, ROOT / script, *map(str, flags)], capture_output=True, text=True, cwd=ROOT, timeout=300
-    )
-
-
 def test_render_ply_writes_maps_a_sheet_and_a_turntable(tmp_path):
     gaussians, cameras = sphere(n=500), Cameras.turntable(3, 32)
     save_ply(tmp_path / "a.ply", gaussians)
     write_json(tmp_path / "cameras.json", {"id": "x", "frames": cameras.to_frames()})
-    done = command(
+    must(
         "scripts/render_ply.py", "--ply", tmp_path / "a.ply", "--cameras", tmp_path / "cameras.json", "--device", "cpu",
         "--output_dir", tmp_path / "out", "--depth", "--alpha", "--sheet", "--turntable", tmp_path / "video" / "t.mp4",
         "--turntable_views", 4, "--turntable_size", 32,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
     output = render(gaussians, cameras[None])
     for k in range(3):
         steps = picture(tmp_path / "out" / "depth" / f"cam_{k:03d}.png")[1]
@@ -144,8 +136,8 @@ def test_render_ply_writes_maps_a_sheet_and_a_turntable(tmp_path):
     ],
 )
 def test_render_ply_refuses_flags_that_do_not_fit(flags, message):
-    done = command("scripts/render_ply.py", "--ply", "a.ply", *flags)
-    assert done.returncode == 2 and message in done.stderr
+    code, _, err = run("scripts/render_ply.py", "--ply", "a.ply", *flags)
+    assert code == 2 and message in err
 
 
 def test_inference_offers_the_formats_that_exist():
@@ -153,5 +145,3 @@ def test_inference_offers_the_formats_that_exist():
 
     assert set(inference_mouse.EXPORTS) == set(FORMATS)
     assert inference_mouse.export_formats("splat,ply_compressed") == ("splat", "ply_compressed")
-    done = command("inference_mouse.py", "--input_image", "a.png", "--export", "spz")
-    assert done.returncode == 2 and "must be of splat, ply_compressed, got 'spz'" in done.stderr

@@ -150,5 +150,5 @@ def test_a_rig_without_mirror_image_is_refused():
     with pytest.raises(ValueError, match="reference view does not stand at azimuth 0"):
         turned.mirror_order()
     uneven = replace(rig, views=(*rig.views[:5], replace(rig.views[5], azimuth_deg=310)))
-    with pytest.raises(ValueError, match="mirror image of top-front-right.*--mirror never"):
+    with pytest.raises(ValueError, match="mirror image of top-front-right.*mirror=never"):
         uneven.mirror_order()

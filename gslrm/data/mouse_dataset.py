@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from gslrm.config import AugmentationConfig
-from gslrm.data.augmentation import choose_background, jitter
-from multiview.camera_noise import perturb
-from multiview.cameras import Cameras, read_cameras
-from multiview.image import composite
+from gslrm.config import AugmentationConfig, DatasetConfig, GSLRMConfig
+from multiview.cameras import Cameras, perturb, read_cameras
+from multiview.image import BACKGROUNDS, Draw, composite
 from multiview.rig import ViewRig, check_posed_views
-from multiview.run import make_generator
+from multiview.run import make_generator, seed_from
 from multiview.sample import CAMERAS_FILE, Sample, read_dataset_info, read_sample, read_split
+from multiview.sampler import MixedDataset, mixed_lists
 
 log = logging.getLogger(__name__)
 
@@ -25,54 +24,33 @@ OVERLAP_COSINE = 0.5  # cameras within 60 degrees of an input see what it sees
 
 
 class MouseViewDataset(Dataset):
-    """Items of a split list.
+    """Items of a split list, as the `training.dataset` section says.
 
     list_file: sample folders, one per line, relative to it; `dataset.json` with the rig lies beside it.
-    image_size: pixels; pictures and cameras are resized together.
-    num_input_views, num_views: inputs, and inputs plus other views, per item. Inputs come first: the rig's first views
-        in its order, or with `random_views` any. The others are drawn at random, with `maximize_view_overlap` among the
-        cameras within 60 degrees of an input (`overlap_rule` upstream: FaceLift's test on un-normalised positions).
-    num_views None: every view of the sample, in order (validation).
-    background: white, gray, black, or random (one of them per item).
-    on_bad_sample: `error`, or `skip`: unreadable samples are left out, counted (`num_skipped`) and logged, here.
-    limit: only the first so many samples.
+    image_size: pixels; images and cameras are resized together.
+    every_view: every view of the sample, in order, on one background (validation). Else inputs come first (the rig's
+        first views in its order, or with `random_view_selection` any); the others are drawn at random, with
+        `maximize_view_overlap` among the cameras within 60 degrees of an input.
+    limit: only the first samples. first_index: what the sample's number in `index` counts from, in a mixture.
     """
 
     def __init__(
-        self,
-        list_file: Path | str,
-        *,
-        image_size: int,
-        num_input_views: int,
-        num_views: int | None,
-        target_has_input: bool = True,
-        random_views: bool = False,
-        maximize_view_overlap: bool = False,
-        overlap_rule: str = "normalised",
-        background: str = "white",
-        augmentation: AugmentationConfig | None = None,
-        with_depth: bool = False,
-        on_bad_sample: str = "error",
-        seed: int = 0,
-        limit: int | None = None,
-    ) -> None:
-        self.list_file = Path(list_file)
+        self, list_file: Path | str, options: DatasetConfig, image_size: int, *, every_view: bool = False,
+        with_depth: bool = False, seed: int = 0, limit: int | None = None, first_index: int = 0,
+    ) -> None:  # fmt: skip
+        self.list_file, self.options, self.image_size = Path(list_file), options, image_size
+        self.every_view, self.with_depth, self.seed, self.first_index = every_view, with_depth, seed, first_index
         self.folders = read_split(list_file)[:limit]
         self.rig: ViewRig = read_dataset_info(self.list_file.parent)["rig"]
-        self.image_size, self.num_input_views, self.num_views = image_size, num_input_views, num_views
-        self.target_has_input, self.random_views = target_has_input, random_views
-        self.maximize_view_overlap, self.overlap_rule = maximize_view_overlap, overlap_rule
-        self.background, self.with_depth, self.seed = background, with_depth, seed
-        self.augmentation = augmentation if augmentation is not None and augmentation.enabled else None
-        if not random_views and num_input_views > self.rig.num_views:
+        self.augmentation = options.augmentation if options.augmentation.enabled and not every_view else None
+        self.num_input_views = options.num_input_views
+        if not options.random_view_selection and self.num_input_views > self.rig.num_views:
             raise ValueError(
-                f"num_input_views is {num_input_views}, but rig {self.rig.name} of {list_file} has "
+                f"num_input_views is {self.num_input_views}, but rig {self.rig.name} of {list_file} has "
                 f"{self.rig.num_views} views; lower training.dataset.num_input_views or use a rig with more views"
             )
-        noise = asdict(self.augmentation.camera_noise) if self.augmentation is not None else {}
-        self.camera_noise = noise if any(noise.values()) else None
         self._known_cameras: dict[int, Cameras] = {}
-        self.num_skipped = self._drop_bad_samples() if on_bad_sample == "skip" else 0
+        self.num_skipped = self._drop_bad_samples() if options.on_bad_sample == "skip" else 0
 
     def __len__(self) -> int:
         return len(self.folders)
@@ -91,21 +69,22 @@ class MouseViewDataset(Dataset):
         generator = make_generator("gslrm-item", self.seed, epoch, index)
         views = self._choose_views(index, generator)
         sample = self._read(index, views)
-        background = choose_background(self.background, generator)
+        background = self._choose_background(generator)
         rgba, cameras, depth = sample.rgba, sample.cameras, sample.depth
-        targets = torch.arange(0 if self.target_has_input else self.num_input_views, len(views))
+        targets = torch.arange(0 if self.options.target_has_input else self.num_input_views, len(views))
         if self.augmentation is not None:
-            rgba = jitter(rgba, self.augmentation, generator)
-        if self.camera_noise is not None:
-            cameras, rows, targets = self._misplace(cameras, targets, generator)
-            views, rgba, depth = views[rows], rgba[rows], depth[rows] if self.with_depth else None
+            rgba = draw_colors(self.augmentation, generator).recolored(rgba)
+            noise = asdict(self.augmentation.camera_noise)
+            if any(noise.values()):
+                cameras, rows, targets = self._add_camera_noise(cameras, targets, noise, generator)
+                views, rgba, depth = views[rows], rgba[rows], depth[rows] if self.with_depth else None
         item = {
             "image": composite(rgba, background[:, None, None]),
             "alpha": rgba[:, 3:],
             "background": background,
             "c2w": cameras.c2w,
             "fxfycxcy": cameras.fxfycxcy,
-            "index": torch.stack([views, torch.full_like(views, index)], dim=-1),
+            "index": torch.stack([views, torch.full_like(views, self.first_index + index)], dim=-1),
             "targets": targets,
         }
         if self.with_depth:
@@ -113,11 +92,11 @@ class MouseViewDataset(Dataset):
         return item
 
     def _cameras(self, index: int) -> Cameras:
-        """The cameras [v] of a sample's file, checked; from memory after the first time. Pictures are not touched."""
+        """The cameras [v] of a sample's file, checked; from memory after the first time. Images are not touched."""
         if index not in self._known_cameras:
             folder = self.folders[index]
             cameras = read_cameras(folder / CAMERAS_FILE)
-            needed = self.num_input_views if self.num_views is None else self.num_views
+            needed = self.num_input_views if self.every_view else self.options.num_views
             if len(cameras) < needed:
                 raise ValueError(
                     f"sample {folder} has {len(cameras)} views, {needed} are needed (num_views); lower "
@@ -149,18 +128,26 @@ class MouseViewDataset(Dataset):
         self.folders, self._known_cameras = good, {}
         return skipped
 
+    def _choose_background(self, generator: torch.Generator) -> Tensor:
+        """[3] color 0..1; `random` is white, gray or black with equal chance (white where every view is asked for)."""
+        name = self.options.background_color
+        if name == "random":
+            drawn = 0 if self.every_view else int(torch.randint(len(BACKGROUNDS), (), generator=generator))
+            name = list(BACKGROUNDS)[drawn]
+        return torch.full((3,), BACKGROUNDS[name])
+
     def _choose_views(self, index: int, generator: torch.Generator) -> Tensor:
-        """View numbers [num_views], inputs first; from the cameras alone, so that only chosen pictures are decoded."""
-        cameras = self._cameras(index)
+        """View numbers [num_views], inputs first; from the cameras alone, so that only chosen images are decoded."""
+        cameras, options = self._cameras(index), self.options
         total, num_inputs = len(cameras), self.num_input_views
         order = torch.randperm(total, generator=generator)
-        if self.num_views is None:
+        if self.every_view:
             return torch.arange(total)
-        inputs = order[:num_inputs] if self.random_views else torch.arange(num_inputs)
+        inputs = order[:num_inputs] if options.random_view_selection else torch.arange(num_inputs)
         others = order[~torch.isin(order, inputs)]
-        num_others = self.num_views - num_inputs
-        if self.maximize_view_overlap and num_others > 0:
-            others = others[overlapping(cameras, inputs, self.overlap_rule)[others]]
+        num_others = options.num_views - num_inputs
+        if options.maximize_view_overlap and num_others > 0:
+            others = others[overlapping(cameras, inputs, options.overlap_rule)[others]]
             if len(others) < num_others:
                 raise ValueError(
                     f"sample {self.folders[index]}: only {len(others)} cameras stand within 60 degrees of an input "
@@ -168,31 +155,66 @@ class MouseViewDataset(Dataset):
                 )
         return torch.cat([inputs, others[:num_others]])
 
-    def _misplace(
-        self, cameras: Cameras, targets: Tensor, generator: torch.Generator
+    def _add_camera_noise(
+        self, cameras: Cameras, targets: Tensor, noise: dict[str, float], generator: torch.Generator
     ) -> tuple[Cameras, Tensor, Tensor]:
-        """Camera noise: cameras [m] as the model is told them, which of the n views each one shows [m], the targets.
+        """Returns cameras [m] as the model is told them, which of the n views each one shows [m], and the targets.
 
-        Pictures are rendered with true cameras: an input that is also a target comes a second time, at the end. Losses
+        Images are rendered with true cameras: an input that is also a target comes a second time, at the end. Losses
         on rays (pixel-align, direct) go with the rays that the model was told.
         """
         n, num_inputs = len(cameras), self.num_input_views
-        told = perturb(cameras[:num_inputs], **self.camera_noise, generator=generator)
+        noisy = perturb(cameras[:num_inputs], **noise, generator=generator)
         rows, others = torch.arange(n), torch.arange(num_inputs, n)
-        if self.target_has_input:
+        if self.options.target_has_input:
             rows = torch.cat([rows, torch.arange(num_inputs)])
             targets = torch.cat([torch.arange(n, n + num_inputs), others])
         cameras = replace(
             cameras,
-            c2w=torch.cat([told.c2w, cameras.c2w[rows[num_inputs:]]]),
-            fxfycxcy=torch.cat([told.fxfycxcy, cameras.fxfycxcy[rows[num_inputs:]]]),
+            c2w=torch.cat([noisy.c2w, cameras.c2w[rows[num_inputs:]]]),
+            fxfycxcy=torch.cat([noisy.fxfycxcy, cameras.fxfycxcy[rows[num_inputs:]]]),
         )
         return cameras, rows, targets
 
 
+def draw_colors(augmentation: AugmentationConfig, generator: torch.Generator) -> Draw:
+    """Draws brightness, contrast, saturation and hue, uniform in their ranges, once for all views of a sample."""
+    ranges = {
+        "brightness": augmentation.brightness_range, "contrast": augmentation.contrast_range,
+        "saturation": augmentation.saturation_range, "hue_deg": augmentation.hue_range_deg,
+    }  # fmt: skip
+    drawn = torch.rand(len(ranges), generator=generator).tolist()
+    return Draw(**{name: low + (high - low) * u for (name, (low, high)), u in zip(ranges.items(), drawn)})
+
+
 def overlapping(cameras: Cameras, inputs: Tensor, rule: str) -> Tensor:
-    """[v] bool: cameras whose direction lies within 60 degrees of an input's."""
+    """[v] bool: cameras whose direction lies within 60 degrees of an input's.
+
+    rule: `normalised`, or `upstream`: FaceLift's test, on positions that are not normalised.
+    """
     positions = cameras.origins
     if rule == "normalised":
         positions = torch.nn.functional.normalize(positions, dim=-1)
     return (positions @ positions[inputs].mT >= OVERLAP_COSINE).any(-1)
+
+
+def build_datasets(config: GSLRMConfig, overfit: int) -> tuple[MixedDataset, MouseViewDataset | None]:
+    """Training data, and validation data (every view of each sample, fixed inputs) unless validation is off."""
+    options, seed = config.training.dataset, config.training.runtime.seed
+    size = config.model.image_tokenizer.image_size
+    lists, percents = mixed_lists(options.dataset_path, [(part.dataset_path, part.ratio) for part in options.mix])
+    parts: list[MouseViewDataset] = []
+    for number, path in enumerate(lists):
+        part = MouseViewDataset(
+            path, options, size, with_depth=config.training.losses.direct_loss_weight > 0, limit=overfit or None,
+            seed=seed_from("gslrm-mix", seed, number) if number else seed, first_index=sum(map(len, parts)),
+        )  # fmt: skip
+        parts.append(part)
+    if overfit > len(parts[0]):
+        raise ValueError(f"--overfit {overfit} needs {overfit} samples, {lists[0]} has {len(parts[0])}")
+    check_set = None
+    if config.validation.enabled:
+        check_set = MouseViewDataset(
+            config.validation.dataset_path, options, size, every_view=True, limit=config.validation.num_samples
+        )
+    return MixedDataset(parts, percents), check_set

@@ -39,7 +39,7 @@ def render(
 
     cameras: [b, v]. background: a number, [3], [b, 3] or [b, v, 3], 0..1.
     backend: "gsplat" (CUDA), "cpu", or "auto": gsplat for tensors on a CUDA device, cpu for tensors on the CPU. Both
-        compute the same mathematics (gsplat's classic mode) in float32, whatever autocast says.
+        compute the same mathematics (gsplat's classic mode) in float32, under autocast too.
     recompute: render view by view, keep of each only the image and draw it again in the backward pass, so that
         memory grows with the images alone and not with views x Gaussians (training at 512 px). The images are the
         same bits; gradients are summed over the views in another order, so they are the same to rounding.

@@ -242,18 +242,21 @@ def load_unet(
     if stored_cameras != cameras:
         unet.add_camera_conditioning(cameras)
         log.info("camera conditioning %s added to %s", cameras, folder)
-    return configure_views(unet.to(dtype).eval(), num_views, attention)
+    unet = unet if dtype == torch.float32 else unet.to(dtype)  # diffusers warns of every cast, also of none
+    return configure_views(unet.eval(), num_views, attention)
 
 
-def fill_empty(model: torch.nn.Module, state: dict[str, Tensor], source: Path | str) -> None:
-    """Puts tensors, as float32, into a model made without weights; refuses what does not fit it (`load_strict`)."""
+def fill_empty(
+    model: torch.nn.Module, state: dict[str, Tensor], source: Path | str, dtype: torch.dtype = torch.float32
+) -> None:
+    """Puts tensors, as `dtype`, into a model made without weights; refuses what does not fit it (`load_strict`)."""
     with warnings.catch_warnings():
         # Into parameters without memory nothing can be copied, and torch warns of that: here only names and shapes are
         # compared. The tensors themselves become the parameters, so that a model is in memory once and not twice.
         warnings.simplefilter("ignore")
         load_strict(model, state, source)
     # Copies, because safetensors maps its file: it may be replaced while the model lives.
-    model.load_state_dict({name: tensor.to(torch.float32, copy=True) for name, tensor in state.items()}, assign=True)
+    model.load_state_dict({name: tensor.to(dtype, copy=True) for name, tensor in state.items()}, assign=True)
 
 
 def save_unet(

@@ -103,7 +103,13 @@ def generate_views(
             "damaged or its training diverged, use another checkpoint; in half precision they may be too large for it"
         )
     with components.on_device("vae"):
-        return decode_latents(components, x).unflatten(0, (len(images), rig.num_views))
+        generated = decode_latents(components, x).unflatten(0, (len(images), rig.num_views))
+    if not generated.isfinite().all():
+        raise ValueError(
+            f"the autoencoder in {components.folder} gives images that are not finite: its weights are damaged, copy "
+            "them again or name other components"
+        )
+    return generated
 
 
 def _conditions(

@@ -99,8 +99,8 @@ def _from_c2w(values, what: str) -> np.ndarray:
     if rows == 4:
         last_row_checked(c2w, what)
     w2c = rigid(c2w[:3, :3], c2w[:3, 3], what)  # checks the rotation, which is then turned around
-    w2c[:3, :3] = w2c[:3, :3].T
-    w2c[:3, 3] = -w2c[:3, :3] @ c2w[:3, 3]
+    R = w2c[:3, :3].copy().T
+    w2c[:3, :3], w2c[:3, 3] = R, -R @ c2w[:3, 3]
     return OPENGL @ w2c
 
 

@@ -42,7 +42,7 @@ def check_calibration(
     try:
         validate(calibration)
         if video_dir is not None:
-            videos = find_videos(Path(video_dir), len(calibration), "--video_dir")
+            videos = find_videos(Path(video_dir), len(calibration), "--video_dir", names=calibration.names)
             calibration = calibration.with_sizes([video.size for video in videos])
     except ValueError as error:
         problem = error

@@ -95,10 +95,55 @@ def dataset_findings(
     summary: dict, diagnosis: Diagnosis | None, rig: ViewRig | None, broken: dict[str, str], notes: list[str]
 ) -> list[Finding]:
     """Everything that the samples themselves show."""
-    views, num_samples = summary["views"], summary["num_samples"]
-    width, height = summary["sizes"][0]
-    total, area, iou = num_samples * summary["num_views"], summary["mask_area_mean"], summary["silhouette_iou_mean"]
-    count = {key: sum(view[key] for view in views) for key in ("empty", "without_mask", "clipped")}
+    num_samples, iou = summary["num_samples"], summary["silhouette_iou_mean"]
+    rules = (  # applies, code, severity, what, remedy
+        (broken, "unreadable", "poor" if len(broken) > MANY * (len(broken) + num_samples) else "usable",
+         f"{len(broken)} samples cannot be read, the first: {next(iter(broken.values()), '')}",
+         "mend or remove them from the lists; a training would stop there"),
+        (len(summary["view_counts"]) > 1, "view_counts", "usable", f"samples have {summary['view_counts']} views",
+         "trainings read the first views of each and need as many as the rig has in all of them"),
+        (len(summary["sizes"]) > 1, "picture_sizes", "note", f"pictures have several sizes: {summary['sizes']}",
+         "they are resized together with their cameras when read"),
+        (notes, "list_style", "usable", "the list holds absolute paths or names camera files, as FaceLift's do",
+         "trainings here take one sample folder per line, relative to the list, so that a dataset can be moved"),
+        (iou is not None and iou < IOU_POOR and diagnosis is not None and diagnosis.agrees, "silhouette_iou", "usable",
+         f"masks predicted from the other views overlap only by {iou or 0:.2f}",
+         "few or one-sided views do that; bad masks inside the outline too"),
+    )  # fmt: skip
+    rules = (*rules, *_mask_rules(summary), *_view_rules(summary, rig))
+    found = [Finding(*rule) for applies, *rule in rules if applies]
+    return [*found, *_silhouette_findings(summary, diagnosis), *_stated(summary, rig)]
+
+
+def _mask_rules(summary: dict) -> list[tuple]:
+    views, area = summary["views"], summary["mask_area_mean"]
+    total = summary["num_samples"] * summary["num_views"]
+    uneven = [slot for slot, view in enumerate(views) if (view["mask_area_variation"] or 0) > AREA_VARIATION]
+    rules = [
+        (area is not None and not AREA_SMALL <= area <= AREA_LARGE, "animal_size", "usable",
+         f"the animal covers {100 * (area or 0):.1f} % of the pictures on average",
+         "5 to 20 % are usual; choose another framing when importing"),
+        (uneven, "mask_variation", "usable",
+         f"the mask's area jumps from frame to frame in {_names(summary, uneven)}",
+         "look for frames in which the segmentation lost the animal or took the floor with it"),
+    ]  # fmt: skip
+    for key, code, what, remedy in (
+        ("empty", "empty_masks", "masks are empty", "segment these pictures again, or leave their frames out"),
+        ("without_mask", "no_masks", "pictures have no mask (alpha is 1 all over)",
+         "write the animal's mask into the alpha channel; every loss and the silhouettes need it"),
+        ("clipped", "clipped", "masks touch the border: the animal is clipped",
+         "make it smaller in all views alike (process_mouse_data.py chooses the largest zoom that clips nothing)"),
+    ):  # fmt: skip
+        count = sum(view[key] for view in views)
+        where = _names(summary, [slot for slot, view in enumerate(views) if view[key]])
+        severity = "poor" if count > MANY * total or key == "clipped" else "usable"
+        rules.append((count, code, severity, f"{count} of {total} {what} ({where})", remedy))
+    return rules
+
+
+def _view_rules(summary: dict, rig: ViewRig | None) -> list[tuple]:
+    """Cameras and light of single views."""
+    views, (width, height) = summary["views"], summary["sizes"][0]
 
     def where(of) -> list[int]:
         return [slot for slot, view in enumerate(views) if of(view)]
@@ -111,40 +156,12 @@ def dataset_findings(
     )
     off_rig = where(lambda v: v.get("off_rig_deg", 0.0) > RIG_OFF_DEG)
     turned = where(lambda v: v["look_off_deg"] > LOOK_OFF_DEG)
-    uneven = where(lambda v: (v["mask_area_variation"] or 0) > AREA_VARIATION)
     strayed = where(lambda v: (v["centre_off_rms"] or 0) > CENTER_OFF)
     lost = where(lambda v: (v["bright_share"] or 0) > LOST_SHARE)
     dull = where(lambda v: (v["sharpness_relative"] or 1.0) < DULL)
     lit = where(lambda v: abs((v["brightness_relative"] or 1.0) - 1) > DIM)
-    compared = "usable" if num_samples >= ENOUGH else "note"
-    rules = [  # applies, code, severity, what, remedy
-        (broken, "unreadable", "poor" if len(broken) > MANY * (len(broken) + num_samples) else "usable",
-         f"{len(broken)} samples cannot be read, the first: {next(iter(broken.values()), '')}",
-         "mend or remove them from the lists; a training would stop there"),
-        (len(summary["view_counts"]) > 1, "view_counts", "usable", f"samples have {summary['view_counts']} views",
-         "trainings read the first views of each and need as many as the rig has in all of them"),
-        (len(summary["sizes"]) > 1, "picture_sizes", "note", f"pictures have several sizes: {summary['sizes']}",
-         "they are resized together with their cameras when read"),
-        (notes, "list_style", "usable", "the list holds absolute paths or names camera files, as FaceLift's do",
-         "trainings here take one sample folder per line, relative to the list, so that a dataset can be moved"),
-        (count["empty"], "empty_masks", "poor" if count["empty"] > MANY * total else "usable",
-         f"{count['empty']} of {total} masks are empty ({named(where(lambda v: v['empty']))})",
-         "segment these pictures again, or leave their frames out"),
-        (count["without_mask"], "no_masks", "poor" if count["without_mask"] > MANY * total else "usable",
-         f"{count['without_mask']} of {total} pictures have no mask (alpha is 1 all over) "
-         f"({named(where(lambda v: v['without_mask']))})",
-         "write the animal's mask into the alpha channel; every loss and the silhouettes need it"),
-        (count["clipped"], "clipped", "poor", f"{count['clipped']} of {total} masks touch the border: the animal is "
-         f"clipped ({named(where(lambda v: v['clipped']))})",
-         "make it smaller in all views alike (process_mouse_data.py chooses the largest zoom that clips nothing)"),
-        (area is not None and not AREA_SMALL <= area <= AREA_LARGE, "animal_size", "usable",
-         f"the animal covers {100 * (area or 0):.1f} % of the pictures on average",
-         "5 to 20 % are usual; choose another framing when importing"),
-        (uneven, "mask_variation", "usable", f"the mask's area jumps from frame to frame in {named(uneven)}",
-         "look for frames in which the segmentation lost the animal or took the floor with it"),
-        (iou is not None and iou < IOU_POOR and diagnosis is not None and diagnosis.agrees, "silhouette_iou", "usable",
-         f"masks predicted from the other views overlap only by {iou or 0:.2f}",
-         "few or one-sided views do that; bad masks inside the outline too"),
+    compared = "usable" if summary["num_samples"] >= ENOUGH else "note"
+    return [
         (off_center, "principal_point_stated", "usable",
          f"the principal point is not the picture's centre in {named(off_center)}",
          "stage 1 assumes that it is; the import turns cameras to the animal and centres it exactly"),
@@ -163,8 +180,6 @@ def dataset_findings(
         (lost, "overexposed", "usable", f"much of the animal is pure white in {named(lost)}",
          "lower the exposure: what is white carries no texture"),
     ]  # fmt: skip
-    found = [Finding(*rule) for applies, *rule in rules if applies]
-    return [*found, *_silhouette_findings(summary, diagnosis), *_stated(summary, rig)]
 
 
 def _names(summary: dict, slots) -> str:

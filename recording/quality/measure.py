@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from multiview.cameras import Cameras
-from multiview.consistency import view_consistency
+from multiview.metrics import view_consistency
 from multiview.rig import ViewRig
 from multiview.sample import Sample, read_sample
 from recording.geometry import angular_distance, circular_mean_deg

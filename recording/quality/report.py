@@ -18,7 +18,7 @@ from multiview.files import read_lines, write_json
 from multiview.report import Figure, Table, write_page
 from multiview.rig import View, load_rig
 from multiview.sample import CAMERAS_FILE, DATASET_FILE, read_dataset_info, read_sample, read_split
-from recording.geometry import circular_mean_deg, directions_from, label_error, mask_extents
+from recording.geometry import circular_mean_deg, directions_from, label_error
 from recording.quality.findings import LABEL_ERRORS, Finding, dataset_findings, grade, import_findings
 from recording.quality.measure import Measured, measure_folders, measure_sample, summarise
 
@@ -164,7 +164,6 @@ def measure_geometry(
     relative = azimuth - azimuth[:, [plan.rig.reference_view]]
     focal_px = np.stack([placement.true_focal for placement in placements]) * image_size
     off_px = np.take_along_axis(analysis.residuals, orders, axis=1) / distance * focal_px
-    extents = mask_extents(calibration, placements, [[mask.hull for mask in row] for row in analysis.masks])
     deviation = np.stack([placement.deviation_deg for placement in placements])
     border = np.array(
         [[masks[k].touches_border for k in order] for order, masks in zip(orders, analysis.masks, strict=True)]
@@ -181,7 +180,7 @@ def measure_geometry(
             "distance_mean": float(distance[:, slot].mean()),
             "distance_std": float(distance[:, slot].std()),
             "centre_off_px_rms": float(np.sqrt((off_px[:, slot] ** 2).mean())),
-            "extent_max": float(extents[:, slot].max()),
+            "extent_max": float(plan.extents[:, slot].max()),
             "cut_by_photograph": int(border[:, slot].sum()),
         }
         for slot, view in enumerate(plan.rig.views)
@@ -193,7 +192,7 @@ def measure_geometry(
         "body_length": plan.body_length, "body_length_world": plan.body_length * plan.scale, "zoom": plan.zoom,
         "distance_mean": float(distance.mean()), "distance_variation": float(distance.std() / distance.mean()),
         "centre_off_px_rms": float(np.sqrt((off_px**2).mean())), "centre_off_px_max": float(off_px.max()),
-        "clipped_views": int((extents > 1.0).sum()), "cut_by_photograph": int(border.sum()),
+        "clipped_views": int((plan.extents > 1.0).sum()), "cut_by_photograph": int(border.sum()),
         "label_error_rms": float(errors[:, 0].mean()), "label_error_max": float(errors[:, 1].max()),
         "views": views,
     }  # fmt: skip

@@ -178,7 +178,7 @@ def project_backward(
 ):
     """Sums the slots of the Gaussians order[start..stop-1] and takes the gradients back through the projection.
 
-    Writes grads [n, 14] (float32, zeros): xyz 3, quaternion 4 (of the normalised one), scale 3, opacity 1, color 3.
+    Writes grads [n, 14] (float32, zeros): xyz 3, quaternion 4 (of the normalized one), scale 3, opacity 1, color 3.
     """
     fx, fy, cx, cy = intrinsics[0], intrinsics[1], intrinsics[2], intrinsics[3]
     sums = np.empty(NUM_GRADS)

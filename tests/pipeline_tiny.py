@@ -1,16 +1,23 @@
-"""A whole chain of tiny weights: Stage 1 components and UNet, embeddings, a GS-LRM, all of one rig."""
+"""Both stages in tiny weights: Stage 1 components and UNet, embeddings, a GS-LRM, all of one rig."""
 
+import importlib
+import io
+import sys
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import torch
 from mvdiffusion_tiny import SIZE, UNET, prepare
 
-from gslrm.checkpoints import checkpoint_path, sidecar
+from gslrm.checkpoints import checkpoint_path
 from gslrm.config import GaussiansConfig, GSLRMConfig, ImageTokenizerConfig, ModelConfig, TransformerConfig
 from gslrm.model.gslrm import GSLRM
 from multiview.checkpoint import save_checkpoint
+from multiview.config import config_to_dict
 from multiview.rig import ViewRig, load_rig
+from multiview.run import main_guard
 from mvdiffusion.models.unet import create_unet, save_unet
 
 
@@ -34,14 +41,36 @@ def write_gslrm(folder: Path, rig: ViewRig, step: int = 5) -> Path:
     torch.manual_seed(0)
     config = gslrm_config(rig.name)
     path = checkpoint_path(folder, step)
-    save_checkpoint(path, {"model": GSLRM(config.model).state_dict()}, sidecar(config, rig, step))
+    sidecar = {"config": config_to_dict(config), "rig": rig.to_dict(), "step": step}
+    sidecar = {"config": config_to_dict(config), "rig": rig.to_dict(), "step": step}
+    save_checkpoint(path, {"model": GSLRM(config.model).state_dict()}, sidecar)
     return path
 
 
-def prepare_chain(folder: Path, rig_name: str = "mouse6") -> dict[str, Path]:
+def prepare_pipeline(folder: Path, rig_name: str = "mouse6") -> dict[str, Path]:
     """Everything `inference_mouse.py` needs, as paths."""
     rig = load_rig(rig_name)
     paths = prepare(folder, rig_name)
     paths["unet"] = write_unet(folder / "unet", rig)
     paths["gslrm"] = write_gslrm(folder / "gslrm", rig)
     return paths
+
+
+def run(script: str, *arguments) -> tuple[int, str, str]:
+    """Runs a script of the project in this process: (exit code, stdout, stderr)."""
+    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+    out, err = io.StringIO(), io.StringIO()
+    with mock.patch.object(sys, "argv", [script, *map(str, arguments)]), redirect_stdout(out), redirect_stderr(err):
+        try:
+            main_guard(module.main)
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+    return code, out.getvalue(), err.getvalue()
+
+
+def must(script: str, *arguments) -> str:
+    """The same, and it must succeed: stdout."""
+    code, out, err = run(script, *arguments)
+    assert code == 0, err
+    return out

@@ -1,0 +1,346 @@
+"""What predicts views of a held-out mouse, and how a prediction is measured: the model itself, and what stands beside.
+
+Baselines need no training, and each says what it was given. The input view alone: `copy`, `nearest`. The views that
+Stage 2 gets: `hull` (true views for stage 2, generated ones for both stages together). More than the stage gets, so an
+upper bound for it: `six_views` for both stages, `autoencoder` for Stage 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from multiview import metrics
+from multiview.hull import carve, colour_surface, render_hull, surface
+from multiview.image import composite, resize_rgba
+from multiview.rig import check_alignment
+from multiview.sample import read_dataset_info, read_sample, read_split
+from pipeline.stages import PosedViews, posed_views
+
+if TYPE_CHECKING:
+    from gslrm.model.gaussians import Gaussians
+    from multiview.cameras import Cameras
+    from multiview.rig import ViewRig
+    from multiview.sample import Sample
+    from pipeline import MouseFaceLift
+
+NOVEL, OTHER_RIG_VIEWS, RIG_VIEWS = "novel views", "rig views but the input", "rig views, inputs among them"
+OWN = {"1": "Stage 1", "2": "Stage 2", "full": "whole chain"}  # the model, by stage
+GENERATED = "the painted views, before Stage 2"  # as in stored metrics.json
+COPY, NEAREST = "baseline: input copied", "baseline: nearest training mouse"
+HULL_OF_GENERATED = "baseline: hull of the painted views"
+# Stage 2 is given the true rig views as well; both stages together are given one of them.
+HULL_OF_TRUE = {
+    "2": "baseline: hull of all true rig views", "full": "upper bound: hull of all true rig views",
+}  # fmt: skip
+SIX_VIEWS = "upper bound: Stage 2 from all true rig views"
+AUTOENCODER = "upper bound: the true views through the autoencoder"
+METRICS = (
+    "foreground_psnr", "psnr", "foreground_ssim", "ssim", "mask_iou", "depth_error", "foreground_lpips", "lpips",
+)  # fmt: skip
+# By the angle about the world's axis between a view and the input view, degrees: up to the number.
+DIRECTIONS = {"near the input (to 60 deg)": 60.0, "side (60 to 120 deg)": 120.0, "back (beyond 120 deg)": 180.0}
+# What of the animal the input view shows, by the azimuth of its nose less the input view's, in quarters about these.
+SIDES = {0: "the head", 90: "its left side", 180: "the hindquarters", 270: "its right side"}
+SURFACE = 0.5  # alpha or mask from here on is animal, where depth is compared
+FEATURE_SIZE = 32  # input views are compared at this size by `nearest`
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Images rgb [n, 3, h, w] 0..1 on white and masks [n, 1, h, w] of the sample's `views`, beside the truth.
+
+    truth: RGBA [n, 4, h, w]. depth, true_depth: [n, 1, h, w] camera-frame z in world units, 0 = no surface; None where
+    the method or the sample has none.
+    """
+
+    rgb: Tensor
+    mask: Tensor
+    truth: Tensor
+    views: tuple[int, ...] = ()
+    depth: Tensor | None = None
+    true_depth: Tensor | None = None
+
+    @property
+    def target(self) -> Tensor:
+        """The true views [n, 3, h, w] on white."""
+        return composite(self.truth, 1.0)
+
+
+Splits = dict[str, list[int]]  # what is compared: name -> views of the sample
+Predictions = dict[str, Prediction]  # by name of the split
+
+
+def compare(sample: Sample, views: Sequence[int], rgb: Tensor, mask: Tensor, depth: Tensor | None = None) -> Prediction:
+    """Returns images of the sample's `views` beside the truth."""
+    views = list(views)
+    true_depth = None if sample.depth is None else sample.depth[views]
+    return Prediction(rgb, mask, sample.rgba[views], tuple(views), depth, true_depth)
+
+
+def splits_of(stage: str, sample: Sample, rig: ViewRig) -> Splits:
+    """Returns the views that a stage ("1", "2" or "full") is compared on; no view is an input.
+
+    A sample without extra views (a real recording) leaves Stage 2 nothing but its inputs, under a name that says so.
+    """
+    others = [view for view in range(rig.num_views) if view != rig.reference_view]
+    extra = list(range(rig.num_views, len(sample.rgba)))
+    if stage == "1":
+        return {OTHER_RIG_VIEWS: others}
+    if stage == "2":
+        return {NOVEL: extra} if extra else {RIG_VIEWS: list(range(rig.num_views))}
+    return {NOVEL: extra, OTHER_RIG_VIEWS: others} if extra else {OTHER_RIG_VIEWS: others}
+
+
+# ---- the model ------------------------------------------------------------------------------------------------------
+
+
+def predict_generated(generated: PosedViews, sample: Sample, splits: Splits) -> Predictions:
+    """Returns the generated views against the sample's; their masks are read off the white."""
+    return {
+        split: compare(sample, views, generated.rgb[views], metrics.mask_from_white(generated.rgb[views]))
+        for split, views in splits.items()
+    }
+
+
+def reconstruct_sample(
+    model: MouseFaceLift, sample: Sample, views: Sequence[int] | None = None, noisy_cameras: Cameras | None = None
+) -> Gaussians:
+    """Returns Stage 2's Gaussians of the sample's true rig views, or of those in `views`.
+
+    noisy_cameras: [rig views], what the model is told instead of the truth.
+    """
+    chosen = list(range(model.rig.num_views) if views is None else views)
+    cameras = (sample.cameras if noisy_cameras is None else noisy_cameras)[chosen]
+    return model.predict(posed_views(sample.rgba[chosen], cameras))
+
+
+@torch.no_grad()
+def predict_gaussians(gaussians: Gaussians, sample: Sample, splits: Splits) -> Predictions:
+    """Returns the Gaussians [1, n] as the sample's own cameras see them, on white."""
+    from gslrm.model.gaussians_renderer import render
+
+    found = {}
+    for split, views in splits.items():
+        output = render(gaussians, sample.cameras[views][None].to(gaussians.device), background=1.0)
+        # Off the GPU at once: metrics of all methods are compared on the CPU, in float32.
+        rgb, mask, depth = output.rgb[0].cpu().clamp(0, 1), output.alpha[0].cpu(), output.mean_depth(SURFACE)[0].cpu()
+        found[split] = compare(sample, views, rgb, mask, depth)
+    return found
+
+
+# ---- baselines ------------------------------------------------------------------------------------------------------
+
+
+def describe(stage: str, names: Sequence[str], training: TrainingMice | None) -> dict[str, str]:
+    """Returns what each baseline was given, by label; those in `names` that apply to the stage."""
+    seen = "all true rig views with their true masks; compared on views outside the rig only"
+    rows = [  # name, stages it applies to, label, what it was given
+        ("copy", "1 2 full", COPY, "the input view; shown unchanged as every other view"),
+        (
+            "nearest", "1 2 full" if training is not None else "", NEAREST,
+            f"the input view; of {len(training.folders) if training else 0} training mice the one whose input view is "
+            "nearest in mask and colour. Rig views: that mouse's own. Novel views: the hull of its true rig views",
+        ),
+        (
+            "hull", "full", HULL_OF_GENERATED,
+            "what Stage 2 is given: the input with its mask, the painted views with masks read off the white",
+        ),
+        ("hull", "2 full", HULL_OF_TRUE.get(stage, ""), seen),
+        ("autoencoder", "1", AUTOENCODER, "the views themselves; only encoded and decoded, as every painted view is"),
+        ("six_views", "full", SIX_VIEWS, seen),
+    ]  # fmt: skip
+    return {label: text for name, stages, label, text in rows if name in names and stage in stages.split()}
+
+
+def predict_baselines(
+    stage: str, names: Sequence[str], sample: Sample, model: MouseFaceLift, *, generated: PosedViews | None,
+    training: TrainingMice | None,
+) -> dict[str, Predictions]:  # fmt: skip
+    """Returns label -> split -> prediction of the baselines in `names` that apply; the same labels as `describe`.
+
+    What was given the true rig views is compared on views outside the rig only, unless the sample has no others.
+    """
+    rig, splits = model.rig, splits_of(stage, sample, model.rig)
+    unseen = {split: views for split, views in splits.items() if split == NOVEL or stage == "2"}
+    found: dict[str, Predictions] = {}
+    if "copy" in names:
+        found[COPY] = copy_input(sample, splits, rig.reference_view)
+    if "nearest" in names and training is not None:
+        found[NEAREST] = training.predict(sample, splits)
+    if "autoencoder" in names and stage == "1":
+        found[AUTOENCODER] = predict_autoencoder(model, sample, splits)
+    if "hull" in names and stage == "full":
+        found[HULL_OF_GENERATED] = predict_hull(generated, sample, splits)
+    if "hull" in names and stage != "1" and unseen:
+        true = posed_views(sample.rgba[: rig.num_views], sample.cameras[: rig.num_views])
+        found[HULL_OF_TRUE[stage]] = predict_hull(true, sample, unseen)
+    if "six_views" in names and stage == "full" and unseen:
+        found[SIX_VIEWS] = predict_gaussians(reconstruct_sample(model, sample), sample, unseen)
+    return found
+
+
+def copy_input(sample: Sample, splits: Splits, reference: int) -> Predictions:
+    """Returns the input view [4, h, w] as every other view; its mask read off the white, as a generated view's is."""
+    image = composite(sample.rgba[reference], 1.0)
+    mask, found = metrics.mask_from_white(image), {}
+    for split, views in splits.items():
+        others = [view for view in views if view != reference]  # against itself a copy is perfect, and says nothing
+        shape = (len(others), -1, -1, -1)
+        found[split] = compare(sample, others, image.expand(*shape), mask.expand(*shape))
+    return found
+
+
+@torch.no_grad()
+def predict_autoencoder(model: MouseFaceLift, sample: Sample, splits: Splits) -> Predictions:
+    """Returns the true views encoded and decoded by Stage 1's autoencoder: what it cannot surpass by much."""
+    from mvdiffusion.latents import condition_latents, decode_latents
+
+    components, found = model.components, {}
+    for split, views in splits.items():
+        images = composite(sample.rgba[views], 1.0).to(components.device)
+        with components.on_device("vae"):  # with cpu_offload it waits elsewhere
+            rgb = decode_latents(components, condition_latents(components, images)).cpu()
+        found[split] = compare(sample, views, rgb, metrics.mask_from_white(rgb))
+    return found
+
+
+def predict_hull(views: PosedViews, sample: Sample, splits: Splits) -> Predictions:
+    """Returns the visual hull of posed views in their projected colors as the sample's cameras of each split see it.
+
+    Masks that share no volume leave an empty hull: white images, empty masks.
+    """
+    # Carved once, seen from all cameras.
+    hull, found = carve(views.masks, views.cameras), {}
+    shell = colour_surface(surface(hull), views.rgb, views.masks, views.cameras) if len(hull.index) else None
+    for split, chosen in splits.items():
+        cameras = sample.cameras[chosen]
+        if shell is None:
+            empty = torch.zeros(len(chosen), 1, cameras.height, cameras.width)
+            found[split] = compare(sample, chosen, 1.0 - empty.expand(-1, 3, -1, -1), empty, empty)
+        else:
+            found[split] = compare(sample, chosen, *render_hull(shell, cameras))
+    return found
+
+
+@dataclass(frozen=True)
+class TrainingMice:
+    """Input views of a training list, small. folders: [n]; features: [n, d]."""
+
+    folders: list[Path]
+    features: Tensor
+    rig: ViewRig
+
+    @staticmethod
+    def read(list_file: Path, rig: ViewRig, held_out: Sequence[Path]) -> TrainingMice:
+        """Raises ValueError for another rig, and where a held-out sample is in the training list."""
+        check_alignment(rig, dataset=read_dataset_info(list_file.parent)["rig"])
+        folders = read_split(list_file)
+        # A training mouse among the held-out ones would be its own nearest neighbor.
+        shared = {folder.resolve() for folder in folders} & {folder.resolve() for folder in held_out}
+        if shared:
+            raise ValueError(
+                f"--train_data {list_file} and --data share {len(shared)} samples ({min(shared).name} ...): they are "
+                "not held out; name two lists without common samples"
+            )
+        inputs = (read_sample(folder, views=[rig.reference_view], image_size=FEATURE_SIZE) for folder in folders)
+        return TrainingMice(folders, torch.stack([_features(sample.rgba[0]) for sample in inputs]), rig)
+
+    def nearest(self, image: Tensor) -> Path:
+        """Returns the folder whose input view is nearest to [4, h, w], by squared difference of mask and color."""
+        features = _features(resize_rgba(image, FEATURE_SIZE))
+        return self.folders[int((self.features - features).square().sum(1).argmin())]
+
+    def predict(self, sample: Sample, splits: Splits) -> Predictions:
+        """Returns the nearest mouse's own views where the rig has them, its hull elsewhere."""
+        folder, count = self.nearest(sample.rgba[self.rig.reference_view]), self.rig.num_views
+        mouse, found = read_sample(folder, num_views=count, image_size=sample.cameras.width), {}
+        for split, views in splits.items():
+            if split == NOVEL:
+                found |= predict_hull(posed_views(mouse.rgba, mouse.cameras), sample, {split: views})
+            else:
+                rgba = mouse.rgba[views]
+                found[split] = compare(sample, views, composite(rgba, 1.0), rgba[:, 3:])
+        return found
+
+
+def _features(rgba: Tensor) -> Tensor:
+    """Returns colors weighted by the mask, and the mask."""
+    return torch.cat([rgba[:3] * rgba[3:], rgba[3:]]).flatten()
+
+
+# ---- measuring ------------------------------------------------------------------------------------------------------
+
+
+def records_of(
+    head: dict, predictions: dict[str, Predictions], sample: Sample, reference: int, lpips: torch.nn.Module | None
+) -> list[dict]:
+    """Returns one record per method, split and view: head, what was compared, and its metrics."""
+    azimuth = sample.cameras.azimuth_deg.double()
+    angles = [round(abs((float(a) + 180.0) % 360.0 - 180.0), 1) for a in azimuth - azimuth[reference]]
+    return [
+        {
+            **head, "method": method, "split": split, "view": view, "angle_deg": angles[view],
+            "direction": next(name for name, limit in DIRECTIONS.items() if angles[view] <= limit), **figures,
+        }
+        for method, by_split in predictions.items()
+        for split, prediction in by_split.items()
+        for view, figures in zip(prediction.views, measure(prediction, lpips))
+    ]  # fmt: skip
+
+
+@torch.no_grad()
+def measure(prediction: Prediction, lpips: torch.nn.Module | None = None) -> list[dict[str, float]]:
+    """Returns the METRICS of every view. foreground_*: inside the true mask. lpips: with its network (`load_lpips`).
+
+    depth_error: mean absolute difference of depth in world units along the optical axis, over the pixels where both
+    show a surface (what is missing or too much is the mask's IoU); absent where a depth is, or no such pixel.
+    """
+    rgb, target, mask = prediction.rgb, prediction.target, prediction.truth[:, 3:]
+    columns = {
+        "foreground_psnr": metrics.foreground_psnr(rgb, target, mask), "psnr": metrics.psnr(rgb, target),
+        "foreground_ssim": metrics.foreground_ssim(rgb, target, mask), "ssim": metrics.ssim(rgb, target),
+        "mask_iou": metrics.mask_iou(prediction.mask, mask),
+    }  # fmt: skip
+    if prediction.depth is not None and prediction.true_depth is not None:
+        shown = (prediction.mask >= SURFACE) & (prediction.depth > 0)
+        common = (shown & (mask > SURFACE) & (prediction.true_depth > 0)).float()
+        difference = ((prediction.depth - prediction.true_depth).abs() * common).flatten(1).sum(1)
+        columns["depth_error"] = difference / common.flatten(1).sum(1)
+    if lpips is not None:
+        device = next(lpips.parameters()).device
+        whole, inside = metrics.lpips_distances(lpips, rgb.to(device), target.to(device), mask.to(device))
+        columns["foreground_lpips"], columns["lpips"] = inside.cpu(), whole.cpu()
+    records = [{name: columns[name][view].item() for name in METRICS if name in columns} for view in range(len(rgb))]
+    return [{name: value for name, value in record.items() if not math.isnan(value)} for record in records]
+
+
+def side_shown(sample: Sample, reference: int) -> str | None:
+    """Returns the name in SIDES of what the input view shows; None where the nose's heading is unknown."""
+    heading = sample.extra.get("synthetic", {}).get("heading_deg")
+    if heading is None:
+        return None
+    return SIDES[90 * (round((heading - float(sample.cameras.azimuth_deg[reference])) / 90.0) % 4)]
+
+
+def consistency_of(generated: PosedViews, sample: Sample, rig: ViewRig, *, with_copy: bool) -> dict[str, dict]:
+    """Returns by whose views score, mask and colour of `view_consistency`, and the score over the true views' own.
+
+    Masks are read off the white: generated and true views alike. with_copy: also of the input view as all views.
+    """
+    cameras, true = sample.cameras[: rig.num_views], composite(sample.rgba[: rig.num_views], 1.0)
+    sets = {"painted views": generated.rgb, "true views": true}
+    if with_copy:
+        sets["input copied"] = true[rig.reference_view].expand(rig.num_views, -1, -1, -1)
+    found = {}
+    for name, rgb in sets.items():
+        figures = metrics.view_consistency(rgb, metrics.mask_from_white(rgb), cameras)
+        found[name] = {key: figures[key] for key in ("score", "mask", "colour")}
+    own = found["true views"]["score"]
+    return {name: {**figures, "of_truth": figures["score"] / own} for name, figures in found.items()}

@@ -1,0 +1,399 @@
+"""The training loop of both stages, once, to be read from top to bottom. Repeating a command resumes it.
+
+A pass is one forward and backward; an update of the weights ends every `accumulate` passes. The batch of a pass depends
+on (seed, pass) only and losses are means over samples, so n processes with batch b take the same steps as one process
+with batch n * b, and a run that was killed takes the steps that it would have taken.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import resource
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from multiview.checkpoint import SKIP_DIGEST, Ema, rotate_checkpoints
+from multiview.files import full_disk_explained, owned_folder, write_json
+from multiview.rig import ViewRig
+from multiview.run import LoopOptions, RunFolder, Stop, make_generator, matrix_rate, resolve_device, start_processes
+from multiview.sampler import MixedDataset, StepSampler
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+log = logging.getLogger(__name__)
+
+SKIP_WINDOW, MAX_SKIPPED = 200, 100  # a run stops when more than this many of its last updates were skipped
+REASONS = {  # why an update is skipped -> what the log says
+    "skipped_nan_loss": "the loss was not finite",
+    "skipped_gradient": "the gradient exploded or was nothing but NaN",
+    "skipped_overflow": "float16 gradients overflowed",
+}
+SANITIZED = "mended_gradient"  # counts updates whose gradient had entries that were not finite
+PRINTED = ("loss", "psnr", "fg_psnr", "iou", "gradient_norm", "lr", "seconds_per_pass", "seconds_per_step", *REASONS)
+
+
+class TrainingDivergedError(ValueError):
+    """Most of the recent updates had to be skipped."""
+
+
+class Training:
+    """What a stage gives the loop. A stage's __init__ loads all of it and resumes.
+
+    network: the bare module. parameters: the ones that train, by name. Counters start at 0 or at a checkpoint's values.
+    """
+
+    pattern: str  # of checkpoint names
+    randomness: str  # first key of every pass's generator
+    first_average_counts = False  # the weights that a run starts from are the first of those that are averaged
+    shown: tuple[str, ...] = ()  # the validation figures that are printed; none: all
+    advice: str  # what to do about a run that diverges
+    is_compiled = False
+    network: nn.Module
+    parameters: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    dataset: MixedDataset
+    rig: ViewRig
+    config: dict[str, Any]
+
+    def __init__(self, accelerator: Accelerator, options: LoopOptions) -> None:
+        self.accelerator, self.options = accelerator, options
+        self.device = accelerator.device if accelerator.num_processes > 1 else resolve_device(options.device)
+        scaled = options.precision == "fp16" and self.device.type == "cuda"
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
+        self.ema: Ema | None = None  # on the main process
+        self.passes, self.updates = 0, 0  # passes done, updates taken
+        self.tried = 0  # updates taken or skipped since the schedule began: the place in it
+        self.counts = dict.fromkeys([*REASONS, SANITIZED], 0)
+        self.recent: deque[bool] = deque(maxlen=SKIP_WINDOW)  # True: that update was skipped
+
+    # ---- the stage's own; it also writes `batches`, `loss`, `validate` and `save` ------------------------------
+
+    batches: Callable[[StepSampler], Iterator[Any]]
+    loss: Callable[[nn.Module, Any, torch.Generator], tuple[Tensor, Any]]  # [], and what `numbers` and `image` need
+    validate: Callable[[], tuple[dict[str, float], Tensor] | None]  # figures of the averaged weights, contact sheet
+    save: Callable[[bool], None]  # whether it is the last checkpoint
+
+    def numbers(self, details: Any) -> dict[str, float]:
+        return {}
+
+    def image(self, details: Any) -> Tensor | None:
+        return None
+
+    def adjust_gradients(self) -> None:
+        """Called before gradients are clipped."""
+
+    def averaged(self) -> dict[str, Tensor]:  # the tensors that are averaged
+        return self.parameters
+
+    def export(self) -> None:
+        """Writes the finished network where the configuration asks for it."""
+
+    def schedule_length(self) -> int:  # updates from the schedule's beginning to the end of training
+        return self.options.steps
+
+    # ---- one update --------------------------------------------------------------------------------------------
+
+    def set_rates(self) -> float:
+        """Sets every group's rate for the next update; returns the rate before the groups' own factors."""
+        options = self.options
+        factor = rate_factor(options.schedule, self.tried, options.warmup, self.schedule_length(), options.step_rules)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group.get("initial_lr", options.lr) * factor * group.get("multiplier", 1.0)
+        return self.optimizer.param_groups[0].get("initial_lr", options.lr) * factor
+
+    def update(self, *, spoiled: bool) -> float | None:
+        """One optimizer update, or its skipping, counted: a loss that was not finite, or an exploding gradient.
+
+        The schedule advances and gradients are cleared either way. Returns the gradient norm before clipping. Every
+        process sees the same mean loss and the same summed gradients, so all of them skip the same updates.
+        """
+        norm, skipped, limit = None, None, self.options.max_norm * self.options.skip_factor
+        if spoiled:
+            skipped = "skipped_nan_loss"
+        else:
+            self.scaler.unscale_(self.optimizer)
+            self.adjust_gradients()
+            norm, sanitized = clip_gradients(self.parameters, self.options.max_norm)
+            self.counts[SANITIZED], scale = self.counts[SANITIZED] + sanitized, self.scaler.get_scale()
+            if norm > limit or not math.isfinite(norm) or (sanitized and norm == 0):
+                skipped = "skipped_gradient"
+            else:
+                self.scaler.step(self.optimizer)
+            self.scaler.update()  # also after a skipped step: unscale_ must not be called twice without it
+            if skipped is None and self.scaler.get_scale() < scale:  # the scaler found an infinity and took no step
+                skipped = "skipped_overflow"
+        self.recent.append(skipped is not None)
+        self.tried += 1
+        if skipped is None:
+            self.updates += 1
+            if self.ema is not None:
+                self.ema.update(self.averaged(), self.updates + self.first_average_counts)
+        else:
+            self.counts[skipped] += 1
+            told = "" if norm is None else f" (norm {norm:.3g} before clipping)"
+            log.warning("update skipped: %s%s", REASONS[skipped], told)
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def check_skips(self) -> None:
+        """Raises TrainingDivergedError when more than half of the last 200 updates were skipped."""
+        if sum(self.recent) > MAX_SKIPPED:
+            counts = ", ".join(f"{name} {count}" for name, count in self.counts.items())
+            raise TrainingDivergedError(
+                f"training has diverged: {sum(self.recent)} of the last {len(self.recent)} updates were skipped (pass "
+                f"{self.passes}, {self.updates} updates done; in all {counts}). {self.advice}. The checkpoints in "
+                f"{self.options.folder} are untouched"
+            )
+
+
+# ---- the loop -------------------------------------------------------------------------------------------------------
+
+
+def run_training(build: Callable[[Accelerator], Training], options: LoopOptions) -> Path:
+    """Trains to `options.steps`, continuing what the folder holds. Returns the folder.
+
+    build: loads everything and resumes. Raises ValueError before any work for whatever is missing or does not fit, and
+    later for a full disk or a run that diverges. SIGTERM, SIGUSR1 and SIGHUP end it with a checkpoint and exit code 143
+    (SystemExit).
+    """
+    folder = Path(options.folder)
+    new = not folder.exists()
+    if options.skip_digest:
+        os.environ[SKIP_DIGEST] = "1"
+    with Stop(options.budget_s) as stop, full_disk_explained(folder):
+        accelerator = start_processes(options.device)
+        try:
+            with owned_folder(folder) if accelerator.is_main_process else nullcontext():
+                training_loop(build(accelerator), stop)
+        finally:
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+            if new and accelerator.is_main_process and folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()  # a run that was refused leaves nothing behind
+    return folder
+
+
+def training_loop(training: Training, stop: Stop) -> None:
+    options, accelerator, network = training.options, training.accelerator, training.network
+    is_main, alone = accelerator.is_main_process, accelerator.num_processes == 1
+    per_step = options.accumulate if options.unit == "step" else 1  # passes per step
+    first = step = training.passes // per_step
+    check_same_start(training)
+    model = network if alone else accelerator.prepare(network)  # what is frozen takes no part in DDP
+    run = RunFolder(options.folder, training.config, training.rig, wandb=options.wandb, is_main=is_main)
+    run.forget_after(first)
+    sampler = StepSampler(
+        training.dataset.lengths, options.batch_size, seed=options.seed, percents=training.dataset.percents,
+        start=training.passes, stop=options.steps * per_step,
+        rank=accelerator.process_index, world_size=accelerator.num_processes,
+    )  # fmt: skip
+    log.info(
+        "%s: %.2f M parameters train on %d samples, %s %d to %d, %d process(es) on %s", options.folder,
+        count(network, trained=True) / 1e6, len(training.dataset), options.unit, first, options.steps,
+        accelerator.num_processes, training.device,
+    )  # fmt: skip
+    network.train()
+    values, losses, spoiled, batch = {}, [], False, None
+    began = lap = time.perf_counter()
+    busy, logged_busy, logged_step = 0.0, 0.0, first  # seconds of passes, without logs, checkpoints and validation
+    stop.in_loop = True
+    for batch in training.batches(sampler):
+        # 1. Forward and backward. All processes see the same mean loss, so they skip a bad one together.
+        is_update, rate = (training.passes + 1) % options.accumulate == 0, training.set_rates()
+        # Gradients of all but the last pass of an update stay in their process.
+        with nullcontext() if is_update or alone else model.no_sync():
+            mean_loss, is_due, details = one_pass(training, model, batch, stop)
+        spoiled = spoiled or not mean_loss.isfinite()
+        losses.append(mean_loss)
+        training.passes += 1
+
+        # 2. Update.
+        gradient_norm = None
+        if is_update:
+            gradient_norm, spoiled = training.update(spoiled=spoiled), False
+            training.check_skips()
+        busy += time.perf_counter() - lap
+        lap = time.perf_counter()
+        if training.passes % per_step:
+            continue
+        step = training.passes // per_step
+        is_last = step == options.steps
+        is_end = is_last or (is_update and is_due)  # a checkpoint knows nothing of half an update
+
+        # 3. Numbers and images.
+        if step % options.log_every == 0 or is_last:
+            numbers = {
+                "loss": float(torch.stack(losses).mean()), "lr": rate,
+                f"seconds_per_{options.unit}": (busy - logged_busy) / (step - logged_step),
+            }  # fmt: skip
+            logged_busy, logged_step = busy, step
+            if gradient_norm is not None:
+                numbers["gradient_norm"] = gradient_norm
+            log_numbers(training, run, step, {**training.numbers(details), **numbers})
+        if step % options.image_every == 0 or is_last:
+            image = training.image(details)
+            if image is not None:
+                run.image("train", step, image)
+        losses = []
+
+        # 4. Checkpoint and validation.
+        if step % options.save_every == 0 or is_end:
+            if is_main:
+                training.save(is_last)
+                rotate_checkpoints(options.folder, training.pattern, options.keep)
+            accelerator.wait_for_everyone()
+        if (step % options.validate_every == 0 and not is_end) or is_last:
+            values = measure(training, run, step)
+        lap = time.perf_counter()
+        if is_end:
+            break
+
+    # 5. The end: exported if it is finished, and what it cost.
+    if step >= options.steps:
+        values = values if step > first else measure(training, run, step)  # a finished run answers with its figures
+        if is_main:
+            training.export()
+    if is_main:
+        reached = {options.unit: step, "of": options.steps, "metrics": values, "seconds": time.perf_counter() - began}
+        closing_block(training, reached, training.passes - first * per_step, busy, batch)
+    run.close()
+    accelerator.wait_for_everyone()  # nobody leaves the group while another still talks
+    stop.end(f"{options.unit} {step} of {options.steps}" if step < options.steps else None)
+
+
+def check_same_start(training: Training) -> None:
+    from accelerate.utils import gather_object
+
+    found = gather_object([training.passes])
+    if len(set(found)) > 1:
+        raise ValueError(
+            f"the processes found checkpoints of different passes, {found}: "
+            f"{training.options.folder} must lie on a file system that all nodes share"
+        )
+
+
+def log_numbers(training: Training, run: RunFolder, step: int, numbers: dict[str, float]) -> None:
+    options = training.options
+    numbers = {**numbers, "updates": training.updates, **training.counts}
+    run.log(step, numbers)
+    if run.is_main and (step % options.print_every == 0 or step == options.steps):
+        log.info("%s %d/%d  %s", options.unit, step, options.steps, as_text(numbers, PRINTED))
+
+
+def one_pass(training: Training, model: nn.Module, batch: Any, stop: Stop) -> tuple[Tensor, bool, Any]:
+    """Forward, and backward where the loss is finite: (mean loss, whether any process wants to stop, details)."""
+    options, accelerator = training.options, training.accelerator
+    generator = make_generator(training.randomness, options.seed, accelerator.process_index, training.passes)
+    loss, details = training.loss(model, batch, generator)
+    told = torch.stack([loss.detach().float(), loss.new_tensor(stop.is_due(), dtype=torch.float32)])
+    mean_loss, is_due = accelerator.reduce(told, reduction="mean")
+    if mean_loss.isfinite():
+        training.scaler.scale(loss / options.accumulate).backward()
+    return mean_loss, bool(is_due > 0), details
+
+
+def measure(training: Training, run: RunFolder, step: int) -> dict[str, float]:
+    """Validates on the main process; logs figures and a contact sheet."""
+    values: dict[str, float] = {}
+    result = training.validate() if training.accelerator.is_main_process else None
+    if result is not None:
+        values, sheet = result
+        run.log(step, values, split="val")
+        run.image("validation" if training.options.unit == "step" else "val", step, sheet)
+        log.info("validation at %s %d  %s", training.options.unit, step, as_text(values, training.shown))
+    training.accelerator.wait_for_everyone()
+    return values
+
+
+# ---- the pieces, in the order of use --------------------------------------------------------------------------------
+
+
+def rate_factor(schedule: str, done: int, warmup: int, total: int, rules: str = "1") -> float:
+    """Learning rate over its base value at update `done` (from 0): linear warm-up, then the schedule.
+
+    schedule: constant; linear or cosine, to 0 at update `total`; or piecewise_constant, diffusers' `rules` without
+    warm-up: "1:200000,0.5" is 1 before update 200,000 and 0.5 from it on.
+    """
+    if schedule == "piecewise_constant":
+        *pieces, last = rules.split(",")
+        try:
+            return next((float(f) for f, end in (p.split(":") for p in pieces) if done < int(end)), float(last))
+        except ValueError:
+            raise ValueError(f'step_rules must look like "1:20000,0.5", got {rules!r}') from None
+    if done < warmup:
+        return (done + 1) / warmup
+    if schedule.startswith("constant"):
+        return 1.0
+    fraction = min(1.0, (done - warmup) / max(1, total - warmup))
+    return 1 - fraction if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * fraction))
+
+
+def clip_gradients(parameters: dict[str, nn.Parameter], max_norm: float) -> tuple[float, bool]:
+    """Scales all gradients to at most `max_norm`, in place: (norm before, whether entries had to be replaced first).
+
+    Entries that are not finite become 0 (NaN) or +-0.001 (infinite), as in FaceLift's trainer.
+    """
+    with_gradient = [parameter for parameter in parameters.values() if parameter.grad is not None]
+    gradients = [parameter.grad for parameter in with_gradient]
+    norm, sanitized = nn.utils.get_total_norm(gradients), False
+    if not math.isfinite(norm.item()):
+        for gradient in gradients:
+            gradient.nan_to_num_(nan=0.0, posinf=1e-3, neginf=-1e-3)
+        norm = nn.utils.get_total_norm(gradients)
+        sanitized = math.isfinite(norm.item())  # else all were finite and merely too large to be squared
+    nn.utils.clip_grads_with_norm_(with_gradient, max_norm, norm)
+    return norm.item(), sanitized
+
+
+def count(network: nn.Module, *, trained: bool = False) -> int:
+    return sum(p.numel() for p in network.parameters() if p.requires_grad or not trained)
+
+
+# ---- what a run cost ------------------------------------------------------------------------------------------------
+
+
+def closing_block(training: Training, content: dict[str, Any], passes: int, busy: float, batch: Any) -> None:
+    """Prints what the run reached and cost, and writes it to summary.json.
+
+    passes, busy: done now, and their seconds. batch: one of them, None if there was none.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    options, alone, on_gpu = training.options, training.accelerator.num_processes == 1, training.device.type == "cuda"
+    machine, fraction = matrix_rate(training.device, options.precision), None
+    if batch is not None and alone and not training.is_compiled:
+        # One more pass, of which nothing is kept: counting takes compound operations apart, which moves last digits.
+        with FlopCounterMode(display=False) as counter:
+            loss, _ = training.loss(training.network, batch, make_generator("operations"))
+            loss.backward()
+        training.optimizer.zero_grad(set_to_none=True)
+        fraction = counter.get_total_flops() * passes / busy / machine
+    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    content |= {
+        "training_seconds": busy,
+        "samples_per_second": passes * options.batch_size * training.accelerator.num_processes / max(busy, 1e-9),
+        "peak_memory_gb": (torch.cuda.max_memory_allocated(training.device) if on_gpu else 1024 * kib) / 1e9,
+        "matrix_rate_fraction": fraction, "machine_gflops": machine / 1e9,
+        "parameters": count(training.network), "trained_parameters": count(training.network, trained=True),
+    }  # fmt: skip
+    write_json(Path(options.folder) / "summary.json", content)
+    print(f"{options.folder}: {options.unit} {content[options.unit]} of {options.steps}")
+    print(f"  {as_text(content.pop('metrics'), training.shown) or 'not validated'}")
+    for name, value in content.items():
+        print(f"  {name:<22} {'not counted' if value is None else f'{value:.4g}'}", flush=True)
+
+
+def as_text(values: dict[str, float], shown: Sequence[str]) -> str:
+    """One line of the values whose names end with one of `shown` (none: of all)."""
+    chosen = {name: value for name, value in values.items() if not shown or name.split("/")[-1] in shown}
+    return "  ".join(f"{name} {value:.4g}" for name, value in chosen.items())
