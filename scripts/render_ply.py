@@ -48,14 +48,16 @@ def main() -> None:
     from multiview.run import resolve_device
     from pipeline.outputs import contact_sheet, depth_images, write_alpha, write_depth
 
-    gaussians, background = load_ply(given.ply).to(resolve_device(given.device)), BACKGROUNDS[given.background]
+    cameras, folder, rows, background = [], given.output_dir, [], BACKGROUNDS[given.background]
     if given.cameras is not None:  # unlike a sample's, these need not agree in their image size: one Cameras per frame
-        frames, folder, rows = read_json(given.cameras).get("frames"), given.output_dir, []
+        frames = read_json(given.cameras).get("frames")
         if not isinstance(frames, list) or not frames:
             raise ValueError(f"camera file {given.cameras} must hold an object with a list 'frames', at least one")
         cameras = [Cameras.from_frames([x], f"{given.cameras}, frame {number}") for number, x in enumerate(frames)]
         if given.sheet and len({(camera.height, camera.width) for camera in cameras}) > 1:
             raise ValueError(f"--sheet needs cameras of one image size, and {given.cameras} has several: leave it out")
+    gaussians = load_ply(given.ply).to(resolve_device(given.device))
+    if cameras:
         with full_disk_explained(folder):
             for number, camera in enumerate(cameras):
                 output, name = render(gaussians, camera[None].to(gaussians.device), background), f"cam_{number:03d}.png"
