@@ -8,35 +8,30 @@ the same parts at any size with random weights, for measuring.
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler
+from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.utils import logging as transformers_logging
 
+from multiview.files import read_json
 from multiview.rig import PROMPT_STYLES, available_rigs, load_rig
 from multiview.run import seed_everything
-from mvdiffusion.components import Components
-from mvdiffusion.prompts import encode_prompts
-
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler
-    from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
-
-log = logging.getLogger(__name__)
-
-BOS, EOS = "<|startoftext|>", "<|endoftext|>"
-# Rows of two prompts' embeddings must differ by this much (mean square over tokens, in units of their variance).
-MIN_PROMPT_DIFFERENCE = 0.02
-
-
-@dataclass
-class TextConfig:
-    hidden_size: int = 64  # width of the prompt embeddings
-    layers: int = 3
-    heads: int = 4
+from mvdiffusion.components import DEMO_FOLDER, Components
+from mvdiffusion.prompts import alike_views, encode_prompts, view_similarity
 
 
 @dataclass
@@ -74,8 +69,6 @@ class VaeConfig:
 
 @dataclass
 class DemoComponentsConfig:
-    """What scripts/make_demo_components.py makes."""
-
     data: str = "data_mouse/data_mouse_train.txt"  # split list
     output_dir: str = "checkpoints/demo/mvdiffusion"
     image_size: int = 128  # pixels
@@ -83,32 +76,20 @@ class DemoComponentsConfig:
     holdout_samples: int = 16  # the last of the list, for the reported figures
     save_minutes: float = 2.0  # how often the training state is written
     seed: int = 0
-    text: TextConfig = field(default_factory=TextConfig)
+    text_width: int = 64  # of the prompt embeddings
     vision: VisionConfig = field(default_factory=VisionConfig)
     vae: VaeConfig = field(default_factory=VaeConfig)
 
 
-# ---- tokenizer, text encoder, schedulers ----------------------------------------------------------------------------
-
-
 def make_tokenizer() -> CLIPTokenizer:
     """A CLIP tokenizer whose words are those of the shipped rigs' prompts; any other text falls back to its bytes."""
-    from tokenizers.pre_tokenizers import ByteLevel
-    from transformers import CLIPTokenizer
-
-    rigs = [load_rig(name) for name in available_rigs()]
-    prompts = {
-        prompt
-        for rig in rigs
-        for style in PROMPT_STYLES
-        for angles in (False, True)
-        for prompt in rig.prompts(style, angles=angles)
-    }
+    asked = product(map(load_rig, available_rigs()), PROMPT_STYLES, (False, True))
+    prompts = {prompt for rig, style, angles in asked for prompt in rig.prompts(style, angles=angles)}
     alphabet = sorted(ByteLevel.alphabet())
     symbols = [*alphabet, *(symbol + "</w>" for symbol in alphabet)]
 
     def tokenizer(tokens: list[str], merges: list[tuple[str, str]]) -> CLIPTokenizer:
-        vocabulary = {token: index for index, token in enumerate([*tokens, BOS, EOS])}
+        vocabulary = {token: index for index, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
         return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77)
 
     # An untrained tokenizer of the same class splits text into words exactly as the finished one will. Naming all
@@ -121,57 +102,10 @@ def make_tokenizer() -> CLIPTokenizer:
     return tokenizer(list(dict.fromkeys([*symbols, *map("".join, merges)])), merges)
 
 
-def make_text_encoder(config: TextConfig, tokenizer: CLIPTokenizer, seed: int) -> CLIPTextModel:
-    """A small CLIP text encoder with random weights."""
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    seed_everything("demo text encoder", seed)
-    model = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer), hidden_size=config.hidden_size, intermediate_size=4 * config.hidden_size,
-            num_hidden_layers=config.layers, num_attention_heads=config.heads, max_position_embeddings=77,
-            projection_dim=config.hidden_size, bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-        )
-    ).eval()  # fmt: skip
-    with torch.no_grad():
-        # CLIP's initialization (0.02, 0.01) lets the layers pass little between tokens. Weights this large attend
-        # sharply, so that the one token that names the view reaches every later one.
-        for name, weight in model.named_parameters():
-            if "embedding" in name:
-                weight.normal_(0, 1.0)
-            elif weight.ndim == 2:
-                gain = 3.0 if ".q_proj." in name or ".k_proj." in name else 2.0
-                weight.normal_(0, gain * weight.shape[1] ** -0.5)
-    return model
-
-
-def check_prompts_differ(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> dict[str, float]:
-    """Returns each rig's smallest mean squared difference between two views' rows, over the embeddings' variance.
-
-    Raises ValueError where two views of a rig would be told nearly the same thing.
-    """
-    differences = {}
-    for name in available_rigs():
-        embeddings = encode_prompts(load_rig(name).prompts(), tokenizer, text_encoder)
-        flat = embeddings.flatten(1)
-        distances = torch.cdist(flat, flat).square() / flat.shape[1] / embeddings.var()
-        differences[name] = float(distances[~torch.eye(len(flat), dtype=torch.bool)].min())
-        if differences[name] < MIN_PROMPT_DIFFERENCE:
-            raise ValueError(
-                f"the text encoder hardly tells the views of rig {name} apart: {differences[name]:.3g}; another seed"
-            )
-    return differences
-
-
 def make_schedulers() -> tuple[DDIMScheduler, DDPMScheduler]:
-    """The sampler's noise schedule and that of the image embedding, with Stable Diffusion 2.1 unCLIP's own values.
-
-    But for the spacing of the time steps: `trailing` begins at the last one trained, where all is noise, however few
-    there are (https://arxiv.org/abs/2305.08891). `leading` begins 5 steps at 801, whose noise the UNet never saw alone.
-    """
-    from diffusers import DDIMScheduler, DDPMScheduler
-
+    """The sampler's noise schedule and that of the image embedding, with Stable Diffusion 2.1 unCLIP's own values."""
+    # But for the spacing: `trailing` begins at the last step trained, where all is noise, however few there are
+    # (https://arxiv.org/abs/2305.08891). `leading` begins 5 steps at 801, whose noise the UNet never saw alone.
     scheduler = DDIMScheduler(
         num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
         prediction_type="v_prediction", steps_offset=1, set_alpha_to_one=False, clip_sample=False,
@@ -180,22 +114,35 @@ def make_schedulers() -> tuple[DDIMScheduler, DDPMScheduler]:
     return scheduler, DDPMScheduler(beta_schedule="squaredcos_cap_v2")
 
 
-def make_feature_extractor(size: int) -> Any:
+def make_feature_extractor(size: int) -> CLIPImageProcessorPil:
     """CLIP's image processor for a vision encoder of images of `size` px."""
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
     return CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
 
 
 def write_untrained_parts(folder: Path, config: DemoComponentsConfig) -> None:
-    """Tokenizer, text encoder, feature extractor and the two schedulers."""
-    from transformers.utils import logging as transformers_logging
-
+    """Writes tokenizer, text encoder, image processor and schedulers; refuses a text encoder that blurs two views."""
     transformers_logging.disable_progress_bar()
-    tokenizer = make_tokenizer()
-    text_encoder = make_text_encoder(config.text, tokenizer, config.seed)
-    differences = check_prompts_differ(tokenizer, text_encoder)
-    log.info("least difference between two views' prompts: %s", {k: round(v, 2) for k, v in differences.items()})
+    tokenizer, width = make_tokenizer(), config.text_width
+    seed_everything("demo text encoder", config.seed)
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    sizes = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4 * width, projection_dim=width,
+        num_hidden_layers=3, num_attention_heads=width // 16, max_position_embeddings=77, **ids,
+    )  # fmt: skip
+    text_encoder = CLIPTextModel(sizes).eval()
+    with torch.no_grad():
+        # CLIP's initialization (0.02, 0.01) lets the layers pass little between tokens. Weights this large attend
+        # sharply, so that the one token that names the view reaches every later one.
+        for name, weight in text_encoder.named_parameters():
+            if "embedding" in name:
+                weight.normal_(0, 1.0)
+            elif weight.ndim == 2:
+                gain = 3.0 if ".q_proj." in name or ".k_proj." in name else 2.0
+                weight.normal_(0, gain * weight.shape[1] ** -0.5)
+    for rig in map(load_rig, available_rigs()):
+        similarity = view_similarity(encode_prompts(rig.prompts(), tokenizer, text_encoder))
+        if alike := alike_views(similarity, rig.view_names, 0.99):
+            raise ValueError(f"the text encoder hardly tells views of rig {rig.name} apart: {alike[0]}; another seed")
     scheduler, noising = make_schedulers()
     for part, name in (
         (tokenizer, "tokenizer"), (text_encoder.half(), "text_encoder"),
@@ -206,87 +153,38 @@ def write_untrained_parts(folder: Path, config: DemoComponentsConfig) -> None:
         part.save_pretrained(folder / name)
 
 
-def make_vision_encoder(config: VisionConfig, seed: int) -> CLIPVisionModelWithProjection:
-    """An untrained small CLIP vision encoder."""
-    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-
-    seed_everything("demo vision encoder", seed)
-    return CLIPVisionModelWithProjection(
-        CLIPVisionConfig(
-            hidden_size=config.hidden_size, intermediate_size=4 * config.hidden_size, projection_dim=config.projection,
-            num_hidden_layers=config.layers, num_attention_heads=config.heads, image_size=config.image_size,
-            patch_size=config.patch_size,
-        )
-    )  # fmt: skip
-
-
-def create_vae(config: VaeConfig, image_size: int, seed: int) -> AutoencoderKL:
-    """An untrained autoencoder."""
-    from diffusers import AutoencoderKL
-
-    seed_everything("demo vae", seed)
-    blocks = len(config.block_out_channels)
-    return AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * blocks, up_block_types=["UpDecoderBlock2D"] * blocks,
-        block_out_channels=list(config.block_out_channels), layers_per_block=config.layers_per_block,
-        latent_channels=config.latent_channels, norm_num_groups=config.norm_groups, sample_size=image_size,
-        mid_block_add_attention=False,
-    )  # fmt: skip
-
-
-# ---- the same parts at any size, random weights ---------------------------------------------------------------------
-
-
-class Stage1Shape(NamedTuple):
-    """unet, vae, vision: constructor arguments of UNet2DConditionModel, AutoencoderKL and CLIPVisionConfig."""
-
-    unet: dict
-    vae: dict
-    vision: dict
-
-
-# Stable Diffusion 2.1 unCLIP as FaceLift fine-tunes it: 8 input channels, 64 x 64 latents; CLIP is ViT-H/14.
-SD21_UNCLIP = Stage1Shape(
-    unet={
-        "sample_size": 64, "in_channels": 8, "out_channels": 4, "block_out_channels": [320, 640, 1280, 1280],
-        "layers_per_block": 2, "down_block_types": [*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"],
-        "up_block_types": ["UpBlock2D", *["CrossAttnUpBlock2D"] * 3], "attention_head_dim": [5, 10, 20, 20],
-        "cross_attention_dim": 1024, "use_linear_projection": True, "class_embed_type": "projection",
-        "projection_class_embeddings_input_dim": 2048,
+# Stable Diffusion 2.1 unCLIP as FaceLift fine-tunes it: 8 input channels, 64 x 64 latents; CLIP is ViT-H/14. What is
+# not named has this size by the classes' own defaults.
+SD21_UNCLIP: dict[str, dict] = {
+    "unet": {
+        "sample_size": 64, "in_channels": 8, "attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024,
+        "use_linear_projection": True, "class_embed_type": "projection", "projection_class_embeddings_input_dim": 2048,
     },
-    vae={
-        "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4,
-        "norm_num_groups": 32, "down_block_types": ["DownEncoderBlock2D"] * 4,
-        "up_block_types": ["UpDecoderBlock2D"] * 4, "sample_size": 768, "scaling_factor": 0.18215,
+    "vae": {
+        "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "sample_size": 768,
+        "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
     },
-    vision={
+    "vision": {
         "hidden_size": 1280, "intermediate_size": 5120, "projection_dim": 1024, "num_hidden_layers": 32,
         "num_attention_heads": 16, "image_size": 224, "patch_size": 14, "hidden_act": "gelu",
     },
-)  # fmt: skip
+}  # fmt: skip
 
 
-def demo_shape(unet: dict) -> Stage1Shape:
-    """The shape of the components that ship with the project around a UNet of the given arguments."""
-    config = DemoComponentsConfig()
-    vae = create_vae(config.vae, config.image_size, config.seed).config
-    vision = make_vision_encoder(config.vision, config.seed).config.to_dict()
-    return Stage1Shape(unet, {key: value for key, value in vae.items() if not key.startswith("_")}, vision)
+def demo_shape(unet: dict) -> dict[str, dict]:
+    """Returns the sizes of the components that ship with the project, around a UNet of the given arguments."""
+    root = Path(__file__).resolve().parent.parent / DEMO_FOLDER
+    vae, vision = (read_json(root / name / "config.json") for name in ("vae", "image_encoder"))
+    return {"unet": unet, "vae": vae, "vision": vision}
 
 
-def random_components(
-    shape: Stage1Shape, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> Components:
-    """The frozen parts (no UNet) with random weights, made on `device`, as `load_components` would give them."""
-    from diffusers import AutoencoderKL
-    from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
-    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-
+def random_components(shape: dict[str, dict], *, device: torch.device | str, dtype: torch.dtype) -> Components:
+    """Returns frozen parts with random weights, as `load_components` would; shape: see SD21_UNCLIP."""
     torch.manual_seed(0)
     with torch.device(device):
-        vae = AutoencoderKL(**shape.vae)
-        image_encoder = CLIPVisionModelWithProjection(CLIPVisionConfig(**shape.vision))
-        normalizer = StableUnCLIPImageNormalizer(shape.vision["projection_dim"])
+        vae = AutoencoderKL.from_config(shape["vae"])
+        image_encoder = CLIPVisionModelWithProjection(CLIPVisionConfig.from_dict(shape["vision"]))
+        normalizer = StableUnCLIPImageNormalizer(shape["vision"]["projection_dim"])
     scheduler, noising = make_schedulers()
     # In this order: the image normalizer's own `to` makes new parameters.
     vae, image_encoder, normalizer = (
@@ -295,6 +193,6 @@ def random_components(
     )
     return Components(
         vae=vae, image_encoder=image_encoder, image_normalizer=normalizer,
-        feature_extractor=make_feature_extractor(shape.vision["image_size"]), image_noising_scheduler=noising,
+        feature_extractor=make_feature_extractor(shape["vision"]["image_size"]), image_noising_scheduler=noising,
         scheduler=scheduler, unet=None, unet_folder=None, folder=Path("random weights"), device=torch.device(device),
     )  # fmt: skip

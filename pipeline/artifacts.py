@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
+from multiview.checkpoint import read_rig
 from multiview.config import load_config, option
 from multiview.run import shipped
 
@@ -180,15 +181,15 @@ def _resolve_stage1(
     """Returns Stage 1's entries of Artifacts, and the rigs that its artifacts carry by role."""
     from mvdiffusion.checkpoints import components_folder_of, embeds_of, sampling_of
     from mvdiffusion.components import DEMO_FOLDER, PUBLIC_FOLDER
-    from mvdiffusion.models.unet import camera_conditioning_of, resolve_unet_folder, unet_rig
+    from mvdiffusion.models.unet import read_unet_config, resolve_unet_folder
     from mvdiffusion.prompts import TRACKED_FOLDER, check_embeds_fit, load_prompt_embeds
 
     folder = resolve_unet_folder(chosen.mvdiffusion_checkpoint or shipped(DEMO_FOLDER))
     # Embeddings of the training come first: others of the same rig may be worded or encoded differently.
     embeds = load_prompt_embeds(chosen.prompt_embeds or embeds_of(folder) or shipped(TRACKED_FOLDER), requested)
     check_embeds_fit(embeds, folder)
-    own = require_rig(unet_rig(folder), requested, f"the UNet {folder}", folder)
-    if requested is not None and camera_conditioning_of(folder) != "none":
+    own = require_rig(read_rig(folder), requested, f"the UNet {folder}", folder)
+    if requested is not None and read_unet_config(folder)["camera_conditioning"] != "none":
         own = requested  # it is told by its cameras where to look from, not by having seen only one rig
     suits = sampling_of(folder)
     files = {

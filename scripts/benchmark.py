@@ -323,9 +323,9 @@ def stage1(bench: Bench, attention: str):
     config, rig = load_training_config(str(REPOSITORY / "configs" / f"{name}_mvdiffusion.yaml"), []), load_rig("mouse6")
     shape = SD21_UNCLIP if bench.options.preset == "full" else demo_shape(config.unet)
     with bench.device:
-        unet, dtype = create_unet(shape.unet, rig.num_views, attention), torch.float16 if bench.on_gpu else None
+        unet, dtype = create_unet(shape["unet"], rig.num_views, attention), torch.float16 if bench.on_gpu else None
     components = random_components(shape, device=bench.device, dtype=dtype or torch.float32)
-    prompts = torch.randn(rig.num_views, TOKENS, shape.unet["cross_attention_dim"])
+    prompts = torch.randn(rig.num_views, TOKENS, shape["unet"]["cross_attention_dim"])
     return config, replace(components, unet=unet), PromptEmbeds(prompts, rig, "random prompt embeddings")
 
 

@@ -8,7 +8,7 @@ import torch
 from multiview.rig import ViewRig, load_rig
 from multiview.sample import Sample, write_dataset_info, write_sample, write_split
 from mvdiffusion.config import MVDiffusionConfig
-from mvdiffusion.demo import DemoComponentsConfig, TextConfig, VaeConfig, VisionConfig
+from mvdiffusion.demo import DemoComponentsConfig, VaeConfig, VisionConfig
 from mvdiffusion.demo_training import make_demo_components
 from mvdiffusion.prompts import write_prompt_embeds
 
@@ -52,7 +52,7 @@ def write_components(folder: Path, data: Path) -> Path:
     """A components folder (no UNet) made by the project's own code, hardly trained."""
     config = DemoComponentsConfig(
         data=str(data), output_dir=str(folder), image_size=SIZE, holdout_samples=2, seed=1,
-        text=TextConfig(hidden_size=16, heads=2),
+        text_width=16,
         vision=VisionConfig(image_size=32, hidden_size=16, layers=1, heads=2, projection=8, steps=2, batch=2),
         vae=VaeConfig(
             block_out_channels=[8, 8, 16], latent_channels=4, norm_groups=4, steps=2, batch=2, crop_size=16, bf16=False

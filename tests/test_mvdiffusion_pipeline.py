@@ -13,7 +13,7 @@ from multiview.run import make_generator
 from multiview.sample import read_sample, read_split
 from mvdiffusion.checkpoints import components_folder_of, embeds_of
 from mvdiffusion.components import load_components, load_text, local_folder, tune
-from mvdiffusion.latents import class_labels, clip_pixels_exact, clip_pixels_fast, condition_latents
+from mvdiffusion.latents import class_labels, clip_pixels, condition_latents
 from mvdiffusion.models.camera_conditioning import is_camera_weight
 from mvdiffusion.models.unet import create_unet, save_unet
 from mvdiffusion.pipelines.multiview import SAMPLERS, generate_views, make_sampler
@@ -35,7 +35,7 @@ def by_formula(components, picture, prompts, *, seed, steps, guidance, eta, spac
     """UPSTREAM section 5, steps 2 to 7, without diffusers' scheduler. spacing: FaceLift's is `leading`."""
     generator = make_generator("generate_views", seed)
     noise = torch.randn(8, generator=generator)
-    pixels = clip_pixels_exact(components, picture[None])
+    pixels = clip_pixels(components, picture[None], exact=True)
     embedding = components.image_encoder(pixels).image_embeds[0]
     normalizer = components.image_normalizer
     z = (embedding - normalizer.mean[0]) / normalizer.std[0]
@@ -101,9 +101,9 @@ def test_clip_pixels_are_pillows(tiny):
     resized = np.asarray(Image.fromarray(array).resize((32, 32), Image.Resampling.BICUBIC), dtype=np.float32) / 255
     extractor = tiny["loaded"].feature_extractor
     expected = (resized - np.array(extractor.image_mean)) / np.array(extractor.image_std)
-    exact = clip_pixels_exact(tiny["loaded"], picture)[0].permute(1, 2, 0)
+    exact = clip_pixels(tiny["loaded"], picture, exact=True)[0].permute(1, 2, 0)
     assert np.abs(exact.numpy() - expected).max() < 1e-5
-    assert (clip_pixels_fast(tiny["loaded"], picture)[0].permute(1, 2, 0) - exact).abs().mean() < 0.02
+    assert (clip_pixels(tiny["loaded"], picture, exact=False)[0].permute(1, 2, 0) - exact).abs().mean() < 0.02
 
 
 def test_embeddings_of_another_width_are_refused(tiny):

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from multiview.rig import load_rig
-from mvdiffusion.models.attention import MultiViewAttnProcessor, set_multiview_attention
-from mvdiffusion.models.unet import create_unet, load_unet, resolve_unet_folder, save_unet
+from mvdiffusion.models.attention import MultiViewAttnProcessor
+from mvdiffusion.models.unet import configure_views, create_unet, load_unet, resolve_unet_folder, save_unet
 
 GOLDEN = Path(__file__).parent / "golden" / "unet_small"
 TOLERANCE = 1e-5  # float32 noise floor 3e-6; another thread count moves 2e-6; one weight moved by 0.01 gives 6e-4
@@ -67,7 +67,7 @@ def test_sparse_sees_the_reference_view_only():
     after = run(unet, inputs)
     changed = (before - after).flatten(1).abs().amax(1) > 1e-6
     assert changed.tolist() == [False, False, False, True, False, False]
-    set_multiview_attention(unet, rig.num_views, "full")
+    configure_views(unet, rig.num_views, "full")
     full = run(unet, inputs)
     inputs["sample"][3] -= 1.0
     assert ((full - run(unet, inputs)).flatten(1).abs().amax(1) > 1e-6).all()
