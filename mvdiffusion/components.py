@@ -17,11 +17,11 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
 from PIL import Image
-from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
+from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionConfig, CLIPVisionModelWithProjection
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.utils import logging as transformers_logging
 
-from multiview.files import take
+from multiview.files import read_json, take
 from mvdiffusion.component_files import check_weights, failure_told, read_config, read_weights, require_finite
 from mvdiffusion.models.unet import WEIGHTS, fill_empty, load_unet, resolve_unet_folder
 
@@ -220,3 +220,65 @@ def load_feature_extractor(folder: Path, side: int | None = None) -> CLIPImagePr
         expected = f"images of {side or crop[0]} px, normalized by its image_mean and image_std"
         raise ValueError(f"{path} must make {expected}, for the image encoder beside it; copy it again")
     return extractor
+
+
+def make_schedulers() -> tuple[DDIMScheduler, DDPMScheduler]:
+    """The sampler's noise schedule and that of the image embedding, with Stable Diffusion 2.1 unCLIP's own values."""
+    # But for the spacing: `trailing` begins at the last step trained, where all is noise, however few there are
+    # (https://arxiv.org/abs/2305.08891). `leading` begins 5 steps at 801, whose noise the UNet never saw alone.
+    scheduler = DDIMScheduler(
+        num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+        prediction_type="v_prediction", steps_offset=1, set_alpha_to_one=False, clip_sample=False,
+        timestep_spacing="trailing",
+    )  # fmt: skip
+    return scheduler, DDPMScheduler(beta_schedule="squaredcos_cap_v2")
+
+
+def make_feature_extractor(size: int) -> CLIPImageProcessorPil:
+    """CLIP's image processor for a vision encoder of images of `size` px."""
+    return CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+
+
+# Stable Diffusion 2.1 unCLIP as FaceLift fine-tunes it: 8 input channels, 64 x 64 latents; CLIP is ViT-H/14. What is
+# not named has this size by the classes' own defaults.
+SD21_UNCLIP: dict[str, dict] = {
+    "unet": {
+        "sample_size": 64, "in_channels": 8, "attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024,
+        "use_linear_projection": True, "class_embed_type": "projection", "projection_class_embeddings_input_dim": 2048,
+    },
+    "vae": {
+        "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "sample_size": 768,
+        "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
+    },
+    "vision": {
+        "hidden_size": 1280, "intermediate_size": 5120, "projection_dim": 1024, "num_hidden_layers": 32,
+        "num_attention_heads": 16, "image_size": 224, "patch_size": 14, "hidden_act": "gelu",
+    },
+}  # fmt: skip
+
+
+def demo_shape(unet: dict) -> dict[str, dict]:
+    """Returns the sizes of the components that ship with the project, around a UNet of the given arguments."""
+    root = Path(__file__).resolve().parent.parent / DEMO_FOLDER
+    vae, vision = (read_json(root / name / "config.json") for name in ("vae", "image_encoder"))
+    return {"unet": unet, "vae": vae, "vision": vision}
+
+
+def random_components(shape: dict[str, dict], *, device: torch.device | str, dtype: torch.dtype) -> Components:
+    """Returns frozen parts with random weights, as `load_components` would; shape: see SD21_UNCLIP."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        vae = AutoencoderKL.from_config(shape["vae"])
+        image_encoder = CLIPVisionModelWithProjection(CLIPVisionConfig.from_dict(shape["vision"]))
+        normalizer = StableUnCLIPImageNormalizer(shape["vision"]["projection_dim"])
+    scheduler, noising = make_schedulers()
+    # In this order: the image normalizer's own `to` makes new parameters.
+    vae, image_encoder, normalizer = (
+        (part if dtype == torch.float32 else part.to(dtype)).eval().requires_grad_(False)
+        for part in (vae, image_encoder, normalizer)
+    )
+    return Components(
+        vae=vae, image_encoder=image_encoder, image_normalizer=normalizer,
+        feature_extractor=make_feature_extractor(shape["vision"]["image_size"]), image_noising_scheduler=noising,
+        scheduler=scheduler, unet=None, unet_folder=None, folder=Path("random weights"), device=torch.device(device),
+    )  # fmt: skip

@@ -172,7 +172,8 @@ class MVDiffusionTraining(Training):
     def batches(self, sampler: StepSampler) -> Iterator[EncodedBatch]:
         config = self.settings
         if config.cache_latents:
-            return LatentCache(self.components, self.dataset, self.device, config.cache_dir).batches(sampler)
+            cache = LatentCache(self.components, self.dataset, self.device, config.cache_dir)
+            return map(cache.batch, sampler)
         return live_batches(self.components, self.dataset, sampler, config.dataloader_num_workers, self.device)
 
     def loss(self, model: nn.Module, batch: EncodedBatch, generator: torch.Generator) -> tuple[Tensor, None]:

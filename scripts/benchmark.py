@@ -314,7 +314,7 @@ def measure_import(bench: Bench):
 
 def stage1(bench: Bench, attention: str):
     """Returns the training config, components with a UNet, and prompt embeddings, all of random weights."""
-    from mvdiffusion.demo import SD21_UNCLIP, demo_shape, random_components
+    from mvdiffusion.components import SD21_UNCLIP, demo_shape, random_components
     from mvdiffusion.facelift_yaml import load_training_config
     from mvdiffusion.models.unet import create_unet
     from mvdiffusion.prompts import TOKENS, PromptEmbeds

@@ -25,8 +25,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     from multiview.config import load_config
-    from mvdiffusion.demo import DemoComponentsConfig
-    from mvdiffusion.demo_training import make_demo_components
+    from mvdiffusion.demo import DemoComponentsConfig, make_demo_components
 
     given = {name: getattr(arguments, name) for name in ("data", "output_dir")}
     overrides = [f"{name}={value}" for name, value in given.items() if value is not None]

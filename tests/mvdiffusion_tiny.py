@@ -8,8 +8,7 @@ import torch
 from multiview.rig import ViewRig, load_rig
 from multiview.sample import Sample, write_dataset_info, write_sample, write_split
 from mvdiffusion.config import MVDiffusionConfig
-from mvdiffusion.demo import DemoComponentsConfig, VaeConfig, VisionConfig
-from mvdiffusion.demo_training import make_demo_components
+from mvdiffusion.demo import DemoComponentsConfig, VaeConfig, VisionConfig, make_demo_components
 from mvdiffusion.prompts import write_prompt_embeds
 
 SIZE = 32

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mvdiffusion_tiny import UNET
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -20,7 +21,7 @@ from gslrm.model.gaussians_renderer import render
 from gslrm.model.gslrm import GSLRM, forward_flops
 from multiview.cameras import Cameras
 from multiview.rig import load_rig
-from mvdiffusion.demo import SD21_UNCLIP
+from mvdiffusion.components import SD21_UNCLIP
 from mvdiffusion.models.unet import create_unet
 from tests import peer_rasterizer
 from tests.peer_gslrm import PlainGSLRM
@@ -141,13 +142,7 @@ def test_the_import_is_filmed_looped_measured_and_leaves_nothing_behind(benchmar
 
 
 TINY = {
-    "unet": {
-        "sample_size": 8, "in_channels": 8, "out_channels": 4, "block_out_channels": [16, 32], "layers_per_block": 1,
-        "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D"], "attention_head_dim": [2, 4],
-        "norm_num_groups": 8, "cross_attention_dim": 16, "use_linear_projection": True,
-        "class_embed_type": "projection", "projection_class_embeddings_input_dim": 16,
-    },
+    "unet": UNET,
     "vae": {
         "block_out_channels": [8, 8, 16], "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 4,
         "down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3,
@@ -160,7 +155,7 @@ TINY = {
 
 
 def test_stage_1_is_sampled_and_trained_with_the_real_code(benchmark, monkeypatch):
-    monkeypatch.setattr("mvdiffusion.demo.demo_shape", lambda unet: TINY)
+    monkeypatch.setattr("mvdiffusion.components.demo_shape", lambda unet: TINY)
     monkeypatch.setattr("mvdiffusion.pipelines.multiview.NUM_STEPS", 4)
     options = benchmark.argparse.Namespace(preset="demo", repeats=1, compile=False, no_memory=True)
     bench = benchmark.Bench(options, torch.device("cpu"))

@@ -11,13 +11,7 @@ import torch
 from multiview.rig import RigMismatchError, available_rigs, load_rig
 from mvdiffusion.components import load_text
 from mvdiffusion.demo import DemoComponentsConfig, make_tokenizer, write_untrained_parts
-from mvdiffusion.prompts import (
-    alike_views,
-    encode_prompts,
-    load_prompt_embeds,
-    view_similarity,
-    write_prompt_embeds,
-)
+from mvdiffusion.prompts import alike_views, encode_prompts, load_prompt_embeds, view_similarity, write_prompt_embeds
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -68,12 +62,17 @@ def test_stated_rig_is_compared_with_the_stored_one(tmp_path, text_folder):
 
 
 def test_facelifts_own_file_needs_its_rig_stated(tmp_path):
+    with pytest.raises(ValueError, match="do not exist; make them: python scripts/generate_mouse_prompt_embeds.py"):
+        load_prompt_embeds(tmp_path / "clr_embeds.pt")
     torch.save(torch.zeros(6, 77, 1024, dtype=torch.float16), tmp_path / "clr_embeds.pt")
     with pytest.raises(ValueError, match="must be stated: --rig facelift6"):
         load_prompt_embeds(tmp_path / "clr_embeds.pt")
     assert load_prompt_embeds(tmp_path / "clr_embeds.pt", load_rig("facelift6")).tensor.shape[-1] == 1024
     with pytest.raises(RigMismatchError, match="6 views, rig uniform8 has 8"):
         load_prompt_embeds(tmp_path / "clr_embeds.pt", load_rig("uniform8"))
+    torch.save(torch.zeros(6, 16), tmp_path / "clr_embeds.pt")
+    with pytest.raises(ValueError, match=r"\[num_views, 77, width\], got \[6, 16\]"):
+        load_prompt_embeds(tmp_path, load_rig("mouse6"))
 
 
 def test_similar_views_are_reported(tmp_path, text_folder, monkeypatch, capsys):
@@ -91,14 +90,6 @@ def test_similar_views_are_reported(tmp_path, text_folder, monkeypatch, capsys):
     run_script(monkeypatch, text_folder, tmp_path / "script", "--style", "laboratory")
     names, told = load_rig("uniform4").view_names, capsys.readouterr().out
     assert "warning: nearly the same" in told and f"{names[0]} and {names[1]} 1.000" in told
-
-
-def test_missing_and_misshapen_files_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="do not exist; make them: python scripts/generate_mouse_prompt_embeds.py"):
-        load_prompt_embeds(tmp_path / "clr_embeds.pt")
-    torch.save(torch.zeros(6, 16), tmp_path / "clr_embeds.pt")
-    with pytest.raises(ValueError, match=r"\[num_views, 77, width\], got \[6, 16\]"):
-        load_prompt_embeds(tmp_path, load_rig("mouse6"))
 
 
 def run_script(monkeypatch, text_folder, output, *options):

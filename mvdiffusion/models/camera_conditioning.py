@@ -4,12 +4,10 @@ Three ways, each exactly without effect until trained (zero-initialized output, 
 compute rather than mixed into it, so that not even rounding changes):
 
 - `adaln`: an embedding [b * n, time width] added to the time step's.
-- `cross_attention`: TOKENS camera tokens appended to the prompt's. A token appended to a softmax changes it even when
-  it is zero, so the camera tokens have a softmax of their own, whose result is added to the prompt's (as image prompts
-  do in IP-Adapter, https://arxiv.org/abs/2308.06721) through the layer's own key and value projections: these have no
-  bias, so zero tokens have zero values and add exactly nothing.
-- `concat`: Pluecker-ray channels beside the latents. A convolution over concatenated channels is the sum of two
-  convolutions, so conv_in keeps its weights and the rays' part is a second, zero convolution whose output is added.
+- `cross_attention`: TOKENS camera tokens beside the prompt's, with a softmax of their own (in the prompt's even a zero
+  token changes it), as image prompts in IP-Adapter (https://arxiv.org/abs/2308.06721), through the layer's own key and
+  value projections: these have no bias, so zero tokens add exactly nothing.
+- `concat`: Pluecker-ray channels beside the latents: conv_in keeps its weights, a second, zero convolution is added.
 
 Everything is relative to the reference view's azimuth: turning the whole world about its z axis changes nothing. All
 weights made here have names with the part `camera` (`is_camera_weight`).

@@ -99,10 +99,7 @@ def read_unet_config(folder: Path | str) -> dict:
 
 
 def to_stock_config(config: dict, source: str) -> tuple[dict, str | None]:
-    """Returns the stock constructor's arguments out of FaceLift's (or a stock) UNet config, and the attention mode.
-
-    The mode is None for a plain 2D UNet. Refuses keys that are neither diffusers' nor FaceLift's.
-    """
+    """Returns the stock constructor's arguments of a FaceLift or stock config, and the attention mode (None: 2D)."""
     known = set(inspect.signature(UNet2DConditionModel.__init__).parameters) - {"self"}
     unknown = {key for key in config if not key.startswith("_")} - known - {*VIEW_FIELDS, *FACELIFT_UNUSED, *EMA_KEYS}
     if unknown:
@@ -135,13 +132,10 @@ def to_facelift_config(unet: MultiViewUNet) -> dict:
 
 
 def configure_views(unet: MultiViewUNet, num_views: int, attention: str) -> MultiViewUNet:
-    """Puts multi-view attention into every self-attention layer (attn1), or takes it out (`none`); the config says so.
-
-    Cross-attention (attn2) is the stock one, except in a UNet with camera tokens.
-    """
+    """Puts multi-view attention into every self-attention layer (attn1), or takes it out (`none`); tells the config."""
     if attention not in ("sparse", "full", "none"):
         raise ValueError(f"attention must be one of sparse, full, none, got {attention!r}")
-    own = cross = AttnProcessor2_0()
+    own = cross = AttnProcessor2_0()  # cross-attention (attn2) stays stock but for camera tokens
     if attention != "none":
         own = MultiViewAttnProcessor(num_views, attention)
     if unet.config.camera_conditioning == "cross_attention":
