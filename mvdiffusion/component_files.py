@@ -92,16 +92,13 @@ def read_weights(folder: Path, stem: str) -> dict[str, Tensor]:
 
 
 def check_weights(folder: Path, part: str = "") -> None:
-    """Raises ValueError if a weights file of a checkpoint is gone, cut off or changed. part: only in this folder of it.
-
-    Folders that are no training checkpoint hold no digests: only the lengths in their files' headers are compared.
-    """
+    """Raises ValueError if a weights file of a checkpoint is gone, cut off or changed. part: a folder of it."""
     digests = read_json(folder / SIDECAR).get(DIGEST, {}) if (folder / SIDECAR).is_file() else {}
     for path, digest in ((folder / name, digest) for name, digest in digests.items() if name.startswith(part)):
         if not path.is_file():
             raise ValueError(f"{path} is missing")
         check_digest(path, digest)
-    for path in (folder / part).rglob("*.safetensors"):
+    for path in (folder / part).rglob("*.safetensors"):  # public folders hold no digests, but the files their lengths
         with failure_told(f"{path} is damaged"), safe_open(path, framework="pt"):
             pass
 

@@ -72,22 +72,6 @@ class Components:
         return self.unet.config.sample_size * self.vae_factor
 
 
-def tune(
-    components: Components, *, vae_slicing: bool = False, channels_last: bool = False, compiled: bool = False
-) -> None:
-    """Sets the components up, in place, for speed or memory; what they compute stays the same up to rounding.
-
-    vae_slicing: one image at a time. channels_last: faster convolutions in half precision on a GPU. compiled:
-    torch.compile for the UNet (its first call takes minutes).
-    """
-    if vae_slicing:
-        components.vae.enable_slicing()
-    for part in (components.unet, components.vae) if channels_last else ():
-        part.to(memory_format=torch.channels_last)
-    if compiled:
-        components.unet.compile()
-
-
 def local_folder(name: Path | str, parts: tuple[str, ...] = ()) -> Path:
     """Returns a folder on disk; `hub:<owner>/<repository>[/<folder>]` is downloaded from the Hugging Face hub (cached).
 

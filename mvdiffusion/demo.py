@@ -332,10 +332,9 @@ def measure_vae(vae: AutoencoderKL, held_out: Tensor) -> dict[str, float]:
 
 @torch.no_grad()
 def standardize_latents(vae: AutoencoderKL, rgba: Tensor) -> None:
-    """Gives every latent channel mean 0 and deviation 1 on images uint8 [n, v, 4, h, w] on white, and changes nothing
-    else: the map is folded into the 1x1 convolutions on both sides of the latents."""
-    # One scaling factor cannot: channels whose mean is far from 0 (a constant background sees to that) would drown the
-    # rest, and noise would hide the animal long before diffusion expects it.
+    """Gives every latent channel mean 0 and deviation 1 on images uint8 [n, v, 4, h, w] on white; changes no image."""
+    # The map is folded into the 1x1 convolutions around the latents. One scaling factor cannot do it: channels whose
+    # mean is far from 0 (a constant background sees to that) would drown the rest.
     latents = mean_latents(vae, composite(rgba.flatten(0, 1).float() / 255, 1.0))
     mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
     inwards, outwards, channels = vae.quant_conv, vae.post_quant_conv, len(mean)

@@ -29,10 +29,8 @@ FIXED_KEYS = {
     "drop_type": ("drop_as_a_whole", "conditions are dropped per object, for all its views at once"),
     "scale_input_latents": (True, "the input image's latents are scaled, in training and in sampling"),
     "pipe_validation_kwargs": ({"eta": 1.0}, "validation samples with fresh noise in every step"),
-    "resume_from_checkpoint": (
-        "latest", "repeating a command resumes its output_dir; another run's weights are pretrained_unet_path",
-    ),
-}  # fmt: skip
+    "resume_from_checkpoint": ("latest", "a repeated command resumes; another run's weights are pretrained_unet_path"),
+}
 
 
 @dataclass

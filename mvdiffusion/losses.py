@@ -39,10 +39,7 @@ def snr_weights(alphas_cumprod: Tensor, timesteps: Tensor, gamma: float | None, 
 
 
 def diffusion_loss(prediction: Tensor, target: Tensor, weights: Tensor, foreground: Tensor | None = None) -> Tensor:
-    """Mean squared error per sample [b, c, h, w] in float32, times weights [b], averaged.
-
-    foreground: [b, 1, h, w] weights of the latent cells, normalized per sample here; None: all equal.
-    """
+    """Mean of squared errors [b, c, h, w] by weights [b] and, normalized per sample, foreground [b, 1, h, w]."""
     error = (prediction.float() - target.float()).square()
     if foreground is not None:
         error = error * foreground / foreground.mean(dim=(1, 2, 3), keepdim=True)

@@ -216,16 +216,19 @@ def load_stage1(artifacts: Artifacts, device: torch.device) -> Components:
     """Returns components with the UNet; float16 on a GPU as FaceLift's inference, float32 on the CPU."""
     import torch
 
-    from mvdiffusion.components import load_components, tune
+    from mvdiffusion.components import load_components
 
     # Half precision is slower than single on most CPUs.
     dtype, options = torch.float16 if device.type == "cuda" else torch.float32, artifacts.options
     components = load_components(
         artifacts.components, unet=artifacts.unet, device=device, dtype=dtype, offload=options.cpu_offload
     )
-    tune(
-        components, vae_slicing=options.vae_slicing, channels_last=options.channels_last, compiled=options.compile
-    )  # fmt: skip
+    if options.vae_slicing:  # memory of one image
+        components.vae.enable_slicing()
+    for part in (components.unet, components.vae) if options.channels_last else ():
+        part.to(memory_format=torch.channels_last)  # convolutions in half precision are faster so on a GPU
+    if options.compile:
+        components.unet.compile()
     return components
 
 

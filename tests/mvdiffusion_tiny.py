@@ -70,6 +70,13 @@ def prepare(folder: Path, rig_name: str = "mouse6") -> dict[str, Path]:
     return {"data": data, "components": components, "embeds": folder / "embeds" / "clr_embeds.pt"}
 
 
+def unet_inputs(batch: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Noise in the shapes that `run_unet` takes for a UNet of UNET."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"inputs": (batch, 8, 8, 8), "prompts": (batch, 77, 16), "labels": (batch, 16)}
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
 def config_for(tiny: dict, output: Path, **changes) -> MVDiffusionConfig:
     """The smallest training of what `prepare` wrote: four updates, a checkpoint every two."""
     values = {

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from mvdiffusion_tiny import UNET
+from mvdiffusion_tiny import UNET, unet_inputs
 from safetensors.torch import load_file
 
 from multiview.cameras import Cameras, axis_rotation
@@ -24,15 +24,9 @@ def orbit(azimuths, elevation=20.0):
     return Cameras.orbit(azimuths, torch.full_like(azimuths, elevation), torch.tensor(2.7), 1.072, 32)
 
 
-def inputs(batch, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    shapes = {"inputs": (batch, 8, 8, 8), "prompts": (batch, 77, 16), "labels": (batch, 16)}
-    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-
-
 @torch.no_grad()
 def predict(unet, cameras, batch=6, reference_view=0, **changes):
-    return run_unet(unet, step=500, cameras=cameras, reference_view=reference_view, **{**inputs(batch), **changes})
+    return run_unet(unet, step=500, cameras=cameras, reference_view=reference_view, **{**unet_inputs(batch), **changes})
 
 
 def disturb(unet):
@@ -84,7 +78,7 @@ def test_every_new_weight_learns_also_with_recomputed_blocks(mode):
     for prepare in (unet.zero_grad, unet.enable_gradient_checkpointing):
         prepare()
         unet.zero_grad()
-        prediction = run_unet(unet, step=torch.full((6,), 500), cameras=cameras, reference_view=0, **inputs(6))
+        prediction = run_unet(unet, step=torch.full((6,), 500), cameras=cameras, reference_view=0, **unet_inputs(6))
         prediction.square().mean().backward()
         found = {name: p.grad.clone() for name, p in unet.named_parameters() if is_camera_weight(name)}
         assert found and all(gradient.abs().max() > 0 for gradient in found.values())
@@ -100,11 +94,11 @@ def test_any_views_any_reference_any_world_frame(mode):
     four = predict(unet, orbit([azimuths]), batch=4)
     assert torch.allclose(predict(unet, orbit([azimuths]).rotate(77.0), batch=4), four, atol=1e-5)
     # The guidance halves share the cameras.
-    twice = {name: torch.cat([value, value]) for name, value in inputs(4).items()}
+    twice = {name: torch.cat([value, value]) for name, value in unet_inputs(4).items()}
     assert torch.allclose(predict(unet, orbit([azimuths]), **twice), torch.cat([four, four]), atol=1e-5)
     # The reference moved to the end of the list: the same views, in another order.
     order = [1, 2, 3, 0]
-    moved = {name: value[order] for name, value in inputs(4).items()}
+    moved = {name: value[order] for name, value in unet_inputs(4).items()}
     last = predict(unet, orbit([[azimuths[i] for i in order]]), reference_view=3, **moved)
     assert torch.allclose(last, four[order], atol=1e-5)
     assert (predict(unet, orbit([azimuths]), batch=4, reference_view=2) - four).abs().max() > 1e-3

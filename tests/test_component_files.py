@@ -1,7 +1,6 @@
 """Stage 1's folders as people bring them: cut, edited, converted, linked; loaded, or refused by file and key."""
 
 import json
-import random
 import shutil
 
 import pytest
@@ -65,61 +64,52 @@ def generated(folder):
     return generate_views(components, torch.full((1, 3, SIZE, SIZE), 0.5), embeds, num_steps=2)
 
 
-DEEP = b"[" * 100_000
-PROCESSOR, SCHEDULER = "feature_extractor/preprocessor_config.json", "scheduler/scheduler_config.json"
-METADATA = "prompt_embeds/metadata.json"
-
-
-@pytest.mark.parametrize(
-    ("file", "change", "message"),
-    [
-        (PROCESSOR, b'{"crop_size": {"hei', "preprocessor_config.json is not valid JSON"),
-        (PROCESSOR, b"\xff\x00\x81", "preprocessor_config.json"),
-        (PROCESSOR, {"image_mean": "grey"}, "preprocessor_config.json describes no CLIP image processor"),
-        (PROCESSOR, {"image_std": [0, 0, 0]}, "preprocessor_config.json"),
-        (PROCESSOR, {"size": {"shortest_edge": 10**9}}, "shortest_edge must be a finite number of at most 4096"),
-        (PROCESSOR, {"crop_size": None}, "preprocessor_config.json"),
-        (PROCESSOR, {"crop_size": {"height": 16, "width": 16}}, "must make images of 32 px"),
-        (PROCESSOR, {"do_resize": "no"}, "do_resize must be true or false"),
-        (PROCESSOR, {"rescale_factor": [0.5]}, "preprocessor_config.json"),
-        ("image_encoder/config.json", DEEP, "config.json"),
-        ("image_encoder/config.json", [1], "config.json must hold an object"),
-        ("image_encoder/config.json", {"hidden_size": "16"}, "hidden_size must be a whole number, at least 1"),
-        ("image_encoder/config.json", {"hidden_size": 32}, "image_encoder"),
-        ("image_encoder/config.json", {"num_hidden_layers": 10**9}, "num_hidden_layers must be .* at most 256"),
-        ("image_encoder/config.json", {"patch_size": 0}, "patch_size must be a whole number, at least 1"),
-        ("image_encoder/config.json", {"num_attention_heads": None}, "image_encoder"),
-        ("text_encoder/config.json", {"vocab_size": True, "hidden_act": "loud"}, "text_encoder"),
-        ("vae/config.json", {"scaling_factor": float("nan")}, "scaling_factor must be a finite number"),
-        ("vae/config.json", {"scaling_factor": 0}, "scaling_factor must be a finite number, at least"),
-        ("vae/config.json", {"block_out_channels": {}}, "vae.config.json makes no AutoencoderKL"),
-        ("vae/config.json", {"down_block_types": ["UpBlock"]}, "vae.config.json makes no AutoencoderKL"),
-        ("vae/config.json", {"latent_channels": 8}, "wrong shape: decoder"),
-        ("image_normalizer/config.json", {"embedding_dim": "8"}, "embedding_dim must be a whole number"),
-        (SCHEDULER, {"prediction_type": ...}, "scheduler_config.json lacks prediction_type"),
-        (SCHEDULER, {"beta_end": "0.012"}, "scheduler_config.json makes no DDIMScheduler"),
-        (SCHEDULER, {"beta_end": 1.5}, "betas within 0..1"),
-        (SCHEDULER, {"num_train_timesteps": 10**12}, "num_train_timesteps must be a finite number"),
-        (SCHEDULER, {"num_train_timesteps": 10}, "a noise schedule of 1000 steps"),
-        ("tokenizer/tokenizer.json", b"{", "tokenizer is no CLIP tokenizer"),
-        ("unet/config.json", {"num_views": "six"}, "num_views must be a whole number, at least 1, got 'six'"),
-        ("unet/config.json", {"multiview_attention": 1}, "multiview_attention must be true or false"),
-        ("unet/config.json", {"camera_conditioning": "adalin"}, "camera_conditioning must be one of none, adaln"),
-        ("unet/config.json", {"cross_attention_dim": ...}, "unet/config.json lacks cross_attention_dim"),
-        ("unet/config.json", {"down_block_types": "CrossAttnDownBlock2D"}, "config.json makes no UNet2D"),
-        ("unet/config.json", {"block_out_channels": [2**20, 2**20]}, "e9 weights, at most 4e9"),
-        ("unet/config.json", {"attention_head_dim": None}, "unet.config.json makes no UNet2D"),
-        (METADATA, b"[]", "metadata.json must hold an object"),
-        (METADATA, {"rig": ...}, "metadata.json"),
+SCHEDULER = "scheduler/scheduler_config.json"
+BROKEN = {  # file: (what it holds, or which keys are changed; what is said)
+    "feature_extractor/preprocessor_config.json": [
+        (b'{"crop_size": {"hei', "is not valid JSON"), ({"image_mean": "gray"}, "describes no CLIP image processor"),
+        (b"\xff\x00\x81", "preprocessor"), ({"image_std": [0, 0, 0]}, "preprocessor"), ({"crop_size": None}, "preproc"),
+        ({"size": {"shortest_edge": 10**9}}, "shortest_edge must be a finite number of at most 4096"),
+        ({"rescale_factor": [0.5]}, "preprocessor"), ({"do_resize": "no"}, "do_resize must be true or false"),
+        ({"crop_size": {"height": 16, "width": 16}}, "must make images of 32 px"),
     ],
-)  # fmt: skip
+    "image_encoder/config.json": [
+        (b"[" * 100_000, "config.json"), ([1], "must hold an object"), ({"hidden_size": 32}, "image_encoder"),
+        ({"hidden_size": "16"}, "hidden_size must be a whole number"), ({"patch_size": 0}, "patch_size must"),
+        ({"num_hidden_layers": 10**9}, "must be .* at most 256"), ({"num_attention_heads": None}, "image_encoder"),
+    ],
+    "text_encoder/config.json": [({"vocab_size": True, "hidden_act": "loud"}, "text_encoder")],
+    "vae/config.json": [
+        ({"scaling_factor": float("nan")}, "must be a finite number"), ({"scaling_factor": 0}, "must be .*, at least"),
+        ({"block_out_channels": {}}, "makes no AutoencoderKL"), ({"latent_channels": 8}, "wrong shape: decoder"),
+        ({"down_block_types": ["UpBlock"]}, "vae.config.json makes no AutoencoderKL"),
+    ],
+    "image_normalizer/config.json": [({"embedding_dim": "8"}, "embedding_dim must be a whole number")],
+    SCHEDULER: [
+        ({"prediction_type": ...}, "lacks prediction_type"), ({"num_train_timesteps": 10**12}, "must be a finite"),
+        ({"beta_end": "0.012"}, "makes no DDIMScheduler"), ({"beta_end": 1.5}, "betas within 0..1"),
+        ({"num_train_timesteps": 10}, "a noise schedule of 1000 steps"),
+    ],
+    "tokenizer/tokenizer.json": [(b"{", "tokenizer is no CLIP tokenizer")],
+    "unet/config.json": [
+        ({"num_views": "six"}, "whole number, at least 1, got 'six'"), ({"multiview_attention": 1}, "true or false"),
+        ({"camera_conditioning": "adalin"}, "one of none, adaln"), ({"cross_attention_dim": ...}, "json lacks"),
+        ({"down_block_types": "CrossAttnDownBlock2D"}, "no UNet2D"), ({"attention_head_dim": None}, "makes no UN"),
+        ({"block_out_channels": [2**20, 2**20]}, "e9 weights, at most 4e9"),
+    ],
+    "prompt_embeds/metadata.json": [(b"[]", "metadata.json must hold an object"), ({"rig": ...}, "metadata.json")],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("file", "change", "message"), [(file, *row) for file, rows in BROKEN.items() for row in rows])
 def test_broken_configurations_are_refused_by_file_and_key(folder, file, change, message):
     if isinstance(change, dict):
         edit(folder / file, **change)
     else:
         replace_file(folder / file, change)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as refusal:
         load_all(folder)
+    assert file.split("/")[0] in str(refusal.value)
 
 
 @pytest.mark.parametrize("part", ["image_encoder", "vae", "image_normalizer", "unet", "text_encoder"])
@@ -189,19 +179,3 @@ def test_half_precision_variants_of_the_frozen_parts_are_read(folder):
     (folder / SCHEDULER).unlink()
     with pytest.raises(ValueError, match="scheduler_config.json does not exist"):
         load_components(folder)
-
-
-@pytest.mark.parametrize("part", ["feature_extractor", "image_encoder", "scheduler", "unet", "vae", "prompt_embeds"])
-def test_mutated_configurations_load_or_are_refused(folder, part):
-    """Six random edits of each file: no other exception, no hang; what is refused names the folder."""
-    draw = random.Random(part)
-    path = next(path for path in (folder / part).glob("*.json") if path.name != "rig.json")
-    original = json.loads(path.read_text())
-    for _ in range(6):
-        key = draw.choice(sorted(original))
-        edit(path, **{key: draw.choice([None, "x", -1, 10**30, 1e300, [], {}, [None], [[]], True, ...])})
-        try:
-            load_all(folder)
-        except ValueError as error:
-            assert part in str(error), error
-        replace_file(path, original)

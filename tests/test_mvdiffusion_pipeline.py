@@ -1,6 +1,7 @@
 """One picture to N views: FaceLift's sampling, restated in plain formulas, and the refusals before it."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,12 +13,13 @@ from multiview.rig import RigMismatchError, load_rig
 from multiview.run import make_generator
 from multiview.sample import read_sample, read_split
 from mvdiffusion.checkpoints import components_folder_of, embeds_of
-from mvdiffusion.components import load_components, load_text, local_folder, tune
+from mvdiffusion.components import load_components, load_text, local_folder
 from mvdiffusion.latents import clip_pixels, condition_latents
 from mvdiffusion.models.camera_conditioning import is_camera_weight
 from mvdiffusion.models.unet import create_unet, save_unet
 from mvdiffusion.pipelines.multiview import SAMPLERS, generate_views, make_sampler
 from mvdiffusion.prompts import check_embeds_fit, load_prompt_embeds
+from pipeline.artifacts import load_stage1
 
 
 @pytest.fixture(scope="module")
@@ -191,8 +193,9 @@ def test_offloading_and_tuning_change_nothing(tiny, monkeypatch):
     assert [name for name, where in moves if where == "cpu"] == visits
     # One part at a time: whoever came has left before the next one comes.
     assert all(moves[k][0] == moves[k + 1][0] for k in range(0, len(moves), 2))
-    tuned = load_components(tiny["components"])
-    tune(tuned, vae_slicing=True, channels_last=True)
+    options = SimpleNamespace(cpu_offload=False, vae_slicing=True, channels_last=True, compile=False)
+    paths = {"components": tiny["components"], "unet": tiny["components"] / "unet"}
+    tuned = load_stage1(SimpleNamespace(**paths, options=options), torch.device("cpu"))
     assert tuned.vae.use_slicing and tuned.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
     assert (generate_views(tuned, tiny["picture"][None], **arguments) - expected).abs().max() < 1e-3
 

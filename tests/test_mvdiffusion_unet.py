@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from mvdiffusion_tiny import UNET
+from mvdiffusion_tiny import UNET, unet_inputs
 from safetensors.torch import load_file
 
 from multiview.rig import load_rig
-from mvdiffusion.models.unet import configure_views, create_unet, load_unet, resolve_unet_folder, save_unet
+from mvdiffusion.models.unet import configure_views, create_unet, load_unet, resolve_unet_folder, run_unet, save_unet
 
 GOLDEN = Path(__file__).parent / "golden" / "unet_small"
 TOLERANCE = 1e-5  # float32 noise floor 3e-6; another thread count moves 2e-6; one weight moved by 0.01 gives 6e-4
@@ -47,19 +47,17 @@ def test_attention_does_not_depend_on_an_installed_backend(golden):
     assert modes == {"sparse"} and unet.config.sparse_mv_attention
 
 
+@torch.no_grad()
 def test_sparse_sees_the_reference_view_only():
-    rig = load_rig("mouse6")
-    unet = create_unet(UNET, rig.num_views, "sparse").eval()
-    inputs = tiny_inputs(rig.num_views)
-    before = run(unet, inputs)
-    inputs["sample"][3] += 1.0
-    after = run(unet, inputs)
-    changed = (before - after).flatten(1).abs().amax(1) > 1e-6
-    assert changed.tolist() == [False, False, False, True, False, False]
-    configure_views(unet, rig.num_views, "full")
-    full = run(unet, inputs)
-    inputs["sample"][3] -= 1.0
-    assert ((full - run(unet, inputs)).flatten(1).abs().amax(1) > 1e-6).all()
+    unet, inputs, views = create_unet(UNET, 6, "sparse").eval(), unet_inputs(6), {"cameras": None, "reference_view": 0}
+    changed = unet_inputs(6)
+    changed["inputs"][3] += 1.0
+    for mode, seen in (("sparse", [False, False, False, True, False, False]), ("full", [True] * 6)):
+        configure_views(unet, 6, mode)
+        before, after = (run_unet(unet, step=500, **views, **given) for given in (inputs, changed))
+        assert ((before - after).flatten(1).abs().amax(1) > 1e-6).tolist() == seen
+    with pytest.raises(ValueError, match="multiple of num_views=6, got 5"):
+        run_unet(unet, step=500, **views, **unet_inputs(5))
 
 
 def test_saved_folder_round_trips_and_keeps_facelifts_config(tmp_path, golden):
@@ -105,19 +103,3 @@ def test_unknown_config_key_and_foreign_weights_are_refused(tmp_path):
         load_unet(folder)
     with pytest.raises(ValueError, match="does not exist"):
         load_unet(tmp_path / "nothing")
-
-
-def test_batch_that_is_not_whole_objects_is_refused():
-    unet = create_unet(UNET, 6, "sparse")
-    with pytest.raises(ValueError, match="multiple of num_views=6, got 5"):
-        run(unet, tiny_inputs(5))
-
-
-def tiny_inputs(views):
-    generator = torch.Generator().manual_seed(0)
-    return {
-        "sample": torch.randn(views, 8, 8, 8, generator=generator),
-        "timestep": torch.full((views,), 500),
-        "encoder_hidden_states": torch.randn(views, 77, 16, generator=generator),
-        "class_labels": torch.randn(views, 16, generator=generator),
-    }

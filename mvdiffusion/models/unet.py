@@ -1,9 +1,8 @@
 """Creating, loading and saving the multi-view UNet: stock diffusers weights under FaceLift's config names.
 
-A UNet folder holds `config.json` (with FaceLift's block names, num_views and attention flags, so that FaceLift loads
-it too), `diffusion_pytorch_model.safetensors` and `rig.json` (the view rig it was trained with). One with camera
-conditioning says so (`_class_name: CameraUNet`, `camera_conditioning`), has more weights (`is_camera_weight`), and is
-this project's alone.
+A UNet folder holds `config.json` (with FaceLift's names, so that FaceLift loads it too), `diffusion_pytorch_model.
+safetensors` and `rig.json` (the view rig it was trained with). One with camera conditioning (`CameraUNet`) has more
+weights (`is_camera_weight`) and is this project's alone.
 """
 
 from __future__ import annotations

@@ -84,10 +84,8 @@ def generate_views(
     with components.on_device("vae"):
         generated = decode_latents(components, x).unflatten(0, (len(images), rig.num_views))
     if not generated.isfinite().all():
-        raise ValueError(
-            f"the autoencoder in {components.folder} gives images that are not finite: its weights are damaged, copy "
-            "them again or name other components"
-        )
+        remedy = "its weights are damaged, copy them again or name other components"
+        raise ValueError(f"the autoencoder in {components.folder} gives images that are not finite: {remedy}")
     return generated
 
 
@@ -113,5 +111,4 @@ def _conditions(
         own = rig.cameras(components.image_size).to(images.device)
         c2w, fxfycxcy = own.c2w.expand(len(images), -1, -1, -1), own.fxfycxcy.expand(len(images), -1, -1)
         cameras = Cameras(c2w, fxfycxcy, own.height, own.width)
-    views = {"cameras": cameras, "reference_view": rig.reference_view}
-    return latents, {"prompts": prompts, "labels": labels, **views}
+    return latents, {"prompts": prompts, "labels": labels, "cameras": cameras, "reference_view": rig.reference_view}
