@@ -5,26 +5,26 @@ import pickle
 import subprocess
 import sys
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from scipy.io import savemat
 
 from multiview.cameras import Cameras
 from multiview.rig import load_rig
-from recording.calibration import (
-    Calibration,
-    check_body_length,
+from recording.calibration.checks import READINGS, check_body_length, validate
+from recording.calibration.formats import (
     find_calibration,
     read_calibration,
-    validate,
     write_calibration,
+    write_dannce_mat,
     write_mammal_pickle,
 )
-from recording.calibration.checks import READINGS
-from recording.calibration.dannce import write_dannce_mat
+from recording.calibration.model import Calibration
 from recording.quality.belongs import check_belongs, check_silhouettes, explain_misfit
 from recording.quality.check import check_calibration, read_points
 from synthetic.dataset import load_real_rig
@@ -149,7 +149,7 @@ def test_a_camera_that_is_missing_is_named(tmp_path, real):
     with pytest.raises(ValueError, match=r"camera 1: K must be 3 x 3 numbers, got shape \(4, 4\)"):
         read_calibration(path)
     path.write_bytes(pickle.dumps([entries[0], {"K": np.eye(3), "R": np.eye(3), "T": np.zeros(4)}]))
-    with pytest.raises(ValueError, match=r"camera 1: T must hold 3 numbers, got shape \(4,\)"):
+    with pytest.raises(ValueError, match=r"camera 1: T must be 3 numbers, got shape \(4,\)"):
         read_calibration(path)
 
 
@@ -291,7 +291,13 @@ def test_check_draws_and_reprojects_a_label_files_own_labels(tmp_path, points):
     labels = points.reshape(3, 4, 3).copy()
     labels[1, 2] = np.nan
     path = tmp_path / "label3d_dannce.mat"
-    write_dannce_mat(path, lens, (labels, np.stack([lens.project(frame) for frame in labels], axis=1)))
+    write_dannce_mat(path, lens)
+    data = np.empty((6, 1), dtype=object)
+    for index, seen in enumerate(np.stack([lens.project(frame) for frame in labels], axis=1)):
+        data[index, 0] = {"data_3d": labels.reshape(3, -1), "data_2d": (seen - 0.5).reshape(3, -1)}
+    labelled = BytesIO()
+    savemat(labelled, {"labelData": data})
+    path.write_bytes(path.read_bytes() + labelled.getvalue()[128:])  # without a second header
     done = subprocess.run(
         [sys.executable, str(ROOT / "scripts" / "process_mouse_data.py"), "--check", "--calibration", str(path),
          "--check_output", str(tmp_path / "look.png")],
@@ -337,7 +343,7 @@ def test_check_draws_a_wrong_calibration_before_it_refuses(tmp_path, real):
 
 
 def test_the_script_knows_every_format():
-    from recording.calibration import FORMATS
+    from recording.calibration.formats import FORMATS
     from synthetic.settings import CALIBRATION_FORMATS, MouseSettings
 
     assert CALIBRATION_FORMATS == tuple(FORMATS)

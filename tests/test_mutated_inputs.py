@@ -31,7 +31,8 @@ from mvdiffusion.components import load_feature_extractor
 from mvdiffusion.facelift_yaml import load_training_config
 from mvdiffusion.models.unet import load_unet
 from mvdiffusion.prompts import load_prompt_embeds
-from recording.calibration import Calibration, read_calibration, write_calibration
+from recording.calibration.formats import read_calibration, write_calibration
+from recording.calibration.model import Calibration
 from recording.video import VideoReader, probe
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -19,8 +19,8 @@ from recording.calibration.fields import (
     check_count,
     image_size,
     intrinsics,
-    matrix,
     natural_key,
+    numbers,
     read_bytes,
     rigid,
 )
@@ -39,12 +39,11 @@ OTHER_MODELS = {
     5: "OPENCV_FISHEYE", 7: "FOV", 8: "SIMPLE_RADIAL_FISHEYE", 9: "RADIAL_FISHEYE", 10: "THIN_PRISM_FISHEYE",
     11: "RAD_TAN_THIN_PRISM_FISHEYE",
 }  # fmt: skip
-NUMBERS = {name: number for number, (name, _) in MODELS.items()}
 PARTS = ("cameras", "images")
 
 
 def is_colmap(folder: Path) -> bool:
-    return folder.is_dir() and any(all((folder / f"{part}{kind}").is_file() for part in PARTS) for kind in KINDS)
+    return any(all((folder / f"{part}{kind}").is_file() for part in PARTS) for kind in KINDS)
 
 
 def read_colmap(path: Path | str) -> Calibration:
@@ -77,7 +76,7 @@ def _assemble(cameras: dict, images: list, folder: Path, kind: str) -> Calibrati
     rows = []
     for (camera_id, pose), name in static.items():
         what = f"{source}: image {name}"
-        w, x, y, z, *translation = matrix(pose, (7,), f"{what}: its pose").tolist()
+        w, x, y, z, *translation = numbers(pose, (7,), f"{what}: its pose").tolist()
         norm = float(np.linalg.norm([w, x, y, z]))
         if abs(norm - 1.0) > 1e-3:
             raise ValueError(f"{what}: the quaternion must have length 1, got {norm:.4g}")
@@ -86,27 +85,25 @@ def _assemble(cameras: dict, images: list, folder: Path, kind: str) -> Calibrati
     return assemble(rows, source)
 
 
-def _camera(model: int, width: float, height: float, parameters, what: str) -> tuple:
-    """Returns (K, distortion coefficients, size) of one line or record of cameras."""
-    name, keys = MODELS[model][0], MODELS[model][1].split()
-    values = dict(zip(keys, matrix(parameters, (len(keys),), f"{what} ({name}): parameters"), strict=True))
+def _camera(model: int | str, width: float, height: float, parameters, what: str) -> tuple:
+    """Returns (K, distortion coefficients, size) of one line or record of cameras. parameters: of a number, them."""
+    name, keys = _supported(model, what)
+    values = dict(zip(keys, numbers(parameters, (len(keys),), f"{what} ({name}): parameters"), strict=True))
     fx, fy = values.get("fx", values.get("f")), values.get("fy", values.get("f"))
     lens = [values.get(key, 0.0) for key in COEFFICIENTS]
     return intrinsics(fx, fy, values["cx"], values["cy"]), lens, image_size(width, height, what)
 
 
-def _supported(model: int | str, what: str) -> int:
-    """Returns the id of a supported model, given either way."""
-    number = NUMBERS.get(model, model)
-    if number not in MODELS:
-        raise ValueError(
-            f"{what}: COLMAP camera model {OTHER_MODELS.get(model, model)} is not supported; undistort the pictures "
-            f"(colmap image_undistorter), or use one of {', '.join(NUMBERS)}"
-        )
-    return number
-
-
-# ---- text -----------------------------------------------------------------------------------------------------------
+def _supported(model: int | str, what: str) -> tuple[str, list[str]]:
+    """Returns name and parameters of a model, given by id or name."""
+    for number, (name, keys) in MODELS.items():
+        if model in (number, name):
+            return name, keys.split()
+    names = ", ".join(name for name, _ in MODELS.values())
+    raise ValueError(
+        f"{what}: COLMAP camera model {OTHER_MODELS.get(model, model)} is not supported; undistort the pictures "
+        f"(colmap image_undistorter), or use one of {names}"
+    )
 
 
 def _read_text(folder: Path) -> tuple[dict, list]:
@@ -117,24 +114,23 @@ def _read_text(folder: Path) -> tuple[dict, list]:
             raise ValueError(f"{what} must be CAMERA_ID MODEL WIDTH HEIGHT PARAMS..., got {line[:80]!r}")
         if words:
             number, width, height, *values = _floats([words[0], *words[2:]], what)
-            cameras[number] = _camera(_supported(words[1], what), width, height, values, what)
+            cameras[number] = _camera(words[1], width, height, values, what)
     after_image = False
     for what, line in _lines(folder / "images.txt"):
-        # A line of points (x y id ...) or an empty one follows each image; some programs leave the empty ones out.
-        points, after_image = after_image and _is_points(line), False
-        if points or not line:
-            continue
         words = line.split(maxsplit=9)
+        # A line of points (x y id ...) or an empty one follows each image; some programs leave the empty ones out.
+        points, after_image = after_image and _is_points(line.split()), False
+        if points or not words:
+            continue
         if len(words) != 10:
             raise ValueError(f"{what} must be IMAGE_ID QW QX QY QZ TX TY TZ CAMERA_ID NAME, got {line[:80]!r}")
-        numbers = _floats(words[:9], what)
-        images.append((words[9], numbers[1:8], numbers[8]))
+        values = _floats(words[:9], what)
+        images.append((words[9], values[1:8], values[8]))
         after_image = True
     return cameras, images
 
 
-def _is_points(line: str) -> bool:
-    words = line.split()
+def _is_points(words: list[str]) -> bool:
     try:
         return len(words) % 3 == 0 and all(float(word) is not None for word in words)
     except ValueError:
@@ -143,7 +139,7 @@ def _is_points(line: str) -> bool:
 
 def _floats(words: list[str], what: str) -> list[float]:
     try:
-        return matrix([float(word) for word in words], (len(words),), what).tolist()
+        return numbers([float(word) for word in words], (len(words),), what).tolist()
     except ValueError as error:
         raise ValueError(f"{what}: numbers are expected, got {' '.join(words)[:80]!r}") from error
 
@@ -154,11 +150,8 @@ def _lines(path: Path):
             yield f"{path}: line {number}", line.strip()
 
 
-# ---- binary (little-endian) -----------------------------------------------------------------------------------------
-
-
 class _Records:
-    """Reads structs one after the other; a file that ends too soon is named."""
+    """Reads little-endian structs one after the other; a file that ends too soon is named."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.data, self.at = path, read_bytes(path), 0
@@ -198,8 +191,8 @@ def _read_binary(folder: Path) -> tuple[dict, list]:
     for _ in records.repeat():
         camera_id, model, width, height = records.take("IiQQ")
         what = f"{records.path}: camera {camera_id}"
-        count = len(MODELS[_supported(model, what)][1].split())
-        cameras[camera_id] = _camera(model, width, height, records.take(f"{count}d"), what)
+        values = records.take(f"{len(_supported(model, what)[1])}d")
+        cameras[camera_id] = _camera(model, width, height, values, what)
     records = _Records(folder / "images.bin")
     for _ in records.repeat():
         _, *pose, camera_id = records.take("I7dI")
@@ -211,14 +204,10 @@ def _read_binary(folder: Path) -> tuple[dict, list]:
 KINDS = {".txt": _read_text, ".bin": _read_binary}
 
 
-# ---- writing --------------------------------------------------------------------------------------------------------
-
-
 def write_colmap(folder: Path | str, calibration: Calibration, *, binary: bool) -> None:
     """cameras and images (one camera per image, no points), and an empty points3D, which COLMAP's readers want.
 
-    FULL_OPENCV where a lens has k3 or k4..k6, OPENCV where it has any coefficient, else PINHOLE. Raises ValueError for
-    skew and unknown image sizes, which the format cannot hold.
+    FULL_OPENCV where a lens has k3 or k4..k6, OPENCV where it has any coefficient, else PINHOLE.
     """
     from scipy.spatial.transform import Rotation
 

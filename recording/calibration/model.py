@@ -9,14 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from recording.calibration.fields import COEFFICIENTS, matrix
-
-if TYPE_CHECKING:
-    from multiview.cameras import Cameras
+from recording.calibration.fields import COEFFICIENTS, numbers
 
 FOCAL_RANGE = (0.2, 20.0)  # over the image's width: 136 to 3 degrees
 UP_ROTATIONS = {  # rotation that turns the named axis of the calibration's world into +z
@@ -112,45 +108,26 @@ class Calibration:
                 )
 
     def require(self, target: Path | str, *, distortion=True, rational=True, skew=True, sizes=False) -> None:
-        """Raises ValueError where a file format cannot hold this calibration. False: the format cannot hold it.
-
-        sizes: whether the format needs the image sizes.
-        """
-        lacks = [
-            what
-            for wrong, what in (
-                (self.relative or (sizes and None in self.sizes), "needs the picture sizes (with_sizes)"),
-                (not distortion and np.any(self.distortion), "cannot hold lens distortion"),
-                (not rational and np.any(self.distortion[:, 5:]), "cannot hold the coefficients k4, k5, k6"),
-                (not skew and np.any(self.K[:, 0, 1]), "cannot hold skew"),
-            )
-            if wrong
-        ]
+        """Raises ValueError where a file format lacks what this calibration has. sizes: it needs the image sizes."""
+        rules = (
+            (self.relative or (sizes and None in self.sizes), "needs the picture sizes (with_sizes)"),
+            (not distortion and np.any(self.distortion), "cannot hold lens distortion"),
+            (not rational and np.any(self.distortion[:, 5:]), "cannot hold the coefficients k4, k5, k6"),
+            (not skew and np.any(self.K[:, 0, 1]), "cannot hold skew"),
+        )
+        lacks = " and ".join(what for wrong, what in rules if wrong)
         if lacks:
-            raise ValueError(f"{Path(target).name}: this format {' and '.join(lacks)}; choose one that can (anipose)")
+            raise ValueError(f"{Path(target).name}: this format {lacks}; choose one that can (anipose)")
 
     def close_to(self, other: Calibration, tolerance: float = 1e-9) -> bool:
         """Whether both describe the same cameras, relative to the size of the numbers."""
-        lenses = [np.pad(c.distortion, ((0, 0), (0, 8 - c.distortion.shape[1]))) for c in (self, other)]
-        pairs = [(self.K, other.K), (self.w2c[:, :3, :3], other.w2c[:, :3, :3]), tuple(lenses)]
-        pairs.append((self.w2c[:, :3, 3], other.w2c[:, :3, 3]))
-        return len(self) == len(other) and all(
-            np.abs(a - b).max() <= tolerance * max(np.abs(a).max(), 1e-12) for a, b in pairs
+        mine, theirs = (
+            (c.K, c.w2c[:, :3, :3], c.w2c[:, :3, 3], np.pad(c.distortion, ((0, 0), (0, 8 - c.distortion.shape[1]))))
+            for c in (self, other)
         )
-
-    def cameras(self) -> Cameras:
-        """Returns one Cameras [v] (float64); needs one image size, no skew and no distortion."""
-        import torch
-
-        from multiview.cameras import Cameras
-
-        if len(set(self.sizes)) != 1 or self.sizes[0] is None:
-            raise ValueError(f"{self.source}: the cameras must share one known picture size, got {self.sizes}")
-        if np.any(self.K[:, 0, 1]) or np.any(self.distortion):
-            raise ValueError(f"{self.source}: cameras with skew or lens distortion are no plain pinhole cameras")
-        width, height = self.sizes[0]
-        values = np.stack([self.K[:, 0, 0], self.K[:, 1, 1], self.K[:, 0, 2], self.K[:, 1, 2]], axis=-1)
-        return Cameras.from_w2c(torch.from_numpy(self.w2c), torch.from_numpy(values), height, width)
+        return len(self) == len(other) and all(
+            np.abs(a - b).max() <= tolerance * max(np.abs(a).max(), 1e-12) for a, b in zip(mine, theirs)
+        )
 
     def project(self, xyz: np.ndarray) -> np.ndarray:
         """Projects world points [n, 3] to pixels [v, n, 2], distortion and skew included."""
@@ -195,21 +172,25 @@ def centers_of(w2c: np.ndarray) -> np.ndarray:
     return -np.einsum("...ji,...j->...i", w2c[..., :3, :3], w2c[..., :3, 3])
 
 
-def assemble(rows: Iterable[tuple], source: Path | str, *, unit: str | None = None, relative=False) -> Calibration:
-    """Returns the Calibration of rows (K [3, 3], w2c [4, 4], lens coefficients, size or None, name), one per camera."""
+def assemble(
+    rows: Iterable[tuple], source: Path | str, *, unit: str | None = None, relative=False, first_pixel: float = 0.0
+) -> Calibration:
+    """Returns the Calibration of rows (K [3, 3], w2c [4, 4], lens coefficients, size or None, name), one per camera.
+
+    first_pixel: added to every principal point; PIXEL_CENTRE where the file counts from the first pixel's center.
+    """
     K, w2c, lenses, sizes, names = zip(*rows, strict=True)
     table = np.zeros((len(lenses), max(len(COEFFICIENTS), *map(len, lenses))))
     for index, lens in enumerate(lenses):
-        table[index, : len(lens)] = matrix(lens, (len(lens),), f"{source}: distortion of camera {index}")
+        table[index, : len(lens)] = numbers(lens, (len(lens),), f"{source}: distortion of camera {index}")
     if np.any(table[:, len(COEFFICIENTS) :]):
         raise ValueError(
             f"{source}: a camera has more distortion coefficients than {', '.join(COEFFICIENTS)}; thin-prism and tilt "
             "terms are not supported: undistort the videos"
         )
-    table = table[:, : 8 if np.any(table[:, 5:]) else 5]
-    return Calibration(
-        np.array(K), np.array(w2c), table, sizes, str(source), unit, names if all(names) else (), relative
-    )
+    table, K = table[:, : 8 if np.any(table[:, 5:]) else 5], np.array(K)
+    K[:, :2, 2] += first_pixel
+    return Calibration(K, np.array(w2c), table, sizes, str(source), unit, names if all(names) else (), relative)
 
 
 # ---- the lens -------------------------------------------------------------------------------------------------------

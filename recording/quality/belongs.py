@@ -13,8 +13,8 @@ from itertools import permutations
 
 import numpy as np
 
-from recording.calibration import Calibration
 from recording.calibration.checks import READINGS, nearest
+from recording.calibration.model import Calibration
 from recording.quality.silhouettes import AGREED, DIRECTIONS, EXPLAINED, Views, disagreement, outline, rms
 
 NOISE, MEETING = 0.004, 0.02  # of the camera distance: rays of clean masks' centers miss less; explained ones at most

@@ -11,10 +11,10 @@ import numpy as np
 
 from multiview.files import read_json
 from multiview.report import Table
-from recording.calibration import Calibration, read_calibration, read_dannce_labels, validate
-from recording.calibration.checks import READINGS, field_of_view, layout
+from recording.calibration.checks import READINGS, field_of_view, layout, validate
 from recording.calibration.fields import MOST_BYTES, Fields, read_bytes
-from recording.calibration.model import UP_ROTATIONS, distort, valid_radius
+from recording.calibration.formats import read_calibration, read_dannce_labels
+from recording.calibration.model import UP_ROTATIONS, Calibration, distort, valid_radius
 
 GOOD_PX, LEFT = 2.0, 0.2  # error of clicked labels with a sound calibration; share that a better reading may leave
 MOST_POINTS = 2000  # drawn

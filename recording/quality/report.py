@@ -24,7 +24,7 @@ from recording.quality.measure import Measured, measure_folders, measure_sample,
 
 if TYPE_CHECKING:
     from recording.analysis import Analysis
-    from recording.calibration import Calibration
+    from recording.calibration.model import Calibration
     from recording.geometry import Placement, Plan
 
 INSPECTED = 24  # samples of an import whose images are read
