@@ -26,15 +26,11 @@ from recording.calibration.fields import (
 )
 from recording.calibration.model import Calibration, assemble
 
-# id: (name, where each parameter goes). f stands for fx and fy at once.
-MODELS = {
-    0: ("SIMPLE_PINHOLE", "f cx cy"),
-    1: ("PINHOLE", "fx fy cx cy"),
-    2: ("SIMPLE_RADIAL", "f cx cy k1"),
-    3: ("RADIAL", "f cx cy k1 k2"),
-    4: ("OPENCV", "fx fy cx cy k1 k2 p1 p2"),
+MODELS = {  # id: (name, where each parameter goes); f stands for fx and fy at once
+    0: ("SIMPLE_PINHOLE", "f cx cy"), 1: ("PINHOLE", "fx fy cx cy"), 2: ("SIMPLE_RADIAL", "f cx cy k1"),
+    3: ("RADIAL", "f cx cy k1 k2"), 4: ("OPENCV", "fx fy cx cy k1 k2 p1 p2"),
     6: ("FULL_OPENCV", "fx fy cx cy k1 k2 p1 p2 k3 k4 k5 k6"),
-}
+}  # fmt: skip
 OTHER_MODELS = {
     5: "OPENCV_FISHEYE", 7: "FOV", 8: "SIMPLE_RADIAL_FISHEYE", 9: "RADIAL_FISHEYE", 10: "THIN_PRISM_FISHEYE",
     11: "RAD_TAN_THIN_PRISM_FISHEYE",
@@ -51,12 +47,10 @@ def read_colmap(path: Path | str) -> Calibration:
     path = Path(path)
     folder = path if path.is_dir() else path.parent
     kinds = [path.suffix] if path.is_file() else [kind for kind in KINDS if (folder / f"cameras{kind}").is_file()]
-    for kind in kinds:
-        for part in PARTS:
-            if not (folder / f"{part}{kind}").is_file():
-                raise ValueError(f"COLMAP model {folder} lacks {part}{kind}; cameras and images are expected together")
-    if not kinds:
-        raise ValueError(f"{folder} holds no COLMAP model; cameras.txt and images.txt (or .bin) are expected")
+    missing = [f"{part}{kind}" for kind in kinds for part in PARTS if not (folder / f"{part}{kind}").is_file()]
+    if missing or not kinds:
+        what = f"lacks {', '.join(missing)}" if missing else "holds no cameras.txt or cameras.bin"
+        raise ValueError(f"COLMAP model {folder} {what}; cameras and images are expected together")
     models = [_assemble(*KINDS[kind](folder), folder, kind) for kind in kinds]
     if len(models) == 2 and not models[0].close_to(models[1], 1e-6):
         raise ValueError(f"{folder}: the text and the binary model differ; name the one to read, e.g. cameras.bin")
@@ -67,20 +61,18 @@ def _assemble(cameras: dict, images: list, folder: Path, kind: str) -> Calibrati
     from scipy.spatial.transform import Rotation
 
     static: dict[tuple, str] = {}  # camera and pose -> name of the first image
-    source = folder / f"images{kind}"
+    source, rows = folder / f"images{kind}", []
     for name, pose, camera_id in sorted(images, key=lambda image: natural_key(image[0])):
         if camera_id not in cameras:
             raise ValueError(f"{source}: image {name} uses camera {camera_id:g}, which cameras{kind} lacks")
         static.setdefault((camera_id, tuple(pose)), name)
     check_count(len(static), source)
-    rows = []
     for (camera_id, pose), name in static.items():
-        what = f"{source}: image {name}"
+        what, (K, lens, size) = f"{source}: image {name}", cameras[camera_id]
         w, x, y, z, *translation = numbers(pose, (7,), f"{what}: its pose").tolist()
         norm = float(np.linalg.norm([w, x, y, z]))
         if abs(norm - 1.0) > 1e-3:
             raise ValueError(f"{what}: the quaternion must have length 1, got {norm:.4g}")
-        K, lens, size = cameras[camera_id]
         rows.append((K, rigid(Rotation.from_quat([x, y, z, w]).as_matrix(), translation, what), lens, size, name))
     return assemble(rows, source)
 
@@ -107,16 +99,20 @@ def _supported(model: int | str, what: str) -> tuple[str, list[str]]:
 
 
 def _read_text(folder: Path) -> tuple[dict, list]:
-    cameras, images = {}, []
-    for what, line in _lines(folder / "cameras.txt"):
+    def lines(name: str):
+        for number, line in enumerate(read_text(folder / name).splitlines(), 1):
+            if not line.startswith("#"):
+                yield f"{folder / name}: line {number}", line.strip()
+
+    cameras, images, after_image = {}, [], False
+    for what, line in lines("cameras.txt"):
         words = line.split()
         if words and len(words) < 5:
             raise ValueError(f"{what} must be CAMERA_ID MODEL WIDTH HEIGHT PARAMS..., got {line[:80]!r}")
         if words:
             number, width, height, *values = _floats([words[0], *words[2:]], what)
             cameras[number] = _camera(words[1], width, height, values, what)
-    after_image = False
-    for what, line in _lines(folder / "images.txt"):
+    for what, line in lines("images.txt"):
         words = line.split(maxsplit=9)
         # A line of points (x y id ...) or an empty one follows each image; some programs leave the empty ones out.
         points, after_image = after_image and _is_points(line.split()), False
@@ -124,9 +120,8 @@ def _read_text(folder: Path) -> tuple[dict, list]:
             continue
         if len(words) != 10:
             raise ValueError(f"{what} must be IMAGE_ID QW QX QY QZ TX TY TZ CAMERA_ID NAME, got {line[:80]!r}")
-        values = _floats(words[:9], what)
+        values, after_image = _floats(words[:9], what), True
         images.append((words[9], values[1:8], values[8]))
-        after_image = True
     return cameras, images
 
 
@@ -142,12 +137,6 @@ def _floats(words: list[str], what: str) -> list[float]:
         return numbers([float(word) for word in words], (len(words),), what).tolist()
     except ValueError as error:
         raise ValueError(f"{what}: numbers are expected, got {' '.join(words)[:80]!r}") from error
-
-
-def _lines(path: Path):
-    for number, line in enumerate(read_text(path).splitlines(), 1):
-        if not line.startswith("#"):
-            yield f"{path}: line {number}", line.strip()
 
 
 class _Records:
@@ -227,9 +216,8 @@ def write_colmap(folder: Path | str, calibration: Calibration, *, binary: bool) 
         packed["images"].append(struct.pack("<I7dI", number, *pose, number) + name.encode() + bytes(9))
         lines["cameras"].append(f"{number} {MODELS[model][0]} {width} {height} {' '.join(map(repr, values))}")
         lines["images"].append(f"{number} {' '.join(map(repr, pose))} {number} {name}\n")
+    kind = ".bin" if binary else ".txt"
     for part in PARTS:
-        if binary:
-            (folder / f"{part}.bin").write_bytes(b"".join(packed[part]))
-        else:
-            (folder / f"{part}.txt").write_text("\n".join(lines[part]) + "\n")
-    (folder / ("points3D.bin" if binary else "points3D.txt")).write_bytes(bytes(8) if binary else b"# no points\n")
+        text = ("\n".join(lines[part]) + "\n").encode()
+        (folder / f"{part}{kind}").write_bytes(b"".join(packed[part]) if binary else text)
+    (folder / f"points3D{kind}").write_bytes(bytes(8) if binary else b"# no points\n")

@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import reprlib
 import tomllib
 from functools import partial
 from pathlib import Path
@@ -40,12 +41,7 @@ from recording.calibration.fields import (
     rigid_4x4,
 )
 from recording.calibration.model import Calibration, assemble
-from recording.calibration.transforms import (
-    read_blender_json,
-    read_transforms,
-    write_blender_json,
-    write_transforms,
-)
+from recording.calibration.transforms import read_blender_json, read_transforms, write_blender_json, write_transforms
 
 DEEP_KEY = re.compile(r"(?:[\w\"'-]{1,99}[ \t]*\.[ \t]*){16}")  # tomllib needs minutes for a.a.a.a ... of 50,000 parts
 COLMAP_FOLDERS = (".", "colmap", "sparse", "sparse/0", "colmap/sparse", "colmap/sparse/0")
@@ -64,16 +60,14 @@ def _first_pixel_K(calibration: Calibration) -> np.ndarray:
 def read_mammal_pickle(path: Path) -> Calibration:
     """K is that of the undistorted image; the remap tables are only looked at for the image size."""
     content = load_numpy_pickle(path)
-    if isinstance(content, dict):
-        keys = {str(key): key for key in content}
-        if set(keys) != {str(index) for index in range(len(content))}:
-            got = list(content)[:8]
-            raise ValueError(f"{path}: a dict of cameras must be keyed 0..n-1 without a gap, got keys {got}")
-        content = [content[keys[str(index)]] for index in range(len(content))]
-    if not isinstance(content, list):
+    if not isinstance(content, (list, dict)):
         raise ValueError(f"{path}: a list or dict of cameras is expected, got {type(content).__name__}")
-    rows = []
-    for camera in each_camera({f"camera {k}": entry for k, entry in enumerate(content)}, path, ("K", "R", "T")):
+    keyed = content if isinstance(content, dict) else dict(enumerate(content))
+    content, rows = {str(key): camera for key, camera in keyed.items()}, []
+    if set(content) != {str(index) for index in range(len(keyed))}:
+        raise ValueError(f"{path}: a dict of cameras must be keyed 0..n-1 without a gap, got keys {list(keyed)[:8]}")
+    entries = {f"camera {index}": content[str(index)] for index in range(len(content))}
+    for camera in each_camera(entries, path, ("K", "R", "T")):
         table = camera.values.get("mapx")
         size = image_size(*table.shape[::-1], camera.where) if getattr(table, "ndim", 0) == 2 else None
         w2c = rigid(camera.values["R"], camera.values["T"], camera.where)
@@ -106,12 +100,11 @@ def read_dannce_mat(path: Path) -> Calibration:
     cameras = list(each_camera(entries, path, ("K", "r", "t", "RDistort", "TDistort")))
     names = load_mat(path, "camnames")
     names = [] if names is None or not np.size(names) else names
-    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise ValueError(f"{path}: camnames must be a cell array of names, {{'Camera1', 'Camera2', ...}}, or left out")
-    if names and (len(names) != len(cells) or len(set(names)) != len(names)):
+    named = isinstance(names, list) and all(isinstance(name, str) and name for name in names)
+    if not named or (names and not len(set(names)) == len(names) == len(cells)):
         raise ValueError(
-            f"{path}: camnames ({', '.join(names)}) must be {len(cells)} different names, one per camera of params, in "
-            "its order: they say which video folder belongs to which camera"
+            f"{path}: camnames must be a cell array of {len(cells)} different names, one per camera of params, in its "
+            f"order (they say which video folder belongs to which camera), or left out; got {reprlib.repr(names)}"
         )
     rows = []
     for camera, name in zip(cameras, names or [""] * len(cells), strict=True):
@@ -253,9 +246,9 @@ READERS = {
     ".pkl": read_mammal_pickle, ".pickle": read_mammal_pickle, ".mat": read_dannce_mat, ".toml": read_anipose_toml,
     ".txt": read_colmap, ".bin": read_colmap,
 }  # fmt: skip
-JSON_READERS = (  # the list of cameras, the key that tells whose it is
-    ("frames", "transform_matrix", read_transforms), ("frames", "w2c", read_opencv_json),
-    ("cameras", "matrix_world", read_blender_json),
+JSON_READERS = (  # the list of cameras, the key that tells whose it is; of several the last
+    ("cameras", "matrix_world", read_blender_json), ("frames", "w2c", read_opencv_json),
+    ("frames", "transform_matrix", read_transforms),
 )  # fmt: skip
 FILE_NAMES = tuple(name for name, _ in FORMATS.values() if name != "colmap")
 EXPECTED = f"{', '.join(FILE_NAMES)} or a COLMAP model (cameras and images, .txt or .bin)"
@@ -284,23 +277,21 @@ def read_calibration(path: Path | str, *, up: str = "z", check: bool = True) -> 
     path = Path(path)
     if not path.exists():
         raise ValueError(f"calibration {path} does not exist; {EXPECTED} is expected")
+    read = read_colmap if path.is_dir() else READERS.get(path.suffix.lower())
     if path.suffix.lower() == ".json":
         content = read_json(path)
-        for group, key, read in JSON_READERS:
+        for group, key, reader in JSON_READERS:
             cameras = content.get(group)
             if isinstance(cameras, list) and any(isinstance(camera, dict) and key in camera for camera in cameras):
-                calibration = read(path, content)
-                break
-        else:
+                read = partial(reader, content=content)
+        if read is None:
             raise ValueError(
                 f"calibration {path}: no cameras found; 'frames' with transform_matrix (NeRF) or w2c "
                 "(opencv_cameras.json), or 'cameras' with matrix_world (Blender), are expected"
             )
-    else:
-        read = read_colmap if path.is_dir() else READERS.get(path.suffix.lower())
-        if read is None:
-            raise ValueError(f"calibration {path}: unknown kind; {EXPECTED} is expected")
-        calibration = read(path)
+    if read is None:
+        raise ValueError(f"calibration {path}: unknown kind; {EXPECTED} is expected")
+    calibration = read(path)
     if check:
         validate(calibration)
     return calibration.with_up(up)

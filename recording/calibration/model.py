@@ -29,7 +29,8 @@ UP_ROTATIONS = {  # rotation that turns the named axis of the calibration's worl
 class Calibration:
     """The cameras of one recording, float64; camera k films video k.
 
-    K: [v, 3, 3] pixels, outer-corner origin (skew allowed). w2c: [v, 4, 4] OpenCV axes, the file's length unit.
+    K: [v, 3, 3] pixels, outer-corner origin (skew allowed). w2c: [v, 4, 4] OpenCV axes, the file's length unit; the
+    cameras' `centres` [v, 3] follow from it.
     distortion: [v, 5] OpenCV's k1, k2, p1, p2, k3, or [v, 8] with k4, k5, k6 (the rational model's denominator).
     sizes: (width, height) per camera, None where the file does not say. unit: "mm", "cm" or "m" where the file or its
     format says so. names: the cameras' names in the file, or (). relative: K is in fractions, fx, fy and cx of the
@@ -50,7 +51,6 @@ class Calibration:
 
     @property
     def centres(self) -> np.ndarray:
-        """[v, 3] camera centers in the calibration's world."""
         return centers_of(self.w2c)
 
     def name(self, index: int, template: str) -> str:
@@ -82,30 +82,26 @@ class Calibration:
 
     def check_intrinsics(self) -> None:
         """Raises ValueError unless K is upper triangular, fx and fy alike and sane, and the principal point inside."""
+        low, high = FOCAL_RANGE
         for index, K in enumerate(self.K):
-            what, (fx, fy, cx, cy) = f"{self.source}: camera {index}", (K[0, 0], K[1, 1], K[0, 2], K[1, 2])
-            size = (1, 1) if self.relative else self.sizes[index]
-            if np.abs(K[[1, 2, 2], [0, 0, 1]]).max() > 1e-6 or abs(K[2, 2] - 1.0) > 1e-6:
-                rows = K.round(3).tolist()
-                raise ValueError(
-                    f"{what}: K must be [[fx, s, cx], [0, fy, cy], [0, 0, 1]], got {rows}; is it transposed?"
-                )
-            if fx < 0 < fy:
-                raise ValueError(f"{what}: fx is negative ({fx:.1f}), so its image is mirrored; mirror the video back")
-            if fx <= 0 or fy <= 0:
-                raise ValueError(f"{what}: fx and fy must be positive, got {fx:.1f} and {fy:.1f}")
-            if not 0.8 <= fx / fy <= 1.25:
-                raise ValueError(f"{what}: fx and fy must be alike (within 1.25), got {fx:.1f} and {fy:.1f}")
-            if size is not None and not FOCAL_RANGE[0] <= fx / size[0] <= FOCAL_RANGE[1]:
-                raise ValueError(
-                    f"{what}: fx {fx:.4g} is {fx / size[0]:.3g} image widths ({size[0]} px); {FOCAL_RANGE[0]} to "
-                    f"{FOCAL_RANGE[1]:.0f} are expected: fx in pixels, of the image as filmed"
-                )
-            if size is not None and not (0 < cx < size[0] and 0 < cy < size[1]):
-                raise ValueError(
-                    f"{what}: the principal point ({cx:.1f}, {cy:.1f}) lies outside the {size[0]} x {size[1]} image; "
-                    "was the video resized or cropped after the calibration?"
-                )
+            fx, fy, cx, cy = K[0, 0], K[1, 1], K[0, 2], K[1, 2]
+            width, height = (1, 1) if self.relative else self.sizes[index] or (None, None)
+            rules = (
+                (np.abs(K[[1, 2, 2], [0, 0, 1]]).max() > 1e-6 or abs(K[2, 2] - 1.0) > 1e-6,
+                 f"K must be [[fx, s, cx], [0, fy, cy], [0, 0, 1]], got {K.round(3).tolist()}; is it transposed?"),
+                (fx < 0 < fy, f"fx is negative ({fx:.1f}), so its image is mirrored; mirror the video back"),
+                (fx <= 0 or fy <= 0, f"fx and fy must be positive, got {fx:.1f} and {fy:.1f}"),
+                (not 0.8 <= fx / (fy or 1.0) <= 1.25, f"fx and fy must be alike (within 1.25), got {fx:.1f}, {fy:.1f}"),
+                (width is not None and not low <= fx / width <= high,
+                 f"fx {fx:.4g} is {fx / (width or 1):.3g} image widths ({width} px); {low} to {high:.0f} are expected: "
+                 "fx in pixels, of the image as filmed"),
+                (width is not None and not (0 < cx < width and 0 < cy < height),
+                 f"the principal point ({cx:.1f}, {cy:.1f}) lies outside the {width} x {height} image; was the video "
+                 "resized or cropped after the calibration?"),
+            )  # fmt: skip
+            for wrong, what in rules:
+                if wrong:
+                    raise ValueError(f"{self.source}: camera {index}: {what}")
 
     def require(self, target: Path | str, *, distortion=True, rational=True, skew=True, sizes=False) -> None:
         """Raises ValueError where a file format lacks what this calibration has. sizes: it needs the image sizes."""

@@ -57,10 +57,6 @@ class Views(NamedTuple):
     intrinsics: np.ndarray
     w2c: np.ndarray
 
-    @property
-    def number(self) -> int:
-        return self.points.shape[1]
-
 
 class Fault(NamedTuple):
     """code: of `findings.FAULTS`. views: concerned, empty for all. amounts: that were undone, [v] each. left: rms."""
@@ -112,30 +108,29 @@ def disagreement(views: Views) -> np.ndarray:
     """
     fx, fy, cx, cy = (views.intrinsics[..., None, k] for k in range(4))
     x, y = (views.points[..., 0] - cx) / fx, (views.points[..., 1] - cy) / fy
-    rays = np.stack([x, y, np.ones_like(x)], axis=-1) @ views.w2c[..., :3, :3]  # rows: R^T d
-    rays /= np.linalg.norm(rays, axis=-1, keepdims=True)
+    rays = _unit(np.stack([x, y, np.ones_like(x)], axis=-1) @ views.w2c[..., :3, :3])  # rows: R^T d
     origins = centers_of(views.w2c)
-    first, second = (np.array(side) for side in zip(*pairs(views.number), strict=True))
+    first, second = (np.array(side) for side in zip(*pairs(views.points.shape[1]), strict=True))
     baseline = origins[:, second] - origins[:, first]
-    length = np.linalg.norm(baseline, axis=-1, keepdims=True)
-    baseline = baseline / np.maximum(length, 1e-9)
+    length, baseline = np.linalg.norm(baseline, axis=-1), _unit(baseline)
     middle = rays.mean(axis=2)
     towards = middle[:, first] + middle[:, second]
-    across = towards - (towards * baseline).sum(-1, keepdims=True) * baseline
-    across /= np.maximum(np.linalg.norm(across, axis=-1, keepdims=True), 1e-9)
+    across = _unit(towards - (towards * baseline).sum(-1, keepdims=True) * baseline)
     normal = np.cross(baseline, across)
     ends, reaches = [], []
     for side in (first, second):
-        u = np.einsum("tpni,tpi->tpn", rays[:, side], across)
-        w = np.einsum("tpni,tpi->tpn", rays[:, side], normal)
-        angle, reach = np.arctan2(w, u), np.hypot(u, w)
+        u, w = (np.einsum("tpni,tpi->tpn", rays[:, side], axis) for axis in (across, normal))
+        angle = np.arctan2(w, u)
         extreme = np.stack([angle.argmin(-1), angle.argmax(-1)], axis=-1)
         ends.append(np.take_along_axis(angle, extreme, -1))
-        reaches.append(np.take_along_axis(reach, extreme, -1) * views.intrinsics[:, side, :1])
-    spread = np.stack([side[..., 1] - side[..., 0] for side in ends])
-    gap = (ends[0] - ends[1]) * 0.5 * (reaches[0] + reaches[1])
-    useless = ((spread > np.radians(WIDEST_DEG)) | ~np.isfinite(spread)).any(axis=0) | (length[..., 0] < 1e-6)
-    return np.where(useless[..., None], np.nan, gap)
+        reaches.append(np.take_along_axis(np.hypot(u, w), extreme, -1) * views.intrinsics[:, side, :1])
+    width = np.stack([side[..., 1] - side[..., 0] for side in ends])
+    useless = ((width > np.radians(WIDEST_DEG)) | ~np.isfinite(width)).any(axis=0) | (length < 1e-6)
+    return np.where(useless[..., None], np.nan, (ends[0] - ends[1]) * 0.5 * (reaches[0] + reaches[1]))
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-9)
 
 
 def evenly(count: int, wanted: int) -> list[int]:
@@ -166,38 +161,32 @@ def adjust(views: Views, **amounts) -> Views:
     """
     from scipy.spatial.transform import Rotation
 
-    def turns(axes: np.ndarray, angles: np.ndarray) -> np.ndarray:
-        """Returns [..., 4, 4] rotations about unit axes [..., 3] by angles [...]."""
-        result = np.tile(np.eye(4), (*axes.shape[:-1], 1, 1))
-        vectors = (axes * angles[..., None]).reshape(-1, 3)
-        result[..., :3, :3] = Rotation.from_rotvec(vectors).as_matrix().reshape(*axes.shape, 3)
-        return result
+    def turn(axes: np.ndarray, name: str) -> np.ndarray:
+        """Returns [..., 4, 4] rotations by the amounts about unit axes [..., 3]."""
+        turns = np.tile(np.eye(4), (*axes.shape[:-1], 1, 1))
+        vectors = (axes * given[name][:, None]).reshape(-1, 3)
+        turns[..., :3, :3] = Rotation.from_rotvec(vectors).as_matrix().reshape(*axes.shape, 3)
+        return turns
 
-    given = {name: np.broadcast_to(np.asarray(value, float), views.number) for name, value in amounts.items()}
-    intrinsics, w2c, z = views.intrinsics.copy(), views.w2c, np.tile([0.0, 0.0, 1.0], (views.number, 1))
-    if "scale" in given:
-        intrinsics[..., :2] *= np.exp(given["scale"])[:, None]
-    for axis, name in enumerate(SHIFT):
-        intrinsics[..., 2 + axis] += given.get(name, 0.0)
+    given = {name: np.broadcast_to(np.asarray(value, float), views.w2c.shape[1]) for name, value in amounts.items()}
+    intrinsics, w2c, z = views.intrinsics.copy(), views.w2c, np.tile([0.0, 0.0, 1.0], (views.w2c.shape[1], 1))
+    intrinsics[..., :2] *= np.exp(given.get("scale", np.zeros(1)))[:, None]
+    intrinsics[..., 2] += given.get("shift_x", 0.0)
+    intrinsics[..., 3] += given.get("shift_y", 0.0)
     if "azimuth" in given:
-        w2c = w2c @ turns(z, given["azimuth"])
+        w2c = w2c @ turn(z, "azimuth")
     if "elevation" in given:
-        right = w2c[:, :, 0, :3] * [1.0, 1.0, 0.0]
-        right /= np.maximum(np.linalg.norm(right, axis=-1, keepdims=True), 1e-9)
-        w2c = w2c @ turns(right, given["elevation"])
+        w2c = w2c @ turn(_unit(w2c[:, :, 0, :3] * [1.0, 1.0, 0.0]), "elevation")
     if "roll" in given:
-        w2c = turns(z, given["roll"]) @ w2c
+        w2c = turn(z, "roll") @ w2c
     return views._replace(intrinsics=intrinsics, w2c=w2c)
-
-
-# ---- the diagnosis --------------------------------------------------------------------------------------------------
 
 
 def diagnose(views: Views) -> Diagnosis:
     """Explains the disagreement of views [t, v], v >= 3, if there is any."""
     faults: list[Fault] = []
-    gaps = disagreement(views)
-    start, per_view = rms(gaps), rms_per_view(gaps, views.number)
+    gaps, count = disagreement(views), views.w2c.shape[1]
+    start, per_view = rms(gaps), rms_per_view(gaps, count)
     centers, axes = centers_of(views.w2c), views.w2c[:, :, 2, :3]
     away = np.median(np.einsum("tvi,tvi->tv", axes, nearest(centers, axes)[:, None] - centers), axis=0) < 0
     if away.any():
@@ -207,23 +196,29 @@ def diagnose(views: Views) -> Diagnosis:
         gaps = disagreement(views)
         concerned = () if away.all() else tuple(np.flatnonzero(away).tolist())
         faults.append(Fault("view_looks_away" if concerned else "opengl_axes", concerned, {}, rms(gaps)))
-    odd, others, disagrees = _odd_view(gaps, views.number)
-    agrees = not faults and not disagrees
+    odd, others, disagrees = first = _odd_view(gaps, count)
     while disagrees and len(faults) < MAX_FAULTS:
-        explanation = _best_explanation(views, gaps)
-        if explanation is None:
+        best = None
+        for hypotheses in (_discrete(views), *(_fitted(views, group, odd) for group in AMOUNTS)):
+            for complexity, fault, mended in hypotheses:
+                score = max(fault.left, 0.2 * AGREED) * PENALTY**complexity
+                if fault.left <= EXPLAINED * rms(gaps) and (best is None or score < best[0]):
+                    best = (score, fault, mended)
+            if best is not None and best[1].left <= AGREED:
+                break  # a more complicated story is not needed
+        if best is None:
             break
-        fault, views = explanation
+        _, fault, views = best
         faults.append(fault)
         gaps = disagreement(views)
-        disagrees = _odd_view(gaps, views.number)[2]
-    return Diagnosis(start, per_view, faults, rms(gaps), agrees, not disagrees, odd, others)
+        odd, _, disagrees = _odd_view(gaps, count)
+    agrees = not faults and not disagrees
+    return Diagnosis(start, per_view, faults, rms(gaps), agrees, not disagrees, first[0], others)
 
 
 def _odd_view(gaps: np.ndarray, count: int) -> tuple[int | None, float, bool]:
-    """Returns the view whose removal leaves the least disagreement, the others' rms, and whether there is a problem:
-
-    the silhouettes disagree as a whole, or this view does with all others that agree among themselves.
+    """Returns the view whose removal leaves the least disagreement, that of the others, and whether there is any: of
+    all, or of this view with others that agree among themselves.
     """
     if count < 4:
         return None, rms(gaps), rms(gaps) > AGREED
@@ -233,23 +228,9 @@ def _odd_view(gaps: np.ndarray, count: int) -> tuple[int | None, float, bool]:
     return odd, left[odd], rms(gaps) > AGREED or alone
 
 
-def _best_explanation(views: Views, gaps: np.ndarray) -> tuple[Fault, Views] | None:
-    """Returns the hypothesis with the best penalised score and the views without it; None if no one halves the rms."""
-    now, odd = rms(gaps), _odd_view(gaps, views.number)[0]
-    best: tuple[float, Fault, Views] | None = None
-    for hypotheses in (_discrete(views), *(_fitted(views, group, odd) for group in AMOUNTS)):
-        for complexity, fault, mended in hypotheses:
-            score = max(fault.left, 0.2 * AGREED) * PENALTY**complexity
-            if fault.left <= EXPLAINED * now and (best is None or score < best[0]):
-                best = (score, fault, mended)
-        if best is not None and best[1].left <= AGREED:
-            break  # a more complicated story is not needed
-    return None if best is None else best[1:]
-
-
 def _discrete(views: Views) -> Iterator[tuple[float, Fault, Views]]:
     """Wrong order, mirrored images, images upside down: nothing to fit."""
-    count, everyone = views.number, list(range(views.number))
+    count, everyone = views.w2c.shape[1], list(range(views.w2c.shape[1]))
     orders = [("views_reversed", (), [0, *range(count - 1, 0, -1)])]
     orders += [("views_shifted", (step,), np.roll(everyone, step).tolist()) for step in range(1, count)]
     for first, second in pairs(count):
@@ -266,15 +247,13 @@ def _discrete(views: Views) -> Iterator[tuple[float, Fault, Views]]:
     for code, concerned, points in changed:
         mended = views._replace(points=points)
         # On a regular rig all mirrored is the same as views reversed; one name for both.
-        complexity = 0.2 if code == "all_mirrored" else 0.0
-        yield complexity, Fault(code, concerned, {}, rms(disagreement(mended))), mended
+        yield 0.2 * (code == "all_mirrored"), Fault(code, concerned, {}, rms(disagreement(mended))), mended
 
 
 def _fitted(views: Views, group: tuple[tuple, ...], odd: int | None) -> Iterator[tuple[float, Fault, Views]]:
     """The same in all views, in the odd one, in each view, or in each image of each sample."""
-    eye = np.eye(views.number)
-    bases = {"all": np.ones((views.number, 1)), "odd": eye[:, [odd or 0]], "each": eye, "image": eye}
-    some = evenly(len(views.points), FITTED)
+    count, eye = views.w2c.shape[1], np.eye(views.w2c.shape[1])
+    bases = {"all": np.ones((count, 1)), "odd": eye[:, [odd or 0]], "each": eye}
     for code, names, whose, complexity in group:
         if whose == "odd" and odd is None:
             continue
@@ -283,14 +262,14 @@ def _fitted(views: Views, group: tuple[tuple, ...], odd: int | None) -> Iterator
             ones = [Views(*(part[[index]] for part in views)) for index in range(min(FITTED, len(views.points)))]
             mended = [adjust(one, **_solve(one, names, eye)) for one in ones]
             mended = Views(*map(np.concatenate, zip(*mended)))
-            # Twelve numbers or more per thirty equations explain something in any case: such a story must do much
-            # better.
-            freedom = np.sqrt(max(1.0 - len(names) * views.number / (2 * len(pairs(views.number))), 0.05))
+            # Twelve numbers or more per thirty equations explain something in any case: they must do much better.
+            freedom = np.sqrt(max(1.0 - len(names) * count / (2 * len(pairs(count))), 0.05))
         else:
+            some = evenly(len(views.points), FITTED)
             amounts = _solve(Views(*(part[some] for part in views)), names, bases[whose])
             mended = adjust(views, **amounts)
-        concerned = (odd,) if whose == "odd" else ()
-        yield complexity, Fault(code, concerned, amounts, rms(disagreement(mended)) / freedom), mended
+        left = rms(disagreement(mended)) / freedom
+        yield complexity, Fault(code, (odd,) if whose == "odd" else (), amounts, left), mended
 
 
 def _solve(views: Views, names: tuple[str, ...], basis: np.ndarray) -> dict[str, np.ndarray]:
