@@ -210,9 +210,9 @@ def test_units_are_taken_at_their_word(tmp_path, real):
     check_body_length(replace(real, unit=None), 0.073)
     with pytest.raises(ValueError, match="0.073 mm, taking its mm at its word.* T times 1000"):
         check_body_length(real, 0.073)
-    with pytest.raises(ValueError, match=r"--body_length 0.073 .* 73 long, 1000 times as much \(millimetres"):
+    with pytest.raises(ValueError, match=r"--body_length 0.073: .* 73 long, 1000 times as much \(millimetres"):
         check_body_length(replace(real, unit=None), 73.0, 0.073)
-    with pytest.raises(ValueError, match="--body_length 300 "):
+    with pytest.raises(ValueError, match="--body_length 300: "):
         check_body_length(replace(real, unit=None), 73.0, 300.0)
 
 

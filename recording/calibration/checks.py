@@ -1,10 +1,8 @@
 """Is this a calibration of cameras around an animal? Everything here is decided before a video is opened.
 
-A rotation that is none, NaN and wrong shapes are refused where a file is read (`fields`), intrinsics that cannot be in
-`model`. Here: cameras that share no volume, and the usual ways of writing extrinsics that were meant otherwise. Each
-such way turns the cameras into others that are rarely as good: they see no common volume, or their axes meet far worse.
-What was meant is then named. Some ways stay hidden from a calibration alone (a world fixed to the first camera reads as
-well backwards), and show when images are compared with it: `recording.quality`.
+Cameras that share no volume are refused, and extrinsics that were meant otherwise: each usual way of writing them turns
+the cameras into others that see no common volume, or whose axes meet far worse. What was meant is then named. Some ways
+stay hidden (a world fixed to the first camera reads as well backwards) until images are compared: `quality.belongs`.
 """
 
 from __future__ import annotations
@@ -59,10 +57,8 @@ def validate(calibration: Calibration) -> Calibration:
     middle = float(np.median(distance))
     for index in np.flatnonzero((distance > 30 * middle) | (distance < middle / 30)):
         if seen.spread_deg >= PARALLEL_DEG:  # a T in another unit
-            raise ValueError(
-                f"{source}: camera {index} stands {distance[index]:.4g} from the point the cameras look at, the others "
-                f"about {middle:.4g}; are millimetres and metres mixed (a factor of 1000)?"
-            )
+            far = f"stands {distance[index]:.4g} from what the cameras look at, the others about {middle:.4g}"
+            raise ValueError(f"{source}: camera {index} {far}; are mm and m mixed (a factor of 1000)?")
     if calibration.unit is not None and calibration.unit not in MILLIMETRES:
         raise ValueError(f"{source}: unit must be one of {', '.join(MILLIMETRES)}, got {calibration.unit!r}")
     _check_length(calibration, "the cameras' distance from what they look at", distance.mean(), RIG_DISTANCE_MM)
@@ -90,7 +86,8 @@ class Layout:
 
     @property
     def possible(self) -> bool:
-        """A common volume in front of all cameras. Where axes are nearly parallel, where they meet means nothing."""
+        """A common volume in front of all cameras."""
+        # Where axes are nearly parallel, where they meet means nothing.
         facing = bool((self.depth > 0).all()) or self.spread_deg < PARALLEL_DEG
         return self.twins is None and self.ball > LEAST_VOLUME and facing
 
@@ -168,10 +165,8 @@ def _check_facing(calibration: Calibration) -> Layout:
         how = "do not look at a common volume" if not written.possible else f"look past each other by {worst:.0f} deg"
         raise ValueError(f"{source}: as written the cameras {how}, but they do when read as {', or as '.join(meant)}")
     if written.twins:
-        raise ValueError(
-            f"{source}: cameras {written.twins[0]} and {written.twins[1]} are one and the same pose; a camera is there "
-            "twice, or R and T are not per camera"
-        )
+        a, b = written.twins
+        raise ValueError(f"{source}: cameras {a} and {b} are one and the same pose; give R and T of each camera")
     _check_odd_camera(calibration, half, written)
     if written.possible:
         return written
@@ -206,18 +201,12 @@ def _check_odd_camera(calibration: Calibration, half: np.ndarray, written: Layou
 
 
 def check_body_length(calibration: Calibration, measured: float, stated: float | None = None) -> None:
-    """The animal's measured length (calibration's unit) is an animal's, and about what --body_length says.
-
-    Raises ValueError that names the factor (1000 for millimetres against metres) where one explains it.
-    """
+    """Raises ValueError unless the measured length (calibration's unit) is an animal's, and about --body_length."""
     if stated is not None and not 1 / 3 <= stated / measured <= 3:
-        power = np.log10(measured / stated)
-        factors = [10.0**p for p in (-3, 3) if abs(power - p) < 0.4]
-        units = [f", {factor:g} times as much (millimetres against metres?)" for factor in factors]
-        raise ValueError(
-            f"--body_length {stated:.4g} does not fit {calibration.source}: in its unit the masks show an animal "
-            f"{measured:.3g} long{''.join(units)}; give --body_length in the calibration's unit, or leave it out"
-        )
+        factors = [f for f in (1000.0, 0.001) if abs(np.log10(measured / stated / f)) < 0.4]
+        length = f"{measured:.3g} long" + "".join(f", {f:g} times as much (millimetres against metres?)" for f in factors)
+        remedy = "give --body_length in the calibration's unit, or leave it out"
+        raise ValueError(f"--body_length {stated:.4g}: {calibration.source} shows an animal {length}; {remedy}")
     _check_length(calibration, "the animal's length", measured, BODY_LENGTH_MM)
 
 
@@ -226,10 +215,9 @@ def _check_length(calibration: Calibration, what: str, length: float, allowed_mm
     length_mm = length * MILLIMETRES[calibration.unit] if calibration.unit else allowed_mm[0]
     if allowed_mm[0] <= length_mm <= allowed_mm[1]:
         return
-    factors = [f for f in (1000.0, 0.001, 10.0, 0.1) if allowed_mm[0] <= length_mm * f <= allowed_mm[1]]
-    hint = f"; it would be {length_mm * factors[0]:.3g} mm with T times {factors[0]:g}" if factors else ""
-    units = " (metres and millimetres confused?)" if factors and factors[0] in (1000.0, 0.001) else ""
-    raise ValueError(
-        f"{calibration.source}: {what} is {length_mm:.3g} mm, taking its {calibration.unit} at its word; "
-        f"{allowed_mm[0]:.0f} to {allowed_mm[1]:.0f} mm are expected{hint}{units}"
-    )
+    factors = [f for f in (1000.0, 0.001, 10.0, 0.1) if allowed_mm[0] <= length_mm * f <= allowed_mm[1]][:1]
+    hints = [f"; it would be {length_mm * f:.3g} mm with T times {f:g}" for f in factors]
+    hints += [" (metres and millimetres confused?)" for f in factors if f in (1000.0, 0.001)]
+    got = f"{what} is {length_mm:.3g} mm, taking its {calibration.unit} at its word"
+    expected = f"{allowed_mm[0]:.0f} to {allowed_mm[1]:.0f} mm are expected"
+    raise ValueError(f"{calibration.source}: {got}; {expected}{''.join(hints)}")

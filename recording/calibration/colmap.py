@@ -31,10 +31,7 @@ MODELS = {  # id: (name, where each parameter goes); f stands for fx and fy at o
     3: ("RADIAL", "f cx cy k1 k2"), 4: ("OPENCV", "fx fy cx cy k1 k2 p1 p2"),
     6: ("FULL_OPENCV", "fx fy cx cy k1 k2 p1 p2 k3 k4 k5 k6"),
 }  # fmt: skip
-OTHER_MODELS = {
-    5: "OPENCV_FISHEYE", 7: "FOV", 8: "SIMPLE_RADIAL_FISHEYE", 9: "RADIAL_FISHEYE", 10: "THIN_PRISM_FISHEYE",
-    11: "RAD_TAN_THIN_PRISM_FISHEYE",
-}  # fmt: skip
+OTHER_MODELS = {5: "OPENCV_FISHEYE", 7: "FOV", 8: "SIMPLE_RADIAL_FISHEYE", 9: "RADIAL_FISHEYE"}  # refused by name
 PARTS = ("cameras", "images")
 
 
@@ -91,11 +88,8 @@ def _supported(model: int | str, what: str) -> tuple[str, list[str]]:
     for number, (name, keys) in MODELS.items():
         if model in (number, name):
             return name, keys.split()
-    names = ", ".join(name for name, _ in MODELS.values())
-    raise ValueError(
-        f"{what}: COLMAP camera model {OTHER_MODELS.get(model, model)} is not supported; undistort the pictures "
-        f"(colmap image_undistorter), or use one of {names}"
-    )
+    model, names = OTHER_MODELS.get(model, model), ", ".join(name for name, _ in MODELS.values())
+    raise ValueError(f"{what}: COLMAP camera model {model} is not supported; undistort the images, or use {names}")
 
 
 def _read_text(folder: Path) -> tuple[dict, list]:
@@ -152,10 +146,8 @@ class _Records:
 
     def skip(self, size: int) -> None:
         if self.at + size > len(self.data):
-            raise ValueError(
-                f"{self.path} is truncated: {size} bytes are expected at {self.at}, the file has {len(self.data)}; "
-                "copy the model again"
-            )
+            wanted, got = f"{size} bytes are expected at {self.at}", f"the file has {len(self.data)}"
+            raise ValueError(f"{self.path} is truncated: {wanted}, {got}; copy the model again")
         self.at += size
 
     def name(self) -> str:

@@ -38,43 +38,31 @@ class NumpyUnpickler(pickle._Unpickler):
 
     def __init__(self, data: bytes) -> None:
         super().__init__(io.BytesIO(data))
-        made_bytes = 0
-
-        def count(data: bytes) -> bytes:  # one piece of a small file may be asked for again and again
-            nonlocal made_bytes
-            made_bytes += len(data)
-            if made_bytes > MOST_BYTES:
-                raise pickle.UnpicklingError(f"it unfolds to more than {MOST_BYTES / 1e6:.0f} MB")
-            return data
-
-        def encode(text: str, encoding: str) -> bytes:  # protocol 2 keeps bytes as text
-            if encoding not in ("latin1", "latin-1"):
-                raise pickle.UnpicklingError(f"codec {encoding!r:.40} is not allowed")
-            return count(text.encode("latin1"))
-
-        class Dtype(_Dtype):
-            def array(self, raw, shape: tuple, fortran: bool) -> np.ndarray:
-                data = count(raw.encode("latin1") if isinstance(raw, str) else bytes(raw))
-                values = np.frombuffer(data, dtype=np.dtype(self.order + self.text))
-                return values.reshape(shape, order="F" if fortran else "C").astype(values.dtype.newbyteorder("="))
-
+        self.made_bytes = 0
         self.answers = {
             ("numpy", "ndarray"): "ndarray",  # only named, as what _reconstruct is to make
-            ("numpy", "dtype"): lambda *state: Dtype(*state),
-            ("_codecs", "encode"): encode,
+            ("numpy", "dtype"): lambda text, *_: _Dtype(text, self.count),
+            ("_codecs", "encode"): lambda text, encoding: self.encode(text, encoding),  # no method a file could change
             ("numpy.core.multiarray", "_reconstruct"): lambda *_: _Array(),
             ("numpy.core.multiarray", "scalar"): lambda dtype, raw: dtype.array(raw, (1,), False)[0].item(),
-            ("numpy.core.numeric", "_frombuffer"): lambda raw, dtype, shape, order: dtype.array(
-                raw, shape, order == "F"
-            ),
+            ("numpy.core.numeric", "_frombuffer"): lambda raw, dtype, *rest: dtype.array(raw, rest[0], rest[1] == "F"),
         }
+
+    def count(self, data: bytes) -> bytes:
+        self.made_bytes += len(data)  # one piece of a small file may be asked for again and again
+        if self.made_bytes > MOST_BYTES:
+            raise pickle.UnpicklingError(f"it unfolds to more than {MOST_BYTES / 1e6:.0f} MB")
+        return data
+
+    def encode(self, text: str, encoding: str) -> bytes:  # protocol 2 keeps bytes as text
+        if encoding not in ("latin1", "latin-1"):
+            raise pickle.UnpicklingError(f"codec {encoding!r:.40} is not allowed")
+        return self.count(text.encode("latin1"))
 
     def find_class(self, module: str, name: str):
         answer = self.answers.get((module.replace("numpy._core", "numpy.core"), name))
         if answer is None:
-            raise pickle.UnpicklingError(
-                f"it asks for {module}.{name}; only numpy arrays and plain containers are allowed"
-            )
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}; only arrays and plain containers are allowed")
         return answer
 
     def load_bytearray8(self) -> None:
@@ -88,13 +76,18 @@ class NumpyUnpickler(pickle._Unpickler):
 class _Dtype:
     """A numpy.dtype of numbers; its state holds the byte order."""
 
-    def __init__(self, text, *_) -> None:
+    def __init__(self, text, count) -> None:
         if not isinstance(text, str) or not re.fullmatch(r"[fiub][1248]", text):
             raise pickle.UnpicklingError(f"arrays of dtype {text!r:.40} are not allowed; numbers only")
-        self.text, self.order = text, "="
+        self.text, self.order, self.count = text, "=", count
 
     def __setstate__(self, state: tuple) -> None:
         self.order = state[1] if state[1] in ("<", ">") else "="
+
+    def array(self, raw, shape: tuple, fortran: bool) -> np.ndarray:
+        data = self.count(raw.encode("latin1") if isinstance(raw, str) else bytes(raw))
+        values = np.frombuffer(data, dtype=np.dtype(self.order + self.text))
+        return values.reshape(shape, order="F" if fortran else "C").astype(values.dtype.newbyteorder("="))
 
 
 class _Array:
@@ -140,10 +133,8 @@ def load_mat(path: Path | str, name: str) -> object:
     """Returns variable `name`: numbers as arrays, text as str, cells as lists, structs as lists of dicts; else None."""
     data = read_bytes(path)
     if data.startswith((b"MATLAB 7.3", b"\x89HDF")):
-        raise ValueError(
-            f"{path} is a MATLAB 7.3 file (HDF5), which is not read; save it in MATLAB as version 7: "
-            f"s = load('{Path(path).name}'); save('{Path(path).name}', '-struct', 's', '-v7')"
-        )
+        remedy = f"s = load('{Path(path).name}'); save('{Path(path).name}', '-struct', 's', '-v7')"
+        raise ValueError(f"{path} is a MATLAB 7.3 file (HDF5), which is not read; save it in MATLAB as 7: {remedy}")
     try:
         if data[124:128] not in (b"\x00\x01IM", b"\x01\x00MI"):
             raise ValueError("its header does not say version 5")

@@ -39,15 +39,11 @@ class Fields:
             raise ValueError(f"{where} lacks {', '.join(missing)}")
         self.values, self.where = values, where
         for key in set(map(str, values)) - {*required, *optional}:
-            value = values.get(key)
-            says_model, says_lens = (bool(field.fullmatch(key)) for field in (MODEL_FIELD, LENS_FIELD))
-            if not (says_model or says_lens) or says_nothing(value) or str(value).upper() in PINHOLES:
-                continue
-            expected = f"expected one of {', '.join(PINHOLES)}" if says_model else "it says how the camera sees"
-            raise ValueError(
-                f"{where}: {key} = {reprlib.repr(value)} cannot be used here ({expected}); undistort the images and "
-                "write the pinhole camera that they have then"
-            )
+            value, model, lens = values.get(key), MODEL_FIELD.fullmatch(key), LENS_FIELD.fullmatch(key)
+            if (model or lens) and not says_nothing(value) and str(value).upper() not in PINHOLES:
+                why = f"expected one of {', '.join(PINHOLES)}" if model else "it says how the camera sees"
+                got = f"{key} = {reprlib.repr(value)} cannot be used here ({why})"
+                raise ValueError(f"{where}: {got}; undistort the images and write the pinhole camera they then have")
 
     def __contains__(self, key: str) -> bool:
         return key in self.values
@@ -103,9 +99,8 @@ def numbers(values: object, shape: tuple[int, ...], what: str) -> np.ndarray:
 
 def image_size(width: float, height: float, what: str) -> tuple[int, int]:
     if any(not 1 <= side <= MOST_PIXELS or side != int(side) for side in (width, height)):
-        raise ValueError(
-            f"{what}: the picture size must be whole numbers from 1 to {MOST_PIXELS}, got {width:g} x {height:g}"
-        )
+        got = f"got {width:g} x {height:g}"
+        raise ValueError(f"{what}: the picture size must be whole numbers from 1 to {MOST_PIXELS}, {got}")
     return int(width), int(height)
 
 
@@ -115,11 +110,10 @@ def check_count(count: int, source: object) -> None:
 
 
 def read_bytes(path: Path | str) -> bytes:
-    path = Path(path)
-    if path.stat().st_size > MOST_BYTES:
-        most = MOST_BYTES / 1e6
-        raise ValueError(f"{path} has {path.stat().st_size / 1e6:.0f} MB; calibrations have {most:.0f} MB at most")
-    return path.read_bytes()
+    size = Path(path).stat().st_size
+    if size > MOST_BYTES:
+        raise ValueError(f"{path} has {size / 1e6:.0f} MB; calibrations have {MOST_BYTES / 1e6:.0f} MB at most")
+    return Path(path).read_bytes()
 
 
 def rigid(rotation: object, translation: object, what: str) -> np.ndarray:

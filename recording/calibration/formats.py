@@ -102,10 +102,8 @@ def read_dannce_mat(path: Path) -> Calibration:
     names = [] if names is None or not np.size(names) else names
     named = isinstance(names, list) and all(isinstance(name, str) and name for name in names)
     if not named or (names and not len(set(names)) == len(names) == len(cells)):
-        raise ValueError(
-            f"{path}: camnames must be a cell array of {len(cells)} different names, one per camera of params, in its "
-            f"order (they say which video folder belongs to which camera), or left out; got {reprlib.repr(names)}"
-        )
+        wanted = f"a cell array of {len(cells)} different names, one per camera of params, in its order, or left out"
+        raise ValueError(f"{path}: camnames must be {wanted}, got {reprlib.repr(names)}")
     rows = []
     for camera, name in zip(cameras, names or [""] * len(cells), strict=True):
         w2c = rigid(camera.array("r", 3, 3).T, camera.values["t"], camera.where)
@@ -263,9 +261,8 @@ def find_calibration(meta_dir: Path | str) -> Path:
     found += [meta_dir / name for name in COLMAP_FOLDERS if is_colmap(meta_dir / name)]
     if len(found) != 1:
         what = f"holds {', '.join(path.name for path in found)}" if found else "holds no calibration"
-        raise ValueError(
-            f"--meta_dir {meta_dir} {what}; exactly one of {EXPECTED} is expected there, or name it with --calibration"
-        )
+        remedy = f"exactly one of {EXPECTED} is expected there, or name it with --calibration"
+        raise ValueError(f"--meta_dir {meta_dir} {what}; {remedy}")
     return found[0]
 
 
@@ -285,10 +282,8 @@ def read_calibration(path: Path | str, *, up: str = "z", check: bool = True) -> 
             if isinstance(cameras, list) and any(isinstance(camera, dict) and key in camera for camera in cameras):
                 read = partial(reader, content=content)
         if read is None:
-            raise ValueError(
-                f"calibration {path}: no cameras found; 'frames' with transform_matrix (NeRF) or w2c "
-                "(opencv_cameras.json), or 'cameras' with matrix_world (Blender), are expected"
-            )
+            expected = "'frames' with transform_matrix (NeRF) or w2c, or 'cameras' with matrix_world (Blender)"
+            raise ValueError(f"calibration {path}: no cameras found; {expected} are expected")
     if read is None:
         raise ValueError(f"calibration {path}: unknown kind; {EXPECTED} is expected")
     calibration = read(path)

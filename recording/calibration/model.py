@@ -29,8 +29,7 @@ UP_ROTATIONS = {  # rotation that turns the named axis of the calibration's worl
 class Calibration:
     """The cameras of one recording, float64; camera k films video k.
 
-    K: [v, 3, 3] pixels, outer-corner origin (skew allowed). w2c: [v, 4, 4] OpenCV axes, the file's length unit; the
-    cameras' `centres` [v, 3] follow from it.
+    K: [v, 3, 3] pixels, outer-corner origin (skew allowed). w2c: [v, 4, 4] OpenCV axes, the file's length unit.
     distortion: [v, 5] OpenCV's k1, k2, p1, p2, k3, or [v, 8] with k4, k5, k6 (the rational model's denominator).
     sizes: (width, height) per camera, None where the file does not say. unit: "mm", "cm" or "m" where the file or its
     format says so. names: the cameras' names in the file, or (). relative: K is in fractions, fx, fy and cx of the
@@ -69,10 +68,9 @@ class Calibration:
         """Takes image sizes from the videos, refused where the file states another or its K cannot belong to them."""
         for index, (said, real) in enumerate(zip(self.sizes, sizes, strict=True)):
             if said is not None and tuple(said) != tuple(real):
-                raise ValueError(
-                    f"{self.source}: camera {index} is calibrated for {said[0]} x {said[1]} pictures, its video has "
-                    f"{real[0]} x {real[1]}; the calibration must belong to the videos as they are"
-                )
+                sizes = f"{said[0]} x {said[1]} pictures, its video has {real[0]} x {real[1]}"
+                remedy = "the calibration must belong to the videos as they are"
+                raise ValueError(f"{self.source}: camera {index} is calibrated for {sizes}; {remedy}")
         K = self.K
         if self.relative:
             K = K * np.array([[[w, w, w], [w, w, h], [1, 1, 1]] for w, h in sizes], dtype=np.float64)
@@ -144,10 +142,8 @@ class Calibration:
         x = (pixels[..., 0] - K[0, 2] - K[0, 1] * y) / K[0, 0]
         undone = undistort(np.stack([x, y], axis=-1), self.distortion[index])
         if undone is None:
-            raise ValueError(
-                f"{self.source}: the lens distortion {self.distortion[index].tolist()} of camera {index} cannot be "
-                f"undone over the picture; check its coefficients ({', '.join(COEFFICIENTS)})"
-            )
+            lens = f"the lens distortion {self.distortion[index].tolist()} of camera {index}"
+            raise ValueError(f"{self.source}: {lens} cannot be undone over the picture; check its coefficients")
         return undone
 
     def _pixel_matrix(self, index: int) -> np.ndarray:
@@ -180,10 +176,8 @@ def assemble(
     for index, lens in enumerate(lenses):
         table[index, : len(lens)] = numbers(lens, (len(lens),), f"{source}: distortion of camera {index}")
     if np.any(table[:, len(COEFFICIENTS) :]):
-        raise ValueError(
-            f"{source}: a camera has more distortion coefficients than {', '.join(COEFFICIENTS)}; thin-prism and tilt "
-            "terms are not supported: undistort the videos"
-        )
+        known = ", ".join(COEFFICIENTS)
+        raise ValueError(f"{source}: a camera has more distortion coefficients than {known}: undistort the videos")
     table, K = table[:, : 8 if np.any(table[:, 5:]) else 5], np.array(K)
     K[:, :2, 2] += first_pixel
     return Calibration(K, np.array(w2c), table, sizes, str(source), unit, names if all(names) else (), relative)

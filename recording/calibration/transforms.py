@@ -125,9 +125,8 @@ def _intrinsics(frame: Fields, path: Path) -> tuple[np.ndarray, tuple[int, int] 
                         size = image.size
                         break
                 except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-                    raise ValueError(
-                        f"{frame.where}: the size of {candidate} cannot be read ({error}); give w and h in {path.name}"
-                    ) from error
+                    what = f"the size of {candidate} cannot be read ({error})"
+                    raise ValueError(f"{frame.where}: {what}; give w and h in {path.name}") from error
     width, height = size or (1, 1)
     angles: list[float | None] = [None, None]  # as focal lengths
     for axis, (key, side) in enumerate((("camera_angle_x", width), ("camera_angle_y", height))):
@@ -142,10 +141,8 @@ def _intrinsics(frame: Fields, path: Path) -> tuple[np.ndarray, tuple[int, int] 
         if size is None and not ("cx" in frame and "cy" in frame):
             raise ValueError(f"{frame.where} needs the picture size w, h, or cx, cy (per frame or for the file)")
         if size is not None and angles[0] is not None and not 0.98 < angles[0] / fx < 1.02:
-            raise ValueError(
-                f"{frame.where}: fl_x {fx:.5g} and camera_angle_x contradict each other ({angles[0]:.5g} px at a "
-                f"width of {width}); take out the one that is wrong"
-            )
+            what = f"fl_x {fx:.5g} and camera_angle_x contradict each other ({angles[0]:.5g} px at a width of {width})"
+            raise ValueError(f"{frame.where}: {what}; take out the one that is wrong")
     elif angles[0] is None:
         raise ValueError(f"{frame.where} needs fl_x or camera_angle_x (per frame or for the file)")
     elif size is None and ("cx" in frame or "cy" in frame or angles[1] is not None):

@@ -65,10 +65,9 @@ def check_belongs(calibration: Calibration, pixels: np.ndarray) -> None:
     limit = min(MEETING, CONVINCING * written)
     explanations = [name for name in sorted(left, key=left.get) if left[name] <= limit]
     if explanations:
-        raise ValueError(
-            f"{calibration.source}: rays to the animal miss by {100 * written:.1f} % of the camera distance, and meet "
-            f"if {', or if '.join(explanations[:2])}"
-        )
+        meet = f"and meet if {', or if '.join(explanations[:2])}"
+        miss = f"rays to the animal miss by {100 * written:.1f} % of the camera distance"
+        raise ValueError(f"{calibration.source}: {miss}, {meet}")
 
 
 def ray_miss(centers: np.ndarray, directions: np.ndarray) -> float:
@@ -110,6 +109,4 @@ def check_silhouettes(calibration: Calibration, instants: Iterable[np.ndarray]) 
         return
     least, explanation = min((left(flipped), name) for name, flipped in mirrorings(calibration, pixels))
     if least <= min(2 * AGREED, EXPLAINED * written):
-        raise ValueError(
-            f"{calibration.source}: the animal's silhouettes fit together only if {explanation}; masks too"
-        )
+        raise ValueError(f"{calibration.source}: the animal's silhouettes fit together only if {explanation}")

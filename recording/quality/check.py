@@ -147,13 +147,10 @@ def read_points(path: Path | str, num_cameras: int) -> tuple[np.ndarray, np.ndar
         raise ValueError(f"{what}: {key} and points_2d must be full arrays of numbers: {error}") from error
     if xyz.ndim not in (2, 3) or xyz.shape[-1] != 3 or not xyz.size:
         raise ValueError(f"{what}: {key} must be [n, 3] or [frames, n, 3], got {list(xyz.shape)}")
-    expected = (num_cameras, *xyz.shape[:-1], 2)
-    if pixels is not None and pixels.shape != expected:
-        raise ValueError(
-            f"{what}: points_2d must be {list(expected)} to go with {num_cameras} cameras and points_3d, got "
-            f"{list(pixels.shape)}"
-        )
     if pixels is not None:
+        expected, got = [num_cameras, *xyz.shape[:-1], 2], list(pixels.shape)
+        if got != expected:
+            raise ValueError(f"{what}: points_2d must be {expected} (cameras, then as points_3d), got {got}")
         center = Fields({"pixel_centre": content.get("pixel_centre", 0.5)}, what).number("pixel_centre")
         pixels = (pixels + (0.5 - center)).reshape(num_cameras, -1, 2)
     return xyz.reshape(-1, 3), pixels

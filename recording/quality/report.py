@@ -57,10 +57,8 @@ def find_samples(data: Path) -> tuple[list[Path], dict, list[str]]:
             folders = [place.parent if place.name == CAMERAS_FILE else place for place in places]
             missing = [folder for folder in folders if not folder.is_dir()]
             if missing:
-                raise ValueError(
-                    f"{data} names {len(missing)} of {len(folders)} sample folders that are not there, the first is "
-                    f"{missing[0]}; was the dataset moved? Write the list with paths relative to itself"
-                )
+                what = f"{len(missing)} of {len(folders)} sample folders that are not there, the first {missing[0]}"
+                raise ValueError(f"{data} names {what}; if the dataset moved, write paths relative to the list")
         else:
             folders = read_split(data)  # refuses what leads out of the dataset
     elif not data.exists():
@@ -68,10 +66,8 @@ def find_samples(data: Path) -> tuple[list[Path], dict, list[str]]:
     else:
         folders = [data] if root != data else sorted(path.parent for path in data.glob(f"*/{CAMERAS_FILE}"))
     if not folders:
-        raise ValueError(
-            f"--data {data} holds no sample folder (<sample>/{CAMERAS_FILE} and its pictures); name a dataset folder, "
-            "a sample folder or a split list"
-        )
+        expected = f"a dataset folder, a sample folder ({CAMERAS_FILE} and its pictures) or a split list is expected"
+        raise ValueError(f"--data {data} holds no sample folder; {expected}")
     return folders, read_dataset_info(root) if (root / DATASET_FILE).is_file() else {}, notes
 
 
@@ -144,26 +140,21 @@ def measure_geometry(
     focal_px = np.stack([placement.true_focal for placement in placements]) * image_size
     off_px = np.take_along_axis(analysis.residuals, orders, axis=1) / distance * focal_px
     deviation = np.stack([placement.deviation_deg for placement in placements])
-    border = np.array(
-        [[masks[k].touches_border for k in order] for order, masks in zip(orders, analysis.masks, strict=True)]
-    )
+    border = np.array([[masks[k].touches_border for k in order] for order, masks in zip(orders, analysis.masks)])
     errors = np.array([label_error(plan, calibration, placement) for placement in placements])
     views = [
         {
-            "name": view.name,
-            "camera": plan.order[slot],
+            "name": view.name, "camera": plan.order[slot],
             "azimuth_deg": float(circular_mean_deg(relative[:, slot])),
             "elevation_deg": float(elevation[:, slot].mean()),
             "off_rig_view_deg": float(plan.view_off_deg[slot]) if plan.requested else 0.0,
             "frame_deviation_deg_max": float(deviation[:, slot].max()),
-            "distance_mean": float(distance[:, slot].mean()),
-            "distance_std": float(distance[:, slot].std()),
+            "distance_mean": float(distance[:, slot].mean()), "distance_std": float(distance[:, slot].std()),
             "centre_off_px_rms": float(np.sqrt((off_px[:, slot] ** 2).mean())),
-            "extent_max": float(plan.extents[:, slot].max()),
-            "cut_by_photograph": int(border[:, slot].sum()),
+            "extent_max": float(plan.extents[:, slot].max()), "cut_by_photograph": int(border[:, slot].sum()),
         }
         for slot, view in enumerate(plan.rig.views)
-    ]
+    ]  # fmt: skip
     return {
         "num_samples": len(placements), "skipped_frames": len(analysis.skipped), "image_size": image_size,
         "rig": plan.rig.name, "requested_rig": plan.requested.name if plan.requested else None,
