@@ -204,7 +204,8 @@ def check_body_length(calibration: Calibration, measured: float, stated: float |
     """Raises ValueError unless the measured length (calibration's unit) is an animal's, and about --body_length."""
     if stated is not None and not 1 / 3 <= stated / measured <= 3:
         factors = [f for f in (1000.0, 0.001) if abs(np.log10(measured / stated / f)) < 0.4]
-        length = f"{measured:.3g} long" + "".join(f", {f:g} times as much (millimetres against metres?)" for f in factors)
+        hints = [f", {factor:g} times as much (millimetres against metres?)" for factor in factors]
+        length = f"{measured:.3g} long{''.join(hints)}"
         remedy = "give --body_length in the calibration's unit, or leave it out"
         raise ValueError(f"--body_length {stated:.4g}: {calibration.source} shows an animal {length}; {remedy}")
     _check_length(calibration, "the animal's length", measured, BODY_LENGTH_MM)
