@@ -33,7 +33,8 @@ from mvdiffusion import components
 from mvdiffusion.facelift_yaml import load_training_config
 from mvdiffusion.models.unet import load_unet
 from mvdiffusion.prompts import load_prompt_embeds
-from recording.calibration import Calibration, read_calibration, write_calibration
+from recording.calibration.formats import read_calibration, write_calibration
+from recording.calibration.model import Calibration
 from recording.video import VideoReader, probe
 
 ROOT = Path(__file__).resolve().parent.parent
