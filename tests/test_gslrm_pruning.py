@@ -73,20 +73,6 @@ def test_selection_keeps_exactly_the_foreground_and_its_margin(margin_px):
     assert selection.patches_per_sample == patches.flatten(1).sum(1).tolist()
 
 
-def test_patches_pixels_and_their_numbers_belong_together():
-    generator = torch.Generator().manual_seed(0)
-    maps, masks = torch.rand(2, 3, 4, 16, 24, generator=generator), torch.rand(2, 3, 1, 16, 24, generator=generator)
-    for selection in (select_patches(maps, 8), select_patches(maps, 8, (masks > 0.99).float())):
-        pixels = selection.pixels_of(selection.patches_of(maps).reshape(-1, 4))
-        by_number = maps.permute(0, 1, 3, 4, 2).reshape(2, -1, 4)
-        start = 0
-        for sample, count in enumerate(selection.pixels_per_sample):
-            one = slice(start, start + count)
-            assert torch.equal(pixels[one], by_number[sample, selection.pixel_index()[one]])
-            start += count
-        assert start == len(pixels) > 0
-
-
 # ---- the pruned model -----------------------------------------------------------------------------------------------
 
 
