@@ -3,27 +3,19 @@
 import pytest
 import torch
 
-from gslrm.config import GaussiansConfig, ImageTokenizerConfig, ModelConfig, TransformerConfig
 from gslrm.model.gslrm import GSLRM, Attention
 from gslrm.model.selection import select_patches
 from multiview.cameras import Cameras
 from tests import oracle_gslrm
-from tests.test_gslrm import assert_same, rows_of, spread
+from tests.test_gslrm import assert_same, rows_of, spread, tiny
 
 SIZE = 16
 
 
 def build(prune=True, *, seed=0, free=2, **changes) -> GSLRM:
-    """A tiny model whose values spread: weights ten times the initial ones."""
-    config = ModelConfig(
-        image_tokenizer=ImageTokenizerConfig(image_size=SIZE),
-        transformer=TransformerConfig(d=32, d_head=16, n_layer=2),
-        gaussians=GaussiansConfig(n_gaussians=free),
-        prune_background_tokens=prune,
-        **changes,
-    )
+    """A tiny model whose values spread."""
     torch.manual_seed(seed)
-    return spread(GSLRM(config))
+    return spread(GSLRM(tiny(prune_background_tokens=prune, gaussians={"n_gaussians": free}, **changes)))
 
 
 def posed_views(batch=1, num_views=3):

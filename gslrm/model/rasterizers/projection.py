@@ -113,7 +113,7 @@ def _axis_backward(w2c, column, scale, fx_z, fy_z, slope_x, slope_y, per_z, v00,
 
 @kernel()
 def touched(center, reach, origin, size):
-    """First and last (exclusive) pixel of a tile or image at `origin`, from there, whose centers lie within the reach."""
+    """First and last (exclusive) pixel of a tile or image at `origin`, from there, with centers within the reach."""
     first = max(math.ceil(center - reach - 0.5 - origin), 0.0)
     last = min(math.floor(center + reach - 0.5 - origin) + 1.0, float(size))
     return (int(first), int(last)) if last > first else (0, 0)
