@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from multiview.checkpoint import Ema, add_adapters, is_adapter_weight, merged_weights, save_adapters
+from multiview.checkpoint import Ema, add_adapters, is_adapter_weight, merged_weights, read_rig, save_adapters
 from multiview.config import config_to_dict
 from multiview.files import atomic_folder
 from multiview.rig import ViewRig, check_alignment, check_start, load_rig
@@ -44,7 +44,6 @@ from mvdiffusion.models.unet import (
     load_unet,
     resolve_unet_folder,
     save_unet,
-    unet_rig,
 )
 from mvdiffusion.prompts import PromptEmbeds, check_embeds_fit, load_prompt_embeds
 from mvdiffusion.validation import evaluate
@@ -173,7 +172,8 @@ class MVDiffusionTraining(Training):
     def batches(self, sampler: StepSampler) -> Iterator[EncodedBatch]:
         config = self.settings
         if config.cache_latents:
-            return LatentCache(self.components, self.dataset, self.device, config.cache_dir).batches(sampler)
+            cache = LatentCache(self.components, self.dataset, self.device, config.cache_dir)
+            return map(cache.batch, sampler)
         return live_batches(self.components, self.dataset, sampler, config.dataloader_num_workers, self.device)
 
     def loss(self, model: nn.Module, batch: EncodedBatch, generator: torch.Generator) -> tuple[Tensor, None]:
@@ -274,7 +274,7 @@ def starting_unet(config: MVDiffusionConfig, rig: ViewRig):
     folder = resolve_unet_folder(
         config.pretrained_unet_path or local_folder(config.pretrained_model_name_or_path) / "unet"
     )
-    stored = unet_rig(folder)
+    stored = read_rig(folder)
     if stored is not None and not config.allow_rig_change:
         check_start(rig, "allow_rig_change", unet=stored)
     unet = load_unet(

@@ -307,7 +307,7 @@ def measure_rendering(bench: Bench):
 
 def stage1(bench: Bench, attention: str):
     """Returns the training config, components with a UNet, and prompt embeddings, all of random weights."""
-    from mvdiffusion.demo import SD21_UNCLIP, demo_shape, random_components
+    from mvdiffusion.components import SD21_UNCLIP, demo_shape, random_components
     from mvdiffusion.facelift_yaml import load_training_config
     from mvdiffusion.models.unet import create_unet
     from mvdiffusion.prompts import TOKENS, PromptEmbeds
@@ -316,14 +316,13 @@ def stage1(bench: Bench, attention: str):
     config, rig = load_training_config(str(REPOSITORY / "configs" / f"{name}_mvdiffusion.yaml"), []), load_rig("mouse6")
     shape = SD21_UNCLIP if bench.options.preset == "full" else demo_shape(config.unet)
     with bench.device:
-        unet, dtype = create_unet(shape.unet, rig.num_views, attention), torch.float16 if bench.on_gpu else None
+        unet, dtype = create_unet(shape["unet"], rig.num_views, attention), torch.float16 if bench.on_gpu else None
     components = random_components(shape, device=bench.device, dtype=dtype or torch.float32)
-    prompts = torch.randn(rig.num_views, TOKENS, shape.unet["cross_attention_dim"])
+    prompts = torch.randn(rig.num_views, TOKENS, shape["unet"]["cross_attention_dim"])
     return config, replace(components, unet=unet), PromptEmbeds(prompts, rig, "random prompt embeddings")
 
 
 def measure_sampling(bench: Bench):
-    from mvdiffusion.components import tune
     from mvdiffusion.pipelines.multiview import GUIDANCE_SCALE, NUM_STEPS, generate_views
 
     image, runs, flops = torch.rand(1, 3, bench.size, bench.size), {}, {}
@@ -336,7 +335,8 @@ def measure_sampling(bench: Bench):
 
         one, two = (count_flops(lambda n=n, run=run: run(n)) for n in (1, 2))
         flops[attention], runs[attention] = (one + (NUM_STEPS - 1) * (two - one), two - one), run
-        tune(components, compiled=bench.options.compile)
+        if bench.options.compile:
+            components.unet.compile()
     records, times = [], bench.time(*runs.values())
     for (attention, run), whole in zip(runs.items(), times):
         short, long = bench.time(lambda run=run: run(1), lambda run=run: run(3))

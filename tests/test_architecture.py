@@ -31,7 +31,7 @@ ALLOWED_IMPORTS = {  # package -> the packages that it may import; entry scripts
 }
 HOMES = {  # library -> the only places that may import it
     "diffusers": ("mvdiffusion/", "scripts/make_demo_components.py"),
-    "matplotlib": ("evaluation/report.py", "recording/quality/check.py"),
+    "matplotlib": ("evaluation/report.py", "recording/quality/"),
     "gsplat": ("gslrm/model/rasterizers/", "gslrm/model/ply.py"),
     "wandb": ("multiview/run.py",),
 }

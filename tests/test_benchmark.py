@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from mvdiffusion_tiny import UNET
 
 from gslrm.config import ImageTokenizerConfig, ModelConfig, TransformerConfig
 from gslrm.model.gaussians_renderer import render
 from gslrm.model.gslrm import GSLRM
 from multiview.cameras import Cameras
 from multiview.rig import load_rig
-from mvdiffusion.demo import SD21_UNCLIP, Stage1Shape
+from mvdiffusion.components import SD21_UNCLIP
 from mvdiffusion.models.unet import create_unet
 from tests import peer_rasterizer
 from tests.peer_gslrm import PlainGSLRM
@@ -125,27 +126,21 @@ def test_the_import_is_filmed_looped_measured_and_leaves_nothing_behind(benchmar
     assert own["largest memory of all processes, MiB"] > 100 and not list(tmp_path.glob("benchmark_import_*"))
 
 
-TINY = Stage1Shape(
-    unet={
-        "sample_size": 8, "in_channels": 8, "out_channels": 4, "block_out_channels": [16, 32], "layers_per_block": 1,
-        "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D"], "attention_head_dim": [2, 4],
-        "norm_num_groups": 8, "cross_attention_dim": 16, "use_linear_projection": True,
-        "class_embed_type": "projection", "projection_class_embeddings_input_dim": 16,
-    },
-    vae={
+TINY = {
+    "unet": UNET,
+    "vae": {
         "block_out_channels": [8, 8, 16], "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 4,
         "down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3,
     },
-    vision={
+    "vision": {
         "hidden_size": 16, "intermediate_size": 32, "projection_dim": 8, "num_hidden_layers": 1,
         "num_attention_heads": 2, "image_size": 32, "patch_size": 16,
     },
-)  # fmt: skip
+}  # fmt: skip
 
 
 def test_stage_1_is_sampled_and_trained_with_the_real_code(benchmark, monkeypatch):
-    monkeypatch.setattr("mvdiffusion.demo.demo_shape", lambda unet: TINY)
+    monkeypatch.setattr("mvdiffusion.components.demo_shape", lambda unet: TINY)
     monkeypatch.setattr("mvdiffusion.pipelines.multiview.NUM_STEPS", 4)
     options = benchmark.argparse.Namespace(preset="demo", repeats=1, compile=False, no_memory=True)
     bench = benchmark.Bench(options, torch.device("cpu"))
@@ -161,7 +156,7 @@ def test_stage_1_is_sampled_and_trained_with_the_real_code(benchmark, monkeypatc
     assert encoded["operations, TFLOP"] > cached["operations, TFLOP"] and cached["times the cache's"] == 1.0
     assert cached["TFLOP/s"] == pytest.approx(cached["operations, TFLOP"] / cached["ms"][0])
     with torch.device("meta"):  # --preset full is FaceLift's UNet, of Stable Diffusion 2.1 unCLIP
-        unet = create_unet(SD21_UNCLIP.unet, 6, "sparse")
+        unet = create_unet(SD21_UNCLIP["unet"], 6, "sparse")
     numbers = sum(parameter.numel() for parameter in unet.parameters())
     assert len(unet.state_dict()) == 690 and numbers == pytest.approx(870e6, rel=0.002)
 
