@@ -162,21 +162,25 @@ def test_extrinsics_meant_otherwise_are_detected_and_named(tmp_path, real, name)
     assert refused >= (20 if name.startswith("OpenGL") else 16) and named >= 0.9 * refused
 
 
+def calibration_of(cameras):
+    w2c, K = cameras.w2c.double().numpy(), cameras.intrinsic_matrix().double().numpy()
+    u, _, v = np.linalg.svd(w2c[:, :3, :3])
+    w2c[:, :3, :3] = u @ v
+    return Calibration(K, w2c, np.zeros((len(K), 5)), ((512, 512),) * len(K), "rig")
+
+
 def test_sound_rigs_are_not_suspected(real):
     """Every rig that ships, rolled cameras, bad aim, one side only, two cameras; each in worlds of its own."""
     rng = np.random.default_rng(0)
     rigs = [load_rig(name).cameras(512) for name in ("mouse6", "facelift6", "uniform4", "uniform8")]
     arc = Cameras.orbit(torch.linspace(-40, 40, 5), torch.full((5,), 20.0), 2.7, 1.07, 512)
     for cameras in [*rigs, arc, arc[:2], arc[[0, 2, 4]]]:
-        w2c = cameras.w2c.double().numpy()
-        u, _, v = np.linalg.svd(w2c[:, :3, :3])
-        w2c[:, :3, :3] = u @ v
+        sound = calibration_of(cameras)
+        w2c = sound.w2c
         for k in range(len(w2c)):
             turn, _ = cv2.Rodrigues(rng.normal(size=3) * 0.06)
             quarter, _ = cv2.Rodrigues(np.array([0.0, 0.0, np.pi / 2 * rng.integers(4)]))
             w2c[k, :3] = quarter @ turn @ w2c[k, :3]
-        K = cameras.intrinsic_matrix().double().numpy()
-        sound = Calibration(K, w2c, np.zeros((len(K), 5)), ((512, 512),) * len(K), "rig")
         for seed in range(4):
             validate(moved(sound, seed))
         validate(replace(sound, w2c=w2c @ np.linalg.inv(w2c[0])))
@@ -189,24 +193,23 @@ def test_units_are_taken_at_their_word(tmp_path, real):
     refused(path, "unit must be one of mm, cm, m")
     metres = replace(real, w2c=real.w2c * np.vstack([np.tile([1, 1, 1, 0.001], (3, 1)), np.ones(4)]), unit="m")
     assert read_calibration(write_calibration(tmp_path, metres, "opencv")).close_to(metres)
-    check_body_length(real, 73.0)
-    check_body_length(real, 73.0, 70.0)
-    check_body_length(replace(real, unit=None), 0.073)
-    with pytest.raises(ValueError, match="0.073 mm, taking its mm at its word.* T times 1000"):
-        check_body_length(real, 0.073)
-    with pytest.raises(ValueError, match=r"--body_length 0.073: .* 73 long, 1000 times as much \(millimetres"):
-        check_body_length(replace(real, unit=None), 73.0, 0.073)
-    with pytest.raises(ValueError, match="--body_length 300: "):
-        check_body_length(replace(real, unit=None), 73.0, 300.0)
+    unitless = replace(real, unit=None)
+    for calibration, *lengths in ((real, 73.0), (real, 73.0, 70.0), (unitless, 0.073)):
+        check_body_length(calibration, *lengths)
+    for calibration, lengths, message in (
+        (real, (0.073,), "0.073 mm, taking its mm at its word.* T times 1000"),
+        (unitless, (73.0, 0.073), r"--body_length 0.073: .* 73 long, 1000 times as much \(millimetres"),
+        (unitless, (73.0, 300.0), "--body_length 300: "),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_body_length(calibration, *lengths)
 
 
 def test_a_camera_in_another_unit_is_seen_where_its_axis_still_fits():
     """In a world around the animal, a T in metres leaves the camera on its axis, only far nearer."""
-    cameras = load_rig("mouse6").cameras(512)
-    w2c, K = cameras.w2c.double().numpy(), cameras.intrinsic_matrix().double().numpy()
-    w2c[:, :3, 3] *= 1000.0
-    sound = validate(Calibration(K, w2c, np.zeros((6, 5)), ((512, 512),) * 6, "rig"))
-    w2c = w2c.copy()
+    sound = calibration_of(load_rig("mouse6").cameras(512))
+    sound.w2c[:, :3, 3] *= 1000.0
+    w2c = validate(sound).w2c.copy()
     w2c[3, :3, 3] *= 0.001
     refused(replace(sound, w2c=w2c), "camera 3 stands 2.7 from .* others about 2700; .*factor of 1000", validate)
 

@@ -77,11 +77,9 @@ def read_mammal_pickle(path: Path) -> Calibration:
 
 def write_mammal_pickle(path: Path, calibration: Calibration) -> None:
     calibration.require(path, distortion=False)
-    entries = [
-        {"K": K, "R": w2c[:3, :3].copy(), "T": w2c[:3, 3].copy()}
-        for K, w2c in zip(_first_pixel_K(calibration), calibration.w2c, strict=True)
-    ]
-    Path(path).write_bytes(pickle.dumps(entries, protocol=4))
+    pairs = zip(_first_pixel_K(calibration), calibration.w2c, strict=True)
+    entries = [{"K": K, "R": w2c[:3, :3].copy(), "T": w2c[:3, 3].copy()} for K, w2c in pairs]
+    path.write_bytes(pickle.dumps(entries, protocol=4))
 
 
 # ---- DANNCE: params{c} with K transposed and row vectors, [X 1] [r; t] K ---------------------------------------------
@@ -197,7 +195,7 @@ def write_anipose_toml(path: Path, calibration: Calibration) -> None:
             f"rotation = {Rotation.from_matrix(w2c[:3, :3]).as_rotvec().tolist()}",
             f"translation = {w2c[:3, 3].tolist()}", "",
         ]  # fmt: skip
-    Path(path).write_text("\n".join([*lines, "[metadata]", ""]))
+    path.write_text("\n".join([*lines, "[metadata]", ""]))
 
 
 # ---- the project's own: {"frames": [{"w", "h", "fx", "fy", "cx", "cy", "w2c", "file_path"?}], "unit"?} ---------------
@@ -225,7 +223,7 @@ def write_opencv_json(path: Path, calibration: Calibration) -> None:
         }
         for index, K in enumerate(calibration.K)
     ]  # fmt: skip
-    write_json(Path(path), {"frames": frames, **({"unit": calibration.unit} if calibration.unit else {})})
+    write_json(path, {"frames": frames, **({"unit": calibration.unit} if calibration.unit else {})})
 
 
 # ---- all of them ----------------------------------------------------------------------------------------------------
@@ -240,10 +238,8 @@ FORMATS = {  # format -> its place in a folder, its writer
     "opencv": ("opencv_cameras.json", write_opencv_json),
     "blender": ("blender_cameras.json", write_blender_json),
 }
-READERS = {
-    ".pkl": read_mammal_pickle, ".pickle": read_mammal_pickle, ".mat": read_dannce_mat, ".toml": read_anipose_toml,
-    ".txt": read_colmap, ".bin": read_colmap,
-}  # fmt: skip
+READERS = {".pkl": read_mammal_pickle, ".pickle": read_mammal_pickle, ".mat": read_dannce_mat}
+READERS |= {".toml": read_anipose_toml, ".txt": read_colmap, ".bin": read_colmap}
 JSON_READERS = (  # the list of cameras, the key that tells whose it is; of several the last
     ("cameras", "matrix_world", read_blender_json), ("frames", "w2c", read_opencv_json),
     ("frames", "transform_matrix", read_transforms),

@@ -59,7 +59,7 @@ def read_transforms(path: Path, content: dict) -> Calibration:
                 continue
             seen.add(text)
         frame = Fields(values, f"{path}: frame {index}", ("transform_matrix",), LENS)
-        K, size = _intrinsics(frame, Path(path))
+        K, size = _intrinsics(frame, path)
         lens = [frame.number(key, 0.0) for key in LENS]
         w2c = _from_c2w(values["transform_matrix"], f"{frame.where}: transform_matrix")
         key = np.concatenate([K.ravel(), w2c.ravel(), lens]).round(9).tobytes()
@@ -90,7 +90,7 @@ def write_transforms(path: Path, calibration: Calibration) -> None:
         frame |= {"fl_x": K[0, 0], "fl_y": K[1, 1], "cx": K[0, 2], "cy": K[1, 2]}
         frame |= dict(zip(LENS, calibration.distortion[index].tolist(), strict=True))
         frames.append({**frame, "transform_matrix": _to_c2w(w2c).tolist()})
-    write_json(Path(path), {"camera_model": "OPENCV", "frames": frames})
+    write_json(path, {"camera_model": "OPENCV", "frames": frames})
 
 
 def _from_c2w(values, what: str) -> np.ndarray:
@@ -206,4 +206,4 @@ def write_blender_json(path: Path, calibration: Calibration) -> None:
                 "shift_y": (K[1, 2] - height / 2) * aspect / width,
             }
         )  # fmt: skip
-    write_json(Path(path), {"cameras": cameras, **({"unit": calibration.unit} if calibration.unit else {})})
+    write_json(path, {"cameras": cameras, **({"unit": calibration.unit} if calibration.unit else {})})

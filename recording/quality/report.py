@@ -72,15 +72,9 @@ def find_samples(data: Path) -> tuple[list[Path], dict, list[str]]:
 
 
 def check_dataset(
-    data: Path,
-    output_dir: Path,
-    *,
-    rig: str | None = None,
-    num_samples: int = 200,
-    num_views: int | None = None,
-    workers: int = 2,
-    progress: bool = False,
-) -> dict:
+    data: Path, output_dir: Path, *, rig: str | None = None, num_samples: int = 200, num_views: int | None = None,
+    workers: int = 2, progress: bool = False,
+) -> dict:  # fmt: skip
     """Measures any dataset, writes the report into output_dir, returns it.
 
     data: as in `find_samples`. rig: name or file, by default what dataset.json states. num_samples: evenly spaced over
