@@ -183,9 +183,6 @@ def assemble(
     return Calibration(K, np.array(w2c), table, sizes, str(source), unit, names if all(names) else (), relative)
 
 
-# ---- the lens -------------------------------------------------------------------------------------------------------
-
-
 def distort(normalised: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
     """Maps ideal normalised coordinates [..., 2] to those the lens makes of them. coefficients: as `Calibration`.
 
