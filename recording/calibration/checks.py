@@ -10,7 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
+from multiview.cameras import nearest_point
 from recording.calibration.fields import OPENGL
 from recording.calibration.model import Calibration, centers_of
 
@@ -91,10 +93,6 @@ class Layout:
 
 def nearest(centers: np.ndarray, directions: np.ndarray) -> np.ndarray:
     """Returns `multiview.cameras.nearest_point` of numpy arrays [..., n, 3]."""
-    import torch
-
-    from multiview.cameras import nearest_point
-
     pair = (torch.from_numpy(np.ascontiguousarray(values)) for values in (centers, directions))
     return nearest_point(*pair).numpy()
 
