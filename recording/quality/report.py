@@ -50,17 +50,16 @@ def find_samples(data: Path) -> tuple[list[Path], dict, list[str]]:
     root = data if data.is_dir() and not (data / CAMERAS_FILE).is_file() else data.parent
     if data.is_file():
         lines = read_lines(data)
+        places = [root / line for line in lines]  # an absolute line replaces the root
+        folders = [place.parent if place.name == CAMERAS_FILE else place for place in places]
         notes += ["absolute_paths"] if any(map(os.path.isabs, lines)) else []
         notes += ["camera_files"] if any(line.endswith(".json") for line in lines) else []
-        if notes:
-            places = [root / line for line in lines]  # an absolute line replaces the root
-            folders = [place.parent if place.name == CAMERAS_FILE else place for place in places]
-            missing = [folder for folder in folders if not folder.is_dir()]
-            if missing:
-                what = f"{len(missing)} of {len(folders)} sample folders that are not there, the first {missing[0]}"
-                raise ValueError(f"{data} names {what}; if the dataset moved, write paths relative to the list")
-        else:
+        missing = [folder for folder in folders if not folder.is_dir()]
+        if not notes:
             folders = read_split(data)  # refuses what leads out of the dataset
+        elif missing:
+            what = f"{len(missing)} of {len(folders)} sample folders that are not there, the first {missing[0]}"
+            raise ValueError(f"{data} names {what}; if the dataset moved, write paths relative to the list")
     elif not data.exists():
         raise ValueError(f"--data {data} does not exist; name a dataset folder, a sample folder or a split list")
     else:
@@ -72,15 +71,9 @@ def find_samples(data: Path) -> tuple[list[Path], dict, list[str]]:
 
 
 def check_dataset(
-    data: Path,
-    output_dir: Path,
-    *,
-    rig: str | None = None,
-    num_samples: int = 200,
-    num_views: int | None = None,
-    workers: int = 2,
-    progress: bool = False,
-) -> dict:
+    data: Path, output_dir: Path, *, rig: str | None = None, num_samples: int = 200, num_views: int | None = None,
+    workers: int = 2, progress: bool = False,
+) -> dict:  # fmt: skip
     """Measures any dataset, writes the report into output_dir, returns it.
 
     data: as in `find_samples`. rig: name or file, by default what dataset.json states. num_samples: evenly spaced over
@@ -133,9 +126,8 @@ def measure_geometry(
 ) -> dict:
     """From the masks and cameras of every frame: directions, distances, center's consistency, clipping, label error."""
     orders = np.array([placement.order for placement in placements])  # with a heading, cameras change their views
-    azimuth, elevation, distance = (
-        np.take_along_axis(values, orders, axis=1) for values in directions_from(analysis.centres, calibration.centres)
-    )
+    seen = directions_from(analysis.centres, calibration.centres)
+    azimuth, elevation, distance = (np.take_along_axis(values, orders, axis=1) for values in seen)
     relative = azimuth - azimuth[:, [plan.rig.reference_view]]
     focal_px = np.stack([placement.true_focal for placement in placements]) * image_size
     off_px = np.take_along_axis(analysis.residuals, orders, axis=1) / distance * focal_px
