@@ -127,9 +127,7 @@ def write_report(
     return report
 
 
-def measure_geometry(
-    calibration: Calibration, analysis: Analysis, plan: Plan, image_size: int
-) -> dict:
+def measure_geometry(calibration: Calibration, analysis: Analysis, plan: Plan, image_size: int) -> dict:
     """From the masks and cameras of every frame: directions, distances, center's consistency, clipping, label error."""
     orders = plan.orders  # with a heading, cameras change their views
     azimuth, elevation, distance = (
