@@ -19,6 +19,8 @@ from contextlib import ExitStack, closing
 from multiprocessing import forkserver
 from typing import Any
 
+from multiview.run import STOP_SIGNALS
+
 KEPT = 2**24  # bytes: blocks of memory up to this size stay with a process instead of going back and forth
 BLOCK = 6  # steps a lane takes before the next one has its turn: its decoder's frames are still in the cache
 AHEAD = 4  # blocks by which a process may be ahead of the slowest: what is unfinished stays bounded
@@ -81,7 +83,12 @@ def start_server():
     """Starts the server that has imported the package once and makes the processes; returns its context."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    forkserver.ensure_running()
+    if threading.current_thread() is threading.main_thread():
+        # The server and its children inherit that they ignore what a cluster or a closed terminal sends to all.
+        before = {number: signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS}
+        forkserver.ensure_running()
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return context
 
 
@@ -89,7 +96,7 @@ def _start(make: Callable[[int], Iterator[Any]], lanes: list[int]) -> None:
     """Prepares a worker process."""
     import cv2
 
-    for number in (signal.SIGINT, signal.SIGTERM):  # the main process says when to stop
+    for number in (signal.SIGINT, *STOP_SIGNALS):  # the main process says when to stop
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_main_process, daemon=True).start()
     cv2.setNumThreads(1)

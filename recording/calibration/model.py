@@ -123,6 +123,16 @@ class Calibration:
             np.abs(a - b).max() <= tolerance * max(np.abs(a).max(), 1e-12) for a, b in zip(mine, theirs)
         )
 
+    def cameras(self):
+        """Returns one Cameras [v], float64, of cameras of one known image size without skew and lens distortion."""
+        import torch
+
+        from multiview.cameras import Cameras
+
+        K, (width, height) = self.K, self.sizes[0]
+        values = np.stack([K[:, 0, 0], K[:, 1, 1], K[:, 0, 2], K[:, 1, 2]], axis=-1)
+        return Cameras.from_w2c(torch.from_numpy(self.w2c), torch.from_numpy(values), height, width)
+
     def project(self, xyz: np.ndarray) -> np.ndarray:
         """Projects world points [n, 3] to pixels [v, n, 2], distortion and skew included."""
         camera = np.einsum("vij,nj->vni", self.w2c[:, :3, :3], xyz) + self.w2c[:, None, :3, 3]
