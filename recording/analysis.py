@@ -91,24 +91,19 @@ def check_videos(videos: list[Video], masks: list[Video]) -> None:
     first, numbered = videos[0], [video.files[0] for video in (*videos, *masks) if video.is_images]
     for video in (*videos, *masks):
         if video.num_frames != first.num_frames:
-            raise ValueError(
-                f"{video.name} has {video.num_frames} frames, {first.name} has {first.num_frames}; frame n must be the "
-                "same instant in every video, so the counts must be equal"
-            )
+            counts = f"{video.name} has {video.num_frames} frames, {first.name} has {first.num_frames}"
+            raise ValueError(f"{counts}; frame n must be the same instant in every video, so these must be equal")
         if video.rate and first.rate and abs(video.rate - first.rate) > RATE_TOLERANCE * first.rate:
             raise ValueError(f"{video.name} runs at {video.rate:g} frames/s, {first.name} at {first.rate:g}")
     for path in numbered:
         if frame_number(path) != frame_number(numbered[0]):
-            raise ValueError(
-                f"{path} is the first image of its folder, {numbered[0]} that of another; images of one number must "
-                "show the same instant, so all folders must start with the same one"
-            )
+            firsts = f"{path} is the first image of its folder, {numbered[0]} that of another"
+            raise ValueError(f"{firsts}; images of one number must show the same instant: start all with the same one")
     for video, mask in zip(videos, masks):  # no masks where they are still to be found
         if video.size != mask.size:
-            raise ValueError(
-                f"{mask.name} is {mask.size[0]} x {mask.size[1]}, its video {video.name} {video.size[0]} x "
-                f"{video.size[1]}; masks must be of the same (undistorted or raw) images"
-            )
+            (width, height), (own_width, own_height) = mask.size, video.size
+            sizes = f"{mask.name} is {width} x {height}, its video {video.name} {own_width} x {own_height}"
+            raise ValueError(f"{sizes}; masks must be of the same (undistorted or raw) images")
 
 
 def record_masks(recording: Recording, frames: list[int], settings: ImportSettings) -> list[MaskTrack]:
@@ -156,10 +151,8 @@ def analyse(
     hulls, axes = trunk_hulls(calibration, tracks, kept, centers, residuals, measured)
     empty = np.flatnonzero(~axes.any(axis=1))
     if settings.heading != "none" and len(empty):
-        raise ValueError(
-            f"frame {numbers[empty[0]]}: the masks have no common volume, so there is no visual hull; look at "
-            "its masks, or use --heading none"
-        )
+        where = f"frame {numbers[empty[0]]}: the masks have no common volume"
+        raise ValueError(f"{where}, so there is no visual hull; look at its masks, or use --heading none")
     tails = tail_sides(calibration, tracks, kept, hulls, axes, measured) if settings.heading != "none" else None
     if settings.centre == "hull":
         centers = hulls
@@ -197,10 +190,8 @@ def _usable_frames(
             kept.append(index)
             continue
         if settings.on_bad_frame == "error":
-            raise ValueError(
-                f"{empty[0]}: {what} of frame {frame} is empty; mend it, or leave such frames out with "
-                "--on_bad_frame skip"
-            )
+            which = f"{empty[0]}: {what} of frame {frame}"
+            raise ValueError(f"{which} is empty; mend it, or leave such frames out with --on_bad_frame skip")
         skipped[frame] = f"empty mask in {', '.join(Path(name).name for name in empty)}"
     if not kept:
         raise ValueError(

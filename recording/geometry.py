@@ -189,10 +189,8 @@ def _named_views(
     azimuth, elevation, _ = seen
     by_heading = headings_deg is not None
     if elevation.mean() < -5.0:
-        raise ValueError(
-            f"{calibration.source}: the cameras stand {-elevation.mean():.0f} degrees below the animal on average, so "
-            "the world's +z does not point up; name the axis that does with --up"
-        )
+        stand = f"{calibration.source}: the cameras stand {-elevation.mean():.0f} degrees below the animal on average"
+        raise ValueError(f"{stand}, so the world's +z does not point up; name the axis that does with --up")
     if reference_camera is not None and not 0 <= reference_camera < len(calibration):
         raise ValueError(f"--reference_camera must be 0..{len(calibration) - 1}, got {reference_camera}")
     if rig is None:  # views in order of azimuth from the reference camera, named by it
@@ -207,16 +205,11 @@ def _named_views(
             f"the recording has {len(calibration)} cameras, rig {rig.name} has {rig.num_views} views; choose a rig "
             f"of {len(calibration)} views, or --rig {CALIBRATED} to name the views by their measured directions"
         )
-    if rig.azimuth_zero == "heading" and not by_heading:
+    if (rig.azimuth_zero == "heading") != by_heading:
+        counts = "the animal's own front" if not by_heading else "the reference view"
         raise ValueError(
-            f"rig {rig.name} counts azimuth from the animal's own front (azimuth_zero: heading); find the front with "
-            f"--heading motion or pca, or choose a rig that counts from the reference view, e.g. mouse6, or --rig "
-            f"{CALIBRATED}"
-        )
-    if by_heading and rig.azimuth_zero != "heading":
-        raise ValueError(
-            f"--heading turns every sample so that the animal faces azimuth 0, rig {rig.name} counts azimuth from the "
-            "reference view; choose a rig that counts from the animal's front, e.g. --rig facelift6, or --heading none"
+            f"rig {rig.name} counts azimuth from {counts}: rigs that count from the front (--rig facelift6) need "
+            "--heading motion or pca, rigs that count from the reference view (--rig mouse6) need --heading none"
         )
     if by_heading:
         each = [assign_views(a - h, e, rig, None) for a, e, h in zip(azimuth, elevation, headings_deg, strict=True)]

@@ -87,9 +87,8 @@ def _process(recording: Recording, settings: ImportSettings, say: Callable[[str]
     if rig is not None and plan.rig.differences(rig):
         path = settings.output_dir / DATASET_FILE
         say(
-            f"the dataset's rig is {plan.rig.name}, the cameras as measured, not {rig.name}: train with rig={path} "
-            f"(prompt embeddings: --rig {path}), or import with --poses nearest, which labels the views with the poses "
-            f"of {rig.name}"
+            f"the dataset's rig is {plan.rig.name}, the cameras as measured: train with rig={path} (prompt embeddings: "
+            f"--rig {path}), or import with --poses nearest, which labels the views with the poses of {rig.name}"
         )
     parameters = json.loads(json.dumps(dataset_parameters(settings, recording, analysis, plan)))
     with _alone(settings):

@@ -157,10 +157,8 @@ class VideoReader:
 
     def _check_order(self, index: int) -> None:
         if not self._next <= index < self.video.num_frames:
-            raise ValueError(
-                f"{self.video.name}: frame {index} was asked for after frame {self._next - 1} of "
-                f"{self.video.num_frames}; frames are read in increasing order"
-            )
+            asked = f"frame {index} was asked for after frame {self._next - 1} of {self.video.num_frames}"
+            raise ValueError(f"{self.video.name}: {asked}; frames are read in increasing order")
 
     def _colors(self, frame: av.VideoFrame) -> np.ndarray:
         """Makes [h, w, 3] uint8 BGR, as OpenCV does of the same frame."""
@@ -298,10 +296,8 @@ def probe(files: list[Path], max_pixels: int = MAX_PIXELS) -> Video:
 
 def _check_size(path: Path, size: tuple[int, int], max_pixels: int) -> None:
     if size[0] * size[1] > max_pixels:
-        raise ValueError(
-            f"{path} is {size[0]} x {size[1]} pixels, {max_pixels / 1e6:g} million are allowed; scale the videos and "
-            "the calibration down, or allow more with --max_megapixels"
-        )
+        limit = f"{path} is {size[0]} x {size[1]} pixels, {max_pixels / 1e6:g} million are allowed"
+        raise ValueError(f"{limit}; scale videos and calibration down, or allow more with --max_megapixels")
 
 
 def _read_image(path: Path, size: tuple[int, int] | None = None, max_pixels: int = MAX_PIXELS) -> np.ndarray:
