@@ -18,13 +18,11 @@ from multiview.sample import read_dataset_info, read_sample, read_split
 from recording.importer import process_recording
 from recording.settings import ImportSettings
 from synthetic.dataset import ARENA_REACH, load_real_rig, make_renderer, stand_in_arena, write_recording
-from synthetic.photograph import RecordingConditions
 from synthetic.scene import mouse_sequence
 
 ROOT = Path(__file__).resolve().parent.parent
 NUM_FRAMES, WIDTH, SIZE = 6, 384, 256  # a photograph's pixel is about one of the picture's
 BACKGROUND = 0.8
-CONDITIONS = RecordingConditions(background=BACKGROUND)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +39,7 @@ def clouds():
 @pytest.fixture(scope="module")
 def recording(tmp_path_factory, clouds, render):
     folder = tmp_path_factory.mktemp("raw") / "recording"
-    write_recording(folder, load_real_rig(width=WIDTH)[0], clouds, render, conditions=CONDITIONS, quality_crf=0)
+    write_recording(folder, load_real_rig(width=WIDTH)[0], clouds, render, background=BACKGROUND, quality_crf=0)
     return folder
 
 
