@@ -18,6 +18,8 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import forkserver
 from typing import Any
 
+from multiview.run import STOP_SIGNALS
+
 KEPT = 2**24  # bytes: blocks of memory up to this size stay with a process instead of going back and forth
 BLOCK = 6  # steps a lane takes before the next one has its turn: its decoder's frames are still in the cache
 AHEAD = 4  # blocks by which a process may be ahead of the slowest: what is unfinished stays bounded
@@ -130,4 +132,10 @@ def _context():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
+    if threading.current_thread() is threading.main_thread():
+        # The server and its children inherit that they ignore what a cluster or a closed terminal sends to all.
+        before = {number: signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS}
+        forkserver.ensure_running()
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return context
