@@ -14,11 +14,9 @@ from recording.calibration.formats import FORMATS, write_calibration
 from recording.importer import process_recording
 from recording.settings import ImportSettings
 from synthetic.dataset import ARENA_REACH, load_real_rig, stand_in_arena, write_recording
-from synthetic.photograph import RecordingConditions
 from synthetic.scene import mouse_sequence
 
 WIDTH, SIZE = 576, 192  # half of the real photographs' width: two of their pixels make one of the picture's
-BLACK = RecordingConditions(background=0.0)
 HOLDS = {  # which formats can hold which lenses
     "none": tuple(FORMATS),
     "distorted": ("transforms", "colmap_text", "colmap_binary"),
@@ -57,7 +55,7 @@ def recordings(tmp_path_factory, clouds, render):
     def film(lens: str) -> Path:
         if lens not in made:
             made[lens] = tmp_path_factory.mktemp("raw") / "recording"
-            write_recording(made[lens], rig_with(lens), clouds, shoot, conditions=BLACK, quality_crf=0)
+            write_recording(made[lens], rig_with(lens), clouds, shoot, background=0.0, quality_crf=0)
         return made[lens]
 
     return film

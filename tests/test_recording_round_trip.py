@@ -18,7 +18,6 @@ from multiview.sample import read_dataset_info, read_sample, read_split
 from recording.importer import process_recording
 from recording.settings import ImportSettings
 from synthetic.dataset import ARENA_REACH, load_real_rig, stand_in_arena, write_recording
-from synthetic.photograph import RecordingConditions
 from synthetic.scene import mouse_sequence
 
 NUM_FRAMES, WIDTH, SIZE = 5, 384, 256  # a photograph's pixel is about one of the picture's
@@ -34,8 +33,7 @@ def clouds():
 @pytest.fixture(scope="module")
 def recording(tmp_path_factory, clouds, render):
     folder = tmp_path_factory.mktemp("raw") / "recording"
-    light = RecordingConditions(background=BACKGROUND)
-    write_recording(folder, load_real_rig(width=WIDTH)[0], clouds, render, conditions=light, quality_crf=0)
+    write_recording(folder, load_real_rig(width=WIDTH)[0], clouds, render, background=BACKGROUND, quality_crf=0)
     return folder
 
 
