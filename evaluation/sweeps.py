@@ -10,31 +10,20 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from evaluation import SWEEPS
 from evaluation.methods import Predictions, Splits, predict_gaussians, reconstruct_sample
-from evaluation.report import group_by, metrics_table, plot_sweep, summarise
-from gslrm.model.gaussians import FilterSettings, filter_gaussians
+from evaluation.report import group_by, metrics_table, plot, summarise, write_text
+from gslrm.model.gaussians import FilterSettings, Gaussians, filter_gaussians
 from multiview.cameras import perturb
-from multiview.files import atomic_write, write_json
+from multiview.files import write_json
+from multiview.rig import ViewRig
 from multiview.run import make_generator
+from multiview.sample import Sample
+from pipeline.model import MouseFaceLift
 from synthetic.dataset import BODY_LENGTH_MM
 from synthetic.skeleton import BODY_LENGTH
 
-if TYPE_CHECKING:
-    from gslrm.model.gaussians import Gaussians
-    from multiview.rig import ViewRig
-    from multiview.sample import Sample
-    from pipeline import MouseFaceLift
-
-FACTORS = {  # flag -> what its values are
-    "camera_noise_deg": "camera rotation error, standard deviation in degrees",
-    "camera_noise_mm": "camera position error per axis, standard deviation in mm",
-    "camera_noise_px": "principal point error per axis, standard deviation in px",
-    "num_input_views": "input views",
-    "min_opacity": "filter: least opacity kept, the rest as in the preset 'animal'",
-    "max_scaling": "filter: largest standard deviation kept in world units, the rest as in the preset 'animal'",
-}
 MM_CALIBRATIONS = ("new_cam.pkl",)  # formats whose unit of length is the millimetre
 
 
@@ -54,32 +43,25 @@ class Level:
     pixels: float = 0.0
     filters: FilterSettings | None = None
 
-    @property
-    def name(self) -> str:
-        return f"{self.factor}={self.value:g}"
-
 
 def plan_sweeps(
     values: Mapping[str, Sequence[float]], rig: ViewRig, world_units_per_mm: float | None
 ) -> dict[str, list[Level]]:
-    """Returns the levels by factor. values: by factor (FACTORS); factors without values are left out.
+    """Returns the levels by factor. values: by factor (SWEEPS); factors without values are left out.
 
-    Raises ValueError for counts of views that the rig does not have, and for mm without a scale.
+    Raises ValueError for counts of views that the rig does not have.
     """
-    if values.get("camera_noise_mm") and world_units_per_mm is None:
-        raise ValueError("camera_noise_mm needs the length of a millimetre: pass --world_units_per_mm")
-
-    everything, mm = tuple(range(rig.num_views)), world_units_per_mm or 0.0
     settings = {  # factor -> what a value of it changes
         "camera_noise_deg": lambda value: {"rotation_deg": value},
-        "camera_noise_mm": lambda value: {"translation": value * mm},
+        "camera_noise_mm": lambda value: {"translation": value * world_units_per_mm},
         "camera_noise_px": lambda value: {"pixels": value},
         "num_input_views": lambda value: {"views": spread_views(rig, int(value))},
         "min_opacity": lambda value: {"filters": FilterSettings(min_opacity=value)},
         "max_scaling": lambda value: {"filters": FilterSettings(max_scaling=value)},
     }
+    everything = {"views": tuple(range(rig.num_views))}
     return {
-        factor: [Level(factor, value, **{"views": everything, **settings[factor](value)}) for value in numbers]
+        factor: [Level(factor, value, **{**everything, **settings[factor](value)}) for value in numbers]
         for factor, numbers in values.items() if numbers
     }  # fmt: skip
 
@@ -140,27 +122,25 @@ def predict_levels(
     """Yields one sample at every level of every sweep, by split. The noise depends on (seed, name, level) alone.
 
     gaussians: those of the undisturbed model, where they are made already (both stages'); else Stage 2 makes them.
-    What levels have in common is computed once.
     """
     undisturbed = None
     for level in itertools.chain(*sweeps.values()):
         noise = {"rotation_deg": level.rotation_deg, "translation": level.translation, "pixels": level.pixels}
         plain = not any(noise.values()) and len(level.views) == model.rig.num_views
-        if plain and level.filters is None and undisturbed is not None:  # e.g. no noise, and all views, are one level
-            yield level, undisturbed
-            continue
         if plain:
-            gaussians = reconstruct_sample(model, sample) if gaussians is None else gaussians
-            made = gaussians
+            gaussians = made = reconstruct_sample(model, sample) if gaussians is None else gaussians
         else:
             # Keyed on the mouse and the level, so that a level's figures do not depend on what else is swept.
-            generator = make_generator(seed, name, level.name)
+            generator = make_generator(seed, name, f"{level.factor}={level.value:g}")
             noisy = perturb(sample.cameras[: model.rig.num_views], **noise, generator=generator)
             made = reconstruct_sample(model, sample, level.views, noisy)
-        made = made if level.filters is None else filter_gaussians(made, level.filters)
-        predictions = predict_gaussians(made, sample, splits)
-        undisturbed = predictions if plain and level.filters is None else undisturbed
-        yield level, predictions
+        if level.filters is not None:
+            made = filter_gaussians(made, level.filters)
+        elif plain:  # e.g. no noise, and all views, are one level: rendered once
+            undisturbed = undisturbed or predict_gaussians(made, sample, splits)
+            yield level, undisturbed
+            continue
+        yield level, predict_gaussians(made, sample, splits)
 
 
 def write_sweeps(
@@ -169,9 +149,9 @@ def write_sweeps(
     """Writes metrics.json, table.md and a plot per factor; returns the Markdown. records: with factor and value."""
     tables, summaries = [], {}
     for factor, levels in sweeps.items():
-        rows = group_by(records, "factor")[factor,]
-        by_value = group_by(rows, "value")
-        tables.append(metrics_table(FACTORS[factor], rows, {"value": factor}).markdown())
+        rows, label = group_by(records, "factor")[factor,], SWEEPS[factor][1]
+        by_value = {value: group for (value,), group in group_by(rows, "value").items()}
+        tables.append(metrics_table(label, rows, {"value": factor}).markdown())
         if factor == "num_input_views":
             used = (f"{len(level.views)}: {', '.join(map(str, level.views))}" for level in levels)
             notes = [*notes, f"Input views used, numbered in rig order: {'; '.join(used)}."]
@@ -179,13 +159,10 @@ def write_sweeps(
             {
                 "value": level.value, "views": list(level.views), "rotation_deg": level.rotation_deg,
                 "translation_world_units": level.translation, "pixels": level.pixels,
-                "filters": level.filters and asdict(level.filters), **summarise(by_value[level.value,]),
+                "filters": level.filters and asdict(level.filters), **summarise(by_value[level.value]),
             }
             for level in levels
         ]  # fmt: skip
-        plot_sweep(folder / f"sweep_{factor}.png", rows, FACTORS[factor], title)
-    text = "\n".join([*tables, *(note + "\n" for note in notes)])
+        plot(folder / f"sweep_{factor}.png", title, label, {"": dict(sorted(by_value.items()))}, by_value, band=True)
     write_json(folder / "metrics.json", head | {"sweeps": summaries, "notes": notes, "views": records})
-    with atomic_write(folder / "table.md") as temporary:
-        temporary.write_text(text)
-    return text
+    return write_text(folder / "table.md", tables, notes)
