@@ -3,38 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from evaluation import SWEEPS, EvaluationSettings
-from evaluation.methods import (
-    GENERATED,
-    HULL_OF_GENERATED,
-    HULL_OF_TRUE,
-    NEAREST,
-    OTHER_RIG_VIEWS,
-    OWN,
-    TrainingMice,
-    consistency_of,
-    predict_baselines,
-    predict_gaussians,
-    predict_images,
-    reconstruct_sample,
-    records_of,
-    side_shown,
-    splits_of,
-)
+from evaluation import SWEEPS, EvaluationSettings, methods
 from evaluation.report import Report, image_rows, mean
-from evaluation.sweeps import find_world_units_per_mm, plan_sweeps, predict_levels, write_sweeps
-from multiview.image import composite, grid, write_image
+from evaluation.sweeps import run_sweeps
 from multiview.metrics import load_lpips, lpips_backbone_path
 from multiview.rig import check_alignment
 from multiview.run import git_hash, peak_bytes, reset_peak, stoppable
-from multiview.sample import Sample, read_dataset_info, read_sample, read_split
+from multiview.sample import Sample, read_dataset_info, read_split
 from pipeline.model import MouseFaceLift
 
 
@@ -58,11 +39,11 @@ def evaluate(settings: EvaluationSettings, model: MouseFaceLift) -> str:
         return run_sweeps(settings, model, info, folders, lpips, notes, head)
     training, stage, report = None, settings.stage, Report(settings.stage, len(folders))
     if "nearest" in settings.baselines and settings.train_data is not None:
-        training = TrainingMice(settings.train_data, model.rig, folders)
+        training = methods.TrainingMice(settings.train_data, model.rig, folders)
     elif "nearest" in settings.baselines:
         notes.append("The nearest training mouse is not measured: no --train_data.")
     for folder in stoppable(tqdm(folders, desc=f"stage {stage}", unit="mouse")):
-        evaluate_sample(report, read(folder, model, stage), folder.name, settings, model, training, lpips)
+        evaluate_sample(report, methods.read(folder, model, stage), folder.name, settings, model, training, lpips)
     memory = "the most that the whole process held, libraries and weights included; left out where that cannot be told"
     if model.device.type == "cuda":
         memory = "the most that torch held on the GPU, weights included"
@@ -77,86 +58,46 @@ def evaluate(settings: EvaluationSettings, model: MouseFaceLift) -> str:
 
 def evaluate_sample(
     report: Report, sample: Sample, name: str, settings: EvaluationSettings, model: MouseFaceLift,
-    training: TrainingMice | None, lpips,
+    training: methods.TrainingMice | None, lpips,
 ) -> None:  # fmt: skip
     """Measures one mouse: the model, timed, then the baselines; what they give goes into the report."""
     stage, rig, generated = settings.stage, model.rig, None
-    splits, reference = splits_of(stage, sample, rig), rig.reference_view
+    splits, reference = methods.splits_of(stage, sample, rig), rig.reference_view
     with measure_cost(model.device) as cost:  # the model alone: baselines are not what a user runs
         if stage != "2":
             generated = model.generate(sample.rgba[reference], seed=settings.seed)
         if stage == "1":
-            own = predict_images(sample, splits, lambda views: generated.rgb[views])
+            own = methods.predict_images(sample, splits, lambda views: generated.rgb[views])
         else:
-            gaussians = reconstruct_sample(model, sample) if generated is None else model.predict(generated)
-            own = predict_gaussians(gaussians, sample, splits)
-    others, report.told = predict_baselines(
+            gaussians = methods.reconstruct_sample(model, sample) if generated is None else model.predict(generated)
+            own = methods.predict_gaussians(gaussians, sample, splits)
+    others, report.told = methods.predict_baselines(
         stage, settings.baselines, sample, model, generated=generated, training=training
     )
     if stage == "full":  # the same views before Stage 2: whether it gains or loses
-        rig_views = {split: views for split, views in splits.items() if split == OTHER_RIG_VIEWS}
-        others = {GENERATED: predict_images(sample, rig_views, lambda views: generated.rgb[views]), **others}
-    side = side_shown(sample, reference)
-    head = {"sample": name} | ({"input_shows": side} if side else {})
-    records = records_of(head, {OWN[stage]: own, **others}, sample, reference, lpips)
+        rig_views = {split: views for split, views in splits.items() if split == methods.OTHER_RIG_VIEWS}
+        before = methods.predict_images(sample, rig_views, lambda views: generated.rgb[views])
+        others = {methods.GENERATED: before, **others}
+    head = {"sample": name, **methods.side_shown(sample, reference)}
+    records = methods.records_of(head, {methods.OWN[stage]: own, **others}, sample, reference, lpips)
     report.records += records
     asset = {"sample": name, **cost}
     if generated is not None:
-        asset["consistency"] = consistency_of(generated, sample, rig, with_copy="copy" in settings.baselines)
+        asset["consistency"] = methods.consistency_of(generated, sample, rig, with_copy="copy" in settings.baselines)
     report.assets.append(asset)
-    shown = next((label for label in (HULL_OF_GENERATED, HULL_OF_TRUE.get(stage), NEAREST) if label in others), None)
+    shown = next((label for label in methods.SHOWN if label in others), None)
     between = generated if stage == "full" else None
-    rows = ["truth", *(["painted views"] if between else []), OWN[stage], *([shown] if shown else [])]
+    rows = ["truth", *(["painted views"] if between else []), methods.OWN[stage], *([shown] if shown else [])]
     report.rows = ", ".join(rows)
-    quality = mean([record for record in records if record["method"] == OWN[stage]], "foreground_psnr")
+    quality = mean([record for record in records if record["method"] == methods.OWN[stage]], "foreground_psnr")
     report.show(name, quality, image_rows(sample, reference, own, others.get(shown), between))
-
-
-def run_sweeps(
-    settings: EvaluationSettings, model: MouseFaceLift, info: dict, folders: Sequence[Path], lpips, notes: list[str],
-    head: dict,
-) -> str:  # fmt: skip
-    """Measures every level of every factor that has values."""
-    scale, rig, size = None, model.rig, model.network.config.image_tokenizer.image_size
-    if settings.camera_noise_mm:
-        source = (settings.data.parent / "dataset.json").as_posix()
-        scale, note = find_world_units_per_mm(info, settings.world_units_per_mm, source)
-        notes.append(f"Camera positions: {note}.")
-    if settings.camera_noise_px:
-        notes.append(f"Pixels are those of the model's input, {size} x {size}.")
-    sweeps = plan_sweeps({factor: getattr(settings, factor) for factor in SWEEPS}, rig, scale)
-    records, sheets = [], {factor: [] for factor in sweeps}
-    for folder in stoppable(tqdm(folders, desc="sweeps", unit="mouse")):
-        sample = read(folder, model, "2")
-        splits, made = splits_of(settings.stage, sample, rig), None
-        if settings.stage == "full":
-            made = model.predict(model.generate(sample.rgba[rig.reference_view], seed=settings.seed))
-        for level, predictions in predict_levels(
-            model, sample, folder.name, sweeps, splits, seed=settings.seed, gaussians=made
-        ):
-            at = {"factor": level.factor, "value": level.value, "sample": folder.name}
-            records += records_of(at, {"model": predictions}, sample, rig.reference_view, lpips)
-            if folder == folders[0]:  # one mouse shows what a level does
-                shown, sheet = next(iter(predictions.values())), sheets[level.factor]
-                sheet += [shown.rgb] if sheet else [composite(shown.truth, 1.0), shown.rgb]
-    for factor, images in sheets.items():
-        write_image(settings.output_dir / f"sheet_{factor}.png", grid(torch.cat(images), columns=len(images[0])))
-    title = f"{len(folders)} mice, {', '.join(splits)}; line: mean over views, band: middle half"
-    return write_sweeps(settings.output_dir, sweeps, records, head, title, notes)
-
-
-def read(folder: Path, model: MouseFaceLift, stage: str) -> Sample:
-    """Returns a sample at the size of the stage's model, with depth if Stage 2 is measured and the sample has it."""
-    size = model.network.config.image_tokenizer.image_size if stage == "2" else model.image_size
-    return read_sample(folder, image_size=size, with_depth=stage != "1" and (folder / "depth").is_dir())
 
 
 @contextmanager
 def measure_cost(device: torch.device) -> Iterator[dict[str, float]]:
-    """Fills the dict it yields with `seconds` and, where it can be told, `peak_memory_mib`.
+    """Fills the dict it yields with `seconds` and, where it can be told, `peak_memory_mib`, weights included.
 
-    CUDA: the most that torch held on the card, weights included. CPU: the most that the process held, libraries and
-    weights included, where the kernel lets its high-water mark be reset.
+    CUDA: of what torch holds on the card. CPU: of the whole process.
     """
     cost: dict[str, float] = {}
     on_gpu = device.type == "cuda"

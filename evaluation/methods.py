@@ -34,6 +34,7 @@ COPY, NEAREST = "baseline: input copied", "baseline: nearest training mouse"
 HULL_OF_GENERATED = "baseline: hull of the painted views"
 # Stage 2 is given the true rig views as well; both stages together are given one of them.
 HULL_OF_TRUE = {"2": "baseline: hull of all true rig views", "full": "upper bound: hull of all true rig views"}
+SHOWN = (HULL_OF_GENERATED, *HULL_OF_TRUE.values(), NEAREST)  # on contact sheets: the first of these that is measured
 METRICS = (
     "foreground_psnr", "psnr", "foreground_ssim", "ssim", "mask_iou", "depth_error", "foreground_lpips", "lpips",
 )  # fmt: skip
@@ -69,6 +70,12 @@ def compare(sample: Sample, views: list[int], rgb: Tensor, mask: Tensor, depth: 
     """Returns images of the sample's `views` beside the truth."""
     true_depth = None if sample.depth is None else sample.depth[views]
     return Prediction(rgb, mask, sample.rgba[views], tuple(views), depth, true_depth)
+
+
+def read(folder: Path, model: MouseFaceLift, stage: str) -> Sample:
+    """Returns a sample at the size of the stage's model, with depth if Stage 2 is measured and the sample has it."""
+    size = model.network.config.image_tokenizer.image_size if stage == "2" else model.image_size
+    return read_sample(folder, image_size=size, with_depth=stage != "1" and (folder / "depth").is_dir())
 
 
 def splits_of(stage: str, sample: Sample, rig: ViewRig) -> Splits:
@@ -278,12 +285,12 @@ def measure(prediction: Prediction, lpips: torch.nn.Module | None = None) -> lis
     return [{name: value for name, value in record.items() if not math.isnan(value)} for record in records]
 
 
-def side_shown(sample: Sample, reference: int) -> str | None:
-    """Returns the name in SIDES of what the input view shows; None where the nose's heading is unknown."""
+def side_shown(sample: Sample, reference: int) -> dict[str, str]:
+    """Returns the name in SIDES of what the input view shows as `input_shows`, where the nose's heading is known."""
     heading = sample.extra.get("synthetic", {}).get("heading_deg")
     if heading is None:
-        return None
-    return SIDES[90 * (round((heading - float(sample.cameras.azimuth_deg[reference])) / 90.0) % 4)]
+        return {}
+    return {"input_shows": SIDES[90 * (round((heading - float(sample.cameras.azimuth_deg[reference])) / 90.0) % 4)]}
 
 
 def consistency_of(generated: PosedViews, sample: Sample, rig: ViewRig, *, with_copy: bool) -> dict[str, dict]:

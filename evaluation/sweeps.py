@@ -11,14 +11,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from evaluation import SWEEPS
-from evaluation.methods import Predictions, Splits, predict_gaussians, reconstruct_sample
+import torch
+from tqdm import tqdm
+
+from evaluation import SWEEPS, EvaluationSettings
+from evaluation.methods import Predictions, Splits, predict_gaussians, read, reconstruct_sample, records_of, splits_of
 from evaluation.report import group_by, metrics_table, plot, summarise, write_text
 from gslrm.model.gaussians import FilterSettings, Gaussians, filter_gaussians
 from multiview.cameras import perturb
 from multiview.files import write_json
+from multiview.image import composite, grid, write_image
 from multiview.rig import ViewRig
-from multiview.run import make_generator
+from multiview.run import make_generator, stoppable
 from multiview.sample import Sample
 from pipeline.model import MouseFaceLift
 from synthetic.dataset import BODY_LENGTH_MM
@@ -88,9 +92,7 @@ def spread_views(rig: ViewRig, count: int) -> tuple[int, ...]:
 def find_world_units_per_mm(info: dict, given: float | None, source: str) -> tuple[float, str]:
     """Returns world units per mm of a dataset, and what that rests on. info: its dataset.json. given: by the user.
 
-    Recordings: the scale they were imported with, where the calibration's format fixes the unit as mm. Synthetic mice:
-    their nominal body (BODY_LENGTH world units) is taken as an adult mouse's (BODY_LENGTH_MM).
-    Raises ValueError where nothing says it.
+    Raises ValueError where nothing says it, or the calibration's format does not fix its unit as mm.
     """
     if given is not None:
         return given, f"{given:.5g} world units per mm, as given"
@@ -143,26 +145,53 @@ def predict_levels(
         yield level, predict_gaussians(made, sample, splits)
 
 
-def write_sweeps(
-    folder: Path, sweeps: Mapping[str, list[Level]], records: list[dict], head: dict, title: str, notes: list[str]
-) -> str:
-    """Writes metrics.json, table.md and a plot per factor; returns the Markdown. records: with factor and value."""
-    tables, summaries = [], {}
+def run_sweeps(
+    settings: EvaluationSettings, model: MouseFaceLift, info: dict, folders: Sequence[Path], lpips, notes: list[str],
+    head: dict,
+) -> str:  # fmt: skip
+    """Measures every level of every factor that has values; writes metrics.json, table.md, and a plot and a sheet each.
+
+    Returns the Markdown.
+    """
+    scale, rig, size = None, model.rig, model.network.config.image_tokenizer.image_size
+    output, records, tables, summaries = settings.output_dir, [], [], {}
+    if settings.camera_noise_mm:
+        source = (settings.data.parent / "dataset.json").as_posix()
+        scale, note = find_world_units_per_mm(info, settings.world_units_per_mm, source)
+        notes.append(f"Camera positions: {note}.")
+    if settings.camera_noise_px:
+        notes.append(f"Pixels are those of the model's input, {size} x {size}.")
+    sweeps = plan_sweeps({factor: getattr(settings, factor) for factor in SWEEPS}, rig, scale)
+    sheets = {factor: [] for factor in sweeps}
+    for folder in stoppable(tqdm(folders, desc="sweeps", unit="mouse")):
+        sample, made = read(folder, model, "2"), None
+        splits = splits_of(settings.stage, sample, rig)
+        if settings.stage == "full":
+            made = model.predict(model.generate(sample.rgba[rig.reference_view], seed=settings.seed))
+        levels = predict_levels(model, sample, folder.name, sweeps, splits, seed=settings.seed, gaussians=made)
+        for level, predictions in levels:
+            at = {"factor": level.factor, "value": level.value, "sample": folder.name}
+            records += records_of(at, {"model": predictions}, sample, rig.reference_view, lpips)
+            if folder == folders[0]:  # one mouse shows what a level does
+                shown, sheet = next(iter(predictions.values())), sheets[level.factor]
+                sheet += [shown.rgb] if sheet else [composite(shown.truth, 1.0), shown.rgb]
+    title = f"{len(folders)} mice, {', '.join(splits)}; line: mean over views, band: middle half"
     for factor, levels in sweeps.items():
+        write_image(output / f"sheet_{factor}.png", grid(torch.cat(sheets[factor]), columns=len(sheets[factor][0])))
         rows, label = group_by(records, "factor")[factor,], SWEEPS[factor][1]
-        by_value = {value: group for (value,), group in group_by(rows, "value").items()}
+        groups = {value: group for (value,), group in group_by(rows, "value").items()}
         tables.append(metrics_table(label, rows, {"value": factor}).markdown())
         if factor == "num_input_views":
             used = (f"{len(level.views)}: {', '.join(map(str, level.views))}" for level in levels)
-            notes = [*notes, f"Input views used, numbered in rig order: {'; '.join(used)}."]
+            notes.append(f"Input views used, numbered in rig order: {'; '.join(used)}.")
         summaries[factor] = [
             {
                 "value": level.value, "views": list(level.views), "rotation_deg": level.rotation_deg,
                 "translation_world_units": level.translation, "pixels": level.pixels,
-                "filters": level.filters and asdict(level.filters), **summarise(by_value[level.value]),
+                "filters": level.filters and asdict(level.filters), **summarise(groups[level.value]),
             }
             for level in levels
         ]  # fmt: skip
-        plot(folder / f"sweep_{factor}.png", title, label, {"": dict(sorted(by_value.items()))}, by_value, band=True)
-    write_json(folder / "metrics.json", head | {"sweeps": summaries, "notes": notes, "views": records})
-    return write_text(folder / "table.md", tables, notes)
+        plot(output / f"sweep_{factor}.png", title, label, {"": dict(sorted(groups.items()))}, groups, band=True)
+    write_json(output / "metrics.json", head | {"sweeps": summaries, "notes": notes, "views": records})
+    return write_text(output / "table.md", tables, notes)

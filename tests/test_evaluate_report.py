@@ -102,12 +102,13 @@ def test_directions_are_angles_from_the_input_view():
 
 def test_the_side_that_the_input_shows_follows_from_the_nose():
     sample = ball(0)
-    assert side_shown(sample, 0) is None
+    assert side_shown(sample, 0) == {}
     for reference, heading, side in (
         (0, 350.0, "the head"), (0, 80.0, "its left side"), (0, 200.0, "the hindquarters"), (2, 120.0, "the head"),
         (0, 300.0, "its right side"), (3, 90.0, "its right side"), (3, 0.0, "the hindquarters"),
     ):  # fmt: skip
-        assert side_shown(replace(sample, extra={"synthetic": {"heading_deg": heading}}), reference) == side
+        shown = side_shown(replace(sample, extra={"synthetic": {"heading_deg": heading}}), reference)
+        assert shown == {"input_shows": side}
 
 
 def test_depth_error_is_the_mean_over_what_both_show():
