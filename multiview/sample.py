@@ -184,7 +184,8 @@ def open_dataset(folder: Path, rig: ViewRig, parameters: dict) -> None:
     (`"example": true`) is moved aside to <folder>_example, so that the commands of the README work in a fresh clone.
     """
     if not (folder / DATASET_FILE).is_file():
-        if folder.is_dir() and any(folder.iterdir()):
+        # Hidden names are locks and halves of writes: another process may be about to start the very same dataset.
+        if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
             raise ValueError(f"{folder} is not empty and has no {DATASET_FILE}; name a new --output_dir")
         write_dataset_info(folder, rig, **parameters)
         return
