@@ -8,7 +8,7 @@ import torch
 from mvdiffusion_tiny import augmentation, write_dataset
 
 from multiview.cameras import Cameras
-from multiview.image import chroma_matrix
+from multiview.image import Draw
 from multiview.rig import View, ViewRig, load_rig
 from multiview.sample import Sample, write_dataset_info, write_sample, write_split
 from mvdiffusion.config import MixEntry
@@ -162,12 +162,11 @@ def test_a_crop_takes_its_cameras_along(tmp_path):
 
 
 def test_hue_and_saturation_leave_greys_alone():
-    grey = torch.full((3,), 0.4, dtype=torch.float64)
-    torch.testing.assert_close(chroma_matrix(1.7, 40) @ grey, grey)
-    torch.testing.assert_close(chroma_matrix(1.0, 0.0), torch.eye(3, dtype=torch.float64))
-    red = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
-    assert (chroma_matrix(0.0, 0.0) @ red - 0.299).abs().max() < 2e-3
-    assert (chroma_matrix(1.0, 120.0) @ red).argmax() != 0
+    rgba = torch.ones(1, 4, 1, 2, dtype=torch.float64)
+    rgba[0, :3] = torch.tensor([[0.4, 1.0], [0.4, 0.0], [0.4, 0.0]], dtype=torch.float64)[:, None]  # gray, red
+    torch.testing.assert_close(Draw(saturation=1.7, hue_deg=40).recolored(rgba)[..., 0], rgba[..., 0])
+    assert (Draw(saturation=0.0).recolored(rgba)[0, :3, 0, 1] - 0.299).abs().max() < 2e-3
+    assert Draw(hue_deg=120.0).recolored(rgba)[0, :3, 0, 1].argmax() != 0
 
 
 def test_variants_come_back_and_differ(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from mvdiffusion_tiny import SIZE, augmentation, config_for, figures, losses, prepare, write_dataset
 
-from multiview.image import adjust_colours, composite
+from multiview.image import Draw, composite
 from multiview.rig import RigMismatchError, load_rig
 from multiview.run import make_generator
 from multiview.sample import read_sample, read_split
@@ -71,7 +71,7 @@ def test_background_and_jitter_are_one_for_all_views(tiny):
         assert torch.equal(item["targets"], again["targets"])  # (seed, epoch, index) decides
     assert len(backgrounds) > 1
     grey = torch.cat([torch.full((3, 3, 4, 4), 0.5), torch.ones(3, 1, 4, 4)], 1)
-    found = adjust_colours(grey, brightness=1.1, contrast=0.9)[:, :3]
+    found = Draw(brightness=1.1, contrast=0.9).recolored(grey)[:, :3]
     assert found.unique().numel() == 1 and found[0, 0, 0, 0] != 0.5
 
 
