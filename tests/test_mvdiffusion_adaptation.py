@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -14,14 +15,7 @@ from multiview.run import seed_everything
 from mvdiffusion.checkpoints import newest_training
 from mvdiffusion.config import MVDiffusionConfig
 from mvdiffusion.models.unet import create_unet, load_unet, unet_rig
-from mvdiffusion.training import (
-    choose_trained,
-    is_encoder,
-    make_optimizer,
-    parameter_groups,
-    train,
-    trained_parameters,
-)
+from mvdiffusion.training import choose_trained, is_encoder, make_optimizer, parameter_groups, train, trained_parameters
 
 CPU = torch.device("cpu")
 
@@ -109,8 +103,8 @@ def test_lora_run_resumes_exactly_and_saves_both_forms(tiny, tmp_path):
     (last / "optimizer.pt").write_bytes(b"cut")  # as killed while it was written
     train(quick(tiny, output, **changes))
     assert losses(output) == whole
-    found = newest_training(output, unet_rig(last / "unet"))
-    assert found.step == 4 and set(found.trained) == {"own", "ema", "base"}
+    found = newest_training(output, unet_rig(last / "unet"), asdict(quick(tiny, output, **changes)))
+    assert found.sidecar["step"] == 4 and set(found.trained) == {"own", "ema", "base"}
 
 
 def test_adapters_of_other_first_weights_are_refused(tiny, tmp_path):
