@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from multiview.cameras import Cameras
+from multiview.config import read_yaml
 from multiview.files import read_json, take
 
 RIGS_FOLDER = Path(__file__).resolve().parent.parent / "configs" / "rigs"
@@ -85,21 +86,21 @@ class ViewRig:
     prompt_style: str = "mouse"
 
     def __post_init__(self) -> None:
-        if not self.views:
-            raise ValueError(f"rig {self.name}: at least one view is needed")
-        if len(set(self.view_names)) != len(self.views):  # prompts and files are made from the names
-            raise ValueError(f"rig {self.name}: view names must differ, got {self.view_names}")
-        if not 0 <= self.reference_view < len(self.views):
-            raise ValueError(
-                f"rig {self.name}: reference_view must be 0..{len(self.views) - 1}, got {self.reference_view}"
-            )
-        for key, allowed in CHOICES.items():
-            if getattr(self, key) not in allowed:
-                raise ValueError(
-                    f"rig {self.name}: {key} must be one of {', '.join(allowed)}, got {getattr(self, key)!r}"
-                )
-        if min(self.distance, self.focal, *(self.view_distance(view) for view in self.views)) <= 0:
-            raise ValueError(f"rig {self.name}: distance and focal must be positive")
+        last, allowed = len(self.views) - 1, ""
+        for key, choices in CHOICES.items():
+            if getattr(self, key) not in choices:
+                allowed = f"{key} must be one of {', '.join(choices)}, got {getattr(self, key)!r}"
+        for wrong, told in (
+            (not self.views, "at least one view is needed"),
+            # Prompts and files are made from the names.
+            (len(set(self.view_names)) <= last, f"view names must differ, got {self.view_names}"),
+            (not 0 <= self.reference_view <= last, f"reference_view must be 0..{last}, got {self.reference_view}"),
+            (allowed, allowed),
+            (min(self.distance, self.focal, *map(self.view_distance, self.views)) <= 0,
+             "distance and focal must be positive"),
+        ):  # fmt: skip
+            if wrong:
+                raise ValueError(f"rig {self.name}: {told}")
 
     @property
     def num_views(self) -> int:
@@ -132,8 +133,8 @@ class ViewRig:
         # Rounded, so that a rig and the same rig read from a file have one fingerprint.
         content = [self.azimuth_zero, self.reference_view, round(self.focal, 5)]
         for view in self.views:
-            angles = [round(view.azimuth_deg, 2), round(view.elevation_deg, 2)]
-            content.append([*angles, round(self.view_distance(view), 3)])
+            distance = round(self.view_distance(view), 3)
+            content.append([round(view.azimuth_deg, 2), round(view.elevation_deg, 2), distance])
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
     def differences(self, other: ViewRig) -> list[str]:
@@ -151,16 +152,14 @@ class ViewRig:
                 told.append(f"distance of view {index}: {near:g} against {far:g}")
         if abs(self.focal - other.focal) > LENGTH_TOLERANCE * self.focal:
             told.append(f"focal length over width: {self.focal:g} against {other.focal:g}")
-        for key, name in (("azimuth_zero", "azimuth_zero"), ("reference_view", "reference view")):
+        for key in ("azimuth_zero", "reference_view"):
             if getattr(self, key) != getattr(other, key):
-                told.append(f"{name}: {getattr(self, key)} against {getattr(other, key)}")
+                told.append(f"{key.replace('_v', ' v')}: {getattr(self, key)} against {getattr(other, key)}")
         return told
 
     def mirror_order(self) -> list[int]:
-        """Returns per view the index of its mirror image in x, the vertical plane through azimuth 0.
-
-        Raises ValueError if the reference view does not stand at azimuth 0 or a view has no counterpart.
-        """
+        """Returns per view the index of its mirror image in x (the vertical plane through azimuth 0); ValueError if it
+        has none."""
 
         def mirrors(view: View, other: View) -> bool:
             turn = (view.azimuth_deg + other.azimuth_deg + 180.0) % 360.0 - 180.0
@@ -169,25 +168,20 @@ class ViewRig:
             return max(angles) <= ANGLE_TOLERANCE_DEG and abs(near) <= LENGTH_TOLERANCE
 
         reference, order = self.views[self.reference_view], []
-        if not mirrors(reference, reference):
-            raise ValueError(f"rig {self.name} cannot be mirrored: its reference view does not stand at azimuth 0")
+        problem = None if mirrors(reference, reference) else "its reference view does not stand at azimuth 0"
         for view in self.views:
-            order += [index for index, other in enumerate(self.views) if mirrors(view, other)][:1] or [-1]
-            if order[-1] < 0:
-                raise ValueError(
-                    f"rig {self.name} cannot be mirrored: none of its views is the mirror image of {view.name}; "
-                    "use mirror=never"
-                )
+            order.append(next((index for index, other in enumerate(self.views) if mirrors(view, other)), None))
+            if order[-1] is None:
+                problem = problem or f"none of its views is the mirror image of {view.name}; use mirror=never"
+        if problem:
+            raise ValueError(f"rig {self.name} cannot be mirrored: {problem}")
         return order
 
     def with_framing(self, framing: str) -> ViewRig:
         """Returns the rig in another framing: `fill` doubles distance and focal length, the others keep 2.7 and 549."""
         # Farther and longer by one factor: the animal keeps its size in the image and loses perspective.
-        factor = FILL_FACTOR if framing == "fill" else 1.0
-        was = FILL_FACTOR if self.framing == "fill" else 1.0
-        return replace(self, framing=framing, distance=self.distance / was * factor, focal=self.focal / was * factor)
-
-    # ---- storage ------------------------------------------------------------------------------------------------
+        factor = (FILL_FACTOR if framing == "fill" else 1.0) / (FILL_FACTOR if self.framing == "fill" else 1.0)
+        return replace(self, framing=framing, distance=self.distance * factor, focal=self.focal * factor)
 
     def to_dict(self) -> dict:
         content = asdict(self)
@@ -197,14 +191,15 @@ class ViewRig:
     @staticmethod
     def from_dict(content: dict, source: str) -> ViewRig:
         """Reads the content of a rig file (`to_dict`); unknown, missing and wrong values are errors naming `source`."""
+        where = f"{source}: a view rig"
         # Views first: the rig's own check of its views then speaks of View objects.
-        rows = take(content, "views", list, f"{source}: a view rig")
-        views = tuple(_from_row(View, row, f"{source}: view {index}") for index, row in enumerate(rows))
+        rows = enumerate(take(content, "views", list, where))
+        views = tuple(_from_row(View, row, f"{source}: view {index}") for index, row in rows)
         for view in views:
             if not abs(view.azimuth_deg) <= 720 or not abs(view.elevation_deg) <= 90:
                 raise ValueError(f"{source}: view {view.name} needs angles in degrees, elevation -90..90, got {view}")
         try:
-            return _from_row(ViewRig, {**content, "views": views}, f"{source}: a view rig")
+            return _from_row(ViewRig, {**content, "views": views}, where)
         except ValueError as error:  # the rig's own checks name the rig alone
             raise ValueError(str(error) if source in str(error) else f"{source}: {error}") from None
 
@@ -237,8 +232,6 @@ def available_rigs() -> list[str]:
 
 def load_rig(name_or_path: str | Path) -> ViewRig:
     """Reads a rig by name (`configs/rigs/<name>.yaml`), or from a YAML/JSON file (bare, or under the key `rig`)."""
-    from multiview.config import read_yaml
-
     path = Path(name_or_path)  # names have no suffix
     if path.suffix not in (".yaml", ".yml", ".json"):
         path = RIGS_FOLDER / f"{name_or_path}.yaml"
@@ -248,31 +241,22 @@ def load_rig(name_or_path: str | Path) -> ViewRig:
     return ViewRig.from_dict(take(content, "rig", dict, str(path), default=content), str(path))
 
 
-def check_alignment(expected: ViewRig | None = None, /, **artifacts: ViewRig) -> ViewRig:
-    """Refuses artifacts of different rigs. Runs before any model does work.
+def check_alignment(expected: ViewRig | None = None, allow: str = "", /, **artifacts: ViewRig) -> ViewRig:
+    """Refuses artifacts of different rigs: RigMismatchError with both side by side and the command that mends it.
 
-    artifacts: by role (`embeddings`, `unet`, `gslrm`, `cameras`, `dataset`), the rig each one carries.
-    `expected` is the rig the user named, compared first. Returns the common rig.
-    Raises RigMismatchError with both rigs side by side and the command that mends it.
+    artifacts: by role (`embeddings`, `unet`, `gslrm`, `cameras`, `dataset`), the rig each one carries. expected: the
+    rig the user named, compared first. allow: the config key that lets training start from weights of another rig.
+    Returns the common rig.
     """
-    if not artifacts:
-        raise ValueError("check_alignment needs at least one artifact")
     # What the user named counts first; without it the first artifact does, and the message names both roles.
     base_role = "requested" if expected is not None else next(iter(artifacts))
     base = expected if expected is not None else artifacts[base_role]
     for role, rig in artifacts.items():
-        differences = base.differences(rig)
-        if differences:
-            raise RigMismatchError(mismatch_message(base_role, base, role, rig, differences))
+        if differences := base.differences(rig):
+            told = mismatch_message(base_role, base, role, rig, differences)
+            instead = f"\n  or, to fine-tune these weights to the other rig: {allow}=true" if allow else ""
+            raise RigMismatchError(told + instead)
     return base
-
-
-def check_start(rig: ViewRig, key: str, /, **weights: ViewRig) -> None:
-    """Refuses to start training on `rig` from weights of another one, naming the config key that allows it."""
-    try:
-        check_alignment(rig, **weights)
-    except RigMismatchError as error:
-        raise RigMismatchError(f"{error}\n  or, to fine-tune these weights to the other rig: {key}=true") from None
 
 
 def check_rig_cameras(rig: ViewRig, cameras: Cameras, source: str) -> None:
@@ -282,9 +266,7 @@ def check_rig_cameras(rig: ViewRig, cameras: Cameras, source: str) -> None:
         azimuth_zero=rig.azimuth_zero,  # a camera file cannot say these two
         reference_view=min(rig.reference_view, len(cameras) - 1),
     )
-    differences = rig.differences(measured)
-    if differences:
-        raise RigMismatchError(mismatch_message("requested", rig, "cameras", measured, differences))
+    check_alignment(rig, cameras=measured)
     _check_axes(rig.cameras(cameras.width), cameras, source, tolerance_deg=0.5)
 
 
@@ -323,16 +305,18 @@ def _check_axes(expected: Cameras, cameras: Cameras, source: str, tolerance_deg:
 
 def mismatch_message(role_a: str, a: ViewRig, role_b: str, b: ViewRig, differences: list[str]) -> str:
     """Returns both rigs side by side, what differs, and the command that mends it."""
-    columns = []
-    for role, rig in ((role_a, a), (role_b, b)):
-        lines = [f"{role}: rig {rig.name}", f"{rig.num_views} views, azimuth 0 = {rig.azimuth_zero}"]
-        lines.append(f"focal / width {rig.focal:.5g}, fingerprint {rig.fingerprint()}")
-        for index, view in enumerate(rig.views):
-            lines.append(
+    columns = [
+        [
+            f"{role}: rig {rig.name}", f"{rig.num_views} views, azimuth 0 = {rig.azimuth_zero}",
+            f"focal / width {rig.focal:.5g}, fingerprint {rig.fingerprint()}",
+            *(
                 f"{index} {view.name:<16} az {view.azimuth_deg:6.1f}  el {view.elevation_deg:5.1f}"
                 f"  d {rig.view_distance(view):.3g}"
-            )
-        columns.append(lines)
+                for index, view in enumerate(rig.views)
+            ),
+        ]
+        for role, rig in ((role_a, a), (role_b, b))
+    ]  # fmt: skip
     width = max(map(len, columns[0])) + 4  # of the left column
     table = "\n".join(f"  {x:<{width}}{y}".rstrip() for x, y in zip_longest(*columns, fillvalue=""))
     shown = differences[:4] + ([f"and {len(differences) - 4} more"] if len(differences) > 4 else [])

@@ -9,13 +9,7 @@ from safetensors.torch import load_file
 
 from multiview.cameras import Cameras
 from multiview.rig import load_rig
-from mvdiffusion.models.camera_conditioning import (
-    FEATURES,
-    TOKENS,
-    camera_features,
-    camera_rays,
-    is_camera_weight,
-)
+from mvdiffusion.models.camera_conditioning import FEATURES, TOKENS, camera_features, camera_rays, is_camera_weight
 from mvdiffusion.models.unet import create_unet, load_unet, run_unet, save_unet
 
 MODES = ("adaln", "cross_attention", "concat")
