@@ -48,9 +48,7 @@ def parse_layers(text: str | None, num_layers: int) -> list[int]:
             raise ValueError(f"{SECTION}.trainable_layers must look like 20-23 or 0,4-7 or none, got {text!r}")
         first, last = int(match[1]), int(match[2] or match[1])
         if first > last or last >= num_layers:
-            raise ValueError(
-                f"{SECTION}.trainable_layers: {part.strip()} is not a range within blocks 0-{num_layers - 1}"
-            )
+            raise ValueError(f"{SECTION}.trainable_layers: {part.strip()} is not a range within 0-{num_layers - 1}")
         chosen.update(range(first, last + 1))
     return sorted(chosen)
 

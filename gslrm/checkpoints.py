@@ -17,14 +17,7 @@ from torch import Tensor
 
 from gslrm.config import IGNORED_KEYS, GSLRMConfig, ModelConfig, model_config_from_dict
 from gslrm.model.gslrm import GSLRM
-from multiview.checkpoint import (
-    load_checkpoint,
-    load_strict,
-    newest_checkpoint,
-    read_rig,
-    read_sidecar,
-    save_checkpoint,
-)
+from multiview import checkpoint as files
 from multiview.config import load_config
 from multiview.rig import ViewRig
 
@@ -48,7 +41,7 @@ def resolve_checkpoint(path: Path | str) -> Path:
     if path.is_file():
         return path
     if path.is_dir():
-        newest = newest_checkpoint(path, PATTERN)
+        newest = files.newest_checkpoint(path, PATTERN)
         if newest is None:
             raise ValueError(f"GS-LRM checkpoint folder {path} holds no complete {PATTERN}")
         return newest
@@ -86,10 +79,10 @@ def network_tensors(tensors: Mapping[str, Tensor], source: Path) -> dict[str, Te
 
 def read_checkpoint_rig(path: Path) -> ViewRig | None:
     """The rig of a checkpoint: its sidecar's, else the folder's `rig.json`, else None (public weights carry none)."""
-    rig = (read_sidecar(path) or {}).get("rig")
+    rig = (files.read_sidecar(path) or {}).get("rig")
     if rig:
         return ViewRig.from_dict(rig, f"{path}.json")
-    return read_rig(path.parent)
+    return files.read_rig(path.parent)
 
 
 def load_gslrm(
@@ -104,10 +97,10 @@ def load_gslrm(
     if config_file is not None:
         model_config = load_config(GSLRMConfig, config_file, ignored=set(IGNORED_KEYS)).model
     else:
-        config = (read_sidecar(path) or {}).get("config")  # a sidecar with a stamped rig alone has none
+        config = (files.read_sidecar(path) or {}).get("config")  # a sidecar with a stamped rig alone has none
         model_config = model_config_from_dict(config["model"], f"{path}.json") if config else ModelConfig()
     model = GSLRM(model_config)
-    load_strict(model, model_weights(load_checkpoint(path), path), path)
+    files.load_strict(model, model_weights(files.load_checkpoint(path), path), path)
     return model.eval().to(device), read_checkpoint_rig(path), path
 
 
@@ -123,12 +116,10 @@ def export_weights(
         them when its own config has a perceptual loss above 0, which its shipped one has.
     """
     source, destination = resolve_checkpoint(source), Path(destination)
-    checkpoint, content = load_checkpoint(source), read_sidecar(source)
+    checkpoint, content = files.load_checkpoint(source), files.read_sidecar(source)
     if "fwdbwd_pass_step" not in checkpoint or not {"config", "rig"} <= set(content or {}):
-        raise ValueError(
-            f"checkpoint {source} lacks its step, or a sidecar {source.name}.json with config and rig: only "
-            "checkpoints of train_gslrm.py are exported"
-        )
+        told = f"checkpoint {source} lacks its step, or a sidecar {source.name}.json with config and rig"
+        raise ValueError(f"{told}: only checkpoints of train_gslrm.py are exported")
     if vgg_folder is not None and not facelift:
         raise ValueError("vgg_folder is for FaceLift's layout (facelift=True); nothing else reads VGG tensors there")
     weights = {name: tensor.to(dtype).clone() for name, tensor in model_weights(checkpoint, source).items()}
@@ -153,5 +144,5 @@ def export_weights(
         network = load_perceptual(vgg).net.state_dict()
         weights |= {f"{LOSS_NETWORKS}net.{name}": tensor.clone() for name, tensor in network.items()}
     path = checkpoint_path(destination, step) if destination.suffix != ".pt" else destination
-    save_checkpoint(path, exported, content)
+    files.save_checkpoint(path, exported, content)
     return path

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from gslrm import checkpoints
@@ -27,9 +28,6 @@ from multiview.rig import check_alignment, load_rig
 from multiview.run import LoopOptions, WandbOptions, autocast, check_size, git_hash, resolve_device, seed_everything
 from multiview.sampler import StepSampler, load_batches
 from multiview.training import Training, run_training
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 log = logging.getLogger(__name__)
 
@@ -307,10 +305,8 @@ class GSLRMTraining(Training):
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """FaceLift's two groups of what trains: weight decay for tensors of two or more dimensions, none for norms."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    matrices, others = ([p for p in trained if (p.ndim >= 2) == wide] for wide in (True, False))
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
 def zero_of(output: GSLRMOutput) -> Tensor:

@@ -34,10 +34,16 @@ def load_config(
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    source = str(path) if path is not None else "command line"
-    kinds = _kinds_of_keys(schema)
+    source, kinds, trees = str(path or "command line"), _kinds_of_keys(schema), []
     texts = {name for name, kind in kinds.items() if kind == "text"}  # YAML's guesses are not asked for these
-    trees = [] if path is None else _read_chain(Path(path), texts)
+    while path:  # a chain, and no tree: a delta names one file, relative to it
+        content = read_yaml(path, texts | {"base"})
+        if len(trees) > 10:  # the shipped ones have two
+            raise ValueError(f"config {path}: its chain of `base:` files is longer than 10; does it name itself?")
+        base = take(content, "base", str, str(path), default=None)
+        content.pop("base", None)
+        trees.insert(0, (str(path), content))
+        path = Path(path).parent / base if base else None
     for override in overrides:
         key, equals, typed = override.partition("=")
         if not equals:
@@ -105,21 +111,6 @@ def _keep_text(values: dict, written: dict, texts: set[str], prefix: str = "") -
             values[key] = [t if isinstance(t, str) and v is not None else v for v, t in zip(value, typed)]
         elif f"{prefix}{key}" in texts and value is not None and isinstance(typed, str):
             values[key] = typed
-
-
-def _read_chain(path: Path, texts: set[str]) -> list[tuple[str, dict]]:
-    """Returns (file, content) of a YAML and of the files its `base:` names (relative to it), the first base first."""
-    chain: list[tuple[str, dict]] = []
-    base: str | None = path.name
-    while base:  # a chain, and no tree: a delta names one file
-        path = path.parent / base
-        content = read_yaml(path, texts | {"base"})
-        if len(chain) > 10:  # the shipped ones have two
-            raise ValueError(f"config {path}: its chain of `base:` files is longer than 10; does it name itself?")
-        base = take(content, "base", str, str(path), default=None)
-        content.pop("base", None)
-        chain.insert(0, (str(path), content))
-    return chain
 
 
 def _kinds_of_keys(schema: type, prefix: str = "") -> dict[str, str]:

@@ -86,9 +86,7 @@ def viewed_cube(cameras: Cameras) -> tuple[Tensor, Tensor]:
     if (1 - (forward @ forward[0]).square()).max() < 1e-6:
         raise ValueError("viewed_cube: the cameras look in parallel, so they have no common center; pass bounds")
     center = nearest_point(origins, forward)
-    half_field = torch.minimum(
-        0.5 * cameras.width / cameras.fxfycxcy[:, 0], 0.5 * cameras.height / cameras.fxfycxcy[:, 1]
-    )
+    half_field = 0.5 * torch.minimum(cameras.width / cameras.fxfycxcy[:, 0], cameras.height / cameras.fxfycxcy[:, 1])
     half = ((origins - center).norm(dim=-1) * half_field.double()).min()
     return (center - half).to(cameras.c2w.dtype), (center + half).to(cameras.c2w.dtype)
 

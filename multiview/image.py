@@ -71,9 +71,8 @@ def _decode(path: Path | str, most: int, *, longest: int | None = None, header_o
             if start[4:8] == b"ftyp" and start[8:12] in HEIF_BRANDS:
                 reason = "it is HEIC, which is not read here; convert it: heif-convert photo.heic photo.jpg"
         raise ValueError(f"image {path} cannot be read: {reason}") from error
-    raise ValueError(
-        f"image {path} has {width} x {height} pixels; at most {most / 1e6:.0f} megapixels are read: scale it down"
-    )
+    told = f"image {path} has {width} x {height} pixels"
+    raise ValueError(f"{told}; at most {most / 1e6:.0f} megapixels are read: scale it down")
 
 
 def _eight_bits(image: Image.Image, path: Path | str) -> Image.Image:
@@ -120,9 +119,8 @@ def write_image(path: Path | str, image: Tensor) -> None:
     """Writes [3|4, h, w] (or [1, h, w], gray) 0..1 as PNG, atomically."""
     array = to_uint8(image)
     with atomic_write(path) as temporary:
-        Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array).save(
-            temporary, format="PNG", compress_level=4
-        )
+        image = Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
+        image.save(temporary, format="PNG", compress_level=4)
 
 
 def save_video(path: Path | str, frames: Tensor, fps: int = 30) -> None:

@@ -67,9 +67,8 @@ def _ssim_map(prediction: Tensor, target: Tensor) -> Tensor:
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     a, b = prediction.flatten(0, -4), target.flatten(0, -4)  # torchmetrics wants one batch dimension
-    _, values = structural_similarity_index_measure(
-        a, b, sigma=1.5, kernel_size=11, data_range=1.0, reduction="none", return_full_image=True
-    )
+    options = {"sigma": 1.5, "kernel_size": 11, "data_range": 1.0, "reduction": "none", "return_full_image": True}
+    _, values = structural_similarity_index_measure(a, b, **options)
     return values.reshape(prediction.shape)
 
 
@@ -94,10 +93,8 @@ def difference_ratio(images: Tensor, targets: Tensor, masks: Tensor, reference_v
     others = [view for view in range(targets.shape[1]) if view != reference_view]
     region = (torch.maximum(masks[:, others], masks[:, reference_view, None]) > 0.5).to(targets.dtype)
     given = targets[:, reference_view, None]
-    generated, true = (
-        ((views[:, others] - given).abs().mean(2, keepdim=True) * region).sum(dim=(1, 2, 3, 4))
-        for views in (images, targets)
-    )
+    differing = [(views[:, others] - given).abs().mean(2, keepdim=True) * region for views in (images, targets)]
+    generated, true = (values.sum(dim=(1, 2, 3, 4)) for values in differing)
     return generated / true.clamp_min(1e-6)
 
 
@@ -129,10 +126,8 @@ def load_lpips(device: torch.device | str = "cpu", path: Path | str | None = Non
     file."""
     path = Path(path) if path is not None else lpips_backbone_path()
     if not path.is_file():
-        raise ValueError(
-            f"LPIPS needs torchvision's VGG-16 weights at {path}: put the file vgg16-397923af.pth there, or set the "
-            "LPIPS weight to 0"
-        )
+        told = f"LPIPS needs torchvision's VGG-16 weights at {path}"
+        raise ValueError(f"{told}: put the file vgg16-397923af.pth there, or set the LPIPS weight to 0")
     import lpips
 
     network = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)

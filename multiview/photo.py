@@ -106,9 +106,8 @@ def segment(rgb: np.ndarray, source: str = "image") -> np.ndarray:
     scale = min(1.0, 512 / max(height, width))
     small = cv2.resize(rgb, (max(1, round(width * scale)), max(1, round(height * scale))), interpolation=cv2.INTER_AREA)
     edge = max(2, round(0.03 * min(small.shape[:2])))
-    border = np.concatenate(
-        [part.reshape(-1, 3) for part in (small[:edge], small[-edge:], small[:, :edge], small[:, -edge:])]
-    )
+    edges = (small[:edge], small[-edge:], small[:, :edge], small[:, -edge:])
+    border = np.concatenate([part.reshape(-1, 3) for part in edges])
     distance = np.abs(small - np.median(border, axis=0)).max(axis=-1)
     spread = float(np.percentile(np.abs(border - np.median(border, axis=0)).max(axis=-1), 90))
     seed = distance > max(0.10, 2.0 * spread)
@@ -123,10 +122,8 @@ def segment(rgb: np.ndarray, source: str = "image") -> np.ndarray:
     if count > 2:  # the largest piece is the animal
         mask = parts == 1 + int(np.argmax(stats[1:, cv2.CC_STAT_AREA]))
     if not 0.003 < mask.mean() < MASK_MOST:
-        raise ValueError(
-            f"{source}: no animal could be told from the background (mask covers {mask.mean():.1%}); pass an RGBA "
-            "image whose alpha is the animal's mask"
-        )
+        told = f"{source}: no animal could be told from the background (mask covers {mask.mean():.1%})"
+        raise ValueError(f"{told}; pass an RGBA image whose alpha is the animal's mask")
     soft = cv2.GaussianBlur(mask.astype(np.float32), (0, 0), 0.7)
     return np.clip(cv2.resize(soft, (width, height), interpolation=cv2.INTER_LINEAR), 0, 1)
 

@@ -217,10 +217,8 @@ def _from_row(schema: type, row: dict, where: str):
     """Returns a View or ViewRig from keys and values; each must be known and of the type its field is written with."""
     fields = schema.__dataclass_fields__
     kinds = {"str": str, "int": int, "tuple[View, ...]": tuple}  # annotations are texts here; the rest are numbers
-    values = {
-        key: take(row, key, kinds.get(f.type, float), where, default=... if f.default is MISSING else f.default)
-        for key, f in fields.items()
-    }
+    defaults = {key: ... if f.default is MISSING else f.default for key, f in fields.items()}
+    values = {key: take(row, key, kinds.get(f.type, float), where, default=defaults[key]) for key, f in fields.items()}
     if unknown := sorted(map(str, set(row) - set(fields))):
         raise ValueError(f"{where} has unknown keys {unknown}; known: {sorted(fields)}")
     return schema(**values)
@@ -272,16 +270,15 @@ def check_rig_cameras(rig: ViewRig, cameras: Cameras, source: str) -> None:
 
 def check_posed_views(rig: ViewRig, cameras: Cameras, source: str) -> None:
     """For Stage 2 on calibrated cameras [v] of any directions: convention, distance and lens must be the rig's."""
-    upright = Cameras.look_at(
-        cameras.origins, cameras.origins.new_zeros(3), cameras.fxfycxcy[0], cameras.height, cameras.width
-    )
+    center, size = cameras.origins.new_zeros(3), (cameras.height, cameras.width)
+    upright = Cameras.look_at(cameras.origins, center, cameras.fxfycxcy[0], *size)
     _check_axes(upright, cameras, source, tolerance_deg=15.0)  # a hand-held or tilted camera is no other convention
+    lens = cameras.fxfycxcy / cameras.width
     for name, got, expected, tolerance in (
         ("distance from the origin", cameras.distance, rig.distance, 0.15),
-        ("focal length over width", cameras.fxfycxcy[:, 0] / cameras.width, rig.focal, 0.10),
-        ("cx over width", cameras.fxfycxcy[:, 2] / cameras.width, 0.5, 0.05),
+        ("focal length over width", lens[:, 0], rig.focal, 0.10), ("cx over width", lens[:, 2], 0.5, 0.05),
         ("cy over height", cameras.fxfycxcy[:, 3] / cameras.height, 0.5, 0.05),
-    ):
+    ):  # fmt: skip
         if ((got - expected).abs() > tolerance * expected).any():
             raise ValueError(
                 f"{source}: {name} must be {expected:.4g} within {tolerance:.0%} as this GS-LRM was trained (rig "
@@ -293,37 +290,29 @@ def check_posed_views(rig: ViewRig, cameras: Cameras, source: str) -> None:
 def _check_axes(expected: Cameras, cameras: Cameras, source: str, tolerance_deg: float) -> None:
     # Axes that differ by a sign are another convention; everything between is a camera that looks elsewhere.
     cosine = (expected.c2w[..., :3, :3] * cameras.c2w[..., :3, :3]).sum(dim=-2)  # per axis x, y, z
-    if (cosine < math.cos(math.radians(tolerance_deg)) - 1e-6).any():
-        flipped = (cosine[..., 0] > 0.5).all() and (cosine[..., 1:] < -0.5).all()
-        hint = (
-            "they look like OpenGL axes (y up, z backward): negate columns 1 and 2 of c2w"
-            if flipped
-            else "cameras must look at the origin, world z up, OpenCV axes (x right, y down, z forward)"
-        )
-        raise ValueError(f"{source}: the cameras stand in the right places but look elsewhere; {hint}")
+    if (cosine >= math.cos(math.radians(tolerance_deg)) - 1e-6).all():
+        return
+    hint = "cameras must look at the origin, world z up, OpenCV axes (x right, y down, z forward)"
+    if (cosine[..., 0] > 0.5).all() and (cosine[..., 1:] < -0.5).all():
+        hint = "they look like OpenGL axes (y up, z backward): negate columns 1 and 2 of c2w"
+    raise ValueError(f"{source}: the cameras stand in the right places but look elsewhere; {hint}")
 
 
 def mismatch_message(role_a: str, a: ViewRig, role_b: str, b: ViewRig, differences: list[str]) -> str:
     """Returns both rigs side by side, what differs, and the command that mends it."""
-    columns = [
-        [
-            f"{role}: rig {rig.name}", f"{rig.num_views} views, azimuth 0 = {rig.azimuth_zero}",
-            f"focal / width {rig.focal:.5g}, fingerprint {rig.fingerprint()}",
-            *(
-                f"{index} {view.name:<16} az {view.azimuth_deg:6.1f}  el {view.elevation_deg:5.1f}"
-                f"  d {rig.view_distance(view):.3g}"
-                for index, view in enumerate(rig.views)
-            ),
-        ]
-        for role, rig in ((role_a, a), (role_b, b))
-    ]  # fmt: skip
+    columns = []
+    for role, rig in ((role_a, a), (role_b, b)):
+        lines = [f"{role}: rig {rig.name}", f"{rig.num_views} views, azimuth 0 = {rig.azimuth_zero}"]
+        lines.append(f"focal / width {rig.focal:.5g}, fingerprint {rig.fingerprint()}")
+        for index, view in enumerate(rig.views):
+            place = f"az {view.azimuth_deg:6.1f}  el {view.elevation_deg:5.1f}  d {rig.view_distance(view):.3g}"
+            lines.append(f"{index} {view.name:<16} {place}")
+        columns.append(lines)
     width = max(map(len, columns[0])) + 4  # of the left column
     table = "\n".join(f"  {x:<{width}}{y}".rstrip() for x, y in zip_longest(*columns, fillvalue=""))
     shown = differences[:4] + ([f"and {len(differences) - 4} more"] if len(differences) > 4 else [])
     # What to type for a rig: its name if it ships with the project, else the file of the dataset that measured it.
     shipped = (RIGS_FOLDER / f"{a.name}.yaml").is_file() and not load_rig(a.name).differences(a)
     mend = MENDING[role_b if role_b in MENDING else role_a].format(rig=a.name if shipped else "<dataset>/dataset.json")
-    return (
-        f"{role_a} and {role_b} describe different views, so the 3D result would be garbage:\n{table}\n"
-        f"  differs: {'; '.join(shown)}\n  to mend: {mend}"
-    )
+    told = f"{role_a} and {role_b} describe different views, so the 3D result would be garbage"
+    return f"{told}:\n{table}\n  differs: {'; '.join(shown)}\n  to mend: {mend}"

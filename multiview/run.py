@@ -243,7 +243,7 @@ class RunFolder:
     resumed; metrics beyond it are dropped, since the run will write them again."""
 
     def __init__(
-        self, path: Path | str, config: dict, rig: ViewRig, *, after: int = 0, wandb: WandbOptions | None = None,
+        self, path: Path | str, config: dict, rig: ViewRig, after: int = 0, wandb: WandbOptions | None = None, *,
         is_main: bool = True,
     ) -> None:  # fmt: skip
         self.path, self.is_main, self._wandb = Path(path), is_main, None
@@ -262,14 +262,10 @@ class RunFolder:
         try:
             from wandb import init
         except ImportError as error:
-            raise ValueError(
-                f"wandb.mode is {wandb.mode!r} but wandb is not installed: pip install -r requirements-extra.txt, "
-                "or wandb.mode=disabled"
-            ) from error
-        self._wandb = init(
-            project=wandb.project, group=wandb.group or None, name=wandb.name or None, mode=wandb.mode,
-            dir=str(path), config=config, resume="allow",
-        )  # fmt: skip
+            told = f"wandb.mode is {wandb.mode!r} but wandb is not installed"
+            raise ValueError(f"{told}: pip install -r requirements-extra.txt, or wandb.mode=disabled") from error
+        named = {"project": wandb.project, "group": wandb.group or None, "name": wandb.name or None, "mode": wandb.mode}
+        self._wandb = init(**named, dir=str(path), config=config, resume="allow")
 
     def log(self, step: int, values: dict[str, float], split: str = "train") -> None:
         """Appends one line to metrics.jsonl: {"step", "split", "time", name: value ...}."""

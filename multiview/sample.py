@@ -49,10 +49,8 @@ class Sample:
         count, _, *size = self.rgba.shape
         wanted = [len(self.cameras), self.cameras.height, self.cameras.width]
         if [count, *size] != wanted or len(self.view_names) != count:
-            raise ValueError(
-                f"sample {self.id}: images are {[count, *size]} (views, h, w), cameras expect {wanted}, view names are "
-                f"{len(self.view_names)}; one of each per view is expected"
-            )
+            told = f"images are {[count, *size]} (views, h, w), cameras expect {wanted}"
+            raise ValueError(f"sample {self.id}: {told}, view names are {len(self.view_names)}; one each per view")
 
 
 def read_sample(
@@ -138,10 +136,8 @@ def read_split(list_file: Path | str) -> list[Path]:
     """Reads the sample folders of a split list, one per line, relative to it; other paths are refused."""
     list_file = Path(list_file)
     if not list_file.is_file():
-        raise ValueError(
-            f"split list {list_file} does not exist; make a dataset with scripts/make_synthetic_mouse.py or "
-            "scripts/process_mouse_data.py, or name its data_mouse_train.txt"
-        )
+        made = "make a dataset with scripts/make_synthetic_mouse.py or scripts/process_mouse_data.py"
+        raise ValueError(f"split list {list_file} does not exist; {made}, or name its data_mouse_train.txt")
     folders = [inside(list_file.parent, line, f"split list {list_file}") for line in read_lines(list_file)]
     if not folders:
         raise ValueError(f"split list {list_file} is empty")

@@ -39,10 +39,8 @@ class StepSampler(Sampler):
         stop: int | None = None, rank: int = 0, world_size: int = 1,
     ) -> None:  # fmt: skip
         if len(percents) != len(lengths) or min(percents) < 1 or sum(percents) != 100:
-            raise ValueError(
-                f"percents must be one whole number above 0 for each of {len(lengths)} data sets, of sum 100; "
-                f"got {list(percents)}"
-            )
+            told = f"percents must be one whole number above 0 for each of {len(lengths)} data sets, of sum 100"
+            raise ValueError(f"{told}; got {list(percents)}")
         self.lengths, self.starts = list(lengths), [0, *accumulate(lengths)]
         self.batch_size, self.seed = batch_size, seed
         self.start, self.stop, self.rank, self.world_size = start, stop, rank, world_size
@@ -83,9 +81,7 @@ def mixed_lists(main: str, others: Sequence[tuple[str, float]]) -> tuple[list[st
     lists, shares = [name for name, _ in others], [share for _, share in others]
     left = 1.0 - sum(shares)
     if any(share <= 0 for share in shares) or left < -1e-6:
-        raise ValueError(
-            f"mix: ratios must be above 0 and add up to at most 1 ({main} gives what they leave), got {shares}"
-        )
+        raise ValueError(f"mix: ratios must be above 0 and add up to at most 1 ({main} gives the rest), got {shares}")
     if left > 1e-6:
         lists, shares = [main, *lists], [left, *shares]
     percents = [int(share * 100 + 1e-6) for share in shares]

@@ -16,9 +16,11 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from multiview.checkpoint import SKIP_DIGEST, Ema, rotate_checkpoints
@@ -26,9 +28,6 @@ from multiview.files import full_disk_explained, owned_folder, write_json
 from multiview.rig import ViewRig
 from multiview.run import PRECISIONS, LoopOptions, RunFolder, Stop, make_generator, resolve_device, start_processes
 from multiview.sampler import MixedDataset, StepSampler
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 log = logging.getLogger(__name__)
 
@@ -152,8 +151,6 @@ def run_training(build: Callable[[Accelerator], Training], options: LoopOptions)
     build: loads everything and resumes; raises ValueError before any work for whatever is missing or does not fit.
     A full disk or a run that diverges is a ValueError too; signals end it with a checkpoint and SystemExit(143).
     """
-    from accelerate.utils import gather_object
-
     folder = Path(options.folder)
     new = not folder.exists()
     if options.skip_digest:
@@ -165,10 +162,8 @@ def run_training(build: Callable[[Accelerator], Training], options: LoopOptions)
                 training = build(accelerator)
                 passes = gather_object([training.passes])
                 if len(set(passes)) > 1:
-                    raise ValueError(
-                        f"the processes found checkpoints of different passes, {passes}: {folder} must lie on a file "
-                        "system that all nodes share"
-                    )
+                    told = f"the processes found checkpoints of different passes, {passes}"
+                    raise ValueError(f"{told}: {folder} must lie on a file system that all nodes share")
                 training_loop(training, stop)
         finally:
             if torch.distributed.is_initialized():
@@ -184,9 +179,7 @@ def training_loop(training: Training, stop: Stop) -> None:
     per_step = options.accumulate if options.unit == "step" else 1  # passes per step
     first = step = training.passes // per_step
     model = network if alone else accelerator.prepare(network)  # what is frozen takes no part in DDP
-    run = RunFolder(
-        options.folder, training.config, training.rig, after=first, wandb=options.wandb, is_main=is_main
-    )  # fmt: skip
+    run = RunFolder(options.folder, training.config, training.rig, first, options.wandb, is_main=is_main)
     sampler = StepSampler(
         training.dataset.lengths, options.batch_size, seed=options.seed, percents=training.dataset.percents,
         start=training.passes, stop=options.steps * per_step,

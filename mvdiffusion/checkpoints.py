@@ -119,10 +119,8 @@ def newest_training(output_dir: Path | str, rig: ViewRig, config: dict) -> Check
             if key in stored and stored[key] != config[key]  # a key younger than the checkpoint had no effect on it
         ]
         if differing:
-            raise ValueError(
-                f"{folder} belongs to a run of another model ({'; '.join(differing)}); start anew with another "
-                f"output_dir=..., or delete {folder.parent}"
-            )
+            told = f"{folder} belongs to a run of another model ({'; '.join(differing)})"
+            raise ValueError(f"{told}; start anew with another output_dir=..., or delete {folder.parent}")
         return Checkpoint(folder, optimizer, sidecar, trained)
     return None
 

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import convert_outputs_to_fp32
 from torch import Tensor, nn
 
 from multiview.checkpoint import Ema, add_adapters, is_adapter_weight, merged_weights, save_adapters
@@ -30,9 +31,6 @@ from mvdiffusion.models.camera_conditioning import is_camera_weight
 from mvdiffusion.models.unet import configure_views, create_unet, load_unet, resolve_unet_folder, save_unet, unet_rig
 from mvdiffusion.prompts import PromptEmbeds, check_embeds_fit, load_prompt_embeds
 from mvdiffusion.validation import evaluate
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 log = logging.getLogger(__name__)
 
@@ -106,9 +104,8 @@ class MVDiffusionTraining(Training):
         self.rig, self.embeds = aligned_rig(config)
         # Frozen parts in the run's own precision on a GPU, as upstream; a CPU is no faster with less.
         dtype = getattr(torch, PRECISIONS[config.mixed_precision]) if self.device.type == "cuda" else torch.float32
-        self.components = load_components(
-            config.pretrained_model_name_or_path, with_unet=False, device=self.device, dtype=dtype
-        )
+        options = {"with_unet": False, "device": self.device, "dtype": dtype}
+        self.components = load_components(config.pretrained_model_name_or_path, **options)
         found = checkpoints.newest_training(config.output_dir, self.rig, self.config)
         self.network, self.base = prepared_unet(config, self.rig, found)
         check_embeds_fit(self.embeds, self.network)
@@ -116,8 +113,6 @@ class MVDiffusionTraining(Training):
             self.network.enable_gradient_checkpointing()
         self.network.to(self.device)
         if config.mixed_precision != "no":  # the UNet alone, wherever it is called; what it returns is float32 again
-            from accelerate.utils import convert_outputs_to_fp32
-
             lowered = autocast(self.device, config.mixed_precision)(self.network.forward)
             self.network.forward = convert_outputs_to_fp32(lowered)
         self.parameters = trained_parameters(self.network)
@@ -128,9 +123,7 @@ class MVDiffusionTraining(Training):
             self._restore(found)
         size = self.network.config.sample_size * self.components.vae_factor
         if config.image_size not in (None, size):
-            raise ValueError(
-                f"image_size is {config.image_size}, but this UNet generates images of {size} px; leave it out"
-            )
+            raise ValueError(f"image_size is {config.image_size}, but this UNet generates {size} px; leave it out")
         cameras = self.network.config.camera_conditioning != "none"
         self.dataset, self.check_set = build_datasets(config, self.rig, size, overfit, with_cameras=cameras)
 
@@ -326,10 +319,8 @@ def make_optimizer(parameters: dict[str, nn.Parameter], config: MVDiffusionConfi
         try:
             from bitsandbytes.optim import AdamW8bit as kind
         except ImportError as error:
-            raise ValueError(
-                "use_8bit_adam needs the package bitsandbytes, which cannot be imported: pip install bitsandbytes, or "
-                "set use_8bit_adam: false"
-            ) from error
+            told = "use_8bit_adam needs the package bitsandbytes, which cannot be imported"
+            raise ValueError(f"{told}: pip install bitsandbytes, or set use_8bit_adam: false") from error
     return kind(
         parameter_groups(parameters, config), lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2),
         weight_decay=config.adam_weight_decay, eps=config.adam_epsilon,

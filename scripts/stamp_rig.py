@@ -35,9 +35,8 @@ def main() -> None:
     else:
         present = read_rig(path)
     if present is not None and present.differences(rig) and not arguments.replace:
-        raise ValueError(
-            f"{path} already carries rig {present.name}, which differs from {rig.name}; --replace replaces it"
-        )
+        told = f"{path} already carries rig {present.name}, which differs from {rig.name}"
+        raise ValueError(f"{told}; --replace replaces it")
     # A dataset has its dataset.json already, or sample folders, or is the folder of a split list alone.
     is_list = any(path.glob("*.txt")) and not (path / "config.json").is_file()
     if path.is_file():

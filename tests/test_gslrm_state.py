@@ -43,9 +43,6 @@ def views():
     return torch.rand(1, 6, 3, SIZE, SIZE, generator=generator), RIG.cameras(SIZE)[None]
 
 
-# ---- updates --------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("schedule", "warmup", "total", "rules", "expected"),
     [
@@ -113,9 +110,6 @@ def test_more_than_half_of_the_last_200_updates_skipped_is_the_end_and_survives_
         resumed.update(spoiled=True)
 
 
-# ---- schedules of resumed runs --------------------------------------------------------------------------------------
-
-
 def test_reset_lr_starts_warm_up_and_cosine_again_once(data, started, tmp_path):
     changes = {
         "training.checkpointing.resume_ckpt": started, "training.optimizer.reset_training_state": "false",
@@ -169,9 +163,6 @@ def test_scaler_and_averaged_weights_come_back(data, tmp_path, monkeypatch):
     assert start(config_of(data, tmp_path)).ema is None
 
 
-# ---- what trains ----------------------------------------------------------------------------------------------------
-
-
 def test_layer_ranges():
     assert parse_layers(None, 3) == [0, 1, 2] and parse_layers("none", 3) == []
     assert parse_layers("20-23", 24) == [20, 21, 22, 23] and parse_layers("5, 0-1,1", 24) == [0, 1, 5]
@@ -180,7 +171,7 @@ def test_layer_ranges():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"trainable_layers": "2-4"}, "2-4 is not a range within blocks 0-3"),
+        ({"trainable_layers": "2-4"}, "2-4 is not a range within 0-3"),
         ({"trainable_layers": "3-2"}, "3-2 is not a range"),
         ({"trainable_layers": "last"}, "must look like 20-23"),
         ({"lora_rank": -1}, "lora_rank must be 0"),
@@ -306,9 +297,6 @@ def test_freezing_by_layer_range_moves_the_rest_alone(data, started, tmp_path):
     heads = ("gaussian_upsampler.", "pixel_gaussian_decoder.")
     assert moved == {name for name in before if name.startswith(("transformer_layers.0.", *heads))}
     assert json.loads((folder / "config.json").read_text())["config"]["training"]["adaptation"]["freeze_embedder"]
-
-
-# ---- compiled blocks ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("prune", [False, True])

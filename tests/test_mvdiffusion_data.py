@@ -59,9 +59,6 @@ def turned(xyz: torch.Tensor, turn_deg: float) -> torch.Tensor:
     return point.rotate(turn_deg).origins
 
 
-# ---- reference and mirror -------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["mouse6", "facelift6", "uniform4", "irregular"])
 def test_an_item_is_a_picture_of_the_moved_animal_by_its_own_cameras(tmp_path, name):
     """Every rotation and mirroring: rendering the mirrored, turned animal with the item's cameras gives its pixels."""
@@ -130,9 +127,6 @@ def test_mirroring_twice_is_nothing():
     torch.testing.assert_close(mirrored_deg % 360, (-cameras.azimuth_deg) % 360, atol=1e-3, rtol=0)
 
 
-# ---- crop and colour ------------------------------------------------------------------------------------------------
-
-
 def test_a_crop_takes_its_cameras_along(tmp_path):
     """The centre of a ball's picture lies where the item's cameras project the ball, whatever was cut off."""
     rig, size, ball = load_rig("mouse6"), 128, torch.tensor([[0.12, -0.07, 0.05]])
@@ -177,9 +171,6 @@ def test_variants_come_back_and_differ(tmp_path):
         dataset = MouseMVDiffusionDataset(data, rig, SIZE, augmentation(cache_latents=cached, **options))
         draws = [dataset.draw(epoch, 1) for epoch in range(6)]
         assert len(set(draws)) == different and (not cached or draws[:3] == draws[3:])
-
-
-# ---- several data sets ----------------------------------------------------------------------------------------------
 
 
 def test_mixed_items_come_from_the_right_data_set(tmp_path):

@@ -31,9 +31,6 @@ def tiny(tmp_path_factory):
     return prepare(tmp_path_factory.mktemp("tiny"))
 
 
-# ---- data -----------------------------------------------------------------------------------------------------------
-
-
 def test_rotated_reference_rotates_the_targets(tiny):
     """Mistake 6: with targets that stay, the model learns to copy its input."""
     dataset = MouseMVDiffusionDataset(
@@ -96,9 +93,6 @@ def test_standardised_latents_change_nothing_else():
     torch.testing.assert_close(new.std * spread, old.std, atol=1e-4, rtol=1e-3)
 
 
-# ---- losses ---------------------------------------------------------------------------------------------------------
-
-
 def test_snr_weights_follow_the_prediction_type():
     alphas = torch.tensor([0.99, 0.5, 0.01])
     steps, snr = torch.arange(3), torch.tensor([99.0, 1.0, 0.01 / 0.99])
@@ -141,9 +135,6 @@ def test_foreground_weight_keeps_the_scale_of_an_even_error():
     torch.testing.assert_close(even, torch.tensor(1.0))
 
 
-# ---- the loop -------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("damage", ["cut optimizer", "flipped bit", "cut UNet without digests", "missing"])
 def test_killed_run_continues_with_the_same_losses(tiny, tmp_path, caplog, damage):
     """The checkpoint before takes over from a damaged one, with word of it."""
@@ -179,11 +170,7 @@ def test_checkpoint_holds_all_that_inference_needs(tiny, tmp_path):
     output = tmp_path / "checkpoints" / "run"
     export = tmp_path / "export"
     changes = {"max_train_steps": 4, "checkpointing_steps": 1, "checkpoints_total_limit": 2, "export_dir": str(export)}
-    train(
-        config_for(
-            tiny, output, cache_latents=True, cache_variants=2, cache_dir=str(tmp_path / "cache"), **changes
-        )
-    )
+    train(config_for(tiny, output, cache_latents=True, cache_variants=2, cache_dir=str(tmp_path / "cache"), **changes))
     # Mistake 1: the path is joined once; mistake 16: the newest stay.
     assert sorted(path.name for path in output.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
     newest = output / "checkpoint-4"
