@@ -1,8 +1,8 @@
 """Stage 2's checkpoints: FaceLift's file layout, strict loading with named rules, resuming, exporting.
 
-A checkpoint is `ckpt_<16 digits>.pt` with `model`, `optimizer`, `lr_scheduler`, `fwdbwd_pass_step`,
-`param_update_step` (FaceLift's keys) plus `rig`, `ema` when averaged weights are kept, `lora` when adapters train
-(`model` then holds the merged weights), and a JSON sidecar.
+`ckpt_<16 digits>.pt` holds FaceLift's keys (`model`, `optimizer`, `lr_scheduler`, `fwdbwd_pass_step`,
+`param_update_step`) plus `rig`, `ema` (averaged weights), `lora` (adapters; `model` is then merged), and has a JSON
+sidecar.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def resolve_checkpoint(path: Path | str) -> Path:
 
 
 def model_weights(checkpoint: Mapping, source: Path) -> dict[str, Tensor]:
-    """The network's tensors of a checkpoint (averaged ones if it keeps them) or state dict, without FaceLift's loss
+    """The network's tensors of a checkpoint (averaged if it keeps such) or state dict, without FaceLift's loss
     network."""
     tensors = checkpoint.get("ema") or checkpoint.get("model", checkpoint)
     if tensors and isinstance(tensors, Mapping) and all(isinstance(value, Tensor) for value in tensors.values()):
@@ -88,11 +88,9 @@ def read_checkpoint_rig(path: Path) -> ViewRig | None:
 def load_gslrm(
     path: Path | str, *, config_file: Path | str | None = None, device: torch.device | str = "cpu"
 ) -> tuple[GSLRM, ViewRig | None, Path]:
-    """Returns a network ready for inference: (network in eval mode, its rig or None, the file it came from).
-
-    path: checkpoint file or folder. config_file: a training YAML; without it the sidecar's configuration counts, and
-    for files without one (public weights) the defaults, which are FaceLift's.
-    """
+    """Returns (network in eval mode, its rig or None, the file it came from). path: checkpoint file or folder.
+    config_file: a training YAML; without it the sidecar's configuration counts, and for files without one
+    FaceLift's."""
     path = resolve_checkpoint(path)
     if config_file is not None:
         model_config = load_config(GSLRMConfig, config_file, ignored=set(IGNORED_KEYS)).model
@@ -110,10 +108,9 @@ def export_weights(
 ) -> Path:  # fmt: skip
     """Writes a checkpoint with the network alone (averaged weights if kept), e.g. in half precision, to ship it.
 
-    source: checkpoint file or folder, with its sidecar. destination: a .pt file, or a folder for `ckpt_<step>.pt`.
-    facelift: exactly the keys that FaceLift writes, for its strict loader; the rig is then in the sidecar alone.
-    vgg_folder: with facelift, adds the 32 frozen VGG-19 tensors from this folder (float32). FaceLift's loader wants
-        them when its own config has a perceptual loss above 0, which its shipped one has.
+    destination: a .pt file, or a folder for `ckpt_<step>.pt`. facelift: exactly the keys that FaceLift's strict loader
+    wants; the rig is then in the sidecar alone. vgg_folder: with facelift, adds the 32 frozen VGG-19 tensors from there
+    (float32), which FaceLift's loader wants when its config has a perceptual loss, as its shipped one has.
     """
     source, destination = resolve_checkpoint(source), Path(destination)
     checkpoint, content = files.load_checkpoint(source), files.read_sidecar(source)

@@ -19,7 +19,7 @@ from gslrm.config import GSLRMConfig, check_config, size_of
 from gslrm.data.mouse_dataset import build_datasets
 from gslrm.losses import NEEDS_RENDERING, POINTSDIST_WARMUP_STEPS, loss_weights, total_loss
 from gslrm.model.gaussians_renderer import render
-from gslrm.model.gslrm import GSLRM, GSLRMOutput
+from gslrm.model.gslrm import GSLRM
 from gslrm.perceptual import load_networks
 from gslrm.validation import image_metrics, prepare, run_model, validate
 from multiview import checkpoint as files
@@ -35,12 +35,8 @@ STATE_KEYS = ("model", "optimizer", "lr_scheduler", "fwdbwd_pass_step", "param_u
 
 
 def train(config: GSLRMConfig, overfit: int = 0) -> Path:
-    """Trains to `max_fwdbwd_passes`, continuing whatever the checkpoint folder holds. Returns that folder.
-
-    overfit: N > 0 trains and validates on the first N samples without augmentation, in a folder of its own. Raises
-    ValueError before any work for whatever is missing or does not fit; later for a full disk, and
-    TrainingDivergedError.
-    """
+    """Trains to `max_fwdbwd_passes`, continuing whatever the checkpoint folder holds. Returns that folder. overfit: N >
+    0 trains and validates on the first N samples without augmentation, in a folder of its own. Raises ValueError."""
     config = overfit_config(config, overfit) if overfit else config
     check_config(config)
     check_adaptation(config.training.adaptation, config.model.transformer.n_layer)
@@ -139,8 +135,7 @@ class GSLRMTraining(Training):
         adapt(self.network, self.settings.training.adaptation)
 
     def _resume(self, path: Path, is_own: bool) -> Mapping[str, Any]:
-        """Loads the state of a checkpoint file, which is returned. Raises ValueError for a file that holds less, or
-        that was trained with other parameters frozen."""
+        """Loads the state of a checkpoint file, which is returned. ValueError for less, or other frozen parameters."""
         training, checkpoint = self.settings.training, files.load_checkpoint(path)
         weights_only = (
             f"start from its weights: another checkpoint_dir with training.checkpointing.resume_ckpt={path} and "
@@ -231,7 +226,11 @@ class GSLRMTraining(Training):
                 recompute=training.runtime.recompute_rendering,
             )  # fmt: skip
         loss, parts = total_loss(weights, losses, output, batch.targets, rgb=rgb, alpha=alpha, networks=self.networks)
-        return loss + zero_of(output), (parts, batch.targets, rgb, alpha)
+        # 0 that depends on every Gaussian value, so that every parameter has a gradient (DDP demands it); NaN if one is
+        # not finite, so that such a pass counts as one whose loss is not finite.
+        names = ("xyz", "features", "scaling", "rotation", "opacity")
+        zero = 0.0 * sum(getattr(output.gaussians, name).sum() for name in names)
+        return loss + zero, (parts, batch.targets, rgb, alpha)
 
     def numbers(self, details: tuple) -> dict[str, float]:
         parts, targets, rgb, alpha = details
@@ -307,14 +306,6 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     matrices, others = ([p for p in trained if (p.ndim >= 2) == wide] for wide in (True, False))
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-
-
-def zero_of(output: GSLRMOutput) -> Tensor:
-    """0 that depends on every Gaussian value, so that every parameter has a gradient (DDP demands it) in every pass.
-    NaN if a Gaussian is not finite, so that such a pass counts as one whose loss is not finite."""
-    gaussians = output.gaussians
-    values = (gaussians.xyz, gaussians.features, gaussians.scaling, gaussians.rotation, gaussians.opacity)
-    return 0.0 * sum(value.sum() for value in values)
 
 
 def compile_blocks(model: GSLRM) -> None:

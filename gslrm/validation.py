@@ -62,10 +62,7 @@ def validate(
     lpips: torch.nn.Module | None = None, num_pictures: int = 4,
 ) -> tuple[dict[str, float], Tensor]:  # fmt: skip
     """Means over the dataset (every view) and a contact sheet [3, H, W]: per sample targets above, predictions below.
-
-    Metrics `input_*` are of the views the model saw, `novel_*` of the others (absent if there are none): those of
-    `image_metrics`, SSIM, and LPIPS where its network is given.
-    """
+    Metrics `input_*` are of the views the model saw, `novel_*` of the others (absent if there are none)."""
     num_inputs = dataset.num_input_views
     values: dict[str, list[float]] = defaultdict(list)
     rows: list[Tensor] = []

@@ -25,8 +25,8 @@ TURNTABLE_HFOV_DEG = 50.0
 
 @dataclass(frozen=True)
 class Cameras:
-    """A batch of pinhole cameras that share one image size, height x width pixels. c2w: [..., 4, 4] camera to world,
-    rigid (rotation orthonormal, determinant +1). fxfycxcy: [..., 4] pixels."""
+    """Pinhole cameras of one image size in pixels. c2w: [..., 4, 4] camera to world, rigid. fxfycxcy: [..., 4]
+    pixels."""
 
     c2w: Tensor
     fxfycxcy: Tensor
@@ -42,8 +42,7 @@ class Cameras:
             )
 
     def validate(self, source: str = "cameras") -> Cameras:
-        """Checks the values (a device synchronisation): finite, rigid, focal lengths positive. Readers call this once
-        on what they read; arithmetic on cameras does not."""
+        """Checks the values (a device synchronisation), as readers do: finite, rigid, focal lengths positive."""
         if not (torch.isfinite(self.c2w).all() and torch.isfinite(self.fxfycxcy).all()):
             raise ValueError(f"{source}: c2w and fxfycxcy must be finite")
         rotation = self.c2w[..., :3, :3].double()  # float32 would blur what 1e-3 is to tell apart
@@ -58,7 +57,6 @@ class Cameras:
 
     @staticmethod
     def from_w2c(w2c: Tensor, fxfycxcy: Tensor, height: int, width: int) -> Cameras:
-        """w2c: [..., 4, 4] world to camera, OpenCV axes."""
         return Cameras(invert_rigid(w2c), fxfycxcy, height, width)
 
     @staticmethod
@@ -80,7 +78,7 @@ class Cameras:
         azimuth_deg: Tensor, elevation_deg: Tensor, distance: Tensor | float, focal_over_width: float, size: int
     ) -> Cameras:
         """Returns square-image cameras around the origin, at azimuths and elevations [...] and distances (scalar or
-        [...]). Azimuth 0 is at -y, 90 at -x (clockwise seen from above). Computed in float64, returned as float32."""
+        [...]). Azimuth 0 is at -y, 90 at -x. Computed in float64, returned as float32."""
         eye = direction(azimuth_deg.double(), elevation_deg.double())
         eye = eye * torch.as_tensor(distance, dtype=torch.float64)[..., None]
         focal = focal_over_width * size
@@ -243,8 +241,7 @@ def axis_rotation(axis: Tensor, angle: Tensor) -> Tensor:
 
 
 def nearest_point(origins: Tensor, directions: Tensor) -> Tensor:
-    """Returns the points [..., 3] nearest to n lines (origins, unit directions [..., n, 3]) in the sense of least
-    squares. Parallel lines: the point of least norm, as lstsq gives it."""
+    """Returns the points [..., 3] nearest to n lines (origins, unit directions [..., n, 3]), by least squares."""
     across = torch.eye(3).to(directions) - directions[..., :, None] * directions[..., None, :]  # off the line
     wanted = (across @ origins[..., None]).sum(-3)
     return (torch.linalg.pinv(across.sum(-3), hermitian=True) @ wanted)[..., 0]
@@ -258,13 +255,11 @@ def read_cameras(path: Path | str) -> Cameras:
 def perturb(
     cameras: Cameras, *, rotation_deg: float, translation: float, pixels: float, generator: torch.Generator
 ) -> Cameras:
-    """Returns cameras [...] with independent Gaussian calibration errors: for training against them, and for measuring
-    them.
+    """Returns cameras [...] with independent Gaussian calibration errors, to train against them and to measure them.
 
     rotation_deg: standard deviation of the angle turned about a uniformly random axis through the camera center.
-    translation: of the camera center along each world axis, world units. pixels: of the principal point along x and y.
-    generator: gives the same unit draws whatever the three sizes are, so noise of twice the size is the same noise
-    twice as far: a sweep compares like with like. Zero sizes return the very same values.
+    translation: of the center along each world axis, world units. pixels: of the principal point. generator: gives the
+    same unit draws whatever the sizes are: a sweep compares like with like. Zero sizes return the very same values.
     """
     for name, value in (("rotation_deg", rotation_deg), ("translation", translation), ("pixels", pixels)):
         if not (math.isfinite(value) and value >= 0):

@@ -60,8 +60,7 @@ def _digest(path: str, size: int, changed_ns: int) -> str:
 
 
 def check_digest(path: Path, expected: str | None) -> None:
-    """Raises ValueError if a file's bytes are not those that were written. expected: None for files older than
-    digests."""
+    """Raises ValueError if a file's bytes are not those that were written. expected: None for older files."""
     if expected and not os.environ.get(SKIP_DIGEST) and digest_of(path) != expected:
         raise ValueError(
             f"{path} is damaged: its SHA-256 is not the one written beside it when it was saved; copy it again or use "
@@ -80,11 +79,9 @@ def read_sidecar(path: Path | str) -> dict | None:
 
 
 def load_checkpoint(path: Path | str, kind: type = dict):
-    """Loads on the CPU with weights_only; a missing, cut, altered or foreign file is an error that names it.
-
-    kind: of the content, a dictionary unless the file holds one tensor. The digest in the sidecar is compared, or
-    without one the checksum that torch's zip files carry per tensor: a flipped bit is not taken for a weight.
-    """
+    """Loads on the CPU with weights_only; a missing, cut, altered or foreign file is an error that names it. The digest
+    in the sidecar is compared, or without one the checksum that torch's zip files carry per tensor. kind: of the
+    content."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"checkpoint {path} does not exist")
@@ -163,8 +160,8 @@ def load_strict(
     module: torch.nn.Module, state_dict: Mapping[str, Tensor], source: Path | str,
     renames: Sequence[tuple[str, str]] = (),
 ) -> None:  # fmt: skip
-    """Loads every tensor or raises ValueError listing missing, unexpected and wrongly shaped entries by name. renames:
-    (regular expression, replacement) pairs for known foreign names."""
+    """Loads every tensor or raises ValueError with the names. renames: (regular expression, replacement) of foreign
+    names."""
     renamed = {}
     for name, tensor in state_dict.items():
         if not isinstance(name, str) or not hasattr(tensor, "shape"):
@@ -205,11 +202,8 @@ def read_rig(folder: Path | str) -> ViewRig | None:
 
 def add_adapters(model: torch.nn.Module, targets: Sequence[str], rank: int, alpha: float, dropout: float = 0.0) -> None:
     """Puts low-rank adapters (LoRA, arXiv 2106.09685; peft's) into the layers whose names are or end with `targets`, in
-    place.
-
-    A layer W becomes W + alpha / rank * B A; B is 0 at first, so the output does not change. A's first values come from
-    torch's global generator: seed it before. Raises ValueError for a target that no layer carries.
-    """
+    place. A layer W becomes W + alpha / rank * B A; B is 0 at first, so the output does not change. A's first values
+    come from torch's global generator: seed it before."""
     from peft import LoraConfig, inject_adapter_in_model
 
     names = [f".{name}" for name, _ in model.named_modules()]

@@ -24,11 +24,10 @@ Config = TypeVar("Config")
 def load_config(
     schema: type[Config], path: Path | str | None = None, overrides: list[str] = (), *, ignored: set[str] = frozenset()
 ) -> Config:
-    """Typed defaults <- YAML (with its `base:` chain) <- `a.b=c` overrides.
+    """Typed defaults (schema, a dataclass type) <- YAML (with its `base:` chain) <- `a.b=c` overrides.
 
-    schema: a dataclass type with defaults. ignored: dotted keys of other people's files that have no effect here,
-    logged and dropped. Text stays as it was typed where the schema says str: YAML would read 2024_06_01 as a number.
-    Raises ValueError naming the file for an unknown key (with its nearest known one) or a value of the wrong type.
+    ignored: dotted keys of other people's files that have no effect here, logged and dropped. Text stays as it was
+    typed where the schema says str: YAML would read 2024_06_01 as a number. Raises ValueError naming the file.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -77,8 +76,8 @@ def config_to_yaml(config: object) -> str:
 
 
 def read_yaml(path: Path | str, texts: set[str] = frozenset()) -> dict:
-    """Returns a YAML file's mapping as plain values. texts: dotted keys whose values stay as they were typed. Raises
-    ValueError naming the file, also for deep nesting and heaps of aliases (a few lines unfold to gigabytes)."""
+    """Returns a YAML file's mapping as plain values. texts: dotted keys whose values stay as typed. Raises ValueError
+    naming the file, also for deep nesting and heaps of aliases (a few lines unfold to gigabytes)."""
     import yaml
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -176,11 +175,9 @@ def option(
 
 
 def add_fields(parser: argparse.ArgumentParser, settings: type) -> None:
-    """Adds one flag per `option` field of a dataclass; `parser` may be a group of one. Imports nothing heavy.
-
-    bool becomes --name / --no-name; a tuple takes its values after one flag (`tuple[int, ...]` any number, `tuple[int,
-    int]` two); what has no default value is required.
-    """
+    """Adds one flag per `option` field of a dataclass; `parser` may be a group of one. bool becomes --name / --no-name;
+    a tuple takes its values after one flag (`tuple[int, ...]` any number, `tuple[int, int]` two). Imports nothing
+    heavy."""
     hints = typing.get_type_hints(settings)
     for entry in dataclasses.fields(settings):
         if "help" not in entry.metadata:

@@ -93,9 +93,8 @@ def take(
 ) -> Any:  # fmt: skip
     """Returns content[key], checked; every reader takes its values through this door. Raises ValueError.
 
-    kind: str, bool, dict, list, int, float, or the shape of nested lists of numbers (-1: any length). Numbers must be
-    finite and in least..most; 512.0 is an int. where: file and place, for the message. default: stands for a missing
-    key or null; without one the key is required.
+    kind: str, bool, dict, list, int, float (512.0 is an int), or the shape of nested lists of numbers (-1: any length),
+    finite and in least..most. where: file and place, for the message. default: stands for a missing key or null.
     """
     if not isinstance(content, dict):
         raise ValueError(f"{where} must hold an object of keys and values, got {reprlib.repr(content)}")

@@ -1,7 +1,6 @@
-"""The visual hull: the largest solid whose silhouettes lie in all masks. Carving, coloring, rendering.
+"""The visual hull: the largest solid whose silhouettes lie in all masks. Carving, coloring, rendering, on any device.
 
 Laurentini 1994 (the hull), Niem 1994 (voxel carving), Matusik et al. 2000 (colors from the views that see a point).
-World frame and pixels as in multiview/cameras.py. Works on any device, on any number of views, of any directions.
 """
 
 from __future__ import annotations
@@ -94,11 +93,9 @@ def viewed_cube(cameras: Cameras) -> tuple[Tensor, Tensor]:
 def carve(
     masks: Tensor, cameras: Cameras, *, resolution: int = RESOLUTION, bounds: tuple[Tensor, Tensor] | None = None
 ) -> VisualHull:
-    """masks: [v, 1, h, w] 0..1 (soft rims are read between pixels), cameras: [v] -> the hull, perhaps empty.
-
-    bounds: opposite corners [3] of the box to search, `viewed_cube` if left out; within it the grid shrinks to the
-    hull. resolution: voxels, at least, along its longest side. A point outside an image is outside its mask.
-    """
+    """masks: [v, 1, h, w] 0..1 (soft rims are read between pixels), cameras: [v] -> the hull, perhaps empty. bounds:
+    opposite corners [3] of the box to search (default `viewed_cube`). resolution: voxels, at least, along its longest
+    side."""
     grid, index, coverage, _ = _carve(masks, cameras, resolution, bounds, misses=0)
     return VisualHull(grid, index, coverage)
 
@@ -199,11 +196,8 @@ def surface(hull: VisualHull) -> Surface:
 
 def observe(surface: Surface, rgb: Tensor, masks: Tensor, cameras: Cameras) -> tuple[Tensor, Tensor]:
     """Returns what each view shows at each surface point, colors [v, n, 3], and how well it sees the point, weights [v,
-    n].
-
-    rgb: [v, 3, h, w] 0..1, masks: [v, 1, h, w], cameras: [v]. The weight is the squared cosine between normal and view,
-    0 where something stands before the point; at the mask's rim, where the background shines through, it is small.
-    """
+    n]: the squared cosine between normal and view, 0 where something stands before the point, small at the mask's rim,
+    where the background shines through. rgb: [v, 3, h, w] 0..1, masks: [v, 1, h, w], cameras: [v]."""
     inner = -F.max_pool2d(-masks.float(), 3, stride=1, padding=1)
     depth = nearest_points(surface, cameras)[1][:, None]
     uv, z = cameras.project(surface.points.expand(len(cameras), -1, -1))
@@ -225,8 +219,8 @@ def colour_surface(surface: Surface, rgb: Tensor, masks: Tensor, cameras: Camera
 
 
 def nearest_points(surface: Surface, cameras: Cameras) -> tuple[Tensor, Tensor]:
-    """Returns the index [v, h, w] of the point each pixel shows (-1: none; ties: the lower) and its depth z [v, h, w]
-    (0: none)."""
+    """Returns the index [v, h, w] of the point each pixel shows (-1: none; ties: the lower) and its depth z (0:
+    none)."""
     key = torch.where(silhouettes(surface, cameras)[:, 0], _splat(surface, cameras, WIDE), EMPTY)
     empty = key == EMPTY
     depth = (key >> 32).to(torch.int32).view(torch.float32).masked_fill(empty, 0)

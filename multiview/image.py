@@ -31,8 +31,7 @@ HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
 
 
 def read_rgba(path: Path | str) -> Tensor:
-    """Reads an image file into [4, h, w], 0..1 (alpha 1 without alpha), as stored whatever EXIF says: cameras count
-    these."""
+    """Reads an image file into [4, h, w], 0..1 (alpha 1 without alpha), as stored whatever EXIF says."""
     return _to_tensor(_decode(path, MOST_PIXELS))
 
 
@@ -76,8 +75,7 @@ def _decode(path: Path | str, most: int, *, longest: int | None = None, header_o
 
 
 def _eight_bits(image: Image.Image, path: Path | str) -> Image.Image:
-    """Returns the image as RGBA of 8 bits with its EXIF; deeper channels are scaled by the range that is in use.
-    Cameras store 10 or 12 bits in 16, and Pillow clips 16-bit gray to white."""
+    """Returns the image as RGBA of 8 bits with its EXIF; deeper channels are scaled by the range that is in use."""
     layout = str(image.tile[0][3]) if image.tile else ""
     single = image.mode.startswith(("I", "F"))
     if not single and "16" not in layout:
@@ -144,8 +142,7 @@ def save_video(path: Path | str, frames: Tensor, fps: int = 30) -> None:
 
 
 def resize_rgba(rgba: Tensor, size: int | tuple[int, int]) -> Tensor:
-    """Lanczos resize of [c, h, w] in 8 bits, as FaceLift's data loader does, to size or (height, width). Cameras do not
-    change here: call `Cameras.resize` with the same size."""
+    """Lanczos resize of [c, h, w] in 8 bits, as FaceLift's data loader does. Its cameras: `Cameras.resize`."""
     height, width = (size, size) if isinstance(size, int) else size
     if rgba.shape[-2:] == (height, width):
         return rgba
@@ -176,11 +173,8 @@ class Draw:
         return asdict(self)
 
     def recolored(self, rgba: Tensor) -> Tensor:
-        """RGBA views [n, 4, h, w] of one animal under other light: the same factors and hue turn for all of them.
-
-        Contrast turns about the animal's own mean color, saturation and hue about gray. Alpha stays, and so does the
-        background, which is composited afterwards.
-        """
+        """RGBA views [n, 4, h, w] of one animal under other light. Contrast turns about the animal's own mean color,
+        saturation and hue about gray. Alpha stays, and so does the background, which is composited afterwards."""
         rgb, alpha = rgba[:, :3], rgba[:, 3:]
         if self.brightness != 1 or self.contrast != 1:
             mean = (rgb * alpha).sum(dim=(0, 2, 3), keepdim=True) / alpha.sum().clamp_min(1e-6)

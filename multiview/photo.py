@@ -35,10 +35,9 @@ class PhotoReport:
 def prepare_photo(rgba: Tensor, size: int, *, crop: str = "auto", source: str = "image") -> tuple[Tensor, PhotoReport]:
     """[4, h, w] 0..1 -> [4, size, size] RGBA framed like the training data, and a report of what was done.
 
-    A photograph is segmented where its alpha is no animal's mask: opaque, or covering nearly the whole image (a
-    translucent scan, rounded corners). crop: `auto` keeps a square image whose animal already stands as in the training
-    data and crops any other; `always`, `never` (the image must then be square). Raises ValueError when no animal can be
-    told from the background.
+    A photograph is segmented where its alpha is no animal's mask: opaque, or covering nearly the whole image. crop:
+    `auto` keeps a square image whose animal already stands as in the training data and crops any other; `always`,
+    `never` (the image must then be square). Raises ValueError when no animal can be told from the background.
     """
     if crop not in ("auto", "always", "never"):
         raise ValueError(f"crop must be auto, always or never, got {crop!r}")
@@ -79,11 +78,8 @@ def prepare_photo(rgba: Tensor, size: int, *, crop: str = "auto", source: str = 
 
 
 def body_placement(mask: np.ndarray) -> tuple[float, float, tuple[float, float]]:
-    """Returns of a mask [h, w]: body area / image area, center offset / width, center (x, y) in pixels; tail taken off.
-
-    The center is that of mass: a tail would pull the box's center by its length. The tail goes by opening the mask with
-    a disc of a tenth of its own size: legs and tail vanish, the body stays.
-    """
+    """Returns of a mask [h, w]: body area / image area, center offset / width, center (x, y) in pixels. The tail, which
+    would pull the center, goes by opening the mask with a disc of a tenth of its own size."""
     import cv2
 
     radius = max(1, round(0.10 * float(np.sqrt(mask.sum()))))
@@ -98,8 +94,8 @@ def body_placement(mask: np.ndarray) -> tuple[float, float, tuple[float, float]]
 
 
 def segment(rgb: np.ndarray, source: str = "image") -> np.ndarray:
-    """[h, w, 3] 0..1 -> soft mask [h, w]: color distance from the border's color, refined by GrabCut. Meant for an
-    animal on a fairly even background. Raises ValueError where that fails."""
+    """[h, w, 3] 0..1 -> soft mask [h, w]: color distance from the border's color, refined by GrabCut, else
+    ValueError."""
     import cv2
 
     height, width = rgb.shape[:2]

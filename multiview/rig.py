@@ -68,12 +68,9 @@ class View:
 
 @dataclass(frozen=True)
 class ViewRig:
-    """An ordered set of views around the origin, world z up.
-
-    distance: world units. focal: focal length over image width. azimuth_zero: `heading` (the animal's own front) or
-    `reference` (the side the input view was taken from). framing: how the animal's size was chosen (`exact`, `fill`,
-    `facelift`; docs/data_format.md). reference_view: index of the input view.
-    """
+    """An ordered set of views around the origin, world z up. distance: world units. focal: focal length over image
+    width. azimuth_zero: `heading` (the animal's own front) or `reference` (the side of the input view). framing: how
+    the animal's size was chosen (docs/data_format.md). reference_view: index of the input view."""
 
     name: str
     views: tuple[View, ...]
@@ -158,8 +155,8 @@ class ViewRig:
         return told
 
     def mirror_order(self) -> list[int]:
-        """Returns per view the index of its mirror image in x (the vertical plane through azimuth 0); ValueError if it
-        has none."""
+        """Returns per view the index of its mirror image in x (the vertical plane through azimuth 0), else
+        ValueError."""
 
         def mirrors(view: View, other: View) -> bool:
             turn = (view.azimuth_deg + other.azimuth_deg + 180.0) % 360.0 - 180.0
@@ -241,11 +238,8 @@ def load_rig(name_or_path: str | Path) -> ViewRig:
 
 def check_alignment(expected: ViewRig | None = None, allow: str = "", /, **artifacts: ViewRig) -> ViewRig:
     """Refuses artifacts of different rigs: RigMismatchError with both side by side and the command that mends it.
-
-    artifacts: by role (`embeddings`, `unet`, `gslrm`, `cameras`, `dataset`), the rig each one carries. expected: the
-    rig the user named, compared first. allow: the config key that lets training start from weights of another rig.
-    Returns the common rig.
-    """
+    artifacts: by role, the rig each one carries. expected: the rig the user named. allow: the config key that lets
+    training start from weights of another rig. Returns the common rig."""
     # What the user named counts first; without it the first artifact does, and the message names both roles.
     base_role = "requested" if expected is not None else next(iter(artifacts))
     base = expected if expected is not None else artifacts[base_role]

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from multiview.files import atomic_write, write_json
 
@@ -35,8 +35,6 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # what clusters 
 STOPPED = 143  # exit code of a run that such a signal ended
 PRECISIONS = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}  # of a network's matrix products
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # torchrun and accelerate set all of them
-
-Item = TypeVar("Item")
 
 
 def seed_from(*keys: int | str) -> int:
@@ -149,7 +147,7 @@ class Stop:
             raise SystemExit(STOPPED)
 
 
-def stoppable(items: Iterable[Item]) -> Iterator[Item]:
+def stoppable(items: Iterable[Any]) -> Iterator[Any]:
     """Yields the items; a stop signal lets the one in work be finished, then ends the run with exit code 143."""
     with Stop() as stop:
         stop.in_loop = True
@@ -200,9 +198,7 @@ def git_hash() -> str:
 
 @dataclass
 class WandbOptions:
-    """mode: disabled (default), offline or online."""
-
-    mode: str = "disabled"
+    mode: str = "disabled"  # or offline, online
     project: str = "mouse_facelift"
     group: str = ""
     name: str = ""
@@ -295,8 +291,7 @@ class RunFolder:
 
 
 def shipped(path: Path | str) -> Path:
-    """Returns a relative path as it leads beside the code, where something is there, else as it stands: the demo's
-    files are found from any working directory."""
+    """Returns a relative path as it leads beside the code, where something is there, else as it stands."""
     beside = REPOSITORY / path
     return beside if beside.exists() and Path.cwd() != REPOSITORY else Path(path)
 
@@ -313,10 +308,8 @@ def choose_numba_cache() -> None:
 
 def _can_write(folder: Path) -> bool:
     """Says whether a folder, or the nearest one above it that exists, can be written; permissions alone may lie."""
-    while not folder.exists():
-        folder = folder.parent
     try:
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=next(path for path in (folder, *folder.parents) if path.exists())):
             return True
     except OSError:
         return False
@@ -333,8 +326,8 @@ def check_output_folder(folder: Path | str) -> None:
 
 
 def main_guard(main: Callable[[], None]) -> None:
-    """Runs an entry script: a user's mistake ends with one message and exit code 1 (argparse keeps 2 for bad
-    arguments), without a traceback. Programming errors keep theirs."""
+    """Runs an entry script: a user's mistake ends with one message and exit code 1 (argparse: 2), without a
+    traceback."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     choose_numba_cache()
     try:

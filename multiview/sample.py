@@ -58,10 +58,8 @@ def read_sample(
     views: Sequence[int] | None = None, with_depth: bool = False,
 ) -> Sample:  # fmt: skip
     """Reads a sample folder (FaceLift's included); images and cameras resized together to image_size if given.
-
-    num_views: read the first so many views only. views: read these only, in this order (no other image is touched).
-    with_depth: depth images are required. Raises ValueError naming the file, also where a view has no mask.
-    """
+    num_views: read the first so many views only. views: read these only, in this order. with_depth: depth images are
+    required. Raises ValueError naming the file, also where a view has no mask."""
     folder = Path(folder)
     path = folder / CAMERAS_FILE
     if not path.is_file():

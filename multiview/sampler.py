@@ -1,7 +1,7 @@
 """The order in which training visits its samples, of one data set or of several mixed by share, and the loader.
 
-An index is the place of an item in the endless row of all global batches. What stands there depends on (seed, index)
-only: a run continues after a kill exactly where it was, and any number of processes see the same batches.
+An index is the place of an item in the endless row of all global batches; what stands there depends on (seed, index)
+only: a killed run continues exactly where it was, and any number of processes see the same batches.
 """
 
 from __future__ import annotations
@@ -28,9 +28,8 @@ class StepSampler(Sampler):
     """Batches of (epoch, sample), one process's share: a DataLoader's batch_sampler, or asked by `batch(number)`.
 
     lengths: samples of each data set; sample numbers run through the first, then the second, and so on.
-    percents: of 100 items how many come from each. The proportions are exact in every window of items, the shortest
-        in which they are whole numbers (10 for 70 and 30); within a window the order is random. Every data set has
-        epochs of its own, each a permutation of it.
+    percents: of 100 items how many come from each, exact in every window of items, the shortest in which they are whole
+    numbers (10 for 70 and 30), in random order. Every data set has epochs of its own, each a permutation.
     start, stop: the first batch, and the one before which iterating ends (None: it does not end).
     """
 
@@ -38,9 +37,6 @@ class StepSampler(Sampler):
         self, lengths: Sequence[int], batch_size: int, *, seed: int, percents: Sequence[int] = (100,), start: int = 0,
         stop: int | None = None, rank: int = 0, world_size: int = 1,
     ) -> None:  # fmt: skip
-        if len(percents) != len(lengths) or min(percents) < 1 or sum(percents) != 100:
-            told = f"percents must be one whole number above 0 for each of {len(lengths)} data sets, of sum 100"
-            raise ValueError(f"{told}; got {list(percents)}")
         self.lengths, self.starts = list(lengths), [0, *accumulate(lengths)]
         self.batch_size, self.seed = batch_size, seed
         self.start, self.stop, self.rank, self.world_size = start, stop, rank, world_size
@@ -73,11 +69,9 @@ class StepSampler(Sampler):
 
 
 def mixed_lists(main: str, others: Sequence[tuple[str, float]]) -> tuple[list[str], list[int]]:
-    """Returns the split lists that are trained on and how many of 100 items come from each; the sum is 100.
-
-    others: further lists and their shares. What the shares leave of 1 comes from `main`; if that is nothing, `main` is
-    not read. Shares become whole hundredths (the largest remainders round up), so that proportions hold exactly.
-    """
+    """Returns the split lists that are trained on and how many of 100 items come from each; the sum is 100. others:
+    further lists and their shares. What they leave of 1 comes from `main`. Shares become whole hundredths (the largest
+    remainders round up), so that proportions hold exactly."""
     lists, shares = [name for name, _ in others], [share for _, share in others]
     left = 1.0 - sum(shares)
     if any(share <= 0 for share in shares) or left < -1e-6:
@@ -148,8 +142,7 @@ def _start_worker(_: int) -> None:
 def load_batches(
     dataset: Dataset, sampler: StepSampler, workers: int, device: torch.device, prefetch: int = 2
 ) -> Iterator[dict[str, Tensor]]:
-    """Yields the sampler's batches, read by `workers` processes (0: in this one). Raises a sample's own ValueError, and
-    ValueError where the workers cannot hand their batches over."""
+    """Yields the sampler's batches, read by `workers` processes (0: in this one). Raises a sample's own ValueError."""
     loader = DataLoader(
         _Guarded(dataset), batch_sampler=sampler, num_workers=workers, pin_memory=device.type == "cuda",
         prefetch_factor=prefetch if workers else None, collate_fn=_collate, worker_init_fn=_start_worker,

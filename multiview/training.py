@@ -13,7 +13,7 @@ import os
 import resource
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -105,12 +105,9 @@ class Training:
         return self.optimizer.param_groups[0].get("initial_lr", options.lr) * factor
 
     def update(self, *, spoiled: bool) -> float | None:
-        """One optimizer update, or its skipping, counted: a loss that was not finite, or an exploding gradient.
-
-        The schedule advances and gradients are cleared either way. Returns the gradient norm before clipping. Every
-        process sees the same mean loss and the same summed gradients, so all of them skip the same updates. Raises
-        TrainingDivergedError when more than half of the last 200 updates were skipped.
-        """
+        """One optimizer update, or its skipping, counted: a loss that was not finite, or an exploding gradient. Returns
+        the gradient norm before clipping. The schedule advances and gradients are cleared either way. Every process
+        sees the same mean loss and the same summed gradients, so all of them skip the same updates."""
         norm, skipped, limit = None, "skipped_nan_loss" if spoiled else None, self.options.max_norm
         if not spoiled:
             self.scaler.unscale_(self.optimizer)
@@ -146,11 +143,8 @@ class Training:
 
 
 def run_training(build: Callable[[Accelerator], Training], options: LoopOptions) -> Path:
-    """Trains to `options.steps`, continuing what the folder holds. Returns the folder.
-
-    build: loads everything and resumes; raises ValueError before any work for whatever is missing or does not fit.
-    A full disk or a run that diverges is a ValueError too; signals end it with a checkpoint and SystemExit(143).
-    """
+    """Trains to `options.steps`, continuing what the folder holds. Returns the folder. build: loads everything and
+    resumes; raises ValueError before any work. Signals end the run with a checkpoint and SystemExit(143)."""
     folder = Path(options.folder)
     new = not folder.exists()
     if options.skip_digest:
@@ -187,7 +181,7 @@ def training_loop(training: Training, stop: Stop) -> None:
     )  # fmt: skip
     log.info(
         "%s: %.2f M parameters train on %d samples, %s %d to %d, %d process(es) on %s", options.folder,
-        count(network, trained=True) / 1e6, len(training.dataset), options.unit, first, options.steps,
+        count(training.parameters.values()) / 1e6, len(training.dataset), options.unit, first, options.steps,
         accelerator.num_processes, training.device,
     )  # fmt: skip
     network.train()
@@ -285,11 +279,9 @@ def measure(training: Training, run: RunFolder, step: int) -> dict[str, float]:
 
 
 def rate_factor(schedule: str, done: int, warmup: int, total: int, rules: str = "1") -> float:
-    """Learning rate over its base value at update `done` (from 0): linear warm-up, then the schedule.
-
-    schedule: constant; linear or cosine, to 0 at update `total`; or piecewise_constant, diffusers' `rules` without
-    warm-up: "1:200000,0.5" is 1 before update 200,000 and 0.5 from it on.
-    """
+    """Learning rate over its base value at update `done` (from 0): linear warm-up, then constant, or linear or cosine
+    to 0 at update `total`; or piecewise_constant, diffusers' `rules` without warm-up: "1:200000,0.5" is 0.5 from
+    200,000 on."""
     if schedule == "piecewise_constant":
         *pieces, last = rules.split(",")
         try:
@@ -319,10 +311,6 @@ def clip_gradients(parameters: dict[str, nn.Parameter], max_norm: float) -> tupl
     return norm.item(), sanitized
 
 
-def count(network: nn.Module, *, trained: bool = False) -> int:
-    return sum(p.numel() for p in network.parameters() if p.requires_grad or not trained)
-
-
 def closing_block(training: Training, content: dict[str, Any], passes: int, busy: float, batch: Any) -> None:
     """Prints what the run reached and cost (`passes` done now in `busy` seconds), and writes it to summary.json."""
     from torch.utils.flop_counter import FlopCounterMode
@@ -349,13 +337,17 @@ def closing_block(training: Training, content: dict[str, Any], passes: int, busy
         "samples_per_second": passes * options.batch_size * training.accelerator.num_processes / max(busy, 1e-9),
         "peak_memory_gb": (torch.cuda.max_memory_allocated(training.device) if on_gpu else 1024 * kib) / 1e9,
         "matrix_rate_fraction": fraction, "machine_gflops": machine / 1e9,
-        "parameters": count(training.network), "trained_parameters": count(training.network, trained=True),
+        "parameters": count(training.network.parameters()), "trained_parameters": count(training.parameters.values()),
     }  # fmt: skip
     write_json(Path(options.folder) / "summary.json", content)
     print(f"{options.folder}: {options.unit} {content[options.unit]} of {options.steps}")
     print(f"  {as_text(content.pop('metrics'), training.shown) or 'not validated'}")
     for name, value in content.items():
         print(f"  {name:<22} {'not counted' if value is None else f'{value:.4g}'}", flush=True)
+
+
+def count(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
 
 
 def as_text(values: dict[str, float], shown: Sequence[str]) -> str:

@@ -1,8 +1,7 @@
 """Training checkpoints: <output_dir>/checkpoint-<step>/{unet, unet_ema, prompt_embeds, optimizer.pt, checkpoint.json}.
 
-With LoRA also lora/ (the adapters in peft's form) and trained.pt (what a resumed run needs); unet and unet_ema then
-hold the adapters folded in, and may be left out. checkpoint.json has the digest of every weights file.
-A folder appears under its name only when complete, so `output_dir` is joined exactly once: nothing is prefixed to it.
+With LoRA also lora/ (adapters in peft's form) and trained.pt (what a resumed run needs); unet and unet_ema then hold
+the adapters folded in, and may be left out. A folder appears under its name only when complete.
 """
 
 from __future__ import annotations
@@ -69,8 +68,7 @@ def save_embeds(folder: Path, embeds: PromptEmbeds) -> None:
 
 @dataclass(frozen=True)
 class Sampling:
-    """What suits a UNet; the defaults are FaceLift's. mirror: `auto` for one that was trained on animals that face one
-    way."""
+    """What suits a UNet; the defaults are FaceLift's. mirror: `auto` if it was trained on animals that face one way."""
 
     num_steps: int = NUM_STEPS
     guidance_scale: float = GUIDANCE_SCALE
@@ -98,11 +96,8 @@ def _beside(path: Path | str, name: str) -> Path | None:
 
 
 def newest_training(output_dir: Path | str, rig: ViewRig, config: dict) -> Checkpoint | None:
-    """Returns the newest whole checkpoint, found by reading; None if there is none.
-
-    Refuses one of another rig or another model (ValueError naming the keys that differ): resuming must not change what
-    is trained; lengths, rates, paths of data may change.
-    """
+    """Returns the newest whole checkpoint, found by reading; None if there is none. Refuses one of another rig or
+    model: resuming must not change what is trained; lengths, rates, paths of data may change."""
     for folder in sorted(Path(output_dir).glob(PATTERN), key=step_of, reverse=True):
         try:
             sidecar = read_json(folder / SIDECAR)
@@ -143,8 +138,8 @@ def check_weights(folder: Path, part: str = "") -> None:
 
 
 def components_folder_of(unet_path: Path | str) -> Path | None:
-    """Returns the components folder a UNet (checkpoint-<step>, its unet or unet_ema, or a components folder) belongs
-    to: what its checkpoint.json names, or the folder it lies in; else None."""
+    """Returns the components folder of a UNet (checkpoint-<step>, its unet or unet_ema, or a components folder): what
+    its checkpoint.json names, or the folder it lies in; else None."""
     for folder in (Path(unet_path), Path(unet_path).parent):
         if (folder / "vae").is_dir():
             return folder

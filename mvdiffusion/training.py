@@ -39,11 +39,8 @@ CLASS_EMBEDDING = r"^class_embedding\."
 
 
 def train(config: MVDiffusionConfig, overfit: int = 0) -> Path:
-    """Trains to `max_train_steps`, continuing whatever the output folder holds. Returns that folder.
-
-    overfit: N > 0 trains and validates on the first N samples, in a folder of its own. Raises ValueError before any
-    work for whatever is missing or does not fit; later for a full disk, and TrainingDivergedError.
-    """
+    """Trains to `max_train_steps`, continuing whatever the output folder holds. Returns that folder. overfit: N > 0
+    trains and validates on the first N samples, in a folder of its own. Raises ValueError."""
     config = overfit_config(config, overfit) if overfit else config
     config.validate()
     return run_training(partial(MVDiffusionTraining, config, overfit), loop_options(config))
@@ -265,8 +262,7 @@ def prepared_unet(config: MVDiffusionConfig, rig: ViewRig, found: checkpoints.Ch
 
 
 def choose_trained(unet: nn.Module, config: MVDiffusionConfig) -> None:
-    """Without LoRA all trains, or what `trainable_modules` names; with it adapters, new camera weights and
-    `lora_also_train`."""
+    """All trains, or what `trainable_modules` names; with LoRA adapters, camera weights and `lora_also_train`."""
     if config.lora_rank:
         add_adapters(unet, config.lora_targets, config.lora_rank, config.lora_alpha or config.lora_rank)
     parts = config.lora_also_train if config.lora_rank else config.trainable_modules

@@ -37,8 +37,8 @@ def figures(
 
 
 def consistency(images: Tensor, cameras: list[Cameras]) -> dict[str, float]:
-    """Mean view consistency of images [b, n, 3, s, s] on white, seen by cameras [n] of each object. Empty for rigs of
-    fewer than 3 views: a hull of the others needs two of them."""
+    """Mean view consistency of images [b, n, 3, s, s] on white, seen by cameras [n]; none for rigs of fewer than 3
+    views."""
     if images.shape[1] < 3:
         return {}
     rows = [metrics.view_consistency(views, metrics.mask_from_white(views), own) for views, own in zip(images, cameras)]
@@ -51,12 +51,9 @@ def evaluate(
     components: Components, unet, embeds: PromptEmbeds, dataset: MouseMVDiffusionDataset, *, count: int,
     guidance_scales: list[float], num_steps: int, seed: int,
 ) -> tuple[dict[str, float], Tensor]:  # fmt: skip
-    """Generates the views of the first `count` samples on white.
-
-    Returns figures named `vae/...` and `guidance_<g>/...`, beside `truth/consistency...` of the targets themselves, and
-    a contact sheet: per sample the targets, the autoencoder's version of them, and a row per guidance scale. LPIPS is
-    measured where its VGG weights lie on disk.
-    """
+    """Generates the views of the first `count` samples on white. Returns figures named `vae/...`, `guidance_<g>/...`
+    and `truth/consistency...`, and a contact sheet: per sample the targets, the autoencoder's version of them, and a
+    row per guidance scale. LPIPS is measured where its VGG weights lie on disk."""
     lpips = metrics.load_lpips(unet.device) if metrics.lpips_backbone_path().is_file() else None
     components = replace(components, unet=unet)
     items = [dataset[index] for index in range(min(count, len(dataset)))]

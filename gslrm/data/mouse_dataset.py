@@ -26,11 +26,9 @@ OVERLAP_COSINE = 0.5  # cameras within 60 degrees of an input see what it sees
 class MouseViewDataset(Dataset):
     """Items of a split list, as the `training.dataset` section says.
 
-    list_file: sample folders, one per line, relative to it; `dataset.json` with the rig lies beside it.
-    image_size: pixels; images and cameras are resized together.
     every_view: every view of the sample, in order, on one background (validation). Else inputs come first (the rig's
-        first views in its order, or with `random_view_selection` any); the others are drawn at random, with
-        `maximize_view_overlap` among the cameras within 60 degrees of an input.
+    first views in its order, or with `random_view_selection` any); the others are drawn at random, with
+    `maximize_view_overlap` among the cameras within 60 degrees of an input.
     limit: only the first samples. first_index: what the sample's number in `index` counts from, in a mixture.
     """
 
@@ -170,8 +168,8 @@ def draw_colors(augmentation: AugmentationConfig, generator: torch.Generator) ->
 
 
 def overlapping(cameras: Cameras, inputs: Tensor, rule: str) -> Tensor:
-    """[v] bool: cameras whose direction lies within 60 degrees of an input's. rule: `normalised`, or `upstream`:
-    FaceLift's test, on positions that are not normalised."""
+    """[v] bool: cameras within 60 degrees of an input's. rule: `normalised`, or FaceLift's `upstream`, on raw
+    positions."""
     positions = cameras.origins
     positions = torch.nn.functional.normalize(positions, dim=-1) if rule == "normalised" else positions
     return (positions @ positions[inputs].mT >= OVERLAP_COSINE).any(-1)

@@ -23,13 +23,10 @@ class MouseMVDiffusionDataset(Dataset):
     """The rig's views of each sample of a split list; an item, asked for by (epoch, index), depends on (seed, epoch,
     index) only.
 
-    list_file: data_mouse_train.txt; the folder it lies in holds dataset.json. rig: the rig that is trained; a data set
-    of another one is refused. config: what is drawn once per sample (backgrounds, colors, crop, mirroring) and whether
-    the reference view moves (`reference_view_idx`; targets, prompts and cameras move with it,
-    mvdiffusion/data/views.py). None: samples as they are, on white (validation).
-    with_cameras: the UNet is told the cameras. Without, a moved reference or a mirrored animal must give the rig's own
-    directions again, because prompts are then all that names a view; any other rig is refused.
-    first_index: what the sample's number counts from where several data sets are mixed, in random keys too.
+    config: what is drawn once per sample, and whether the reference view moves (`reference_view_idx`; targets, prompts
+    and cameras move with it). None: samples as they are, on white (validation). with_cameras: the UNet is told the
+    cameras; else a moved reference or a mirrored animal must give the rig's own directions again, or is refused.
+    first_index: what the sample's number counts from where several data sets are mixed.
     """
 
     def __init__(
