@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from evaluation.methods import Predictions, Splits, predict_gaussians, reconstruct_sample
 from evaluation.report import group_by, metrics_table, plot_sweep, summarise
-from gslrm.model.filters import FilterSettings, filter_gaussians
+from gslrm.model.gaussians import FilterSettings, filter_gaussians
 from multiview.cameras import perturb
 from multiview.files import atomic_write, write_json
 from multiview.run import make_generator

@@ -5,6 +5,7 @@ Both commands are the user's own. Decoding is OpenCV's, before and after the imp
 
 from __future__ import annotations
 
+import argparse
 import resource
 import shutil
 import subprocess
@@ -22,15 +23,15 @@ def command(script: str, *flags: str, **values: object) -> list[str]:
     return [sys.executable, str(REPOSITORY / "scripts" / script), *flags, *given]
 
 
-def measure_import(frames: int, source_frames: int, video_width: int, workers: int) -> tuple[str, list[dict], str]:
-    """Returns title, rows and note of a table. frames: at the least, looped from `source_frames` that are filmed."""
+def measure_import(options: argparse.Namespace) -> tuple[str, list[dict], str]:
+    """Returns title, rows and note of a table. options: of scripts/benchmark.py."""
     import imageio_ffmpeg
 
-    loops = -(-frames // source_frames)
-    frames = loops * source_frames
+    loops, width, workers = -(-options.frames // options.source_frames), options.video_width, options.workers
+    frames, seconds = loops * options.source_frames, {}
     with tempfile.TemporaryDirectory(prefix="benchmark_import_") as name:
         short, recording = Path(name, "short"), Path(name, "recording")
-        film = {"output_dir": short, "num_samples": source_frames, "video_width": video_width}
+        film = {"output_dir": short, "num_samples": options.source_frames, "video_width": width}
         subprocess.run(command("make_synthetic_mouse.py", "--as_recording", **film), check=True, capture_output=True)
         for path in sorted(short.rglob("*.mp4")):
             copy = recording / path.relative_to(short)
@@ -38,19 +39,20 @@ def measure_import(frames: int, source_frames: int, video_width: int, workers: i
             loop = ["-v", "error", "-stream_loop", str(loops - 1), "-i", path, "-c", "copy", copy]
             subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), *loop], check=True)
         shutil.copy(short / "new_cam.pkl", recording)
-        before = decode(recording, frames, workers)
+        seconds["decoding before"] = decode(recording, frames, workers)
         wall, cpu, report, memory = run_import(recording, Path(name, "data"), frames, workers)
-        after = decode(recording, frames, workers)
-    fastest, least = ((a + b) / 2 for a, b in zip(before, after))
+        seconds["import"] = wall, cpu
+        seconds["decoding after"] = decode(recording, frames, workers)
+    fastest, least = ((a + b) / 2 for a, b in zip(seconds["decoding before"], seconds["decoding after"]))
     ratios = {
         "frames/s over decoding's": fastest / wall, "without the report": fastest / (wall - report),
         "by CPU time": least / cpu, "largest memory of all processes, MiB": memory,
     }  # fmt: skip
     records = []
-    for what, (seconds, spent) in {"decoding before": before, "import": (wall, cpu), "decoding after": after}.items():
-        record = {"what": what, "seconds": seconds, "frames/s": frames / seconds, "CPU ms/frame": 1e3 * spent / frames}
-        records.append({**record, **(ratios if what == "import" else dict.fromkeys(ratios))})
-    return "Import of a recording", records, f"{frames} frames of 12 videos {video_width} px wide to 512 px."
+    for what, (taken, spent) in seconds.items():
+        record = {"what": what, "seconds": taken, "frames/s": frames / taken, "CPU ms/frame": 1e3 * spent / frames}
+        records.append(record | (ratios if what == "import" else dict.fromkeys(ratios)))
+    return "Import of a recording", records, f"{frames} frames of 12 videos {width} px wide to 512 px."
 
 
 def decode(recording: Path, frames: int, workers: int) -> tuple[float, float]:
@@ -76,10 +78,9 @@ def run_import(recording: Path, output: Path, frames: int, workers: int) -> tupl
     import psutil
 
     before, started, memory = resource.getrusage(resource.RUSAGE_CHILDREN), time.time(), 0
-    videos = {"video_dir": recording / "videos_undist", "meta_dir": recording, "output_dir": output}
-    child = psutil.Popen(
-        command("process_mouse_data.py", **videos, num_samples=frames, image_size=512, workers=workers)
-    )
+    values = {"video_dir": recording / "videos_undist", "meta_dir": recording, "output_dir": output}
+    values |= {"num_samples": frames, "image_size": 512, "workers": workers}
+    child = psutil.Popen(command("process_mouse_data.py", **values))
     while child.poll() is None:
         try:
             family = [child, *child.children(recursive=True)]

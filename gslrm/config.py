@@ -5,30 +5,18 @@ Keys that FaceLift's own files hold and that change nothing here are listed in `
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, is_dataclass, replace
 from math import inf
+from typing import Literal
 
 from multiview.sampler import mixed_lists
 
 IGNORED_KEYS = (
-    "profile",
-    "debug",
-    "model.class_name",
-    "model.half_bbx_size",
-    "training.dataset.normalize_distance_to",
-    "training.dataset.remove_alpha",
-    "training.dataloader.num_threads",
-    "training.losses.distill_loss_weight",
-    "training.schedule.num_epochs",
-    "training.schedule.early_stop_after_epochs",
-    "training.logging.wandb.job_type",
-    "training.logging.wandb.log_every",
-    "inference",
-    "validation.output_dir",
-)
-
-
-# ---- model ----------------------------------------------------------------------------------------------------------
+    "profile", "debug", "model.class_name", "model.half_bbx_size", "training.dataset.normalize_distance_to",
+    "training.dataset.remove_alpha", "training.dataloader.num_threads", "training.losses.distill_loss_weight",
+    "training.schedule.num_epochs", "training.schedule.early_stop_after_epochs", "training.logging.wandb.job_type",
+    "training.logging.wandb.log_every", "inference", "validation.output_dir",
+)  # fmt: skip
 
 
 @dataclass
@@ -47,7 +35,7 @@ class TransformerConfig:
 
 @dataclass
 class UpsamplerConfig:
-    upsample_factor: int = 1  # only 1 exists
+    upsample_factor: Literal[1] = 1  # FaceLift never had another
 
 
 @dataclass
@@ -78,9 +66,6 @@ class ModelConfig:
     prune_margin_px: int = 2  # pixels around the mask that are kept
 
 
-# ---- training -------------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class RuntimeConfig:
     device: str = "auto"  # auto, cpu, cuda
@@ -88,7 +73,7 @@ class RuntimeConfig:
     use_tf32: bool = True
     use_amp: bool = True  # autocast, on CUDA only unless amp_on_cpu
     amp_on_cpu: bool = False
-    amp_dtype: str = "bf16"  # bf16 or fp16
+    amp_dtype: Literal["bf16", "fp16"] = "bf16"
     grad_accum_steps: int = 1
     grad_clip_norm: float = 1.0
     allowed_gradnorm_factor: float = 20.0  # an update whose norm exceeds clip x this is skipped and counted
@@ -133,10 +118,10 @@ class DatasetConfig:
     num_input_views: int = 6
     random_view_selection: bool = False  # inputs drawn at random instead of the rig's first ones
     maximize_view_overlap: bool = False  # random targets must see what some input sees
-    overlap_rule: str = "normalised"  # or `upstream`: FaceLift's, on positions that are not normalized
+    overlap_rule: Literal["normalised", "upstream"] = "normalised"  # upstream: FaceLift's, by unnormalized positions
     target_has_input: bool = True  # inputs are targets too
-    background_color: str = "white"  # white, gray, black, random
-    on_bad_sample: str = "error"  # or `skip`: unreadable samples are left out, counted and logged, at start
+    background_color: Literal["white", "gray", "black", "random"] = "white"
+    on_bad_sample: Literal["error", "skip"] = "error"  # skip: unreadable ones are left out and logged, at start
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
 
 
@@ -164,7 +149,7 @@ class LossesConfig:
     masked_perceptual_loss: bool = False
     masked_ssim_loss: bool = False
     masked_pixelalign_loss: bool = True  # weighted by alpha
-    pixelalign_normalisation: str = "upstream"  # masked form over the number of all pixels; or `foreground`
+    pixelalign_normalisation: Literal["upstream", "foreground"] = "upstream"  # masked form: over all pixels' number
     masked_pointsdist_loss: bool = False  # over alpha > 0.5; needed with model.prune_background_tokens
     warmup_pointsdist: bool = False  # first 1000 iterations: points distance (0.1) instead of l2 and perceptual
     direct_loss_weight: float = 0.0  # to the true surface points; needs depth maps in the dataset
@@ -292,42 +277,14 @@ def size_of(config: GSLRMConfig) -> tuple[float, float, float]:
     return parameters, 0.0 if is_partial else parameters, 16.0 * pixels * training.dataloader.batch_size_per_gpu
 
 
-# ---- checks that need no data ---------------------------------------------------------------------------------------
-
-
 def check_config(config: GSLRMConfig) -> None:
     """Refuses combinations that cannot train. Raises ValueError naming the key, what was expected and why."""
-    dataset, losses, runtime = config.training.dataset, config.training.losses, config.training.runtime
-    if dataset.num_input_views < 2:
-        raise ValueError(
-            f"training.dataset.num_input_views must be at least 2, got {dataset.num_input_views}: Stage 2 triangulates "
-            "between posed views and learns a flat billboard from one. A single photograph goes through Stage 1 first "
-            "(python inference_mouse.py --input_image ...). Set training.dataset.num_input_views=6"
-        )
-    if dataset.num_views < dataset.num_input_views:
-        raise ValueError(
-            f"training.dataset.num_views ({dataset.num_views}) counts inputs and targets together and must be at least "
-            f"num_input_views ({dataset.num_input_views})"
-        )
-    if not dataset.target_has_input and dataset.num_views == dataset.num_input_views:
-        raise ValueError(
-            "training.dataset: target_has_input false leaves no target view when num_views equals num_input_views "
-            f"({dataset.num_views}); raise num_views"
-        )
-    for key, value, allowed in (
-        ("training.dataset.background_color", dataset.background_color, ("white", "gray", "black", "random")),
-        ("training.dataset.on_bad_sample", dataset.on_bad_sample, ("error", "skip")),
-        ("training.dataset.overlap_rule", dataset.overlap_rule, ("normalised", "upstream")),
-        ("training.losses.pixelalign_normalisation", losses.pixelalign_normalisation, ("upstream", "foreground")),
-        ("training.runtime.amp_dtype", runtime.amp_dtype, ("bf16", "fp16")),
-        ("model.gaussians.upsampler.upsample_factor", config.model.gaussians.upsampler.upsample_factor, (1,)),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{key} must be one of {', '.join(map(str, allowed))}, got {value!r}")
-    training = config.training
+    training, model = config.training, config.model
+    dataset, losses, runtime = training.dataset, training.losses, training.runtime
+    views, inputs, every = dataset.num_views, dataset.num_input_views, training.checkpointing.checkpoint_every
     for key, value, low, high in (
-        ("model.image_tokenizer.image_size", config.model.image_tokenizer.image_size, 1, 2**16),
-        ("model.transformer.n_layer", config.model.transformer.n_layer, 1, 10_000),
+        ("model.image_tokenizer.image_size", model.image_tokenizer.image_size, 1, 2**16),
+        ("model.transformer.n_layer", model.transformer.n_layer, 1, 10_000),
         ("training.runtime.grad_accum_steps", runtime.grad_accum_steps, 1, inf),
         ("training.dataloader.batch_size_per_gpu", training.dataloader.batch_size_per_gpu, 1, inf),
         ("training.dataloader.num_workers", training.dataloader.num_workers, 0, 512),
@@ -343,34 +300,34 @@ def check_config(config: GSLRMConfig) -> None:
         if not low <= value <= high:
             raise ValueError(f"{key} must be within {low} to {high}, got {value}")
     uses_pointsdist = losses.pointsdist_loss_weight > 0 or losses.warmup_pointsdist
-    check_augmentation(dataset.augmentation)
-    mixed_lists(dataset.dataset_path, [(part.dataset_path, part.ratio) for part in dataset.mix])
-    if config.model.prune_background_tokens and uses_pointsdist and not losses.masked_pointsdist_loss:
-        raise ValueError(
-            "the plain points-distance loss needs every pixel, but model.prune_background_tokens drops most: set "
-            "training.losses.masked_pointsdist_loss=true, or model.prune_background_tokens=false"
-        )
-    if config.training.checkpointing.checkpoint_every % runtime.grad_accum_steps:
-        raise ValueError(
-            "training.checkpointing.checkpoint_every must be a multiple of training.runtime.grad_accum_steps "
-            f"({runtime.grad_accum_steps}), got {config.training.checkpointing.checkpoint_every}"
-        )
-    if losses.direct_warmup_steps > 0 and losses.direct_loss_weight <= 0:
-        raise ValueError("training.losses.direct_warmup_steps needs direct_loss_weight > 0")
-
-
-def check_augmentation(augmentation: AugmentationConfig) -> None:
-    """Raises ValueError for a range that is not one, or noise of negative size."""
+    for wrong, message in (
+        (inputs < 2,
+         f"training.dataset.num_input_views must be at least 2, got {inputs}: Stage 2 triangulates between posed views "
+         "and learns a flat billboard from one. A single photograph goes through Stage 1 first (python "
+         "inference_mouse.py --input_image ...). Set training.dataset.num_input_views=6"),
+        (views < inputs,
+         f"training.dataset.num_views ({views}) counts inputs and targets together and must be at least "
+         f"num_input_views ({inputs})"),
+        (not dataset.target_has_input and views == inputs,
+         "training.dataset: target_has_input false leaves no target view when num_views equals num_input_views "
+         f"({views}); raise num_views"),
+        (model.prune_background_tokens and uses_pointsdist and not losses.masked_pointsdist_loss,
+         "the plain points-distance loss needs every pixel, but model.prune_background_tokens drops most: set "
+         "training.losses.masked_pointsdist_loss=true, or model.prune_background_tokens=false"),
+        (every % runtime.grad_accum_steps,
+         "training.checkpointing.checkpoint_every must be a multiple of training.runtime.grad_accum_steps "
+         f"({runtime.grad_accum_steps}), got {every}"),
+        (losses.direct_warmup_steps > 0 and losses.direct_loss_weight <= 0,
+         "training.losses.direct_warmup_steps needs direct_loss_weight > 0"),
+    ):  # fmt: skip
+        if wrong:
+            raise ValueError(message)
+    augmentation, prefix = dataset.augmentation, "training.dataset.augmentation"
     for name in ("brightness_range", "contrast_range", "saturation_range", "hue_range_deg"):
         limits, lowest = getattr(augmentation, name), -180.0 if name == "hue_range_deg" else 0.0
         if len(limits) != 2 or not lowest <= limits[0] <= limits[1]:
-            raise ValueError(
-                f"training.dataset.augmentation.{name} must be [low, high] with {lowest:g} <= low <= high, got {limits}"
-            )
-    for entry in fields(CameraNoiseConfig):
-        value = getattr(augmentation.camera_noise, entry.name)
+            raise ValueError(f"{prefix}.{name} must be [low, high] with {lowest:g} <= low <= high, got {limits}")
+    for name, value in vars(augmentation.camera_noise).items():
         if value < 0:
-            raise ValueError(
-                f"training.dataset.augmentation.camera_noise.{entry.name} is a standard deviation and must be 0 or "
-                f"more, got {value}"
-            )
+            raise ValueError(f"{prefix}.camera_noise.{name} is a standard deviation and must be 0 or more, got {value}")
+    mixed_lists(dataset.dataset_path, [(part.dataset_path, part.ratio) for part in dataset.mix])

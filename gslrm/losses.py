@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gslrm.config import LossesConfig
+from gslrm.model.gaussians import C0
 from gslrm.model.gslrm import GSLRMOutput
 
-SH_C0 = 0.28209479177387814
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
 POINTSDIST_WARMUP_STEPS, POINTSDIST_WARMUP_WEIGHT = 1000, 0.1
 NAMES = ("l2", "lpips", "perceptual", "ssim", "alpha", "background", "pixelalign", "pointsdist")
@@ -66,15 +66,9 @@ def loss_weights(losses: LossesConfig, step: int, *, l2_warmup_steps: int = 0) -
 
 
 def total_loss(
-    weights: dict[str, float],
-    losses: LossesConfig,
-    output: GSLRMOutput,
-    targets: Targets,
-    *,
-    rgb: Tensor | None,
-    alpha: Tensor | None,
-    networks: dict[str, nn.Module],
-) -> tuple[Tensor, dict[str, Tensor]]:
+    weights: dict[str, float], losses: LossesConfig, output: GSLRMOutput, targets: Targets, *,
+    rgb: Tensor | None, alpha: Tensor | None, networks: dict[str, nn.Module],
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """Weighted sum (scalar) and the parts (scalars, unweighted).
 
     rgb, alpha: [b, t, 3|1, h, w] rendered; None when no loss of `weights` needs them. networks: `lpips`, `perceptual`
@@ -102,53 +96,40 @@ def total_loss(
     return sum(weight * means[name] for name, weight in weights.items()), means
 
 
-# ---- losses on images -----------------------------------------------------------------------------------------------
-
-
-def l2_loss(prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean squared error per sample [b]; with a mask [b, t, 1, h, w] over its pixels only (0 where it is empty)."""
-    error = (prediction - target).square()
-    if mask is None:
-        return error.flatten(1).mean(1)
-    return weighted_mean(error.mean(2, keepdim=True), mask)
-
-
-def ssim_loss(prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-    """1 - SSIM per sample [b], in 0..1. The mask is taken at the window centers."""
-    ssim = ssim_map(prediction.flatten(0, 1), target.flatten(0, 1)).unflatten(0, prediction.shape[:2])
-    if mask is None:
-        mean = ssim.flatten(1).mean(1)
-    else:
-        border = SSIM_WINDOW // 2
-        mean = weighted_mean(ssim.mean(2, keepdim=True), mask[..., border:-border, border:-border])
-    return 1.0 - mean.clamp(0.0, 1.0)
-
-
-def ssim_map(a: Tensor, b: Tensor) -> Tensor:
-    """[n, c, h, w] images in 0..1 -> SSIM [n, c, h - 10, w - 10] (Gaussian window 11, sigma 1.5, no padding)."""
-    offsets = torch.arange(SSIM_WINDOW, dtype=a.dtype, device=a.device) - SSIM_WINDOW // 2
-    window = torch.exp(-0.5 * (offsets / SSIM_SIGMA) ** 2)
-    window = window / window.sum()
-    # A channel and group for every map: on a CPU a tenth of the time that images of one channel each take.
-    maps = torch.cat([a, b, a * a, b * b, a * b], dim=1)
-    groups = maps.shape[1]
-    maps = functional.conv2d(maps, window.view(1, 1, 1, -1).expand(groups, -1, -1, -1), groups=groups)
-    maps = functional.conv2d(maps, window.view(1, 1, -1, 1).expand(groups, -1, -1, -1), groups=groups)
-    mu_a, mu_b, aa, bb, ab = maps.chunk(5, dim=1)
-    # Rounding makes variances of flat areas negative, and SSIM then leaves [-1, 1].
-    var_a, var_b = (aa - mu_a**2).clamp_min(0.0), (bb - mu_b**2).clamp_min(0.0)
-    c1, c2 = 0.01**2, 0.03**2
-    luminance = (2 * mu_a * mu_b + c1) / (mu_a**2 + mu_b**2 + c1)
-    return luminance * (2 * (ab - mu_a * mu_b) + c2) / (var_a + var_b + c2)
-
-
 def weighted_mean(values: Tensor, weight: Tensor) -> Tensor:
     """Sum(values * weight) / sum(weight) per sample: [b, ...] -> [b]; 0 where all weights are 0."""
     weight = weight.expand_as(values)
     return (values * weight).flatten(1).sum(1) / weight.flatten(1).sum(1).clamp_min(1e-6)
 
 
-# ---- losses on Gaussians --------------------------------------------------------------------------------------------
+def l2_loss(prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean squared error per sample [b]; with a mask [b, t, 1, h, w] over its pixels only."""
+    error = (prediction - target).square()
+    return error.flatten(1).mean(1) if mask is None else weighted_mean(error.mean(2, keepdim=True), mask)
+
+
+def ssim_loss(prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+    """1 - SSIM per sample [b], in 0..1 (Gaussian window 11, sigma 1.5, no padding); a mask is taken at its centers."""
+    a, b = prediction.flatten(0, 1), target.flatten(0, 1)
+    offsets = torch.arange(SSIM_WINDOW, dtype=a.dtype, device=a.device) - SSIM_WINDOW // 2
+    window = torch.exp(-0.5 * (offsets / SSIM_SIGMA) ** 2)
+    window = window / window.sum()
+    # A channel and group for every map: on a CPU a tenth of the time that images of one channel each take.
+    maps = torch.cat([a, b, a * a, b * b, a * b], dim=1)
+    for axis in ((1, -1), (-1, 1)):
+        kernel = window.view(1, 1, *axis).expand(maps.shape[1], -1, -1, -1)
+        maps = functional.conv2d(maps, kernel, groups=maps.shape[1])
+    mu_a, mu_b, aa, bb, ab = maps.chunk(5, dim=1)
+    # Rounding makes variances of flat areas negative, and SSIM then leaves [-1, 1].
+    var_a, var_b = (aa - mu_a**2).clamp_min(0.0), (bb - mu_b**2).clamp_min(0.0)
+    c1, c2 = 0.01**2, 0.03**2
+    luminance = (2 * mu_a * mu_b + c1) / (mu_a**2 + mu_b**2 + c1)
+    ssim = luminance * (2 * (ab - mu_a * mu_b) + c2) / (var_a + var_b + c2)
+    ssim = ssim.unflatten(0, prediction.shape[:2])
+    if mask is None:
+        return 1.0 - ssim.flatten(1).mean(1).clamp(0.0, 1.0)
+    border = SSIM_WINDOW // 2
+    return 1.0 - weighted_mean(ssim.mean(2, keepdim=True), mask[..., border:-border, border:-border]).clamp(0.0, 1.0)
 
 
 def pixelalign_loss(output: GSLRMOutput, input_alpha: Tensor | None = None, normalisation: str = "upstream") -> Tensor:
@@ -185,18 +166,17 @@ def pointsdist_loss(output: GSLRMOutput, input_alpha: Tensor | None = None) -> T
     with torch.no_grad():
         v, h, w = output.shape
         view, weight = output.pixel_index // (h * w), chosen.double()
-        count = sum_per_view(weight, view, v)
-        mean = sum_per_view(weight * distance, view, v) / count.clamp_min(1.0)
+
+        def per_view(values: Tensor) -> Tensor:  # sums of [b, k] by view number: [b, v]
+            return values.new_zeros(len(values), v).scatter_add(1, view, values)
+
+        count = per_view(weight)
+        mean = per_view(weight * distance) / count.clamp_min(1.0)
         centered = distance - mean.gather(1, view)
-        variance = sum_per_view(weight * centered.square(), view, v) / (count - 1.0).clamp_min(1.0)
+        variance = per_view(weight * centered.square()) / (count - 1.0).clamp_min(1.0)
         standardized = centered / (variance.sqrt().gather(1, view) + 1e-8)
         target = (standardized * POINTSDIST_SPREAD).to(distance) + output.ray_origins.norm(dim=-1)
     return weighted_mean((distance - target).square(), weight.to(distance))
-
-
-def sum_per_view(values: Tensor, view: Tensor, num_views: int) -> Tensor:
-    """values [b, k] summed by view number [b, k] -> [b, num_views]."""
-    return values.new_zeros(len(values), num_views).scatter_add(1, view, values)
 
 
 def direct_losses(output: GSLRMOutput, targets: Targets, scale_px: float) -> dict[str, Tensor]:
@@ -210,15 +190,13 @@ def direct_losses(output: GSLRMOutput, targets: Targets, scale_px: float) -> dic
     view = (output.pixel_index // (h * w))[..., None]
     forward = targets.input_forward.gather(1, view.expand(-1, -1, 3))
     focal = targets.input_focal_px.gather(1, view[..., 0])[..., None]
-    rgb, alpha, depth = (
-        pixels_of(x, output) for x in (targets.input_rgb, targets.input_alpha, targets.input_depth)
-    )
+    rgb, alpha, depth = (pixels_of(x, output) for x in (targets.input_rgb, targets.input_alpha, targets.input_depth))
     present = output.pixel_valid[..., None].to(rgb)
     surface = present * (alpha > FOREGROUND_ALPHA) * (depth > 0)
     distance = depth / (output.ray_directions * forward).sum(-1, keepdim=True)
     truth = output.ray_origins + distance * output.ray_directions
     log_scale = torch.log(scale_px * depth.clamp_min(1e-3) / focal)
-    color = gaussians.features[:, n:, 0] * SH_C0 + 0.5
+    color = gaussians.features[:, n:, 0] * C0 + 0.5
     opacity = functional.binary_cross_entropy_with_logits(gaussians.opacity[:, n:], alpha, reduction="none")
     return {
         "xyz": weighted_mean((gaussians.xyz[:, n:] - truth).abs(), surface),

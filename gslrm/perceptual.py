@@ -19,12 +19,13 @@ from torch.nn import functional
 from gslrm.config import LossesConfig
 from gslrm.losses import weighted_mean
 from multiview.checkpoint import load_checkpoint, load_strict
+from multiview.metrics import load_lpips
 
 VGG16_FILE = "vgg16-397923af.pth"  # torchvision's ImageNet weights, for LPIPS
 VGG19_FILES = ("imagenet-vgg-verydeep-19.mat", "imagenet-vgg-verydeep-19.pt")  # MatConvNet's, or the same as tensors
 CHECKPOINT_PREFIX = r"^(module\.)?loss_calculator\.perceptual_loss_module\.net\."
 
-CHANNELS = (64, 64, 128, 128, 256, 256, 256, 256, 512, 512, 512, 512, 512, 512, 512, 512)
+CHANNELS = (3, 64, 64, 128, 128, 256, 256, 256, 256, 512, 512, 512, 512, 512, 512, 512, 512)
 POOL_BEFORE = (3, 5, 9, 13)  # number of the convolution that follows a pooling
 # Convolutions 1_2, 2_2, 3_2, 4_2, 5_2 by running number, and the weight of the features after their ReLU.
 FEATURE_WEIGHTS = {2: 1 / 2.6, 4: 1 / 4.8, 6: 1 / 3.7, 10: 1 / 5.6, 14: 10 / 1.5}
@@ -36,9 +37,8 @@ class VGG19(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        channels = (3, *CHANNELS)
         for number in range(1, 17):
-            setattr(self, f"conv{number}", nn.Conv2d(channels[number - 1], channels[number], 3, padding=1))
+            setattr(self, f"conv{number}", nn.Conv2d(CHANNELS[number - 1], CHANNELS[number], 3, padding=1))
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """[n, 3, h, w] mean-free 0..255 -> features of the layers in FEATURE_WEIGHTS."""
@@ -62,14 +62,12 @@ class PerceptualLoss(nn.Module):
 
     def forward(self, prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
         """[b, (t,) 3, h, w] in 0..1, twice; mask [b, (t,) 1, h, w] in 0..1 -> [b]."""
-        b = len(prediction)
-        images = 255.0 * prediction.flatten(0, -4) - self.mean
+        images, truth = (255.0 * x.flatten(0, -4) - self.mean for x in (prediction, target))
         with torch.no_grad():
-            true_images = 255.0 * target.flatten(0, -4) - self.mean
-            true_features = self.net(true_images)
-        distance = map_mean((images - true_images).abs(), mask, b)
+            true_features = self.net(truth)
+        distance = map_mean((images - truth).abs(), mask, len(prediction))
         for weight, features, truth in zip(FEATURE_WEIGHTS.values(), self.net(images), true_features):
-            distance = distance + weight * map_mean((features - truth).abs(), mask, b)
+            distance = distance + weight * map_mean((features - truth).abs(), mask, len(prediction))
         return distance / 255.0
 
 
@@ -82,12 +80,11 @@ class LPIPSLoss(nn.Module):
 
     def forward(self, prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
         """[b, (t,) 3, h, w] in 0..1, twice; mask [b, (t,) 1, h, w] in 0..1 -> [b]."""
-        b = len(prediction)
         features = self._features(prediction)
         with torch.no_grad():
             true_features = self._features(target)
-        difference = zip(self.network.lins, features, true_features)
-        return sum(map_mean(linear((x - truth).square()), mask, b) for linear, x, truth in difference)
+        layers = zip(self.network.lins, features, true_features)
+        return sum(map_mean(linear((x - truth).square()), mask, len(prediction)) for linear, x, truth in layers)
 
     def _features(self, images: Tensor) -> list[Tensor]:
         """[b, (t,) 3, h, w] in 0..1 -> per layer [n, c, h', w'], unit length over c."""
@@ -116,52 +113,39 @@ def load_networks(losses: LossesConfig, device: torch.device) -> dict[str, nn.Mo
         ("lpips", (VGG16_FILE,), "torchvision's VGG-16 weights"),
         ("perceptual", VGG19_FILES, "MatConvNet's VGG-19 weights"),
     ):
-        if getattr(losses, f"{key}_loss_weight") <= 0:
-            continue
         folder, setting = Path(losses.vgg_folder), f"training.losses.{key}_loss_weight"
         path = next((folder / name for name in names if (folder / name).is_file()), None)
+        if getattr(losses, f"{key}_loss_weight") <= 0:
+            continue
         if path is None:
             raise ValueError(
                 f"{setting} is above 0 and needs {what} at {folder / ' or '.join(names)}: put the file there, or set "
                 f"{setting}=0"
             )
-        if key == "lpips":
-            from multiview.metrics import load_lpips
-
-            networks[key] = LPIPSLoss(load_lpips(device, path))
-        else:
-            networks[key] = load_perceptual(path).to(device)
+        networks[key] = LPIPSLoss(load_lpips(device, path)) if key == "lpips" else load_perceptual(path).to(device)
     return networks
 
 
 def load_perceptual(path: Path) -> PerceptualLoss:
     """Reads `.mat` (MatConvNet), or `.pt` with conv1.weight ... or a GS-LRM checkpoint that holds these tensors."""
-    loss = PerceptualLoss()
+    loss, state = PerceptualLoss(), {}
     if path.suffix == ".mat":
-        state = read_matconvnet(path)
+        from scipy.io import loadmat
+        from scipy.io.matlab import MatReadError
+
+        try:
+            layers = loadmat(path, squeeze_me=True, struct_as_record=False)["layers"]
+        except (KeyError, ValueError, NotImplementedError, MatReadError) as error:
+            raise ValueError(f"{path} is not MatConvNet's imagenet-vgg-verydeep-19.mat: {error}") from error
+        for number, layer in enumerate([layer for layer in layers if layer.type == "conv"][:16], 1):
+            weight, bias = (torch.from_numpy(values).float() for values in layer.weights)
+            state[f"conv{number}.weight"] = weight.permute(3, 2, 0, 1).contiguous()  # rows, columns, in, out
+            state[f"conv{number}.bias"] = bias.reshape(-1)
     else:
         content = load_checkpoint(path)
-        content = content.get("model", content)
-        state = {re.sub(CHECKPOINT_PREFIX, "", name): tensor for name, tensor in content.items()}
-        state = {name: tensor for name, tensor in state.items() if re.fullmatch(r"conv\d+\.(weight|bias)", name)}
+        for name, tensor in content.get("model", content).items():
+            name = re.sub(CHECKPOINT_PREFIX, "", name)
+            if re.fullmatch(r"conv\d+\.(weight|bias)", name):
+                state[name] = tensor
     load_strict(loss.net, state, path)
     return loss.eval().requires_grad_(False)
-
-
-def read_matconvnet(path: Path) -> dict[str, Tensor]:
-    """The convolutions of `imagenet-vgg-verydeep-19.mat` as conv{n}.weight [out, in, 3, 3] and conv{n}.bias."""
-    from scipy.io import loadmat
-    from scipy.io.matlab import MatReadError
-
-    try:
-        layers = loadmat(path, squeeze_me=True, struct_as_record=False)["layers"]
-    except (KeyError, ValueError, NotImplementedError, MatReadError) as error:
-        raise ValueError(f"{path} is not MatConvNet's imagenet-vgg-verydeep-19.mat: {error}") from error
-    state: dict[str, Tensor] = {}
-    for layer in layers:
-        if layer.type == "conv" and len(state) < 32:
-            weight, bias = layer.weights
-            name = f"conv{len(state) // 2 + 1}"
-            state[f"{name}.weight"] = torch.from_numpy(weight).float().permute(3, 2, 0, 1).contiguous()
-            state[f"{name}.bias"] = torch.from_numpy(bias).float().reshape(-1)
-    return state

@@ -13,12 +13,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from multiview.checkpoint import DIGEST, check_digest, digest_of, load_checkpoint, step_of
+from multiview.checkpoint import DIGEST, digest_of, load_checkpoint, step_of
 from multiview.files import atomic_folder, atomic_write, full_disk_explained, read_json, write_json
 from multiview.rig import ViewRig, check_alignment
 from multiview.run import git_hash
+from mvdiffusion.component_files import SIDECAR, check_weights
 from mvdiffusion.pipelines.multiview import GUIDANCE_SCALE, NUM_STEPS
 from mvdiffusion.prompts import COLOUR_FILE, METADATA_FILE, PromptEmbeds
 
@@ -31,7 +31,7 @@ SAME_KEYS = (
     "use_8bit_adam", "lr_multipliers", "camera_embedding_lr_mult", "trainable_modules",
     "lora_rank", "lora_alpha", "lora_targets", "lora_also_train",
 )  # fmt: skip
-SIDECAR, OPTIMIZER_FILE, TRAINED_FILE, SAMPLING_FILE = "checkpoint.json", "optimizer.pt", "trained.pt", "sampling.json"
+OPTIMIZER_FILE, TRAINED_FILE, SAMPLING_FILE = "optimizer.pt", "trained.pt", "sampling.json"
 
 
 @dataclass(frozen=True)
@@ -118,23 +118,6 @@ def newest_training(output_dir: Path | str, rig: ViewRig, config: dict) -> Check
             raise ValueError(f"{told}; start anew with another output_dir=..., or delete {folder.parent}")
         return Checkpoint(folder, optimizer, sidecar, trained)
     return None
-
-
-def check_weights(folder: Path, part: str = "") -> None:
-    """Raises ValueError if a weights file of a checkpoint is gone, cut off or changed. part: only in this folder of it.
-    Other folders hold no digests: only the lengths in their files' headers are compared."""
-    digests = read_json(folder / SIDECAR).get(DIGEST, {}) if (folder / SIDECAR).is_file() else {}
-    for name, digest in digests.items():
-        if name.startswith(part):
-            if not (folder / name).is_file():
-                raise ValueError(f"{folder / name} is missing")
-            check_digest(folder / name, digest)
-    for path in (folder / part).rglob("*.safetensors"):
-        try:
-            with safe_open(path, framework="pt"):
-                pass
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
 
 
 def components_folder_of(unet_path: Path | str) -> Path | None:

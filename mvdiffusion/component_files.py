@@ -9,15 +9,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
-from multiview.checkpoint import load_checkpoint
+from multiview.checkpoint import DIGEST, check_digest, load_checkpoint
 from multiview.files import DAMAGE, read_json, take
 
+SIDECAR = "checkpoint.json"  # of a training checkpoint; holds the digests of its files
 LARGEST = 2**20  # of any number in a configuration: widths, vocabularies and time steps are far smaller
-MOST_LAYERS = 256
-DEEPEST = 8
 # What diffusers, transformers and torch raise for a configuration or a file they cannot use.
 LIBRARY_ERRORS = (*DAMAGE, ImportError, SafetensorError, StrictDataclassError)
 
@@ -32,9 +32,7 @@ def failure_told(what: str) -> Iterator[None]:
         raise ValueError(f"{what}: {line[:300]}; copy it again") from error
 
 
-def read_config(
-    path: Path, fields: Mapping[str, type | tuple] | None = None, required: tuple = (), largest: int = LARGEST
-) -> dict:
+def read_config(path: Path, fields: Mapping[str, type | tuple], required: tuple = (), largest: int = LARGEST) -> dict:
     """Returns a component's JSON configuration, its sizes and the named fields checked.
 
     fields: what this project reads itself, each with its type (whole numbers are positive) or its allowed values.
@@ -42,7 +40,7 @@ def read_config(
     """
     content = read_json(path)
     check_sizes(content, str(path), largest)
-    for name, allowed in (fields or {}).items():
+    for name, allowed in fields.items():
         kind, default = str if isinstance(allowed, tuple) else allowed, ... if name in required else None
         value = take(content, name, kind, str(path), default=default, least=1 if kind is int else -1e30)
         if isinstance(allowed, tuple) and value not in (None, *allowed):
@@ -52,10 +50,10 @@ def read_config(
 
 def check_sizes(content: dict | list, source: str, largest: int = LARGEST, depth: int = 0) -> None:
     """Refuses numbers that are not finite or larger than any model's, and deep nesting: libraries would try them."""
-    if depth > DEEPEST:
-        raise ValueError(f"{source} is nested more than {DEEPEST} levels deep, which no model's configuration is")
+    if depth > 8:
+        raise ValueError(f"{source} is nested more than 8 levels deep, which no model's configuration is")
     for key, value in content.items() if isinstance(content, dict) else enumerate(content):
-        limit = MOST_LAYERS if "layers" in str(key) else largest  # of a list so named, also inside
+        limit = 256 if "layers" in str(key) else largest  # of a list so named, also inside
         if isinstance(value, dict | list):
             check_sizes(value, f"{source}: {key}", limit, depth + 1)
         elif isinstance(value, int | float) and not (math.isfinite(value) and abs(value) <= limit):
@@ -68,21 +66,6 @@ def read_weights(folder: Path, stem: str) -> dict[str, Tensor]:
     Prefixes that torch.compile and DataParallel leave in names are taken off. Raises ValueError for missing, cut and
     non-finite weights, naming the file.
     """
-    from safetensors.torch import load_file
-
-    state: dict[str, Tensor] = {}
-    for path in _weight_files(folder, stem):
-        with failure_told(f"{path} is damaged or incomplete"):
-            part = load_checkpoint(path) if path.suffix == ".bin" else load_file(path)
-        if not isinstance(part, dict) or not all(isinstance(tensor, Tensor) for tensor in part.values()):
-            raise ValueError(f"{path} must hold named tensors, got something else")
-        require_finite(part, path)
-        state.update({re.sub(r"^(_orig_mod\.|module\.)+", "", name): tensor for name, tensor in part.items()})
-    return state
-
-
-def _weight_files(folder: Path, stem: str) -> list[Path]:
-    """The file, or the shards, to read: safetensors before .bin, full precision before half, whole before shards."""
     named = re.compile(rf"{stem}(\.fp16)?(?:-\d+-of-(\d+))?(\.fp16)?\.(safetensors|bin)")
     groups: dict[tuple[bool, bool, int], list[Path]] = {}
     for path in sorted(folder.glob(f"{stem}*")):
@@ -94,13 +77,33 @@ def _weight_files(folder: Path, stem: str) -> list[Path]:
             f"{folder} holds no weights: expected {stem}.safetensors (whole, in shards or .fp16) or .bin; "
             f"{what_is_there(folder)}"
         )
-    shards, files = min(groups)[2], groups[min(groups)]
-    if shards and len(files) != shards:
-        raise ValueError(f"{folder} holds {len(files)} of the {shards} shards of {stem}; copy the missing ones as well")
-    return files
+    first = min(groups)  # safetensors before .bin, full precision before half, whole before shards
+    if first[2] and len(groups[first]) != first[2]:
+        raise ValueError(f"{folder} holds {len(groups[first])} of the {first[2]} shards of {stem}; copy all of them")
+    state: dict[str, Tensor] = {}
+    for path in groups[first]:
+        with failure_told(f"{path} is damaged or incomplete"):
+            part = load_checkpoint(path) if path.suffix == ".bin" else load_file(path)
+        if not all(isinstance(tensor, Tensor) for tensor in part.values()):
+            raise ValueError(f"{path} must hold named tensors, got something else")
+        require_finite(part, path)
+        state.update({re.sub(r"^(_orig_mod\.|module\.)+", "", name): tensor for name, tensor in part.items()})
+    return state
 
 
-def require_finite(tensors: Mapping[str, Tensor], source: Path | str) -> None:
+def check_weights(folder: Path, part: str = "") -> None:
+    """Raises ValueError if a weights file of a checkpoint is gone, cut off or changed. part: a folder of it."""
+    digests = read_json(folder / SIDECAR).get(DIGEST, {}) if (folder / SIDECAR).is_file() else {}
+    for path, digest in ((folder / name, digest) for name, digest in digests.items() if name.startswith(part)):
+        if not path.is_file():
+            raise ValueError(f"{path} is missing")
+        check_digest(path, digest)
+    for path in (folder / part).rglob("*.safetensors"):  # public folders hold no digests, but the files their lengths
+        with failure_told(f"{path} is damaged"), safe_open(path, framework="pt"):
+            pass
+
+
+def require_finite(tensors: Mapping[str, Tensor], source: Path) -> None:
     """Refuses weights with NaN or infinity: what they compute looks like an empty image, not like an error."""
     bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if bad:
@@ -112,7 +115,7 @@ def require_finite(tensors: Mapping[str, Tensor], source: Path | str) -> None:
 
 
 def what_is_there(folder: Path) -> str:
-    """A clause for messages about a folder that lacks something."""
+    """Returns a clause for messages about a folder that lacks something."""
     if not folder.exists():
         return "the folder does not exist"
     return f"it holds {sorted(item.name for item in folder.iterdir())[:8]}" if folder.is_dir() else "it is not a folder"

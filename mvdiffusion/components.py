@@ -10,28 +10,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import huggingface_hub
 import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
+from PIL import Image
+from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.utils import logging as transformers_logging
 
-from multiview.files import take
-from mvdiffusion.component_files import failure_told, read_config, read_weights, require_finite
+from multiview.files import read_json, take
+from mvdiffusion.component_files import check_weights, failure_told, read_config, read_weights, require_finite
 from mvdiffusion.models.unet import WEIGHTS, fill_empty, load_unet, resolve_unet_folder
-
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
-    from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
-    from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 PUBLIC_FOLDER = "checkpoints/mvdiffusion/pipeckpts"
 DEMO_FOLDER = "checkpoints/demo/mvdiffusion"
-FROZEN_FOLDERS = (
-    "vae", "image_encoder", "feature_extractor", "image_normalizer", "image_noising_scheduler", "scheduler",
-)  # fmt: skip
-TEXT_FOLDERS = ("text_encoder", "tokenizer")
+FROZEN = ("vae", "image_encoder", "feature_extractor", "image_normalizer", "image_noising_scheduler", "scheduler")
 HUB_PREFIX = "hub:"  # asks for a download: nothing else does
-COMPUTED_BUFFERS = ("position_ids",)  # older transformers stored them, newer ones compute them
-LARGEST_IMAGE = 4096  # pixels, of CLIP's preprocessing
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,7 @@ class Components:
 
     vae: AutoencoderKL
     image_encoder: CLIPVisionModelWithProjection
-    feature_extractor: Any  # transformers' PIL-based CLIP image processor
+    feature_extractor: CLIPImageProcessorPil  # FaceLift's numbers exactly, which the torchvision one misses
     image_normalizer: StableUnCLIPImageNormalizer
     image_noising_scheduler: DDPMScheduler
     scheduler: DDIMScheduler
@@ -54,17 +51,14 @@ class Components:
     offload: bool = False
 
     @contextmanager
-    def on_device(self, *names: str) -> Iterator[None]:
-        """Inside, the named parts are on `device`; afterwards, with `offload`, on the CPU again."""
-        if not self.offload:
-            yield
-            return
-        for name in names:
+    def on_device(self, name: str) -> Iterator[None]:
+        """Inside, the named part is on `device`; afterwards, with `offload`, on the CPU again."""
+        if self.offload:
             getattr(self, name).to(self.device)
         try:
             yield
         finally:
-            for name in names:
+            if self.offload:
                 getattr(self, name).to("cpu")
 
     @property
@@ -75,122 +69,74 @@ class Components:
     @property
     def image_size(self) -> int:
         """Side of the images the UNet was made for, pixels."""
-        if self.unet is None:
-            raise ValueError("these components were loaded without a UNet, which fixes the image size")
         return self.unet.config.sample_size * self.vae_factor
 
 
-def tune(
-    components: Components, *, vae_slicing: bool = False, channels_last: bool = False, compiled: bool = False
-) -> None:
-    """Sets the components up, in place, for speed or memory; what they compute stays the same up to rounding.
+def local_folder(name: Path | str, parts: tuple[str, ...] = ()) -> Path:
+    """Returns a folder on disk; `hub:<owner>/<repository>[/<folder>]` is downloaded from the Hugging Face hub (cached).
 
-    vae_slicing: encode and decode image by image (memory of one). channels_last: memory layout of convolutions,
-    faster in half precision on a GPU. compiled: torch.compile for the UNet (its first call takes minutes).
+    parts: component folders that it must hold. Raises ValueError for missing ones, a malformed name, a failed download.
     """
-    if vae_slicing:
-        components.vae.enable_slicing()
-    if channels_last:
-        components.unet.to(memory_format=torch.channels_last)
-        components.vae.to(memory_format=torch.channels_last)
-    if compiled:
-        components.unet.compile()
-
-
-def require_folders(folder: Path, names: tuple[str, ...]) -> None:
-    """Raises one sentence that says which component folders are missing and where they come from."""
-    missing = [name for name in names if not (folder / name).is_dir()]
+    folder = Path(name)
+    if str(name).startswith(HUB_PREFIX):
+        owner, _, rest = str(name).removeprefix(HUB_PREFIX).strip("/").partition("/")
+        repository, _, inner = rest.partition("/")
+        if not owner or not repository or "//" in rest:
+            raise ValueError(f"{name} must have the form {HUB_PREFIX}<owner>/<repository>[/<folder>]")
+        try:
+            patterns = [f"{inner}/*"] if inner else None
+            folder = Path(huggingface_hub.snapshot_download(f"{owner}/{repository}", allow_patterns=patterns)) / inner
+        except (OSError, ValueError) as error:  # the hub's own errors are of these two kinds
+            told = f"({str(error).splitlines()[0]}); download it elsewhere and name the folder"
+            raise ValueError(f"{name} cannot be downloaded {told}") from error
+    missing = [part for part in parts if not (folder / part).is_dir()]
     if missing:
-        what = "does not exist" if not folder.is_dir() else f"lacks {', '.join(missing)}"
+        problem = f"lacks {', '.join(missing)}" if folder.is_dir() else "does not exist"
         raise ValueError(
-            f"components folder {folder} {what}: put FaceLift's released folder (wlyu/OpenFaceLift, `mvdiffusion/"
+            f"components folder {folder} {problem}: put FaceLift's released folder (wlyu/OpenFaceLift, `mvdiffusion/"
             f"pipeckpts`) at {PUBLIC_FOLDER}, or make the small ones with `python scripts/make_demo_components.py` and "
-            f"name {DEMO_FOLDER}. Nothing is downloaded unless the folder is named as {HUB_PREFIX}<owner>/<repository>"
-            f"[/<folder>], here: {HUB_PREFIX}wlyu/OpenFaceLift/mvdiffusion/pipeckpts"
+            f"name {DEMO_FOLDER}. Nothing is downloaded unless the folder is named as "
+            f"{HUB_PREFIX}wlyu/OpenFaceLift/mvdiffusion/pipeckpts"
         )
-
-
-def local_folder(name: Path | str) -> Path:
-    """A folder on disk; `hub:<owner>/<repository>[/<folder>]` is downloaded from the Hugging Face hub (and cached).
-
-    Raises ValueError for a malformed hub name and for a download that fails.
-    """
-    if not str(name).startswith(HUB_PREFIX):
-        return Path(name)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    parts = str(name).removeprefix(HUB_PREFIX).strip("/").split("/")
-    if len(parts) < 2 or not all(parts):
-        raise ValueError(f"{name} must have the form {HUB_PREFIX}<owner>/<repository>[/<folder>]")
-    repository, inner = "/".join(parts[:2]), "/".join(parts[2:])
-    try:
-        root = snapshot_download(repository, allow_patterns=[f"{inner}/*"] if inner else None)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        raise ValueError(
-            f"{name} cannot be downloaded ({str(error).splitlines()[0]}); download it elsewhere and name the folder"
-        ) from error
-    return Path(root) / inner
+    return folder
 
 
 def load_components(
-    folder: Path | str,
-    *,
-    unet: Path | str | None = None,
-    with_unet: bool = True,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    offload: bool = False,
-) -> Components:
+    folder: Path | str, *, unet: Path | str | None = None, with_unet: bool = True, device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32, offload: bool = False,
+) -> Components:  # fmt: skip
     """Loads a components folder (or `hub:...`, see `local_folder`).
 
     unet: a UNet folder (or training checkpoint) to use instead of `<folder>/unet`. dtype: float16 reproduces FaceLift's
     inference on a GPU; the CPU wants float32. offload: UNet, VAE and image encoder stay on the CPU but while they work.
     Raises ValueError for missing folders, for configurations that make no model and for weights that do not fit.
     """
-    from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler
-    from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
-    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-
-    folder = local_folder(folder)
-    require_folders(folder, FROZEN_FOLDERS)
+    folder = local_folder(folder, FROZEN)
     resting = torch.device("cpu") if offload else device
     network, unet_folder = None, None
     if with_unet:
         unet_folder = resolve_unet_folder(unet if unet is not None else folder / "unet")
-        from mvdiffusion.checkpoints import check_weights  # which imports prompts, and they this
-
         check_weights(unet_folder.parent, unet_folder.name)
         network = load_unet(unet_folder, dtype=dtype).to(resting).requires_grad_(False)
-    image_encoder = _load_clip(CLIPVisionModelWithProjection, CLIPVisionConfig, folder / "image_encoder", dtype)
-    extractor = load_feature_extractor(folder / "feature_extractor", image_encoder.config.image_size)
+    image_encoder = _load_clip(CLIPVisionModelWithProjection, folder / "image_encoder", dtype)
+    normalizer = _load_diffusers(StableUnCLIPImageNormalizer, folder / "image_normalizer", dtype).to(device)
     return Components(
         vae=_load_diffusers(AutoencoderKL, folder / "vae", dtype).to(resting),
         image_encoder=image_encoder.to(resting),
-        feature_extractor=extractor,
-        # The normalizer's own `to` makes new parameters, which would want gradients.
-        image_normalizer=_load_diffusers(StableUnCLIPImageNormalizer, folder / "image_normalizer", dtype)
-        .to(device)
-        .requires_grad_(False),
+        feature_extractor=load_feature_extractor(folder / "feature_extractor", image_encoder.config.image_size),
+        image_normalizer=normalizer.requires_grad_(False),  # its own `to` makes new parameters, which want gradients
         image_noising_scheduler=_load_scheduler(DDPMScheduler, folder / "image_noising_scheduler"),
         scheduler=_load_scheduler(DDIMScheduler, folder / "scheduler"),
-        unet=network,
-        unet_folder=unet_folder,
-        folder=folder,
-        device=torch.device(device),
-        offload=offload,
-    )
+        unet=network, unet_folder=unet_folder, folder=folder, device=torch.device(device), offload=offload,
+    )  # fmt: skip
 
 
 def load_text(folder: Path | str) -> tuple[CLIPTokenizer, CLIPTextModel]:
     """Tokenizer and text encoder of a components folder (float32, CPU); used to make prompt embeddings only."""
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-    folder = local_folder(folder)
-    require_folders(folder, TEXT_FOLDERS)
+    folder = local_folder(folder, ("text_encoder", "tokenizer"))
     with failure_told(f"{folder / 'tokenizer'} is no CLIP tokenizer"):
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-    return tokenizer, _load_clip(CLIPTextModel, CLIPTextConfig, folder / "text_encoder", torch.float32)
+    return tokenizer, _load_clip(CLIPTextModel, folder / "text_encoder", torch.float32)
 
 
 def _load_diffusers(kind: type, folder: Path, dtype: torch.dtype) -> Any:
@@ -206,28 +152,23 @@ def _load_diffusers(kind: type, folder: Path, dtype: torch.dtype) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def _load_clip(kind: type, config_kind: type, folder: Path, dtype: torch.dtype) -> Any:
+def _load_clip(kind: type, folder: Path, dtype: torch.dtype) -> Any:
     """A frozen transformers model out of its folder; missing and unexpected weights are errors instead of warnings."""
-    from transformers.utils import logging as transformers_logging
-
     transformers_logging.disable_progress_bar()  # a bar per component, gone in milliseconds
-    path = folder / "config.json"
-    fields = {"hidden_size": int, "projection_dim": int, "image_size": int, "patch_size": int}
-    config = read_config(path, fields)
+    fields = dict.fromkeys(("hidden_size", "projection_dim", "image_size", "patch_size"), int)
+    config = read_config(folder / "config.json", fields)
     weights = [file.name for file in folder.glob("*") if file.suffix in (".safetensors", ".bin")]
     variant = "fp16" if weights and all(".fp16" in name for name in weights) else None
     with failure_told(f"{folder} cannot be loaded as {kind.__name__}"):
         model, report = kind.from_pretrained(
-            folder, config=config_kind.from_dict(config), local_files_only=True, output_loading_info=True, dtype=dtype,
-            variant=variant,
+            folder, config=kind.config_class.from_dict(config), local_files_only=True, output_loading_info=True,
+            dtype=dtype, variant=variant,
         )  # fmt: skip
-    problems = {
-        title: sorted(str(name) for name in report.get(key, ()) if not str(name).endswith(COMPUTED_BUFFERS))
-        for title, key in (("missing", "missing_keys"), ("unexpected", "unexpected_keys"), ("shape", "mismatched_keys"))
-    }
-    if any(problems.values()):
-        listed = "; ".join(f"{title}: {', '.join(names[:5])}" for title, names in problems.items() if names)
-        raise ValueError(f"weights in {folder} do not fit {kind.__name__}: {listed}")
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        # Older transformers stored the numbers of positions, newer ones compute them.
+        names = sorted(str(name) for name in report.get(problem, ()) if not str(name).endswith("position_ids"))
+        if names:
+            raise ValueError(f"weights in {folder} do not fit {kind.__name__}: {problem} {', '.join(names[:5])}")
     require_finite(dict(model.named_parameters()), folder)
     return model.eval().requires_grad_(False)
 
@@ -245,29 +186,83 @@ def _load_scheduler(kind: type, folder: Path) -> Any:
     return scheduler
 
 
-def load_feature_extractor(folder: Path, side: int | None = None) -> Any:
-    """The PIL-based CLIP image processor: FaceLift's numbers exactly, which the torchvision one misses.
-
-    side: of the image encoder's input, pixels, if known; the processor is tried on one image.
-    """
-    from PIL import Image
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
+def load_feature_extractor(folder: Path, side: int | None = None) -> CLIPImageProcessorPil:
+    """CLIP's image processor, tried on one image. side: of the image encoder's input, pixels, if known."""
     path = folder / "preprocessor_config.json"
     switches = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
-    content = read_config(path, dict.fromkeys(switches, bool), largest=LARGEST_IMAGE)
+    content = read_config(path, dict.fromkeys(switches, bool), largest=4096)  # pixels
     with failure_told(f"{path} describes no CLIP image processor"):
         extractor = CLIPImageProcessorPil.from_dict(content)
         pixels = extractor(images=[Image.new("RGB", (8, 8), "white")], return_tensors="pt")["pixel_values"]
         mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (extractor.image_mean, extractor.image_std))
         crop = (extractor.crop_size["height"], extractor.crop_size["width"])
-        # Training computes the same from these numbers alone (`latents.clip_pixels_fast`).
+        # Training computes the same from these numbers alone (`latents.clip_pixels`).
         expected = ((1 - mean) / std).expand(1, 3, *crop)
         fits = side in (None, crop[0]) and crop[0] == crop[1] and pixels.shape == expected.shape
         fits = fits and pixels.isfinite().all() and torch.allclose(pixels, expected)
     if not fits:
-        raise ValueError(
-            f"{path} must make images of {side or crop[0]} px, normalized by its image_mean and image_std, for the "
-            "image encoder beside it; copy it again"
-        )
+        expected = f"images of {side or crop[0]} px, normalized by its image_mean and image_std"
+        raise ValueError(f"{path} must make {expected}, for the image encoder beside it; copy it again")
     return extractor
+
+
+def make_schedulers() -> tuple[DDIMScheduler, DDPMScheduler]:
+    """The sampler's noise schedule and that of the image embedding, with Stable Diffusion 2.1 unCLIP's own values."""
+    # But for the spacing: `trailing` begins at the last step trained, where all is noise, however few there are
+    # (https://arxiv.org/abs/2305.08891). `leading` begins 5 steps at 801, whose noise the UNet never saw alone.
+    scheduler = DDIMScheduler(
+        num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+        prediction_type="v_prediction", steps_offset=1, set_alpha_to_one=False, clip_sample=False,
+        timestep_spacing="trailing",
+    )  # fmt: skip
+    return scheduler, DDPMScheduler(beta_schedule="squaredcos_cap_v2")
+
+
+def make_feature_extractor(size: int) -> CLIPImageProcessorPil:
+    """CLIP's image processor for a vision encoder of images of `size` px."""
+    return CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+
+
+# Stable Diffusion 2.1 unCLIP as FaceLift fine-tunes it: 8 input channels, 64 x 64 latents; CLIP is ViT-H/14. What is
+# not named has this size by the classes' own defaults.
+SD21_UNCLIP: dict[str, dict] = {
+    "unet": {
+        "sample_size": 64, "in_channels": 8, "attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024,
+        "use_linear_projection": True, "class_embed_type": "projection", "projection_class_embeddings_input_dim": 2048,
+    },
+    "vae": {
+        "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "sample_size": 768,
+        "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
+    },
+    "vision": {
+        "hidden_size": 1280, "intermediate_size": 5120, "projection_dim": 1024, "num_hidden_layers": 32,
+        "num_attention_heads": 16, "image_size": 224, "patch_size": 14, "hidden_act": "gelu",
+    },
+}  # fmt: skip
+
+
+def demo_shape(unet: dict) -> dict[str, dict]:
+    """Returns the sizes of the components that ship with the project, around a UNet of the given arguments."""
+    root = Path(__file__).resolve().parent.parent / DEMO_FOLDER
+    vae, vision = (read_json(root / name / "config.json") for name in ("vae", "image_encoder"))
+    return {"unet": unet, "vae": vae, "vision": vision}
+
+
+def random_components(shape: dict[str, dict], *, device: torch.device | str, dtype: torch.dtype) -> Components:
+    """Returns frozen parts with random weights, as `load_components` would; shape: see SD21_UNCLIP."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        vae = AutoencoderKL.from_config(shape["vae"])
+        image_encoder = CLIPVisionModelWithProjection(CLIPVisionConfig.from_dict(shape["vision"]))
+        normalizer = StableUnCLIPImageNormalizer(shape["vision"]["projection_dim"])
+    scheduler, noising = make_schedulers()
+    # In this order: the image normalizer's own `to` makes new parameters.
+    vae, image_encoder, normalizer = (
+        (part if dtype == torch.float32 else part.to(dtype)).eval().requires_grad_(False)
+        for part in (vae, image_encoder, normalizer)
+    )
+    return Components(
+        vae=vae, image_encoder=image_encoder, image_normalizer=normalizer,
+        feature_extractor=make_feature_extractor(shape["vision"]["image_size"]), image_noising_scheduler=noising,
+        scheduler=scheduler, unet=None, unet_folder=None, folder=Path("random weights"), device=torch.device(device),
+    )  # fmt: skip

@@ -6,40 +6,15 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from multiview.image import BACKGROUNDS
 from multiview.run import WandbOptions
-
-# Switches of FaceLift's YAML that have no effect here; they are listed when a file sets them.
-IGNORED_KEYS = frozenset(
-    {
-        "enable_xformers_memory_efficient_attention",  # attention is exact whatever is installed
-        "allow_tf32",
-        "revision",
-        "report_to",  # wandb.mode says so
-        "local_rank",
-        "prediction_type",  # read from the scheduler
-        "logging_dir",
-        "vis_dir",
-        "val_out_dir",
-        "checkpoint_prefix",  # output_dir is joined once
-        "scale_lr",
-        "tracker_project_name",
-        "dataset_type",
-        "validation_batch_size",
-        "validation_train_batch_size",
-        "validation_sanity_check",
-        "validation_grid_nrow",
-        "wandb_job_type",
-    }
-)
 
 
 def choice(default: Any, *others: Any) -> Any:
-    """A field whose value is one of the given ones."""
     return field(default=default, metadata={"choices": (default, *others)})
 
 
 def within(default: float, low: float, high: float = math.inf) -> Any:
-    """A field whose value is a number within low..high."""
     return field(default=default, metadata={"range": (low, high)})
 
 
@@ -60,10 +35,9 @@ class MVDiffusionConfig:
     pretrained_unet_path: str | None = None  # UNet to start from; None: the components folder's own
     unet: dict[str, Any] | None = None  # constructor arguments: start from a fresh UNet of this shape
     allow_rig_change: bool = False  # the starting UNet may carry another rig than the data set's
-    attention: str | None = choice(None, "sparse", "full", "none")  # None: as the UNet says, sparse for a fresh one
-    camera_conditioning: str | None = choice(
-        None, "none", "adaln", "cross_attention", "concat"
-    )  # None: as the UNet says
+    # Of these two None is what the UNet says, sparse attention for a fresh one
+    attention: str | None = choice(None, "sparse", "full", "none")
+    camera_conditioning: str | None = choice(None, "none", "adaln", "cross_attention", "concat")
     rig: str | None = None  # None: the data set's
     num_views: int | None = None  # None: the rig's; any other number is refused
     image_size: int | None = None  # pixels; None: the UNet's; any other is refused
@@ -142,20 +116,9 @@ class MVDiffusionConfig:
     wandb: WandbOptions = field(default_factory=lambda: WandbOptions(project="mouse_mvdiffusion", group="mvdiffusion"))
 
     def validate(self) -> MVDiffusionConfig:
-        """Checks values that depend on each other; returns itself. Raises ValueError naming the key."""
-        from multiview.image import BACKGROUNDS
-
+        """Checks the values; returns itself. Raises ValueError naming the key."""
         if self.mixed_precision == "False":
             self.mixed_precision = "no"  # YAML reads a bare `no` as false
-        if self.unet and self.pretrained_unet_path:
-            raise ValueError(
-                f"unet (a fresh UNet's shape) and pretrained_unet_path={self.pretrained_unet_path} are both set, but a "
-                "run starts from one of them: set unet=null to start from the pretrained one"
-            )
-        if not self.backgrounds or set(self.backgrounds) - set(BACKGROUNDS):
-            raise ValueError(
-                f"backgrounds must be a non-empty list out of {sorted(BACKGROUNDS)}, got {self.backgrounds}"
-            )
         for entry in fields(self):
             value, allowed = getattr(self, entry.name), entry.metadata.get("choices")
             if allowed is not None and value not in allowed:
@@ -163,6 +126,13 @@ class MVDiffusionConfig:
             low, high = entry.metadata.get("range", (-math.inf, math.inf))
             if "range" in entry.metadata and not low <= value <= high:
                 raise ValueError(f"{entry.name} must be within {low:g}..{high:g}, got {value}")
+        if self.unet and self.pretrained_unet_path:
+            raise ValueError(
+                f"unet (a fresh UNet's shape) and pretrained_unet_path={self.pretrained_unet_path} are both set, but a "
+                "run starts from one of them: set unet=null to start from the pretrained one"
+            )
+        if not self.backgrounds or set(self.backgrounds) - set(BACKGROUNDS):
+            raise ValueError(f"backgrounds must be a list out of {sorted(BACKGROUNDS)}, got {self.backgrounds}")
         if len(self.high_noise_range) != 2 or not 0 <= self.high_noise_range[0] < self.high_noise_range[1] <= 999:
             raise ValueError(f"high_noise_range must be [low, high] within 0..999, got {self.high_noise_range}")
         if self.lora_rank and self.trainable_modules is not None:

@@ -1,48 +1,48 @@
 """The small components this project makes itself: same classes, files and folders as SD 2.1 unCLIP, other sizes.
 
 Tokenizer: byte-pair vocabulary of the rigs' own prompts. Text encoder: random weights, frozen, as prompts only have to
-be distinguishable. Vision encoder and autoencoder: trained on the samples (demo_training.py). `random_components` makes
-the same parts at any size with random weights, for measuring.
+be distinguishable. Vision encoder and autoencoder: trained on the samples, resumable in pieces.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
+from tokenizers.pre_tokenizers import ByteLevel
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers.utils import logging as transformers_logging
 
+from multiview.checkpoint import load_checkpoint, load_strict, save_checkpoint
+from multiview.files import atomic_folder
+from multiview.image import composite
+from multiview.metrics import foreground_psnr, psnr
 from multiview.rig import PROMPT_STYLES, available_rigs, load_rig
-from multiview.run import seed_everything
-from mvdiffusion.components import Components
-from mvdiffusion.prompts import encode_prompts
-
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler
-    from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
+from multiview.run import make_generator, seed_everything
+from multiview.sample import read_sample, read_split
+from mvdiffusion.components import make_feature_extractor, make_schedulers
+from mvdiffusion.latents import image_embeddings
+from mvdiffusion.prompts import alike_views, encode_prompts, view_similarity
 
 log = logging.getLogger(__name__)
-
-BOS, EOS = "<|startoftext|>", "<|endoftext|>"
-# Rows of two prompts' embeddings must differ by this much (mean square over tokens, in units of their variance).
-MIN_PROMPT_DIFFERENCE = 0.02
-
-
-@dataclass
-class TextConfig:
-    hidden_size: int = 64  # width of the prompt embeddings
-    layers: int = 3
-    heads: int = 4
 
 
 @dataclass
 class VisionConfig:
     image_size: int = 64  # pixels
-    patch_size: int = 16
     hidden_size: int = 96
     layers: int = 3
     heads: int = 4
@@ -51,31 +51,23 @@ class VisionConfig:
     batch: int = 48  # animals; two views of each
     lr: float = 1e-3
     warmup_steps: int = 50
-    temperature: float = 0.1
 
 
 @dataclass
 class VaeConfig:
     block_out_channels: list[int] = field(default_factory=lambda: [16, 32, 64, 128])
-    layers_per_block: int = 1
     latent_channels: int = 8
     norm_groups: int = 8
     steps: int = 2000
     batch: int = 16  # images (full) or, four times as many, crops
     lr: float = 1e-3
     warmup_steps: int = 100
-    crop_share: float = 0.7  # fraction of steps on crops centered on the animal
     crop_size: int = 64  # pixels
-    foreground_weight: float = 5.0
-    gradient_weight: float = 1.0  # of the L1 between image gradients
-    kl_weight: float = 3e-4  # of the KL per latent value: noise the decoder learns to bear, as it will meet Stage 1's
     bf16: bool = True
 
 
 @dataclass
 class DemoComponentsConfig:
-    """What scripts/make_demo_components.py makes."""
-
     data: str = "data_mouse/data_mouse_train.txt"  # split list
     output_dir: str = "checkpoints/demo/mvdiffusion"
     image_size: int = 128  # pixels
@@ -83,32 +75,20 @@ class DemoComponentsConfig:
     holdout_samples: int = 16  # the last of the list, for the reported figures
     save_minutes: float = 2.0  # how often the training state is written
     seed: int = 0
-    text: TextConfig = field(default_factory=TextConfig)
+    text_width: int = 64  # of the prompt embeddings
     vision: VisionConfig = field(default_factory=VisionConfig)
     vae: VaeConfig = field(default_factory=VaeConfig)
 
 
-# ---- tokenizer, text encoder, schedulers ----------------------------------------------------------------------------
-
-
 def make_tokenizer() -> CLIPTokenizer:
     """A CLIP tokenizer whose words are those of the shipped rigs' prompts; any other text falls back to its bytes."""
-    from tokenizers.pre_tokenizers import ByteLevel
-    from transformers import CLIPTokenizer
-
-    rigs = [load_rig(name) for name in available_rigs()]
-    prompts = {
-        prompt
-        for rig in rigs
-        for style in PROMPT_STYLES
-        for angles in (False, True)
-        for prompt in rig.prompts(style, angles=angles)
-    }
+    asked = product(map(load_rig, available_rigs()), PROMPT_STYLES, (False, True))
+    prompts = {prompt for rig, style, angles in asked for prompt in rig.prompts(style, angles=angles)}
     alphabet = sorted(ByteLevel.alphabet())
     symbols = [*alphabet, *(symbol + "</w>" for symbol in alphabet)]
 
     def tokenizer(tokens: list[str], merges: list[tuple[str, str]]) -> CLIPTokenizer:
-        vocabulary = {token: index for index, token in enumerate([*tokens, BOS, EOS])}
+        vocabulary = {token: index for index, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
         return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77)
 
     # An untrained tokenizer of the same class splits text into words exactly as the finished one will. Naming all
@@ -121,81 +101,30 @@ def make_tokenizer() -> CLIPTokenizer:
     return tokenizer(list(dict.fromkeys([*symbols, *map("".join, merges)])), merges)
 
 
-def make_text_encoder(config: TextConfig, tokenizer: CLIPTokenizer, seed: int) -> CLIPTextModel:
-    """A small CLIP text encoder with random weights."""
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    seed_everything("demo text encoder", seed)
-    model = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer), hidden_size=config.hidden_size, intermediate_size=4 * config.hidden_size,
-            num_hidden_layers=config.layers, num_attention_heads=config.heads, max_position_embeddings=77,
-            projection_dim=config.hidden_size, bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-        )
-    ).eval()  # fmt: skip
+def write_untrained_parts(folder: Path, config: DemoComponentsConfig) -> None:
+    """Writes tokenizer, text encoder, image processor and schedulers; refuses a text encoder that blurs two views."""
+    transformers_logging.disable_progress_bar()
+    tokenizer, width = make_tokenizer(), config.text_width
+    seed_everything("demo text encoder", config.seed)
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    sizes = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4 * width, projection_dim=width,
+        num_hidden_layers=3, num_attention_heads=width // 16, max_position_embeddings=77, **ids,
+    )  # fmt: skip
+    text_encoder = CLIPTextModel(sizes).eval()
     with torch.no_grad():
         # CLIP's initialization (0.02, 0.01) lets the layers pass little between tokens. Weights this large attend
         # sharply, so that the one token that names the view reaches every later one.
-        for name, weight in model.named_parameters():
+        for name, weight in text_encoder.named_parameters():
             if "embedding" in name:
                 weight.normal_(0, 1.0)
             elif weight.ndim == 2:
                 gain = 3.0 if ".q_proj." in name or ".k_proj." in name else 2.0
                 weight.normal_(0, gain * weight.shape[1] ** -0.5)
-    return model
-
-
-def check_prompts_differ(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> dict[str, float]:
-    """Returns each rig's smallest mean squared difference between two views' rows, over the embeddings' variance.
-
-    Raises ValueError where two views of a rig would be told nearly the same thing.
-    """
-    differences = {}
-    for name in available_rigs():
-        embeddings = encode_prompts(load_rig(name).prompts(), tokenizer, text_encoder)
-        flat = embeddings.flatten(1)
-        distances = torch.cdist(flat, flat).square() / flat.shape[1] / embeddings.var()
-        differences[name] = float(distances[~torch.eye(len(flat), dtype=torch.bool)].min())
-        if differences[name] < MIN_PROMPT_DIFFERENCE:
-            raise ValueError(
-                f"the text encoder hardly tells the views of rig {name} apart: {differences[name]:.3g}; another seed"
-            )
-    return differences
-
-
-def make_schedulers() -> tuple[DDIMScheduler, DDPMScheduler]:
-    """The sampler's noise schedule and that of the image embedding, with Stable Diffusion 2.1 unCLIP's own values.
-
-    But for the spacing of the time steps: `trailing` begins at the last one trained, where all is noise, however few
-    there are (https://arxiv.org/abs/2305.08891). `leading` begins 5 steps at 801, whose noise the UNet never saw alone.
-    """
-    from diffusers import DDIMScheduler, DDPMScheduler
-
-    scheduler = DDIMScheduler(
-        num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-        prediction_type="v_prediction", steps_offset=1, set_alpha_to_one=False, clip_sample=False,
-        timestep_spacing="trailing",
-    )  # fmt: skip
-    return scheduler, DDPMScheduler(beta_schedule="squaredcos_cap_v2")
-
-
-def make_feature_extractor(size: int) -> Any:
-    """CLIP's image processor for a vision encoder of images of `size` px."""
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-    return CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
-
-
-def write_untrained_parts(folder: Path, config: DemoComponentsConfig) -> None:
-    """Tokenizer, text encoder, feature extractor and the two schedulers."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    tokenizer = make_tokenizer()
-    text_encoder = make_text_encoder(config.text, tokenizer, config.seed)
-    differences = check_prompts_differ(tokenizer, text_encoder)
-    log.info("least difference between two views' prompts: %s", {k: round(v, 2) for k, v in differences.items()})
+    for rig in map(load_rig, available_rigs()):
+        similarity = view_similarity(encode_prompts(rig.prompts(), tokenizer, text_encoder))
+        if alike := alike_views(similarity, rig.view_names, 0.99):
+            raise ValueError(f"the text encoder hardly tells views of rig {rig.name} apart: {alike[0]}; another seed")
     scheduler, noising = make_schedulers()
     for part, name in (
         (tokenizer, "tokenizer"), (text_encoder.half(), "text_encoder"),
@@ -206,95 +135,213 @@ def write_untrained_parts(folder: Path, config: DemoComponentsConfig) -> None:
         part.save_pretrained(folder / name)
 
 
-def make_vision_encoder(config: VisionConfig, seed: int) -> CLIPVisionModelWithProjection:
-    """An untrained small CLIP vision encoder."""
-    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-
-    seed_everything("demo vision encoder", seed)
-    return CLIPVisionModelWithProjection(
-        CLIPVisionConfig(
-            hidden_size=config.hidden_size, intermediate_size=4 * config.hidden_size, projection_dim=config.projection,
-            num_hidden_layers=config.layers, num_attention_heads=config.heads, image_size=config.image_size,
-            patch_size=config.patch_size,
+def make_demo_components(config: DemoComponentsConfig, max_minutes: float | None = None) -> dict | None:
+    """Creates the components folder, or continues with it. Returns measured figures, None when the time ran out."""
+    end = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
+    output, work = Path(config.output_dir), Path(config.output_dir + "_training")
+    output.mkdir(parents=True, exist_ok=True)
+    work.mkdir(exist_ok=True)
+    (work / ".gitignore").write_text("*\n")  # training state, never to be committed with the weights beside it
+    write_untrained_parts(output, config)
+    folders = read_split(config.data)[: config.max_samples]
+    if len(folders) <= config.holdout_samples + 2:
+        raise ValueError(
+            f"{config.data} lists {len(folders)} samples, more than {config.holdout_samples + 2} are needed; make data "
+            "first: python scripts/make_synthetic_mouse.py --output_dir <folder> --num_samples 2000"
         )
+    samples = [(read_sample(path, image_size=config.image_size).rgba * 255).round().byte() for path in folders]
+    views = min(len(sample) for sample in samples)
+    rgba = torch.stack([sample[:views] for sample in samples])  # [samples, views, 4, s, s]
+    train, held_out = rgba[: -config.holdout_samples], rgba[-config.holdout_samples :]
+    log.info("%d training animals, %d held out, %d views each", len(train), len(held_out), views)
+    return train_vae(config, train, held_out, end) if train_vision(config, train, end) else None
+
+
+def fit(
+    part: str, model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss_of: Callable[[int], Tensor],
+    config: DemoComponentsConfig, end: float, max_norm: float = math.inf,
+) -> tuple[dict[str, Tensor], bool]:  # fmt: skip
+    """Trains a model by `loss_of(step)` and keeps its state on disk; continues with the state that is there.
+
+    part: `vision` or `vae`, whose section of the config says steps, lr and warmup_steps. end: time.monotonic() at which
+    to stop. Returns the averaged weights and whether all steps are done.
+    """
+    options, start, saved = getattr(config, part), 0, time.monotonic()
+    path = Path(config.output_dir + "_training") / part / "training_state.pt"
+    average = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    if path.is_file():
+        state = load_checkpoint(path)
+        load_strict(model, state["model"], path)  # another configuration than the last call's is refused here, by name
+        optimizer.load_state_dict(state["optimizer"])
+        average, start = {name: tensor.clone() for name, tensor in state["average"].items()}, state["step"]
+        log.info("%s: continuing at step %d of %d", part, start, options.steps)
+    for step in range(start, max(start, options.steps) + 1):  # the last round only saves
+        now = time.monotonic()
+        is_over = step >= options.steps or now >= end
+        if step > start and (is_over or now - saved >= 60 * config.save_minutes):
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average, "step": step}
+            save_checkpoint(path, state, {"step": step})
+            saved = now
+        if is_over:
+            break
+        # Linear warm-up, then cosine to 0.
+        done = (step - options.warmup_steps) / max(1, options.steps - options.warmup_steps)
+        factor = (step + 1) / options.warmup_steps if done < 0 else 0.5 * (1 + math.cos(math.pi * done))
+        for group in optimizer.param_groups:
+            group["lr"] = options.lr * factor
+        loss = loss_of(step)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        optimizer.step()
+        with torch.no_grad():
+            for name, tensor in model.state_dict().items():
+                average[name].lerp_(tensor, 1 - min(0.998, (1 + step) / (10 + step)))
+        if (step + 1) % 100 == 0:
+            log.info("%s step %d of %d: loss %.4f", part, step + 1, options.steps, loss.item())
+    if step < options.steps:
+        log.info("%s: time is up at step %d of %d; repeat the command to continue", part, step, options.steps)
+    return average, step >= options.steps
+
+
+def train_vision(config: DemoComponentsConfig, train: Tensor, end: float) -> bool:
+    """Trains the vision encoder to know an animal again in another view; writes it and the normalizer. False: time up.
+
+    Two views of one animal are pulled together, other animals pushed away (InfoNCE): the embedding comes to hold coat,
+    build and pose, whatever the direction. train: uint8 [n, v, 4, h, w].
+    """
+    options, output = config.vision, Path(config.output_dir)
+    seed_everything("demo vision encoder", config.seed)
+    sizes = CLIPVisionConfig(
+        hidden_size=options.hidden_size, intermediate_size=4 * options.hidden_size, projection_dim=options.projection,
+        num_hidden_layers=options.layers, num_attention_heads=options.heads, image_size=options.image_size,
+        patch_size=16,
     )  # fmt: skip
+    model = CLIPVisionModelWithProjection(sizes)
+    parts = SimpleNamespace(feature_extractor=make_feature_extractor(options.image_size), image_encoder=model)
+
+    def embed(rgba: Tensor) -> Tensor:
+        """Embeddings of uint8 [n, 4, h, w], on white as at inference."""
+        return image_embeddings(parts, composite(rgba.float() / 255, 1.0), exact=False)
+
+    def loss_of(step: int) -> Tensor:
+        generator = make_generator("demo vision", config.seed, step)
+        rows = train[torch.randperm(len(train), generator=generator)[: options.batch]]
+        target = torch.arange(len(rows))
+        drawn = [torch.randint(rows.shape[1], (len(rows),), generator=generator) for _ in range(2)]
+        # Standardized over the batch: without that all embeddings start out nearly parallel (images are mostly
+        # background) and training stays there.
+        pair = (embed(rows[target, view]) for view in drawn)
+        a, b = (F.normalize((x - x.mean(0)) / x.std(0).clamp_min(1e-4), dim=-1) for x in pair)
+        logits = a @ b.T / 0.1  # the temperature
+        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=0.05)
+    _, done = fit("vision", model, optimizer, loss_of, config, end)
+    if not done:
+        return False
+    with torch.no_grad():
+        model.eval()
+        embeddings = torch.cat([embed(batch) for batch in train[:500].flatten(0, 1).split(64)])
+        normalizer = StableUnCLIPImageNormalizer(options.projection)
+        normalizer.mean.copy_(embeddings.mean(0, keepdim=True))
+        normalizer.std.copy_(embeddings.std(0, keepdim=True).clamp_min(1e-3))
+    for part, name in ((normalizer, "image_normalizer"), (model.half(), "image_encoder")):
+        with atomic_folder(output / name) as temporary:
+            part.save_pretrained(temporary)
+    return True
 
 
-def create_vae(config: VaeConfig, image_size: int, seed: int) -> AutoencoderKL:
-    """An untrained autoencoder."""
-    from diffusers import AutoencoderKL
-
-    seed_everything("demo vae", seed)
-    blocks = len(config.block_out_channels)
-    return AutoencoderKL(
+def train_vae(config: DemoComponentsConfig, train: Tensor, held_out: Tensor, end: float) -> dict | None:
+    """Trains and writes the autoencoder. Returns measured figures, None when the time ran out."""
+    options, flat = config.vae, train.flatten(0, 1)
+    seed_everything("demo vae", config.seed)
+    blocks = len(options.block_out_channels)
+    vae = AutoencoderKL(
         down_block_types=["DownEncoderBlock2D"] * blocks, up_block_types=["UpDecoderBlock2D"] * blocks,
-        block_out_channels=list(config.block_out_channels), layers_per_block=config.layers_per_block,
-        latent_channels=config.latent_channels, norm_num_groups=config.norm_groups, sample_size=image_size,
+        block_out_channels=list(options.block_out_channels), layers_per_block=1,
+        latent_channels=options.latent_channels, norm_num_groups=options.norm_groups, sample_size=config.image_size,
         mid_block_add_attention=False,
     )  # fmt: skip
+    backgrounds = torch.tensor([1.0, 1.0, 0.5, 0.0])  # white half of the time: what inference shows
+
+    def loss_of(step: int) -> Tensor:
+        generator = make_generator("demo vae", config.seed, step)
+        crops = float(torch.rand((), generator=generator)) < 0.7  # of the animal
+        count = options.batch * (config.image_size // options.crop_size) ** 2 // 2 if crops else options.batch // 2
+        rgba = flat[torch.randint(len(flat), (count,), generator=generator)]
+        rgba = (animal_crops(rgba, options.crop_size, generator) if crops else rgba).float() / 255
+        chosen = torch.randint(len(backgrounds), (len(rgba),), generator=generator)
+        image, mask = composite(rgba, backgrounds[chosen].view(-1, 1, 1, 1)), rgba[:, 3:]
+        if float(torch.rand((), generator=generator)) < 0.5:
+            image, mask = image.flip(-1), mask.flip(-1)  # an autoencoder knows no left and right
+        image = image * 2 - 1
+        with torch.autocast("cpu", torch.bfloat16, enabled=options.bf16):
+            posterior = vae.encode(image).latent_dist
+            noise = torch.randn(posterior.mean.shape, generator=generator)
+            decoded = vae.decode((posterior.mean + posterior.std * noise).to(image.dtype)).sample
+        weight, error = 1 + 4 * mask, decoded.float() - image
+        l1 = (weight * error.abs()).sum() / (weight.sum() * 3)
+        across = (weight[..., 1:] * error.diff(dim=-1).abs()).sum() / (weight[..., 1:].sum() * 3)
+        down = (weight[..., 1:, :] * error.diff(dim=-2).abs()).sum() / (weight[..., 1:, :].sum() * 3)
+        # The KL is little: as much noise as makes the decoder bear what it will meet of Stage 1's.
+        return l1 + 0.5 * (across + down) + 3e-4 * posterior.kl().sum() / posterior.mean.numel()
+
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=options.lr, betas=(0.9, 0.99), weight_decay=0.01)
+    average, done = fit("vae", vae, optimizer, loss_of, config, end, max_norm=1.0)
+    vae.load_state_dict(average)
+    standardize_latents(vae.eval(), held_out)
+    figures = measure_vae(vae, held_out)
+    vae.register_to_config(scaling_factor=1.0)
+    with atomic_folder(Path(config.output_dir) / "vae") as temporary:
+        vae.half().save_pretrained(temporary)
+    log.info("autoencoder on held-out animals: %s", {name: round(value, 3) for name, value in figures.items()})
+    return figures if done else None
 
 
-# ---- the same parts at any size, random weights ---------------------------------------------------------------------
+def animal_crops(rgba: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """[n, 4, h, w] -> [n, 4, size, size] crops centered near each image's animal."""
+    mass = rgba[:, 3].float()
+    total, shift = mass.sum((1, 2)).clamp_min(1e-6), torch.rand(2, len(rgba), generator=generator) - 0.5
+    corners = []
+    for along, length, move in zip((mass.sum(2), mass.sum(1)), rgba.shape[-2:], shift):
+        center = (along * torch.arange(length)).sum(1) / total
+        first = (center + move * size * 0.75 - size / 2).round().long().clamp(0, length - size)
+        corners.append(first.tolist())
+    return torch.stack([image[:, y : y + size, x : x + size] for image, y, x in zip(rgba, *corners)])
 
 
-class Stage1Shape(NamedTuple):
-    """unet, vae, vision: constructor arguments of UNet2DConditionModel, AutoencoderKL and CLIPVisionConfig."""
-
-    unet: dict
-    vae: dict
-    vision: dict
+@torch.no_grad()
+def mean_latents(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """Modes of the latents of images [n, 3, h, w], 0..1, in batches that fit any memory."""
+    return torch.cat([vae.encode(batch * 2 - 1).latent_dist.mode() for batch in images.split(16)])
 
 
-# Stable Diffusion 2.1 unCLIP as FaceLift fine-tunes it: 8 input channels, 64 x 64 latents; CLIP is ViT-H/14.
-SD21_UNCLIP = Stage1Shape(
-    unet={
-        "sample_size": 64, "in_channels": 8, "out_channels": 4, "block_out_channels": [320, 640, 1280, 1280],
-        "layers_per_block": 2, "down_block_types": [*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"],
-        "up_block_types": ["UpBlock2D", *["CrossAttnUpBlock2D"] * 3], "attention_head_dim": [5, 10, 20, 20],
-        "cross_attention_dim": 1024, "use_linear_projection": True, "class_embed_type": "projection",
-        "projection_class_embeddings_input_dim": 2048,
-    },
-    vae={
-        "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4,
-        "norm_num_groups": 32, "down_block_types": ["DownEncoderBlock2D"] * 4,
-        "up_block_types": ["UpDecoderBlock2D"] * 4, "sample_size": 768, "scaling_factor": 0.18215,
-    },
-    vision={
-        "hidden_size": 1280, "intermediate_size": 5120, "projection_dim": 1024, "num_hidden_layers": 32,
-        "num_attention_heads": 16, "image_size": 224, "patch_size": 14, "hidden_act": "gelu",
-    },
-)  # fmt: skip
+@torch.no_grad()
+def measure_vae(vae: AutoencoderKL, held_out: Tensor) -> dict[str, float]:
+    """Reconstruction on white of uint8 [n, v, 4, h, w]: dB, foreground dB; and the latents' standard deviation."""
+    rgba = held_out.flatten(0, 1).float() / 255
+    rgba = rgba[rgba[:, 3].sum((1, 2)) > 0]
+    images = composite(rgba, 1.0)
+    latents = mean_latents(vae, images)
+    result = torch.cat([(vae.decode(batch).sample / 2 + 0.5).clamp(0, 1) for batch in latents.split(16)])
+    foreground = foreground_psnr(result, images, rgba[:, 3:])
+    values = {"psnr": psnr(result, images).mean(), "foreground_psnr": foreground.mean(), "latent_std": latents.std()}
+    return {name: float(value) for name, value in values.items()}
 
 
-def demo_shape(unet: dict) -> Stage1Shape:
-    """The shape of the components that ship with the project around a UNet of the given arguments."""
-    config = DemoComponentsConfig()
-    vae = create_vae(config.vae, config.image_size, config.seed).config
-    vision = make_vision_encoder(config.vision, config.seed).config.to_dict()
-    return Stage1Shape(unet, {key: value for key, value in vae.items() if not key.startswith("_")}, vision)
-
-
-def random_components(
-    shape: Stage1Shape, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> Components:
-    """The frozen parts (no UNet) with random weights, made on `device`, as `load_components` would give them."""
-    from diffusers import AutoencoderKL
-    from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
-    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-
-    torch.manual_seed(0)
-    with torch.device(device):
-        vae = AutoencoderKL(**shape.vae)
-        image_encoder = CLIPVisionModelWithProjection(CLIPVisionConfig(**shape.vision))
-        normalizer = StableUnCLIPImageNormalizer(shape.vision["projection_dim"])
-    scheduler, noising = make_schedulers()
-    # In this order: the image normalizer's own `to` makes new parameters.
-    vae, image_encoder, normalizer = (
-        (part if dtype == torch.float32 else part.to(dtype)).eval().requires_grad_(False)
-        for part in (vae, image_encoder, normalizer)
-    )
-    return Components(
-        vae=vae, image_encoder=image_encoder, image_normalizer=normalizer,
-        feature_extractor=make_feature_extractor(shape.vision["image_size"]), image_noising_scheduler=noising,
-        scheduler=scheduler, unet=None, unet_folder=None, folder=Path("random weights"), device=torch.device(device),
-    )  # fmt: skip
+@torch.no_grad()
+def standardize_latents(vae: AutoencoderKL, rgba: Tensor) -> None:
+    """Gives every latent channel mean 0 and deviation 1 on images uint8 [n, v, 4, h, w] on white; changes no image."""
+    # The map is folded into the 1x1 convolutions around the latents. One scaling factor cannot do it: channels whose
+    # mean is far from 0 (a constant background sees to that) would drown the rest.
+    latents = mean_latents(vae, composite(rgba.flatten(0, 1).float() / 255, 1.0))
+    mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+    inwards, outwards, channels = vae.quant_conv, vae.post_quant_conv, len(mean)
+    # quant_conv gives means, then log variances: z' = (z - mean) / std.
+    inwards.weight[:channels] /= std.view(-1, 1, 1, 1)
+    inwards.bias[:channels] = (inwards.bias[:channels] - mean) / std
+    inwards.bias[channels:] -= 2 * std.log()
+    # post_quant_conv takes z = z' std + mean.
+    outwards.bias += outwards.weight[:, :, 0, 0] @ mean
+    outwards.weight *= std.view(1, -1, 1, 1)

@@ -10,26 +10,27 @@ from pathlib import Path
 from typing import Any
 
 from multiview.config import load_config
-from mvdiffusion.config import IGNORED_KEYS, MVDiffusionConfig
+from mvdiffusion.config import MVDiffusionConfig
 
+# Switches that have no effect here; they are listed when a file sets them. Attention is exact whatever is installed,
+# the prediction type is the scheduler's, wandb.mode says where to report, output_dir is joined once.
+IGNORED_KEYS = frozenset(
+    "enable_xformers_memory_efficient_attention allow_tf32 revision report_to local_rank prediction_type logging_dir "
+    "vis_dir val_out_dir checkpoint_prefix scale_lr tracker_project_name dataset_type validation_batch_size "
+    "validation_train_batch_size validation_sanity_check validation_grid_nrow wandb_job_type".split()
+)
 # Of unet_from_pretrained_kwargs: what the UNet's own config says, or what is decided by its weights.
 IGNORED_UNET_KEYS = frozenset(
-    {
-        "unclip", "zero_init_conv_in", "zero_init_camera_projection", "init_mvattn_with_selfattn", "cd_attention_last",
-        "cd_attention_mid", "selfattn_block", "addition_downsample", "addition_channels", "sample_size",
-    }
-)  # fmt: skip
+    "unclip zero_init_conv_in zero_init_camera_projection init_mvattn_with_selfattn cd_attention_last cd_attention_mid "
+    "selfattn_block addition_downsample addition_channels sample_size".split()
+)
 # Keys whose only supported value is the one FaceLift ships.
 FIXED_KEYS = {
     "drop_type": ("drop_as_a_whole", "conditions are dropped per object, for all its views at once"),
     "scale_input_latents": (True, "the input image's latents are scaled, in training and in sampling"),
     "pipe_validation_kwargs": ({"eta": 1.0}, "validation samples with fresh noise in every step"),
-    "resume_from_checkpoint": (
-        "latest",
-        "repeating a command resumes its output_dir; to start from another run's weights set pretrained_unet_path",
-    ),
+    "resume_from_checkpoint": ("latest", "a repeated command resumes; another run's weights are pretrained_unet_path"),
 }
-BACKGROUNDS = {"three_choices": ["white", "black", "gray"]}
 
 
 @dataclass
@@ -72,7 +73,6 @@ def load_training_config(path: Path | str | None, overrides: list[str] = ()) -> 
     flat = load_config(FlatConfig, path, overrides, ignored=IGNORED_KEYS)
     try:
         _fold(flat)
-        _fold_data(flat)
         own = {entry.name: getattr(flat, entry.name) for entry in fields(MVDiffusionConfig)}
         return MVDiffusionConfig(**own).validate()
     except ValueError as error:
@@ -84,23 +84,34 @@ def _fold(config: FlatConfig) -> None:
     for key, (value, reason) in FIXED_KEYS.items():
         if getattr(config, key) not in (None, {}, value):
             raise ValueError(f"{key} must be {value!r}: {reason}; got {getattr(config, key)!r}")
-    if config.use_classifier_free_guidance is False:
-        config.condition_drop_rate = 0.0
-    side = config.img_wh[0] if isinstance(config.img_wh, list) and config.img_wh else config.img_wh
+    train, validation, side = config.train_dataset, config.validation_dataset, config.img_wh
+    if validation.bg_color not in (None, "white"):
+        raise ValueError(f"validation_dataset.bg_color must be white, got {validation.bg_color!r}")
+    side = side[0] if isinstance(side, list) and side else side
     if side is not None and (not isinstance(side, int) or config.img_wh not in (side, [side, side])):
         raise ValueError(f"img_wh must be square, [512, 512] or 512, got {config.img_wh}")
-    for value, target, key in (
-        (config.n_views, config, "num_views"), (config.prompt_embed_path, config, "prompt_embeds"),
-        (side, config, "image_size"), (config.wandb_exp_name, config.wandb, "name"),
-        (config.wandb_group, config.wandb, "group"),
+    colors = ["white", "black", "gray"] if train.bg_color == "three_choices" else [train.bg_color]
+    for target, key, value in (
+        (config, "num_views", config.n_views), (config, "prompt_embeds", config.prompt_embed_path),
+        (config, "image_size", side), (config.wandb, "name", config.wandb_exp_name),
+        (config.wandb, "group", config.wandb_group), (config, "train_data", train.path or None),
+        (config, "validation_data", validation.path or None), (config, "backgrounds", train.bg_color and colors),
+        (config, "condition_drop_rate", 0.0 if config.use_classifier_free_guidance is False else None),
+        (config, "mirror_probability", 0.5 if train.aug_hflip and train.augmentation is not False else None),
     ):  # fmt: skip
         if value is not None:
             setattr(target, key, value)
+    for key, value in (("brightness", train.aug_brightness), ("contrast", train.aug_contrast)):
+        if train.augmentation is False:
+            value = [1.0, 1.0]
+        if value is not None and (len(value) != 2 or abs(value[0] + value[1] - 2.0) > 1e-6):
+            raise ValueError(f"train_dataset.aug_{key} must be a range about 1, e.g. [0.9, 1.1], got {value}")
+        if value is not None:
+            setattr(config, f"{key}_jitter", round(value[1] - 1.0, 9))
     for name in ("unet_from_pretrained_kwargs", "pipe_kwargs"):
         given = {key: value for key, value in getattr(config, name).items() if key not in IGNORED_UNET_KEYS}
-        views, multiview, sparse = (
-            given.pop(key, None) for key in ("num_views", "multiview_attention", "sparse_mv_attention")
-        )
+        views, multiview = given.pop("num_views", None), given.pop("multiview_attention", None)
+        sparse = given.pop("sparse_mv_attention", None)
         if given:
             raise ValueError(f"{name}: unknown keys {sorted(given)}")
         if views is not None and config.num_views not in (None, views):
@@ -108,23 +119,3 @@ def _fold(config: FlatConfig) -> None:
         config.num_views = config.num_views if views is None else views
         if multiview is not None:
             config.attention = ("sparse" if sparse else "full") if multiview else "none"
-
-
-def _fold_data(config: FlatConfig) -> None:
-    train, validation = config.train_dataset, config.validation_dataset
-    config.train_data = train.path or config.train_data
-    config.validation_data = validation.path or config.validation_data
-    if validation.bg_color not in (None, "white"):
-        raise ValueError(f"validation_dataset.bg_color must be white, got {validation.bg_color!r}")
-    if train.bg_color is not None:
-        config.backgrounds = BACKGROUNDS.get(train.bg_color, [train.bg_color])
-    if train.augmentation is False:
-        config.brightness_jitter = config.contrast_jitter = 0.0
-        return
-    for key, value in (("brightness", train.aug_brightness), ("contrast", train.aug_contrast)):
-        if value is not None and (len(value) != 2 or abs(value[0] + value[1] - 2.0) > 1e-6):
-            raise ValueError(f"train_dataset.aug_{key} must be a range about 1, e.g. [0.9, 1.1], got {value}")
-        if value is not None:
-            setattr(config, f"{key}_jitter", round(value[1] - 1.0, 9))
-    if train.aug_hflip:
-        config.mirror_probability = 0.5  # with mirrored cameras, view order and prompts

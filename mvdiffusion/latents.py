@@ -2,9 +2,7 @@
 
 The cache holds one safetensors file per sample and augmentation variant, <folder>/<2 digits>/<key>.safetensors, in half
 precision (the posterior's own deviation is far larger than the rounding). The key is a hash over everything the content
-depends on: the bytes of the images, the encoders' weights, the image size, the draw. So nothing stale can be read, and
-runs, ranks and nodes may share a folder: a file appears under its name only when complete, and two that write the same
-key write the same content.
+depends on, so nothing stale is read, and runs, ranks and nodes may share a folder: files appear only when complete.
 """
 
 from __future__ import annotations
@@ -12,66 +10,55 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers.models.embeddings import get_timestep_embedding
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from multiview.cameras import Cameras
 from multiview.files import atomic_write
-from multiview.sampler import load_batches
-
-if TYPE_CHECKING:
-    from multiview.image import Draw
-    from multiview.sampler import MixedDataset, StepSampler
-    from mvdiffusion.components import Components
+from multiview.image import Draw, to_uint8
+from multiview.sampler import MixedDataset, StepSampler, load_batches
+from mvdiffusion.components import Components
 
 log = logging.getLogger(__name__)
 
 NOISE_LEVEL = 0  # of 1000, on the CLIP embedding: FaceLift's, for training and inference
 FORMAT = 1  # part of every cache key: raise it when the content or the encoding changes
-HALF, EXACT = ("mean", "std", "embedding", "mask"), ("c2w", "fxfycxcy")  # tensors of a cache entry, by precision
+HALF = ("mean", "std", "embedding", "mask")  # tensors of a cache entry in half precision; its cameras are exact
 
 
-# ---- conditions of one image ----------------------------------------------------------------------------------------
+def clip_pixels(components: Components, images: Tensor, *, exact: bool) -> Tensor:
+    """Images [b, 3, h, w] 0..1 -> CLIP's input [b, 3, s, s].
 
-
-def clip_pixels_exact(components: Components, images: Tensor) -> Tensor:
-    """[b, 3, h, w] 0..1 -> CLIP's input, through the PIL image processor (inference; FaceLift's numbers exactly)."""
-    from PIL import Image
-
-    arrays = (images.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
-    pil_images = [Image.fromarray(np.ascontiguousarray(array)) for array in arrays]
-    pixels = components.feature_extractor(images=pil_images, return_tensors="np")["pixel_values"]
-    return torch.from_numpy(np.asarray(pixels)).to(images.device)
-
-
-def clip_pixels_fast(components: Components, images: Tensor) -> Tensor:
-    """The same in tensors (training): antialiased bicubic resize, then CLIP's mean and deviation."""
-    extractor = components.feature_extractor
-    size = (extractor.crop_size["height"], extractor.crop_size["width"])
+    exact: through the PIL image processor (inference; FaceLift's numbers exactly), else the same in tensors (training).
+    """
+    own = components.feature_extractor
+    if exact:
+        pil_images = [Image.fromarray(to_uint8(image)) for image in images]
+        return own(images=pil_images, return_tensors="pt")["pixel_values"].to(images.device)
+    size = (own.crop_size["height"], own.crop_size["width"])
     pixels = F.interpolate(images, size=size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
-    mean, std = (
-        torch.tensor(values).to(pixels).view(1, 3, 1, 1) for values in (extractor.image_mean, extractor.image_std)
-    )
+    mean, std = (torch.tensor(values).to(pixels).view(1, 3, 1, 1) for values in (own.image_mean, own.image_std))
     return (pixels - mean) / std
 
 
-def image_embeddings(components: Components, pixels: Tensor) -> Tensor:
-    """CLIP's input [b, 3, s, s] -> projected embeddings [b, d]."""
+def image_embeddings(components: Components, images: Tensor, *, exact: bool) -> Tensor:
+    """Images [b, 3, h, w] 0..1 -> CLIP's projected embeddings [b, d]; exact: see `clip_pixels`."""
+    pixels = clip_pixels(components, images, exact=exact)
     return components.image_encoder(pixels.to(components.image_encoder.dtype)).image_embeds
 
 
 def class_labels(components: Components, embeddings: Tensor, noise: Tensor) -> Tensor:
     """Embeddings [b, d] and noise [b, d] -> class labels [b, 2d]: [noised embedding, embedding of the noise level]."""
-    from diffusers.models.embeddings import get_timestep_embedding
-
     levels = torch.full((len(embeddings),), NOISE_LEVEL, device=embeddings.device, dtype=torch.long)
     normalized = components.image_normalizer.scale(embeddings)
     noised = components.image_noising_scheduler.add_noise(normalized, noise.to(normalized), levels)
@@ -91,9 +78,6 @@ def decode_latents(components: Components, latents: Tensor) -> Tensor:
     vae = components.vae
     images = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
     return (images.float() / 2 + 0.5).clamp(0, 1)
-
-
-# ---- training batches -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -123,7 +107,7 @@ def encode(components: Components, images: Tensor, masks: Tensor, inputs: Tensor
     """
     vae, objects, scale = components.vae, len(images), components.vae.config.scaling_factor
     posterior = vae.encode(images.flatten(0, 1).to(vae.dtype) * 2 - 1).latent_dist
-    embedding = image_embeddings(components, clip_pixels_fast(components, inputs.flatten(0, 1)))
+    embedding = image_embeddings(components, inputs.flatten(0, 1), exact=False)
     return {
         "mean": (posterior.mean * scale).unflatten(0, (objects, -1)).float(),
         "std": (posterior.std * scale).unflatten(0, (objects, -1)).float(),
@@ -133,11 +117,7 @@ def encode(components: Components, images: Tensor, masks: Tensor, inputs: Tensor
 
 
 def live_batches(
-    components: Components,
-    dataset: MixedDataset,
-    sampler: StepSampler,
-    workers: int,
-    device: torch.device,
+    components: Components, dataset: MixedDataset, sampler: StepSampler, workers: int, device: torch.device
 ) -> Iterator[EncodedBatch]:
     """Reads and encodes batches as they are asked for."""
     reference = dataset.rig.reference_view
@@ -146,64 +126,45 @@ def live_batches(
             batch[name].to(device, non_blocking=True) for name in ("targets", "masks", "prompts", "c2w", "fxfycxcy")
         )
         encoded = encode(components, targets, masks, targets[:, reference, None])
-        yield EncodedBatch(
-            mean=encoded["mean"],
-            std=encoded["std"],
-            condition=encoded["mean"][:, reference],  # the input is one of the targets: its latents are there already
-            embedding=encoded["embedding"][:, 0],
-            mask=encoded["mask"],
-            prompts=prompts,
-            cameras=Cameras(c2w, fxfycxcy, *targets.shape[-2:]),
-        )
+        encoded["embedding"] = encoded["embedding"][:, 0]
+        condition = encoded["mean"][:, reference]  # the input is one of the targets: its latents are there already
+        cameras = Cameras(c2w, fxfycxcy, *targets.shape[-2:])
+        yield EncodedBatch(**encoded, condition=condition, prompts=prompts, cameras=cameras)
 
 
 class LatentCache:
     """Batches out of the cache; what is missing or damaged there is encoded and stored on the way.
 
-    dataset: with `variants` >= 1, so that a sample's augmentations come back. folder: may be shared and kept.
-    encoded, damaged: how many entries this process has encoded, and how many of these because a file was damaged.
+    dataset: with `variants` >= 1, so that a sample's augmentations come back.
     """
 
-    def __init__(
-        self,
-        components: Components,
-        dataset: MixedDataset,
-        device: torch.device,
-        folder: Path | str,
-    ) -> None:
+    def __init__(self, components: Components, dataset: MixedDataset, device: torch.device, folder: Path | str) -> None:
         self.components, self.dataset, self.device, self.folder = components, dataset, device, Path(folder)
-        self.encoders = encoder_fingerprint(components)
-        self.encoded, self.damaged = 0, 0
+        # What decides the encoders' outputs: weights, precision, scaling, CLIP's preprocessing.
+        vae, extractor = components.vae, components.feature_extractor
+        settings = [getattr(extractor, name) for name in ("crop_size", "image_mean", "image_std")]
+        settings += [weights_fingerprint(module.state_dict()) for module in (vae, components.image_encoder)]
+        settings.append(vae.config.scaling_factor)
+        self.encoders = hashlib.sha256(str(settings).encode()).hexdigest()
         self._content: dict[int, str] = {}  # hash of a sample's files, by its index
-
-    def batches(self, sampler: StepSampler) -> Iterator[EncodedBatch]:
-        for keys in sampler:
-            yield self.batch(keys)
 
     def batch(self, keys: list[tuple[int, int]]) -> EncodedBatch:
         """The encoded batch of (epoch, index) keys: what `live_batches` makes of them, to half precision."""
-        rows: dict[str, list[Tensor]] = {name: [] for name in (*HALF, *EXACT, "prompts")}
-        reference = self.dataset.rig.reference_view
+        rows, reference = [], self.dataset.rig.reference_view
         for epoch, index in keys:
             part, local = self.dataset.part(index)
-            entry = self.entry(index, part.draw(epoch, local))
-            arrangement = part.arrangement(epoch, local)
+            entry, arrangement = self.entry(index, part.draw(epoch, local)), part.arrangement(epoch, local)
             cameras = arrangement.cameras(Cameras(entry["c2w"], entry["fxfycxcy"], part.image_size, part.image_size))
-            for name in ("mean", "std", "mask"):
-                rows[name].append(entry[name][arrangement.rows])
-            rows["embedding"].append(entry["embedding"][part.input_views().index(int(arrangement.rows[reference]))])
-            rows["prompts"].append(arrangement.prompts)
-            rows["c2w"].append(cameras.c2w)
-            rows["fxfycxcy"].append(cameras.fxfycxcy)
-        stacked = {name: torch.stack(tensors).to(self.device) for name, tensors in rows.items()}
+            row = {name: entry[name][arrangement.rows] for name in ("mean", "std", "mask")}
+            row["embedding"] = entry["embedding"][part.input_views().index(int(arrangement.rows[reference]))]
+            rows.append({**row, "prompts": arrangement.prompts, "c2w": cameras.c2w, "fxfycxcy": cameras.fxfycxcy})
+        stacked = {name: tensor.to(self.device) for name, tensor in default_collate(rows).items()}
         half = {name: stacked[name].float() for name in HALF}
         cameras = Cameras(stacked["c2w"], stacked["fxfycxcy"], part.image_size, part.image_size)
         return EncodedBatch(**half, condition=half["mean"][:, reference], prompts=stacked["prompts"], cameras=cameras)
 
     def entry(self, index: int, draw: Draw) -> dict[str, Tensor]:
         """One sample under one draw, in the stored views' order, on the CPU: read, or else encoded and written."""
-        from safetensors.torch import save_file
-
         part, local = self.dataset.part(index)
         if index not in self._content:
             self._content[index] = part.content_hash(local)
@@ -211,53 +172,24 @@ class LatentCache:
         key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
         path = self.folder / key[:2] / f"{key}.safetensors"
         if path.is_file():
-            content = _read_entry(path)
-            if content is not None:
-                return content
-            self.damaged += 1
+            try:
+                with safe_open(path, framework="pt") as handle:
+                    stored = handle.metadata() or {}
+                    content = {name: handle.get_tensor(name) for name in (*HALF, "c2w", "fxfycxcy")}
+                if stored.get("digest") == weights_fingerprint(content):
+                    return content
+                problem = "its checksum is not that of its content"
+            except (SafetensorError, OSError) as error:
+                problem = error
+            log.warning("cache entry %s is cut off, foreign or damaged: %s; encoded anew", path, problem)
         images, masks, cameras = part.pictures(local, draw)
         images, masks = images.to(self.device)[None], masks.to(self.device)[None]
         encoded = encode(self.components, images, masks, images[:, part.input_views()])
         content = {name: encoded[name][0].half().cpu().contiguous() for name in HALF}
         content.update(c2w=cameras.c2w.contiguous(), fxfycxcy=cameras.fxfycxcy.contiguous())
         with atomic_write(path) as temporary:
-            save_file(content, temporary, metadata={"crc32": str(_checksum(content))})
-        self.encoded += 1
+            save_file(content, temporary, metadata={"digest": weights_fingerprint(content)})
         return content
-
-
-def _read_entry(path: Path) -> dict[str, Tensor] | None:
-    """The tensors of a cache entry; None, with a warning, if it is cut off, foreign or not what was written."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as handle:
-            stored = handle.metadata() or {}
-            content = {name: handle.get_tensor(name) for name in handle.keys()}
-    except (SafetensorError, OSError) as error:
-        log.warning("cache entry %s cannot be read: %s; encoded anew", path, error)
-        return None
-    if set(content) != {*HALF, *EXACT} or stored.get("crc32") != str(_checksum(content)):
-        log.warning("cache entry %s is damaged: its checksum is not that of its content; encoded anew", path)
-        return None
-    return content
-
-
-def _checksum(content: dict[str, Tensor]) -> int:
-    value = 0
-    for name in sorted(content):
-        value = zlib.crc32(content[name].numpy().tobytes(), value)
-    return value
-
-
-def encoder_fingerprint(components: Components) -> str:
-    """Hash over what decides the encoders' outputs: weights, precision, scaling, CLIP's preprocessing."""
-    extractor = components.feature_extractor
-    settings = [components.vae.config.scaling_factor, extractor.crop_size, extractor.image_mean, extractor.image_std]
-    digest = hashlib.sha256(json.dumps([str(setting) for setting in settings]).encode())
-    for module in (components.vae, components.image_encoder):
-        digest.update(weights_fingerprint(module.state_dict()).encode())
-    return digest.hexdigest()
 
 
 def weights_fingerprint(state: dict[str, Tensor]) -> str:

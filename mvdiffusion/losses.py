@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
+from mvdiffusion.components import Components
+from mvdiffusion.config import MVDiffusionConfig
 from mvdiffusion.latents import EncodedBatch, class_labels
 from mvdiffusion.models.unet import run_unet
 from mvdiffusion.prompts import PromptEmbeds
-
-if TYPE_CHECKING:
-    from mvdiffusion.components import Components
-    from mvdiffusion.config import MVDiffusionConfig
 
 
 def noise_and_target(
@@ -25,18 +21,14 @@ def noise_and_target(
     """
     alpha = alphas_cumprod.to(clean.device)[timesteps].view(-1, *[1] * (clean.ndim - 1))
     noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
-    if kind == "v_prediction":
-        return noisy, alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
-    if kind == "epsilon":
-        return noisy, noise
-    raise ValueError(f"the scheduler's prediction_type must be v_prediction or epsilon, got {kind!r}")
+    return noisy, alpha.sqrt() * noise - (1 - alpha).sqrt() * clean if kind == "v_prediction" else noise
 
 
 def snr_weights(alphas_cumprod: Tensor, timesteps: Tensor, gamma: float | None, kind: str, form: str) -> Tensor:
-    """Min-SNR loss weights [b] (Hang et al. 2023). snr = a / (1 - a).
+    """Min-SNR loss weights [b] (Hang et al. 2023). snr = a / (1 - a). gamma None: ones.
 
     form `prediction`: min(snr, gamma) / snr for epsilon, min(snr, gamma) / (snr + 1) for v (one effective weight on the
-    clean latents, whatever is predicted). form `upstream`: FaceLift's, the epsilon form always. gamma None: ones.
+    clean latents, whatever is predicted). form `upstream`: FaceLift's, the epsilon form always.
     """
     alpha = alphas_cumprod.to(timesteps.device)[timesteps].double()
     if gamma is None:
@@ -47,10 +39,7 @@ def snr_weights(alphas_cumprod: Tensor, timesteps: Tensor, gamma: float | None, 
 
 
 def diffusion_loss(prediction: Tensor, target: Tensor, weights: Tensor, foreground: Tensor | None = None) -> Tensor:
-    """Mean squared error per sample [b, c, h, w] in float32, times weights [b], averaged.
-
-    foreground: [b, 1, h, w] weights of the latent cells, normalised per sample here; None: all equal.
-    """
+    """Mean of squared errors [b, c, h, w] by weights [b] and, normalized per sample, foreground [b, 1, h, w]."""
     error = (prediction.float() - target.float()).square()
     if foreground is not None:
         error = error * foreground / foreground.mean(dim=(1, 2, 3), keepdim=True)
@@ -58,20 +47,15 @@ def diffusion_loss(prediction: Tensor, target: Tensor, weights: Tensor, foregrou
 
 
 def drop_masks(uniform: Tensor, rate: float) -> tuple[Tensor, Tensor]:
-    """Which objects lose their class labels, and which their image latents: two masks [b], True = dropped.
-
-    uniform: [b] in 0..1. Below 2 rate the labels go, in rate .. 3 rate the latents: both in the overlap.
-    """
-    return uniform < 2 * rate, (uniform >= rate) & (uniform < 3 * rate)
+    """Which objects lose their class labels, and which their image latents: two masks [b]. uniform: [b] in 0..1."""
+    return uniform < 2 * rate, (uniform >= rate) & (uniform < 3 * rate)  # both in the overlap
 
 
-def draw_timesteps(
-    count: int, generator: torch.Generator, high_noise_share: float, high_noise_range: list[int]
-) -> Tensor:
-    """Time steps [count] in 0..999: uniform, a share of them from high_noise_range (inclusive)."""
+def draw_timesteps(count: int, generator: torch.Generator, high_share: float, high_range: list[int]) -> Tensor:
+    """Time steps [count] in 0..999: uniform, a share of them from high_range (inclusive)."""
     uniform = torch.randint(1000, (count,), generator=generator)
-    high = torch.randint(high_noise_range[0], high_noise_range[1] + 1, (count,), generator=generator)
-    return torch.where(torch.rand(count, generator=generator) < high_noise_share, high, uniform)
+    high = torch.randint(high_range[0], high_range[1] + 1, (count,), generator=generator)
+    return torch.where(torch.rand(count, generator=generator) < high_share, high, uniform)
 
 
 def training_loss(

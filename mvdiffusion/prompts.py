@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from multiview.checkpoint import load_checkpoint
 from multiview.files import atomic_write, read_json, take, write_json
 from multiview.rig import PROMPT_STYLES, RigMismatchError, ViewRig, check_alignment
 
-if TYPE_CHECKING:
-    from diffusers import UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTokenizer
-
-COLOUR_FILE, NORMAL_FILE, METADATA_FILE = "clr_embeds.pt", "normal_embeds.pt", "metadata.json"
+COLOUR_FILE, METADATA_FILE = "clr_embeds.pt", "metadata.json"
 TRACKED_FOLDER = "mvdiffusion/data/mouse_prompt_embeds_6view"
 TOKENS = 77
-NEARLY_THE_SAME = 0.975  # cosine of two views to the text encoder (FaceLift's own front and back: 0.979)
-WIDEST = 8192  # of a text encoder; the largest public ones give 4096
-GENERATE = "python scripts/generate_mouse_prompt_embeds.py"
+GENERATE = "python scripts/generate_mouse_prompt_embeds.py --rig"
 
 
 @dataclass(frozen=True)
@@ -35,13 +29,9 @@ class PromptEmbeds:
     source: str
     metadata: dict = field(default_factory=dict)
 
-    @property
-    def width(self) -> int:
-        return self.tensor.shape[-1]
 
-
-def encode_prompts(prompts: list[str], tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> Tensor:
-    """Prompts -> the text encoder's last hidden states [n, 77, width], float32."""
+def encode_prompts(prompts: list[str], tokenizer: Callable, text_encoder: nn.Module) -> Tensor:
+    """Prompts -> a CLIP text encoder's last hidden states [n, 77, width], float32."""
     tokens = tokenizer(prompts, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
     with torch.no_grad():
         return text_encoder(tokens.input_ids)[0].float()
@@ -52,12 +42,12 @@ def view_similarity(tensor: Tensor) -> Tensor:
 
     Its scale is set by what the prompts share: the words around the view's name and the padding make 0.7 to 0.9.
     """
-    flat = torch.nn.functional.normalize(tensor.double().flatten(1), dim=-1)
+    flat = nn.functional.normalize(tensor.double().flatten(1), dim=-1)
     return (flat @ flat.T).float()
 
 
-def alike_views(similarity: Tensor, names: list[str], threshold: float = NEARLY_THE_SAME) -> list[str]:
-    """`front and back 0.979` for each pair of views at or above the threshold, the most alike first."""
+def alike_views(similarity: Tensor, names: list[str], threshold: float = 0.975) -> list[str]:
+    """`front and back 0.979` (FaceLift's own) for each pair of views at or above the threshold, most alike first."""
     pairs = [(float(similarity[i, j]), i, j) for i in range(len(names)) for j in range(i)]
     pairs = sorted((pair for pair in pairs if pair[0] >= threshold), reverse=True)
     return [f"{names[j]} and {names[i]} {value:.3f}" for value, i, j in pairs]
@@ -68,8 +58,7 @@ def write_prompt_embeds(
 ) -> dict:
     """Encodes the rig's prompts and writes clr_embeds.pt, normal_embeds.pt (styles that have it), metadata.json.
 
-    Computed in float32 on one thread and stored as float16, so that repeating it gives the same bytes.
-    Returns the metadata.
+    Computed in float32 on one thread and stored as float16: repeating gives the same bytes. Returns the metadata.
     """
     from mvdiffusion.components import load_text, local_folder
 
@@ -77,7 +66,7 @@ def write_prompt_embeds(
     tokenizer, text_encoder = load_text(source)
     files = {COLOUR_FILE: rig.prompts(style, angles=angles)}
     if f"{style}_normal" in PROMPT_STYLES:
-        files[NORMAL_FILE] = rig.prompts(f"{style}_normal", angles=angles)
+        files["normal_embeds.pt"] = rig.prompts(f"{style}_normal", angles=angles)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -91,26 +80,17 @@ def write_prompt_embeds(
     for part in ("text_encoder", "tokenizer"):
         for path in sorted(path for path in (source / part).iterdir() if path.is_file()):
             fingerprint.update(path.name.encode() + path.read_bytes())
-    similarity = view_similarity(embeddings[COLOUR_FILE]).tolist()
+    width, similarity = text_encoder.config.hidden_size, view_similarity(embeddings[COLOUR_FILE]).tolist()
+    text = {"folder": Path(components_folder).as_posix(), "fingerprint": fingerprint.hexdigest()[:16], "width": width}
     metadata = {
-        "rig": rig.to_dict(),
-        "style": style,
-        "angles": angles,
-        "prompts": files[COLOUR_FILE],
-        "prompts_normal": files.get(NORMAL_FILE),
-        "text_encoder": {
-            "folder": Path(components_folder).as_posix(),
-            "fingerprint": fingerprint.hexdigest()[:16],
-            "width": text_encoder.config.hidden_size,
-        },
-        "shape": list(embeddings[COLOUR_FILE].shape),
-        "dtype": "float16",
+        "rig": rig.to_dict(), "style": style, "angles": angles, "prompts": files[COLOUR_FILE],
+        "prompts_normal": files.get("normal_embeds.pt"), "text_encoder": text,
+        "shape": list(embeddings[COLOUR_FILE].shape), "dtype": "float16",
         "similarity": {
-            "measure": "cosine of two views' token sequences",
-            "views": rig.view_names,
+            "measure": "cosine of two views' token sequences", "views": rig.view_names,
             "matrix": [[round(value, 3) for value in row] for row in similarity],
         },
-    }
+    }  # fmt: skip
     write_json(folder / METADATA_FILE, metadata)
     return metadata
 
@@ -122,40 +102,34 @@ def load_prompt_embeds(path: Path | str, rig: ViewRig | None = None) -> PromptEm
     beside the file (FaceLift's own), and otherwise compared with it.
     Raises ValueError for a missing file, a wrong shape, a missing rig; RigMismatchError for another rig's embeddings.
     """
-    path = Path(path)
-    path = path / COLOUR_FILE if path.is_dir() else path
+    path = Path(path) / COLOUR_FILE if Path(path).is_dir() else Path(path)
     if not path.is_file():
-        command = f"{GENERATE} --rig <rig> --output_dir <folder>"
-        raise ValueError(f"prompt embeddings {path} do not exist; make them: {command}")
+        raise ValueError(f"prompt embeddings {path} do not exist; make them: {GENERATE} <rig> --output_dir <folder>")
     tensor = load_checkpoint(path, object)
     is_tensor = isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.ndim == 3
-    if not is_tensor or tensor.shape[1] != TOKENS or not 0 < tensor.shape[2] <= WIDEST:
+    if not is_tensor or tensor.shape[1] != TOKENS or not 0 < tensor.shape[2] <= 8192:  # the widest public ones: 4096
         got = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
         raise ValueError(f"prompt embeddings {path} must be a tensor [num_views, {TOKENS}, width], got {got}")
-    metadata_path, metadata = path.with_name(METADATA_FILE), {}
-    if metadata_path.is_file():
-        metadata = read_json(metadata_path)
-        stored = ViewRig.from_dict(take(metadata, "rig", dict, str(metadata_path)), str(metadata_path))
+    beside, metadata = path.with_name(METADATA_FILE), {}
+    if beside.is_file():
+        metadata = read_json(beside)
+        stored = ViewRig.from_dict(take(metadata, "rig", dict, str(beside)), str(beside))
         if rig is not None:
             check_alignment(rig, embeddings=stored)
         rig = stored
     if rig is None:
         raise ValueError(f"{path} has no {METADATA_FILE} beside it, so its rig must be stated: --rig facelift6")
+    again = f"make new: {GENERATE} {rig.name} --output_dir {path.parent}"
     if len(tensor) != rig.num_views:
-        raise RigMismatchError(
-            f"prompt embeddings {path} describe {len(tensor)} views, rig {rig.name} has {rig.num_views}; make new: "
-            f"{GENERATE} --rig {rig.name} --output_dir {path.parent}"
-        )
+        found = f"{len(tensor)} views, rig {rig.name} has {rig.num_views}"
+        raise RigMismatchError(f"prompt embeddings {path} describe {found}; {again}")
     tensor = tensor.float().contiguous()
     if not tensor.isfinite().all():
-        raise ValueError(
-            f"prompt embeddings {path} hold values that are not finite; make new: {GENERATE} --rig {rig.name} "
-            f"--output_dir {path.parent}"
-        )
+        raise ValueError(f"prompt embeddings {path} hold values that are not finite; {again}")
     return PromptEmbeds(tensor, rig, str(path), metadata)
 
 
-def check_embeds_fit(embeds: PromptEmbeds, unet: UNet2DConditionModel | Path | str, source: Path | str = "") -> None:
+def check_embeds_fit(embeds: PromptEmbeds, unet: nn.Module | Path | str, source: Path | str = "") -> None:
     """Refuses embeddings whose width or number of views is not the UNet's, naming the command that mends it.
 
     unet: a loaded UNet, or its folder (only config.json is read: cheap, before any weights are loaded).
@@ -167,26 +141,16 @@ def check_embeds_fit(embeds: PromptEmbeds, unet: UNet2DConditionModel | Path | s
     else:
         config = unet.config
     width, views, name = config["cross_attention_dim"], config.get("num_views"), f"UNet {source}".strip()
-    if embeds.width != width:
-        folder = "checkpoints/mvdiffusion/pipeckpts" if width == 1024 else "<components folder of this UNet>"
+    if embeds.tensor.shape[-1] != width:
+        folder = "checkpoints/mvdiffusion/pipeckpts" if width == 1024 else "<this UNet's components folder>"
         raise ValueError(
-            f"prompt embeddings {embeds.source} are {embeds.width} wide, the {name} expects {width}: they come from "
-            f"another text encoder. Make them with the UNet's own: {GENERATE} --rig {embeds.rig.name} "
-            f"--model_name {folder} --output_dir <folder>"
+            f"prompt embeddings {embeds.source} are {embeds.tensor.shape[-1]} wide, the {name} expects {width}: they "
+            f"come from another text encoder. Make them with the UNet's own: {GENERATE} {embeds.rig.name} --model_name "
+            f"{folder} --output_dir <folder>"
         )
     # A UNet that is given its cameras can be asked for any number of views.
-    has_cameras = (config.get("camera_conditioning") or "none") != "none"
-    if views is not None and embeds.rig.num_views != views and not has_cameras:
+    if config["camera_conditioning"] == "none" and views not in (None, embeds.rig.num_views):
         raise RigMismatchError(
             f"prompt embeddings {embeds.source} describe {embeds.rig.num_views} views (rig {embeds.rig.name}), the "
-            f"{name} was trained with {views}; use embeddings of its rig: {GENERATE} --rig <its rig> "
-            "--output_dir <folder>"
+            f"{name} was trained with {views}; use embeddings of its rig: {GENERATE} <its rig> --output_dir <folder>"
         )
-
-
-def rig_at_elevation(rig: ViewRig, elevation_deg: float | None) -> ViewRig:
-    """The rig with all its views at another elevation (None, or the one it has: unchanged). The name says so."""
-    if elevation_deg is None or all(view.elevation_deg == elevation_deg for view in rig.views):
-        return rig
-    views = tuple(replace(view, elevation_deg=elevation_deg) for view in rig.views)
-    return replace(rig, name=f"{rig.name}_elevation{elevation_deg:g}", views=views)

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import convert_outputs_to_fp32
 from torch import Tensor, nn
 
-from multiview.checkpoint import Ema, add_adapters, is_adapter_weight, merged_weights, save_adapters
+from multiview.checkpoint import Ema, add_adapters, is_adapter_weight, merged_weights, read_rig, save_adapters
 from multiview.files import atomic_folder
 from multiview.rig import ViewRig, check_alignment, load_rig
 from multiview.run import PRECISIONS, LoopOptions, autocast, check_size, seed_everything
@@ -28,7 +28,7 @@ from mvdiffusion.data.mouse_dataset import MouseMVDiffusionDataset
 from mvdiffusion.latents import EncodedBatch, LatentCache, live_batches, weights_fingerprint
 from mvdiffusion.losses import training_loss
 from mvdiffusion.models.camera_conditioning import is_camera_weight
-from mvdiffusion.models.unet import configure_views, create_unet, load_unet, resolve_unet_folder, save_unet, unet_rig
+from mvdiffusion.models.unet import configure_views, create_unet, load_unet, resolve_unet_folder, save_unet
 from mvdiffusion.prompts import PromptEmbeds, check_embeds_fit, load_prompt_embeds
 from mvdiffusion.validation import evaluate
 
@@ -142,7 +142,8 @@ class MVDiffusionTraining(Training):
     def batches(self, sampler: StepSampler) -> Iterator[EncodedBatch]:
         config = self.settings
         if config.cache_latents:
-            return LatentCache(self.components, self.dataset, self.device, config.cache_dir).batches(sampler)
+            cache = LatentCache(self.components, self.dataset, self.device, config.cache_dir)
+            return map(cache.batch, sampler)
         return live_batches(self.components, self.dataset, sampler, config.dataloader_num_workers, self.device)
 
     def loss(self, model: nn.Module, batch: EncodedBatch, generator: torch.Generator) -> tuple[Tensor, None]:
@@ -227,7 +228,7 @@ def starting_unet(config: MVDiffusionConfig, rig: ViewRig):
         return create_unet(config.unet, rig.num_views, attention or "sparse", cameras or "none")
     given = config.pretrained_unet_path or local_folder(config.pretrained_model_name_or_path) / "unet"
     folder = resolve_unet_folder(given)
-    stored = unet_rig(folder)
+    stored = read_rig(folder)
     if stored is not None and not config.allow_rig_change:
         check_alignment(rig, "allow_rig_change", unet=stored)
     options = {"attention": attention, "camera_conditioning": cameras, "widen_conv_in": True}

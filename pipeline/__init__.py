@@ -119,7 +119,7 @@ class MouseFaceLift:
     def _reconstruct(
         self, views: PosedViews, filtered: bool, record: dict, photo: Tensor | None = None
     ) -> Reconstruction:
-        from gslrm.model.filters import filter_gaussians
+        from gslrm.model.gaussians import filter_gaussians
 
         started = time.perf_counter()
         predicted = self.predict(views)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
+from multiview.checkpoint import read_rig
 from multiview.config import load_config, option
 from multiview.run import shipped
 
@@ -180,15 +181,15 @@ def _resolve_stage1(
     """Returns Stage 1's entries of Artifacts, and the rigs that its artifacts carry by role."""
     from mvdiffusion.checkpoints import components_folder_of, embeds_of, sampling_of
     from mvdiffusion.components import DEMO_FOLDER, PUBLIC_FOLDER
-    from mvdiffusion.models.unet import camera_conditioning_of, resolve_unet_folder, unet_rig
+    from mvdiffusion.models.unet import read_unet_config, resolve_unet_folder
     from mvdiffusion.prompts import TRACKED_FOLDER, check_embeds_fit, load_prompt_embeds
 
     folder = resolve_unet_folder(chosen.mvdiffusion_checkpoint or shipped(DEMO_FOLDER))
     # Embeddings of the training come first: others of the same rig may be worded or encoded differently.
     embeds = load_prompt_embeds(chosen.prompt_embeds or embeds_of(folder) or shipped(TRACKED_FOLDER), requested)
     check_embeds_fit(embeds, folder)
-    own = require_rig(unet_rig(folder), requested, f"the UNet {folder}", folder)
-    if requested is not None and camera_conditioning_of(folder) != "none":
+    own = require_rig(read_rig(folder), requested, f"the UNet {folder}", folder)
+    if requested is not None and read_unet_config(folder)["camera_conditioning"] != "none":
         own = requested  # it is told by its cameras where to look from, not by having seen only one rig
     suits = sampling_of(folder)
     files = {
@@ -215,16 +216,19 @@ def load_stage1(artifacts: Artifacts, device: torch.device) -> Components:
     """Returns components with the UNet; float16 on a GPU as FaceLift's inference, float32 on the CPU."""
     import torch
 
-    from mvdiffusion.components import load_components, tune
+    from mvdiffusion.components import load_components
 
     # Half precision is slower than single on most CPUs.
     dtype, options = torch.float16 if device.type == "cuda" else torch.float32, artifacts.options
     components = load_components(
         artifacts.components, unet=artifacts.unet, device=device, dtype=dtype, offload=options.cpu_offload
     )
-    tune(
-        components, vae_slicing=options.vae_slicing, channels_last=options.channels_last, compiled=options.compile
-    )  # fmt: skip
+    if options.vae_slicing:  # memory of one image
+        components.vae.enable_slicing()
+    for part in (components.unet, components.vae) if options.channels_last else ():
+        part.to(memory_format=torch.channels_last)  # convolutions in half precision are faster so on a GPU
+    if options.compile:
+        components.unet.compile()
     return components
 
 

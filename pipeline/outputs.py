@@ -80,9 +80,9 @@ def write_stage2(folder: Path, result: Reconstruction, *, turntable_views: int, 
 
 
 def write_exports(folder: Path, gaussians: Gaussians, exports: Sequence[str], mesh: str | None) -> None:
-    """Writes gaussians<suffix> in formats of gslrm.model.export, and mesh.ply or mesh.glb."""
+    """Writes gaussians<suffix> in formats of gslrm.model.ply, and mesh.ply or mesh.glb."""
     if exports:  # gsplat writes them, and is imported only then
-        from gslrm.model.export import FORMATS, export
+        from gslrm.model.ply import FORMATS, export
 
         for name in exports:
             export(folder / f"gaussians{FORMATS[name]}", gaussians, name)

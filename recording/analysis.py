@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from recording.calibration import Calibration, check_body_length, find_calibration, read_calibration
-from recording.calibration.model import UP_ROTATIONS
+from recording.calibration.checks import check_body_length
+from recording.calibration.formats import find_calibration, read_calibration
+from recording.calibration.model import UP_ROTATIONS, Calibration
 from recording.center import (
     HullPlace,
     floor_up,

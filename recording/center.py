@@ -16,7 +16,7 @@ import torch
 
 from multiview.cameras import Cameras
 from multiview.hull import VisualHull, carve
-from recording.calibration import Calibration
+from recording.calibration.model import Calibration
 from recording.masks import MaskStatistics, Silhouette, openings
 from recording.rectify import rectify
 

@@ -18,7 +18,7 @@ from scipy.optimize import linear_sum_assignment
 
 from multiview.cameras import Cameras, direction
 from multiview.rig import FACELIFT_DISTANCE, FACELIFT_FOCAL, View, ViewRig
-from recording.calibration import Calibration
+from recording.calibration.model import Calibration
 from recording.settings import ImportSettings
 
 STANDARD_BODY_LENGTH = 1.2  # world units, nose to tail base, where the framing fills the image

@@ -25,7 +25,7 @@ from multiview.files import LOCK_FILE, full_disk_explained, owned_folder, remove
 from multiview.rig import ViewRig, load_rig
 from multiview.sample import CAMERAS_FILE, DATASET_FILE, is_complete_sample, open_dataset, write_split
 from recording.analysis import Analysis, Recording, analyse, open_recording, record_masks
-from recording.calibration import Calibration
+from recording.calibration.model import Calibration
 from recording.geometry import CALIBRATED, Placement, Plan, label_error, make_plan, mask_extents, place
 from recording.rectify import cut_camera
 from recording.settings import MAX_SAMPLES, ImportSettings, sample_name

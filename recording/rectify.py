@@ -17,7 +17,7 @@ from pathlib import Path
 import numba
 import numpy as np
 
-from recording.calibration import Calibration, valid_radius
+from recording.calibration.model import Calibration, valid_radius
 from recording.masks import Silhouette, read_track
 from recording.video import Video, VideoReader
 

@@ -1,14 +1,12 @@
 """Times of both stages with random weights, and of the import of recordings.
 
-  rasterizer  forward and backward, beside the tests' tiled rasterizer in plain PyTorch
-  gslrm       the network, beside the tests' same one of plain torch modules
-  tokens      dense against pruned, by the fraction of each view that the animal covers
-  training    a whole training step, with and without gradient checkpointing
-  rendering   the input views of one reconstruction
-  sampling    Stage 1: one photograph to the rig's views in 50 steps with guidance, sparse and full attention
-  diffusion_training
-              Stage 1: an update of its training, latents at hand (as from the cache) or encoded in each update
-  import      a recording to samples beside pure decoding of its videos; minutes, 1 GB in TMPDIR, only on request
+  rasterizer, gslrm   forward and backward, beside the tests' same ones in plain PyTorch
+  tokens              dense against pruned, by the fraction of each view that the animal covers
+  training            a whole training step, with and without gradient checkpointing
+  rendering           the input views of one reconstruction
+  sampling            Stage 1: a photograph to the rig's views in 50 steps with guidance, sparse and full attention
+  diffusion_training  Stage 1: an update, latents at hand (as from the cache) or encoded in each update
+  import              a recording to samples beside decoding its videos; minutes, 1 GB in TMPDIR, only on request
 
 Times: `median (first to third quartile)` in ms. What is compared runs in turn: ratios hold on a busy machine too.
 demo is the demo model's size (runs on a CPU), full is FaceLift's (d 1024, 24 layers; Stage 1 as SD 2.1 unCLIP; six
@@ -54,8 +52,8 @@ def parts(text: str) -> tuple[str, ...]:
 
 def import_libraries() -> None:
     """Imports what takes seconds only when something is measured, so that --help answers at once."""
-    global psutil, torch, Timer, FlopCounterMode, Cameras, load_rig, Gaussians, render, GSLRM, forward_flops
-    global select_foreground, ImageTokenizerConfig, ModelConfig, TransformerConfig, peer_rasterizer, PlainGSLRM, HALF
+    global psutil, torch, Timer, FlopCounterMode, Cameras, load_rig, Gaussians, render, GSLRM, select_patches
+    global ImageTokenizerConfig, ModelConfig, TransformerConfig, peer_rasterizer, PlainGSLRM
     import psutil
     import torch
     from torch.utils.benchmark import Timer
@@ -64,14 +62,12 @@ def import_libraries() -> None:
     from gslrm.config import ImageTokenizerConfig, ModelConfig, TransformerConfig
     from gslrm.model.gaussians import Gaussians
     from gslrm.model.gaussians_renderer import render
-    from gslrm.model.gslrm import GSLRM, forward_flops
-    from gslrm.model.selection import select_foreground
+    from gslrm.model.gslrm import GSLRM
+    from gslrm.model.selection import select_patches
     from multiview.cameras import Cameras
     from multiview.rig import load_rig
     from tests import peer_rasterizer
     from tests.peer_gslrm import PlainGSLRM
-
-    HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -237,18 +233,20 @@ def gslrm_run(bench: Bench, passes: str, *, plain=None, coverage=None, checkpoin
         offset, disc = (torch.arange(size) + 0.5 - size / 2).square(), torch.zeros(size * size)
         disc[(offset[:, None] + offset).flatten().argsort(stable=True)[: round(coverage * size**2)]] = 1.0
         masks = inputs["masks"] = disc.view(size, size).to(device).expand(1, rig.num_views, 1, -1, -1).contiguous()
-        selection = select_foreground(masks, config.image_tokenizer.patch_size, config.prune_margin_px)
+        selection = select_patches(images, config.image_tokenizer.patch_size, masks, config.prune_margin_px)
         tokens = config.gaussians.n_gaussians + selection.patches_per_sample[0]
-    if bench.options.compile:
-        torch.compiler.reset()  # graphs of earlier cases are forgotten
-        for module in [model] if plain else model.transformer_layers:
-            module.compile()
 
     def predict():
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
             output = model(images, cameras, **inputs)
         return output if plain else output.gaussians
 
+    with torch.set_grad_enabled(not bench.on_gpu):  # on a CPU what inference does in oneDNN's layout is not counted
+        flops = 0.0 if plain else count_flops(predict) * (1 if passes == "forward" else 3)
+    if bench.options.compile:
+        torch.compiler.reset()  # graphs of earlier cases are forgotten
+        for module in [model] if plain else model.transformer_layers:
+            module.compile()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5) if passes == "training step" else None
 
     def step() -> None:
@@ -260,7 +258,6 @@ def gslrm_run(bench: Bench, passes: str, *, plain=None, coverage=None, checkpoin
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
-    flops = forward_flops(config, [tokens]) * (1 if passes == "forward" else 3)
     return torch.no_grad()(predict) if passes == "forward" else step, flops, tokens
 
 
@@ -309,12 +306,12 @@ def measure_rendering(bench: Bench):
 
 
 def measure_import(bench: Bench):
-    return throughput.measure_import(*(getattr(bench.options, name) for name in list(NUMBERS)[1:]))
+    return throughput.measure_import(bench.options)
 
 
 def stage1(bench: Bench, attention: str):
     """Returns the training config, components with a UNet, and prompt embeddings, all of random weights."""
-    from mvdiffusion.demo import SD21_UNCLIP, demo_shape, random_components
+    from mvdiffusion.components import SD21_UNCLIP, demo_shape, random_components
     from mvdiffusion.facelift_yaml import load_training_config
     from mvdiffusion.models.unet import create_unet
     from mvdiffusion.prompts import TOKENS, PromptEmbeds
@@ -323,14 +320,13 @@ def stage1(bench: Bench, attention: str):
     config, rig = load_training_config(str(REPOSITORY / "configs" / f"{name}_mvdiffusion.yaml"), []), load_rig("mouse6")
     shape = SD21_UNCLIP if bench.options.preset == "full" else demo_shape(config.unet)
     with bench.device:
-        unet, dtype = create_unet(shape.unet, rig.num_views, attention), torch.float16 if bench.on_gpu else None
+        unet, dtype = create_unet(shape["unet"], rig.num_views, attention), torch.float16 if bench.on_gpu else None
     components = random_components(shape, device=bench.device, dtype=dtype or torch.float32)
-    prompts = torch.randn(rig.num_views, TOKENS, shape.unet["cross_attention_dim"])
+    prompts = torch.randn(rig.num_views, TOKENS, shape["unet"]["cross_attention_dim"])
     return config, replace(components, unet=unet), PromptEmbeds(prompts, rig, "random prompt embeddings")
 
 
 def measure_sampling(bench: Bench):
-    from mvdiffusion.components import tune
     from mvdiffusion.pipelines.multiview import GUIDANCE_SCALE, NUM_STEPS, generate_views
 
     image, runs, flops = torch.rand(1, 3, bench.size, bench.size), {}, {}
@@ -343,7 +339,8 @@ def measure_sampling(bench: Bench):
 
         one, two = (count_flops(lambda n=n, run=run: run(n)) for n in (1, 2))
         flops[attention], runs[attention] = (one + (NUM_STEPS - 1) * (two - one), two - one), run
-        tune(components, compiled=bench.options.compile)
+        if bench.options.compile:
+            components.unet.compile()
     records, times = [], bench.time(*runs.values())
     for (attention, run), whole in zip(runs.items(), times):
         short, long = bench.time(lambda run=run: run(1), lambda run=run: run(3))
@@ -361,7 +358,8 @@ def measure_diffusion_training(bench: Bench):
     (config, components, embeds), rig = stage1(bench, "sparse"), load_rig("mouse6")
     unet, b, size = components.unet.train(), config.train_batch_size, components.image_size
     average = [parameter.detach().clone() for parameter in unet.parameters()]
-    optimizer, half = torch.optim.AdamW(unet.parameters(), lr=1e-5), HALF.get(config.mixed_precision)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-5)
+    half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(config.mixed_precision)
     images = torch.rand(b, rig.num_views, 3, size, size, device=bench.device)
     one, prompts = rig.cameras(size).to(bench.device), torch.arange(rig.num_views, device=bench.device)
     cameras = Cameras(one.c2w.expand(b, -1, -1, -1), one.fxfycxcy.expand(b, -1, -1), size, size)

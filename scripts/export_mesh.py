@@ -13,7 +13,7 @@ from multiview.config import checked
 from multiview.run import main_guard
 
 
-def parse_arguments() -> argparse.Namespace:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--ply", required=True, type=Path, help="3D Gaussians in the INRIA layout")
     parser.add_argument("--output", required=True, type=Path, help="mesh.ply (z up) or mesh.glb (y up, as glTF wants)")
@@ -21,25 +21,18 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--views", type=checked(int, 1), default=48, help="depth maps from all around")
     parser.add_argument("--view_size", type=checked(int, 1), default=384, help="pixels of a depth map's side")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    arguments = parser.parse_args()
-    if arguments.output.suffix not in (".ply", ".glb"):
-        parser.error(f"--output must end in .ply or .glb, got {arguments.output}")
-    if arguments.output.resolve() == arguments.ply.resolve():
-        parser.error("--output would replace the Gaussians of --ply")
-    return arguments
-
-
-def main() -> None:
-    arguments = parse_arguments()
+    given = parser.parse_args()
+    if given.output.suffix not in (".ply", ".glb") or given.output.resolve() == given.ply.resolve():
+        parser.error(f"--output must end in .ply or .glb and not replace the Gaussians of --ply, got {given.output}")
     from gslrm.model.mesh import check_libraries, extract_mesh, save_mesh
     from gslrm.model.ply import load_ply
     from multiview.run import resolve_device
 
-    check_libraries(arguments.output.suffix)
-    gaussians = load_ply(arguments.ply).to(resolve_device(arguments.device))
-    mesh = extract_mesh(gaussians, resolution=arguments.resolution, num_views=arguments.views, size=arguments.view_size)
-    save_mesh(arguments.output, mesh)
-    print(f"{arguments.output}: {len(mesh.vertices)} vertices, {len(mesh.faces)} triangles")
+    check_libraries(given.output.suffix)  # before minutes of work
+    gaussians = load_ply(given.ply).to(resolve_device(given.device))
+    mesh = extract_mesh(gaussians, resolution=given.resolution, num_views=given.views, size=given.view_size)
+    save_mesh(given.output, mesh)
+    print(f"{given.output}: {len(mesh.vertices)} vertices, {len(mesh.faces)} triangles")
 
 
 if __name__ == "__main__":

@@ -8,24 +8,21 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-STYLES = ("facelift", "mouse", "laboratory")
-
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    styles = ("facelift", "mouse", "laboratory")
     parser.add_argument("--rig", default="mouse6", help="name in configs/rigs, or a rig file")
-    parser.add_argument("--style", default=None, choices=STYLES, help="prompt style; the rig's own if not given")
-    parser.add_argument(
-        "--model_name", default="checkpoints/demo/mvdiffusion", help="folder with tokenizer/ and text_encoder/"
-    )
+    parser.add_argument("--style", choices=styles, help="prompt style; the rig's own if not given")
+    model = "folder with tokenizer/ and text_encoder/"
+    parser.add_argument("--model_name", default="checkpoints/demo/mvdiffusion", help=model)
     parser.add_argument("--output_dir", default="mvdiffusion/data/mouse_prompt_embeds_6view")
-    parser.add_argument(
-        "--elevation", type=float, default=None, help="degrees; replaces the elevation of the rig's views"
-    )
+    parser.add_argument("--elevation", type=float, help="degrees; replaces the elevation of the rig's views")
     parser.add_argument("--angles", action="store_true", help="append elevation and azimuth as numbers to every prompt")
     return parser.parse_args()
 
@@ -35,21 +32,21 @@ def main() -> None:
     import torch
 
     from multiview.rig import load_rig
-    from mvdiffusion.prompts import alike_views, rig_at_elevation, write_prompt_embeds
+    from mvdiffusion.prompts import alike_views, write_prompt_embeds
 
-    rig = rig_at_elevation(load_rig(arguments.rig), arguments.elevation)
+    rig, elevation = load_rig(arguments.rig), arguments.elevation
+    if elevation is not None and any(view.elevation_deg != elevation for view in rig.views):
+        views = tuple(replace(view, elevation_deg=elevation) for view in rig.views)
+        rig = replace(rig, name=f"{rig.name}_elevation{elevation:g}", views=views)
     style = arguments.style or rig.prompt_style
     metadata = write_prompt_embeds(arguments.output_dir, arguments.model_name, rig, style, angles=arguments.angles)
     print(f"{arguments.output_dir}: rig {rig.name}, style {style}, shape {metadata['shape']}, {metadata['dtype']}")
-    for prompt in metadata["prompts"]:
-        print(f"  {prompt}")
-    similarity = metadata["similarity"]
-    print(f"similarity ({similarity['measure']}):")
-    width = max(map(len, similarity["views"]))
-    for name, row in zip(similarity["views"], similarity["matrix"]):
-        print(f"  {name:<{width}}  " + "  ".join(f"{value:.3f}" for value in row))
-    alike = alike_views(torch.tensor(similarity["matrix"]), similarity["views"])
-    if alike:
+    print(*(f"  {prompt}" for prompt in metadata["prompts"]), sep="\n")
+    names, matrix = metadata["similarity"]["views"], metadata["similarity"]["matrix"]
+    print(f"similarity ({metadata['similarity']['measure']}):")
+    for name, row in zip(names, matrix):
+        print(f"  {name:<{max(map(len, names))}}  " + "  ".join(f"{value:.3f}" for value in row))
+    if alike := alike_views(torch.tensor(matrix), names):
         print(
             f"warning: nearly the same to the text encoder: {', '.join(alike)}. The UNet can hardly tell these views "
             "apart by their prompts: add --angles, choose another --style, or train with camera_conditioning=adaln"

@@ -15,11 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--config", default="configs/demo_components.yaml", help="sizes and training options")
-    parser.add_argument("--data", default=None, help="split list of samples (default: the config's)")
-    parser.add_argument("--output_dir", default=None, help="components folder (default: the config's)")
-    parser.add_argument(
-        "--max_minutes", type=float, default=None, help="stop after so many minutes; no limit if not given"
-    )
+    parser.add_argument("--data", help="split list of samples (default: the config's)")
+    parser.add_argument("--output_dir", help="components folder (default: the config's)")
+    parser.add_argument("--max_minutes", type=float, help="stop after so many minutes; no limit if not given")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config values, e.g. vae.steps=2000")
     return parser.parse_args()
 
@@ -27,14 +25,11 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     from multiview.config import load_config
-    from mvdiffusion.demo import DemoComponentsConfig
-    from mvdiffusion.demo_training import make_demo_components
+    from mvdiffusion.demo import DemoComponentsConfig, make_demo_components
 
-    overrides = list(arguments.overrides)
-    for name in ("data", "output_dir"):
-        if getattr(arguments, name) is not None:
-            overrides.append(f"{name}={getattr(arguments, name)}")
-    config = load_config(DemoComponentsConfig, arguments.config, overrides)
+    given = {name: getattr(arguments, name) for name in ("data", "output_dir")}
+    overrides = [f"{name}={value}" for name, value in given.items() if value is not None]
+    config = load_config(DemoComponentsConfig, arguments.config, [*arguments.overrides, *overrides])
     figures = make_demo_components(config, arguments.max_minutes)
     if figures is None:
         print(f"not finished yet: repeat the command to continue; what there is lies in {config.output_dir}")

@@ -71,7 +71,7 @@ def shard(text: str) -> tuple[int, int]:
 def main(arguments: list[str] | None = None) -> None:
     options, settings = parse_arguments(arguments)
     if settings is None:
-        from recording.calibration import find_calibration
+        from recording.calibration.formats import find_calibration
         from recording.quality.check import check_calibration
 
         path = options.calibration or find_calibration(options.meta_dir)

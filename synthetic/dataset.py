@@ -25,7 +25,10 @@ from multiview.image import to_uint8
 from multiview.rig import ViewRig, load_rig
 from multiview.run import REPOSITORY, resolve_device
 from multiview.sample import Sample, is_complete_sample, open_dataset, write_sample, write_split
-from recording.calibration import PIXEL_CENTRE, Calibration, read_calibration, validate, write_calibration
+from recording.calibration.checks import validate
+from recording.calibration.fields import PIXEL_CENTRE
+from recording.calibration.formats import read_calibration, write_calibration
+from recording.calibration.model import Calibration
 from synthetic.photograph import Camera, RecordingCameras, RecordingConditions, photograph
 from synthetic.scene import KEYPOINT_NAMES, SplatCloud, laboratory_light, make_mouse, mouse_sequence
 from synthetic.settings import POSES, MouseSettings

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from multiview.cameras import Cameras
 from multiview.sample import Sample
-from recording.calibration import Calibration
+from recording.calibration.model import Calibration
 from synthetic.scene import KEYPOINT_NAMES, SplatCloud
 
 REFERENCE_SIZE = 128  # pixels: where the lengths below are measured

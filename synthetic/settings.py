@@ -10,7 +10,7 @@ from multiview.config import option
 COATS = ("black", "agouti", "brown", "grey", "white", "piebald")
 POSES = ("walk", "stand", "crouch", "turn", "rear", "groom", "sniff")  # an unnamed pose is one of these
 ALL_POSES = (*POSES, "curl", "stretch")  # the last only where they are named: mice of older seeds stay as they were
-# Of recording.calibration.FORMATS, whose import would slow --help down; a test compares the two.
+# Of recording.calibration.formats.FORMATS, whose import would slow --help down; a test compares the two.
 CALIBRATION_FORMATS = (
     "mammal", "dannce", "anipose", "transforms", "colmap_text", "colmap_binary", "opencv", "blender"
 )  # fmt: skip

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from recording.calibration import Calibration, write_mammal_pickle
+from recording.calibration.formats import write_mammal_pickle
+from recording.calibration.model import Calibration
 from synthetic.dataset import load_real_rig, video_writer
 
 # x forward, y left, z up, mm; radius; the first five are trunk and head.

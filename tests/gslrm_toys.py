@@ -10,8 +10,7 @@ import torch
 
 from gslrm.config import DatasetConfig, GSLRMConfig
 from gslrm.data.mouse_dataset import MouseViewDataset
-from gslrm.losses import SH_C0
-from gslrm.model.gaussians import Gaussians
+from gslrm.model.gaussians import C0, Gaussians
 from gslrm.model.gaussians_renderer import render
 from gslrm.training import GSLRMTraining
 from multiview.cameras import Cameras
@@ -35,7 +34,7 @@ def toy_sample(number: int, rig, size: int = SIZE) -> Sample:
     colour = torch.rand(3, generator=generator) + 0.3 * points / 0.5
     gaussians = Gaussians(
         xyz=points,
-        features=((colour.clamp(0.05, 0.95) - 0.5) / SH_C0)[:, :, None],
+        features=((colour.clamp(0.05, 0.95) - 0.5) / C0)[:, :, None],
         scaling=torch.full((1, 600, 3), -2.8),
         rotation=torch.tensor([1.0, 0, 0, 0]).expand(1, 600, 4),
         opacity=torch.full((1, 600, 1), 6.0),

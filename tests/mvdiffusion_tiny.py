@@ -8,8 +8,7 @@ import torch
 from multiview.rig import ViewRig, load_rig
 from multiview.sample import Sample, write_dataset_info, write_sample, write_split
 from mvdiffusion.config import MVDiffusionConfig
-from mvdiffusion.demo import DemoComponentsConfig, TextConfig, VaeConfig, VisionConfig
-from mvdiffusion.demo_training import make_demo_components
+from mvdiffusion.demo import DemoComponentsConfig, VaeConfig, VisionConfig, make_demo_components
 from mvdiffusion.prompts import write_prompt_embeds
 
 SIZE = 32
@@ -52,7 +51,7 @@ def write_components(folder: Path, data: Path) -> Path:
     """A components folder (no UNet) made by the project's own code, hardly trained."""
     config = DemoComponentsConfig(
         data=str(data), output_dir=str(folder), image_size=SIZE, holdout_samples=2, seed=1,
-        text=TextConfig(hidden_size=16, heads=2),
+        text_width=16,
         vision=VisionConfig(image_size=32, hidden_size=16, layers=1, heads=2, projection=8, steps=2, batch=2),
         vae=VaeConfig(
             block_out_channels=[8, 8, 16], latent_channels=4, norm_groups=4, steps=2, batch=2, crop_size=16, bf16=False
@@ -69,6 +68,13 @@ def prepare(folder: Path, rig_name: str = "mouse6") -> dict[str, Path]:
     components = write_components(folder / "components", data)
     write_prompt_embeds(folder / "embeds", components, rig, "mouse", angles=False)
     return {"data": data, "components": components, "embeds": folder / "embeds" / "clr_embeds.pt"}
+
+
+def unet_inputs(batch: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Noise in the shapes that `run_unet` takes for a UNet of UNET."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"inputs": (batch, 8, 8, 8), "prompts": (batch, 77, 16), "labels": (batch, 16)}
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
 def config_for(tiny: dict, output: Path, **changes) -> MVDiffusionConfig:

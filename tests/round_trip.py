@@ -16,7 +16,7 @@ from multiview.cameras import Cameras
 from multiview.hull import carve
 from multiview.image import composite
 from multiview.sample import Sample
-from recording.calibration import Calibration
+from recording.calibration.model import Calibration
 from synthetic.photograph import LENS_OVERSAMPLING, has_lens
 
 MARKER_MM = 0.8  # standard deviation of a marker

@@ -9,16 +9,15 @@ import cv2
 import numpy as np
 import pytest
 
-from recording.calibration import (
+from recording.calibration.containers import load_numpy_pickle
+from recording.calibration.formats import (
     FORMATS,
-    Calibration,
     find_calibration,
-    load_numpy_pickle,
     read_calibration,
     read_dannce_labels,
     write_calibration,
 )
-from recording.calibration.model import distort, undistort, valid_radius
+from recording.calibration.model import Calibration, distort, undistort, valid_radius
 from synthetic.dataset import load_real_rig
 
 HOLDS = {  # format -> can it hold lens distortion, skew

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
-from recording.calibration import FORMATS, Calibration, read_calibration, read_dannce_labels, write_calibration
+from recording.calibration.formats import FORMATS, read_calibration, read_dannce_labels, write_calibration
+from recording.calibration.model import Calibration
 from recording.video import find_videos
 from synthetic.dataset import load_real_rig
 

@@ -1,7 +1,6 @@
 """Stage 1's folders as people bring them: cut, edited, converted, linked; loaded, or refused by file and key."""
 
 import json
-import random
 import shutil
 
 import pytest
@@ -65,66 +64,52 @@ def generated(folder):
     return generate_views(components, torch.full((1, 3, SIZE, SIZE), 0.5), embeds, num_steps=2)
 
 
-DEEP = b"[" * 100_000
-CONFIG, PROCESSOR, SCHEDULER, METADATA = (
-    "{}/config.json", "feature_extractor/preprocessor_config.json", "scheduler/scheduler_config.json",
-    "prompt_embeds/metadata.json",
-)  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("file", "change", "message"),
-    [
-        (PROCESSOR, b'{"crop_size": {"hei', "preprocessor_config.json is not valid JSON"),
-        (PROCESSOR, b"\xff\x00\x81", "preprocessor_config.json"),
-        (PROCESSOR, {"image_mean": "grey"}, "preprocessor_config.json describes no CLIP image processor"),
-        (PROCESSOR, {"image_std": [0, 0, 0]}, "preprocessor_config.json"),
-        (PROCESSOR, {"size": {"shortest_edge": 10**9}}, "shortest_edge must be a finite number of at most 4096"),
-        (PROCESSOR, {"crop_size": None}, "preprocessor_config.json"),
-        (PROCESSOR, {"crop_size": {"height": 16, "width": 16}}, "must make images of 32 px"),
-        (PROCESSOR, {"do_resize": "no"}, "do_resize must be true or false"),
-        (PROCESSOR, {"rescale_factor": [0.5]}, "preprocessor_config.json"),
-        (CONFIG.format("image_encoder"), DEEP, "config.json"),
-        (CONFIG.format("image_encoder"), [1], "config.json must hold an object"),
-        (CONFIG.format("image_encoder"), {"hidden_size": "16"}, "hidden_size must be a whole number, at least 1"),
-        (CONFIG.format("image_encoder"), {"hidden_size": 32}, "image_encoder"),
-        (CONFIG.format("image_encoder"), {"num_hidden_layers": 10**9}, "num_hidden_layers must be .* at most 256"),
-        (CONFIG.format("image_encoder"), {"patch_size": 0}, "patch_size must be a whole number, at least 1"),
-        (CONFIG.format("image_encoder"), {"num_attention_heads": None}, "image_encoder"),
-        (CONFIG.format("text_encoder"), {"vocab_size": True, "hidden_act": "loud"}, "text_encoder"),
-        (CONFIG.format("vae"), {"scaling_factor": float("nan")}, "scaling_factor must be a finite number"),
-        (CONFIG.format("vae"), {"scaling_factor": 0}, "scaling_factor must be a finite number, at least"),
-        (CONFIG.format("vae"), {"block_out_channels": {}}, "vae.config.json makes no AutoencoderKL"),
-        (CONFIG.format("vae"), {"down_block_types": ["UpBlock"]}, "vae.config.json makes no AutoencoderKL"),
-        (CONFIG.format("vae"), {"latent_channels": 8}, "wrong shape: decoder"),
-        (CONFIG.format("image_normalizer"), {"embedding_dim": "8"}, "embedding_dim must be a whole number"),
-        (SCHEDULER, {"prediction_type": ...}, "scheduler_config.json lacks prediction_type"),
-        (SCHEDULER, {"beta_end": "0.012"}, "scheduler_config.json makes no DDIMScheduler"),
-        (SCHEDULER, {"beta_end": 1.5}, "betas within 0..1"),
-        (SCHEDULER, {"num_train_timesteps": 10**12}, "num_train_timesteps must be a finite number"),
-        (SCHEDULER, {"num_train_timesteps": 10}, "a noise schedule of 1000 steps"),
-        (SCHEDULER, None, "scheduler_config.json does not exist"),
-        ("tokenizer/tokenizer.json", b"{", "tokenizer is no CLIP tokenizer"),
-        (CONFIG.format("unet"), {"num_views": "six"}, "num_views must be a whole number, at least 1, got 'six'"),
-        (CONFIG.format("unet"), {"multiview_attention": 1}, "multiview_attention must be true or false"),
-        (CONFIG.format("unet"), {"camera_conditioning": "adalin"}, "camera_conditioning must be one of none, adaln"),
-        (CONFIG.format("unet"), {"cross_attention_dim": ...}, "unet/config.json lacks cross_attention_dim"),
-        (CONFIG.format("unet"), {"down_block_types": "CrossAttnDownBlock2D"}, "config.json makes no UNet2D"),
-        (CONFIG.format("unet"), {"block_out_channels": [2**20, 2**20]}, "e9 weights, at most 4e9"),
-        (CONFIG.format("unet"), {"attention_head_dim": None}, "unet.config.json makes no UNet2D"),
-        (METADATA, b"[]", "metadata.json must hold an object"),
-        (METADATA, {"rig": ...}, "metadata.json"),
+SCHEDULER = "scheduler/scheduler_config.json"
+BROKEN = {  # file: (what it holds, or which keys are changed; what is said)
+    "feature_extractor/preprocessor_config.json": [
+        (b'{"crop_size": {"hei', "is not valid JSON"), ({"image_mean": "gray"}, "describes no CLIP image processor"),
+        (b"\xff\x00\x81", "preprocessor"), ({"image_std": [0, 0, 0]}, "preprocessor"), ({"crop_size": None}, "preproc"),
+        ({"size": {"shortest_edge": 10**9}}, "shortest_edge must be a finite number of at most 4096"),
+        ({"rescale_factor": [0.5]}, "preprocessor"), ({"do_resize": "no"}, "do_resize must be true or false"),
+        ({"crop_size": {"height": 16, "width": 16}}, "must make images of 32 px"),
     ],
-)  # fmt: skip
+    "image_encoder/config.json": [
+        (b"[" * 100_000, "config.json"), ([1], "must hold an object"), ({"hidden_size": 32}, "image_encoder"),
+        ({"hidden_size": "16"}, "hidden_size must be a whole number"), ({"patch_size": 0}, "patch_size must"),
+        ({"num_hidden_layers": 10**9}, "must be .* at most 256"), ({"num_attention_heads": None}, "image_encoder"),
+    ],
+    "text_encoder/config.json": [({"vocab_size": True, "hidden_act": "loud"}, "text_encoder")],
+    "vae/config.json": [
+        ({"scaling_factor": float("nan")}, "must be a finite number"), ({"scaling_factor": 0}, "must be .*, at least"),
+        ({"block_out_channels": {}}, "makes no AutoencoderKL"), ({"latent_channels": 8}, "wrong shape: decoder"),
+        ({"down_block_types": ["UpBlock"]}, "vae.config.json makes no AutoencoderKL"),
+    ],
+    "image_normalizer/config.json": [({"embedding_dim": "8"}, "embedding_dim must be a whole number")],
+    SCHEDULER: [
+        ({"prediction_type": ...}, "lacks prediction_type"), ({"num_train_timesteps": 10**12}, "must be a finite"),
+        ({"beta_end": "0.012"}, "makes no DDIMScheduler"), ({"beta_end": 1.5}, "betas within 0..1"),
+        ({"num_train_timesteps": 10}, "a noise schedule of 1000 steps"),
+    ],
+    "tokenizer/tokenizer.json": [(b"{", "tokenizer is no CLIP tokenizer")],
+    "unet/config.json": [
+        ({"num_views": "six"}, "whole number, at least 1, got 'six'"), ({"multiview_attention": 1}, "true or false"),
+        ({"camera_conditioning": "adalin"}, "one of none, adaln"), ({"cross_attention_dim": ...}, "json lacks"),
+        ({"down_block_types": "CrossAttnDownBlock2D"}, "no UNet2D"), ({"attention_head_dim": None}, "makes no UN"),
+        ({"block_out_channels": [2**20, 2**20]}, "e9 weights, at most 4e9"),
+    ],
+    "prompt_embeds/metadata.json": [(b"[]", "metadata.json must hold an object"), ({"rig": ...}, "metadata.json")],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("file", "change", "message"), [(file, *row) for file, rows in BROKEN.items() for row in rows])
 def test_broken_configurations_are_refused_by_file_and_key(folder, file, change, message):
     if isinstance(change, dict):
         edit(folder / file, **change)
-    elif change is None:
-        (folder / file).unlink()
     else:
         replace_file(folder / file, change)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as refusal:
         load_all(folder)
+    assert file.split("/")[0] in str(refusal.value)
 
 
 @pytest.mark.parametrize("part", ["image_encoder", "vae", "image_normalizer", "unet", "text_encoder"])
@@ -168,25 +153,20 @@ def test_links_and_byte_order_marks_change_nothing(original, folder, encoding):
 @pytest.mark.parametrize("form", ["shards", "fp16 shards", "fp16", "bin", "compiled"])
 def test_other_forms_of_the_same_weights_are_read(original, folder, form):
     unet = folder / "unet"
-    state, names = load_file(unet / f"{WEIGHTS}.safetensors"), []
-    if "fp16" in form:
+    state, half = load_file(unet / f"{WEIGHTS}.safetensors"), ".fp16" if "fp16" in form else ""
+    if half:
         state = {name: tensor.half() for name, tensor in state.items()}
     (unet / f"{WEIGHTS}.safetensors").unlink()
-    if "shards" in form:
-        half = ".fp16" if "fp16" in form else ""
-        names = [f"{WEIGHTS}{half}-0000{number}-of-00002.safetensors" for number in (1, 2)]
-        for part, name in enumerate(names):
-            save_file({key: state[key] for key in sorted(state)[part::2]}, unet / name)
-    elif form == "fp16":
-        save_file(state, unet / f"{WEIGHTS}.fp16.safetensors")
-    elif form == "bin":
-        torch.save(state, unet / f"{WEIGHTS}.bin")
-    else:
-        save_file({f"_orig_mod.{name}": tensor for name, tensor in state.items()}, unet / f"{WEIGHTS}.safetensors")
-    expected = {name: tensor.float() for name, tensor in state.items()}
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in load_unet(unet).state_dict().items())
-    if names:
-        (unet / names[1]).unlink()
+    names = [f"-0000{number}-of-00002" for number in (1, 2)] if "shards" in form else [""]
+    prefix = "_orig_mod." if form == "compiled" else ""
+    for part, name in enumerate(names):
+        path = unet / f"{WEIGHTS}{half}{name}.{'bin' if form == 'bin' else 'safetensors'}"
+        content = {prefix + key: state[key] for key in sorted(state)[part :: len(names)]}
+        (torch.save if form == "bin" else save_file)(content, path)
+    loaded = load_unet(unet).state_dict()
+    assert all(torch.equal(tensor, state[name].float()) for name, tensor in loaded.items())
+    if len(names) > 1:
+        path.unlink()
         with pytest.raises(ValueError, match="unet holds 1 of the 2 shards"):
             load_unet(unet)
 
@@ -196,19 +176,6 @@ def test_half_precision_variants_of_the_frozen_parts_are_read(folder):
         path = weights(folder / part)
         path.rename(path.with_name(f"{path.stem}.fp16.safetensors"))
     load_components(folder)
-
-
-@pytest.mark.parametrize("part", ["feature_extractor", "image_encoder", "scheduler", "unet", "vae", "prompt_embeds"])
-def test_mutated_configurations_load_or_are_refused(folder, part):
-    """Six random edits of each file: no other exception, no hang; what is refused names the folder."""
-    draw = random.Random(part)
-    path = next(path for path in (folder / part).glob("*.json") if path.name != "rig.json")
-    original = json.loads(path.read_text())
-    for _ in range(6):
-        key = draw.choice(sorted(original))
-        edit(path, **{key: draw.choice([None, "x", -1, 10**30, 1e300, [], {}, [None], [[]], True, ...])})
-        try:
-            load_all(folder)
-        except ValueError as error:
-            assert part in str(error), error
-        replace_file(path, original)
+    (folder / SCHEDULER).unlink()
+    with pytest.raises(ValueError, match="scheduler_config.json does not exist"):
+        load_components(folder)

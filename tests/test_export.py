@@ -10,10 +10,8 @@ import torch
 from plyfile import PlyData
 from safetensors.torch import load_file
 
-from gslrm.model.export import FORMATS, export
-from gslrm.model.filters import filter_gaussians
-from gslrm.model.gaussians import Gaussians
-from gslrm.model.ply import save_ply
+from gslrm.model.gaussians import Gaussians, filter_gaussians
+from gslrm.model.ply import FORMATS, export, save_ply
 from tests.test_gaussians import FACELIFT, random_gaussians
 
 C0 = 0.28209479177387814

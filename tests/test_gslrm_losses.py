@@ -271,5 +271,5 @@ def test_pruning_takes_only_the_masked_points_distance():
     with pytest.raises(ValueError, match="masked_pointsdist_loss=true"):
         check_config(load_config(GSLRMConfig, None, settings))
     check_config(load_config(GSLRMConfig, None, [*settings, "training.losses.masked_pointsdist_loss=true"]))
-    with pytest.raises(ValueError, match="pixelalign_normalisation must be one of"):
-        check_config(load_config(GSLRMConfig, None, ["training.losses.pixelalign_normalisation=pixels"]))
+    with pytest.raises(ValueError, match="expected one of .*'upstream', 'foreground'.*pixelalign_normalisation"):
+        load_config(GSLRMConfig, None, ["training.losses.pixelalign_normalisation=pixels"])

@@ -4,14 +4,12 @@ import pytest
 import torch
 
 from gslrm.config import GaussiansConfig, ImageTokenizerConfig, ModelConfig, TransformerConfig
-from gslrm.model.gslrm import GSLRM
-from gslrm.model.selection import select_all, select_foreground
-from gslrm.model.transformer import Attention
+from gslrm.model.gslrm import GSLRM, Attention
+from gslrm.model.selection import select_patches
 from multiview.cameras import Cameras
 from tests import oracle_gslrm
-from tests.test_gslrm import assert_same
+from tests.test_gslrm import assert_same, rows_of, spread
 
-FIELDS = ("xyz", "features", "scaling", "rotation", "opacity")
 SIZE = 16
 
 
@@ -25,12 +23,7 @@ def build(prune=True, *, seed=0, free=2, **changes) -> GSLRM:
         **changes,
     )
     torch.manual_seed(seed)
-    model = GSLRM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(10.0)
-    return model
+    return spread(GSLRM(config))
 
 
 def posed_views(batch=1, num_views=3):
@@ -46,10 +39,6 @@ def blobs(batch=2):
     if batch > 1:
         masks[1, 1, :, 2:5, 3:5] = 1.0
     return masks
-
-
-def rows_of(gaussians) -> torch.Tensor:
-    return torch.cat([getattr(gaussians, name).flatten(2) for name in FIELDS], dim=-1)
 
 
 def grown(masks, margin_px):
@@ -72,7 +61,7 @@ def test_selection_keeps_exactly_the_foreground_and_its_margin(margin_px):
     masks[0, 1, 0, 12, 12] = 0.11
     masks[0, 1, 0, 2, 22] = 0.09  # below the threshold
     masks[1, 1, 0, 0, 23] = 1.0
-    selection = select_foreground(masks, patch_size=8, margin_px=margin_px)
+    selection = select_patches(masks, 8, masks, margin_px)
     expected = grown(masks, margin_px)
     assert selection.pixels_per_sample == expected.flatten(1).sum(1).tolist()
     index = selection.pixel_index().split(selection.pixels_per_sample)
@@ -87,7 +76,7 @@ def test_selection_keeps_exactly_the_foreground_and_its_margin(margin_px):
 def test_patches_pixels_and_their_numbers_belong_together():
     generator = torch.Generator().manual_seed(0)
     maps, masks = torch.rand(2, 3, 4, 16, 24, generator=generator), torch.rand(2, 3, 1, 16, 24, generator=generator)
-    for selection in (select_all(2, (3, 16, 24), 8, maps.device), select_foreground((masks > 0.99).float(), 8, 0)):
+    for selection in (select_patches(maps, 8), select_patches(maps, 8, (masks > 0.99).float())):
         pixels = selection.pixels_of(selection.patches_of(maps).reshape(-1, 4))
         by_number = maps.permute(0, 1, 3, 4, 2).reshape(2, -1, 4)
         start = 0

@@ -9,8 +9,7 @@ from gslrm_toys import SIZE, config_of, logged, start, write_toys
 from gslrm.adaptation import adapt, check_adaptation, parse_layers
 from gslrm.checkpoints import load_gslrm
 from gslrm.config import AdaptationConfig
-from gslrm.model.gslrm import GSLRM
-from gslrm.model.transformer import TransformerBlock
+from gslrm.model.gslrm import GSLRM, TransformerBlock
 from gslrm.training import compile_blocks, train
 from multiview.checkpoint import load_checkpoint, merged_weights
 from multiview.rig import load_rig

@@ -112,7 +112,7 @@ def test_direct_losses_vanish_at_the_true_surface(data):
     z = torch.einsum("kj,kj->k", w2c[:, 2, :3], truth[0]) + w2c[:, 2, 3]
     shown = depth[0, :, 0] > 0
     assert torch.allclose(z[shown], depth[0, shown, 0], atol=1e-5)
-    colour = (loss_functions.pixels_of(targets.input_rgb, output) - 0.5) / loss_functions.SH_C0
+    colour = (loss_functions.pixels_of(targets.input_rgb, output) - 0.5) / loss_functions.C0
     n = output.n_free
     gaussians = output.gaussians
     exact = replace(

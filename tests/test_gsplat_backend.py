@@ -34,8 +34,8 @@ def test_both_backends_use_the_same_numbers():
 
 def test_gsplat_is_called_with_the_arguments_it_documents():
     """No GPU needed: a stand-in with gsplat 1.5.3's signature and shape checks draws what it is told to draw."""
-    from gslrm.model.rasterizers.gsplat_backend import _call
-    from gslrm.model.rasterizers.spherical_harmonics import C0
+    from gslrm.model.gaussians import C0
+    from gslrm.model.rasterizers.gsplat_backend import call
 
     def rasterization(means, quats, scales, opacities, colors, viewmats, Ks, width, height, *, backgrounds, **settings):
         (b, n, _), v = means.shape, viewmats.shape[1]
@@ -61,7 +61,7 @@ def test_gsplat_is_called_with_the_arguments_it_documents():
     for degree in (0, 2):
         gaussians, cameras = scene(b=2, n=40, degree=degree), cameras_for(b=2, v=3)
         background = torch.rand(2, 3, 3, generator=torch.Generator().manual_seed(0))
-        for a, e in zip(_call(rasterization, gaussians, cameras, background), render(gaussians, cameras, background)):
+        for a, e in zip(call(rasterization, gaussians, cameras, background), render(gaussians, cameras, background)):
             torch.testing.assert_close(a, e, atol=1e-4, rtol=0)
 
 

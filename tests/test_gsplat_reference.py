@@ -9,10 +9,9 @@ import inspect
 import pytest
 import torch
 
-from gslrm.model.gaussians import Gaussians
+from gslrm.model.gaussians import Gaussians, sh_basis
 from gslrm.model.gaussians_renderer import render
-from gslrm.model.rasterizers.gsplat_backend import _call
-from gslrm.model.rasterizers.spherical_harmonics import sh_basis
+from gslrm.model.rasterizers.gsplat_backend import call
 from tests.test_rasterizer import NAMES, cameras_for, scene
 
 pytest.importorskip("gsplat")
@@ -97,7 +96,7 @@ def test_gsplat_given_our_arguments_draws_what_the_cpu_backend_draws(rasterizati
     cameras = cameras_for(b=2, v=2, **({} if place == "outside" else {"distance": 0.5, "hfov_deg": 70}))
     background = torch.rand(2, 2, 3, generator=torch.Generator().manual_seed(5))
     theirs, their_gradients = pictures_and_gradients(
-        lambda g, bg: _call(rasterization, g, cameras, bg), gaussians, background
+        lambda g, bg: call(rasterization, g, cameras, bg), gaussians, background
     )
     ours, our_gradients = pictures_and_gradients(lambda g, bg: render(g, cameras, bg), gaussians, background)
     for a, e in zip(ours, theirs):
@@ -113,7 +112,7 @@ def test_the_arguments_are_those_of_gsplats_signature(rasterization):
         seen.update(arguments)
         return rasterization(**arguments)
 
-    _call(recorded, scene(b=2, n=10), cameras_for(b=2, v=3), torch.ones(2, 3, 3))
+    call(recorded, scene(b=2, n=10), cameras_for(b=2, v=3), torch.ones(2, 3, 3))
     known = inspect.signature(rasterization).parameters
     assert set(seen) <= set(known) and seen["render_mode"] == "RGB+D"
     assert seen["colors"].shape == (2, 10, 3) and seen["backgrounds"].shape == (2, 3, 3)

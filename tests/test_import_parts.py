@@ -14,7 +14,7 @@ from PIL import Image
 
 from multiview.rig import load_rig
 from recording.analysis import Analysis
-from recording.calibration import Calibration
+from recording.calibration.model import Calibration
 from recording.center import (
     floor_up,
     headings_deg,

@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from diffusers import AutoencoderKL, DDIMScheduler
+from transformers import CLIPVisionModelWithProjection
 
 from gslrm.config import GSLRMConfig
 from gslrm.model.gaussians import Gaussians
@@ -27,11 +29,12 @@ from multiview.config import load_config
 from multiview.image import read_photo, read_rgba, save_video, write_image
 from multiview.rig import load_rig
 from multiview.sample import read_dataset_info, read_sample, read_split
-from mvdiffusion.components import load_feature_extractor
+from mvdiffusion import components
 from mvdiffusion.facelift_yaml import load_training_config
 from mvdiffusion.models.unet import load_unet
 from mvdiffusion.prompts import load_prompt_embeds
-from recording.calibration import Calibration, read_calibration, write_calibration
+from recording.calibration.formats import read_calibration, write_calibration
+from recording.calibration.model import Calibration
 from recording.video import VideoReader, probe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -111,9 +114,15 @@ CASES = {  # format: (what makes a good file, its reader)
     "prompt metadata": (copied("checkpoints/demo/mvdiffusion/prompt_embeds/metadata.json"),
                         lambda p: load_prompt_embeds(p.parent)),
     "prompt embeddings": (copied("checkpoints/demo/mvdiffusion/prompt_embeds/clr_embeds.pt"), load_prompt_embeds),
+    "VAE config.json": (copied("checkpoints/demo/mvdiffusion/vae/config.json"),
+                        lambda p: components._load_diffusers(AutoencoderKL, p.parent, torch.float32)),
+    "CLIP config.json": (copied("checkpoints/demo/mvdiffusion/image_encoder/config.json"),
+                         lambda p: components._load_clip(CLIPVisionModelWithProjection, p.parent, torch.float32)),
+    "scheduler config": (copied("checkpoints/demo/mvdiffusion/scheduler/scheduler_config.json"),
+                         lambda p: components._load_scheduler(DDIMScheduler, p.parent)),
     "UNet config.json": (copied("checkpoints/demo/mvdiffusion/unet/config.json"), lambda p: load_unet(p.parent)),
     "preprocessor config": (copied("checkpoints/demo/mvdiffusion/feature_extractor/preprocessor_config.json"),
-                            lambda p: load_feature_extractor(p.parent)),
+                            lambda p: components.load_feature_extractor(p.parent)),
     "calibration opencv": (calibration("opencv"), read_calibration),
     "calibration transforms": (calibration("transforms"), read_calibration),
     "calibration blender": (calibration("blender"), read_calibration),

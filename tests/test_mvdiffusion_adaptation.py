@@ -10,11 +10,11 @@ import torch
 from mvdiffusion_tiny import UNET, config_for, losses, prepare
 from safetensors.torch import load_file
 
-from multiview.checkpoint import is_adapter_weight, merged_weights
+from multiview.checkpoint import is_adapter_weight, merged_weights, read_rig
 from multiview.run import seed_everything
 from mvdiffusion.checkpoints import newest_training
 from mvdiffusion.config import MVDiffusionConfig
-from mvdiffusion.models.unet import create_unet, load_unet, unet_rig
+from mvdiffusion.models.unet import create_unet, load_unet
 from mvdiffusion.training import choose_trained, is_encoder, make_optimizer, parameter_groups, train, trained_parameters
 
 CPU = torch.device("cpu")
@@ -100,7 +100,7 @@ def test_lora_run_resumes_exactly_and_saves_both_forms(tiny, tmp_path):
     (last / "optimizer.pt").write_bytes(b"cut")  # as killed while it was written
     train(quick(tiny, output, **changes))
     assert losses(output) == whole
-    found = newest_training(output, unet_rig(last / "unet"), asdict(quick(tiny, output, **changes)))
+    found = newest_training(output, read_rig(last / "unet"), asdict(quick(tiny, output, **changes)))
     assert found.sidecar["step"] == 4 and set(found.trained) == {"own", "ema", "base"}
 
 

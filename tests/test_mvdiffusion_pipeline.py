@@ -1,6 +1,7 @@
 """One picture to N views: FaceLift's sampling, restated in plain formulas, and the refusals before it."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,12 +13,13 @@ from multiview.rig import RigMismatchError, load_rig
 from multiview.run import make_generator
 from multiview.sample import read_sample, read_split
 from mvdiffusion.checkpoints import components_folder_of, embeds_of
-from mvdiffusion.components import load_components, load_text, local_folder, tune
-from mvdiffusion.latents import class_labels, clip_pixels_exact, clip_pixels_fast, condition_latents
+from mvdiffusion.components import load_components, load_text, local_folder
+from mvdiffusion.latents import clip_pixels, condition_latents
 from mvdiffusion.models.camera_conditioning import is_camera_weight
 from mvdiffusion.models.unet import create_unet, save_unet
 from mvdiffusion.pipelines.multiview import SAMPLERS, generate_views, make_sampler
 from mvdiffusion.prompts import check_embeds_fit, load_prompt_embeds
+from pipeline.artifacts import load_stage1
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +37,7 @@ def by_formula(components, picture, prompts, *, seed, steps, guidance, eta, spac
     """UPSTREAM section 5, steps 2 to 7, without diffusers' scheduler. spacing: FaceLift's is `leading`."""
     generator = make_generator("generate_views", seed)
     noise = torch.randn(8, generator=generator)
-    pixels = clip_pixels_exact(components, picture[None])
+    pixels = clip_pixels(components, picture[None], exact=True)
     embedding = components.image_encoder(pixels).image_embeds[0]
     normalizer = components.image_normalizer
     z = (embedding - normalizer.mean[0]) / normalizer.std[0]
@@ -90,51 +92,36 @@ def test_a_picture_depends_on_its_own_seed_only(tiny):
     assert (other - alone).abs().max() > 1e-3
 
 
-def test_class_labels_end_with_the_noise_level(tiny):
-    labels = class_labels(tiny["loaded"], torch.randn(2, 8), torch.randn(2, 8))
-    assert torch.equal(labels[:, 8:], torch.tensor([1.0] * 4 + [0.0] * 4).expand(2, -1))
-
-
 def test_clip_pixels_are_pillows(tiny):
     array = np.random.default_rng(0).integers(0, 256, (48, 48, 3), dtype=np.uint8)
     picture = torch.from_numpy(array).permute(2, 0, 1)[None] / 255
     resized = np.asarray(Image.fromarray(array).resize((32, 32), Image.Resampling.BICUBIC), dtype=np.float32) / 255
     extractor = tiny["loaded"].feature_extractor
     expected = (resized - np.array(extractor.image_mean)) / np.array(extractor.image_std)
-    exact = clip_pixels_exact(tiny["loaded"], picture)[0].permute(1, 2, 0)
+    exact = clip_pixels(tiny["loaded"], picture, exact=True)[0].permute(1, 2, 0)
     assert np.abs(exact.numpy() - expected).max() < 1e-5
-    assert (clip_pixels_fast(tiny["loaded"], picture)[0].permute(1, 2, 0) - exact).abs().mean() < 0.02
+    assert (clip_pixels(tiny["loaded"], picture, exact=False)[0].permute(1, 2, 0) - exact).abs().mean() < 0.02
 
 
-def test_embeddings_of_another_width_are_refused(tiny):
+def test_embeddings_of_another_encoder_or_number_of_views_are_refused(tiny):
     """Mistake 17."""
     wide = replace(tiny["prompts"], tensor=torch.zeros(6, 77, 768))
     with pytest.raises(ValueError, match="768 wide.*expects 16.*generate_mouse_prompt_embeds.py --rig mouse6"):
         generate_views(tiny["loaded"], tiny["picture"][None], wide)
-
-
-def test_embeddings_of_another_number_of_views_are_refused(tiny):
     four = replace(tiny["prompts"], tensor=torch.zeros(4, 77, 16), rig=load_rig("uniform4"))
-    with pytest.raises(RigMismatchError, match="4 views.*trained with 6"):
-        check_embeds_fit(four, tiny["loaded"].unet)
-    with pytest.raises(RigMismatchError, match="4 views.*trained with 6"):
-        check_embeds_fit(four, tiny["components"] / "unet")
+    for unet in (tiny["loaded"].unet, tiny["components"] / "unet"):
+        with pytest.raises(RigMismatchError, match="4 views.*trained with 6"):
+            check_embeds_fit(four, unet)
 
 
-def test_missing_components_are_named(tmp_path, tiny):
+def test_a_components_folder_knows_itself(tiny, tmp_path):
     with pytest.raises(ValueError, match="does not exist: put FaceLift's released folder"):
         load_components(tmp_path / "pipeckpts")
     with pytest.raises(ValueError, match="no UNet at .*the folder does not exist"):
         load_components(tiny["components"], unet=tmp_path / "checkpoint-6000")
-
-
-def test_a_components_folder_knows_itself(tiny):
     assert components_folder_of(tiny["components"] / "unet") == tiny["components"]
     assert components_folder_of(tiny["components"]) == tiny["components"]
     assert embeds_of(tiny["components"]) is None
-
-
-# ---- samplers -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["v_prediction", "epsilon"])
@@ -167,9 +154,6 @@ def test_fast_samplers_paint_and_have_no_eta(tiny):
         make_sampler(tiny["loaded"].scheduler, "euler")
 
 
-# ---- cameras ------------------------------------------------------------------------------------------------------
-
-
 def test_views_are_seen_from_the_rigs_cameras(tiny):
     torch.manual_seed(0)
     unet = create_unet(UNET, 6, "sparse", "adaln").eval()
@@ -194,10 +178,7 @@ def test_views_are_seen_from_the_rigs_cameras(tiny):
     assert changed[5] > 1e-3 and changed[5] > 10 * changed[1:5].max()
 
 
-# ---- speed and memory ---------------------------------------------------------------------------------------------
-
-
-def test_offloading_moves_each_part_in_and_out_and_changes_nothing(tiny, monkeypatch):
+def test_offloading_and_tuning_change_nothing(tiny, monkeypatch):
     arguments = {"embeds": tiny["prompts"], "num_steps": 2}
     expected = generate_views(tiny["loaded"], tiny["picture"][None], **arguments)
     loaded = load_components(tiny["components"], offload=True)
@@ -212,18 +193,11 @@ def test_offloading_moves_each_part_in_and_out_and_changes_nothing(tiny, monkeyp
     assert [name for name, where in moves if where == "cpu"] == visits
     # One part at a time: whoever came has left before the next one comes.
     assert all(moves[k][0] == moves[k + 1][0] for k in range(0, len(moves), 2))
-
-
-def test_tuned_components_paint_the_same(tiny):
-    expected = generate_views(tiny["loaded"], tiny["picture"][None], tiny["prompts"], num_steps=2)
-    loaded = load_components(tiny["components"])
-    tune(loaded, vae_slicing=True, channels_last=True)
-    assert loaded.vae.use_slicing and loaded.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
-    painted = generate_views(loaded, tiny["picture"][None], tiny["prompts"], num_steps=2)
-    assert (painted - expected).abs().max() < 1e-3
-
-
-# ---- nothing is downloaded unless asked for -----------------------------------------------------------------------
+    options = SimpleNamespace(cpu_offload=False, vae_slicing=True, channels_last=True, compile=False)
+    paths = {"components": tiny["components"], "unet": tiny["components"] / "unet"}
+    tuned = load_stage1(SimpleNamespace(**paths, options=options), torch.device("cpu"))
+    assert tuned.vae.use_slicing and tuned.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    assert (generate_views(tuned, tiny["picture"][None], **arguments) - expected).abs().max() < 1e-3
 
 
 def test_only_a_hub_name_downloads(tiny, tmp_path, monkeypatch):
@@ -234,10 +208,9 @@ def test_only_a_hub_name_downloads(tiny, tmp_path, monkeypatch):
         return str(tiny["components"].parent)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    with pytest.raises(ValueError, match="stabilityai/sd2 does not exist.*Nothing is downloaded unless .* hub:"):
-        load_components("stabilityai/sd2")
-    with pytest.raises(ValueError, match="stabilityai/sd2 does not exist"):
-        load_text("stabilityai/sd2")
+    for load in (load_components, load_text):
+        with pytest.raises(ValueError, match="stabilityai/sd2 does not exist.*Nothing is downloaded unless .* hub:"):
+            load("stabilityai/sd2")
     with pytest.raises(ValueError, match="must have the form hub:<owner>/<repository>"):
         load_components("hub:nobody")
     assert local_folder(tmp_path) == tmp_path and not asked
@@ -245,8 +218,6 @@ def test_only_a_hub_name_downloads(tiny, tmp_path, monkeypatch):
     assert load_components(name, with_unet=False).folder == tiny["components"]
     assert asked == [("owner/name", [f"{tiny['components'].name}/*"])]
 
-
-def test_a_failed_download_says_so(monkeypatch):
     def refuse(repository, allow_patterns):
         raise OSError("no route to host")
 

@@ -7,10 +7,11 @@ import pytest
 import torch
 from mvdiffusion_tiny import SIZE, UNET, figures, write_components, write_dataset
 
+from multiview.checkpoint import read_rig
 from multiview.rig import load_rig
 from mvdiffusion.components import load_components
 from mvdiffusion.config import MixEntry, MVDiffusionConfig
-from mvdiffusion.models.unet import load_unet, unet_rig
+from mvdiffusion.models.unet import load_unet
 from mvdiffusion.pipelines.multiview import generate_views
 from mvdiffusion.prompts import load_prompt_embeds, write_prompt_embeds
 from mvdiffusion.training import train
@@ -43,7 +44,7 @@ def test_the_rig_alone_sets_the_number_of_views(tmp_path, components, name):
     train(config_for(tmp_path, components, name, reference_view_idx="random", mirror_probability=0.5))
     assert figures(tmp_path / "run")["guidance_1/foreground_psnr"] > 0
     unet = tmp_path / "run" / "checkpoint-3" / "unet_ema"
-    assert unet_rig(unet) == rig and json.loads((unet / "config.json").read_text())["num_views"] == rig.num_views
+    assert read_rig(unet) == rig and json.loads((unet / "config.json").read_text())["num_views"] == rig.num_views
     loaded = load_components(components, unet=unet)
     embeds = load_prompt_embeds(tmp_path / "embeds")
     views = generate_views(loaded, torch.rand(1, 3, SIZE, SIZE), embeds, num_steps=2, guidance_scale=3.0)

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from mvdiffusion_tiny import UNET, unet_inputs
 from safetensors.torch import load_file
 
 from multiview.rig import load_rig
-from mvdiffusion.models.attention import MultiViewAttnProcessor, set_multiview_attention
-from mvdiffusion.models.unet import create_unet, load_unet, resolve_unet_folder, save_unet
+from mvdiffusion.models.unet import configure_views, create_unet, load_unet, resolve_unet_folder, run_unet, save_unet
 
 GOLDEN = Path(__file__).parent / "golden" / "unet_small"
 TOLERANCE = 1e-5  # float32 noise floor 3e-6; another thread count moves 2e-6; one weight moved by 0.01 gives 6e-4
@@ -29,26 +29,15 @@ def run(unet, inputs, timestep="timestep"):
 
 
 @pytest.mark.parametrize(
-    ("attention", "name"), [(None, "sparse"), ("sparse", "sparse"), ("full", "dense"), ("none", "no_multiview")]
-)
-def test_unet_reproduces_facelift(golden, attention, name):
+    ("attention", "name", "step"),
+    [
+        (None, "sparse", "timestep"), ("sparse", "sparse", "timestep"), ("full", "dense", "timestep"),
+        ("none", "no_multiview", "timestep"), (None, "sparse_scalar_timestep", "timestep_scalar"),
+    ],
+)  # fmt: skip
+def test_unet_reproduces_facelift(golden, attention, name, step):
     inputs, outputs = golden
-    assert (run(load_unet(GOLDEN, attention=attention), inputs) - outputs[name]).abs().max() < TOLERANCE
-
-
-def test_unet_scalar_timestep_reproduces_facelift(golden):
-    inputs, outputs = golden
-    error = run(load_unet(GOLDEN), inputs, "timestep_scalar") - outputs["sparse_scalar_timestep"]
-    assert error.abs().max() < TOLERANCE
-
-
-def test_another_reference_view_is_noticed(golden):
-    inputs, outputs = golden
-    unet = load_unet(GOLDEN)
-    for processor in unet.attn_processors.values():
-        if isinstance(processor, MultiViewAttnProcessor):
-            processor.reference_view = 5
-    assert (run(unet, inputs) - outputs["sparse"]).abs().max() > 0.5
+    assert (run(load_unet(GOLDEN, attention=attention), inputs, step) - outputs[name]).abs().max() < TOLERANCE
 
 
 def test_attention_does_not_depend_on_an_installed_backend(golden):
@@ -58,19 +47,17 @@ def test_attention_does_not_depend_on_an_installed_backend(golden):
     assert modes == {"sparse"} and unet.config.sparse_mv_attention
 
 
+@torch.no_grad()
 def test_sparse_sees_the_reference_view_only():
-    rig = load_rig("mouse6")
-    unet = create_unet(tiny_config(), rig.num_views, "sparse").eval()
-    inputs = tiny_inputs(rig.num_views)
-    before = run(unet, inputs)
-    inputs["sample"][3] += 1.0
-    after = run(unet, inputs)
-    changed = (before - after).flatten(1).abs().amax(1) > 1e-6
-    assert changed.tolist() == [False, False, False, True, False, False]
-    set_multiview_attention(unet, rig.num_views, "full")
-    full = run(unet, inputs)
-    inputs["sample"][3] -= 1.0
-    assert ((full - run(unet, inputs)).flatten(1).abs().amax(1) > 1e-6).all()
+    unet, inputs, views = create_unet(UNET, 6, "sparse").eval(), unet_inputs(6), {"cameras": None, "reference_view": 0}
+    changed = unet_inputs(6)
+    changed["inputs"][3] += 1.0
+    for mode, seen in (("sparse", [False, False, False, True, False, False]), ("full", [True] * 6)):
+        configure_views(unet, 6, mode)
+        before, after = (run_unet(unet, step=500, **views, **given) for given in (inputs, changed))
+        assert ((before - after).flatten(1).abs().amax(1) > 1e-6).tolist() == seen
+    with pytest.raises(ValueError, match="multiple of num_views=6, got 5"):
+        run_unet(unet, step=500, **views, **unet_inputs(5))
 
 
 def test_saved_folder_round_trips_and_keeps_facelifts_config(tmp_path, golden):
@@ -89,7 +76,7 @@ def test_saved_folder_round_trips_and_keeps_facelifts_config(tmp_path, golden):
 
 
 def test_conv_in_is_widened_from_a_2d_unet_only(tmp_path):
-    config = {**tiny_config(), "in_channels": 4}
+    config = {**UNET, "in_channels": 4}
     from diffusers import UNet2DConditionModel
 
     UNet2DConditionModel(**config).save_pretrained(tmp_path / "flat")
@@ -116,29 +103,3 @@ def test_unknown_config_key_and_foreign_weights_are_refused(tmp_path):
         load_unet(folder)
     with pytest.raises(ValueError, match="does not exist"):
         load_unet(tmp_path / "nothing")
-
-
-def test_batch_that_is_not_whole_objects_is_refused():
-    unet = create_unet(tiny_config(), 6, "sparse")
-    with pytest.raises(ValueError, match="multiple of num_views=6, got 5"):
-        run(unet, tiny_inputs(5))
-
-
-def tiny_config():
-    return {
-        "sample_size": 8, "in_channels": 8, "out_channels": 4, "block_out_channels": [16, 32], "layers_per_block": 1,
-        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
-        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"], "attention_head_dim": [2, 4], "norm_num_groups": 8,
-        "cross_attention_dim": 16, "use_linear_projection": True, "class_embed_type": "projection",
-        "projection_class_embeddings_input_dim": 16,
-    }  # fmt: skip
-
-
-def tiny_inputs(views):
-    generator = torch.Generator().manual_seed(0)
-    return {
-        "sample": torch.randn(views, 8, 8, 8, generator=generator),
-        "timestep": torch.full((views,), 500),
-        "encoder_hidden_states": torch.randn(views, 77, 16, generator=generator),
-        "class_labels": torch.randn(views, 16, generator=generator),
-    }

@@ -10,9 +10,8 @@ from PIL import Image
 from pipeline_tiny import must, run
 
 from gslrm.model import mesh
-from gslrm.model.export import FORMATS
 from gslrm.model.gaussians_renderer import render
-from gslrm.model.ply import save_ply
+from gslrm.model.ply import FORMATS, save_ply
 from multiview.cameras import Cameras
 from multiview.files import write_json
 from multiview.image import read_rgba

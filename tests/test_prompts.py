@@ -9,21 +9,9 @@ import pytest
 import torch
 
 from multiview.rig import RigMismatchError, available_rigs, load_rig
-from mvdiffusion.demo import (
-    MIN_PROMPT_DIFFERENCE,
-    TextConfig,
-    check_prompts_differ,
-    make_text_encoder,
-    make_tokenizer,
-)
-from mvdiffusion.prompts import (
-    alike_views,
-    encode_prompts,
-    load_prompt_embeds,
-    rig_at_elevation,
-    view_similarity,
-    write_prompt_embeds,
-)
+from mvdiffusion.components import load_text
+from mvdiffusion.demo import DemoComponentsConfig, make_tokenizer, write_untrained_parts
+from mvdiffusion.prompts import alike_views, encode_prompts, load_prompt_embeds, view_similarity, write_prompt_embeds
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -31,9 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture(scope="module")
 def text_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("text")
-    tokenizer = make_tokenizer()
-    tokenizer.save_pretrained(folder / "tokenizer")
-    make_text_encoder(TextConfig(hidden_size=16, heads=2), tokenizer, 0).save_pretrained(folder / "text_encoder")
+    write_untrained_parts(folder, DemoComponentsConfig(seed=1, text_width=16))
     return folder
 
 
@@ -48,10 +34,9 @@ def test_tokenizer_knows_the_prompts_and_any_other_text():
     assert len(tokenizer(foreign, padding="max_length", max_length=77, truncation=True).input_ids) == 77
 
 
-def test_views_are_told_apart():
-    tokenizer = make_tokenizer()
-    found = check_prompts_differ(tokenizer, make_text_encoder(TextConfig(), tokenizer, 0))
-    assert min(found.values()) >= MIN_PROMPT_DIFFERENCE
+def test_views_told_nearly_the_same_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="hardly tells views of rig mouse6 apart: .* 0.99"):
+        write_untrained_parts(tmp_path, DemoComponentsConfig(seed=0, text_width=16))
 
 
 def test_embeddings_are_regenerated_bit_for_bit(tmp_path, text_folder):
@@ -77,12 +62,17 @@ def test_stated_rig_is_compared_with_the_stored_one(tmp_path, text_folder):
 
 
 def test_facelifts_own_file_needs_its_rig_stated(tmp_path):
+    with pytest.raises(ValueError, match="do not exist; make them: python scripts/generate_mouse_prompt_embeds.py"):
+        load_prompt_embeds(tmp_path / "clr_embeds.pt")
     torch.save(torch.zeros(6, 77, 1024, dtype=torch.float16), tmp_path / "clr_embeds.pt")
     with pytest.raises(ValueError, match="must be stated: --rig facelift6"):
         load_prompt_embeds(tmp_path / "clr_embeds.pt")
-    assert load_prompt_embeds(tmp_path / "clr_embeds.pt", load_rig("facelift6")).width == 1024
+    assert load_prompt_embeds(tmp_path / "clr_embeds.pt", load_rig("facelift6")).tensor.shape[-1] == 1024
     with pytest.raises(RigMismatchError, match="6 views, rig uniform8 has 8"):
         load_prompt_embeds(tmp_path / "clr_embeds.pt", load_rig("uniform8"))
+    torch.save(torch.zeros(6, 16), tmp_path / "clr_embeds.pt")
+    with pytest.raises(ValueError, match=r"\[num_views, 77, width\], got \[6, 16\]"):
+        load_prompt_embeds(tmp_path, load_rig("mouse6"))
 
 
 def test_similar_views_are_reported(tmp_path, text_folder, monkeypatch, capsys):
@@ -102,21 +92,6 @@ def test_similar_views_are_reported(tmp_path, text_folder, monkeypatch, capsys):
     assert "warning: nearly the same" in told and f"{names[0]} and {names[1]} 1.000" in told
 
 
-def test_missing_and_misshapen_files_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="do not exist; make them: python scripts/generate_mouse_prompt_embeds.py"):
-        load_prompt_embeds(tmp_path / "clr_embeds.pt")
-    torch.save(torch.zeros(6, 16), tmp_path / "clr_embeds.pt")
-    with pytest.raises(ValueError, match=r"\[num_views, 77, width\], got \[6, 16\]"):
-        load_prompt_embeds(tmp_path, load_rig("mouse6"))
-
-
-def test_elevation_changes_the_rig_and_its_name():
-    rig = load_rig("mouse6")
-    assert rig_at_elevation(rig, 20) is rig and rig_at_elevation(rig, None) is rig
-    lower = rig_at_elevation(rig, 5)
-    assert {view.elevation_deg for view in lower.views} == {5} and lower.name == "mouse6_elevation5"
-
-
 def run_script(monkeypatch, text_folder, output, *options):
     """The script as its users call it, in this process: another one would import torch again."""
     path = str(ROOT / "scripts" / "generate_mouse_prompt_embeds.py")
@@ -130,13 +105,10 @@ def test_script_writes_what_the_library_does(tmp_path, text_folder, monkeypatch)
     write_prompt_embeds(tmp_path / "library", text_folder, load_rig("uniform4"), "facelift", angles=True)
     loaded = [load_prompt_embeds(tmp_path / name).tensor for name in ("script", "library")]
     assert torch.equal(*loaded)
-
-
-def test_width_is_the_text_encoders(text_folder):
-    from mvdiffusion.components import load_text
-
-    tokenizer, encoder = load_text(text_folder)
-    assert encode_prompts(["a mouse"], tokenizer, encoder).shape == (1, 77, 16)
+    run_script(monkeypatch, text_folder, tmp_path / "low", "--elevation", "5")
+    lower = load_prompt_embeds(tmp_path / "low").rig
+    assert {view.elevation_deg for view in lower.views} == {5} and lower.name == "uniform4_elevation5"
+    assert encode_prompts(["a mouse"], *load_text(text_folder)).shape == (1, 77, 16)
 
 
 def test_tracked_embeddings_are_the_demo_text_encoders(tmp_path):

@@ -12,7 +12,7 @@ import torch
 from multiview.cameras import Cameras
 from multiview.rig import load_rig
 from recording.analysis import check_videos
-from recording.calibration import Calibration
+from recording.calibration.model import Calibration
 from recording.center import triangulate
 from recording.geometry import (
     assign_views,

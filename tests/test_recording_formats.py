@@ -10,7 +10,7 @@ from round_trip import direct_rendering, marked, marker_errors, share_in_hull
 from multiview.image import composite
 from multiview.metrics import foreground_psnr, mask_iou
 from multiview.sample import read_sample
-from recording.calibration import FORMATS, write_calibration
+from recording.calibration.formats import FORMATS, write_calibration
 from recording.importer import process_recording
 from recording.settings import ImportSettings
 from synthetic.dataset import ARENA_REACH, load_real_rig, make_renderer, stand_in_arena, write_recording

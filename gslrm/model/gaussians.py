@@ -1,4 +1,4 @@
-"""Gaussians: raw (pre-activation) tensors of a batch of scenes, and what is derived from them."""
+"""Gaussians: raw (pre-activation) tensors of a batch of scenes, what is derived from them, and which to keep."""
 
 from __future__ import annotations
 
@@ -8,8 +8,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from multiview.cameras import Cameras
+
 MAX_SH_DEGREE = 3
-ODD_IN_X = (3, 4, 7, 10, 13, 15)  # of the real spherical harmonics in 3DGS order: x, xy, xz, xyz, x(..), x(..)
+# Of the real spherical harmonics in the order and signs of 3D Gaussian splatting, by degree.
+C0 = 0.28209479177387814
+C1 = 0.4886025119029199
+C2 = (1.0925484305920792, 0.31539156525252005, 0.5462742152960396)
+C3 = (0.5900435899266435, 2.890611442640554, 0.4570457994644658, 0.3731763325901154, 1.445305721320277)
+ODD_IN_X = (3, 4, 7, 10, 13, 15)  # x, xy, xz, xyz, x(..), x(..)
 
 
 @dataclass(frozen=True)
@@ -34,19 +41,14 @@ class Gaussians:
     def __post_init__(self) -> None:
         if self.xyz.ndim != 3 or self.xyz.shape[-1] != 3:
             raise ValueError(f"xyz must have shape [b, n, 3], got {list(self.xyz.shape)}")
-        b, n, _ = self.xyz.shape
-        for name, width in (("scaling", 3), ("rotation", 4), ("opacity", 1)):
+        harmonics = [[(degree + 1) ** 2, 3] for degree in range(MAX_SH_DEGREE + 1)]
+        ends = {"features": harmonics, "scaling": [[3]], "rotation": [[4]], "opacity": [[1]]}
+        for name, allowed in ends.items():
             shape = list(getattr(self, name).shape)
-            if shape != [b, n, width]:
-                raise ValueError(f"{name} must have shape {[b, n, width]} to go with xyz {[b, n, 3]}, got {shape}")
-        shape, coefficients = list(self.features.shape), [(degree + 1) ** 2 for degree in range(MAX_SH_DEGREE + 1)]
-        if len(shape) != 4 or shape[:2] != [b, n] or shape[3] != 3 or shape[2] not in coefficients:
-            raise ValueError(
-                f"features must have shape [{b}, {n}, k, 3] with k one of {coefficients} (SH degree 0 to "
-                f"{MAX_SH_DEGREE}) to go with xyz {[b, n, 3]}, got {shape}"
-            )
-
-    # ---- derived values -----------------------------------------------------------------------------------------
+            if shape not in [[*self.xyz.shape[:2], *end] for end in allowed]:
+                raise ValueError(
+                    f"{name} must have shape [b, n] as xyz {list(self.xyz.shape)}, then one of {allowed}, got {shape}"
+                )
 
     @property
     def num_scenes(self) -> int:
@@ -80,12 +82,6 @@ class Gaussians:
         """[b, n, 1] in 0..1."""
         return self.opacity.sigmoid()
 
-    @property
-    def get_covariance(self) -> Tensor:
-        """[b, n, 3, 3] covariance matrices, world frame."""
-        half = rotation_matrices(self.get_rotation) * self.get_scaling[..., None, :]
-        return half @ half.mT
-
     def check_finite(self, source: object) -> None:
         """Raises ValueError, naming `source` and the number of bad values, for NaN and (but of opacity) infinity."""
         bad = {name: int((~torch.isfinite(tensor)).sum()) for name, tensor in vars(self).items()}
@@ -96,8 +92,6 @@ class Gaussians:
                 f"{source}: values of the {self.num_gaussians} Gaussians must be finite, got NaN or infinity in {found}"
             )
 
-    # ---- the same scenes, differently held ----------------------------------------------------------------------
-
     def map(self, function) -> Gaussians:
         """Applies `function` to every tensor."""
         return Gaussians(**{name: function(tensor) for name, tensor in vars(self).items()})
@@ -105,18 +99,23 @@ class Gaussians:
     def to(self, target) -> Gaussians:
         return self.map(lambda tensor: tensor.to(target))
 
-    def float(self) -> Gaussians:
-        return self.map(lambda tensor: tensor.float())
-
-    def scene(self, index: int) -> Gaussians:
-        """Returns scene `index` alone, still with a batch dimension of 1."""
-        return self.map(lambda tensor: tensor[index : index + 1])
-
     def select(self, index: Tensor) -> Gaussians:
         """Returns the Gaussians of one scene (b = 1) that `index` picks: bool mask [n] or positions [k]."""
         if self.num_scenes != 1:
             raise ValueError(f"select needs one scene (scenes would differ in length), got {self.num_scenes}")
         return self.map(lambda tensor: tensor[:, index])
+
+    def colors_seen(self, cameras: Cameras) -> Tensor:
+        """Colors max(SH + 0.5, 0) of float32 Gaussians seen from cameras [b, v]: [b, v, n, 3].
+
+        [b, 1, n, 3] at degree 0, where the color is the same from everywhere.
+        """
+        if self.sh_degree == 0:
+            colors = C0 * self.features[:, None, :, 0]
+        else:
+            directions = torch.nn.functional.normalize(self.xyz[:, None] - cameras.origins.float()[:, :, None], dim=-1)
+            colors = torch.einsum("bvnk,bnkc->bvnc", sh_basis(directions, self.sh_degree), self.features)
+        return (colors + 0.5).clamp_min(0.0)
 
     def mirrored(self) -> Gaussians:
         """Returns the scenes mirrored in x, as `Cameras.mirrored` sees them.
@@ -124,12 +123,10 @@ class Gaussians:
         A covariance R S^2 R^T becomes (M R M) S^2 (M R M)^T with M = diag(-1, 1, 1): the rotation's axis is a
         pseudo-vector. Of the spherical harmonics those odd in x change sign.
         """
-        sign = self.xyz.new_tensor([-1.0, 1.0, 1.0])
-        quaternion_sign = self.xyz.new_tensor([1.0, 1.0, -1.0, -1.0])
+        sign_xyz, sign_wxyz = self.xyz.new_tensor([-1.0, 1.0, 1.0]), self.xyz.new_tensor([1.0, 1.0, -1.0, -1.0])
         features = self.features.clone()
-        odd = [index for index in ODD_IN_X if index < features.shape[2]]
-        features[:, :, odd] = -features[:, :, odd]
-        return replace(self, xyz=self.xyz * sign, rotation=self.rotation * quaternion_sign, features=features)
+        features[:, :, [index for index in ODD_IN_X if index < features.shape[2]]] *= -1
+        return replace(self, xyz=self.xyz * sign_xyz, rotation=self.rotation * sign_wxyz, features=features)
 
 
 def rotation_matrices(quaternions: Tensor) -> Tensor:
@@ -141,3 +138,59 @@ def rotation_matrices(quaternions: Tensor) -> Tensor:
         [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
     ]
     return torch.stack([torch.stack(row, dim=-1) for row in rows], dim=-2)
+
+
+def sh_basis(directions: Tensor, degree: int) -> Tensor:
+    """Unit directions [..., 3] -> values of the (degree + 1)^2 basis functions [..., (degree + 1)^2]."""
+    x, y, z = directions.unbind(-1)
+    basis = [torch.full_like(x, C0)]
+    if degree >= 1:
+        basis += [-C1 * y, C1 * z, -C1 * x]
+    if degree >= 2:
+        xx, yy, zz = x * x, y * y, z * z
+        basis += [C2[0] * x * y, -C2[0] * y * z, C2[1] * (2 * zz - xx - yy), -C2[0] * x * z, C2[2] * (xx - yy)]
+    if degree >= 3:
+        basis += [
+            -C3[0] * y * (3 * xx - yy),
+            C3[1] * x * y * z,
+            -C3[2] * y * (4 * zz - xx - yy),
+            C3[3] * z * (2 * zz - 3 * xx - 3 * yy),
+            -C3[2] * x * (4 * zz - xx - yy),
+            C3[4] * z * (xx - yy),
+            -C3[0] * x * (xx - 3 * yy),
+        ]
+    return torch.stack(basis, dim=-1)
+
+
+@dataclass(frozen=True)
+class FilterSettings:
+    """Steps in this order, lengths in world units; None leaves a step out. The defaults are for an animal."""
+
+    min_opacity: float = 0.04  # keeps opacity > min_opacity
+    max_scaling: float | None = None  # keeps the largest standard deviation < max_scaling
+    spare_upper_half: bool = False  # z > 0 passes max_scaling (FaceLift: hair on an upright head; limbs have no up)
+    floater: float | None = None  # removes |x| > floater and |y| > floater and z < -floater, the lower corners
+    # Lowest and highest x, y, z, inclusive: the body is about 1.2 units long and a stretched tail as long again.
+    crop_box: tuple[float, float, float, float, float, float] | None = (-1.5, 1.5, -1.5, 1.5, -1.0, 1.0)
+
+
+@torch.no_grad()
+def filter_gaussians(gaussians: Gaussians, settings: FilterSettings | None = None) -> Gaussians:
+    """Returns the Gaussians of one scene (b = 1) that pass, in their order; possibly none.
+
+    Raises ValueError for more than one scene and, with their number, for values that are not finite: every comparison
+    with NaN fails, so that a broken network would look like one that sees nothing.
+    """
+    settings = settings or FilterSettings()
+    gaussians.check_finite("Stage 2")
+    xyz = gaussians.xyz[0].float()
+    keep = gaussians.get_opacity[0, :, 0].float() > settings.min_opacity
+    if settings.max_scaling is not None:
+        small = gaussians.get_scaling[0].float().amax(dim=-1) < settings.max_scaling
+        keep &= small | (xyz[:, 2] > 0) if settings.spare_upper_half else small
+    if settings.floater is not None:
+        keep &= ~((xyz[:, :2].abs() > settings.floater).all(dim=-1) & (xyz[:, 2] < -settings.floater))
+    if settings.crop_box is not None:
+        lowest, highest = xyz.new_tensor(settings.crop_box).view(3, 2).unbind(-1)
+        keep &= ((xyz >= lowest) & (xyz <= highest)).all(dim=-1)
+    return gaussians.select(keep)

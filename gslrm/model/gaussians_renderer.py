@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from gslrm.model.gaussians import Gaussians
-from multiview.cameras import TURNTABLE_DISTANCE, TURNTABLE_HFOV_DEG, Cameras
+from multiview.cameras import Cameras
 
 BACKENDS = ("auto", "gsplat", "cpu")
 
@@ -32,12 +32,9 @@ class RenderOutput(NamedTuple):
 
 
 def render(
-    gaussians: Gaussians,
-    cameras: Cameras,
-    background: Tensor | float = 1.0,
-    backend: str = "auto",
+    gaussians: Gaussians, cameras: Cameras, background: Tensor | float = 1.0, backend: str = "auto",
     recompute: bool = False,
-) -> RenderOutput:
+) -> RenderOutput:  # fmt: skip
     """Renders b scenes from v cameras each, differentiable in the Gaussians and the background.
 
     cameras: [b, v]. background: a number, [3], [b, 3] or [b, v, 3], 0..1.
@@ -49,19 +46,22 @@ def render(
     Raises ValueError for shapes, devices or backends that do not fit.
     """
     device, (b, v) = gaussians.device, (gaussians.num_scenes, cameras.shape[-1] if cameras.shape else 0)
-    if cameras.shape != (b, v):
-        raise ValueError(f"cameras must have shape [b, v] with b = {b} scenes, got {list(cameras.shape)}")
+    if cameras.shape != (b, v) or cameras.c2w.device != device:
+        raise ValueError(
+            f"cameras must have shape [b, v] with b = {b} scenes and be on the Gaussians' device {device}, got "
+            f"{list(cameras.shape)} on {cameras.c2w.device}"
+        )
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    if cameras.c2w.device != device:
-        raise ValueError(f"cameras must be on the Gaussians' device {device}, got {cameras.c2w.device}")
-    if not isinstance(background, Tensor):
-        background = torch.full((3,), float(background))
-    if background.shape not in ((3,), (b, 3), (b, v, 3)):
+    on_gpu = device.type == "cuda" if backend == "auto" else backend == "gsplat"
+    if device.type != ("cuda" if on_gpu else "cpu"):  # gsplat without a GPU would start a compilation that fails
+        raise ValueError(f"backend {backend} needs a {'CUDA device' if on_gpu else 'CPU'}, got tensors on {device}")
+    background = torch.as_tensor(background, dtype=None if isinstance(background, Tensor) else torch.float32)
+    if background.shape not in ((), (3,), (b, 3), (b, v, 3)):
         raise ValueError(f"background must be a number, [3], [{b}, 3] or [{b}, {v}, 3], got {list(background.shape)}")
     background = background.to(device)
     background = (background[:, None] if background.ndim == 2 else background).expand(b, v, 3)
-    if backend == "gsplat" or backend == "auto" and device.type == "cuda":
+    if on_gpu:
         from gslrm.model.rasterizers.gsplat_backend import rasterize
     else:
         from gslrm.model.rasterizers.cpu import rasterize
@@ -77,24 +77,16 @@ def render(
 
 @torch.no_grad()
 def render_turntable(
-    gaussians: Gaussians,
-    num_views: int = 120,
-    size: int = 384,
-    *,
-    elevation_deg: float = 0.0,
-    distance: float = TURNTABLE_DISTANCE,
-    hfov_deg: float = TURNTABLE_HFOV_DEG,
-    background: Tensor | float = 1.0,
-    on_frame=None,
-) -> Tensor:
+    gaussians: Gaussians, num_views: int = 120, size: int = 384, *, elevation_deg: float = 0.0,
+    background: Tensor | float = 1.0, on_frame=None,
+) -> Tensor:  # fmt: skip
     """Renders the frames [num_views, 3, size, size], 0..1, of a camera going once around one scene (b = 1).
 
     The camera starts at -y and goes counter-clockwise seen from above in steps of 360 / num_views degrees, end point
     excluded, looking at the origin, world z up (120 views: steps of 3 degrees). FaceLift's turntable is
     num_views=8, size=384, elevation_deg=0. `on_frame(done, total)` is called after every frame, for progress bars.
     """
-    cameras = Cameras.turntable(num_views, size, elevation_deg=elevation_deg, distance=distance, hfov_deg=hfov_deg)
-    cameras, frames = cameras.to(gaussians.device)[None], []
+    cameras, frames = Cameras.turntable(num_views, size, elevation_deg=elevation_deg).to(gaussians.device)[None], []
     for number in range(num_views):
         frames.append(render(gaussians, cameras[:, number : number + 1], background).rgb[0, 0].clamp(0, 1))
         if on_frame is not None:

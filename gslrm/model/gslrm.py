@@ -3,7 +3,9 @@
     images + rays -> kept patches -> Linear --+
                           n learned tokens ---+-> LayerNorm -> blocks -> heads -> one Gaussian per pixel + n free
 
-Tokens are packed, the rows of all samples one after the other: with pruning, samples have different numbers of them.
+Pre-norm blocks without a single bias, full attention over all tokens of all views. Tokens are packed, the rows of all
+samples one after the other, as with pruning they have different numbers of them: linear layers and norms run over all
+rows, attention over each sample's own.
 
 Parameter names and numbers are those of FaceLift's public weights (docs/conventions.md says which facts that fixes).
 """
@@ -16,14 +18,15 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from gslrm.config import ModelConfig
 from gslrm.model.gaussians import Gaussians
-from gslrm.model.selection import PatchSelection, pad_rows, patch_rays, select_all, select_foreground
-from gslrm.model.transformer import INIT_STD, TransformerBlock, init_weights, run_blocks
+from gslrm.model.selection import PatchSelection, pad_rows, select_patches
 from multiview.cameras import Cameras
 
+INIT_STD = 0.02
 SCALING_OFFSET, SCALING_MAX = -2.3, -1.20  # log-scale = min(prediction + offset, max)
 OPACITY_OFFSET = -2.0  # logit
 ABSENT_OPACITY = -30.0  # logit of padding Gaussians: far below the rasterizers' 1/255 cut
@@ -31,7 +34,6 @@ DEPTH_HALF_RANGE = 1.8  # world units around the point of the ray nearest the or
 PLAIN_DEPTH_HALF_RANGE, PLAIN_DEPTH_CENTER = 1.5, 2.7
 # Values of the rows that pad a sample with fewer Gaussians than another of its batch: harmless and not rendered.
 PADDING = {"xyz": 0.0, "features": 0.0, "scaling": SCALING_OFFSET, "rotation": 1.0, "opacity": ABSENT_OPACITY}
-EMBED_PATCHES = 4096  # patches whose pixels and rays exist at one time
 
 
 @dataclass(frozen=True)
@@ -61,14 +63,76 @@ class GSLRMOutput:
         return self.gaussians.xyz[:, self.n_free :]
 
 
-class FreeGaussianHead(nn.Module):
-    def __init__(self, d: int, num_values: int) -> None:
-        super().__init__()
-        self.layernorm = nn.LayerNorm(d, bias=False)
-        self.linear = nn.Linear(d, num_values, bias=False)
+class Attention(nn.Module):
+    """Multi-head self-attention; one matrix makes q, k, v in that order, the head index runs slow."""
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.linear(self.layernorm(tokens))
+    def __init__(self, d: int, d_head: int) -> None:
+        super().__init__()
+        if d % d_head:
+            raise ValueError(f"model.transformer: d must be a multiple of d_head, got d {d}, d_head {d_head}")
+        self.d_head = d_head
+        self.to_qkv = nn.Linear(d, 3 * d, bias=False)
+        self.fc = nn.Linear(d, d, bias=False)
+
+    def forward(self, tokens: Tensor, lengths: list[int]) -> Tensor:
+        """tokens: [T, d], the sequences of all samples one after the other; lengths: of each. Samples do not mix."""
+        qkv = run_linear(self.to_qkv, tokens).unflatten(-1, (3, -1, self.d_head))  # [T, 3, heads, d_head]
+        equal = len(set(lengths)) == 1
+        attended = []
+        for batch in [qkv.unflatten(0, (len(lengths), lengths[0]))] if equal else [x[None] for x in qkv.split(lengths)]:
+            query, key, value = batch.permute(2, 0, 3, 1, 4)  # each [b, heads, n, d_head]
+            values = functional.scaled_dot_product_attention(query, key, value)
+            attended.append(values.transpose(1, 2).flatten(2).flatten(0, 1))
+        return run_linear(self.fc, attended[0] if equal else torch.cat(attended))
+
+
+def run_linear(layers: nn.Linear | nn.Sequential, tokens: Tensor) -> Tensor:
+    """`layers(tokens)`, tokens [T, d].
+
+    Inference in float32 on a CPU goes through oneDNN's layout: the same products, rounded differently, at up to twice
+    the speed of the default library. Only for torch's own layers: an adapter around one runs as it is.
+    """
+    parts = layers if isinstance(layers, nn.Sequential) else (layers,)
+    plain = tokens.device.type == "cpu" and tokens.dtype == torch.float32 and len(tokens) > 0
+    watched = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
+    if plain and not watched and torch.backends.mkldnn.is_available():
+        if all(type(part) in (nn.Linear, nn.GELU) for part in parts):
+            return layers(tokens.to_mkldnn()).to_dense()
+    return layers(tokens)
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, d: int, d_head: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(d, bias=False)
+        self.attn = Attention(d, d_head)
+        self.norm2 = nn.LayerNorm(d, bias=False)
+        layers = nn.Sequential(nn.Linear(d, 4 * d, bias=False), nn.GELU(), nn.Linear(4 * d, d, bias=False))
+        self.mlp = nn.ModuleDict({"mlp": layers})  # FaceLift's names: mlp.mlp.0
+
+    def forward(self, tokens: Tensor, lengths: list[int]) -> Tensor:
+        tokens = tokens + self.attn(self.norm1(tokens), lengths)
+        return tokens + run_linear(self.mlp["mlp"], self.norm2(tokens))
+
+
+def run_blocks(blocks: nn.ModuleList, tokens: Tensor, lengths: list[int], checkpoint_every: int) -> Tensor:
+    """Runs the blocks on packed tokens [T, d] whose samples have `lengths` tokens (sum T).
+
+    With `checkpoint_every` k > 0, groups of k blocks are recomputed in the backward pass.
+    """
+
+    def run_group(start: int, tokens: Tensor) -> Tensor:
+        for block in blocks[start : start + step]:
+            tokens = block(tokens, lengths)
+        return tokens
+
+    # Without it one by one: a longer group's caller would hold on to the group's input.
+    checkpointing = checkpoint_every > 0 and torch.is_grad_enabled()
+    step = checkpoint_every if checkpointing else 1
+    run = partial(checkpoint, run_group, use_reentrant=False) if checkpointing else run_group
+    for start in range(0, len(blocks), step):
+        tokens = run(start, tokens)
+    return tokens
 
 
 class GSLRM(nn.Module):
@@ -90,8 +154,8 @@ class GSLRM(nn.Module):
             )
         if config.prune_margin_px < 0:
             raise ValueError(f"model.prune_margin_px must be at least 0, got {config.prune_margin_px}")
-        self.num_sh = (config.gaussians.sh_degree + 1) ** 2
-        self.num_values = 3 + 3 * self.num_sh + 3 + 4 + 1
+        self.sizes = [3, 3 * (config.gaussians.sh_degree + 1) ** 2, 3, 4, 1]  # of the values in PADDING
+        num_values = sum(self.sizes)
 
         # A patch is flattened in the order (row, column, channel).
         self.patch_embedder = nn.Sequential(nn.Flatten(), nn.Linear(expected_channels * p * p, d, bias=False))
@@ -102,11 +166,15 @@ class GSLRM(nn.Module):
         self.transformer_layers = nn.ModuleList(
             TransformerBlock(d, config.transformer.d_head) for _ in range(config.transformer.n_layer)
         )
-        self.gaussian_upsampler = FreeGaussianHead(d, self.num_values)
+        self.gaussian_upsampler = nn.Sequential()
+        self.gaussian_upsampler.add_module("layernorm", nn.LayerNorm(d, bias=False))
+        self.gaussian_upsampler.add_module("linear", nn.Linear(d, num_values, bias=False))
         self.pixel_gaussian_decoder = nn.Sequential(
-            nn.LayerNorm(d, bias=False), nn.Linear(d, p * p * self.num_values, bias=False)
+            nn.LayerNorm(d, bias=False), nn.Linear(d, p * p * num_values, bias=False)
         )
-        self.apply(init_weights)
+        for module in self.modules():  # norms are 1 as they come
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=INIT_STD)
         for name in ("gaussian_position_embeddings", "view_type_embeddings"):
             if hasattr(self, name):
                 nn.init.trunc_normal_(getattr(self, name), std=INIT_STD)
@@ -124,21 +192,18 @@ class GSLRM(nn.Module):
         Raises ValueError when shapes do not go together.
         """
         self._check_inputs(images, cameras, masks)
-        b, v, _, h, w = images.shape
-        patch_size, n_free = self.config.image_tokenizer.patch_size, self.config.gaussians.n_gaussians
-        if masks is None:
-            selection = select_all(b, (v, h, w), patch_size, images.device)
-        else:
-            selection = select_foreground(masks, patch_size, self.config.prune_margin_px)
-        lengths = [n_free + count for count in selection.patches_per_sample]
-        tokens = run_blocks(
-            self.transformer_layers, self._embed(images, cameras, selection), lengths, self.grad_checkpoint_every
-        )
+        selection = select_patches(images, self.config.image_tokenizer.patch_size, masks, self.config.prune_margin_px)
+        n_free, counts = self.config.gaussians.n_gaussians, selection.patches_per_sample
+        lengths, every = [n_free + count for count in counts], self.grad_checkpoint_every
+        tokens = run_blocks(self.transformer_layers, self._embed(images, cameras, selection), lengths, every)
         # Heads in full precision: a depth rounded to bf16 moves a point by up to 5e-2 along its ray.
         with torch.autocast(tokens.device.type, enabled=False):
-            free, image = self._heads(tokens, selection)
-            del tokens  # as large as the Gaussians
-            return self._decode(free, image, cameras, selection, clip_xyz)
+            parts = tokens.split([size for count in counts for size in (n_free, count)])
+            image = parts[1] if len(parts) == 2 else torch.cat(parts[1::2])
+            values = self.pixel_gaussian_decoder(image.float()).view(-1, sum(self.sizes))
+            free, values = self.gaussian_upsampler(torch.stack(parts[::2]).float()), selection.pixels_of(values)
+            del tokens, parts, image  # as large as the Gaussians
+            return self._decode(free, values, cameras, selection, clip_xyz)
 
     def _check_inputs(self, images: Tensor, cameras: Cameras, masks: Tensor | None) -> None:
         p = self.config.image_tokenizer.patch_size
@@ -161,87 +226,63 @@ class GSLRM(nn.Module):
 
     def _embed(self, images: Tensor, cameras: Cameras, selection: PatchSelection) -> Tensor:
         """Packed tokens [T', d] after the input norm: of each sample its free tokens, then its patches."""
-        embed = self._embed_patches
         if torch.is_grad_enabled():  # the backward pass makes rays and patches again instead of keeping them
-            embed = partial(checkpoint, embed, use_reentrant=False, preserve_rng_state=False)
-        patches = torch.cat([embed(images, cameras, chunk) for chunk in selection.chunks(EMBED_PATCHES)])
-        free = self.gaussian_position_embeddings.to(patches)
-        samples = patches.split(selection.patches_per_sample)
+            options = {"use_reentrant": False, "preserve_rng_state": False}
+            patches = checkpoint(self._embed_patches, images, cameras, selection, **options)
+        else:
+            patches = self._embed_patches(images, cameras, selection)
+        free, samples = self.gaussian_position_embeddings.to(patches), patches.split(selection.patches_per_sample)
         return self.input_layer_norm(torch.cat([part for sample in samples for part in (free, sample)]))
 
     def _embed_patches(self, images: Tensor, cameras: Cameras, selection: PatchSelection) -> Tensor:
-        """[T, d]: the linear embedding of the kept patches."""
+        """[T, d]: the linear embedding of the kept patches: colors in -1..1 and rays, [T, p, p, 9|12]."""
         with torch.autocast(images.device.type, enabled=False):  # rays in bf16 would miss their pixels
-            posed = self._posed_patches(images, cameras, selection)
+            origins, directions = selection.rays(cameras)
+            origins = origins[:, None, None].expand_as(directions)
+            parts = [selection.patches_of(images) * 2.0 - 1.0]
+            if not self.config.use_custom_plucker:
+                parts.append(torch.linalg.cross(origins, directions, dim=-1))
+            parts.append(directions)
+            if self.config.use_custom_plucker or self.config.use_aug_plucker:
+                parts.append(origins + nearest_depth(origins, directions) * directions)
+            posed = directions.new_empty(*directions.shape[:-1], 3 * len(parts))
+            for i, part in enumerate(parts):  # torch.cat of threes takes three times as long
+                posed[..., 3 * i : 3 * i + 3] = part
         tokens = self.patch_embedder(posed)
         if self.config.add_refsrc_marker:
             tokens = tokens + self.view_type_embeddings[selection.view.clamp(max=1)]
         return tokens
 
-    def _posed_patches(self, images: Tensor, cameras: Cameras, selection: PatchSelection) -> Tensor:
-        """[T, p, p, 9|12]: colors in -1..1 and rays."""
-        origins, directions = patch_rays(cameras, selection)
-        origins = origins[:, None, None].expand_as(directions)
-        rays = []
-        if not self.config.use_custom_plucker:
-            rays.append(torch.linalg.cross(origins, directions, dim=-1))
-        rays.append(directions)
-        if self.config.use_custom_plucker or self.config.use_aug_plucker:
-            rays.append(origins + nearest_depth(origins, directions) * directions)
-        patches = selection.patches_of(images)
-        posed = directions.new_empty(*patches.shape[:-1], 3 + 3 * len(rays))
-        posed[..., :3] = patches * 2.0 - 1.0
-        for i, ray in enumerate(rays):  # torch.cat of threes takes three times as long
-            posed[..., 3 + 3 * i : 6 + 3 * i] = ray
-        return posed
-
-    def _heads(self, tokens: Tensor, selection: PatchSelection) -> tuple[Tensor, Tensor]:
-        """Packed tokens -> values of the free Gaussians [b, n_free, D] and of the image Gaussians, packed [K, D]."""
-        n_free = self.config.gaussians.n_gaussians
-        parts = tokens.split([size for count in selection.patches_per_sample for size in (n_free, count)])
-        free, image = torch.stack(parts[::2]), parts[1] if len(parts) == 2 else torch.cat(parts[1::2])
-        values = self.pixel_gaussian_decoder(image.float()).view(-1, self.num_values)
-        return self.gaussian_upsampler(free.float()), selection.pixels_of(values)
-
     def _decode(
         self, free: Tensor, image: Tensor, cameras: Cameras, selection: PatchSelection, clip_xyz: bool
     ) -> GSLRMOutput:
         """Head outputs, free [b, n_free, D] and packed image pixels [K, D], as Gaussians, free ones first."""
-        counts, sizes = selection.pixels_per_sample, [3, 3 * self.num_sh, 3, 4, 1]
-        origins, directions = patch_rays(cameras, selection)
+        counts, modifier = selection.pixels_per_sample, self.config.gaussians.scaling_modifier
+        origins, directions = selection.rays(cameras)
         origins = selection.pixels_of(origins[:, None, None].expand_as(directions).reshape(-1, 3))
         directions = selection.pixels_of(directions.view(-1, 3))
-        values = dict(zip(PADDING, image.split(sizes, dim=-1)))
+        first, values = (dict(zip(PADDING, part.split(self.sizes, dim=-1))) for part in (free, image))
         if self.config.hard_pixelalign:
             sigma = torch.sigmoid(values["xyz"].mean(-1, keepdim=True) + self.config.depth_preact_bias)
             values["xyz"] = origins + self._depth(sigma, origins, directions) * directions
             if clip_xyz:
                 values["xyz"] = values["xyz"].clamp(-1.0, 1.0)
-        first = dict(zip(PADDING, free.split(sizes, dim=-1)))
         for part in (first, values):
             part["features"] = part["features"].unflatten(-1, (-1, 3))
-            part["scaling"] = self._log_scale(part["scaling"])
+            part["scaling"] = (part["scaling"] + SCALING_OFFSET).clamp(max=SCALING_MAX)
+            if modifier:
+                part["scaling"] = part["scaling"] + math.log(modifier)
             part["opacity"] = part["opacity"] + OPACITY_OFFSET
-        valid = selection.is_pixel()
+        index = selection.pixel_index()
+        valid = pad_rows(torch.ones_like(index, dtype=torch.bool), counts, False)
         ray_directions = pad_rows(directions, counts, 0.0)
         if len(directions) < valid.numel():  # padding has the first pixel's number, so it gets a ray of that view
             ray_directions = torch.where(valid[..., None], ray_directions, cameras.c2w[:, :1, :3, 2])
+        tensors = {name: torch.cat([first[name], pad_rows(values[name], counts, PADDING[name])], 1) for name in PADDING}
         return GSLRMOutput(
-            Gaussians(
-                **{name: torch.cat([first[name], pad_rows(values[name], counts, PADDING[name])], 1) for name in PADDING}
-            ),
-            pixel_index=pad_rows(selection.pixel_index(), counts, 0),
-            pixel_valid=valid,
-            ray_origins=pad_rows(origins, counts, 0.0),
-            ray_directions=ray_directions,
-            n_free=free.shape[1],
-            shape=selection.shape,
-        )
-
-    def _log_scale(self, scaling: Tensor) -> Tensor:
-        scaling = (scaling + SCALING_OFFSET).clamp(max=SCALING_MAX)
-        modifier = self.config.gaussians.scaling_modifier
-        return scaling + math.log(modifier) if modifier else scaling
+            Gaussians(**tensors), pad_rows(index, counts, 0), valid, pad_rows(origins, counts, 0.0), ray_directions,
+            free.shape[1], selection.shape,
+        )  # fmt: skip
 
     def _depth(self, sigma: Tensor, origins: Tensor, directions: Tensor) -> Tensor:
         """Distance along the ray [K, 1] from sigma in 0..1."""
@@ -258,20 +299,3 @@ class GSLRM(nn.Module):
 def nearest_depth(origins: Tensor, directions: Tensor) -> Tensor:
     """Where on its ray the point nearest the world origin lies: [..., 3] twice -> [..., 1]."""
     return -(origins * directions).sum(-1, keepdim=True)
-
-
-def forward_flops(config: ModelConfig, lengths: list[int]) -> float:
-    """Returns the operations of one forward pass: matrix products alone, a multiply-add counts 2.
-
-    lengths: of each sample's sequence, free Gaussian tokens included. Six dense 512-px views, patch size 8 and 2 free
-    tokens: [24578]. With pruning: 2 + the patches that the grown mask touches.
-    """
-    d, free, area = config.transformer.d, config.gaussians.n_gaussians, config.image_tokenizer.patch_size**2
-    num_values = 3 + 3 * (config.gaussians.sh_degree + 1) ** 2 + 3 + 4 + 1  # xyz, SH, scale, rotation, opacity
-    total = 0
-    for n in lengths:
-        total += 2 * (n - free) * config.image_tokenizer.in_channels * area * d
-        # q, k, v: 3; output: 1; MLP: 4 + 4. Then scores and weighted sum over all heads.
-        total += config.transformer.n_layer * (2 * n * 12 * d * d + 2 * 2 * n * n * d)
-        total += 2 * (n - free) * d * area * num_values + 2 * free * d * num_values
-    return float(total)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gslrm.model.gaussians import Gaussians
+from gslrm.model.gaussians import Gaussians, rotation_matrices
 from gslrm.model.gaussians_renderer import render
 from multiview.cameras import TURNTABLE_HFOV_DEG, Cameras
 from multiview.files import atomic_write
@@ -24,6 +24,7 @@ TRUNCATION_VOXELS = 4.0  # distances are trusted this near the surface
 MIN_PART = 1e-3  # parts of fewer voxels than this fraction of the largest are floaters
 EMPTY, UNKNOWN = 0.0, -1.0  # in depth maps: rays pass; it is unclear whether they do
 SUFFIXES = (".ply", ".glb")
+LIBRARIES = {"skimage.measure": "scikit-image", "trimesh": "trimesh"}  # the second for .glb alone
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,8 @@ class Mesh:
 
 
 def check_libraries(suffix: str) -> None:
-    """Raises ValueError for a suffix that is no mesh's and, with the command that installs it, a missing library."""
-    if suffix not in SUFFIXES:
-        raise ValueError(f"a mesh is written as {' or '.join(SUFFIXES)}, got {suffix or 'no suffix'}")
-    for module in ("skimage.measure", "trimesh")[: 2 if suffix == ".glb" else 1]:
+    """Raises ValueError for a library that a .ply or .glb mesh needs, with the command that installs it."""
+    for module in list(LIBRARIES)[: 2 if suffix == ".glb" else 1]:
         _library(module)
 
 
@@ -48,7 +47,7 @@ def _library(module: str):
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        name = {"skimage.measure": "scikit-image"}.get(module, module)
+        name = LIBRARIES[module]
         raise ValueError(f"this mesh needs {name} ({error}): pip install -r requirements-extra.txt") from error
 
 
@@ -61,21 +60,20 @@ def extract_mesh(gaussians: Gaussians, *, resolution: int = 128, num_views: int 
     Raises ValueError for more than one scene, without scikit-image, and where there is no surface.
     """
     marching_cubes = _library("skimage.measure").marching_cubes
-    if gaussians.num_scenes != 1:
-        raise ValueError(f"a mesh is made of one scene, got {gaussians.num_scenes}; use gaussians.scene(i)")
     # A box around what can be seen, three standard deviations and a small margin included.
-    seen = gaussians.get_opacity[0, :, 0] > MIN_OPACITY
-    if not seen.any():
-        raise ValueError(f"a mesh needs Gaussians of opacity above {MIN_OPACITY}, got none of {len(seen)}")
-    xyz = gaussians.xyz[0, seen].float()
-    reach = 3 * torch.diagonal(gaussians.get_covariance[0, seen].float(), dim1=-2, dim2=-1).sqrt()
-    lowest, highest = (xyz - reach).amin(dim=0), (xyz + reach).amax(dim=0)
+    seen = gaussians.select((gaussians.get_opacity > MIN_OPACITY)[0, :, 0]).to(torch.float32)
+    if seen.num_gaussians == 0:
+        count = gaussians.num_gaussians
+        raise ValueError(f"a mesh needs Gaussians of opacity above {MIN_OPACITY}, got none of {count}")
+    axes = (rotation_matrices(seen.get_rotation) * seen.get_scaling[..., None, :])[0]
+    reach = 3 * torch.diagonal(axes @ axes.mT, dim1=-2, dim2=-1).sqrt()
+    lowest, highest = (seen.xyz[0] - reach).amin(dim=0), (seen.xyz[0] + reach).amax(dim=0)
     margin = 0.02 * (highest - lowest).max()
     lowest, highest = lowest - margin, highest + margin
     voxel = float((highest - lowest).max()) / resolution
 
-    cameras, depths, images = _depth_maps(gaussians, lowest, highest, num_views, size)
-    field, origin = _fuse(cameras, depths, lowest, highest, voxel)
+    views = _depth_maps(gaussians, lowest, highest, num_views, size)
+    field, origin = _fuse(views, lowest, highest, voxel)
     if not (field.min() < 0 < field.max()):
         raise ValueError(f"none of {num_views} views sees a surface of the {gaussians.num_gaussians} Gaussians")
     vertices, faces, normals, _ = marching_cubes(field.cpu().numpy(), level=0.0, gradient_direction="descent")
@@ -85,7 +83,7 @@ def extract_mesh(gaussians: Gaussians, *, resolution: int = 128, num_views: int 
     # Of each vertex the mean color over the views that see it, those that face it counting most; gray for what none
     # sees.
     total, weight = torch.zeros_like(vertices), vertices.new_zeros(len(vertices), 1)
-    for camera, depth, image in zip(cameras, depths, images):
+    for camera, depth, image in views:
         uv, z = camera.project(vertices)
         visible = (_look_up(depth[None], uv)[0] - z).abs() < TRUNCATION_VOXELS * voxel
         towards = torch.nn.functional.normalize(camera.c2w[:3, 3] - vertices, dim=-1)
@@ -114,10 +112,11 @@ def save_mesh(path: Path | str, mesh: Mesh) -> None:
             return
         from plyfile import PlyData, PlyElement
 
-        names = ("red", "green", "blue")
-        table = np.empty(len(mesh.vertices), [(name, "<f4") for name in "xyz"] + [(name, "u1") for name in names])
-        for k, (position, color) in enumerate(zip("xyz", names)):
-            table[position], table[color] = mesh.vertices[:, k], colors[:, k]
+        columns = [(axis, "<f4", mesh.vertices[:, k]) for k, axis in enumerate("xyz")]
+        columns += [(name, "u1", colors[:, k]) for k, name in enumerate(("red", "green", "blue"))]
+        table = np.empty(len(mesh.vertices), [(name, kind) for name, kind, _ in columns])
+        for name, _, values in columns:
+            table[name] = values
         faces = np.empty(len(mesh.faces), [("vertex_indices", "<i4", (3,))])
         faces["vertex_indices"] = mesh.faces
         elements = [PlyElement.describe(table, "vertex"), PlyElement.describe(faces, "face")]
@@ -126,8 +125,8 @@ def save_mesh(path: Path | str, mesh: Mesh) -> None:
 
 def _depth_maps(
     gaussians: Gaussians, lowest: Tensor, highest: Tensor, num_views: int, size: int
-) -> tuple[list[Cameras], list[Tensor], list[Tensor]]:
-    """Renders from rings of cameras far enough to see the whole box: cameras, depths [h, w], images [3, h, w].
+) -> list[tuple[Cameras, Tensor, Tensor]]:
+    """Renders from rings of cameras far enough to see the whole box: per view camera, depth [h, w], image [3, h, w].
 
     A surface lets through a few per cent of the light, and the far side then pulls the mean depth back by centimeters.
     So Gaussians behind the mean depth are left out and the rest drawn again.
@@ -138,7 +137,7 @@ def _depth_maps(
     elevation_deg = torch.tensor(RING_ELEVATIONS_DEG, dtype=torch.float64)[number % len(RING_ELEVATIONS_DEG)]
     cameras = Cameras.orbit(number * 360.0 / num_views, elevation_deg, radius / np.sin(half), 0.5 / np.tan(half), size)
     cameras = cameras.to(gaussians.device).recentre(-center, 1.0)  # the orbit moved so that it turns about the center
-    depths, images = [], []
+    views = []
     for v in range(num_views):
         camera = cameras[None, v : v + 1]
         output = render(gaussians, camera, 0.0)
@@ -146,9 +145,9 @@ def _depth_maps(
         behind = _look_up(output.mean_depth()[0, 0], uv[0])[0]
         first = render(gaussians.select((behind == EMPTY) | (z[0] < behind + radius / 32)), camera, 0.0)
         depth = torch.where(first.alpha < 0.5, UNKNOWN, first.mean_depth())
-        depths.append(torch.where(output.alpha < 0.5, EMPTY, depth)[0, 0, 0])
-        images.append((first.rgb / first.alpha.clamp_min(1e-6))[0, 0].clamp(0, 1))
-    return [cameras[v] for v in range(num_views)], depths, images
+        depth = torch.where(output.alpha < 0.5, EMPTY, depth)[0, 0, 0]
+        views.append((cameras[v], depth, (first.rgb / first.alpha.clamp_min(1e-6))[0, 0].clamp(0, 1)))
+    return views
 
 
 def _look_up(images: Tensor, uv: Tensor) -> Tensor:
@@ -157,9 +156,7 @@ def _look_up(images: Tensor, uv: Tensor) -> Tensor:
     return images[:, row.clamp(0, images.shape[1] - 1), column.clamp(0, images.shape[2] - 1)]
 
 
-def _fuse(
-    cameras: list[Cameras], depths: list[Tensor], lowest: Tensor, highest: Tensor, voxel: float
-) -> tuple[Tensor, Tensor]:
+def _fuse(views: list, lowest: Tensor, highest: Tensor, voxel: float) -> tuple[Tensor, Tensor]:
     """Signed distance in units of the truncation, [x, y, z], positive outside; and the position of its first sample.
 
     Every view sees the whole box. Where it sees nothing, the ray is empty along its length. What no view has seen in
@@ -172,7 +169,7 @@ def _fuse(
     axes = [origin[k] + voxel * torch.arange(shape[k], device=lowest.device) for k in range(3)]
     points = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).view(-1, 3)
     total, weight = (torch.zeros(len(points), device=lowest.device) for _ in range(2))
-    for camera, depth_map in zip(cameras, depths):
+    for camera, depth_map, _ in views:
         uv, z = camera.project(points)
         depth = _look_up(depth_map[None], uv)[0]
         distance = torch.where(depth == EMPTY, 1.0, (depth - z) / (TRUNCATION_VOXELS * voxel))

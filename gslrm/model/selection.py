@@ -29,7 +29,6 @@ class PatchSelection:
     patches_per_sample, pixels_per_sample: how many of the patches, and of the pixels that become Gaussians.
     pixel_rows: [K] int64 numbers among the T * p * p pixels of the kept patches (row by row) that become Gaussians;
         None: all of them.
-    is_complete: no patch was dropped.
     """
 
     sample: Tensor
@@ -41,18 +40,14 @@ class PatchSelection:
     patches_per_sample: list[int]
     pixels_per_sample: list[int]
     pixel_rows: Tensor | None
-    is_complete: bool
 
     def patches_of(self, maps: Tensor) -> Tensor:
         """[b, v, c, h, w] -> [T, p, p, c]."""
-        patches = patch_view(maps, self.patch_size)
-        if not self.is_complete:
-            p = self.patch_size
-            return patches[self.sample, self.view, self.top // p, self.left // p]
-        return patches.flatten(0, 3)
+        p = self.patch_size
+        return patch_view(maps, p)[self.sample, self.view, self.top // p, self.left // p]
 
     def pixels_of(self, values: Tensor) -> Tensor:
-        """Values at all pixels of the kept patches [T * p * p, c] -> at those that become Gaussians [K, c]."""
+        """Values at all pixels of the kept patches [T * p * p, ...] -> at those that become Gaussians [K, ...]."""
         return values if self.pixel_rows is None else values.index_select(0, self.pixel_rows)
 
     def pixel_index(self) -> Tensor:
@@ -60,71 +55,45 @@ class PatchSelection:
         _, h, w = self.shape
         inside = torch.arange(self.patch_size, device=self.view.device)
         first = (self.view * h + self.top) * w + self.left
-        index = (first[:, None] + (inside[:, None] * w + inside).flatten()).flatten()
-        return index if self.pixel_rows is None else index[self.pixel_rows]
+        return self.pixels_of((first[:, None] + (inside[:, None] * w + inside).flatten()).flatten())
 
-    def is_pixel(self) -> Tensor:
-        """[b, k] bool, k = the largest of `pixels_per_sample`: which rows are more than padding (`pad_rows`)."""
-        count = torch.tensor(self.pixels_per_sample, device=self.view.device)
-        return torch.arange(max(self.pixels_per_sample), device=self.view.device) < count[:, None]
+    def rays(self, cameras: Cameras) -> tuple[Tensor, Tensor]:
+        """World rays of cameras [b, v] through the kept patches' pixels: origins [T, 3], unit directions [T, p, p, 3].
 
-    def chunks(self, num_patches: int) -> list[PatchSelection]:
-        """The patches alone, at most `num_patches` at a time (for `patches_of` and `patch_rays`)."""
-        if len(self.view) <= num_patches:
-            return [self]
-        parts = zip(*(x.split(num_patches) for x in (self.sample, self.view, self.top, self.left)))
-        return [PatchSelection(*part, self.patch_size, self.shape, [], [], None, False) for part in parts]
+        A patch is a crop of its image, so its rays are those of the cropped camera.
+        """
+        where, zero = (self.sample, self.view), torch.zeros_like(self.left)
+        corner = torch.stack([zero, zero, self.left, self.top], dim=-1)
+        patches = Cameras(cameras.c2w[where], cameras.fxfycxcy[where] - corner, self.patch_size, self.patch_size)
+        return patches.origins, patches.rays()[1]
 
 
 @torch.no_grad()
-def select_all(b: int, shape: tuple[int, int, int], patch_size: int, device: torch.device) -> PatchSelection:
-    """Every patch and pixel of b samples with views (v, h, w)."""
-    v, h, w = shape
-    p = patch_size
-    places = torch.arange(b * v * (h // p) * (w // p), device=device)
-    per_sample = len(places) // b
-    return PatchSelection(
-        *_places(places, shape, p), p, shape, [per_sample] * b, [per_sample * p * p] * b, None, is_complete=True
-    )
+def select_patches(images: Tensor, patch_size: int, masks: Tensor | None = None, margin_px: int = 0) -> PatchSelection:
+    """Every patch and pixel of views [b, v, c, h, w], or those at most `margin_px` from the foreground of the masks.
 
-
-@torch.no_grad()
-def select_foreground(masks: Tensor, patch_size: int, margin_px: int) -> PatchSelection:
-    """Pixels at most `margin_px` (rows and columns alike) from the foreground, and the patches that hold any.
-
-    masks: [b, v, 1, h, w] in 0..1. Costs one device synchronisation: lengths are numbers.
+    masks: [b, v, 1, h, w] in 0..1; distances count rows and columns alike, and a patch is kept for any pixel in it.
+    Masks cost one device synchronisation: lengths are numbers.
     """
-    b, v, _, h, w = masks.shape
-    grown = (masks > FOREGROUND_ALPHA).to(torch.float32).flatten(0, 1)
-    for kernel in ((2 * margin_px + 1, 1), (1, 2 * margin_px + 1)):
-        grown = functional.max_pool2d(grown, kernel, 1, (kernel[0] // 2, kernel[1] // 2))
-    pixels = patch_view(grown.view(b, v, 1, h, w) > 0, patch_size).reshape(b, -1, patch_size**2)
-    patches = pixels.any(-1)
-    counts = torch.stack([patches.sum(1), pixels.sum((1, 2))]).tolist()
-    places = patches.flatten().nonzero()[:, 0]
-    kept = pixels.flatten(0, 1)[places].flatten()
-    every_pixel = sum(counts[1]) == len(kept)
-    return PatchSelection(
-        *_places(places, (v, h, w), patch_size),
-        patch_size,
-        (v, h, w),
-        *counts,
-        pixel_rows=None if every_pixel else kept.nonzero()[:, 0],
-        is_complete=len(places) == patches.numel(),
-    )
-
-
-def patch_rays(cameras: Cameras, selection: PatchSelection) -> tuple[Tensor, Tensor]:
-    """World rays through the kept patches' pixels: origins [T, 3], unit directions [T, p, p, 3].
-
-    A patch is a crop of its image, so its rays are those of the cropped camera; cameras: [b, v].
-    """
-    where = selection.sample, selection.view
-    zero = torch.zeros_like(selection.left)
-    corner = torch.stack([zero, zero, selection.left, selection.top], dim=-1)
-    p = selection.patch_size
-    patches = Cameras(cameras.c2w[where], cameras.fxfycxcy[where] - corner, p, p)
-    return patches.origins, patches.rays()[1]
+    b, v, _, h, w = images.shape
+    rows, columns, pixel_rows = h // patch_size, w // patch_size, None
+    if masks is None:
+        places, per_sample = torch.arange(b * v * rows * columns, device=images.device), v * rows * columns
+        counts = [[per_sample] * b, [per_sample * patch_size**2] * b]
+    else:
+        grown = (masks > FOREGROUND_ALPHA).to(torch.float32).flatten(0, 1)
+        for kernel in ((2 * margin_px + 1, 1), (1, 2 * margin_px + 1)):
+            grown = functional.max_pool2d(grown, kernel, 1, (kernel[0] // 2, kernel[1] // 2))
+        pixels = patch_view(grown.view(b, v, 1, h, w) > 0, patch_size).reshape(b, -1, patch_size**2)
+        patches = pixels.any(-1)
+        counts = torch.stack([patches.sum(1), pixels.sum((1, 2))]).tolist()
+        places = patches.flatten().nonzero()[:, 0]
+        kept = pixels.flatten(0, 1)[places].flatten()
+        if sum(counts[1]) < len(kept):
+            pixel_rows = kept.nonzero()[:, 0]
+    view = places // (rows * columns)  # numbered over the whole batch
+    top, left = places // columns % rows * patch_size, places % columns * patch_size
+    return PatchSelection(view // v, view % v, top, left, patch_size, (v, h, w), *counts, pixel_rows)
 
 
 def patch_view(maps: Tensor, patch_size: int) -> Tensor:
@@ -138,12 +107,3 @@ def pad_rows(rows: Tensor, counts: list[int], fill: float) -> Tensor:
     if len(set(counts)) == 1:
         return rows.unflatten(0, (len(counts), counts[0]))
     return pad_sequence(rows.split(counts), batch_first=True, padding_value=fill)
-
-
-def _places(places: Tensor, shape: tuple[int, int, int], patch_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sample, view, top and left of patches numbered over the whole batch."""
-    v, h, w = shape
-    rows, columns = h // patch_size, w // patch_size
-    view = places // (rows * columns)
-    top, left = places // columns % rows * patch_size, places % columns * patch_size
-    return view // v, view % v, top, left

@@ -1,1 +1,0 @@
-"""The multi-view attention processor and the UNet it lives in."""

@@ -1,15 +1,13 @@
 """Camera poses as inputs of the UNet: prompts can only name a view, numbers say where its camera stands.
 
-Three ways, each exactly without effect until trained (zero-initialised output, added to what the pretrained layers
+Three ways, each exactly without effect until trained (zero-initialized output, added to what the pretrained layers
 compute rather than mixed into it, so that not even rounding changes):
 
 - `adaln`: an embedding [b * n, time width] added to the time step's.
-- `cross_attention`: TOKENS camera tokens appended to the prompt's. A token appended to a softmax changes it even when
-  it is zero, so the camera tokens have a softmax of their own, whose result is added to the prompt's (as image prompts
-  do in IP-Adapter, https://arxiv.org/abs/2308.06721) through the layer's own key and value projections: these have no
-  bias, so zero tokens have zero values and add exactly nothing.
-- `concat`: Pluecker-ray channels beside the latents. A convolution over concatenated channels is the sum of two
-  convolutions, so conv_in keeps its weights and the rays' part is a second, zero convolution whose output is added.
+- `cross_attention`: TOKENS camera tokens beside the prompt's, with a softmax of their own (in the prompt's even a zero
+  token changes it), as image prompts in IP-Adapter (https://arxiv.org/abs/2308.06721), through the layer's own key and
+  value projections: these have no bias, so zero tokens add exactly nothing.
+- `concat`: Pluecker-ray channels beside the latents: conv_in keeps its weights, a second, zero convolution is added.
 
 Everything is relative to the reference view's azimuth: turning the whole world about its z axis changes nothing. All
 weights made here have names with the part `camera` (`is_camera_weight`).
@@ -18,25 +16,21 @@ weights made here have names with the part `camera` (`is_camera_weight`).
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from multiview.cameras import Cameras
 from multiview.rig import FACELIFT_DISTANCE, FACELIFT_FOCAL
 from multiview.run import make_generator
 
-if TYPE_CHECKING:
-    from diffusers.models.attention_processor import Attention
-
 CAMERA_MODES = ("none", "adaln", "cross_attention", "concat")
 # Of the Fourier series in the azimuth, each at 1 / order: low ones, because a rig has few azimuths, 45 to 90 degrees
 # apart, and what is learned there shall carry over to the directions between them.
 ORDERS = (1, 2)
-POSE_FEATURES = 8
-FEATURES = 2 * len(ORDERS) + 2 * POSE_FEATURES
+FEATURES = 2 * len(ORDERS) + 2 * 8  # sines and cosines, own pose, the reference's pose
 RAY_CHANNELS = 6
 TOKENS = 4
 
@@ -44,9 +38,6 @@ TOKENS = 4
 def is_camera_weight(name: str) -> bool:
     """True for the state-dict names that camera conditioning adds to a stock UNet."""
     return "camera" in name.split(".")
-
-
-# ---- cameras as numbers ---------------------------------------------------------------------------------------------
 
 
 def camera_features(cameras: Cameras, reference_view: int) -> Tensor:
@@ -63,17 +54,10 @@ def camera_features(cameras: Cameras, reference_view: int) -> Tensor:
     rotation, size = cameras.c2w[..., :3, :3], cameras.fxfycxcy.new_tensor([cameras.width, cameras.height])
     distance = cameras.distance[..., None]
     towards_origin = torch.einsum("...ij,...i->...j", rotation, -cameras.origins / distance)
-    pose = torch.cat(
-        [
-            torch.deg2rad(cameras.elevation_deg)[..., None],
-            (distance / FACELIFT_DISTANCE).log(),
-            (cameras.fxfycxcy[..., :1] / cameras.width / FACELIFT_FOCAL).log(),
-            towards_origin[..., :2],
-            cameras.fxfycxcy[..., 2:] / size - 0.5,
-            rotation[..., 2, :1],
-        ],
-        dim=-1,
-    )
+    elevation, focal = torch.deg2rad(cameras.elevation_deg)[..., None], cameras.fxfycxcy[..., :1] / cameras.width
+    lengths = [(distance / FACELIFT_DISTANCE).log(), (focal / FACELIFT_FOCAL).log()]
+    off_center, tilt = cameras.fxfycxcy[..., 2:] / size - 0.5, rotation[..., 2, :1]
+    pose = torch.cat([elevation, *lengths, towards_origin[..., :2], off_center, tilt], dim=-1)
     reference = pose[..., reference_view, None, :].expand_as(pose)
     return torch.cat([multiples.sin() / orders, multiples.cos() / orders, pose, reference], dim=-1)
 
@@ -96,48 +80,42 @@ def camera_rays(cameras: Cameras, reference_view: int, side: int) -> Tensor:
 
 def camera_inputs(mode: str, cameras: Cameras, reference_view: int, side: int, batch: int) -> dict[str, Tensor]:
     """Cameras [b, n] -> what a UNet of this mode reads, repeated for a batch of k * b * n (guidance halves)."""
-    count = cameras.c2w.shape[:-2].numel()
+    count = cameras.shape.numel()
     if batch % count:
         raise ValueError(f"the batch must be a multiple of the cameras' objects x views = {count}, got {batch}")
     if mode == "concat":
-        rays = camera_rays(cameras, reference_view, side).flatten(0, 1)
-        return {"camera_rays": rays.repeat(batch // count, 1, 1, 1)}
-    return {"camera_features": camera_features(cameras, reference_view).flatten(0, 1).repeat(batch // count, 1)}
-
-
-# ---- the layers they enter ------------------------------------------------------------------------------------------
+        inputs = {"camera_rays": camera_rays(cameras, reference_view, side)}
+    else:
+        inputs = {"camera_features": camera_features(cameras, reference_view)}
+    return {name: torch.cat([values.flatten(0, 1)] * (batch // count)) for name, values in inputs.items()}
 
 
 class CameraEmbedding(nn.Module):
-    """Camera features -> embedding [b, width], and its zero-initialised projection into the UNet.
+    """Camera features -> embedding [b, width], and its zero-initialized projection into the UNet.
 
-    outputs: the time embedding's width (`adaln`) or the prompt tokens' width (`cross_attention`).
-    The weights are the same on every process and in every run: they are drawn from a generator of their own.
+    outputs: the time embedding's width (`adaln`) or the prompt tokens' width (`cross_attention`). The weights are drawn
+    from a generator of their own: the same on every process and in every run.
     """
 
     def __init__(self, mode: str, width: int, outputs: int) -> None:
         super().__init__()
-        if mode == "cross_attention" and width % TOKENS:
+        # One projection for all tokens, each of its own part of the embedding: equal zero tokens would stay equal.
+        self.tokens = TOKENS if mode == "cross_attention" else 1
+        if width % self.tokens:
             raise ValueError(f"the time embedding's width must be a multiple of {TOKENS}, got {width}")
         self.mlp = nn.Sequential(nn.Linear(FEATURES, width), nn.SiLU(), nn.Linear(width, width))
+        self.output = nn.Linear(width // self.tokens, outputs)
         generator = make_generator("camera conditioning")
         # Few features differ between the views of a rig, so the usual 1 / sqrt(inputs) would make all views alike.
         nn.init.normal_(self.mlp[0].weight, generator=generator)
         nn.init.kaiming_normal_(self.mlp[2].weight, generator=generator)
-        nn.init.zeros_(self.mlp[0].bias)
-        nn.init.zeros_(self.mlp[2].bias)
-        # One projection for all tokens, each of its own part of the embedding: equal zero tokens would stay equal.
-        self.tokens = TOKENS if mode == "cross_attention" else 1
-        self.output = nn.Linear(width // self.tokens, outputs)
-        nn.init.zeros_(self.output.weight)
-        nn.init.zeros_(self.output.bias)
+        for zero in (self.mlp[0].bias, self.mlp[2].bias, self.output.weight, self.output.bias):
+            nn.init.zeros_(zero)
 
     def forward(self, features: Tensor) -> Tensor:
         """[b, FEATURES] -> [b, outputs], or [b, TOKENS, outputs]."""
         embedding = self.mlp(features.to(self.mlp[0].weight.dtype))
-        if self.tokens == 1:
-            return self.output(embedding)
-        return self.output(embedding.unflatten(-1, (self.tokens, -1)))
+        return self.output(embedding if self.tokens == 1 else embedding.unflatten(-1, (self.tokens, -1)))
 
 
 class CameraConv2d(nn.Conv2d):
@@ -162,16 +140,11 @@ class CameraAttnProcessor:
     """Cross-attention to the prompt's tokens plus cross-attention to the TOKENS camera tokens appended to them."""
 
     def __call__(
-        self,
-        attn: Attention,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
+        self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor, attention_mask: None = None
     ) -> Tensor:
         """hidden_states: [b, tokens, channels]; encoder_hidden_states: [b, prompt tokens + TOKENS, width]."""
-        if encoder_hidden_states is None or attention_mask is not None:
-            raise ValueError("camera tokens need cross-attention without a mask; got self-attention or a mask")
+        if attention_mask is not None:
+            raise ValueError("camera tokens need cross-attention without a mask; got a mask")
 
         def heads(x: Tensor) -> Tensor:
             return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)

@@ -1,9 +1,8 @@
 """Creating, loading and saving the multi-view UNet: stock diffusers weights under FaceLift's config names.
 
-A UNet folder holds `config.json` (with FaceLift's block names, num_views and attention flags, so that FaceLift loads
-it too), `diffusion_pytorch_model.safetensors` and `rig.json` (the view rig it was trained with). One with camera
-conditioning says so (`_class_name: CameraUNet`, `camera_conditioning`), has more weights (`is_camera_weight`), and is
-this project's alone.
+A UNet folder holds `config.json` (with FaceLift's names, so that FaceLift loads it too), `diffusion_pytorch_model.
+safetensors` and `rig.json` (the view rig it was trained with). One with camera conditioning (`CameraUNet`) has more
+weights (`is_camera_weight`) and is this project's alone.
 """
 
 from __future__ import annotations
@@ -17,49 +16,37 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor2_0
+from safetensors.torch import save_file
 from torch import Tensor
 
 from multiview.cameras import Cameras
-from multiview.checkpoint import load_strict, read_rig, stamp_rig
+from multiview.checkpoint import load_strict, stamp_rig
 from multiview.rig import ViewRig
-from mvdiffusion.component_files import (
-    check_sizes,
-    failure_told,
-    read_config,
-    read_weights,
-    what_is_there,
-)
-from mvdiffusion.models.attention import set_multiview_attention, set_views
-from mvdiffusion.models.camera_conditioning import CAMERA_MODES, CameraConv2d, CameraEmbedding, camera_inputs
+from mvdiffusion.component_files import check_sizes, failure_told, read_config, read_weights, what_is_there
+from mvdiffusion.models import camera_conditioning as conditioning
+from mvdiffusion.models.attention import MultiViewAttnProcessor
 
 log = logging.getLogger(__name__)
 
 WEIGHTS = "diffusion_pytorch_model"
-MOST_WEIGHTS = 4e9  # SD 2.1's UNet has 0.87e9, SDXL's 2.6e9
-TRAIN_COMMAND = "python train_diffusion.py --config configs/mouse_mvdiffusion.yaml"
-
+TRAIN_FIRST = "train one: python train_diffusion.py --config configs/mouse_mvdiffusion.yaml"
 # FaceLift's keys that its own code never reads on this path, with the values its files hold.
 FACELIFT_UNUSED = {
-    "addition_channels": [1280, 1280, 1280],
-    "addition_downsample": False,
-    "cd_attention_last": False,
-    "cd_attention_mid": False,
-    "selfattn_block": "custom",
-}
+    "addition_channels": [1280, 1280, 1280], "addition_downsample": False, "cd_attention_last": False,
+    "cd_attention_mid": False, "selfattn_block": "custom",
+}  # fmt: skip
 # Constructor arguments that FaceLift's class does not have: left out of its form where they say nothing.
 UNKNOWN_TO_FACELIFT = {"attention_type": "default", "dropout": 0.0, "reverse_transformer_layers_per_block": None}
-VIEW_KEYS = ("num_views", "multiview_attention", "sparse_mv_attention", "camera_conditioning")
 # What diffusers' EMAModel adds to the config of an EMA folder.
 EMA_KEYS = ("decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup")
-BLOCK_KEYS = ("down_block_types", "up_block_types", "mid_block_type")
-MULTIVIEW_BLOCKS = {  # stock name -> FaceLift's name
-    "CrossAttnDownBlock2D": "CrossAttnDownBlockMV2D",
-    "CrossAttnUpBlock2D": "CrossAttnUpBlockMV2D",
-    "UNetMidBlock2DCrossAttn": "UNetMidBlockMV2DCrossAttn",
-}
-READ_FIELDS = {  # what this project reads out of config.json itself
-    "num_views": int, "cross_attention_dim": int, "sample_size": int, "in_channels": int, "out_channels": int,
-    "multiview_attention": bool, "sparse_mv_attention": bool, "camera_conditioning": CAMERA_MODES,
+MULTIVIEW_BLOCKS = (  # (stock name, FaceLift's name)
+    ("CrossAttnDownBlock2D", "CrossAttnDownBlockMV2D"), ("CrossAttnUpBlock2D", "CrossAttnUpBlockMV2D"),
+    ("UNetMidBlock2DCrossAttn", "UNetMidBlockMV2DCrossAttn"),
+)  # fmt: skip
+VIEW_FIELDS = {
+    "num_views": int, "multiview_attention": bool, "sparse_mv_attention": bool,
+    "camera_conditioning": conditioning.CAMERA_MODES,
 }  # fmt: skip
 
 
@@ -68,38 +55,31 @@ class MultiViewUNet(UNet2DConditionModel):
 
     def add_camera_conditioning(self, mode: str) -> None:
         """Adds the mode's layers, without effect until trained, and records it in the config."""
-        if mode not in CAMERA_MODES:
-            raise ValueError(f"camera_conditioning must be one of {', '.join(CAMERA_MODES)}, got {mode!r}")
-        width = self.time_embedding.linear_2.out_features
+        if mode not in conditioning.CAMERA_MODES:
+            raise ValueError(f"camera_conditioning must be one of {', '.join(conditioning.CAMERA_MODES)}, got {mode!r}")
         for key in ("addition_embed_type", "encoder_hid_dim_type", "cross_attention_norm"):
             if mode != "none" and self.config[key] is not None:  # they would use the same hooks
                 raise ValueError(f"camera conditioning needs a UNet with {key} null, got {self.config[key]!r}")
-        if mode == "adaln":
-            self.camera = CameraEmbedding(mode, width, width)
-        elif mode == "cross_attention":
-            self.camera = CameraEmbedding(mode, width, self.config.cross_attention_dim)
-        elif mode == "concat":
-            self.conv_in = CameraConv2d.widen(self.conv_in)
+        if mode == "concat":
+            self.conv_in = conditioning.CameraConv2d.widen(self.conv_in)
+        elif mode != "none":
+            width = self.time_embedding.linear_2.out_features
+            outputs = width if mode == "adaln" else self.config.cross_attention_dim
+            self.camera = conditioning.CameraEmbedding(mode, width, outputs)
         self.register_to_config(camera_conditioning=mode)
 
-    def forward(
-        self, sample: Tensor, *args: Any, added_cond_kwargs: dict[str, Tensor] | None = None, **kwargs: Any
-    ) -> Any:
+    def forward(self, sample: Tensor, *args: Any, added_cond_kwargs: dict | None = None, **kwargs: Any) -> Any:
         if self.config.camera_conditioning == "concat":
             sample = torch.cat([sample, added_cond_kwargs["camera_rays"].to(sample.dtype)], dim=1)
         return super().forward(sample, *args, added_cond_kwargs=added_cond_kwargs, **kwargs)
 
-    def get_aug_embed(
-        self, emb: Tensor, encoder_hidden_states: Tensor, added_cond_kwargs: dict[str, Tensor]
-    ) -> Tensor | None:
+    def get_aug_embed(self, emb: Tensor, encoder_hidden_states: Tensor, added_cond_kwargs: dict) -> Tensor | None:
         """What the stock forward adds to the time embedding: for `adaln`, the cameras'."""
         if self.config.camera_conditioning != "adaln":
             return super().get_aug_embed(emb, encoder_hidden_states, added_cond_kwargs)
         return self.camera(added_cond_kwargs["camera_features"]).to(emb.dtype)
 
-    def process_encoder_hidden_states(
-        self, encoder_hidden_states: Tensor, added_cond_kwargs: dict[str, Tensor]
-    ) -> Tensor:
+    def process_encoder_hidden_states(self, encoder_hidden_states: Tensor, added_cond_kwargs: dict) -> Tensor:
         """What the stock forward gives to cross-attention: for `cross_attention`, with the camera tokens appended."""
         if self.config.camera_conditioning != "cross_attention":
             return super().process_encoder_hidden_states(encoder_hidden_states, added_cond_kwargs)
@@ -107,66 +87,59 @@ class MultiViewUNet(UNet2DConditionModel):
         return torch.cat([encoder_hidden_states, tokens], dim=1)
 
 
-# ---- configuration --------------------------------------------------------------------------------------------------
-
-
 def read_unet_config(folder: Path | str) -> dict:
-    """Returns a UNet folder's config.json, the fields that this project reads checked for their types."""
+    """Returns a UNet folder's config.json, checked, with `camera_conditioning`, which weights are not needed for."""
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise ValueError(
-            f"UNet folder {folder} holds no config.json; {what_is_there(Path(folder))}; train one: {TRAIN_COMMAND}"
-        )
-    return read_config(path, READ_FIELDS, required=("cross_attention_dim",))
+        raise ValueError(f"UNet folder {folder} holds no config.json; {what_is_there(path.parent)}; {TRAIN_FIRST}")
+    sizes = dict.fromkeys(("cross_attention_dim", "sample_size", "in_channels", "out_channels"), int)
+    content = read_config(path, sizes | VIEW_FIELDS, required=("cross_attention_dim",))
+    return {**content, "camera_conditioning": content.get("camera_conditioning") or "none"}
 
 
 def to_stock_config(config: dict, source: str) -> tuple[dict, str | None]:
-    """Returns the stock constructor's arguments out of FaceLift's (or a stock) UNet config, and the attention mode.
-
-    The mode is None where the config does not say (a plain 2D UNet).
-    Raises ValueError for a key that is neither diffusers' nor FaceLift's.
-    """
+    """Returns the stock constructor's arguments of a FaceLift or stock config, and the attention mode (None: 2D)."""
     known = set(inspect.signature(UNet2DConditionModel.__init__).parameters) - {"self"}
-    unknown = {key for key in config if not key.startswith("_")} - known - {*VIEW_KEYS, *FACELIFT_UNUSED, *EMA_KEYS}
+    unknown = {key for key in config if not key.startswith("_")} - known - {*VIEW_FIELDS, *FACELIFT_UNUSED, *EMA_KEYS}
     if unknown:
         raise ValueError(f"{source}: unknown UNet config keys {sorted(unknown)}")
-    stock = {key: value for key, value in config.items() if key in known}
-    for key in BLOCK_KEYS:
-        if stock.get(key) is not None:
-            stock[key] = _renamed(stock[key], {mine: stock_name for stock_name, mine in MULTIVIEW_BLOCKS.items()})
+    text = json.dumps({key: value for key, value in config.items() if key in known})
+    for stock_name, name in MULTIVIEW_BLOCKS:
+        text = text.replace(f'"{name}"', f'"{stock_name}"')
     mode = None
     if "multiview_attention" in config:
         sparse = "sparse" if config.get("sparse_mv_attention", False) else "full"
         mode = sparse if config["multiview_attention"] else "none"
-    return stock, mode
+    return json.loads(text), mode
 
 
 def to_facelift_config(unet: MultiViewUNet) -> dict:
-    """The inverse of `to_stock_config`: what is written, loadable by FaceLift (without cameras) and by this project."""
-    stock = json.loads(unet.to_json_string())
+    """Returns the inverse of `to_stock_config`, which FaceLift (without cameras) and this project load."""
+    text = unet.to_json_string()
+    for stock_name, name in MULTIVIEW_BLOCKS:
+        text = text.replace(f'"{stock_name}"', f'"{name}"')
     config = {
         key: value
-        for key, value in stock.items()
-        if not key.startswith("_") and key not in VIEW_KEYS and (key, value) not in UNKNOWN_TO_FACELIFT.items()
+        for key, value in json.loads(text).items()
+        if (key == "_diffusers_version" or not key.startswith("_")) and (key, value) not in UNKNOWN_TO_FACELIFT.items()
     }
-    config.update({key: _renamed(config[key], MULTIVIEW_BLOCKS) for key in BLOCK_KEYS}, **FACELIFT_UNUSED)
-    config.update({key: stock[key] for key in VIEW_KEYS[:3]})
-    name = "UNetMV2DConditionModel"
-    if unet.config.camera_conditioning != "none":
-        name, config["camera_conditioning"] = "CameraUNet", unet.config.camera_conditioning
-    return {"_class_name": name, "_diffusers_version": stock["_diffusers_version"], **config}
-
-
-def _renamed(names: str | list, table: dict[str, str]) -> str | list:
-    return table.get(names, names) if isinstance(names, str) else [_renamed(name, table) for name in names]
-
-
-# ---- creation, loading, saving --------------------------------------------------------------------------------------
+    name = "CameraUNet"
+    if config["camera_conditioning"] == "none":
+        del config["camera_conditioning"]
+        name = "UNetMV2DConditionModel"
+    return {**config, **FACELIFT_UNUSED, "_class_name": name}
 
 
 def configure_views(unet: MultiViewUNet, num_views: int, attention: str) -> MultiViewUNet:
-    """Sets the number of views and the attention mode, and records both in the UNet's config."""
-    set_multiview_attention(unet, num_views, attention)
+    """Puts multi-view attention into every self-attention layer (attn1), or takes it out (`none`); tells the config."""
+    if attention not in ("sparse", "full", "none"):
+        raise ValueError(f"attention must be one of sparse, full, none, got {attention!r}")
+    own = cross = AttnProcessor2_0()  # cross-attention (attn2) stays stock but for camera tokens
+    if attention != "none":
+        own = MultiViewAttnProcessor(num_views, attention)
+    if unet.config.camera_conditioning == "cross_attention":
+        cross = conditioning.CameraAttnProcessor()
+    unet.set_attn_processor({name: own if ".attn1." in name else cross for name in unet.attn_processors})
     unet.register_to_config(
         num_views=num_views, multiview_attention=attention != "none", sparse_mv_attention=attention == "sparse"
     )
@@ -188,33 +161,26 @@ def _without_weights(stock: dict, source: Path | str) -> MultiViewUNet:
     with failure_told(f"{source} makes no UNet2DConditionModel"), torch.device("meta"):
         unet = MultiViewUNet(**stock)
     count = sum(parameter.numel() for parameter in unet.parameters())
-    if count > MOST_WEIGHTS:
-        raise ValueError(f"{source} makes a UNet of {count / 1e9:.1f}e9 weights, at most {MOST_WEIGHTS / 1e9:g}e9 fit")
+    if count > 4e9:  # SD 2.1's UNet has 0.87e9, SDXL's 2.6e9
+        raise ValueError(f"{source} makes a UNet of {count / 1e9:.1f}e9 weights, at most 4e9 fit")
     return unet
 
 
 def load_unet(
-    folder: Path | str,
-    *,
-    num_views: int | None = None,
-    attention: str | None = None,
-    camera_conditioning: str | None = None,
-    widen_conv_in: bool = False,
-    dtype: torch.dtype = torch.float32,
-) -> MultiViewUNet:
+    folder: Path | str, *, num_views: int | None = None, attention: str | None = None,
+    camera_conditioning: str | None = None, widen_conv_in: bool = False, dtype: torch.dtype = torch.float32,
+) -> MultiViewUNet:  # fmt: skip
     """Loads a UNet folder of this project, of FaceLift, or (widen_conv_in) a stock 2D one.
 
-    num_views, attention: override what the config says; needed where it says nothing.
-    camera_conditioning: None takes what the config says; a name adds it, without effect until trained, to a UNet that
-    has none (and is refused by a UNet that has another).
-    widen_conv_in: where the source has only the noisy latents' input channels, the conditioning image's are added with
-    zero weights. A UNet that has them already keeps its own weights.
+    num_views, attention: override what the config says; needed where it says nothing. camera_conditioning: adds it,
+    without effect until trained, to a UNet that has none (one that has another refuses). widen_conv_in: where the
+    source has only the noisy latents' input channels, the conditioning image's are added with zero weights.
     Raises ValueError for a missing folder or config, unknown keys, weights that do not fit or are not finite.
     """
-    folder = Path(folder)
-    path, content = folder / "config.json", read_unet_config(folder)
+    path = Path(folder) / "config.json"
+    content = read_unet_config(folder)
     stock, stored_mode = to_stock_config(content, str(path))
-    stored_cameras = content.get("camera_conditioning") or "none"
+    stored_cameras = content["camera_conditioning"]
     cameras = camera_conditioning or stored_cameras
     if stored_cameras not in ("none", cameras):
         raise ValueError(
@@ -228,9 +194,9 @@ def load_unet(
     if in_channels == latent_channels and not widen_conv_in:
         raise ValueError(
             f"UNet in {folder}: in_channels must be {2 * latent_channels} (noisy latents + input image), got "
-            f"{in_channels}; it is a 2D UNet, to be fine-tuned first: {TRAIN_COMMAND}"
+            f"{in_channels}; a 2D UNet must be fine-tuned first; {TRAIN_FIRST}"
         )
-    state = read_weights(folder, WEIGHTS)
+    state = read_weights(path.parent, WEIGHTS)
     if in_channels == latent_channels and "conv_in.weight" in state:
         weight = state["conv_in.weight"]  # [out, c, kh, kw] -> [out, 2c, kh, kw], the new half zero
         state["conv_in.weight"] = torch.cat([weight, torch.zeros_like(weight)], dim=1)
@@ -251,24 +217,20 @@ def fill_empty(
 ) -> None:
     """Puts tensors, as `dtype`, into a model made without weights; refuses what does not fit it (`load_strict`)."""
     with warnings.catch_warnings():
-        # Into parameters without memory nothing can be copied, and torch warns of that: here only names and shapes are
-        # compared. The tensors themselves become the parameters, so that a model is in memory once and not twice.
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # of copies into parameters without memory: only names and shapes are compared
         load_strict(model, state, source)
-    # Copies, because safetensors maps its file: it may be replaced while the model lives.
+    # The tensors become the parameters: a model is in memory once and not twice. Copies, because safetensors maps its
+    # file, which may be replaced while the model lives.
     model.load_state_dict({name: tensor.to(dtype, copy=True) for name, tensor in state.items()}, assign=True)
 
 
 def save_unet(
     unet: MultiViewUNet, folder: Path | str, rig: ViewRig, *, state: dict | None = None, half: bool = False
 ) -> None:
-    """Writes a UNet folder: FaceLift's config.json, safetensors weights, rig.json.
+    """Writes a UNet folder (FaceLift's config.json, safetensors weights, rig.json); the caller makes it atomic.
 
     state: weights to write instead of the module's own (an EMA copy). half: float16 on disk (for shipping).
-    `folder` is created; the caller makes the write atomic (multiview.files.atomic_folder).
     """
-    from safetensors.torch import save_file
-
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(to_facelift_config(unet), indent=2, sort_keys=True) + "\n")
@@ -279,67 +241,41 @@ def save_unet(
 
 
 def resolve_unet_folder(path: Path | str) -> Path:
-    """A UNet folder from what users pass: the folder itself, a `checkpoint-<step>`, or a components folder.
-
-    In a training checkpoint `unet_ema` is preferred: it is what validation measures.
-    """
+    """A UNet folder from what users pass: the folder itself, a `checkpoint-<step>`, or a components folder."""
     path = Path(path)
-    for name in ("", "unet_ema", "unet"):
+    for name in ("", "unet_ema", "unet"):  # of a training checkpoint what validation measures
         if (path / name / "config.json").is_file():
             return path / name
-    raise ValueError(
-        f"no UNet at {path}: expected config.json there or in its unet/ folder; {what_is_there(path)}; "
-        f"train one: {TRAIN_COMMAND}"
-    )
-
-
-def unet_rig(folder: Path | str) -> ViewRig | None:
-    """The rig stamped into a UNet folder; None for public weights, which carry none."""
-    return read_rig(Path(folder))
-
-
-def camera_conditioning_of(folder: Path | str) -> str:
-    """What a UNet folder's config says, without loading weights: `none`, `adaln`, `cross_attention` or `concat`."""
-    return read_unet_config(folder).get("camera_conditioning") or "none"
-
-
-# ---- one call -------------------------------------------------------------------------------------------------------
+    found = what_is_there(path)
+    raise ValueError(f"no UNet at {path}: expected config.json there or in its unet/ folder; {found}; {TRAIN_FIRST}")
 
 
 def run_unet(
-    unet: torch.nn.Module,
-    inputs: Tensor,
-    step: Tensor | int,
-    *,
-    prompts: Tensor,
-    labels: Tensor,
-    cameras: Cameras | None,
-    reference_view: int,
-) -> Tensor:
-    """One prediction for a batch of k * b * n latents: k repetitions (guidance halves) of b objects of n views.
+    unet: torch.nn.Module, inputs: Tensor, step: Tensor | int, *, prompts: Tensor, labels: Tensor,
+    cameras: Cameras | None, reference_view: int,
+) -> Tensor:  # fmt: skip
+    """Returns one prediction [k * b * n, c, l, l] for k repetitions (guidance halves) of b objects of n views.
 
-    unet: the module, or what accelerate (DDP), torch.compile or peft wrapped around it.
+    unet: the module, or what accelerate (DDP), torch.compile or peft wrapped around it. reference_view: the input's.
     inputs: [k * b * n, 2 * c, l, l], noisy latents and the input image's. step: one for all, or [k * b * n].
     prompts: [k * b * n, tokens, width]. labels: [k * b * n, d].
     cameras: [b, n], of images of any size in any world frame: only where they stand relative to the reference view
     and the world's z axis counts. Needed with camera conditioning, where n may be any number; otherwise None or the n
     views that the UNet was made for (their poses are not used).
-    reference_view: index of the view that shows the input image.
-    Returns [k * b * n, c, l, l]. Raises ValueError where cameras are missing or do not go with the batch.
     """
     config = unet.module.config if hasattr(unet, "module") else unet.config
-    mode, views = config.camera_conditioning, config.num_views
-    conditions = {}
+    mode, views, conditions = config.camera_conditioning, config.num_views, {}
     if mode != "none":
         if cameras is None:
             raise ValueError(f"a UNet with camera_conditioning {mode} needs cameras [b, n], got None")
-        views = cameras.shape[-1]
-        added = camera_inputs(mode, cameras.to(inputs.device), reference_view, inputs.shape[-1], len(inputs))
+        views, cameras = cameras.shape[-1], cameras.to(inputs.device)
+        added = conditioning.camera_inputs(mode, cameras, reference_view, inputs.shape[-1], len(inputs))
         conditions = {"added_cond_kwargs": added}
     elif cameras is not None and cameras.shape[-1] != views:
-        raise ValueError(
-            f"a UNet without camera conditioning generates the {views} views it was trained with, got "
-            f"{cameras.shape[-1]} cameras"
-        )
-    set_views(unet, views, reference_view)
+        got = f"got {cameras.shape[-1]} cameras"
+        raise ValueError(f"a UNet without camera conditioning generates the {views} views it was trained with, {got}")
+    for module in unet.modules():
+        processor = getattr(module, "processor", None)
+        if isinstance(processor, MultiViewAttnProcessor):
+            processor.num_views, processor.reference_view = views, reference_view
     return unet(inputs, step, encoder_hidden_states=prompts, class_labels=labels, **conditions).sample

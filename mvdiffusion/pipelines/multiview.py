@@ -3,58 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, SchedulerMixin, UniPCMultistepScheduler
 from torch import Tensor
 
 from multiview.cameras import Cameras
 from multiview.image import resize_rgba
 from multiview.run import make_generator
-from mvdiffusion.latents import class_labels, clip_pixels_exact, condition_latents, decode_latents, image_embeddings
+from mvdiffusion.components import Components
+from mvdiffusion.latents import class_labels, condition_latents, decode_latents, image_embeddings
 from mvdiffusion.models.unet import run_unet
 from mvdiffusion.prompts import PromptEmbeds, check_embeds_fit
 
-if TYPE_CHECKING:
-    from diffusers import DDIMScheduler, SchedulerMixin
-
-    from mvdiffusion.components import Components
-
-NUM_STEPS = 50
-GUIDANCE_SCALE = 3.0
-SAMPLERS = ("ddim", "dpm++", "unipc")
+NUM_STEPS, GUIDANCE_SCALE = 50, 3.0
 DDIM_ETA = 1.0  # FaceLift's: as much fresh noise per step as in DDPM
+SAMPLERS = {
+    "ddim": DDIMScheduler,  # as recorded
+    "dpm++": DPMSolverMultistepScheduler,  # 2nd order, https://arxiv.org/abs/2211.01095
+    "unipc": UniPCMultistepScheduler,  # https://arxiv.org/abs/2302.04867
+}
 
 
 def make_sampler(scheduler: DDIMScheduler, sampler: str) -> SchedulerMixin:
-    """A fresh scheduler of the noise schedule and prediction type that `scheduler` (the components') records.
-
-    ddim: the recorded one as it is. dpm++ (2nd order multistep DPM-Solver++, https://arxiv.org/abs/2211.01095) and
-    unipc (https://arxiv.org/abs/2302.04867) spread their steps from the last trained one (`trailing`,
-    https://arxiv.org/abs/2305.08891): with `leading` few steps begin at a time step where pure noise was never seen.
-    """
-    from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
-
+    """A fresh scheduler of the noise schedule and prediction type that `scheduler` (the components') records."""
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
-    if sampler == "ddim":
-        return type(scheduler).from_config(scheduler.config)
-    kind = DPMSolverMultistepScheduler if sampler == "dpm++" else UniPCMultistepScheduler
-    return kind.from_config(scheduler.config, timestep_spacing="trailing")
+    # From the last trained step: with `leading`, few steps begin where pure noise was never seen (arxiv 2305.08891).
+    spacing = {} if sampler == "ddim" else {"timestep_spacing": "trailing"}
+    return SAMPLERS[sampler].from_config(scheduler.config, **spacing)
 
 
 @torch.no_grad()
 def generate_views(
-    components: Components,
-    images: Tensor,
-    embeds: PromptEmbeds,
-    *,
-    seeds: Sequence[int] = (0,),
-    num_steps: int = NUM_STEPS,
-    guidance_scale: float = GUIDANCE_SCALE,
-    sampler: str = "ddim",
+    components: Components, images: Tensor, embeds: PromptEmbeds, *, seeds: Sequence[int] = (0,),
+    num_steps: int = NUM_STEPS, guidance_scale: float = GUIDANCE_SCALE, sampler: str = "ddim",
     progress: Callable[[Iterable], Iterable] | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Generates the rig's views of each image.
 
     images: [b, 3, h, w] 0..1, RGB on white, square; resized to the UNet's image size.
@@ -76,11 +61,7 @@ def generate_views(
         return noise.to(device, unet.dtype)
 
     scheduler, guided = make_sampler(components.scheduler, sampler), guidance_scale != 1.0
-    labels, image_latents, prompts = _conditions(components, images, embeds, draw)
-    if guided:  # the unconditional half has no image (zero labels and latents), but the same prompts and cameras
-        labels, image_latents = (torch.cat([torch.zeros_like(part), part]) for part in (labels, image_latents))
-        prompts = torch.cat([prompts, prompts])
-    cameras = None if unet.config.camera_conditioning == "none" else _cameras(components, embeds, len(images))
+    image_latents, conditions = _conditions(components, images.to(device), embeds, draw, guided)
     scheduler.set_timesteps(num_steps)
     shape = (rig.num_views, unet.config.out_channels, unet.config.sample_size, unet.config.sample_size)
     x = draw(*shape).flatten(0, 1) * scheduler.init_noise_sigma
@@ -89,9 +70,7 @@ def generate_views(
         for step in progress(steps) if progress is not None else steps:
             noisy = torch.cat([x, x]) if guided else x
             inputs = scheduler.scale_model_input(torch.cat([noisy, image_latents], dim=1), step)
-            prediction = run_unet(
-                unet, inputs, step, prompts=prompts, labels=labels, cameras=cameras, reference_view=rig.reference_view
-            )
+            prediction = run_unet(unet, inputs, step, **conditions)
             if guided:
                 unconditional, conditional = prediction.chunk(2)
                 prediction = unconditional + guidance_scale * (conditional - unconditional)
@@ -105,30 +84,31 @@ def generate_views(
     with components.on_device("vae"):
         generated = decode_latents(components, x).unflatten(0, (len(images), rig.num_views))
     if not generated.isfinite().all():
-        raise ValueError(
-            f"the autoencoder in {components.folder} gives images that are not finite: its weights are damaged, copy "
-            "them again or name other components"
-        )
+        remedy = "its weights are damaged, copy them again or name other components"
+        raise ValueError(f"the autoencoder in {components.folder} gives images that are not finite: {remedy}")
     return generated
 
 
 def _conditions(
-    components: Components, images: Tensor, embeds: PromptEmbeds, draw: Callable[..., Tensor]
-) -> list[Tensor]:
-    """Class labels, image latents and prompts of every view; the image is encoded once and shared by its views."""
-    dtype, device, views = components.unet.dtype, components.device, embeds.rig.num_views
-    resized = torch.stack([resize_rgba(image.cpu(), components.image_size) for image in images]).to(device)
+    components: Components, images: Tensor, embeds: PromptEmbeds, draw: Callable[..., Tensor], guided: bool
+) -> tuple[Tensor, dict]:
+    """Image latents of every view, and the conditions `run_unet` takes; with guidance the unconditional half first."""
+    unet, rig = components.unet, embeds.rig
     with components.on_device("image_encoder"):
-        embedding = image_embeddings(components, clip_pixels_exact(components, images.to(device)))
+        embedding = image_embeddings(components, images, exact=True)
     labels = class_labels(components, embedding, draw(embedding.shape[-1]))
+    resized = torch.stack([resize_rgba(image, components.image_size) for image in images.cpu()]).to(images.device)
     with components.on_device("vae"):
         latents = condition_latents(components, resized)
-    per_view = [tensor.to(dtype).repeat_interleave(views, dim=0) for tensor in (labels, latents)]
-    return [*per_view, embeds.tensor.to(device, dtype).repeat(len(images), 1, 1)]
-
-
-def _cameras(components: Components, embeds: PromptEmbeds, count: int) -> Cameras:
-    """The rig's cameras [count, n]."""
-    own = embeds.rig.cameras(components.image_size)
-    c2w, fxfycxcy = own.c2w.expand(count, -1, -1, -1), own.fxfycxcy.expand(count, -1, -1)
-    return Cameras(c2w, fxfycxcy, own.height, own.width).to(components.device)
+    # Each image is encoded once and shared by its views.
+    labels, latents = (x.to(unet.dtype).repeat_interleave(rig.num_views, dim=0) for x in (labels, latents))
+    prompts = embeds.tensor.to(images.device, unet.dtype).repeat(len(images), 1, 1)
+    if guided:  # the unconditional half has no image (zero labels and latents), but the same prompts and cameras
+        labels, latents = (torch.cat([torch.zeros_like(part), part]) for part in (labels, latents))
+        prompts = torch.cat([prompts, prompts])
+    cameras = None
+    if unet.config.camera_conditioning != "none":
+        own = rig.cameras(components.image_size).to(images.device)
+        c2w, fxfycxcy = own.c2w.expand(len(images), -1, -1, -1), own.fxfycxcy.expand(len(images), -1, -1)
+        cameras = Cameras(c2w, fxfycxcy, own.height, own.width)
+    return latents, {"prompts": prompts, "labels": labels, "cameras": cameras, "reference_view": rig.reference_view}

@@ -1,10 +1,8 @@
 """Is this a calibration of cameras around an animal? Everything here is decided before a video is opened.
 
-A rotation that is none, NaN and wrong shapes are refused where a file is read (`fields`), intrinsics that cannot be in
-`model`. Here: cameras that share no volume, and the usual ways of writing extrinsics that were meant otherwise. Each
-such way turns the cameras into others that are rarely as good: they see no common volume, or their axes meet far worse.
-What was meant is then named. Some ways stay hidden from a calibration alone (a world fixed to the first camera reads as
-well backwards), and show when images are compared with it: `recording.quality`.
+Cameras that share no volume are refused, and extrinsics that were meant otherwise: each usual way of writing them turns
+the cameras into others that see no common volume, or whose axes meet far worse. What was meant is then named. Some ways
+stay hidden (a world fixed to the first camera reads as well backwards) until images are compared: `quality.belongs`.
 """
 
 from __future__ import annotations
@@ -25,14 +23,14 @@ SLACK_DEG = 10.0  # beyond this a reading that converges is believed over the on
 LEAST_VOLUME = 0.01  # radius of the largest ball all cameras see, over their mean distance from it
 
 
-def _assembled(rotation: np.ndarray, translation: np.ndarray) -> np.ndarray:
-    w2c = np.tile(np.eye(4), (len(rotation), 1, 1))
+def _moved(w2c: np.ndarray, rotation: np.ndarray, translation: np.ndarray) -> np.ndarray:
+    w2c = w2c.copy()
     w2c[:, :3, :3], w2c[:, :3, 3] = rotation, translation
     return w2c
 
 
 def _inverse(w2c: np.ndarray) -> np.ndarray:
-    return _assembled(w2c[:, :3, :3].mT, centers_of(w2c))
+    return _moved(w2c, w2c[:, :3, :3].mT, centers_of(w2c))
 
 
 READINGS = {
@@ -41,30 +39,28 @@ READINGS = {
     "camera-to-world matrices where world-to-camera is meant; invert them": _inverse,
     "camera-to-world matrices with OpenGL axes where OpenCV's world-to-camera is meant; invert them and turn the "
     "camera's y and z axes, or give them as transforms.json": lambda w2c: OPENGL @ _inverse(w2c),
-    "rotations that are transposed; transpose R": lambda w2c: _assembled(w2c[:, :3, :3].mT, w2c[:, :3, 3]),
-    "camera centres C where T is meant; T = -R C": lambda w2c: _assembled(
-        w2c[:, :3, :3], -np.einsum("vij,vj->vi", w2c[:, :3, :3], w2c[:, :3, 3])
+    "rotations that are transposed; transpose R": lambda w2c: _moved(w2c, w2c[:, :3, :3].mT, w2c[:, :3, 3]),
+    "camera centres C where T is meant; T = -R C": lambda w2c: _moved(
+        w2c, w2c[:, :3, :3], -np.einsum("vij,vj->vi", w2c[:, :3, :3], w2c[:, :3, 3])
     ),
 }  # fmt: skip
 
 
 def validate(calibration: Calibration) -> Calibration:
     """Returns the calibration, checked without its images. Raises ValueError of one line that names the file."""
+    source = calibration.source
     if len(calibration) < 2:
-        raise ValueError(f"{calibration.source}: at least two cameras are needed, got {len(calibration)}")
+        raise ValueError(f"{source}: at least two cameras are needed, got {len(calibration)}")
     calibration.check_intrinsics()
     seen = _check_facing(calibration)
     distance = np.linalg.norm(calibration.centres - seen.focus, axis=-1)
     middle = float(np.median(distance))
     for index in np.flatnonzero((distance > 30 * middle) | (distance < middle / 30)):
         if seen.spread_deg >= PARALLEL_DEG:  # a T in another unit
-            raise ValueError(
-                f"{calibration.source}: camera {index} stands {distance[index]:.4g} from the point the cameras look "
-                f"at, the others about {middle:.4g}; are millimetres and metres mixed (a factor of 1000)?"
-            )
+            far = f"stands {distance[index]:.4g} from what the cameras look at, the others about {middle:.4g}"
+            raise ValueError(f"{source}: camera {index} {far}; are mm and m mixed (a factor of 1000)?")
     if calibration.unit is not None and calibration.unit not in MILLIMETRES:
-        units = ", ".join(MILLIMETRES)
-        raise ValueError(f"{calibration.source}: unit must be one of {units}, got {calibration.unit!r}")
+        raise ValueError(f"{source}: unit must be one of {', '.join(MILLIMETRES)}, got {calibration.unit!r}")
     _check_length(calibration, "the cameras' distance from what they look at", distance.mean(), RIG_DISTANCE_MM)
     return calibration
 
@@ -90,7 +86,8 @@ class Layout:
 
     @property
     def possible(self) -> bool:
-        """A common volume in front of all cameras. Where axes are nearly parallel, where they meet means nothing."""
+        """A common volume in front of all cameras."""
+        # Where axes are nearly parallel, where they meet means nothing.
         facing = bool((self.depth > 0).all()) or self.spread_deg < PARALLEL_DEG
         return self.twins is None and self.ball > LEAST_VOLUME and facing
 
@@ -111,94 +108,71 @@ def nearest(centers: np.ndarray, directions: np.ndarray) -> np.ndarray:
 
 def layout(w2c: np.ndarray, half: np.ndarray) -> Layout:
     """w2c: [v, 4, 4]. half: [v, 4] tangents of the angles an image reaches left, right, up and down of its axis."""
-    axes, centers = w2c[:, 2, :3], centers_of(w2c)
+    from scipy.optimize import linprog
+
+    axes, centers, count = w2c[:, 2, :3], centers_of(w2c), len(w2c)
     focus = nearest(centers, axes)
     offset = focus - centers
     depth = np.einsum("vi,vi->v", axes, offset)
     miss = np.linalg.norm(offset - depth[:, None] * axes, axis=-1)
     spread = float(np.degrees(np.arccos(np.clip(axes @ axes.T, -1.0, 1.0)).max()))
-    apart = np.linalg.norm(centers[:, None] - centers[None], axis=-1) + 1e9 * np.eye(len(w2c))
+    apart = np.linalg.norm(centers[:, None] - centers[None], axis=-1) + 1e9 * np.eye(count)
     same = apart < 1e-4 * np.median(np.linalg.norm(w2c[:, :3, 3], axis=-1))
     same &= axes @ axes.T > np.cos(np.radians(0.01))
-    twins = tuple(int(k) for k in np.argwhere(same)[0]) if same.any() else None
-    ball = -1.0 if twins else _largest_ball(w2c, half)
+    twins, ball = (tuple(int(k) for k in np.argwhere(same)[0]) if same.any() else None), -1.0
+    if not twins:
+        # A linear program (the Chebyshev center): n . (x - c) >= r for each frustum's unit inward normals n.
+        middle = centers.mean(0)
+        around = (centers - middle) / np.linalg.norm(centers - middle, axis=-1).max()
+        normals = np.tile([[1.0, 0, 0], [-1.0, 0, 0], [0, 1.0, 0], [0, -1.0, 0], [0, 0, 1.0]], (count, 1, 1))
+        normals[:, :4, 2] = half
+        normals /= np.linalg.norm(normals, axis=-1, keepdims=True)
+        world = np.einsum("vni,vij->vnj", normals, w2c[:, :3, :3])
+        reach = np.einsum("vnj,vj->vn", world, around)
+        rows, limits = np.concatenate([-world.reshape(-1, 3), np.ones((5 * count, 1))], axis=1), (-50.0, 50.0)
+        found = linprog([0, 0, 0, -1.0], A_ub=rows, b_ub=-reach.ravel(), bounds=[limits, limits, limits, (None, 10.0)])
+        if found.x is not None:
+            ball = float(found.x[3] / np.linalg.norm(around - found.x[:3], axis=-1).mean())
     return Layout(focus, depth, np.degrees(np.arctan2(miss, depth)), spread, ball, twins)
-
-
-def _largest_ball(w2c: np.ndarray, half: np.ndarray) -> float:
-    """Of the balls within all view frusta the largest one's radius, over its mean distance from the cameras.
-
-    A linear program (the Chebyshev center): n . (x - c) >= r for each frustum's unit inward normals n.
-    """
-    from scipy.optimize import linprog
-
-    centers = centers_of(w2c)
-    middle = centers.mean(0)
-    scale = float(np.linalg.norm(centers - middle, axis=-1).max())
-    count = len(w2c)
-    normals = np.tile([[1.0, 0, 0], [-1.0, 0, 0], [0, 1.0, 0], [0, -1.0, 0], [0, 0, 1.0]], (count, 1, 1))
-    normals[:, :4, 2] = half
-    normals /= np.linalg.norm(normals, axis=-1, keepdims=True)
-    world = np.einsum("vni,vij->vnj", normals, w2c[:, :3, :3])
-    reach = np.einsum("vnj,vj->vn", world, (centers - middle) / scale)
-    rows = np.concatenate([-world.reshape(-1, 3), np.ones((5 * count, 1))], axis=1)
-    found = linprog([0.0, 0.0, 0.0, -1.0], A_ub=rows, b_ub=-reach.ravel(), bounds=[*[(-50.0, 50.0)] * 3, (None, 10.0)])
-    if found.x is None:
-        return -1.0
-    distance = np.linalg.norm((centers - middle) / scale - found.x[:3], axis=-1).mean()
-    return float(found.x[3] / distance)
 
 
 def field_of_view(calibration: Calibration) -> np.ndarray:
     """[v, 4] tangents of what images reach left, right, up, down; a size not known is twice the principal point."""
-    K = calibration.K
-    principal = K[:, :2, 2]
+    K, principal = calibration.K, calibration.K[:, :2, 2]
     sizes = [
-        (1.0, 1.0) if calibration.relative else size if size is not None else tuple(2 * principal[index])
-        for index, size in enumerate(calibration.sizes)
+        (1.0, 1.0) if calibration.relative else size if size is not None else tuple(2 * center)
+        for size, center in zip(calibration.sizes, principal)
     ]
-    rest = np.array(sizes, dtype=np.float64) - principal
-    left, up, right, down = principal[:, 0], principal[:, 1], rest[:, 0], rest[:, 1]
+    (left, up), (right, down) = principal.T, (np.array(sizes, dtype=np.float64) - principal).T
     return np.stack([left / K[:, 0, 0], right / K[:, 0, 0], up / K[:, 1, 1], down / K[:, 1, 1]], axis=-1)
 
 
 def _check_facing(calibration: Calibration) -> Layout:
     """Returns the layout of cameras that look at a common volume where no other reading makes far better sense."""
-    source, half = calibration.source, field_of_view(calibration)
-    written = layout(calibration.w2c, half)
+    source, w2c, half = calibration.source, calibration.w2c, field_of_view(calibration)
+    written = layout(w2c, half)
     worst = float(written.off_deg.max())
     if written.possible and (len(calibration) < 4 or worst <= SLACK_DEG):
         return written
-    meant = _better_readings(calibration.w2c, half, written)
+    # Several readings may do, e.g. where the world is the first camera's: all are named, the usual mistakes first.
+    meant = []
+    for name, read in READINGS.items():
+        other = layout(read(w2c), half)
+        better = other.ball > written.ball and other.off_deg.max() < 0.5 * worst
+        if other.converged and (better or not written.possible):
+            meant.append(name)
     if meant:
         how = "do not look at a common volume" if not written.possible else f"look past each other by {worst:.0f} deg"
         raise ValueError(f"{source}: as written the cameras {how}, but they do when read as {', or as '.join(meant)}")
-    if not written.twins:
-        _check_odd_camera(calibration, half, written)
+    if written.twins:
+        a, b = written.twins
+        raise ValueError(f"{source}: cameras {a} and {b} are one and the same pose; give R and T of each camera")
+    _check_odd_camera(calibration, half, written)
     if written.possible:
         return written
-    if written.twins:
-        raise ValueError(
-            f"{source}: cameras {written.twins[0]} and {written.twins[1]} are one and the same pose; a camera is there "
-            "twice, or R and T are not per camera"
-        )
     away = np.flatnonzero(written.depth <= 0).tolist()
     which = f"camera(s) {away} look away from it" if away else "or their frusta miss each other"
     raise ValueError(f"{source}: the cameras look at no common volume ({which}); R or T is wrong, or K is")
-
-
-def _better_readings(w2c: np.ndarray, half: np.ndarray, written: Layout) -> list[str]:
-    """Returns the readings under which the axes meet well, where the file as written is far from them.
-
-    Several may do, e.g. where the world is the first camera's: then all are named, the usual mistakes first.
-    """
-    layouts = {name: layout(read(w2c), half) for name, read in READINGS.items()}
-    return [
-        name
-        for name, other in layouts.items()
-        if other.converged
-        and (not written.possible or (other.ball > written.ball and other.off_deg.max() < 0.5 * written.off_deg.max()))
-    ]
 
 
 def _check_odd_camera(calibration: Calibration, half: np.ndarray, written: Layout) -> None:
@@ -227,18 +201,13 @@ def _check_odd_camera(calibration: Calibration, half: np.ndarray, written: Layou
 
 
 def check_body_length(calibration: Calibration, measured: float, stated: float | None = None) -> None:
-    """The animal's measured length (calibration's unit) is an animal's, and about what --body_length says.
-
-    Raises ValueError that names the factor (1000 for millimetres against metres) where one explains it.
-    """
+    """Raises ValueError unless the measured length (calibration's unit) is an animal's, and about --body_length."""
     if stated is not None and not 1 / 3 <= stated / measured <= 3:
-        power = np.log10(measured / stated)
-        factors = [10.0**p for p in (-3, 3) if abs(power - p) < 0.4]
-        units = [f", {factor:g} times as much (millimetres against metres?)" for factor in factors]
-        raise ValueError(
-            f"--body_length {stated:.4g} does not fit {calibration.source}: in its unit the masks show an animal "
-            f"{measured:.3g} long{''.join(units)}; give --body_length in the calibration's unit, or leave it out"
-        )
+        factors = [f for f in (1000.0, 0.001) if abs(np.log10(measured / stated / f)) < 0.4]
+        hints = [f", {factor:g} times as much (millimetres against metres?)" for factor in factors]
+        length = f"{measured:.3g} long{''.join(hints)}"
+        remedy = "give --body_length in the calibration's unit, or leave it out"
+        raise ValueError(f"--body_length {stated:.4g}: {calibration.source} shows an animal {length}; {remedy}")
     _check_length(calibration, "the animal's length", measured, BODY_LENGTH_MM)
 
 
@@ -247,10 +216,9 @@ def _check_length(calibration: Calibration, what: str, length: float, allowed_mm
     length_mm = length * MILLIMETRES[calibration.unit] if calibration.unit else allowed_mm[0]
     if allowed_mm[0] <= length_mm <= allowed_mm[1]:
         return
-    factors = [f for f in (1000.0, 0.001, 10.0, 0.1) if allowed_mm[0] <= length_mm * f <= allowed_mm[1]]
-    hint = f"; it would be {length_mm * factors[0]:.3g} mm with T times {factors[0]:g}" if factors else ""
-    units = " (metres and millimetres confused?)" if factors and factors[0] in (1000.0, 0.001) else ""
-    raise ValueError(
-        f"{calibration.source}: {what} is {length_mm:.3g} mm, taking its {calibration.unit} at its word; "
-        f"{allowed_mm[0]:.0f} to {allowed_mm[1]:.0f} mm are expected{hint}{units}"
-    )
+    factors = [f for f in (1000.0, 0.001, 10.0, 0.1) if allowed_mm[0] <= length_mm * f <= allowed_mm[1]][:1]
+    hints = [f"; it would be {length_mm * f:.3g} mm with T times {f:g}" for f in factors]
+    hints += [" (metres and millimetres confused?)" for f in factors if f in (1000.0, 0.001)]
+    got = f"{what} is {length_mm:.3g} mm, taking its {calibration.unit} at its word"
+    expected = f"{allowed_mm[0]:.0f} to {allowed_mm[1]:.0f} mm are expected"
+    raise ValueError(f"{calibration.source}: {got}; {expected}{''.join(hints)}")

@@ -19,32 +19,24 @@ from recording.calibration.fields import (
     check_count,
     image_size,
     intrinsics,
-    matrix,
     natural_key,
+    numbers,
     read_bytes,
     rigid,
 )
 from recording.calibration.model import Calibration, assemble
 
-# id: (name, where each parameter goes). f stands for fx and fy at once.
-MODELS = {
-    0: ("SIMPLE_PINHOLE", "f cx cy"),
-    1: ("PINHOLE", "fx fy cx cy"),
-    2: ("SIMPLE_RADIAL", "f cx cy k1"),
-    3: ("RADIAL", "f cx cy k1 k2"),
-    4: ("OPENCV", "fx fy cx cy k1 k2 p1 p2"),
+MODELS = {  # id: (name, where each parameter goes); f stands for fx and fy at once
+    0: ("SIMPLE_PINHOLE", "f cx cy"), 1: ("PINHOLE", "fx fy cx cy"), 2: ("SIMPLE_RADIAL", "f cx cy k1"),
+    3: ("RADIAL", "f cx cy k1 k2"), 4: ("OPENCV", "fx fy cx cy k1 k2 p1 p2"),
     6: ("FULL_OPENCV", "fx fy cx cy k1 k2 p1 p2 k3 k4 k5 k6"),
-}
-OTHER_MODELS = {
-    5: "OPENCV_FISHEYE", 7: "FOV", 8: "SIMPLE_RADIAL_FISHEYE", 9: "RADIAL_FISHEYE", 10: "THIN_PRISM_FISHEYE",
-    11: "RAD_TAN_THIN_PRISM_FISHEYE",
 }  # fmt: skip
-NUMBERS = {name: number for number, (name, _) in MODELS.items()}
+OTHER_MODELS = {5: "OPENCV_FISHEYE", 7: "FOV", 8: "SIMPLE_RADIAL_FISHEYE", 9: "RADIAL_FISHEYE"}  # refused by name
 PARTS = ("cameras", "images")
 
 
 def is_colmap(folder: Path) -> bool:
-    return folder.is_dir() and any(all((folder / f"{part}{kind}").is_file() for part in PARTS) for kind in KINDS)
+    return any(all((folder / f"{part}{kind}").is_file() for part in PARTS) for kind in KINDS)
 
 
 def read_colmap(path: Path | str) -> Calibration:
@@ -52,12 +44,10 @@ def read_colmap(path: Path | str) -> Calibration:
     path = Path(path)
     folder = path if path.is_dir() else path.parent
     kinds = [path.suffix] if path.is_file() else [kind for kind in KINDS if (folder / f"cameras{kind}").is_file()]
-    for kind in kinds:
-        for part in PARTS:
-            if not (folder / f"{part}{kind}").is_file():
-                raise ValueError(f"COLMAP model {folder} lacks {part}{kind}; cameras and images are expected together")
-    if not kinds:
-        raise ValueError(f"{folder} holds no COLMAP model; cameras.txt and images.txt (or .bin) are expected")
+    missing = [f"{part}{kind}" for kind in kinds for part in PARTS if not (folder / f"{part}{kind}").is_file()]
+    if missing or not kinds:
+        what = f"lacks {', '.join(missing)}" if missing else "holds no cameras.txt or cameras.bin"
+        raise ValueError(f"COLMAP model {folder} {what}; cameras and images are expected together")
     models = [_assemble(*KINDS[kind](folder), folder, kind) for kind in kinds]
     if len(models) == 2 and not models[0].close_to(models[1], 1e-6):
         raise ValueError(f"{folder}: the text and the binary model differ; name the one to read, e.g. cameras.bin")
@@ -68,73 +58,68 @@ def _assemble(cameras: dict, images: list, folder: Path, kind: str) -> Calibrati
     from scipy.spatial.transform import Rotation
 
     static: dict[tuple, str] = {}  # camera and pose -> name of the first image
-    source = folder / f"images{kind}"
+    source, rows = folder / f"images{kind}", []
     for name, pose, camera_id in sorted(images, key=lambda image: natural_key(image[0])):
         if camera_id not in cameras:
             raise ValueError(f"{source}: image {name} uses camera {camera_id:g}, which cameras{kind} lacks")
         static.setdefault((camera_id, tuple(pose)), name)
     check_count(len(static), source)
-    rows = []
     for (camera_id, pose), name in static.items():
-        what = f"{source}: image {name}"
-        w, x, y, z, *translation = matrix(pose, (7,), f"{what}: its pose").tolist()
+        what, (K, lens, size) = f"{source}: image {name}", cameras[camera_id]
+        w, x, y, z, *translation = numbers(pose, (7,), f"{what}: its pose").tolist()
         norm = float(np.linalg.norm([w, x, y, z]))
         if abs(norm - 1.0) > 1e-3:
             raise ValueError(f"{what}: the quaternion must have length 1, got {norm:.4g}")
-        K, lens, size = cameras[camera_id]
         rows.append((K, rigid(Rotation.from_quat([x, y, z, w]).as_matrix(), translation, what), lens, size, name))
     return assemble(rows, source)
 
 
-def _camera(model: int, width: float, height: float, parameters, what: str) -> tuple:
-    """Returns (K, distortion coefficients, size) of one line or record of cameras."""
-    name, keys = MODELS[model][0], MODELS[model][1].split()
-    values = dict(zip(keys, matrix(parameters, (len(keys),), f"{what} ({name}): parameters"), strict=True))
+def _camera(model: int | str, width: float, height: float, parameters, what: str) -> tuple:
+    """Returns (K, distortion coefficients, size) of one line or record of cameras. parameters: of a number, them."""
+    name, keys = _supported(model, what)
+    values = dict(zip(keys, numbers(parameters, (len(keys),), f"{what} ({name}): parameters"), strict=True))
     fx, fy = values.get("fx", values.get("f")), values.get("fy", values.get("f"))
     lens = [values.get(key, 0.0) for key in COEFFICIENTS]
     return intrinsics(fx, fy, values["cx"], values["cy"]), lens, image_size(width, height, what)
 
 
-def _supported(model: int | str, what: str) -> int:
-    """Returns the id of a supported model, given either way."""
-    number = NUMBERS.get(model, model)
-    if number not in MODELS:
-        raise ValueError(
-            f"{what}: COLMAP camera model {OTHER_MODELS.get(model, model)} is not supported; undistort the pictures "
-            f"(colmap image_undistorter), or use one of {', '.join(NUMBERS)}"
-        )
-    return number
-
-
-# ---- text -----------------------------------------------------------------------------------------------------------
+def _supported(model: int | str, what: str) -> tuple[str, list[str]]:
+    """Returns name and parameters of a model, given by id or name."""
+    for number, (name, keys) in MODELS.items():
+        if model in (number, name):
+            return name, keys.split()
+    model, names = OTHER_MODELS.get(model, model), ", ".join(name for name, _ in MODELS.values())
+    raise ValueError(f"{what}: COLMAP camera model {model} is not supported; undistort the images, or use {names}")
 
 
 def _read_text(folder: Path) -> tuple[dict, list]:
-    cameras, images = {}, []
-    for what, line in _lines(folder / "cameras.txt"):
+    def lines(name: str):
+        for number, line in enumerate(read_text(folder / name).splitlines(), 1):
+            if not line.startswith("#"):
+                yield f"{folder / name}: line {number}", line.strip()
+
+    cameras, images, after_image = {}, [], False
+    for what, line in lines("cameras.txt"):
         words = line.split()
         if words and len(words) < 5:
             raise ValueError(f"{what} must be CAMERA_ID MODEL WIDTH HEIGHT PARAMS..., got {line[:80]!r}")
         if words:
             number, width, height, *values = _floats([words[0], *words[2:]], what)
-            cameras[number] = _camera(_supported(words[1], what), width, height, values, what)
-    after_image = False
-    for what, line in _lines(folder / "images.txt"):
-        # A line of points (x y id ...) or an empty one follows each image; some programs leave the empty ones out.
-        points, after_image = after_image and _is_points(line), False
-        if points or not line:
-            continue
+            cameras[number] = _camera(words[1], width, height, values, what)
+    for what, line in lines("images.txt"):
         words = line.split(maxsplit=9)
+        # A line of points (x y id ...) or an empty one follows each image; some programs leave the empty ones out.
+        points, after_image = after_image and _is_points(line.split()), False
+        if points or not words:
+            continue
         if len(words) != 10:
             raise ValueError(f"{what} must be IMAGE_ID QW QX QY QZ TX TY TZ CAMERA_ID NAME, got {line[:80]!r}")
-        numbers = _floats(words[:9], what)
-        images.append((words[9], numbers[1:8], numbers[8]))
-        after_image = True
+        values, after_image = _floats(words[:9], what), True
+        images.append((words[9], values[1:8], values[8]))
     return cameras, images
 
 
-def _is_points(line: str) -> bool:
-    words = line.split()
+def _is_points(words: list[str]) -> bool:
     try:
         return len(words) % 3 == 0 and all(float(word) is not None for word in words)
     except ValueError:
@@ -143,22 +128,13 @@ def _is_points(line: str) -> bool:
 
 def _floats(words: list[str], what: str) -> list[float]:
     try:
-        return matrix([float(word) for word in words], (len(words),), what).tolist()
+        return numbers([float(word) for word in words], (len(words),), what).tolist()
     except ValueError as error:
         raise ValueError(f"{what}: numbers are expected, got {' '.join(words)[:80]!r}") from error
 
 
-def _lines(path: Path):
-    for number, line in enumerate(read_text(path).splitlines(), 1):
-        if not line.startswith("#"):
-            yield f"{path}: line {number}", line.strip()
-
-
-# ---- binary (little-endian) -----------------------------------------------------------------------------------------
-
-
 class _Records:
-    """Reads structs one after the other; a file that ends too soon is named."""
+    """Reads little-endian structs one after the other; a file that ends too soon is named."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.data, self.at = path, read_bytes(path), 0
@@ -170,10 +146,8 @@ class _Records:
 
     def skip(self, size: int) -> None:
         if self.at + size > len(self.data):
-            raise ValueError(
-                f"{self.path} is truncated: {size} bytes are expected at {self.at}, the file has {len(self.data)}; "
-                "copy the model again"
-            )
+            wanted, got = f"{size} bytes are expected at {self.at}", f"the file has {len(self.data)}"
+            raise ValueError(f"{self.path} is truncated: {wanted}, {got}; copy the model again")
         self.at += size
 
     def name(self) -> str:
@@ -198,8 +172,8 @@ def _read_binary(folder: Path) -> tuple[dict, list]:
     for _ in records.repeat():
         camera_id, model, width, height = records.take("IiQQ")
         what = f"{records.path}: camera {camera_id}"
-        count = len(MODELS[_supported(model, what)][1].split())
-        cameras[camera_id] = _camera(model, width, height, records.take(f"{count}d"), what)
+        values = records.take(f"{len(_supported(model, what)[1])}d")
+        cameras[camera_id] = _camera(model, width, height, values, what)
     records = _Records(folder / "images.bin")
     for _ in records.repeat():
         _, *pose, camera_id = records.take("I7dI")
@@ -211,14 +185,10 @@ def _read_binary(folder: Path) -> tuple[dict, list]:
 KINDS = {".txt": _read_text, ".bin": _read_binary}
 
 
-# ---- writing --------------------------------------------------------------------------------------------------------
-
-
 def write_colmap(folder: Path | str, calibration: Calibration, *, binary: bool) -> None:
     """cameras and images (one camera per image, no points), and an empty points3D, which COLMAP's readers want.
 
-    FULL_OPENCV where a lens has k3 or k4..k6, OPENCV where it has any coefficient, else PINHOLE. Raises ValueError for
-    skew and unknown image sizes, which the format cannot hold.
+    FULL_OPENCV where a lens has k3 or k4..k6, OPENCV where it has any coefficient, else PINHOLE.
     """
     from scipy.spatial.transform import Rotation
 
@@ -238,9 +208,8 @@ def write_colmap(folder: Path | str, calibration: Calibration, *, binary: bool) 
         packed["images"].append(struct.pack("<I7dI", number, *pose, number) + name.encode() + bytes(9))
         lines["cameras"].append(f"{number} {MODELS[model][0]} {width} {height} {' '.join(map(repr, values))}")
         lines["images"].append(f"{number} {' '.join(map(repr, pose))} {number} {name}\n")
+    kind = ".bin" if binary else ".txt"
     for part in PARTS:
-        if binary:
-            (folder / f"{part}.bin").write_bytes(b"".join(packed[part]))
-        else:
-            (folder / f"{part}.txt").write_text("\n".join(lines[part]) + "\n")
-    (folder / ("points3D.bin" if binary else "points3D.txt")).write_bytes(bytes(8) if binary else b"# no points\n")
+        text = ("\n".join(lines[part]) + "\n").encode()
+        (folder / f"{part}{kind}").write_bytes(b"".join(packed[part]) if binary else text)
+    (folder / f"points3D{kind}").write_bytes(bytes(8) if binary else b"# no points\n")

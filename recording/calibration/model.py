@@ -9,14 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from recording.calibration.fields import COEFFICIENTS, matrix
-
-if TYPE_CHECKING:
-    from multiview.cameras import Cameras
+from recording.calibration.fields import COEFFICIENTS, numbers
 
 FOCAL_RANGE = (0.2, 20.0)  # over the image's width: 136 to 3 degrees
 UP_ROTATIONS = {  # rotation that turns the named axis of the calibration's world into +z
@@ -54,7 +50,6 @@ class Calibration:
 
     @property
     def centres(self) -> np.ndarray:
-        """[v, 3] camera centers in the calibration's world."""
         return centers_of(self.w2c)
 
     def name(self, index: int, template: str) -> str:
@@ -73,10 +68,9 @@ class Calibration:
         """Takes image sizes from the videos, refused where the file states another or its K cannot belong to them."""
         for index, (said, real) in enumerate(zip(self.sizes, sizes, strict=True)):
             if said is not None and tuple(said) != tuple(real):
-                raise ValueError(
-                    f"{self.source}: camera {index} is calibrated for {said[0]} x {said[1]} pictures, its video has "
-                    f"{real[0]} x {real[1]}; the calibration must belong to the videos as they are"
-                )
+                sizes = f"{said[0]} x {said[1]} pictures, its video has {real[0]} x {real[1]}"
+                remedy = "the calibration must belong to the videos as they are"
+                raise ValueError(f"{self.source}: camera {index} is calibrated for {sizes}; {remedy}")
         K = self.K
         if self.relative:
             K = K * np.array([[[w, w, w], [w, w, h], [1, 1, 1]] for w, h in sizes], dtype=np.float64)
@@ -86,71 +80,48 @@ class Calibration:
 
     def check_intrinsics(self) -> None:
         """Raises ValueError unless K is upper triangular, fx and fy alike and sane, and the principal point inside."""
+        low, high = FOCAL_RANGE
         for index, K in enumerate(self.K):
-            what, (fx, fy, cx, cy) = f"{self.source}: camera {index}", (K[0, 0], K[1, 1], K[0, 2], K[1, 2])
-            size = (1, 1) if self.relative else self.sizes[index]
-            if np.abs(K[[1, 2, 2], [0, 0, 1]]).max() > 1e-6 or abs(K[2, 2] - 1.0) > 1e-6:
-                rows = K.round(3).tolist()
-                raise ValueError(
-                    f"{what}: K must be [[fx, s, cx], [0, fy, cy], [0, 0, 1]], got {rows}; is it transposed?"
-                )
-            if fx < 0 < fy:
-                raise ValueError(f"{what}: fx is negative ({fx:.1f}), so its image is mirrored; mirror the video back")
-            if fx <= 0 or fy <= 0:
-                raise ValueError(f"{what}: fx and fy must be positive, got {fx:.1f} and {fy:.1f}")
-            if not 0.8 <= fx / fy <= 1.25:
-                raise ValueError(f"{what}: fx and fy must be alike (within 1.25), got {fx:.1f} and {fy:.1f}")
-            if size is not None and not FOCAL_RANGE[0] <= fx / size[0] <= FOCAL_RANGE[1]:
-                raise ValueError(
-                    f"{what}: fx {fx:.4g} is {fx / size[0]:.3g} image widths ({size[0]} px); {FOCAL_RANGE[0]} to "
-                    f"{FOCAL_RANGE[1]:.0f} are expected: fx in pixels, of the image as filmed"
-                )
-            if size is not None and not (0 < cx < size[0] and 0 < cy < size[1]):
-                raise ValueError(
-                    f"{what}: the principal point ({cx:.1f}, {cy:.1f}) lies outside the {size[0]} x {size[1]} image; "
-                    "was the video resized or cropped after the calibration?"
-                )
+            fx, fy, cx, cy = K[0, 0], K[1, 1], K[0, 2], K[1, 2]
+            width, height = (1, 1) if self.relative else self.sizes[index] or (None, None)
+            rules = (
+                (np.abs(K[[1, 2, 2], [0, 0, 1]]).max() > 1e-6 or abs(K[2, 2] - 1.0) > 1e-6,
+                 f"K must be [[fx, s, cx], [0, fy, cy], [0, 0, 1]], got {K.round(3).tolist()}; is it transposed?"),
+                (fx < 0 < fy, f"fx is negative ({fx:.1f}), so its image is mirrored; mirror the video back"),
+                (fx <= 0 or fy <= 0, f"fx and fy must be positive, got {fx:.1f} and {fy:.1f}"),
+                (not 0.8 <= fx / (fy or 1.0) <= 1.25, f"fx and fy must be alike (within 1.25), got {fx:.1f}, {fy:.1f}"),
+                (width is not None and not low <= fx / width <= high,
+                 f"fx {fx:.4g} is {fx / (width or 1):.3g} image widths ({width} px); {low} to {high:.0f} are expected: "
+                 "fx in pixels, of the image as filmed"),
+                (width is not None and not (0 < cx < width and 0 < cy < height),
+                 f"the principal point ({cx:.1f}, {cy:.1f}) lies outside the {width} x {height} image; was the video "
+                 "resized or cropped after the calibration?"),
+            )  # fmt: skip
+            for wrong, what in rules:
+                if wrong:
+                    raise ValueError(f"{self.source}: camera {index}: {what}")
 
     def require(self, target: Path | str, *, distortion=True, rational=True, skew=True, sizes=False) -> None:
-        """Raises ValueError where a file format cannot hold this calibration. False: the format cannot hold it.
-
-        sizes: whether the format needs the image sizes.
-        """
-        lacks = [
-            what
-            for wrong, what in (
-                (self.relative or (sizes and None in self.sizes), "needs the picture sizes (with_sizes)"),
-                (not distortion and np.any(self.distortion), "cannot hold lens distortion"),
-                (not rational and np.any(self.distortion[:, 5:]), "cannot hold the coefficients k4, k5, k6"),
-                (not skew and np.any(self.K[:, 0, 1]), "cannot hold skew"),
-            )
-            if wrong
-        ]
+        """Raises ValueError where a file format lacks what this calibration has. sizes: it needs the image sizes."""
+        rules = (
+            (self.relative or (sizes and None in self.sizes), "needs the picture sizes (with_sizes)"),
+            (not distortion and np.any(self.distortion), "cannot hold lens distortion"),
+            (not rational and np.any(self.distortion[:, 5:]), "cannot hold the coefficients k4, k5, k6"),
+            (not skew and np.any(self.K[:, 0, 1]), "cannot hold skew"),
+        )
+        lacks = " and ".join(what for wrong, what in rules if wrong)
         if lacks:
-            raise ValueError(f"{Path(target).name}: this format {' and '.join(lacks)}; choose one that can (anipose)")
+            raise ValueError(f"{Path(target).name}: this format {lacks}; choose one that can (anipose)")
 
     def close_to(self, other: Calibration, tolerance: float = 1e-9) -> bool:
         """Whether both describe the same cameras, relative to the size of the numbers."""
-        lenses = [np.pad(c.distortion, ((0, 0), (0, 8 - c.distortion.shape[1]))) for c in (self, other)]
-        pairs = [(self.K, other.K), (self.w2c[:, :3, :3], other.w2c[:, :3, :3]), tuple(lenses)]
-        pairs.append((self.w2c[:, :3, 3], other.w2c[:, :3, 3]))
-        return len(self) == len(other) and all(
-            np.abs(a - b).max() <= tolerance * max(np.abs(a).max(), 1e-12) for a, b in pairs
+        mine, theirs = (
+            (c.K, c.w2c[:, :3, :3], c.w2c[:, :3, 3], np.pad(c.distortion, ((0, 0), (0, 8 - c.distortion.shape[1]))))
+            for c in (self, other)
         )
-
-    def cameras(self) -> Cameras:
-        """Returns one Cameras [v] (float64); needs one image size, no skew and no distortion."""
-        import torch
-
-        from multiview.cameras import Cameras
-
-        if len(set(self.sizes)) != 1 or self.sizes[0] is None:
-            raise ValueError(f"{self.source}: the cameras must share one known picture size, got {self.sizes}")
-        if np.any(self.K[:, 0, 1]) or np.any(self.distortion):
-            raise ValueError(f"{self.source}: cameras with skew or lens distortion are no plain pinhole cameras")
-        width, height = self.sizes[0]
-        values = np.stack([self.K[:, 0, 0], self.K[:, 1, 1], self.K[:, 0, 2], self.K[:, 1, 2]], axis=-1)
-        return Cameras.from_w2c(torch.from_numpy(self.w2c), torch.from_numpy(values), height, width)
+        return len(self) == len(other) and all(
+            np.abs(a - b).max() <= tolerance * max(np.abs(a).max(), 1e-12) for a, b in zip(mine, theirs)
+        )
 
     def project(self, xyz: np.ndarray) -> np.ndarray:
         """Projects world points [n, 3] to pixels [v, n, 2], distortion and skew included."""
@@ -171,10 +142,8 @@ class Calibration:
         x = (pixels[..., 0] - K[0, 2] - K[0, 1] * y) / K[0, 0]
         undone = undistort(np.stack([x, y], axis=-1), self.distortion[index])
         if undone is None:
-            raise ValueError(
-                f"{self.source}: the lens distortion {self.distortion[index].tolist()} of camera {index} cannot be "
-                f"undone over the picture; check its coefficients ({', '.join(COEFFICIENTS)})"
-            )
+            lens = f"the lens distortion {self.distortion[index].tolist()} of camera {index}"
+            raise ValueError(f"{self.source}: {lens} cannot be undone over the picture; check its coefficients")
         return undone
 
     def _pixel_matrix(self, index: int) -> np.ndarray:
@@ -195,21 +164,23 @@ def centers_of(w2c: np.ndarray) -> np.ndarray:
     return -np.einsum("...ji,...j->...i", w2c[..., :3, :3], w2c[..., :3, 3])
 
 
-def assemble(rows: Iterable[tuple], source: Path | str, *, unit: str | None = None, relative=False) -> Calibration:
-    """Returns the Calibration of rows (K [3, 3], w2c [4, 4], lens coefficients, size or None, name), one per camera."""
+def assemble(
+    rows: Iterable[tuple], source: Path | str, *, unit: str | None = None, relative=False, first_pixel: float = 0.0
+) -> Calibration:
+    """Returns the Calibration of rows (K [3, 3], w2c [4, 4], lens coefficients, size or None, name), one per camera.
+
+    first_pixel: added to every principal point; PIXEL_CENTRE where the file counts from the first pixel's center.
+    """
     K, w2c, lenses, sizes, names = zip(*rows, strict=True)
     table = np.zeros((len(lenses), max(len(COEFFICIENTS), *map(len, lenses))))
     for index, lens in enumerate(lenses):
-        table[index, : len(lens)] = matrix(lens, (len(lens),), f"{source}: distortion of camera {index}")
+        table[index, : len(lens)] = numbers(lens, (len(lens),), f"{source}: distortion of camera {index}")
     if np.any(table[:, len(COEFFICIENTS) :]):
-        raise ValueError(
-            f"{source}: a camera has more distortion coefficients than {', '.join(COEFFICIENTS)}; thin-prism and tilt "
-            "terms are not supported: undistort the videos"
-        )
-    table = table[:, : 8 if np.any(table[:, 5:]) else 5]
-    return Calibration(
-        np.array(K), np.array(w2c), table, sizes, str(source), unit, names if all(names) else (), relative
-    )
+        known = ", ".join(COEFFICIENTS)
+        raise ValueError(f"{source}: a camera has more distortion coefficients than {known}: undistort the videos")
+    table, K = table[:, : 8 if np.any(table[:, 5:]) else 5], np.array(K)
+    K[:, :2, 2] += first_pixel
+    return Calibration(K, np.array(w2c), table, sizes, str(source), unit, names if all(names) else (), relative)
 
 
 # ---- the lens -------------------------------------------------------------------------------------------------------

@@ -33,73 +33,72 @@ from recording.calibration.fields import (
     MOST_CAMERAS,
     OPENGL,
     Fields,
-    check_count,
+    each_camera,
     image_size,
     intrinsics,
-    last_row_checked,
-    matrix,
-    rigid,
+    rigid_4x4,
 )
 from recording.calibration.model import Calibration, assemble, centers_of
 
-FILE_NAME, BLENDER_NAME = "transforms.json", "blender_cameras.json"
-LENS = ("k1", "k2", "p1", "p2", "k3")
-FIELDS = ("fl_x", "fl_y", "cx", "cy", "w", "h", "camera_angle_x", "camera_angle_y", *LENS)
+LENS = COEFFICIENTS[:5]
 DEFAULTS = {
     "resolution_percentage": 100, "pixel_aspect_x": 1.0, "pixel_aspect_y": 1.0, "sensor_width": 36.0,
     "sensor_height": 24.0, "sensor_fit": "AUTO", "shift_x": 0.0, "shift_y": 0.0, "type": "PERSP",
 }  # fmt: skip
 
 
-def read_transforms(path: Path | str, content: dict) -> Calibration:
+def read_transforms(path: Path, content: dict) -> Calibration:
     shared = {key: value for key, value in content.items() if key != "frames"}
     seen: set[str] = set()
     cameras: dict[bytes, tuple] = {}
     for index, values in enumerate(content["frames"]):
-        what = f"{path}: frame {index}"
-        values = {**shared, **Fields(values, what, required=("transform_matrix",)).values}
-        text = json.dumps({key: value for key, value in values.items() if key != "file_path"})
-        if text in seen:  # of a camera that did not move there may be 100,000 frames
-            continue
-        seen.add(text)
-        frame = Fields(values, what)
-        frame.refuse_unread(FIELDS)
-        size = _image_size(frame, Path(path))
-        K, lens = _intrinsics(frame, size), [frame.number(key, 0.0) for key in LENS]
-        w2c = _from_c2w(values["transform_matrix"], f"{what}: transform_matrix")
+        if isinstance(values, dict):
+            values = {**shared, **values}
+            text = json.dumps({**values, "file_path": ""})
+            if text in seen:  # of a camera that did not move there may be 100,000 frames
+                continue
+            seen.add(text)
+        frame = Fields(values, f"{path}: frame {index}", ("transform_matrix",), LENS)
+        K, size = _intrinsics(frame, Path(path))
+        lens = [frame.number(key, 0.0) for key in LENS]
+        w2c = _from_c2w(values["transform_matrix"], f"{frame.where}: transform_matrix")
         key = np.concatenate([K.ravel(), w2c.ravel(), lens]).round(9).tobytes()
         cameras.setdefault(key, (K, w2c, lens, size, frame.text("file_path", "")))
         if len(cameras) > MOST_CAMERAS:
             raise ValueError(f"{path}: more than {MOST_CAMERAS} cameras; static cameras are expected, one per video")
-    rows = _in_order(list(cameras.values()))
     # Where only angles are said, K is in fractions of the width.
-    fractions = {size is None and K[0, 2] < 1.0 for K, _, _, size, _ in rows}
+    fractions = {size is None and K[0, 2] < 1.0 for K, _, _, size, _ in cameras.values()}
     if len(fractions) != 1:
         raise ValueError(f"{path}: some cameras state their picture size and others do not; give w, h for all or none")
+    rows = list(cameras.values())
+    names = [Path(name) for *_, name in rows]
+    # In the order of the number at the end of each file name (its folder's, where the names' own repeat), if all have.
+    for parts in ([name.stem for name in names], [name.parent.name for name in names]):
+        ends = [re.search(r"([0-9]{1,18})$", part) for part in parts]
+        if all(ends) and len({match[1] for match in ends}) == len(rows):
+            rows = [rows[index] for index in sorted(range(len(rows)), key=lambda k: int(ends[k][1]))]
+            break
     return assemble(rows, path, relative=fractions.pop())
 
 
-def write_transforms(path: Path | str, calibration: Calibration) -> None:
-    """Raises ValueError for skew and k4..k6, which the format cannot hold."""
+def write_transforms(path: Path, calibration: Calibration) -> None:
     calibration.require(path, skew=False, rational=False)
     frames = []
     for index, (K, w2c) in enumerate(zip(calibration.K, calibration.w2c, strict=True)):
         frame = {"file_path": f"images/cam_{index:03d}.png"}
         frame |= dict(zip(("w", "h"), calibration.sizes[index] or ()))
         frame |= {"fl_x": K[0, 0], "fl_y": K[1, 1], "cx": K[0, 2], "cy": K[1, 2]}
-        frame |= dict(zip(COEFFICIENTS[:5], calibration.distortion[index].tolist(), strict=True))
+        frame |= dict(zip(LENS, calibration.distortion[index].tolist(), strict=True))
         frames.append({**frame, "transform_matrix": _to_c2w(w2c).tolist()})
     write_json(Path(path), {"camera_model": "OPENCV", "frames": frames})
 
 
 def _from_c2w(values, what: str) -> np.ndarray:
     """Returns [4, 4] world to camera, OpenCV axes, from a camera-to-world matrix [4, 4] (or [3, 4]), OpenGL axes."""
-    rows = 3 if isinstance(values, list) and len(values) == 3 else 4
-    c2w = matrix(values, (rows, 4), what)
-    if rows == 4:
-        last_row_checked(c2w, what)
-    w2c = rigid(c2w[:3, :3], c2w[:3, 3], what)  # checks the rotation, which is then turned around
-    R = w2c[:3, :3].copy().T
+    if isinstance(values, list) and len(values) == 3:
+        values = [*values, [0.0, 0.0, 0.0, 1.0]]
+    c2w = rigid_4x4(values, what)
+    w2c, R = np.eye(4), c2w[:3, :3].copy().T
     w2c[:3, :3], w2c[:3, 3] = R, -R @ c2w[:3, 3]
     return OPENGL @ w2c
 
@@ -110,115 +109,91 @@ def _to_c2w(w2c: np.ndarray) -> np.ndarray:
     return c2w @ OPENGL
 
 
-def _image_size(frame: Fields, path: Path) -> tuple[int, int] | None:
+def _intrinsics(frame: Fields, path: Path) -> tuple[np.ndarray, tuple[int, int] | None]:
+    """Returns K [3, 3] in pixels and the image size; K in fractions where only an angle is known and no size."""
+    size = None
     if "w" in frame or "h" in frame:
-        return frame.size()
-    name = frame.text("file_path", "")
-    for candidate in (path.parent / name, path.parent / f"{name}.png"):  # Blender's exporters leave .png out
-        if os.path.isfile(candidate) and candidate.suffix.lower() in (".png", ".jpg", ".jpeg"):
-            from PIL import Image
+        size = image_size(frame.number("w"), frame.number("h"), frame.where)
+    else:
+        name = frame.text("file_path", "")
+        for candidate in (path.parent / name, path.parent / f"{name}.png"):  # Blender's exporters leave .png out
+            if os.path.isfile(candidate) and candidate.suffix.lower() in (".png", ".jpg", ".jpeg"):
+                from PIL import Image
 
-            try:
-                with Image.open(candidate) as image:
-                    return image.size
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-                raise ValueError(
-                    f"{frame.where}: the size of {candidate} cannot be read ({error}); give w and h in {path.name}"
-                ) from error
-    return None
-
-
-def _intrinsics(frame: Fields, size: tuple[int, int] | None) -> np.ndarray:
-    """Returns K [3, 3] in pixels; in fractions where only an angle is known and no size (`Calibration.relative`)."""
+                try:
+                    with Image.open(candidate) as image:
+                        size = image.size
+                        break
+                except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+                    what = f"the size of {candidate} cannot be read ({error})"
+                    raise ValueError(f"{frame.where}: {what}; give w and h in {path.name}") from error
     width, height = size or (1, 1)
-    angles = {axis: _focal(frame, axis, side) for axis, side in (("x", width), ("y", height))}
+    angles: list[float | None] = [None, None]  # as focal lengths
+    for axis, (key, side) in enumerate((("camera_angle_x", width), ("camera_angle_y", height))):
+        radians = frame.number(key, 1.0)
+        if not 0.0 < radians < math.pi:
+            raise ValueError(f"{frame.where}: {key} must be radians between 0 and pi, got {radians:.4g}")
+        if key in frame:
+            angles[axis] = 0.5 * side / math.tan(0.5 * radians)
     if "fl_x" in frame:
         fx = frame.number("fl_x")
         fy = frame.number("fl_y", fx)
         if size is None and not ("cx" in frame and "cy" in frame):
             raise ValueError(f"{frame.where} needs the picture size w, h, or cx, cy (per frame or for the file)")
-        if size is not None and angles["x"] is not None and not 0.98 < angles["x"] / fx < 1.02:
-            raise ValueError(
-                f"{frame.where}: fl_x {fx:.5g} and camera_angle_x contradict each other ({angles['x']:.5g} px at a "
-                f"width of {width}); take out the one that is wrong"
-            )
-    elif angles["x"] is None:
+        if size is not None and angles[0] is not None and not 0.98 < angles[0] / fx < 1.02:
+            what = f"fl_x {fx:.5g} and camera_angle_x contradict each other ({angles[0]:.5g} px at a width of {width})"
+            raise ValueError(f"{frame.where}: {what}; take out the one that is wrong")
+    elif angles[0] is None:
         raise ValueError(f"{frame.where} needs fl_x or camera_angle_x (per frame or for the file)")
-    elif size is None and ("cx" in frame or "cy" in frame or angles["y"] is not None):
+    elif size is None and ("cx" in frame or "cy" in frame or angles[1] is not None):
         raise ValueError(f"{frame.where} needs the picture size w, h beside cx, cy or camera_angle_y")
     else:
-        fx = angles["x"]
-        fy = fx if angles["y"] is None else angles["y"]
-    return intrinsics(fx, fy, frame.number("cx", width / 2), frame.number("cy", height / 2))
-
-
-def _focal(frame: Fields, axis: str, side: int) -> float | None:
-    key = f"camera_angle_{axis}"
-    if key not in frame:
-        return None
-    radians = frame.number(key)
-    if not 0.0 < radians < math.pi:
-        raise ValueError(f"{frame.where}: {key} must be radians between 0 and pi, got {radians:.4g}")
-    return 0.5 * side / math.tan(0.5 * radians)
-
-
-def _in_order(cameras: list[tuple]) -> list[tuple]:
-    """By the number at the end of each file name (its folder's, where the name's own repeat), if all have one."""
-    paths = [Path(camera[-1]) for camera in cameras]
-    for parts in ([path.stem for path in paths], [path.parent.name for path in paths]):
-        ends = [re.search(r"([0-9]{1,18})$", part) for part in parts]
-        if all(ends) and len({match[1] for match in ends}) == len(cameras):
-            return [cameras[index] for index in sorted(range(len(cameras)), key=lambda k: int(ends[k][1]))]
-    return cameras
+        fx, fy = angles[0], angles[0] if angles[1] is None else angles[1]
+    return intrinsics(fx, fy, frame.number("cx", width / 2), frame.number("cy", height / 2)), size
 
 
 # ---- Blender's own names --------------------------------------------------------------------------------------------
 
 
-def read_blender_json(path: Path | str, content: dict) -> Calibration:
-    render = Fields(content.get("render", {}), f"{path}: render").values
-    check_count(len(content["cameras"]), path)
-    rows = []
-    for index, values in enumerate(content["cameras"]):
-        what = f"{path}: camera {index}"
-        values = {**DEFAULTS, **render, **Fields(values, what).values}
-        camera = Fields(values, what, required=("matrix_world", "lens", "resolution_x", "resolution_y"))
-        camera.refuse_unread(DEFAULTS)
-        if camera.text("type") != "PERSP":
-            raise ValueError(f"{what}: only perspective cameras (type PERSP) are supported, got {values['type']!r}")
+def read_blender_json(path: Path, content: dict) -> Calibration:
+    """The side of the image that `sensor_fit` names spans the sensor; shifts are fractions of that side."""
+    render = Fields(content.get("render", {}), f"{path}: render", (), DEFAULTS).values
+    entries = {
+        f"camera {index}": {**DEFAULTS, **render, **camera} if isinstance(camera, dict) else camera
+        for index, camera in enumerate(content["cameras"])
+    }
+    rows, required = [], ("matrix_world", "lens", "resolution_x", "resolution_y")
+    for index, camera in enumerate(each_camera(entries, path, required, DEFAULTS)):
+        kind, fit = camera.text("type"), camera.text("sensor_fit")
+        if kind != "PERSP":
+            raise ValueError(f"{camera.where}: only perspective cameras (type PERSP) are supported, got {kind!r}")
+        if fit not in ("AUTO", "HORIZONTAL", "VERTICAL"):
+            raise ValueError(f"{camera.where}: sensor_fit must be AUTO, HORIZONTAL or VERTICAL, got {fit!r}")
         percent = camera.number("resolution_percentage") / 100
-        size = image_size(*(float(int(camera.number(f"resolution_{side}") * percent)) for side in "xy"), what)
-        world = camera.matrix("matrix_world", 4, 4)
+        sides = (float(int(camera.number(f"resolution_{side}") * percent)) for side in "xy")
+        width, height = size = image_size(*sides, camera.where)
+        world = camera.array("matrix_world", 4, 4)
         scale = np.linalg.norm(world[:3, :3], axis=0)
         if (scale < 1e-12).any():
-            raise ValueError(f"{what}: matrix_world has an axis of length 0")
+            raise ValueError(f"{camera.where}: matrix_world has an axis of length 0")
         world[:3, :3] /= scale
-        w2c = _from_c2w(world, f"{what}: matrix_world")
-        rows.append((_blender_intrinsics(camera, size), w2c, np.zeros(5), size, camera.text("name", str(index))))
+        w2c = _from_c2w(world, f"{camera.where}: matrix_world")
+        # AUTO fits the longer side of the image, and measures it with sensor_width whichever it is.
+        side = "sensor_height" if fit == "VERTICAL" else "sensor_width"
+        positive = {key: camera.number(key) for key in ("pixel_aspect_x", "pixel_aspect_y", "lens", side)}
+        if min(positive.values()) <= 0:
+            raise ValueError(f"{camera.where}: {', '.join(positive)} must be positive, got {list(positive.values())}")
+        aspect = positive["pixel_aspect_y"] / positive["pixel_aspect_x"]  # of a pixel, height over width
+        horizontal = fit == "HORIZONTAL" or (fit == "AUTO" and width >= height * aspect)
+        span = width if horizontal else height * aspect  # the fitted side, in units of a pixel's width
+        fx = positive["lens"] / positive[side] * span
+        cx = width / 2 - camera.number("shift_x") * span
+        K = intrinsics(fx, fx / aspect, cx, height / 2 + camera.number("shift_y") * span / aspect)
+        rows.append((K, w2c, np.zeros(5), size, camera.text("name", str(index))))
     return assemble(rows, path, unit=Fields(content, str(path)).text("unit"))
 
 
-def _blender_intrinsics(camera: Fields, size: tuple[int, int]) -> np.ndarray:
-    """Returns Blender's projection: the side that `sensor_fit` names spans the image; shifts are in that side."""
-    width, height = size
-    fit = camera.text("sensor_fit")
-    if fit not in ("AUTO", "HORIZONTAL", "VERTICAL"):
-        raise ValueError(f"{camera.where}: sensor_fit must be AUTO, HORIZONTAL or VERTICAL, got {fit!r}")
-    # AUTO fits the longer side of the image, and measures it with sensor_width whichever it is.
-    side = "sensor_height" if fit == "VERTICAL" else "sensor_width"
-    positive = {key: camera.number(key) for key in ("pixel_aspect_x", "pixel_aspect_y", "lens", side)}
-    if min(positive.values()) <= 0:
-        raise ValueError(f"{camera.where}: {', '.join(positive)} must be positive, got {list(positive.values())}")
-    aspect = positive["pixel_aspect_y"] / positive["pixel_aspect_x"]  # of a pixel, height over width
-    horizontal = fit == "HORIZONTAL" or (fit == "AUTO" and width >= height * aspect)
-    span = width if horizontal else height * aspect  # the fitted side, in units of a pixel's width
-    fx = positive["lens"] / positive[side] * span
-    cx = width / 2 - camera.number("shift_x") * span
-    return intrinsics(fx, fx / aspect, cx, height / 2 + camera.number("shift_y") * span / aspect)
-
-
-def write_blender_json(path: Path | str, calibration: Calibration) -> None:
-    """Raises ValueError for skew, lens distortion or unknown image sizes, which the format cannot hold."""
+def write_blender_json(path: Path, calibration: Calibration) -> None:
     calibration.require(path, distortion=False, skew=False, sizes=True)
     cameras = []
     for index, (K, w2c) in enumerate(zip(calibration.K, calibration.w2c, strict=True)):

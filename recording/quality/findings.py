@@ -7,8 +7,7 @@ to know.
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,11 +16,9 @@ from recording.quality.silhouettes import Diagnosis, Fault
 
 GRADES = ("poor", "usable", "good")
 MANY = 0.02  # share of images from which a fault is the dataset's, not a slip
-FOCAL_TOLERANCE, DISTANCE_TOLERANCE, PRINCIPAL_TOLERANCE = 0.02, 0.05, 0.02
+FOCAL_TOLERANCE, DISTANCE_TOLERANCE = 0.02, 0.05
 METRIC_DISTANCE = 20.0  # a camera farther than this from the origin is given in millimetres or centimetres
-RIG_OFF_DEG, LOOK_OFF_DEG = 3.0, 3.0
-CENTER_OFF, AREA_SMALL, AREA_LARGE, AREA_VARIATION = 0.15, 0.02, 0.45, 0.6
-DIM, LOST_SHARE, DULL = 0.2, 0.10, 0.75  # of the views' median brightness; share of pixels; of the median sharpness
+AREA_SMALL, AREA_LARGE = 0.02, 0.45
 IOU_POOR = 0.6
 ENOUGH = 5  # samples from which differences between views are the cameras', not the animal's sides
 USABLE_CENTER, POOR_CENTER = 0.02, 0.05  # of the image's size: rays of an import's masks
@@ -68,10 +65,34 @@ FAULTS = {  # code of a fault that silhouettes show: (what, remedy); {views}, {s
     "each_scaled_and_moved": ("every picture is scaled and centred on its own, which its camera does not say",
                               REPROCESS),
 }  # fmt: skip
+VIEW_RULES = (  # code, severity, a view's number, its limit, what ({views}: beyond it, view: the worst one), remedy
+    ("mask_variation", "usable", lambda v: v["mask_area_variation"] or 0, 0.6,
+     "the mask's area jumps from frame to frame in {views}",
+     "look for frames in which the segmentation lost the animal or took the floor with it"),
+    ("principal_point_stated", "usable", lambda v: max(abs(v["cx"] - 0.5), abs(v["cy"] - 0.5) * v["aspect"]), 0.02,
+     "the principal point is not the picture's centre in {views}",
+     "stage 1 assumes that it is; the import turns cameras to the animal and centres it exactly"),
+    ("directions", "poor", lambda v: v.get("off_rig_deg", 0.0), 3.0,
+     "cameras of {views} are up to {view[off_rig_deg]:.1f} deg from where rig {rig} has them",
+     "state the rig they really have, or import with --poses nearest"),
+    ("not_at_origin", "usable", lambda v: v["look_off_deg"], 3.0,
+     "cameras of {views} do not look at the origin (up to {view[look_off_deg]:.1f} deg off)",
+     "the import turns every camera to the animal's centre and puts it at the origin"),
+    ("centre", "usable", lambda v: v["centre_off_rms"] or 0, 0.15,
+     "the animal stands far from the picture's centre in {views}",
+     "move the world's origin to the animal; never the pictures alone"),
+    ("blur", "compared", lambda v: 1.0 - (v["sharpness_relative"] or 1.0), 0.25,
+     "{views}: less sharp than the others ({view[sharpness_relative]:.2f} of the views' median)",
+     "clean or focus these lenses; check the video's bit rate"),
+    ("exposure", "compared", lambda v: abs((v["brightness_relative"] or 1.0) - 1.0), 0.2,
+     "{views}: darker or brighter than the others ({view[brightness_relative]:.2f} of the views' median)",
+     "match the exposures"),
+    ("overexposed", "usable", lambda v: v["bright_share"] or 0, 0.1, "much of the animal is pure white in {views}",
+     "lower the exposure: what is white carries no texture"),
+)  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(NamedTuple):
     """severity: poor, usable or note. what: the reason, with numbers. remedy: what to do."""
 
     code: str
@@ -87,16 +108,26 @@ def grade(findings: list[Finding]) -> dict:
     return {
         "grade": GRADES[min((order[finding.severity] for finding in findings), default=2)],
         "reasons": [f"{finding.what}: {finding.remedy}" for finding in findings],
-        "findings": [asdict(finding) for finding in findings],
+        "findings": [finding._asdict() for finding in findings],
     }
 
 
+def _applying(*rules: tuple) -> list[Finding]:
+    """Returns the findings of the rules (whether it applies, code, severity, what, remedy) that apply."""
+    return [Finding(*rule) for applies, *rule in rules if applies]
+
+
 def dataset_findings(
-    summary: dict, diagnosis: Diagnosis | None, rig: ViewRig | None, broken: dict[str, str], notes: list[str]
-) -> list[Finding]:
-    """Everything that the samples themselves show."""
-    num_samples, iou = summary["num_samples"], summary["silhouette_iou_mean"]
-    rules = (  # applies, code, severity, what, remedy
+    summary: dict, diagnosis: Diagnosis | None, rig: ViewRig | None, broken: dict[str, str], notes: list[str],
+    *, true_labels: bool = True,
+) -> list[Finding]:  # fmt: skip
+    """Everything that the samples themselves show. true_labels: False leaves out what follows from labels that are not.
+
+    summary, diagnosis: of `measure.summarise`. broken: unreadable samples and why. notes: of `report.find_samples`.
+    """
+    views, area, iou = summary["views"], summary["mask_area_mean"], summary["silhouette_iou_mean"]
+    num_samples, total = summary["num_samples"], summary["num_samples"] * summary["num_views"]
+    found = _applying(
         (broken, "unreadable", "poor" if len(broken) > MANY * (len(broken) + num_samples) else "usable",
          f"{len(broken)} samples cannot be read, the first: {next(iter(broken.values()), '')}",
          "mend or remove them from the lists; a training would stop there"),
@@ -109,24 +140,10 @@ def dataset_findings(
         (iou is not None and iou < IOU_POOR and diagnosis is not None and diagnosis.agrees, "silhouette_iou", "usable",
          f"masks predicted from the other views overlap only by {iou or 0:.2f}",
          "few or one-sided views do that; bad masks inside the outline too"),
-    )  # fmt: skip
-    rules = (*rules, *_mask_rules(summary), *_view_rules(summary, rig))
-    found = [Finding(*rule) for applies, *rule in rules if applies]
-    return [*found, *_silhouette_findings(summary, diagnosis), *_stated(summary, rig)]
-
-
-def _mask_rules(summary: dict) -> list[tuple]:
-    views, area = summary["views"], summary["mask_area_mean"]
-    total = summary["num_samples"] * summary["num_views"]
-    uneven = [slot for slot, view in enumerate(views) if (view["mask_area_variation"] or 0) > AREA_VARIATION]
-    rules = [
         (area is not None and not AREA_SMALL <= area <= AREA_LARGE, "animal_size", "usable",
          f"the animal covers {100 * (area or 0):.1f} % of the pictures on average",
          "5 to 20 % are usual; choose another framing when importing"),
-        (uneven, "mask_variation", "usable",
-         f"the mask's area jumps from frame to frame in {_names(summary, uneven)}",
-         "look for frames in which the segmentation lost the animal or took the floor with it"),
-    ]  # fmt: skip
+    )  # fmt: skip
     for key, code, what, remedy in (
         ("empty", "empty_masks", "masks are empty", "segment these pictures again, or leave their frames out"),
         ("without_mask", "no_masks", "pictures have no mask (alpha is 1 all over)",
@@ -137,49 +154,17 @@ def _mask_rules(summary: dict) -> list[tuple]:
         count = sum(view[key] for view in views)
         where = _names(summary, [slot for slot, view in enumerate(views) if view[key]])
         severity = "poor" if count > MANY * total or key == "clipped" else "usable"
-        rules.append((count, code, severity, f"{count} of {total} {what} ({where})", remedy))
-    return rules
-
-
-def _view_rules(summary: dict, rig: ViewRig | None) -> list[tuple]:
-    """Cameras and light of single views."""
-    views, (width, height) = summary["views"], summary["sizes"][0]
-
-    def where(of) -> list[int]:
-        return [slot for slot, view in enumerate(views) if of(view)]
-
-    def named(slots: list[int]) -> str:
-        return _names(summary, slots)
-
-    off_center = where(
-        lambda v: abs(v["cx"] - 0.5) > PRINCIPAL_TOLERANCE or abs(v["cy"] - 0.5) * height / width > PRINCIPAL_TOLERANCE
-    )
-    off_rig = where(lambda v: v.get("off_rig_deg", 0.0) > RIG_OFF_DEG)
-    turned = where(lambda v: v["look_off_deg"] > LOOK_OFF_DEG)
-    strayed = where(lambda v: (v["centre_off_rms"] or 0) > CENTER_OFF)
-    lost = where(lambda v: (v["bright_share"] or 0) > LOST_SHARE)
-    dull = where(lambda v: (v["sharpness_relative"] or 1.0) < DULL)
-    lit = where(lambda v: abs((v["brightness_relative"] or 1.0) - 1) > DIM)
-    compared = "usable" if summary["num_samples"] >= ENOUGH else "note"
-    return [
-        (off_center, "principal_point_stated", "usable",
-         f"the principal point is not the picture's centre in {named(off_center)}",
-         "stage 1 assumes that it is; the import turns cameras to the animal and centres it exactly"),
-        (off_rig, "directions", "poor", f"cameras of {named(off_rig)} are up to "
-         f"{_worst(views, 'off_rig_deg'):.1f} deg from where rig {rig.name if rig else '?'} has them",
-         "state the rig they really have, or import with --poses nearest"),
-        (turned, "not_at_origin", "usable", f"cameras of {named(turned)} do not look at the origin (up to "
-         f"{_worst(views, 'look_off_deg'):.1f} deg off)",
-         "the import turns every camera to the animal's centre and puts it at the origin"),
-        (strayed, "centre", "usable", f"the animal stands far from the picture's centre in {named(strayed)}",
-         "move the world's origin to the animal; never the pictures alone"),
-        (dull, "blur", compared, f"{named(dull)}: less sharp than the others ({_off(views, 'sharpness', dull)} of the "
-         "views' median)", "clean or focus these lenses; check the video's bit rate"),
-        (lit, "exposure", compared, f"{named(lit)}: darker or brighter than the others "
-         f"({_off(views, 'brightness', lit)} of the views' median)", "match the exposures"),
-        (lost, "overexposed", "usable", f"much of the animal is pure white in {named(lost)}",
-         "lower the exposure: what is white carries no texture"),
-    ]  # fmt: skip
+        found += _applying((count, code, severity, f"{count} of {total} {what} ({where})", remedy))
+    width, height = summary["sizes"][0]
+    for code, severity, number, limit, what, remedy in VIEW_RULES:
+        numbers = [number({**view, "aspect": height / width}) for view in views]
+        if max(numbers) > limit:
+            severity = severity if severity != "compared" else "usable" if num_samples >= ENOUGH else "note"
+            where = _names(summary, [slot for slot, one in enumerate(numbers) if one > limit])
+            what = what.format(views=where, view=views[int(np.argmax(numbers))], rig=rig.name if rig else "?")
+            found.append(Finding(code, severity, what, remedy))
+    found += [*_silhouette_findings(summary, diagnosis), *_stated(summary, rig)]
+    return [finding for finding in found if true_labels or finding.code not in LABEL_ERRORS]
 
 
 def _names(summary: dict, slots) -> str:
@@ -187,37 +172,22 @@ def _names(summary: dict, slots) -> str:
     return "all views" if len(slots) == summary["num_views"] else ", ".join(summary["views"][k]["name"] for k in slots)
 
 
-def _worst(views: list[dict], key: str) -> float:
-    return max(view.get(key, 0.0) for view in views)
-
-
-def _off(views: list[dict], key: str, slots: list[int]) -> str:
-    """Returns the ratio of these views that is farthest from 1."""
-    ratios = [views[slot][f"{key}_relative"] for slot in slots]
-    return f"{max(ratios, key=lambda ratio: abs(math.log(ratio))):.2f}" if ratios else ""
-
-
 def _stated(summary: dict, rig: ViewRig | None) -> list[Finding]:
     """Distance and focal length as written, against the rig's; against what released weights expect without one."""
     expected, severity = (f"rig {rig.name}", "poor") if rig is not None else ("FaceLift's released weights", "note")
-    focal = rig.focal if rig is not None else FACELIFT_FOCAL
-    distance = rig.distance if rig is not None else FACELIFT_DISTANCE
+    focal, distance = (rig.focal, rig.distance) if rig is not None else (FACELIFT_FOCAL, FACELIFT_DISTANCE)
     width, mean_distance = summary["sizes"][0][0], summary["distance_mean"]
-    mean_focal = float(np.mean([view["focal"] for view in summary["views"]]))
-    found = []
-    if mean_distance > METRIC_DISTANCE:
-        what = f"cameras stand {mean_distance:.0f} from the origin: millimetres, not world units"
-        remedy = f"scale the world so that the mean distance is {distance:g}; {REPROCESS}"
-        found.append(Finding("units", "poor", what, remedy))
-    elif abs(mean_distance / distance - 1) > DISTANCE_TOLERANCE:
-        what = f"cameras stand {mean_distance:.2f} from the origin, {expected} says {distance:.2f}"
-        found.append(Finding("distance", severity, what, "one scale of the world for all views mends it"))
-    if abs(mean_focal / focal - 1) > FOCAL_TOLERANCE:
-        written = f"{mean_focal * width:.0f} px of {width}"
-        what = f"the focal length written is {written}, {expected} says {focal * width:.0f}"
-        remedy = "a resize moves fx, fy, cx, cy with the pixels, a crop cx, cy; another lens needs a rig of its own"
-        found.append(Finding("focal_stated", severity, what, remedy))
-    return found
+    mean_focal, metric = float(np.mean([view["focal"] for view in summary["views"]])), mean_distance > METRIC_DISTANCE
+    return _applying(
+        (metric, "units", "poor", f"cameras stand {mean_distance:.0f} from the origin: millimetres, not world units",
+         f"scale the world so that the mean distance is {distance:g}; {REPROCESS}"),
+        (not metric and abs(mean_distance / distance - 1) > DISTANCE_TOLERANCE, "distance", severity,
+         f"cameras stand {mean_distance:.2f} from the origin, {expected} says {distance:.2f}",
+         "one scale of the world for all views mends it"),
+        (abs(mean_focal / focal - 1) > FOCAL_TOLERANCE, "focal_stated", severity,
+         f"the focal length written is {mean_focal * width:.0f} px of {width}, {expected} says {focal * width:.0f}",
+         "a resize moves fx, fy, cx, cy with the pixels, a crop cx, cy; another lens needs a rig of its own"),
+    )  # fmt: skip
 
 
 def _silhouette_findings(summary: dict, diagnosis: Diagnosis | None) -> list[Finding]:
@@ -234,6 +204,16 @@ def _silhouette_findings(summary: dict, diagnosis: Diagnosis | None) -> list[Fin
         remedy = "check masks, synchronisation (frame n must be the same instant in every view) and the calibration"
         found.append(Finding("silhouettes_disagree", "poor", what, remedy))
     return found
+
+
+def label_finding(framing: str | None, poses: str | None, diagnosis: Diagnosis | None) -> list[Finding]:
+    """A note where dataset.json says that the cameras written are not the true ones."""
+    return _applying(
+        ((framing == "facelift" or poses == "nearest") and diagnosis is not None, "labels", "note",
+         f"the cameras written ({framing} framing, {poses} poses) are not the true ones, as dataset.json says: "
+         f"silhouettes disagree by {100 * diagnosis.rms if diagnosis else 0:.1f} % of the width",
+         "import with --framing fill --poses exact for cameras without this error"),
+    )  # fmt: skip
 
 
 def _fault_finding(summary: dict, fault: Fault) -> Finding:
@@ -259,7 +239,7 @@ def _fault_finding(summary: dict, fault: Fault) -> Finding:
 def import_findings(report: dict) -> list[Finding]:
     """What only the recording itself shows: all masks of all frames, and the calibration."""
     size, off, label_error_rms = report["image_size"], report["centre_off_px_rms"], report["label_error_rms"]
-    rules = (
+    return _applying(
         (report["clipped_views"], "clipped", "poor", f"{report['clipped_views']} masks reach beyond their pictures",
          "import again with a larger --body_length"),
         (off > USABLE_CENTER * size, "centres", "poor" if off > POOR_CENTER * size else "usable",
@@ -279,4 +259,3 @@ def import_findings(report: dict) -> list[Finding]:
          f"{report['skipped_frames']} frames were left out for empty masks",
          "segment these frames again if they matter"),
     )  # fmt: skip
-    return [Finding(*rule) for applies, *rule in rules if applies]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
+import cv2
 import numpy as np
 import torch
 
@@ -16,7 +18,7 @@ from multiview.metrics import view_consistency
 from multiview.rig import ViewRig
 from multiview.sample import Sample, read_sample
 from recording.geometry import angular_distance, circular_mean_deg
-from recording.quality.silhouettes import DIRECTIONS, FITTED, Diagnosis, Views, diagnose, outline
+from recording.quality.silhouettes import DIRECTIONS, FITTED, Diagnosis, Views, diagnose, evenly, outline
 
 MOST_VIEWS = 12  # looked at where no rig says how many belong to one
 MOST_FOR_SILHOUETTES = 2 * FITTED  # samples whose outlines are compared; more change nothing
@@ -29,17 +31,14 @@ LUMA = (0.299, 0.587, 0.114)
 MOST_TURNED_DEG = 60.0  # cameras that look elsewhere carve nothing
 
 
-@dataclass(frozen=True)
-class Measured:
-    """One sample's figures. views: one dict of numbers per view. points, intrinsics, w2c: as `Views`, [v]."""
+class Measured(NamedTuple):
+    """One sample's figures. views: one dict of numbers per view. outlines: as `Views`, without their first axis."""
 
     folder: Path | None
     size: tuple[int, int]
-    views: list[dict]
-    points: np.ndarray
-    intrinsics: np.ndarray
-    w2c: np.ndarray
     view_names: list[str | None]
+    views: list[dict]
+    outlines: Views
 
 
 def measure_folders(
@@ -49,20 +48,19 @@ def measure_folders(
     from tqdm import tqdm
 
     options = {"total": len(folders), "desc": "samples", "unit": "sample", "disable": None if progress else True}
-    jobs = [(folder, num_views) for folder in folders]
+    measure = partial(_measure, num_views=num_views)
     if workers == 1:
-        results = [_measure(job) for job in tqdm(jobs, **options)]
+        results = list(tqdm(map(measure, folders), **options))
     else:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # inherited by the workers, before they import torch
         with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-            results = list(tqdm(pool.map(_measure, jobs, chunksize=4), **options))
-    broken = {str(job[0]): result for job, result in zip(jobs, results, strict=True) if isinstance(result, str)}
+            results = list(tqdm(pool.map(measure, folders, chunksize=4), **options))
+    broken = {str(folder): result for folder, result in zip(folders, results) if isinstance(result, str)}
     return [result for result in results if isinstance(result, Measured)], broken
 
 
-def _measure(job: tuple[Path, int | None]) -> Measured | str:
+def _measure(folder: Path, num_views: int | None) -> Measured | str:
     """Returns the figures, or what keeps the sample from being read: a broken sample is a finding, not the end."""
-    folder, num_views = job
     try:
         sample = read_sample(folder, num_views=num_views)
         if num_views is None and len(sample.view_names) > MOST_VIEWS:
@@ -77,46 +75,48 @@ def measure_sample(sample: Sample, *, hulls: bool = True) -> Measured:
 
     hulls: whether to carve the hulls that predict each mask from the others, nearly all of the time.
     """
-    cameras, alpha = sample.cameras, sample.rgba[:, 3]
-    c2w, (fx, fy, cx, cy) = cameras.c2w, cameras.fxfycxcy.double().T
+    cameras, count = sample.cameras, len(sample.rgba)
+    fx, fy, cx, cy = cameras.fxfycxcy.double().T
     to_origin = torch.nn.functional.normalize(-cameras.origins, dim=-1)
-    look_off = torch.rad2deg(torch.acos((c2w[:, :3, 2] * to_origin).sum(-1).clamp(-1, 1)))
+    look_off = torch.rad2deg(torch.acos((cameras.c2w[:, :3, 2] * to_origin).sum(-1).clamp(-1, 1)))
     columns = {
         "azimuth_deg": cameras.azimuth_deg, "elevation_deg": cameras.elevation_deg, "distance": cameras.distance,
         "focal": fx / cameras.width, "focal_ratio": fy / fx, "cx": cx / cameras.width, "cy": cy / cameras.height,
         "look_off_deg": look_off,
     }  # fmt: skip
-    views = [
-        {**{key: float(values[view]) for key, values in columns.items()}, **_mask_figures(rgba[3].numpy()),
-         **_light_figures(rgba.numpy())}
-        for view, rgba in enumerate(sample.rgba)
-    ]  # fmt: skip
-    iou = filled = [None] * len(views)
-    usable = hulls and len(views) >= 3 and all(view["usable"] for view in views)
-    if usable and float(look_off.max()) <= MOST_TURNED_DEG:
+    points = np.full((count, DIRECTIONS, 2), np.nan)
+    views = [{key: float(values[view]) for key, values in columns.items()} for view in range(count)]
+    for view, rgba in enumerate(sample.rgba.numpy()):
+        views[view] |= _image_figures(rgba)
+        # A clipped mask's hull ends at the border, where the animal does not.
+        if views[view]["usable"] and not views[view]["clipped"]:
+            points[view] = outline(rgba[3])
+    iou = filled = [None] * count
+    if hulls and count >= 3 and all(view["usable"] for view in views) and float(look_off.max()) <= MOST_TURNED_DEG:
         found = view_consistency(sample.rgba[:, :3], sample.rgba[:, 3:], cameras)
         iou, filled = found["mask_iou_per_view"], found["mask_per_view"]
-    points = np.full((len(views), DIRECTIONS, 2), np.nan)
-    for view, figures in enumerate(views):
-        figures["silhouette_iou"], figures["silhouette_filled"] = iou[view], filled[view]
-        # A clipped mask's hull ends at the border, where the animal does not.
-        if figures["usable"] and not figures["clipped"]:
-            points[view] = outline(alpha[view].numpy())
-    intrinsics, w2c = cameras.fxfycxcy.double().numpy() / cameras.width, cameras.w2c.double().numpy()
-    size = (cameras.width, cameras.height)
-    return Measured(sample.folder, size, views, points, intrinsics, w2c, list(sample.view_names))
+    for view, *overlap in zip(views, iou, filled, strict=True):
+        view["silhouette_iou"], view["silhouette_filled"] = overlap
+    outlines = Views(points, cameras.fxfycxcy.double().numpy() / cameras.width, cameras.w2c.double().numpy())
+    return Measured(sample.folder, (cameras.width, cameras.height), list(sample.view_names), views, outlines)
 
 
-def _mask_figures(alpha: np.ndarray) -> dict:
-    """alpha: [h, w]. area: share of the image. centre: the body's center from the image's, over the width."""
-    import cv2
+def _image_figures(rgba: np.ndarray) -> dict:
+    """rgba: [4, h, w]. area: share of the image. centre: the body's center from the image's, over the width.
 
+    brightness: mean luminance of the animal, bright_share: the share of it that is white. sharpness: what blurring over
+    3 x 3 pixels takes away inside the mask, over what blurring again takes away. A lens or a codec loses fine detail
+    first, whereas an animal's light and dark sides differ in both alike.
+    """
+    alpha, luma = np.ascontiguousarray(rgba[3]), sum(share * channel for share, channel in zip(LUMA, rgba))
     height, width = alpha.shape
     rim = np.concatenate([alpha[0], alpha[-1], alpha[:, 0], alpha[:, -1]])
-    area, binary = float(alpha.mean(dtype=np.float64)), alpha > 0.5
+    total, binary = float(alpha.sum(dtype=np.float64)), alpha > 0.5
+    area = float(alpha.mean(dtype=np.float64))
     figures = {
         "usable": bool(binary.any()) and EMPTY_SHARE < area < OPAQUE_SHARE, "no_mask": area >= OPAQUE_SHARE,
         "area": area, "clipped": bool((rim > RIM_ALPHA).any()), "centre_x": None, "centre_y": None,
+        "brightness": None, "bright_share": None, "sharpness": None,
     }  # fmt: skip
     if figures["usable"]:
         # Weighted by the squared distance from the outline, so that tail and legs hardly count.
@@ -124,31 +124,14 @@ def _mask_figures(alpha: np.ndarray) -> dict:
         depth = cv2.distanceTransform(padded, cv2.DIST_L2, cv2.DIST_MASK_5)[1:-1, 1:-1] ** 2
         figures["centre_x"] = float((depth.sum(0) @ np.arange(width)) / depth.sum() + 0.5 - width / 2) / width
         figures["centre_y"] = float((depth.sum(1) @ np.arange(height)) / depth.sum() + 0.5 - height / 2) / width
+    if total >= 1:
+        once = cv2.blur(luma, (3, 3))
+        inside = cv2.erode((alpha > 0.9).astype(np.uint8), np.ones((5, 5), np.uint8), borderValue=0) > 0
+        fine, coarse = (np.abs(a - b)[inside] for a, b in ((luma, once), (once, cv2.blur(once, (3, 3)))))
+        figures["brightness"] = float((luma * alpha).sum(dtype=np.float64) / total)
+        figures["bright_share"] = float(((luma > BRIGHT) * alpha).sum(dtype=np.float64) / total)
+        figures["sharpness"] = float(fine.mean() / max(coarse.mean(), 1e-9)) if len(fine) >= 25 else None
     return figures
-
-
-def _light_figures(rgba: np.ndarray) -> dict:
-    """rgba: [4, h, w]. Mean luminance of the animal, the share of it that is white, and how sharp it is.
-
-    sharpness: what blurring over 3 x 3 pixels takes away inside the mask, over what blurring again takes away. A lens
-    or a codec loses fine detail first, whereas an animal's light and dark sides differ in both alike.
-    """
-    import cv2
-
-    rgb, alpha = rgba[:3], np.ascontiguousarray(rgba[3])
-    total = float(alpha.sum(dtype=np.float64))
-    if total < 1:
-        return {"brightness": None, "bright_share": None, "sharpness": None}
-    luma = np.ascontiguousarray(sum(share * channel for share, channel in zip(LUMA, rgb, strict=True)))
-
-    once = cv2.blur(luma, (3, 3))
-    inside = cv2.erode((alpha > 0.9).astype(np.uint8), np.ones((5, 5), np.uint8), borderValue=0) > 0
-    fine, coarse = (np.abs(a - b)[inside] for a, b in ((luma, once), (once, cv2.blur(once, (3, 3)))))
-    return {
-        "brightness": float((luma * alpha).sum(dtype=np.float64) / total),
-        "bright_share": float(((luma > BRIGHT) * alpha).sum(dtype=np.float64) / total),
-        "sharpness": float(fine.mean() / max(coarse.mean(), 1e-9)) if len(fine) >= 25 else None,
-    }
 
 
 # ---- the summary ----------------------------------------------------------------------------------------------------
@@ -159,12 +142,16 @@ def summarise(measured: list[Measured], rig: ViewRig | None) -> tuple[dict, Diag
 
     Samples may have different numbers of views; the common ones are looked at.
     """
-    counts = {len(one.views) for one in measured}
-    count = min(counts)
-    names = [name or f"view {slot}" for slot, name in enumerate(measured[0].view_names[:count])]
+    first, counts = measured[0], sorted({len(one.views) for one in measured})
+    count = counts[0]
+    names = [name or f"view {slot}" for slot, name in enumerate(first.view_names[:count])]
     views = [{"name": names[slot], **_view_summary([one.views[slot] for one in measured])} for slot in range(count)]
     for key in ("brightness", "sharpness"):
-        for view, ratio in zip(views, _relative(measured, key, count), strict=True):
+        # Within a sample the animal and its light are the same: against its views' median remain the camera and the
+        # side it sees.
+        rows = np.array([[view[key] for view in one.views[:count]] for one in measured], dtype=float)
+        ratios = [row / np.median(row) for row in rows if np.isfinite(row).all() and np.median(row) > 0]
+        for view, ratio in zip(views, np.median(ratios, axis=0).tolist() if ratios else [None] * count):
             view[f"{key}_relative"] = ratio
     for view, stated in zip(views, rig.views if rig is not None else ()):
         where = (view["azimuth_deg"], view["elevation_deg"], stated.azimuth_deg, stated.elevation_deg)
@@ -172,17 +159,27 @@ def summarise(measured: list[Measured], rig: ViewRig | None) -> tuple[dict, Diag
     diagnosis = diagnose(outlines(measured, count)) if count >= 3 else None
     for view, off in zip(views, diagnosis.per_view if diagnosis else ()):
         view["tangency_rms"] = off
+    measured_rig = None
+    if rig is None:  # that of the first sample's cameras
+        (width, height), (_, intrinsics, w2c) = first.size, (torch.from_numpy(part[:count]) for part in first.outlines)
+        labels = names if None not in first.view_names[:count] and len(set(names)) == count else None
+        labels = labels or [f"view_{k:02d}" for k in range(count)]
+        cameras = Cameras.from_w2c(w2c, intrinsics * width, height, width)
+        measured_rig = ViewRig.from_cameras(cameras, "measured", labels).to_dict()
     distances = [view["distance_mean"] for view in views]
     return {
         "num_samples": len(measured),
         "num_views": count,
-        "view_counts": sorted(counts),
+        "view_counts": counts,
         "sizes": sorted({one.size for one in measured}),
         "rig": None if rig is None else rig.name,
-        "measured_rig": None if rig is not None else measured_rig(measured[0], count).to_dict(),
+        "measured_rig": measured_rig,
         "distance_mean": _mean(distances),
         "distance_variation": float(np.std(distances)) / _mean(distances),
-        **{f"{key}_mean": _mean([view[key] for view in views]) for key in MEANS},
+        **{
+            f"{key}_mean": _mean([v[key] for v in views])
+            for key in ("mask_area", "silhouette_iou", "silhouette_filled")
+        },
         **{key: sum(view[key] for view in views) for key in ("clipped", "empty")},
         "tangency_rms": None if diagnosis is None else diagnosis.rms,
         "tangency_rms_explained": None if diagnosis is None else diagnosis.left,
@@ -192,20 +189,10 @@ def summarise(measured: list[Measured], rig: ViewRig | None) -> tuple[dict, Diag
 
 def outlines(measured: list[Measured], count: int) -> Views:
     """The first `count` views of evenly chosen samples whose outlines are all known, or as they are if none has."""
-    whole = [one for one in measured if np.isfinite(one.points[:count]).all()] or measured
-    chosen = np.unique(np.linspace(0, len(whole) - 1, MOST_FOR_SILHOUETTES).round().astype(int))
-    return Views(*(np.stack([getattr(whole[k], n)[:count] for k in chosen]) for n in ("points", "intrinsics", "w2c")))
-
-
-def measured_rig(one: Measured, count: int) -> ViewRig:
-    """What the cameras of a dataset without a rig amount to: those of its first sample."""
-    width, height = one.size
-    cameras = Cameras.from_w2c(
-        torch.from_numpy(one.w2c[:count]), torch.from_numpy(one.intrinsics[:count]) * width, height, width
-    )
-    names = one.view_names[:count]
-    complete = None not in names and len(set(names)) == count
-    return ViewRig.from_cameras(cameras, "measured", names if complete else [f"view_{k:02d}" for k in range(count)])
+    whole = [one.outlines for one in measured if np.isfinite(one.outlines.points[:count]).all()]
+    whole = whole or [one.outlines for one in measured]
+    chosen = [whole[index] for index in evenly(len(whole), MOST_FOR_SILHOUETTES)]
+    return Views(*(np.stack([part[:count] for part in parts]) for parts in zip(*chosen)))
 
 
 def _view_summary(rows: list[dict]) -> dict:
@@ -229,16 +216,6 @@ def _view_summary(rows: list[dict]) -> dict:
         "without_mask": int(sum(row["no_mask"] for row in rows)),
         "sharpness": float(np.median(known["sharpness"])) if known["sharpness"] else None,
     }
-
-
-def _relative(measured: list[Measured], key: str, count: int) -> list[float | None]:
-    """Per view, the median over the samples of its figure over the median of the sample's views.
-
-    Within a sample the animal and its light are the same, so what remains is the camera, and the side it sees.
-    """
-    rows = np.array([[view[key] for view in one.views[:count]] for one in measured], dtype=float)
-    ratios = [row / np.median(row) for row in rows if np.isfinite(row).all() and np.median(row) > 0]
-    return np.median(ratios, axis=0).tolist() if ratios else [None] * count
 
 
 def _mean(values) -> float | None:

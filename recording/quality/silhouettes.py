@@ -1,4 +1,4 @@
-"""Do silhouettes and rays of several cameras belong to one solid, and if not, which usual fault explains it?
+"""Do silhouettes of several cameras belong to one solid, and if not, which usual fault explains it?
 
 A plane through two camera centers that touches the animal touches its silhouette in both images (Rieger 1986; Cipolla,
 Astrom and Giblin 1995). So for every pair of views the planes through their baseline must cover the same range of
@@ -12,8 +12,8 @@ hold for any animal in any pose; what breaks them is a wrong camera, a wrong mas
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
 from itertools import combinations
+from typing import NamedTuple
 
 import numpy as np
 
@@ -33,20 +33,20 @@ FITTED = 6  # samples that continuous faults are fitted to
 PENALTY = 1.6  # how much better a hypothesis must do per step of complexity
 FREE_WEIGHT = 1e-3  # keeps what silhouettes cannot tell (a common scale, a common shift) at zero
 SCALE, SHIFT, POSE, ROLL = ("scale",), ("shift_x", "shift_y"), ("azimuth", "elevation"), ("roll",)
-# What may be wrong by an amount: the fault's code, its numbers (see `adjust`), its complexity. Of two stories that
-# explain as much, the one with fewer numbers in it is told; a more complicated group is asked only when one before
-# explains too little.
-COMMON = (("focal", SCALE, 1.0), ("principal_point", SHIFT, 1.0))  # the same in every view
-ONE_VIEW = (("view_scale", SCALE, 1.0), ("view_shift", SHIFT, 1.0), ("view_roll", ROLL, 1.0), ("camera_off", POSE, 1.0))
-EVERY_VIEW = (
-    ("views_scaled", SCALE, 2.0), ("views_moved", SHIFT, 2.5), ("views_scaled_and_moved", SCALE + SHIFT, 3.0),
-    ("cameras_off", POSE, 2.5),
+# What may be wrong by an amount: code, its numbers (see `adjust`), whose they are, complexity. Of two stories that
+# explain as much, the one with fewer numbers in it is told; the next group is asked only where one before explains too
+# little.
+AMOUNTS = (
+    (("focal", SCALE, "all", 1.0), ("principal_point", SHIFT, "all", 1.0), ("view_scale", SCALE, "odd", 1.0),
+     ("view_shift", SHIFT, "odd", 1.0), ("view_roll", ROLL, "odd", 1.0), ("camera_off", POSE, "odd", 1.0)),
+    (("views_scaled", SCALE, "each", 2.0), ("views_moved", SHIFT, "each", 2.5), ("cameras_off", POSE, "each", 2.5),
+     ("views_scaled_and_moved", SCALE + SHIFT, "each", 3.0)),
+    (("each_scaled", SCALE, "image", 4.0), ("each_moved", SHIFT, "image", 4.5),
+     ("each_scaled_and_moved", SCALE + SHIFT, "image", 5.0)),
 )  # fmt: skip
-EVERY_IMAGE = (("each_scaled", SCALE, 4.0), ("each_moved", SHIFT, 4.5), ("each_scaled_and_moved", SCALE + SHIFT, 5.0))
 
 
-@dataclass(frozen=True)
-class Views:
+class Views(NamedTuple):
     """Outlines and cameras of t samples of v views, float64.
 
     points: [t, v, n, 2] support points over the image's width, x right, y down, corner origin; nan where a view has no
@@ -57,26 +57,17 @@ class Views:
     intrinsics: np.ndarray
     w2c: np.ndarray
 
-    @property
-    def count(self) -> int:
-        return self.points.shape[1]
 
-    def part(self, chosen) -> Views:
-        return Views(self.points[chosen], self.intrinsics[chosen], self.w2c[chosen])
-
-
-@dataclass(frozen=True)
-class Fault:
-    """code: see `quality.FAULTS`. views: concerned, empty for all. amounts: what was undone, [v] each. left: rms."""
+class Fault(NamedTuple):
+    """code: of `findings.FAULTS`. views: concerned, empty for all. amounts: that were undone, [v] each. left: rms."""
 
     code: str
     views: tuple[int, ...]
-    amounts: dict[str, np.ndarray] = field(default_factory=dict)
-    left: float = 0.0
+    amounts: dict[str, np.ndarray]
+    left: float
 
 
-@dataclass(frozen=True)
-class Diagnosis:
+class Diagnosis(NamedTuple):
     """rms: disagreement of the silhouettes over the width. per_view: [v]. left: rms with all faults undone.
 
     agrees: whether there is nothing to explain. explained: whether the faults found explain all of it. odd_view: the
@@ -91,9 +82,6 @@ class Diagnosis:
     explained: bool
     odd_view: int | None
     others: float
-
-
-# ---- the measure ----------------------------------------------------------------------------------------------------
 
 
 def outline(alpha: np.ndarray) -> np.ndarray | None:
@@ -120,30 +108,34 @@ def disagreement(views: Views) -> np.ndarray:
     """
     fx, fy, cx, cy = (views.intrinsics[..., None, k] for k in range(4))
     x, y = (views.points[..., 0] - cx) / fx, (views.points[..., 1] - cy) / fy
-    rays = np.stack([x, y, np.ones_like(x)], axis=-1) @ views.w2c[..., :3, :3]  # rows: R^T d
-    rays /= np.linalg.norm(rays, axis=-1, keepdims=True)
+    rays = _unit(np.stack([x, y, np.ones_like(x)], axis=-1) @ views.w2c[..., :3, :3])  # rows: R^T d
     origins = centers_of(views.w2c)
-    first, second = (np.array(side) for side in zip(*pairs(views.count), strict=True))
+    first, second = (np.array(side) for side in zip(*pairs(views.points.shape[1]), strict=True))
     baseline = origins[:, second] - origins[:, first]
-    length = np.linalg.norm(baseline, axis=-1, keepdims=True)
-    baseline = baseline / np.maximum(length, 1e-9)
+    length, baseline = np.linalg.norm(baseline, axis=-1), _unit(baseline)
     middle = rays.mean(axis=2)
     towards = middle[:, first] + middle[:, second]
-    across = towards - (towards * baseline).sum(-1, keepdims=True) * baseline
-    across /= np.maximum(np.linalg.norm(across, axis=-1, keepdims=True), 1e-9)
+    across = _unit(towards - (towards * baseline).sum(-1, keepdims=True) * baseline)
     normal = np.cross(baseline, across)
     ends, reaches = [], []
     for side in (first, second):
-        u = np.einsum("tpni,tpi->tpn", rays[:, side], across)
-        w = np.einsum("tpni,tpi->tpn", rays[:, side], normal)
-        angle, reach = np.arctan2(w, u), np.hypot(u, w)
+        u, w = (np.einsum("tpni,tpi->tpn", rays[:, side], axis) for axis in (across, normal))
+        angle = np.arctan2(w, u)
         extreme = np.stack([angle.argmin(-1), angle.argmax(-1)], axis=-1)
         ends.append(np.take_along_axis(angle, extreme, -1))
-        reaches.append(np.take_along_axis(reach, extreme, -1) * views.intrinsics[:, side, :1])
-    spread = np.stack([side[..., 1] - side[..., 0] for side in ends])
-    gap = (ends[0] - ends[1]) * 0.5 * (reaches[0] + reaches[1])
-    useless = ((spread > np.radians(WIDEST_DEG)) | ~np.isfinite(spread)).any(axis=0) | (length[..., 0] < 1e-6)
-    return np.where(useless[..., None], np.nan, gap)
+        reaches.append(np.take_along_axis(np.hypot(u, w), extreme, -1) * views.intrinsics[:, side, :1])
+    width = np.stack([side[..., 1] - side[..., 0] for side in ends])
+    useless = ((width > np.radians(WIDEST_DEG)) | ~np.isfinite(width)).any(axis=0) | (length < 1e-6)
+    return np.where(useless[..., None], np.nan, (ends[0] - ends[1]) * 0.5 * (reaches[0] + reaches[1]))
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-9)
+
+
+def evenly(count: int, wanted: int) -> list[int]:
+    """Returns at most `wanted` of `count` indices, first and last included."""
+    return np.unique(np.linspace(0, count - 1, min(count, wanted)).round().astype(int)).tolist()
 
 
 def pairs(count: int) -> list[tuple[int, int]]:
@@ -156,9 +148,9 @@ def rms(gaps: np.ndarray) -> float:
     return float(np.sqrt(np.mean(np.minimum(np.abs(known), CAP) ** 2))) if len(known) else CAP
 
 
-def rms_per_view(gaps: np.ndarray, count: int) -> list[float]:
-    """Returns [v] the disagreement over the pairs each view is part of."""
-    return [rms(gaps[:, [view in pair for pair in pairs(count)]]) for view in range(count)]
+def rms_per_view(gaps: np.ndarray, count: int, others: bool = False) -> list[float]:
+    """Returns [v] the disagreement over the pairs each view is part of; others: over the pairs it is no part of."""
+    return [rms(gaps[:, [(view in pair) != others for pair in pairs(count)]]) for view in range(count)]
 
 
 def adjust(views: Views, **amounts) -> Views:
@@ -167,103 +159,78 @@ def adjust(views: Views, **amounts) -> Views:
     scale: log factor of the focal length. shift_x, shift_y: added to the principal point, over the width. azimuth,
     elevation: radians, the camera moved about the world's origin. roll: radians about its optical axis.
     """
-    given = {name: np.broadcast_to(np.asarray(value, float), views.count) for name, value in amounts.items()}
-    intrinsics, w2c = views.intrinsics.copy(), views.w2c
-    if "scale" in given:
-        intrinsics[..., :2] *= np.exp(given["scale"])[:, None]
-    for axis, name in enumerate(SHIFT):
-        intrinsics[..., 2 + axis] += given.get(name, 0.0)
-    if "azimuth" in given:
-        w2c = w2c @ _turns(np.broadcast_to([0.0, 0.0, 1.0], (views.count, 3)), given["azimuth"])
-    if "elevation" in given:
-        right = w2c[:, :, 0, :3] * [1.0, 1.0, 0.0]
-        right /= np.maximum(np.linalg.norm(right, axis=-1, keepdims=True), 1e-9)
-        w2c = w2c @ _turns(right, given["elevation"])
-    if "roll" in given:
-        w2c = _turns(np.broadcast_to([0.0, 0.0, 1.0], (views.count, 3)), given["roll"]) @ w2c
-    return replace(views, intrinsics=intrinsics, w2c=w2c)
-
-
-def _turns(axis: np.ndarray, angle: np.ndarray) -> np.ndarray:
-    """Returns [..., 4, 4] rotations about unit axes [..., 3] by `angle` (broadcast), radians."""
     from scipy.spatial.transform import Rotation
 
-    vectors = axis * angle[..., None]
-    result = np.zeros((*vectors.shape[:-1], 4, 4))
-    result[..., :3, :3] = Rotation.from_rotvec(vectors.reshape(-1, 3)).as_matrix().reshape(*vectors.shape, 3)
-    result[..., 3, 3] = 1.0
-    return result
+    def turn(axes: np.ndarray, name: str) -> np.ndarray:
+        """Returns [..., 4, 4] rotations by the amounts about unit axes [..., 3]."""
+        turns = np.tile(np.eye(4), (*axes.shape[:-1], 1, 1))
+        vectors = (axes * given[name][:, None]).reshape(-1, 3)
+        turns[..., :3, :3] = Rotation.from_rotvec(vectors).as_matrix().reshape(*axes.shape, 3)
+        return turns
 
-
-# ---- the diagnosis --------------------------------------------------------------------------------------------------
+    given = {name: np.broadcast_to(np.asarray(value, float), views.w2c.shape[1]) for name, value in amounts.items()}
+    intrinsics, w2c, z = views.intrinsics.copy(), views.w2c, np.tile([0.0, 0.0, 1.0], (views.w2c.shape[1], 1))
+    intrinsics[..., :2] *= np.exp(given.get("scale", np.zeros(1)))[:, None]
+    intrinsics[..., 2] += given.get("shift_x", 0.0)
+    intrinsics[..., 3] += given.get("shift_y", 0.0)
+    if "azimuth" in given:
+        w2c = w2c @ turn(z, "azimuth")
+    if "elevation" in given:
+        w2c = w2c @ turn(_unit(w2c[:, :, 0, :3] * [1.0, 1.0, 0.0]), "elevation")
+    if "roll" in given:
+        w2c = turn(z, "roll") @ w2c
+    return views._replace(intrinsics=intrinsics, w2c=w2c)
 
 
 def diagnose(views: Views) -> Diagnosis:
     """Explains the disagreement of views [t, v], v >= 3, if there is any."""
     faults: list[Fault] = []
-    gaps = disagreement(views)
-    start, per_view = rms(gaps), rms_per_view(gaps, views.count)
+    gaps, count = disagreement(views), views.w2c.shape[1]
+    start, per_view = rms(gaps), rms_per_view(gaps, count)
     centers, axes = centers_of(views.w2c), views.w2c[:, :, 2, :3]
     away = np.median(np.einsum("tvi,tvi->tv", axes, nearest(centers, axes)[:, None] - centers), axis=0) < 0
     if away.any():
         w2c = views.w2c.copy()
         w2c[:, away] = OPENGL @ w2c[:, away]
-        views = replace(views, w2c=w2c)
+        views = views._replace(w2c=w2c)
         gaps = disagreement(views)
         concerned = () if away.all() else tuple(np.flatnonzero(away).tolist())
         faults.append(Fault("view_looks_away" if concerned else "opengl_axes", concerned, {}, rms(gaps)))
-    odd, others = odd_view(gaps, views.count)
-    agrees = not faults and not _disagrees(gaps, views.count)
-    while _disagrees(gaps, views.count) and len(faults) < MAX_FAULTS:
-        explanation = _best_explanation(views, rms(gaps))
-        if explanation is None:
+    odd, others, disagrees = first = _odd_view(gaps, count)
+    while disagrees and len(faults) < MAX_FAULTS:
+        best = None
+        for hypotheses in (_discrete(views), *(_fitted(views, group, odd) for group in AMOUNTS)):
+            for complexity, fault, mended in hypotheses:
+                score = max(fault.left, 0.2 * AGREED) * PENALTY**complexity
+                if fault.left <= EXPLAINED * rms(gaps) and (best is None or score < best[0]):
+                    best = (score, fault, mended)
+            if best is not None and best[1].left <= AGREED:
+                break  # a more complicated story is not needed
+        if best is None:
             break
-        faults.append(explanation[0])
-        views, gaps = explanation[1], disagreement(explanation[1])
-    return Diagnosis(start, per_view, faults, rms(gaps), agrees, not _disagrees(gaps, views.count), odd, others)
+        _, fault, views = best
+        faults.append(fault)
+        gaps = disagreement(views)
+        odd, _, disagrees = _odd_view(gaps, count)
+    agrees = not faults and not disagrees
+    return Diagnosis(start, per_view, faults, rms(gaps), agrees, not disagrees, first[0], others)
 
 
-def odd_view(gaps: np.ndarray, count: int) -> tuple[int | None, float]:
-    """Returns the view whose removal leaves the least disagreement among the others, and that disagreement."""
+def _odd_view(gaps: np.ndarray, count: int) -> tuple[int | None, float, bool]:
+    """Returns the view whose removal leaves the least disagreement, that of the others, and whether there is any: of
+    all, or of this view with others that agree among themselves.
+    """
     if count < 4:
-        return None, rms(gaps)
-    left = [rms(gaps[:, [view not in pair for pair in pairs(count)]]) for view in range(count)]
-    return int(np.argmin(left)), min(left)
-
-
-def _disagrees(gaps: np.ndarray, count: int) -> bool:
-    """Whether the silhouettes disagree as a whole, or one view does with all others that agree among themselves."""
-    odd, others = odd_view(gaps, count)
-    alone = odd is not None and rms_per_view(gaps, count)[odd] > max(AGREED, ODD * others)
-    return rms(gaps) > AGREED or alone
-
-
-def _best_explanation(views: Views, now: float) -> tuple[Fault, Views] | None:
-    """Returns the hypothesis with the best penalised score and the views without it; None if no one halves `now`."""
-    odd, _ = odd_view(disagreement(views), views.count)
-    one = () if odd is None else (odd,)
-    simple = [(*story, np.ones((views.count, 1)), ()) for story in COMMON]
-    simple += [(*story, np.eye(views.count)[:, list(one)], one) for story in ONE_VIEW if one]
-    every = [(*story, np.eye(views.count), ()) for story in EVERY_VIEW]
-    best: tuple[float, Fault, Views] | None = None
-    for hypotheses in (
-        _discrete(views),
-        (_fitted(views, *story) for story in simple),
-        (_fitted(views, *story) for story in every),
-        (_fitted_one_by_one(views, *story) for story in EVERY_IMAGE),
-    ):
-        for complexity, fault, mended in hypotheses:
-            score = max(fault.left, 0.2 * AGREED) * PENALTY**complexity
-            if fault.left <= EXPLAINED * now and (best is None or score < best[0]):
-                best = (score, fault, mended)
-        if best is not None and best[1].left <= AGREED:
-            break  # a more complicated story is not needed
-    return None if best is None else best[1:]
+        return None, rms(gaps), rms(gaps) > AGREED
+    left = rms_per_view(gaps, count, others=True)
+    odd = int(np.argmin(left))
+    alone = rms_per_view(gaps, count)[odd] > max(AGREED, ODD * left[odd])
+    return odd, left[odd], rms(gaps) > AGREED or alone
 
 
 def _discrete(views: Views) -> Iterator[tuple[float, Fault, Views]]:
     """Wrong order, mirrored images, images upside down: nothing to fit."""
-    count, everyone = views.count, list(range(views.count))
+    count, everyone = views.w2c.shape[1], list(range(views.w2c.shape[1]))
     orders = [("views_reversed", (), [0, *range(count - 1, 0, -1)])]
     orders += [("views_shifted", (step,), np.roll(everyone, step).tolist()) for step in range(1, count)]
     for first, second in pairs(count):
@@ -278,36 +245,35 @@ def _discrete(views: Views) -> Iterator[tuple[float, Fault, Views]]:
         upside_down[:, chosen, :, 1] = 2 * views.intrinsics[:, chosen, None, 3] - upside_down[:, chosen, :, 1]
         changed += [(f"{which}_mirrored", concerned, mirrored), (f"{which}_upside_down", concerned, upside_down)]
     for code, concerned, points in changed:
-        mended = replace(views, points=points)
+        mended = views._replace(points=points)
         # On a regular rig all mirrored is the same as views reversed; one name for both.
-        complexity = 0.2 if code == "all_mirrored" else 0.0
-        yield complexity, Fault(code, concerned, {}, rms(disagreement(mended))), mended
+        yield 0.2 * (code == "all_mirrored"), Fault(code, concerned, {}, rms(disagreement(mended))), mended
 
 
-def _fitted(
-    views: Views, code: str, names: tuple[str, ...], complexity: float, basis: np.ndarray, concerned: tuple
-) -> tuple[float, Fault, Views]:
-    """basis: [v, m], which views share a number."""
-    some = np.unique(np.linspace(0, len(views.points) - 1, FITTED).round().astype(int))
-    amounts = _solve(views.part(some), names, basis)
-    mended = adjust(views, **amounts)
-    return complexity, Fault(code, concerned, amounts, rms(disagreement(mended))), mended
-
-
-def _fitted_one_by_one(
-    views: Views, code: str, names: tuple[str, ...], complexity: float
-) -> tuple[float, Fault, Views]:
-    """Images scaled or moved one by one, differently in every sample."""
-    ones = [views.part([index]) for index in range(min(FITTED, len(views.points)))]
-    mended = [adjust(one, **_solve(one, names, np.eye(views.count))) for one in ones]
-    result = Views(*(np.concatenate([getattr(m, n) for m in mended]) for n in ("points", "intrinsics", "w2c")))
-    # Twelve or more numbers per thirty equations explain something in any case: such a story must do much better.
-    freedom = np.sqrt(max(1.0 - len(names) * views.count / (2 * len(pairs(views.count))), 0.05))
-    return complexity, Fault(code, (), {}, rms(disagreement(result)) / freedom), result
+def _fitted(views: Views, group: tuple[tuple, ...], odd: int | None) -> Iterator[tuple[float, Fault, Views]]:
+    """The same in all views, in the odd one, in each view, or in each image of each sample."""
+    count, eye = views.w2c.shape[1], np.eye(views.w2c.shape[1])
+    bases = {"all": np.ones((count, 1)), "odd": eye[:, [odd or 0]], "each": eye}
+    for code, names, whose, complexity in group:
+        if whose == "odd" and odd is None:
+            continue
+        amounts, freedom = {}, 1.0
+        if whose == "image":
+            ones = [Views(*(part[[index]] for part in views)) for index in range(min(FITTED, len(views.points)))]
+            mended = [adjust(one, **_solve(one, names, eye)) for one in ones]
+            mended = Views(*map(np.concatenate, zip(*mended)))
+            # Twelve numbers or more per thirty equations explain something in any case: they must do much better.
+            freedom = np.sqrt(max(1.0 - len(names) * count / (2 * len(pairs(count))), 0.05))
+        else:
+            some = evenly(len(views.points), FITTED)
+            amounts = _solve(Views(*(part[some] for part in views)), names, bases[whose])
+            mended = adjust(views, **amounts)
+        left = rms(disagreement(mended)) / freedom
+        yield complexity, Fault(code, (odd,) if whose == "odd" else (), amounts, left), mended
 
 
 def _solve(views: Views, names: tuple[str, ...], basis: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns the amounts [v] by name under which the views agree best."""
+    """Returns the amounts [v] by name under which the views agree best. basis: [v, m], which views share a number."""
     from scipy.optimize import least_squares
 
     def amounts(x: np.ndarray) -> dict[str, np.ndarray]:
@@ -318,6 +284,6 @@ def _solve(views: Views, names: tuple[str, ...], basis: np.ndarray) -> dict[str,
         return np.concatenate([np.nan_to_num(gaps, nan=CAP), FREE_WEIGHT * x])
 
     start = np.zeros(len(names) * basis.shape[1])
-    return amounts(
-        least_squares(residual, start, loss="soft_l1", f_scale=AGREED, max_nfev=20, bounds=(start - 0.7, start + 0.7)).x
-    )
+    bounds = (start - 0.7, start + 0.7)
+    found = least_squares(residual, start, loss="soft_l1", f_scale=AGREED, max_nfev=20, bounds=bounds)
+    return amounts(found.x)

@@ -1,1 +1,0 @@
-"""Rasterizer backends with one signature: rasterize(gaussians, cameras, background) -> (rgb, alpha, depth)."""

@@ -14,27 +14,11 @@ import math
 
 import numpy as np
 
+# isort: off
 from .projection import (
-    BLUE,
-    CONIC_A,
-    CONIC_B,
-    CONIC_C,
-    DEPTH,
-    GREEN,
-    MIN_ALPHA,
-    NUM_COLUMNS,
-    NUM_GRADS,
-    OPACITY,
-    REACH_X,
-    REACH_Y,
-    RED,
-    TILE_PX,
-    U_REST,
-    V_REST,
-    U,
-    V,
-    kernel,
-)
+    BLUE, CONIC_A, CONIC_B, CONIC_C, DEPTH, GREEN, MIN_ALPHA, NUM_COLUMNS, NUM_GRADS, OPACITY, REACH_X, REACH_Y, RED,
+    TILE_PX, U_REST, V_REST, U, V, kernel,
+)  # fmt: skip
 
 MAX_ALPHA = np.float32(0.999)
 MIN_TRANSMITTANCE = np.float32(1e-4)  # compositing stops before the splat that would bring a pixel to or below this
@@ -87,10 +71,7 @@ def bin_tiles(order, tiles, tiles_x, tiles_y):
     ordered by tile, then depth; slots number the same pairs by Gaussian, so that the gradients of one Gaussian lie
     side by side.
     """
-    boxes = np.empty((order.shape[0], 4), np.int32)  # in order: read at random once, not twice
-    for rank in range(order.shape[0]):
-        for column in range(4):
-            boxes[rank, column] = tiles[order[rank], column]
+    boxes = tiles[order]  # in order: read at random once, not twice
     tile_starts = np.zeros(tiles_x * tiles_y + 1, np.int64)
     slot_starts = np.empty(order.shape[0] + 1, np.int64)
     slots = 0
@@ -151,14 +132,6 @@ def _touched(center, reach, origin, size):
 
 
 @kernel()
-def _touched_box(splat, top, left, rows, columns):
-    """First and last (exclusive) row and run of a tile that a splat touches."""
-    first_row, last_row = _touched(splat[V], splat[REACH_Y], top, rows)
-    first_column, last_column = _touched(splat[U], splat[REACH_X], left, columns)
-    return first_row, last_row, first_column // RUN, (last_column + RUN - 1) // RUN
-
-
-@kernel()
 def _gather(splats, pair_splat, first, last, hand):
     """Copies the next splats of a tile side by side: reads that do not wait for one another cost half as much."""
     for i in range(last - first):
@@ -176,144 +149,80 @@ def _all_closed(acc):
 
 
 @kernel()
-def _tile_box(tile, height, width):
-    tiles_x = (width + TILE_PX - 1) // TILE_PX
-    top, left = tile // tiles_x * TILE_PX, tile % tiles_x * TILE_PX
-    return top, left, min(height - top, TILE_PX), min(width - left, TILE_PX)
+def _start_tile(acc, image, grad_image, top, left, rows, columns):
+    """Planes of a tile before its first splat.
 
-
-@kernel()
-def composite(splats, tile_starts, pair_splat, tile_order, worker, workers, image):
-    """Front-to-back compositing of the tiles tile_order[worker::workers].
-
-    image [5, h, w] receives red, green, blue, accumulated depth, transmittance.
+    Forward: zeros, transmittance, LIVE. Backward: gradients of red, green, blue and depth, R (see composite), LIVE.
     """
-    acc, hand = np.empty(6 * PLANE, np.float32), np.empty((HAND, NUM_COLUMNS), np.float32)
-    for turn in range(worker, tile_order.shape[0], workers):
-        tile = tile_order[turn]
-        top, left, rows, columns = _tile_box(tile, image.shape[1], image.shape[2])
-        acc[:] = ZERO
-        acc[PLANE_T * PLANE : LIVE] = ONE
-        for i in range(rows):
-            acc[LIVE + i * TILE_PX : LIVE + i * TILE_PX + columns] = ONE
-        for pair in range(tile_starts[tile], tile_starts[tile + 1]):
-            held = (pair - tile_starts[tile]) % HAND
-            if held == 0:
-                if _all_closed(acc):
-                    break
-                _gather(splats, pair_splat, pair, min(pair + HAND, tile_starts[tile + 1]), hand)
-            splat = hand[held]
-            first_row, last_row, first_run, last_run = _touched_box(splat, top, left, rows, columns)
-            u, v = splat[U] - np.float32(left) + splat[U_REST], splat[V] - np.float32(top) + splat[V_REST]
-            a, b, c = splat[CONIC_A], splat[CONIC_B], splat[CONIC_C]
-            red, green, blue, depth, opacity = splat[RED], splat[GREEN], splat[BLUE], splat[DEPTH], splat[OPACITY]
-            for i in range(first_row, last_row):
-                dy = v - (np.float32(i) + HALF)
-                for run in range(first_run, last_run):
-                    start = np.uint32(i * TILE_PX + run * RUN) & RUN_MASK
-                    u_run = u - np.float32(run * RUN)
-                    for lane in range(RUN):
-                        p = start + np.uint32(lane)
-                        dx = u_run - (np.float32(np.int32(lane)) + HALF)
-                        sigma = HALF * (a * dx * dx + c * dy * dy) + b * dx * dy
-                        alpha = min(MAX_ALPHA, opacity * _exp_minus(min(max(sigma, ZERO), MAX_EXPONENT)))
-                        before = acc[p + P5]
-                        after = before * (ONE - alpha)
-                        hit = (sigma >= ZERO) & (alpha >= MIN_ALPHA)
-                        taken = hit & (after > MIN_TRANSMITTANCE)
-                        weight = alpha * before if taken else ZERO
-                        acc[p] += weight * red
-                        acc[p + P1] += weight * green
-                        acc[p + P2] += weight * blue
-                        acc[p + P3] += weight * depth
-                        acc[p + P4] = after if taken else acc[p + P4]
-                        acc[p + P5] = after if taken else (ZERO if hit else before)
-        for plane in range(5):
-            for i in range(rows):
-                for j in range(columns):
-                    image[plane, top + i, left + j] = acc[plane * PLANE + i * TILE_PX + j]
-
-
-@kernel()
-def _start_backward(acc, image, grad_image, top, left, rows, columns):
-    """Planes of a tile: gradients of red, green, blue, depth; R (see composite_backward); LIVE."""
     acc[:] = ZERO
     for i in range(rows):
         for j in range(columns):
             p, y, x = i * TILE_PX + j, top + i, left + j
             acc[LIVE + p] = ONE
-            total = np.float64(grad_image[PLANE_T, y, x]) * image[PLANE_T, y, x]
-            for plane in range(4):
-                acc[plane * PLANE + p] = grad_image[plane, y, x]
-                total += np.float64(grad_image[plane, y, x]) * image[plane, y, x]
-            acc[PLANE_T * PLANE + p] = total
+            if grad_image is None:
+                acc[PLANE_T * PLANE + p] = ONE
+            else:
+                total = np.float64(grad_image[PLANE_T, y, x]) * image[PLANE_T, y, x]
+                for plane in range(4):
+                    acc[plane * PLANE + p] = grad_image[plane, y, x]
+                    total += np.float64(grad_image[plane, y, x]) * image[plane, y, x]
+                acc[PLANE_T * PLANE + p] = total
 
 
-@kernel()
-def composite_backward(
-    splats, tile_starts, pair_splat, pair_slot, tile_order, worker, workers, image, grad_image, slot_grads
-):
-    """Gradients of compositing per (tile, Gaussian) pair, slot_grads [pairs, NUM_GRADS] (zeros), by replaying it.
-
-    With T the transmittance before a splat, q = (color, depth) . gradient, and R what lies behind the splat of
-    sum(weight q) + T_final gradient_T:  d loss / d alpha = T q - R / (1 - alpha).
-    """
-    acc, hand = np.empty(SUMS + NUM_GRADS * RUN, np.float32), np.empty((HAND, NUM_COLUMNS), np.float32)
-    for turn in range(worker, tile_order.shape[0], workers):
-        tile = tile_order[turn]
-        top, left, rows, columns = _tile_box(tile, image.shape[1], image.shape[2])
-        _start_backward(acc, image, grad_image, top, left, rows, columns)
-        for pair in range(tile_starts[tile], tile_starts[tile + 1]):
-            held = (pair - tile_starts[tile]) % HAND
-            if held == 0:
-                if _all_closed(acc):
-                    break
-                _gather(splats, pair_splat, pair, min(pair + HAND, tile_starts[tile + 1]), hand)
-            splat = hand[held]
-            first_row, last_row, first_run, last_run = _touched_box(splat, top, left, rows, columns)
-            u, v = splat[U] - np.float32(left) + splat[U_REST], splat[V] - np.float32(top) + splat[V_REST]
-            a, b, c = splat[CONIC_A], splat[CONIC_B], splat[CONIC_C]
-            red, green, blue, depth, opacity = splat[RED], splat[GREEN], splat[BLUE], splat[DEPTH], splat[OPACITY]
-            acc[SUMS:] = ZERO
-            for i in range(first_row, last_row):
-                dy = v - (np.float32(i) + HALF)
-                for run in range(first_run, last_run):
-                    start = np.uint32(i * TILE_PX + run * RUN) & RUN_MASK
-                    u_run = u - np.float32(run * RUN)
-                    for lane in range(RUN):
-                        k = np.uint32(lane)
-                        p = start + k
-                        dx = u_run - (np.float32(np.int32(lane)) + HALF)
-                        sigma = HALF * (a * dx * dx + c * dy * dy) + b * dx * dy
-                        full = opacity * _exp_minus(min(max(sigma, ZERO), MAX_EXPONENT))
-                        alpha = min(MAX_ALPHA, full)
-                        before = acc[p + P5]
-                        after = before * (ONE - alpha)
-                        hit = (sigma >= ZERO) & (alpha >= MIN_ALPHA)
-                        taken = hit & (after > MIN_TRANSMITTANCE)
-                        weight = alpha * before if taken else ZERO
-                        d_red, d_green, d_blue, d_depth = acc[p], acc[p + P1], acc[p + P2], acc[p + P3]
-                        value = red * d_red + green * d_green + blue * d_blue + depth * d_depth
-                        rest = acc[p + P4] - weight * value
-                        acc[p + P4] = rest
-                        acc[p + P5] = after if taken else (ZERO if hit else before)
-                        d_alpha = before * value - rest / (ONE - alpha)
-                        d_sigma = -full * d_alpha if taken & (full <= MAX_ALPHA) else ZERO
-                        acc[k + L0] += d_sigma * dx
-                        acc[k + L1] += d_sigma * dy
-                        acc[k + L2] += d_sigma * dx * dx
-                        acc[k + L3] += d_sigma * dx * dy
-                        acc[k + L4] += d_sigma * dy * dy
-                        acc[k + L5] += d_sigma
-                        acc[k + L6] += weight * d_red
-                        acc[k + L7] += weight * d_green
-                        acc[k + L8] += weight * d_blue
-                        acc[k + L9] += weight * d_depth
-            _sum_lanes(acc, a, b, c, opacity, slot_grads, pair_slot[pair])
+@kernel(inline="always")
+def _composite_splat(acc, splat, top, left, rows, columns, grad_image):
+    first_row, last_row = _touched(splat[V], splat[REACH_Y], top, rows)
+    first_column, last_column = _touched(splat[U], splat[REACH_X], left, columns)
+    u, v = splat[U] - np.float32(left) + splat[U_REST], splat[V] - np.float32(top) + splat[V_REST]
+    a, b, c = splat[CONIC_A], splat[CONIC_B], splat[CONIC_C]
+    red, green, blue, depth, opacity = splat[RED], splat[GREEN], splat[BLUE], splat[DEPTH], splat[OPACITY]
+    if grad_image is not None:
+        acc[SUMS:] = ZERO
+    for i in range(first_row, last_row):
+        dy = v - (np.float32(i) + HALF)
+        for run in range(first_column // RUN, (last_column + RUN - 1) // RUN):
+            start = np.uint32(i * TILE_PX + run * RUN) & RUN_MASK
+            u_run = u - np.float32(run * RUN)
+            for lane in range(RUN):
+                k = np.uint32(lane)
+                p = start + k
+                dx = u_run - (np.float32(np.int32(lane)) + HALF)
+                sigma = HALF * (a * dx * dx + c * dy * dy) + b * dx * dy
+                full = opacity * _exp_minus(min(max(sigma, ZERO), MAX_EXPONENT))
+                alpha = min(MAX_ALPHA, full)
+                before = acc[p + P5]
+                after = before * (ONE - alpha)
+                hit = (sigma >= ZERO) & (alpha >= MIN_ALPHA)
+                taken = hit & (after > MIN_TRANSMITTANCE)
+                weight = alpha * before if taken else ZERO
+                if grad_image is None:
+                    acc[p] += weight * red
+                    acc[p + P1] += weight * green
+                    acc[p + P2] += weight * blue
+                    acc[p + P3] += weight * depth
+                    acc[p + P4] = after if taken else acc[p + P4]
+                else:
+                    d_red, d_green, d_blue, d_depth = acc[p], acc[p + P1], acc[p + P2], acc[p + P3]
+                    value = red * d_red + green * d_green + blue * d_blue + depth * d_depth
+                    rest = acc[p + P4] - weight * value
+                    acc[p + P4] = rest
+                    d_alpha = before * value - rest / (ONE - alpha)
+                    d_sigma = -full * d_alpha if taken & (full <= MAX_ALPHA) else ZERO
+                    acc[k + L0] += d_sigma * dx
+                    acc[k + L1] += d_sigma * dy
+                    acc[k + L2] += d_sigma * dx * dx
+                    acc[k + L3] += d_sigma * dx * dy
+                    acc[k + L4] += d_sigma * dy * dy
+                    acc[k + L5] += d_sigma
+                    acc[k + L6] += weight * d_red
+                    acc[k + L7] += weight * d_green
+                    acc[k + L8] += weight * d_blue
+                    acc[k + L9] += weight * d_depth
+                acc[p + P5] = after if taken else (ZERO if hit else before)
 
 
 @kernel(fastmath={"reassoc"})
-def _sum_lanes(acc, a, b, c, opacity, slot_grads, slot):
+def _sum_lanes(acc, splat, slot_grads, slot):
     """Gradients of one splat in one tile from the lanes' moments of d_sigma and weighted colors."""
     for column in range(NUM_GRADS):
         total = ZERO
@@ -321,8 +230,41 @@ def _sum_lanes(acc, a, b, c, opacity, slot_grads, slot):
             total += acc[SUMS + column * RUN + k]
         slot_grads[slot, column] = total
     moment_x, moment_y = slot_grads[slot, U], slot_grads[slot, V]
-    slot_grads[slot, U] = a * moment_x + b * moment_y
-    slot_grads[slot, V] = b * moment_x + c * moment_y
+    slot_grads[slot, U] = splat[CONIC_A] * moment_x + splat[CONIC_B] * moment_y
+    slot_grads[slot, V] = splat[CONIC_B] * moment_x + splat[CONIC_C] * moment_y
     slot_grads[slot, CONIC_A] *= HALF
     slot_grads[slot, CONIC_C] *= HALF
-    slot_grads[slot, OPACITY] /= -opacity
+    slot_grads[slot, OPACITY] /= -splat[OPACITY]
+
+
+@kernel()
+def composite(splats, tile_starts, pair_splat, pair_slot, tile_order, worker, workers, image, grad_image, slot_grads):
+    """Front-to-back compositing of the tiles tile_order[worker::workers], or its gradients by doing it again.
+
+    Forward (grad_image and slot_grads None, for which numba compiles a kernel of its own): image [5, h, w] receives
+    red, green, blue, accumulated depth, transmittance. Backward: slot_grads [pairs, NUM_GRADS] (zeros) receives the
+    gradients per (tile, Gaussian) pair. With T the transmittance before a splat, q = (color, depth) . gradient, and R
+    what lies behind the splat of sum(weight q) + T_final gradient_T:  d loss / d alpha = T q - R / (1 - alpha).
+    """
+    acc, hand = np.empty(SUMS + NUM_GRADS * RUN, np.float32), np.empty((HAND, NUM_COLUMNS), np.float32)
+    height, width = image.shape[1], image.shape[2]
+    tiles_x = (width + TILE_PX - 1) // TILE_PX
+    for turn in range(worker, tile_order.shape[0], workers):
+        tile = tile_order[turn]
+        top, left = tile // tiles_x * TILE_PX, tile % tiles_x * TILE_PX
+        rows, columns = min(height - top, TILE_PX), min(width - left, TILE_PX)
+        _start_tile(acc, image, grad_image, top, left, rows, columns)
+        for pair in range(tile_starts[tile], tile_starts[tile + 1]):
+            held = (pair - tile_starts[tile]) % HAND
+            if held == 0:
+                if _all_closed(acc):
+                    break
+                _gather(splats, pair_splat, pair, min(pair + HAND, tile_starts[tile + 1]), hand)
+            _composite_splat(acc, hand[held], top, left, rows, columns, grad_image)
+            if grad_image is not None:
+                _sum_lanes(acc, hand[held], slot_grads, pair_slot[pair])
+        if grad_image is None:
+            for plane in range(5):
+                for i in range(rows):
+                    for j in range(columns):
+                        image[plane, top + i, left + j] = acc[plane * PLANE + i * TILE_PX + j]

@@ -15,38 +15,26 @@ from torch import Tensor
 
 from gslrm.model.gaussians import Gaussians
 from gslrm.model.rasterizers import warm_up
-from gslrm.model.rasterizers.spherical_harmonics import evaluate_colors
 from multiview.cameras import Cameras
 
 GRADS = {"xyz": 3, "quaternion": 4, "scale": 3, "opacity": 1, "color": 3}  # columns per Gaussian, in this order
 
 
 def rasterize(gaussians: Gaussians, cameras: Cameras, background: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Renders `b` scenes, each from its `v` cameras. All tensors on the CPU; computes in float32.
+    """Renders b scenes from cameras [b, v] over background [b, v, 3], all on the CPU, in float32.
 
-    gaussians: b scenes. cameras: [b, v]; no gradients for them. background: [b, v, 3].
-    Returns rgb [b, v, 3, h, w] (not clipped above), alpha [b, v, 1, h, w] in 0..1 and depth [b, v, 1, h, w], the
-    accumulated sum of weight * z (z along the optical axis; divide by alpha for a mean depth).
-    A scene with a value that is not finite gives images of NaN, as arithmetic does.
-    Raises ValueError for tensors on another device and for cameras that require gradients.
+    Returns rgb, alpha and depth as `render` describes them. A scene with a value that is not finite gives images of
+    NaN, as arithmetic does. Raises ValueError for cameras that require gradients.
     """
     if cameras.c2w.requires_grad or cameras.fxfycxcy.requires_grad:
         raise ValueError("the CPU rasterizer has no gradients for cameras: detach c2w and fxfycxcy")
-    for name, tensor in (("gaussians", gaussians.xyz), ("cameras", cameras.c2w), ("background", background)):
-        if tensor.device.type != "cpu":
-            raise ValueError(f"the CPU rasterizer needs {name} on the cpu, got {tensor.device}")
     with torch.autocast("cpu", enabled=False):
-        gaussians = gaussians.float()
+        gaussians = gaussians.to(torch.float32)
         images = _Rasterize.apply(
-            gaussians.xyz,
-            gaussians.get_rotation,
-            gaussians.get_scaling,
-            gaussians.get_opacity[..., 0],
-            evaluate_colors(gaussians.xyz, gaussians.features, cameras.origins.float()),
-            cameras.w2c.double(),
-            cameras.fxfycxcy.double(),
+            gaussians.xyz, gaussians.get_rotation, gaussians.get_scaling, gaussians.get_opacity[..., 0],
+            gaussians.colors_seen(cameras), cameras.w2c.double(), cameras.fxfycxcy.double(),
             (cameras.height, cameras.width),
-        )
+        )  # fmt: skip
         transmittance = images[:, :, 4:5]
         rgb = images[:, :, :3] + transmittance * background.float()[..., None, None]
     return rgb, 1 - transmittance, images[:, :, 3:4]
@@ -66,7 +54,7 @@ class _Rasterize(torch.autograd.Function):
         kept = _for_images(lambda index, parts: _draw(scenes[index], planes[index], parts), len(planes))
         if any(ctx.needs_input_grad):
             # Everything goes through save_for_backward, where torch.utils.checkpoint can drop and recompute it.
-            kept = [torch.from_numpy(array) for of_image in kept for array in of_image]
+            kept = [torch.from_numpy(array) for of_images in zip(*kept) for array in of_images]
             ctx.save_for_backward(*tensors, images, *kept)
         return images
 
@@ -74,10 +62,9 @@ class _Rasterize(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_images):
         saved = ctx.saved_tensors  # read once: a checkpoint hands out what it recomputed a single time
-        tensors, images, saved = saved[:7], saved[7], saved[8:]
+        tensors, images, saved = saved[:7], saved[7], [tensor.numpy() for tensor in saved[8:]]
         planes, scenes = images.flatten(0, 1).numpy(), _scenes(tensors)
-        per_image = len(saved) // len(planes)
-        kept = [[t.numpy() for t in saved[i : i + per_image]] for i in range(0, len(saved), per_image)]
+        kept = [saved[index :: len(planes)] for index in range(len(planes))]
         grad_planes = grad_images.float().contiguous().flatten(0, 1).numpy()
         (num_scenes, n), (color_views, views) = tensors[0].shape[:2], (tensors[4].shape[1], images.shape[1])
         of_images = _for_images(
@@ -97,12 +84,9 @@ class _Rasterize(torch.autograd.Function):
 
 def _scenes(tensors) -> list[tuple[np.ndarray, ...]]:
     """Per image the kernels' inputs, in the order of projection.project; images are numbered scene by scene."""
-    xyz, quaternion, scale, opacity, color, w2c, intrinsics = (tensor.numpy() for tensor in tensors)
-    return [
-        (xyz[b], quaternion[b], scale[b], opacity[b], color[b, v % color.shape[1]], w2c[b, v], intrinsics[b, v])
-        for b in range(w2c.shape[0])
-        for v in range(w2c.shape[1])
-    ]
+    *gaussians, color, w2c, intrinsics = (tensor.numpy() for tensor in tensors)
+    places = np.ndindex(w2c.shape[:2])
+    return [(*(x[b] for x in gaussians), color[b, v % color.shape[1]], w2c[b, v], intrinsics[b, v]) for b, v in places]
 
 
 def _draw(inputs, image: np.ndarray, parts: int):
@@ -110,44 +94,34 @@ def _draw(inputs, image: np.ndarray, parts: int):
     warm_up.wait()
     from gslrm.model.rasterizers import compositing, projection
 
-    _, height, width = image.shape
-    n, tile = inputs[0].shape[0], projection.TILE_PX
+    (_, *size), n, tile = image.shape, len(inputs[0]), projection.TILE_PX
     splats, tiles = np.empty((n, projection.NUM_COLUMNS), np.float32), np.empty((n, 4), np.int32)
     cuts = [n * part // parts for part in range(parts + 1)]
-    broken = _in_threads(
-        lambda part: projection.project(*inputs, height, width, cuts[part], cuts[part + 1], splats, tiles), parts
-    )
+    broken = _in_threads(lambda i: projection.project(*inputs, *size, cuts[i], cuts[i + 1], splats, tiles), parts)
     order = compositing.depth_order(splats, tiles)
-    tile_starts, pair_splat, pair_slot, slot_starts = compositing.bin_tiles(
-        order, tiles, -(-width // tile), -(-height // tile)
-    )
+    tiles_y, tiles_x = (-(-pixels // tile) for pixels in size)
+    tile_starts, pair_splat, pair_slot, slot_starts = compositing.bin_tiles(order, tiles, tiles_x, tiles_y)
     # The fullest tiles first, dealt out to the threads in turn.
     tile_order = np.argsort(-np.diff(tile_starts), kind="stable")
-    _in_threads(
-        lambda part: compositing.composite(splats, tile_starts, pair_splat, tile_order, part, parts, image), parts
-    )
+    kept = splats, tile_starts, pair_splat, pair_slot, tile_order
+    _in_threads(lambda part: compositing.composite(*kept, part, parts, image, None, None), parts)
     if any(broken):
         image[:] = np.nan
-    return splats, order, tile_starts, pair_splat, pair_slot, slot_starts, tile_order
+    return *kept, order, slot_starts
 
 
 def _draw_backward(inputs, kept, image: np.ndarray, grad_image: np.ndarray, parts: int) -> Tensor:
     """Returns the gradients of one image, [n, 14], columns as in GRADS."""
     from gslrm.model.rasterizers import compositing, projection
 
-    xyz, quaternion, scale, _, _, w2c, intrinsics = inputs
-    splats, order, tile_starts, pair_splat, pair_slot, slot_starts, tile_order = kept
-    _, height, width = image.shape
-    slot_grads = np.zeros((len(pair_splat), projection.NUM_GRADS), np.float32)
+    xyz, quaternion, scale, _, _, *camera = inputs
+    *tile_data, order, slot_starts = kept
+    slot_grads = np.zeros((len(kept[2]), projection.NUM_GRADS), np.float32)
     grads = torch.zeros(len(xyz), sum(GRADS.values()))
-    grads_array = grads.numpy()
-    tile_data = (splats, tile_starts, pair_splat, pair_slot, tile_order)
-    _in_threads(
-        lambda part: compositing.composite_backward(*tile_data, part, parts, image, grad_image, slot_grads), parts
-    )
-    geometry = (xyz, quaternion, scale, w2c, intrinsics, height, width, splats, order, slot_starts, slot_grads)
-    cuts = [len(order) * part // parts for part in range(parts + 1)]
-    _in_threads(lambda part: projection.project_backward(*geometry, cuts[part], cuts[part + 1], grads_array), parts)
+    _in_threads(lambda part: compositing.composite(*tile_data, part, parts, image, grad_image, slot_grads), parts)
+    geometry = xyz, quaternion, scale, *camera, *image.shape[1:], kept[0], order, slot_starts, slot_grads
+    cuts, table = [len(order) * part // parts for part in range(parts + 1)], grads.numpy()
+    _in_threads(lambda part: projection.project_backward(*geometry, cuts[part], cuts[part + 1], table), parts)
     return grads
 
 

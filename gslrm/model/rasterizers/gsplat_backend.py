@@ -6,60 +6,43 @@ import torch
 from torch import Tensor
 
 from gslrm.model.gaussians import Gaussians
-from gslrm.model.rasterizers.spherical_harmonics import evaluate_colors
 from multiview.cameras import Cameras
 
 # What both backends compute, as gsplat names it; projection.py holds the same numbers (a test compares them).
 SETTINGS = {
-    "near_plane": 0.01,
-    "far_plane": 1e10,
-    "radius_clip": 0.0,
-    "eps2d": 0.3,
-    "tile_size": 16,
-    "rasterize_mode": "classic",
-    "camera_model": "pinhole",
+    "near_plane": 0.01, "far_plane": 1e10, "radius_clip": 0.0, "eps2d": 0.3, "tile_size": 16,
+    "rasterize_mode": "classic", "camera_model": "pinhole",
     "render_mode": "RGB+D",  # D: accumulated, not divided by alpha
     # Not only for speed: gsplat 1.5.3's packed projection reads the opacities of scene 0 for every scene of a batch
     # when it bounds the Gaussians.
     "packed": False,
-}
+}  # fmt: skip
 
 
 def rasterize(gaussians: Gaussians, cameras: Cameras, background: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Renders `b` scenes, each from its `v` cameras, on a CUDA device in float32, under autocast too.
+    """Renders b scenes from cameras [b, v] over background [b, v, 3], on a CUDA device, in float32.
 
-    The same signature and results as the CPU backend's; gradients also reach c2w (not fxfycxcy).
-    Raises ValueError without a CUDA device, for tensors elsewhere, and where gsplat has no compiled kernels.
+    Returns what the CPU backend returns; gradients also reach c2w (not fxfycxcy). Raises ValueError where gsplat has
+    no compiled kernels.
     """
-    if not torch.cuda.is_available():  # gsplat would start a compilation that fails
-        raise ValueError("the gsplat backend needs a CUDA device and none is available: use backend='cpu'")
-    for name, tensor in (("gaussians", gaussians.xyz), ("cameras", cameras.c2w), ("background", background)):
-        if tensor.device.type != "cuda":
-            raise ValueError(f"the gsplat backend needs {name} on a CUDA device, got {tensor.device}")
     background = background.float()
     if gaussians.num_gaussians == 0:  # gsplat's kernels refuse an empty scene
         empty = background.new_zeros(*cameras.shape, 1, cameras.height, cameras.width)
         return background[..., None, None] + empty.expand(-1, -1, 3, -1, -1), empty, empty.clone()
     with torch.autocast("cuda", enabled=False):
-        return _call(_load_gsplat(), gaussians.float(), cameras, background)
+        return call(_load_gsplat(), gaussians.to(torch.float32), cameras, background)
 
 
-def _call(rasterization, gaussians: Gaussians, cameras: Cameras, background: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def call(rasterization, gaussians: Gaussians, cameras: Cameras, background: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Passes our arguments to gsplat's `rasterization` and brings its results into our layout."""
-    colors = evaluate_colors(gaussians.xyz, gaussians.features, cameras.origins.float())
+    colors = gaussians.colors_seen(cameras)
     images, alpha, _ = rasterization(
-        means=gaussians.xyz,
-        quats=gaussians.get_rotation,
-        scales=gaussians.get_scaling,
+        means=gaussians.xyz, quats=gaussians.get_rotation, scales=gaussians.get_scaling,
         opacities=gaussians.get_opacity[..., 0],
         colors=colors[:, 0] if colors.shape[1] == 1 else colors,  # [b, n, 3] or [b, v, n, 3]
-        viewmats=cameras.w2c.float(),
-        Ks=cameras.intrinsic_matrix().float(),
-        width=cameras.width,
-        height=cameras.height,
-        backgrounds=background,
-        **SETTINGS,
-    )
+        viewmats=cameras.w2c.float(), Ks=cameras.intrinsic_matrix().float(), width=cameras.width,
+        height=cameras.height, backgrounds=background, **SETTINGS,
+    )  # fmt: skip
     images, alpha = images.movedim(-1, 2), alpha.movedim(-1, 2)  # [b, v, h, w, c] -> [b, v, c, h, w]
     return images[:, :, :3].contiguous(), alpha.contiguous(), images[:, :, 3:].contiguous()
 

@@ -53,13 +53,19 @@ def _rotation(quaternion, g):
 
 
 @kernel()
-def _to_camera(w2c, xyz, g):
-    x, y, z = np.float64(xyz[g, 0]), np.float64(xyz[g, 1]), np.float64(xyz[g, 2])
+def _turn(w2c, v):
+    """The rotation of a world-to-camera matrix times a vector."""
     return (
-        w2c[0, 0] * x + w2c[0, 1] * y + w2c[0, 2] * z + w2c[0, 3],
-        w2c[1, 0] * x + w2c[1, 1] * y + w2c[1, 2] * z + w2c[1, 3],
-        w2c[2, 0] * x + w2c[2, 1] * y + w2c[2, 2] * z + w2c[2, 3],
+        w2c[0, 0] * v[0] + w2c[0, 1] * v[1] + w2c[0, 2] * v[2],
+        w2c[1, 0] * v[0] + w2c[1, 1] * v[1] + w2c[1, 2] * v[2],
+        w2c[2, 0] * v[0] + w2c[2, 1] * v[1] + w2c[2, 2] * v[2],
     )
+
+
+@kernel()
+def _to_camera(w2c, xyz, g):
+    x, y, z = _turn(w2c, (np.float64(xyz[g, 0]), np.float64(xyz[g, 1]), np.float64(xyz[g, 2])))
+    return x + w2c[0, 3], y + w2c[1, 3], z + w2c[2, 3]
 
 
 @kernel()
@@ -73,22 +79,14 @@ def _clamped_slope(slope, focal, center, size):
 
 
 @kernel()
-def _axis(w2c, column, scale):
-    """An axis of the Gaussian, one standard deviation long, in the camera's frame.
+def _flat_axis(w2c, column, scale, fx_z, fy_z, slope_x, slope_y):
+    """An axis of the Gaussian, one standard deviation long: its depth, and the projection's Jacobian times it, pixels.
 
-    The covariance in the camera's frame is the sum of axis axis^T over the three axes.
+    The 2D covariance is the sum of flat flat^T over the three axes.
     """
-    return (
-        (w2c[0, 0] * column[0] + w2c[0, 1] * column[1] + w2c[0, 2] * column[2]) * scale,
-        (w2c[1, 0] * column[0] + w2c[1, 1] * column[1] + w2c[1, 2] * column[2]) * scale,
-        (w2c[2, 0] * column[0] + w2c[2, 1] * column[1] + w2c[2, 2] * column[2]) * scale,
-    )
-
-
-@kernel()
-def _flatten(axis, fx_z, fy_z, slope_x, slope_y):
-    """The Jacobian of the projection times an axis: pixels."""
-    return fx_z * (axis[0] - slope_x * axis[2]), fy_z * (axis[1] - slope_y * axis[2])
+    x, y, z = _turn(w2c, column)
+    x, y, z = x * scale, y * scale, z * scale
+    return z, fx_z * (x - slope_x * z), fy_z * (y - slope_y * z)
 
 
 @kernel()
@@ -97,8 +95,7 @@ def _axis_backward(w2c, column, scale, fx_z, fy_z, slope_x, slope_y, per_z, v00,
 
     Returns those of (z, slope_x, slope_y, scale) and of the column of the rotation matrix.
     """
-    axis = _axis(w2c, column, scale)
-    flat_x, flat_y = _flatten(axis, fx_z, fy_z, slope_x, slope_y)
+    depth, flat_x, flat_y = _flat_axis(w2c, column, scale, fx_z, fy_z, slope_x, slope_y)
     d_flat_x, d_flat_y = 2.0 * (v00 * flat_x + v01 * flat_y), 2.0 * (v01 * flat_x + v11 * flat_y)
     e0, e1 = d_flat_x * fx_z, d_flat_y * fy_z
     e2 = -slope_x * e0 - slope_y * e1
@@ -107,8 +104,8 @@ def _axis_backward(w2c, column, scale, fx_z, fy_z, slope_x, slope_y, per_z, v00,
     m2 = w2c[0, 2] * e0 + w2c[1, 2] * e1 + w2c[2, 2] * e2
     return (
         -(d_flat_x * flat_x + d_flat_y * flat_y) * per_z,
-        -e0 * axis[2],
-        -e1 * axis[2],
+        -e0 * depth,
+        -e1 * depth,
         m0 * column[0] + m1 * column[1] + m2 * column[2],
         (m0 * scale, m1 * scale, m2 * scale),
     )
@@ -148,8 +145,7 @@ def project(xyz, quaternion, scale, opacity, color, w2c, intrinsics, height, wid
         slope_y, _ = _clamped_slope(y / z, fy, cy, height)
         s00, s01, s11 = EPS_2D, 0.0, EPS_2D
         for k in range(3):
-            axis = _axis(w2c, rotation[k], np.float64(scale[g, k]))
-            flat_x, flat_y = _flatten(axis, fx / z, fy / z, slope_x, slope_y)
+            _, flat_x, flat_y = _flat_axis(w2c, rotation[k], np.float64(scale[g, k]), fx / z, fy / z, slope_x, slope_y)
             s00 += flat_x * flat_x
             s01 += flat_x * flat_y
             s11 += flat_y * flat_y
@@ -185,23 +181,17 @@ def project_backward(
     Writes grads [n, 14] (float32, zeros): xyz 3, quaternion 4 (of the normalized one), scale 3, opacity 1, color 3.
     """
     fx, fy, cx, cy = intrinsics[0], intrinsics[1], intrinsics[2], intrinsics[3]
+    sums = np.empty(NUM_GRADS)
     for rank in range(start, stop):
         g = order[rank]
-        g_u = g_v = g_a = g_b = g_c = g_opacity = g_red = g_green = g_blue = g_depth = 0.0
+        sums[:] = 0.0
         for slot in range(slot_starts[rank], slot_starts[rank + 1]):
-            g_u += slot_grads[slot, U]
-            g_v += slot_grads[slot, V]
-            g_a += slot_grads[slot, CONIC_A]
-            g_b += 0.5 * slot_grads[slot, CONIC_B]
-            g_c += slot_grads[slot, CONIC_C]
-            g_depth += slot_grads[slot, DEPTH]
-            g_opacity += slot_grads[slot, OPACITY]
-            g_red += slot_grads[slot, RED]
-            g_green += slot_grads[slot, GREEN]
-            g_blue += slot_grads[slot, BLUE]
-        if g_u == g_v == g_a == g_b == g_c == g_opacity == g_red == g_green == g_blue == g_depth == 0.0:
+            for column in range(NUM_GRADS):
+                sums[column] += slot_grads[slot, column]
+        if not sums.any():
             continue  # hidden behind others: about half of the Gaussians of a closed surface
-        grads[g, 10], grads[g, 11], grads[g, 12], grads[g, 13] = g_opacity, g_red, g_green, g_blue
+        g_u, g_v, g_a, g_b, g_c = sums[U], sums[V], sums[CONIC_A], 0.5 * sums[CONIC_B], sums[CONIC_C]
+        grads[g, 10], grads[g, 11], grads[g, 12], grads[g, 13] = sums[OPACITY], sums[RED], sums[GREEN], sums[BLUE]
         x, y, z = _to_camera(w2c, xyz, g)
         rotation = _rotation(quaternion, g)
         per_z = 1.0 / z
@@ -219,7 +209,7 @@ def project_backward(
         z2, sx2, sy2, grads[g, 9], d2 = _axis_backward(w2c, rotation[2], np.float64(scale[g, 2]), *camera)
         d_slope_x, d_slope_y, d_z = sx0 + sx1 + sx2, sy0 + sy1 + sy2, z0 + z1 + z2
         d_x, d_y = g_u * fx_z, g_v * fy_z
-        d_z += g_depth - (d_x * x + d_y * y) * per_z
+        d_z += sums[DEPTH] - (d_x * x + d_y * y) * per_z
         if free_x:
             d_x += d_slope_x * per_z
             d_z -= d_slope_x * x * per_z * per_z

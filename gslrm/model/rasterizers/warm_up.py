@@ -34,15 +34,14 @@ def compile_kernels() -> None:
 
     from gslrm.model.rasterizers import compositing, projection
 
-    one = [np.ones((1, width), np.float32) for width in (3, 4, 3, 1, 3)]
+    xyz, quaternion, scale, opacity, color = (np.ones((1, width), np.float32) for width in (3, 4, 3, 1, 3))
     splats, tiles = np.empty((1, projection.NUM_COLUMNS), np.float32), np.empty((1, 4), np.int32)
-    xyz, quaternion, scale, opacity, color = one
-    inputs = (xyz, quaternion, scale, opacity[:, 0].copy(), color, np.eye(4), np.ones(4))
-    projection.project(*inputs, 16, 16, 0, 1, splats, tiles)
+    camera = np.eye(4), np.ones(4), 16, 16
+    projection.project(xyz, quaternion, scale, opacity[:, 0].copy(), color, *camera, 0, 1, splats, tiles)
     order = compositing.depth_order(splats, tiles)
-    tile_starts, pair_splat, _, _ = compositing.bin_tiles(order, tiles, 1, 1)
-    tile_order = np.argsort(-np.diff(tile_starts), kind="stable")
-    compositing.composite(splats, tile_starts, pair_splat, tile_order, 0, 1, np.empty((5, 16, 16), np.float32))
+    starts, *pairs, _ = compositing.bin_tiles(order, tiles, 1, 1)
+    image = np.empty((5, 16, 16), np.float32)
+    compositing.composite(splats, starts, *pairs, np.argsort(-np.diff(starts), kind="stable"), 0, 1, image, None, None)
 
 
 if __name__ == "__main__":
