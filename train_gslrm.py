@@ -1,36 +1,16 @@
 """Train Stage 2 (GS-LRM: posed views to Gaussians). Repeating the command resumes it.
 
-  python train_gslrm.py --config configs/mouse_config_finetune.yaml --overfit 10
-  torchrun --nproc_per_node 4 train_gslrm.py --config configs/mouse_config_finetune.yaml
+python train_gslrm.py --config configs/mouse_config_finetune.yaml --overfit 10
+torchrun --nproc_per_node 4 train_gslrm.py --config configs/mouse_config_finetune.yaml
 """
 
-from __future__ import annotations
-
-import argparse
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, metavar="F", help="YAML over the defaults of gslrm/config.py")
-    parser.add_argument(
-        "--overfit", type=int, default=0, metavar="N",
-        help="train and validate on the first N samples: the first test of any set-up (default: 0, off)",
-    )  # fmt: skip
-    parser.add_argument("--dry_run", action="store_true", help="print the resolved config and stop (default: off)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. training.optimizer.lr=1e-5")
-    arguments = parser.parse_intermixed_args()
-    if arguments.overfit < 0:
-        parser.error(f"--overfit must be 0 or more, got {arguments.overfit}")
-    for override in arguments.overrides:
-        if "=" not in override:
-            parser.error(f"expected key=value, got {override!r}")
-    return arguments
+from multiview.config import config_to_yaml, load_config, training_arguments
+from multiview.run import main_guard
 
 
 def main() -> None:
-    arguments = parse_arguments()
+    arguments = training_arguments(__doc__, "gslrm/config.py", "training.optimizer.lr=1e-5")
     from gslrm.config import IGNORED_KEYS, GSLRMConfig
-    from multiview.config import config_to_yaml, load_config
 
     config = load_config(GSLRMConfig, arguments.config, arguments.overrides, ignored=set(IGNORED_KEYS))
     if arguments.dry_run:
@@ -38,11 +18,8 @@ def main() -> None:
         return
     from gslrm.training import train
 
-    folder = train(config, arguments.overfit)
-    print(f"checkpoints, metrics.jsonl, summary.json and images: {folder}")
+    print(f"checkpoints, metrics.jsonl, summary.json and images: {train(config, arguments.overfit)}")
 
 
 if __name__ == "__main__":
-    from multiview.run import main_guard
-
     main_guard(main)

@@ -17,34 +17,30 @@ SECTION = "training.adaptation"
 
 def check_adaptation(options: AdaptationConfig, num_layers: int) -> list[int]:
     """Returns the numbers of the blocks that train. Raises ValueError for whatever cannot be meant."""
-    layers = parse_layers(options.trainable_layers, num_layers)
-    if options.lora_rank < 0 or options.lora_alpha <= 0 or not 0 <= options.lora_dropout < 1:
-        raise ValueError(
-            f"{SECTION}: lora_rank must be 0 (off) or more, lora_alpha above 0 and lora_dropout in [0, 1), got "
-            f"{options.lora_rank}, {options.lora_alpha:g}, {options.lora_dropout:g}"
-        )
-    if set(options.lora_targets) - set(TARGETS) or (options.lora_rank and not options.lora_targets):
-        raise ValueError(
-            f"{SECTION}.lora_targets must be some of {', '.join(TARGETS)}, got {', '.join(options.lora_targets)}"
-        )
-    if options.lora_rank and not layers:
-        raise ValueError(f"{SECTION}: lora_rank {options.lora_rank} needs blocks to adapt; trainable_layers names none")
-    if not layers and options.freeze_embedder and options.freeze_heads:
-        raise ValueError(f"{SECTION} freezes everything: trainable_layers none, freeze_embedder and freeze_heads true")
-    if options.save_adapters and not (options.lora_rank and options.freeze_embedder and options.freeze_heads):
-        raise ValueError(
-            f"{SECTION}.save_adapters needs lora_rank above 0, freeze_embedder=true and freeze_heads=true: adapters "
-            "on their own are a model only if nothing else has moved"
-        )
+    layers, lora = parse_layers(options.trainable_layers, num_layers), options.lora_rank
+    frozen_rest = options.freeze_embedder and options.freeze_heads
+    for wrong, told in (
+        (lora < 0 or options.lora_alpha <= 0 or not 0 <= options.lora_dropout < 1,
+         ": lora_rank must be 0 (off) or more, lora_alpha above 0 and lora_dropout in [0, 1), got "
+         f"{lora}, {options.lora_alpha:g}, {options.lora_dropout:g}"),
+        (set(options.lora_targets) - set(TARGETS) or (lora and not options.lora_targets),
+         f".lora_targets must be some of {', '.join(TARGETS)}, got {', '.join(options.lora_targets)}"),
+        (lora and not layers, f": lora_rank {lora} needs blocks to adapt; trainable_layers names none"),
+        (not layers and frozen_rest,
+         " freezes everything: trainable_layers none, freeze_embedder and freeze_heads true"),
+        # Adapters on their own are a model only if nothing else has moved.
+        (options.save_adapters and not (lora and frozen_rest),
+         ".save_adapters needs lora_rank above 0, freeze_embedder=true and freeze_heads=true"),
+    ):  # fmt: skip
+        if wrong:
+            raise ValueError(SECTION + told)
     return layers
 
 
 def parse_layers(text: str | None, num_layers: int) -> list[int]:
-    """Block numbers of "20-23", "0,4-7", "none" or None (all), ascending. Raises ValueError naming what is wrong."""
-    if text is None:
-        return list(range(num_layers))
-    if text.strip().lower() == "none":
-        return []
+    """Returns the block numbers of "20-23", "0,4-7", "none" or None (all), ascending. Raises ValueError."""
+    if text is None or text.strip().lower() == "none":
+        return [] if text else list(range(num_layers))
     chosen: set[int] = set()
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
@@ -52,9 +48,7 @@ def parse_layers(text: str | None, num_layers: int) -> list[int]:
             raise ValueError(f"{SECTION}.trainable_layers must look like 20-23 or 0,4-7 or none, got {text!r}")
         first, last = int(match[1]), int(match[2] or match[1])
         if first > last or last >= num_layers:
-            raise ValueError(
-                f"{SECTION}.trainable_layers: {part.strip()} is not a range within blocks 0-{num_layers - 1}"
-            )
+            raise ValueError(f"{SECTION}.trainable_layers: {part.strip()} is not a range within 0-{num_layers - 1}")
         chosen.update(range(first, last + 1))
     return sorted(chosen)
 

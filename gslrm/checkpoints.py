@@ -1,8 +1,8 @@
 """Stage 2's checkpoints: FaceLift's file layout, strict loading with named rules, resuming, exporting.
 
-A checkpoint is `ckpt_<16 digits>.pt` with `model`, `optimizer`, `lr_scheduler`, `fwdbwd_pass_step`,
-`param_update_step` (FaceLift's keys) plus `rig`, `ema` when averaged weights are kept, `lora` when adapters train
-(`model` then holds the merged weights), and a JSON sidecar.
+`ckpt_<16 digits>.pt` holds FaceLift's keys (`model`, `optimizer`, `lr_scheduler`, `fwdbwd_pass_step`,
+`param_update_step`) plus `rig`, `ema` (averaged weights), `lora` (adapters; `model` is then merged), and has a JSON
+sidecar.
 """
 
 from __future__ import annotations
@@ -17,14 +17,7 @@ from torch import Tensor
 
 from gslrm.config import IGNORED_KEYS, GSLRMConfig, ModelConfig, model_config_from_dict
 from gslrm.model.gslrm import GSLRM
-from multiview.checkpoint import (
-    load_checkpoint,
-    load_strict,
-    newest_checkpoint,
-    read_rig,
-    read_sidecar,
-    save_checkpoint,
-)
+from multiview import checkpoint as files
 from multiview.config import load_config
 from multiview.rig import ViewRig
 
@@ -36,7 +29,6 @@ FACELIFT_CHECKPOINT = "checkpoints/gslrm/ckpt_0000000000021125.pt"
 # Named rules for foreign checkpoints; everything else must fit exactly.
 WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.")  # DistributedDataParallel, torch.compile
 LOSS_NETWORKS = "loss_calculator.perceptual_loss_module."  # FaceLift stores its frozen VGG
-VGG_PREFIX = "loss_calculator.perceptual_loss_module.net."
 
 
 def checkpoint_path(folder: Path | str, step: int) -> Path:
@@ -49,34 +41,19 @@ def resolve_checkpoint(path: Path | str) -> Path:
     if path.is_file():
         return path
     if path.is_dir():
-        newest = newest_checkpoint(path, PATTERN)
-        if newest is not None:
-            return newest
-        raise ValueError(f"GS-LRM checkpoint folder {path} holds no complete {PATTERN}")
-    hint = ""
+        newest = files.newest_checkpoint(path, PATTERN)
+        if newest is None:
+            raise ValueError(f"GS-LRM checkpoint folder {path} holds no complete {PATTERN}")
+        return newest
+    hint = "Train one with train_gslrm.py"
     if path.name == Path(FACELIFT_CHECKPOINT).name:
-        hint = " FaceLift's weights (huggingface.co/wlyu/OpenFaceLift, non-commercial research) go there"
-    hint = hint or " Train one with train_gslrm.py"
-    raise ValueError(f"GS-LRM checkpoint {path} does not exist.{hint}; nothing is used in its place")
-
-
-def find_start(config: GSLRMConfig) -> tuple[Path | None, bool, bool]:
-    """Returns where a run starts (None: random weights), whether with optimizer, schedule and counters, and whether
-    that is the run's own newest checkpoint. Raises ValueError if `resume_ckpt` does not exist."""
-    options = config.training.checkpointing
-    own = newest_checkpoint(options.checkpoint_dir, PATTERN)
-    if own is not None:
-        return own, True, True
-    if not options.resume_ckpt:
-        return None, False, False
-    return resolve_checkpoint(options.resume_ckpt), not config.training.optimizer.reset_training_state, False
+        hint = "FaceLift's weights (huggingface.co/wlyu/OpenFaceLift, non-commercial research) go there"
+    raise ValueError(f"GS-LRM checkpoint {path} does not exist. {hint}; nothing is used in its place")
 
 
 def model_weights(checkpoint: Mapping, source: Path) -> dict[str, Tensor]:
-    """The network's tensors of a checkpoint (averaged ones if it keeps them), without FaceLift's loss network.
-
-    A file that is the state dict itself is taken as such.
-    """
+    """The network's tensors of a checkpoint (averaged if it keeps such) or state dict, without FaceLift's loss
+    network."""
     tensors = checkpoint.get("ema") or checkpoint.get("model", checkpoint)
     if tensors and isinstance(tensors, Mapping) and all(isinstance(value, Tensor) for value in tensors.values()):
         return network_tensors(tensors, source)
@@ -88,103 +65,81 @@ def model_weights(checkpoint: Mapping, source: Path) -> dict[str, Tensor]:
 
 def network_tensors(tensors: Mapping[str, Tensor], source: Path) -> dict[str, Tensor]:
     """Returns the tensors under their plain names, without the frozen loss network of FaceLift's trainer.
-
-    Raises ValueError naming the file and how many values are not finite: the reconstruction would be empty.
-    """
+    Raises ValueError naming the file and how many values are not finite: the reconstruction would be empty."""
     named = {WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
     named = {name: tensor for name, tensor in named.items() if not name.startswith(LOSS_NETWORKS)}
-    bad = {name: int((~torch.isfinite(tensor)).sum()) for name, tensor in named.items()}
-    if any(bad.values()):
-        first = next(name for name, count in bad.items() if count)
+    bad = {name: count for name, tensor in named.items() if (count := int((~torch.isfinite(tensor)).sum()))}
+    if bad:
         raise ValueError(
-            f"checkpoint {source}: {sum(bad.values())} weights are not finite, the first in {first}; the training "
-            "diverged or the file is damaged: take an earlier checkpoint"
+            f"checkpoint {source}: {sum(bad.values())} weights are not finite, the first in {next(iter(bad))}; the "
+            "training diverged or the file is damaged: take an earlier checkpoint"
         )
     return named
 
 
-def load_weights(model: GSLRM, path: Path) -> None:
-    """Loads the network strictly from a checkpoint file."""
-    load_strict(model, model_weights(load_checkpoint(path), path), path)
-
-
 def read_checkpoint_rig(path: Path) -> ViewRig | None:
     """The rig of a checkpoint: its sidecar's, else the folder's `rig.json`, else None (public weights carry none)."""
-    rig = (read_sidecar(path) or {}).get("rig")
+    rig = (files.read_sidecar(path) or {}).get("rig")
     if rig:
         return ViewRig.from_dict(rig, f"{path}.json")
-    return read_rig(path.parent)
+    return files.read_rig(path.parent)
 
 
 def load_gslrm(
     path: Path | str, *, config_file: Path | str | None = None, device: torch.device | str = "cpu"
 ) -> tuple[GSLRM, ViewRig | None, Path]:
-    """A network ready for inference: (network in eval mode, its rig or None, the file it came from).
-
-    path: checkpoint file or folder. config_file: a training YAML; without it the sidecar's configuration counts, and
-    for files without one (public weights) the defaults, which are FaceLift's.
-    """
+    """Returns (network in eval mode, its rig or None, the file it came from). path: checkpoint file or folder.
+    config_file: a training YAML; without it the sidecar's configuration counts, and for files without one
+    FaceLift's."""
     path = resolve_checkpoint(path)
     if config_file is not None:
         model_config = load_config(GSLRMConfig, config_file, ignored=set(IGNORED_KEYS)).model
     else:
-        config = (read_sidecar(path) or {}).get("config")  # a sidecar with a stamped rig alone has none
+        config = (files.read_sidecar(path) or {}).get("config")  # a sidecar with a stamped rig alone has none
         model_config = model_config_from_dict(config["model"], f"{path}.json") if config else ModelConfig()
     model = GSLRM(model_config)
-    load_weights(model, path)
+    files.load_strict(model, model_weights(files.load_checkpoint(path), path), path)
     return model.eval().to(device), read_checkpoint_rig(path), path
 
 
 def export_weights(
-    source: Path | str,
-    destination: Path | str,
-    *,
-    dtype: torch.dtype = torch.float32,
-    facelift: bool = False,
+    source: Path | str, destination: Path | str, *, dtype: torch.dtype = torch.float32, facelift: bool = False,
     vgg_folder: Path | str | None = None,
-) -> Path:
+) -> Path:  # fmt: skip
     """Writes a checkpoint with the network alone (averaged weights if kept), e.g. in half precision, to ship it.
 
-    source: checkpoint file or folder, with its sidecar. destination: a .pt file, or a folder for `ckpt_<step>.pt`.
-    facelift: exactly the keys that FaceLift writes, for its strict loader; the rig is then in the sidecar alone.
-    vgg_folder: with facelift, adds the 32 frozen VGG-19 tensors from this folder (float32). FaceLift's loader wants
-        them when its own config has a perceptual loss above 0, which its shipped one has.
-    Raises ValueError naming a missing sidecar or VGG file.
+    destination: a .pt file, or a folder for `ckpt_<step>.pt`. facelift: exactly the keys that FaceLift's strict loader
+    wants; the rig is then in the sidecar alone. vgg_folder: with facelift, adds the 32 frozen VGG-19 tensors from there
+    (float32), which FaceLift's loader wants when its config has a perceptual loss, as its shipped one has.
     """
     source, destination = resolve_checkpoint(source), Path(destination)
-    checkpoint, content = load_checkpoint(source), read_sidecar(source)
+    checkpoint, content = files.load_checkpoint(source), files.read_sidecar(source)
     if "fwdbwd_pass_step" not in checkpoint or not {"config", "rig"} <= set(content or {}):
-        raise ValueError(
-            f"checkpoint {source} lacks its step, or a sidecar {source.name}.json with config and rig: only "
-            "checkpoints of train_gslrm.py are exported"
-        )
+        told = f"checkpoint {source} lacks its step, or a sidecar {source.name}.json with config and rig"
+        raise ValueError(f"{told}: only checkpoints of train_gslrm.py are exported")
     if vgg_folder is not None and not facelift:
         raise ValueError("vgg_folder is for FaceLift's layout (facelift=True); nothing else reads VGG tensors there")
-    tensors = model_weights(checkpoint, source)
-    weights = {name: tensor.to(dtype).clone() for name, tensor in tensors.items()}
+    weights = {name: tensor.to(dtype).clone() for name, tensor in model_weights(checkpoint, source).items()}
     step = int(checkpoint["fwdbwd_pass_step"])
     exported: dict = {"model": weights, "fwdbwd_pass_step": step}
     if facelift:
         exported["param_update_step"] = int(checkpoint.get("param_update_step", step))
-        if vgg_folder is not None:
-            weights.update(vgg_tensors(Path(vgg_folder)))
         if content["config"]["model"].get("prune_background_tokens"):
             log.warning("%s was trained on foreground tokens alone; FaceLift will run it on all of them", source)
     else:
         exported["rig"] = content["rig"]
+    if vgg_folder is not None:
+        from gslrm.perceptual import VGG19_FILES, load_perceptual
+
+        vgg = next((Path(vgg_folder, name) for name in VGG19_FILES if Path(vgg_folder, name).is_file()), None)
+        if vgg is None:
+            raise ValueError(
+                f"FaceLift's checkpoints hold VGG-19 and {vgg_folder} has no {' or '.join(VGG19_FILES)}: put "
+                "MatConvNet's file there, or export without it (--no_vgg) for a FaceLift config whose "
+                "perceptual_loss_weight is 0"
+            )
+        network = load_perceptual(vgg).net.state_dict()
+        weights |= {f"{LOSS_NETWORKS}net.{name}": tensor.clone() for name, tensor in network.items()}
     path = checkpoint_path(destination, step) if destination.suffix != ".pt" else destination
-    save_checkpoint(path, exported, content)
+    files.save_checkpoint(path, exported, content)
     return path
-
-
-def vgg_tensors(folder: Path) -> dict[str, Tensor]:
-    """The frozen VGG-19 as FaceLift stores it among the weights: 32 tensors. Raises ValueError if no file is there."""
-    from gslrm.perceptual import VGG19_FILES, load_perceptual
-
-    path = next((folder / name for name in VGG19_FILES if (folder / name).is_file()), None)
-    if path is None:
-        raise ValueError(
-            f"FaceLift's checkpoints hold VGG-19 and {folder} has no {' or '.join(VGG19_FILES)}: put MatConvNet's file "
-            "there, or export without it (--no_vgg) for a FaceLift config whose perceptual_loss_weight is 0"
-        )
-    return {VGG_PREFIX + name: tensor.clone() for name, tensor in load_perceptual(path).net.state_dict().items()}

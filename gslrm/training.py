@@ -4,57 +4,30 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
+from gslrm import checkpoints
 from gslrm.adaptation import adapt, check_adaptation, lora_settings
-from gslrm.checkpoints import (
-    PATTERN,
-    checkpoint_path,
-    export_weights,
-    find_start,
-    load_weights,
-    network_tensors,
-    read_checkpoint_rig,
-)
 from gslrm.config import GSLRMConfig, check_config, size_of
 from gslrm.data.mouse_dataset import build_datasets
 from gslrm.losses import NEEDS_RENDERING, POINTSDIST_WARMUP_STEPS, loss_weights, total_loss
 from gslrm.model.gaussians_renderer import render
-from gslrm.model.gslrm import GSLRM, GSLRMOutput
+from gslrm.model.gslrm import GSLRM
 from gslrm.perceptual import load_networks
 from gslrm.validation import image_metrics, prepare, run_model, validate
-from multiview.checkpoint import (
-    Ema,
-    is_adapter_weight,
-    load_checkpoint,
-    load_strict,
-    merged_weights,
-    save_adapters,
-    save_checkpoint,
-)
-from multiview.config import config_to_dict
+from multiview import checkpoint as files
 from multiview.image import grid
-from multiview.rig import check_alignment, check_start, load_rig
-from multiview.run import (
-    LoopOptions,
-    WandbOptions,
-    autocast,
-    check_size,
-    git_hash,
-    resolve_device,
-    seed_everything,
-)
+from multiview.rig import check_alignment, load_rig
+from multiview.run import LoopOptions, WandbOptions, autocast, check_size, git_hash, resolve_device, seed_everything
 from multiview.sampler import StepSampler, load_batches
 from multiview.training import Training, run_training
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 log = logging.getLogger(__name__)
 
@@ -62,12 +35,8 @@ STATE_KEYS = ("model", "optimizer", "lr_scheduler", "fwdbwd_pass_step", "param_u
 
 
 def train(config: GSLRMConfig, overfit: int = 0) -> Path:
-    """Trains to `max_fwdbwd_passes`, continuing whatever the checkpoint folder holds. Returns that folder.
-
-    overfit: N > 0 trains and validates on the first N samples without augmentation, in a folder of its own.
-    Raises ValueError before any work for whatever is missing: data, weights, VGG files, a rig that does not fit; later
-    for a full disk, and TrainingDivergedError (a ValueError) when more than half of the last 200 updates were skipped.
-    """
+    """Trains to `max_fwdbwd_passes`, continuing whatever the checkpoint folder holds. Returns that folder. overfit: N >
+    0 trains and validates on the first N samples without augmentation, in a folder of its own. Raises ValueError."""
     config = overfit_config(config, overfit) if overfit else config
     check_config(config)
     check_adaptation(config.training.adaptation, config.model.transformer.n_layer)
@@ -108,15 +77,15 @@ def loop_options(config: GSLRMConfig) -> LoopOptions:
 class GSLRMTraining(Training):
     """A GS-LRM on its way from posed views to Gaussians."""
 
-    pattern, randomness, first_average_counts = PATTERN, "gslrm-dropout", True
+    pattern, randomness, first_average_counts = checkpoints.PATTERN, "gslrm-dropout", True
     network: GSLRM
 
     def __init__(self, config: GSLRMConfig, overfit: int, accelerator: Accelerator) -> None:
         super().__init__(accelerator, loop_options(config))
-        self.settings, self.config = config, config_to_dict(config)
-        training, runtime = config.training, config.training.runtime
+        self.settings, self.config = config, asdict(config)
+        training, runtime, options = config.training, config.training.runtime, config.training.optimizer
         self.advice = (
-            f"Lower training.optimizer.lr (now {training.optimizer.lr:g}) or lengthen training.schedule.warmup (now "
+            f"Lower training.optimizer.lr (now {options.lr:g}) or lengthen training.schedule.warmup (now "
             f"{training.schedule.warmup}) and set training.optimizer.reset_lr=true; look at the data "
             "(quality_report.html; --overfit 10 must work); a loss that is not finite may also need "
             "training.runtime.use_amp=false"
@@ -126,64 +95,56 @@ class GSLRMTraining(Training):
         check_size(*size_of(config), self.device, "model.transformer, image_size, batch_size_per_gpu or num_views")
         self.dataset, self.check_set = build_datasets(config, overfit)
         self.rig = check_alignment(load_rig(config.rig) if config.rig else None, dataset=self.dataset.rig)
-        path, whole, is_own = find_start(config)
+        own, given = training.checkpointing.checkpoint_dir, training.checkpointing.resume_ckpt
+        own = files.newest_checkpoint(own, checkpoints.PATTERN)
+        path = own or (checkpoints.resolve_checkpoint(given) if given else None)
+        whole = own is not None or (path is not None and not options.reset_training_state)
         self.networks = load_networks(training.losses, self.device)
         seed_everything("gslrm-init", runtime.seed)
         self.network = GSLRM(config.model, grad_checkpoint_every=runtime.grad_checkpoint_every).to(self.device)
         self._start_from(path, whole)
         self.schedule_start = 0  # pass at which the learning rate's warm-up began; above 0 after reset_lr
-        options = training.optimizer
-        groups, names = parameter_groups(self.network, options.weight_decay), dict(self.network.named_parameters())
-        names = {parameter: name for name, parameter in names.items()}
+        groups = parameter_groups(self.network, options.weight_decay)
+        names = {parameter: name for name, parameter in self.network.named_parameters()}
         self.parameters = {names[parameter]: parameter for group in groups for parameter in group["params"]}
-        self.optimizer = torch.optim.AdamW(
-            groups, lr=options.lr, betas=(options.beta1, options.beta2), eps=1e-8, fused=True
-        )
+        betas = (options.beta1, options.beta2)
+        self.optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=betas, eps=1e-8, fused=True)
         for group in self.optimizer.param_groups:
             group["initial_lr"] = options.lr
-        checkpoint = self._resume(path, is_own) if whole else {}
+        checkpoint = self._resume(path, own is not None) if whole else {}
         if runtime.ema_decay > 0 and accelerator.is_main_process:
-            self.ema = Ema(self.averaged(), runtime.ema_decay)
+            self.ema = files.Ema(self.averaged(), runtime.ema_decay)
             if "ema" in checkpoint:
                 self.ema.load(checkpoint["ema"])
         if runtime.torch_compile:
             compile_blocks(self.network)
         self.is_compiled = runtime.torch_compile
 
-    # ---- starting and resuming ---------------------------------------------------------------------------------
-
     def _start_from(self, path: Path | None, whole: bool) -> None:
         """Weights to start from, and what trains. Weights that carry no rig (public ones) may start any; weights of
         another rig only where the config says so (`allow_rig_change`); a training state never."""
-        source = read_checkpoint_rig(path) if path is not None else None
+        source = checkpoints.read_checkpoint_rig(path) if path is not None else None
+        if source is not None and (whole or not self.settings.training.checkpointing.allow_rig_change):
+            check_alignment(self.rig, "" if whole else "training.checkpointing.allow_rig_change", gslrm=source)
         if path is None:
             log.info("starting from random weights (training.checkpointing.resume_ckpt is not set)")
-        elif whole:
-            if source is not None:
-                check_alignment(self.rig, gslrm=source)
-        else:
-            if source is not None and not self.settings.training.checkpointing.allow_rig_change:
-                check_start(self.rig, "training.checkpointing.allow_rig_change", gslrm=source)
-            load_weights(self.network, path)
+        elif not whole:
+            weights = checkpoints.model_weights(files.load_checkpoint(path), path)
+            files.load_strict(self.network, weights, path)
             log.info("starting from the weights of %s (rig %s)", path, source.name if source else "not recorded")
         adapt(self.network, self.settings.training.adaptation)
 
     def _resume(self, path: Path, is_own: bool) -> Mapping[str, Any]:
-        """Weights, adapters, optimizer, schedule, scaler and counters of a checkpoint file, which is returned.
-
-        Raises ValueError for a file that holds less, or that was trained with other parameters frozen.
-        """
-        training, checkpoint = self.settings.training, load_checkpoint(path)
+        """Loads the state of a checkpoint file, which is returned. ValueError for less, or other frozen parameters."""
+        training, checkpoint = self.settings.training, files.load_checkpoint(path)
         weights_only = (
             f"start from its weights: another checkpoint_dir with training.checkpointing.resume_ckpt={path} and "
             "training.optimizer.reset_training_state=true"
         )
-        missing = set(STATE_KEYS) - set(checkpoint)
+        missing = ", ".join(sorted(set(STATE_KEYS) - set(checkpoint)))
         if missing:
-            raise ValueError(
-                f"checkpoint {path} lacks {', '.join(sorted(missing))} and cannot be resumed; {weights_only}"
-            )
-        weights = network_tensors(checkpoint["model"], path)
+            raise ValueError(f"checkpoint {path} lacks {missing} and cannot be resumed; {weights_only}")
+        weights = checkpoints.network_tensors(checkpoint["model"], path)
         expected, lora = lora_settings(training.adaptation), checkpoint.get("lora") or {}
         if expected != dict(lora.get("settings", {})):
             raise ValueError(
@@ -194,7 +155,7 @@ class GSLRMTraining(Training):
             for name in lora["base"]:
                 weights.pop(name.replace(".base_layer.", "."))
             weights |= {**lora["base"], **lora["adapters"]}
-        load_strict(self.network, weights, path)
+        files.load_strict(self.network, weights, path)
         saved = checkpoint["optimizer"]["param_groups"]
         sizes, own_sizes = ([len(g["params"]) for g in groups] for groups in (saved, self.optimizer.param_groups))
         if sizes != own_sizes or checkpoint.get("trained", list(self.parameters)) != list(self.parameters):
@@ -223,11 +184,9 @@ class GSLRMTraining(Training):
 
     def _apply_resets(self, path: Path, is_own: bool, schedule: Mapping[str, Any]) -> None:
         """`reset_lr` and `reset_weight_decay` on a resumed state; a warning where the config's own values do not count.
-
-        A repeated command finds the reset already done in its own checkpoint (the same lr and warm-up) and goes on.
-        """
+        A repeated command finds the reset already done in its own checkpoint (the same lr and warm-up) and goes on."""
         options, warmup = self.settings.training.optimizer, self.options.warmup
-        decayed = self.optimizer.param_groups[0]
+        decayed, told = self.optimizer.param_groups[0], "the config's %g counts only with training.optimizer.%s=true"
         recorded = (schedule.get("lr", decayed["initial_lr"]), schedule.get("warmup", warmup))
         if options.reset_lr and (recorded != (options.lr, warmup) or not is_own):
             for group in self.optimizer.param_groups:
@@ -236,22 +195,15 @@ class GSLRMTraining(Training):
             self.recent.clear()
             log.info("the learning rate starts again: lr %g, warm-up %d", options.lr, warmup)
         elif recorded != (options.lr, warmup):
-            log.warning(
-                "%s continues with its lr %g (warm-up %s); the config's lr %g (warm-up %d) counts only with "
-                "training.optimizer.reset_lr=true", path, *recorded, options.lr, warmup,
-            )  # fmt: skip
+            log.warning(f"%s continues with its lr %g (warm-up %s); {told}", path, *recorded, options.lr, "reset_lr")
         if options.reset_weight_decay:
             decayed["weight_decay"] = options.weight_decay
-        elif decayed["weight_decay"] != options.weight_decay:
-            log.warning(
-                "%s continues with its weight decay %g; the config's %g counts only with "
-                "training.optimizer.reset_weight_decay=true", path, decayed["weight_decay"], options.weight_decay,
-            )  # fmt: skip
+        elif (kept := decayed["weight_decay"]) != options.weight_decay:
+            own = options.weight_decay
+            log.warning(f"%s continues with its weight decay %g; {told}", path, kept, own, "reset_weight_decay")
 
     def schedule_length(self) -> int:
         return (self.options.steps - self.schedule_start) // self.options.accumulate
-
-    # ---- a pass ------------------------------------------------------------------------------------------------
 
     def batches(self, sampler: StepSampler) -> Iterator[dict[str, Tensor]]:
         loader = self.settings.training.dataloader
@@ -273,10 +225,12 @@ class GSLRMTraining(Training):
                 output.gaussians, batch.target_cameras, batch.background, training.runtime.raster_backend,
                 recompute=training.runtime.recompute_rendering,
             )  # fmt: skip
-        loss, parts = total_loss(
-            weights, losses, output, batch.targets, rgb=rgb, alpha=alpha, networks=self.networks
-        )
-        return loss + zero_of(output), (parts, batch.targets, rgb, alpha)
+        loss, parts = total_loss(weights, losses, output, batch.targets, rgb=rgb, alpha=alpha, networks=self.networks)
+        # 0 that depends on every Gaussian value, so that every parameter has a gradient (DDP demands it); NaN if one is
+        # not finite, so that such a pass counts as one whose loss is not finite.
+        names = ("xyz", "features", "scaling", "rotation", "opacity")
+        zero = 0.0 * sum(getattr(output.gaussians, name).sum() for name in names)
+        return loss + zero, (parts, batch.targets, rgb, alpha)
 
     def numbers(self, details: tuple) -> dict[str, float]:
         parts, targets, rgb, alpha = details
@@ -291,26 +245,19 @@ class GSLRMTraining(Training):
         rows = [row for i in range(min(4, len(rgb))) for row in (targets.rgb[i], rgb[i].detach().clamp(0, 1))]
         return grid(torch.cat(rows), rgb.shape[1])
 
-    # ---- between passes ----------------------------------------------------------------------------------------
-
     def averaged(self) -> dict[str, Tensor]:
-        """The plain weights, adapters merged."""
-        return merged_weights(self.network)
-
-    def measured(self) -> GSLRM:
-        """The network with the averaged weights if there are any (sharing their memory), else the training one."""
-        if self.ema is None:
-            return self.network
-        with torch.device("meta"):
-            network = GSLRM(self.settings.model)
-        network.load_state_dict(self.ema.weights, strict=True, assign=True)
-        return network
+        return files.merged_weights(self.network)
 
     def validate(self) -> tuple[dict[str, float], Tensor] | None:
         if self.check_set is None:
             return None
+        network = self.network
+        if self.ema is not None:  # one with the averaged weights, sharing their memory
+            with torch.device("meta"):
+                network = GSLRM(self.settings.model)
+            network.load_state_dict(self.ema.weights, strict=True, assign=True)
         return validate(
-            self.measured(), self.check_set, device=self.device, autocast=autocast(self.device, self.options.precision),
+            network, self.check_set, device=self.device, autocast=autocast(self.device, self.options.precision),
             backend=self.settings.training.runtime.raster_backend, lpips=self.networks.get("lpips"),
         )  # fmt: skip
 
@@ -318,70 +265,51 @@ class GSLRMTraining(Training):
         """Writes the checkpoint. `model` holds plain weights, so every reader of GS-LRM weights can load the file."""
         options, adaptation = self.settings.training.checkpointing, self.settings.training.adaptation
         self.set_rates()  # a checkpoint holds the rates of the update that follows, as FaceLift's do
-        groups, state = self.optimizer.param_groups, self.network.state_dict()
+        groups, state, rig = self.optimizer.param_groups, self.network.state_dict(), self.rig.to_dict()
         content = {
-            "model": merged_weights(self.network),
-            "optimizer": self.optimizer.state_dict(),
+            "model": files.merged_weights(self.network), "optimizer": self.optimizer.state_dict(),
             "lr_scheduler": {  # as torch's LambdaLR writes it, which FaceLift loads
                 "base_lrs": [group["initial_lr"] for group in groups], "last_epoch": self.tried,
                 "_step_count": self.tried + 1, "_is_initial": False, "_get_lr_called_within_step": False,
                 "_last_lr": [group["lr"] for group in groups], "lr_lambdas": [None] * len(groups),
             },
-            "fwdbwd_pass_step": self.passes,
-            "param_update_step": self.updates,
+            "fwdbwd_pass_step": self.passes, "param_update_step": self.updates,
             "schedule": {
                 "start_pass": self.schedule_start, "lr": groups[0]["initial_lr"], "warmup": self.options.warmup,
             },
-            "scaler": self.scaler.state_dict(),
-            "counts": dict(self.counts),
-            "recent_skips": list(self.recent),
-            "trained": list(self.parameters),
-            "rig": self.rig.to_dict(),
+            "scaler": self.scaler.state_dict(), "counts": dict(self.counts), "recent_skips": list(self.recent),
+            "trained": list(self.parameters), "rig": rig,
         }  # fmt: skip
         if adaptation.lora_rank:
             content["lora"] = {
                 "settings": lora_settings(adaptation),
                 "base": {name: tensor for name, tensor in state.items() if ".base_layer." in name},
-                "adapters": {name: tensor for name, tensor in state.items() if is_adapter_weight(name)},
+                "adapters": {name: tensor for name, tensor in state.items() if files.is_adapter_weight(name)},
             }
         if self.ema is not None:
             content["ema"] = self.ema.weights
-        path = checkpoint_path(options.checkpoint_dir, self.passes)
-        sidecar = {"config": self.config, "rig": self.rig.to_dict(), "step": self.passes, "git": git_hash()}
-        save_checkpoint(path, content, sidecar)
+        path = checkpoints.checkpoint_path(options.checkpoint_dir, self.passes)
+        sidecar = {"config": self.config, "rig": rig, "step": self.passes, "git": git_hash()}
+        files.save_checkpoint(path, content, sidecar)
         if adaptation.save_adapters:
-            save_adapters(self.network, path.parent / "adapters", self.rig, options.resume_ckpt)
+            files.save_adapters(self.network, path.parent / "adapters", self.rig, options.resume_ckpt)
 
     def export(self) -> None:
         options = self.settings.training.checkpointing
         if options.export_dir:
-            path = export_weights(options.checkpoint_dir, options.export_dir, dtype=torch.float16)
+            path = checkpoints.export_weights(options.checkpoint_dir, options.export_dir, dtype=torch.float16)
             log.info("exported to %s", path)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """FaceLift's two groups of what trains: weight decay for tensors of two or more dimensions, none for norms."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-
-
-def zero_of(output: GSLRMOutput) -> Tensor:
-    """0 that depends on every Gaussian value, so that every parameter has a gradient (DDP demands it) in every pass.
-
-    NaN if a Gaussian is not finite, so that such a pass counts as one whose loss is not finite.
-    """
-    gaussians = output.gaussians
-    values = (gaussians.xyz, gaussians.features, gaussians.scaling, gaussians.rotation, gaussians.opacity)
-    return 0.0 * sum(value.sum() for value in values)
+    matrices, others = ([p for p in trained if (p.ndim >= 2) == wide] for wide in (True, False))
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
 def compile_blocks(model: GSLRM) -> None:
-    """Compiles the transformer blocks in place: parameter names and everything around the blocks stay as they are.
-
-    With background tokens pruned the number of tokens changes from batch to batch: one graph for all lengths.
-    """
+    """Compiles the transformer blocks in place: parameter names and everything around the blocks stay as they are. With
+    background tokens pruned the number of tokens changes from batch to batch: one graph for all lengths."""
     for block in model.transformer_layers:
         block.compile(dynamic=True if model.config.prune_background_tokens else None)

@@ -1,8 +1,8 @@
 """The one pinhole camera type of the project.
 
-Conventions (docs/conventions.md is the authority): OpenCV axes (x right, y down, z forward), world z up,
-`x_world = c2w @ x_cam`, `fxfycxcy` in pixels, image origin at the outer corner of the first pixel
-(pixel centres at +0.5, image centre at w / 2).
+Conventions (docs/conventions.md is the authority): OpenCV axes (x right, y down, z forward), world z up, `x_world = c2w
+@ x_cam`, `fxfycxcy` in pixels, image origin at the outer corner of the first pixel (pixel centers at +0.5, image center
+at w / 2).
 """
 
 from __future__ import annotations
@@ -25,12 +25,8 @@ TURNTABLE_HFOV_DEG = 50.0
 
 @dataclass(frozen=True)
 class Cameras:
-    """A batch of pinhole cameras that share one picture size.
-
-    c2w: [..., 4, 4] camera to world, rigid (rotation orthonormal, determinant +1).
-    fxfycxcy: [..., 4] pixels.
-    height, width: pixels.
-    """
+    """Pinhole cameras of one image size in pixels. c2w: [..., 4, 4] camera to world, rigid. fxfycxcy: [..., 4]
+    pixels."""
 
     c2w: Tensor
     fxfycxcy: Tensor
@@ -38,21 +34,15 @@ class Cameras:
     width: int
 
     def __post_init__(self) -> None:
-        if self.c2w.shape[-2:] != (4, 4):
-            raise ValueError(f"c2w must have shape [..., 4, 4], got {list(self.c2w.shape)}")
-        if self.fxfycxcy.shape != (*self.c2w.shape[:-2], 4):
+        shape, size = self.c2w.shape, (self.height, self.width)
+        if shape[-2:] != (4, 4) or self.fxfycxcy.shape != (*shape[:-2], 4) or min(size) <= 0:
             raise ValueError(
-                f"fxfycxcy must have shape {[*self.c2w.shape[:-2], 4]} to go with c2w "
-                f"{list(self.c2w.shape)}, got {list(self.fxfycxcy.shape)}"
+                f"cameras: c2w must have shape [..., 4, 4], fxfycxcy [..., 4], height and width must be positive; got "
+                f"{list(shape)}, {list(self.fxfycxcy.shape)}, {self.height} x {self.width}"
             )
-        if self.height <= 0 or self.width <= 0:
-            raise ValueError(f"height and width must be positive, got {self.height} x {self.width}")
 
     def validate(self, source: str = "cameras") -> Cameras:
-        """Checks the values (costs a device synchronisation): finite, rigid, focal lengths positive.
-
-        Readers call this once on what they read; arithmetic on cameras does not.
-        """
+        """Checks the values (a device synchronisation), as readers do: finite, rigid, focal lengths positive."""
         if not (torch.isfinite(self.c2w).all() and torch.isfinite(self.fxfycxcy).all()):
             raise ValueError(f"{source}: c2w and fxfycxcy must be finite")
         rotation = self.c2w[..., :3, :3].double()  # float32 would blur what 1e-3 is to tell apart
@@ -65,11 +55,8 @@ class Cameras:
             raise ValueError(f"{source}: fx and fy must be positive, got {self.fxfycxcy[..., :2].tolist()}")
         return self
 
-    # ---- construction -------------------------------------------------------------------------------------------
-
     @staticmethod
     def from_w2c(w2c: Tensor, fxfycxcy: Tensor, height: int, width: int) -> Cameras:
-        """w2c: [..., 4, 4] world to camera, OpenCV axes."""
         return Cameras(invert_rigid(w2c), fxfycxcy, height, width)
 
     @staticmethod
@@ -90,10 +77,8 @@ class Cameras:
     def orbit(
         azimuth_deg: Tensor, elevation_deg: Tensor, distance: Tensor | float, focal_over_width: float, size: int
     ) -> Cameras:
-        """Square-picture cameras around the origin. Azimuth 0 is at -y, 90 at -x (clockwise seen from above).
-
-        azimuth_deg, elevation_deg: [...]; distance: scalar or [...]; computed in float64, returned as float32.
-        """
+        """Returns square-image cameras around the origin, at azimuths and elevations [...] and distances (scalar or
+        [...]). Azimuth 0 is at -y, 90 at -x. Computed in float64, returned as float32."""
         eye = direction(azimuth_deg.double(), elevation_deg.double())
         eye = eye * torch.as_tensor(distance, dtype=torch.float64)[..., None]
         focal = focal_over_width * size
@@ -112,40 +97,31 @@ class Cameras:
         focal_over_width = 0.5 / math.tan(math.radians(hfov_deg) / 2)
         return Cameras.orbit(azimuth_deg, torch.full_like(azimuth_deg, elevation_deg), distance, focal_over_width, size)
 
-    # ---- views of the same data ---------------------------------------------------------------------------------
-
     @property
     def shape(self) -> torch.Size:
         return self.c2w.shape[:-2]
 
     @property
-    def w2c(self) -> Tensor:
-        """[..., 4, 4] world to camera."""
+    def w2c(self) -> Tensor:  # [..., 4, 4] world to camera
         return invert_rigid(self.c2w)
 
     @property
-    def origins(self) -> Tensor:
-        """[..., 3] camera centres in the world."""
+    def origins(self) -> Tensor:  # [..., 3] camera centers in the world
         return self.c2w[..., :3, 3]
 
     @property
-    def distance(self) -> Tensor:
-        """[...] distance of each camera centre from the world origin."""
+    def distance(self) -> Tensor:  # [...] of each camera center from the world origin
         return self.origins.norm(dim=-1)
 
     @property
-    def azimuth_deg(self) -> Tensor:
-        """[...] in [0, 360): direction in which each camera stands, seen from the world origin."""
-        x, y = self.origins[..., 0], self.origins[..., 1]
-        return torch.rad2deg(torch.atan2(-x, -y)) % 360.0
+    def azimuth_deg(self) -> Tensor:  # [...] in [0, 360): where each camera stands, seen from the world origin
+        return torch.rad2deg(torch.atan2(-self.origins[..., 0], -self.origins[..., 1])) % 360.0
 
     @property
-    def elevation_deg(self) -> Tensor:
-        """[...] in [-90, 90]."""
+    def elevation_deg(self) -> Tensor:  # [...] in [-90, 90]
         return torch.rad2deg(torch.asin((self.origins[..., 2] / self.distance).clamp(-1, 1)))
 
-    def __getitem__(self, index) -> Cameras:
-        """Indexes the leading (batch, view) dimensions."""
+    def __getitem__(self, index) -> Cameras:  # of the leading (batch, view) dimensions
         return replace(self, c2w=self.c2w[index], fxfycxcy=self.fxfycxcy[index])
 
     def __len__(self) -> int:
@@ -154,24 +130,16 @@ class Cameras:
     def to(self, target) -> Cameras:
         return replace(self, c2w=self.c2w.to(target), fxfycxcy=self.fxfycxcy.to(target))
 
-    # ---- geometry -----------------------------------------------------------------------------------------------
-
     def intrinsic_matrix(self) -> Tensor:
         """[..., 3, 3] K for pixel coordinates whose origin is the outer corner of the first pixel."""
-        matrix = torch.zeros(*self.shape, 3, 3, dtype=self.fxfycxcy.dtype, device=self.fxfycxcy.device)
-        matrix[..., 0, 0], matrix[..., 1, 1] = self.fxfycxcy[..., 0], self.fxfycxcy[..., 1]
-        matrix[..., 0, 2], matrix[..., 1, 2] = self.fxfycxcy[..., 2], self.fxfycxcy[..., 3]
-        matrix[..., 2, 2] = 1.0
-        return matrix
+        fx, fy, cx, cy = self.fxfycxcy.unbind(-1)
+        zero, one = torch.zeros_like(fx), torch.ones_like(fx)
+        return torch.stack([fx, zero, cx, zero, fy, cy, zero, zero, one], dim=-1).unflatten(-1, (3, 3))
 
     def rays(self) -> tuple[Tensor, Tensor]:
-        """Origins and unit directions through the pixel centres, world frame, each [..., h, w, 3]."""
-        dtype, device = self.fxfycxcy.dtype, self.fxfycxcy.device
-        v, u = torch.meshgrid(
-            torch.arange(self.height, dtype=dtype, device=device) + 0.5,  # centers of pixels
-            torch.arange(self.width, dtype=dtype, device=device) + 0.5,
-            indexing="ij",
-        )
+        """Origins and unit directions through the pixel centers, world frame, each [..., h, w, 3]."""
+        rows, columns = (torch.arange(side).to(self.fxfycxcy) + 0.5 for side in (self.height, self.width))
+        v, u = torch.meshgrid(rows, columns, indexing="ij")
         fx, fy, cx, cy = (self.fxfycxcy[..., i, None, None] for i in range(4))
         x, y = (u - cx) / fx, (v - cy) / fy
         directions = torch.nn.functional.normalize(torch.stack([x, y, torch.ones_like(x)], dim=-1), dim=-1)
@@ -188,15 +156,13 @@ class Cameras:
         return uv, depth
 
     def resize(self, height: int, width: int) -> Cameras:
-        """The cameras of the same pictures resized to height x width."""
+        """The cameras of the same images resized to height x width."""
         sx, sy = width / self.width, height / self.height  # cx scales like fx: the origin is the outer corner
-        scale = torch.tensor([sx, sy, sx, sy], dtype=self.fxfycxcy.dtype, device=self.fxfycxcy.device)
-        return Cameras(self.c2w, self.fxfycxcy * scale, height, width)
+        return Cameras(self.c2w, self.fxfycxcy * self.fxfycxcy.new_tensor([sx, sy, sx, sy]), height, width)
 
     def crop(self, left: int, top: int, width: int, height: int) -> Cameras:
-        """The cameras of the same pictures cropped (a negative left or top pads)."""
-        shift = torch.tensor([0.0, 0.0, left, top], dtype=self.fxfycxcy.dtype, device=self.fxfycxcy.device)
-        return Cameras(self.c2w, self.fxfycxcy - shift, height, width)
+        """The cameras of the same images cropped (a negative left or top pads)."""
+        return Cameras(self.c2w, self.fxfycxcy - self.fxfycxcy.new_tensor([0.0, 0.0, left, top]), height, width)
 
     def rotate(self, azimuth_deg: float) -> Cameras:
         """All cameras moved about the world's z axis so that every azimuth grows by `azimuth_deg`."""
@@ -211,24 +177,19 @@ class Cameras:
         return replace(self, c2w=c2w)
 
     def mirrored(self) -> Cameras:
-        """Returns cameras that see the world mirrored in x as these see the world, images flipped left to right.
-
-        With M = diag(-1, 1, 1): a point X at pixel (u, v) becomes M X at pixel (width - u, v). Azimuth a becomes -a.
-        """
+        """Returns cameras that see the world mirrored in x as these see the world, images flipped left to right. With M
+        = diag(-1, 1, 1): a point X at pixel (u, v) becomes M X at pixel (width - u, v). Azimuth a becomes -a."""
         sign = self.c2w.new_tensor([-1.0, 1.0, 1.0, 1.0])
         fxfycxcy = self.fxfycxcy.clone()
         fxfycxcy[..., 2] = self.width - fxfycxcy[..., 2]
         return replace(self, c2w=sign[:, None] * self.c2w * sign, fxfycxcy=fxfycxcy)
 
-    # ---- JSON ---------------------------------------------------------------------------------------------------
-
     def to_frames(self) -> list[dict]:
         """The `frames` list of `opencv_cameras.json`, without `file_path`. Cameras must have shape [v]."""
-        frames = []
         # float64 prints what float32 holds; the file then gives back the same bits.
-        for w2c, (fx, fy, cx, cy) in zip(self.w2c.double().tolist(), self.fxfycxcy.double().tolist()):
-            frames.append({"w": self.width, "h": self.height, "fx": fx, "fy": fy, "cx": cx, "cy": cy, "w2c": w2c})
-        return frames
+        rows = zip(self.fxfycxcy.double().tolist(), self.w2c.double().tolist())
+        names = ("w", "h", "fx", "fy", "cx", "cy", "w2c")
+        return [dict(zip(names, (self.width, self.height, *row, w2c))) for row, w2c in rows]
 
     @staticmethod
     def from_frames(frames: list[dict], source: str) -> Cameras:
@@ -246,12 +207,10 @@ class Cameras:
                 raise ValueError(f"{where} has lens terms {', '.join(bent)}; undistort the images first")
         if len(sizes) != 1:
             raise ValueError(f"{source}: all frames must have one image size, got w x h {sorted(sizes)}")
-        width, height = sizes.pop()
-        cameras = Cameras.from_w2c(
-            torch.tensor(w2c, dtype=torch.float64), torch.tensor(fxfycxcy, dtype=torch.float64), height, width
-        )
-        cameras = cameras.to(torch.float32).validate(source)
-        if any(max(abs(a - b) for a, b in zip(matrix[3], (0, 0, 0, 1))) > 1e-3 for matrix in w2c):
+        ((width, height),) = sizes
+        w2c, fxfycxcy = (torch.tensor(values, dtype=torch.float64) for values in (w2c, fxfycxcy))
+        cameras = Cameras.from_w2c(w2c, fxfycxcy, height, width).to(torch.float32).validate(source)
+        if ((w2c[:, 3] - w2c.new_tensor([0, 0, 0, 1])).abs() > 1e-3).any():
             raise ValueError(f"{source}: the last row of each w2c must be 0 0 0 1; is it transposed?")
         return cameras
 
@@ -282,10 +241,7 @@ def axis_rotation(axis: Tensor, angle: Tensor) -> Tensor:
 
 
 def nearest_point(origins: Tensor, directions: Tensor) -> Tensor:
-    """Returns the points [..., 3] nearest to lines, in the least-squares sense of their distances.
-
-    origins: [..., n, 3]. directions: [..., n, 3], unit. Parallel lines: the point of least norm, as lstsq gives it.
-    """
+    """Returns the points [..., 3] nearest to n lines (origins, unit directions [..., n, 3]), by least squares."""
     across = torch.eye(3).to(directions) - directions[..., :, None] * directions[..., None, :]  # off the line
     wanted = (across @ origins[..., None]).sum(-3)
     return (torch.linalg.pinv(across.sum(-3), hermitian=True) @ wanted)[..., 0]
@@ -299,14 +255,11 @@ def read_cameras(path: Path | str) -> Cameras:
 def perturb(
     cameras: Cameras, *, rotation_deg: float, translation: float, pixels: float, generator: torch.Generator
 ) -> Cameras:
-    """Returns cameras [...] with Gaussian calibration errors, drawn independently: training for them, measuring them.
+    """Returns cameras [...] with independent Gaussian calibration errors, to train against them and to measure them.
 
     rotation_deg: standard deviation of the angle turned about a uniformly random axis through the camera center.
-    translation: standard deviation of the camera center along each world axis, world units.
-    pixels: standard deviation of the principal point along x and along y, pixels of the cameras' image size.
-    generator: gives the same unit draws whatever the three sizes are, so noise of twice the size is the same noise
-        twice as far: a sweep over sizes compares like with like.
-    Computed in float64. Zero sizes return the very same values. Raises ValueError for a negative or infinite size.
+    translation: of the center along each world axis, world units. pixels: of the principal point. generator: gives the
+    same unit draws whatever the sizes are: a sweep compares like with like. Zero sizes return the very same values.
     """
     for name, value in (("rotation_deg", rotation_deg), ("translation", translation), ("pixels", pixels)):
         if not (math.isfinite(value) and value >= 0):

@@ -12,14 +12,13 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from multiview.files import DAMAGE, atomic_folder, atomic_write, full_disk_explained, read_json, write_json
-
-if TYPE_CHECKING:
-    import torch
-
-    from multiview.rig import ViewRig
+from multiview.rig import ViewRig
 
 log = logging.getLogger(__name__)
 
@@ -32,19 +31,11 @@ COMPILED = (r"(^|\.)_orig_mod\.", r"\1")  # what torch.compile puts into the nam
 UNFOLDING = (b"builtins\nbytearray\n", b"__builtin__\nbytearray\n", b"torch.storage\nUntypedStorage\n")
 
 
-# ---- single-file checkpoints ------------------------------------------------------------------------------------
-
-
 def save_checkpoint(path: Path | str, state: dict, sidecar: dict) -> None:
-    """Writes `<path>.json` (JSON values: config, rig, step, git hash, and the digest), then the weights, atomically.
-
-    The weights come last, so a weights file that exists is complete and has its sidecar. A full disk is a ValueError
-    that says so and leaves no trace.
-    """
-    import torch
-
+    """Writes `<path>.json` (sidecar: config, rig, step, git hash, and the digest), then the weights, atomically. The
+    weights come last, so a weights file that exists is complete. A full disk is a ValueError and leaves no trace."""
     path = Path(path)
-    with full_disk_explained(path, tensor_bytes(state)):
+    with full_disk_explained(path, sum(getattr(leaf, "nbytes", 0) for leaf in tree_leaves(state))):
         try:
             with atomic_write(path) as temporary:
                 with open(temporary, "wb") as handle:  # a handle: see full_disk_explained
@@ -69,24 +60,12 @@ def _digest(path: str, size: int, changed_ns: int) -> str:
 
 
 def check_digest(path: Path, expected: str | None) -> None:
-    """Raises ValueError if a file's bytes are not those that were written.
-
-    expected: None (files older than digests) is not checked, and with MOUSE_FACELIFT_SKIP_DIGEST=1 nothing is.
-    """
+    """Raises ValueError if a file's bytes are not those that were written. expected: None for older files."""
     if expected and not os.environ.get(SKIP_DIGEST) and digest_of(path) != expected:
         raise ValueError(
             f"{path} is damaged: its SHA-256 is not the one written beside it when it was saved; copy it again or use "
             "the checkpoint before it (MOUSE_FACELIFT_SKIP_DIGEST=1 loads it unchecked)"
         )
-
-
-def tensor_bytes(state: object) -> int:
-    """Returns the bytes of all tensors in nested dictionaries and lists."""
-    if isinstance(state, Mapping):
-        return sum(tensor_bytes(value) for value in state.values())
-    if isinstance(state, (list, tuple)):
-        return sum(tensor_bytes(value) for value in state)
-    return getattr(state, "nbytes", 0)
 
 
 def sidecar_path(path: Path) -> Path:
@@ -100,13 +79,9 @@ def read_sidecar(path: Path | str) -> dict | None:
 
 
 def load_checkpoint(path: Path | str, kind: type = dict):
-    """Loads on the CPU with weights_only; a missing, cut, altered or foreign file is an error that names it.
-
-    kind: of the content, a dictionary unless the file holds one tensor. The digest in the sidecar is compared, or
-    without one the checksum that torch's zip files carry per tensor: a flipped bit is not taken for a weight.
-    """
-    import torch
-
+    """Loads on the CPU with weights_only; a missing, cut, altered or foreign file is an error that names it. The digest
+    in the sidecar is compared, or without one the checksum that torch's zip files carry per tensor. kind: of the
+    content."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"checkpoint {path} does not exist")
@@ -114,48 +89,42 @@ def load_checkpoint(path: Path | str, kind: type = dict):
     check_digest(path, digest)
     try:
         zipped = zipfile.is_zipfile(path)
-        _check_unfolding(path, zipped, checksums=digest is None and not os.environ.get(SKIP_DIGEST))
+        _check_content(path, zipped, checksums=digest is None and not os.environ.get(SKIP_DIGEST))
         with torch.serialization.safe_globals([argparse.Namespace]):  # what trainings keep their arguments in
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except DAMAGE as error:
-        raise ValueError(f"checkpoint {path} cannot be read: {_reason(str(error) or repr(error), path)}") from error
+        told = str(error) or repr(error)
+        if foreign := re.search(r"GLOBAL (\S+) was not an allowed global", told):
+            told = (
+                f"it holds a {foreign[1]} besides tensors. If you trust its author, convert it where it was written: "
+                f"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 python -c \"import torch; c = torch.load('{path}'); "
+                f"torch.save(c['model'], '{path}')\", with the key of its weights, or c.state_dict() for a whole module"
+            )
+        elif not told.startswith("it "):  # not one of our own refusals: torch tells a page
+            told = f"cut off, or no file of torch.save ({told.strip().splitlines()[0][:160]})"
+        raise ValueError(f"checkpoint {path} cannot be read: {told}") from error
     if not isinstance(content, kind):
         raise ValueError(f"checkpoint {path} must hold a {kind.__name__}, got {type(content).__name__}")
     return content
 
 
-def _check_unfolding(path: Path, zipped: bool, checksums: bool) -> None:
+def _check_content(path: Path, zipped: bool, checksums: bool) -> None:
     """Refuses what would take far more memory than the file's size, and files whose checksums tell of damage."""
     if zipped:
         with zipfile.ZipFile(path) as archive:
             if any(entry.filename.endswith("/constants.pkl") for entry in archive.infolist()):
                 raise ValueError(f"it is TorchScript; save torch.jit.load('{path}').state_dict() instead")
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise ValueError("its parts are compressed, which torch.save never does; write it with torch.save")
+                raise ValueError("it has compressed parts, which torch.save never does; write it with torch.save")
             damaged = archive.testzip() if checksums else None
             if damaged:
-                raise ValueError(f"its part {damaged} differs from its checksum: the file was altered or damaged")
+                raise ValueError(f"it has a part {damaged} that differs from its checksum: altered or damaged")
             parts = [archive.read(name) for name in archive.namelist() if name.endswith("/data.pkl")]
     else:
         with open(path, "rb") as handle:
             parts = [handle.read(16 << 20)]
     if any(call in part for call in UNFOLDING for part in parts):
         raise ValueError("it asks for memory by a number instead of holding tensors; torch.save writes no such file")
-
-
-def _reason(told: str, path: Path) -> str:
-    """Returns one sentence instead of torch's own page of text: what is in the way, and the step that converts it."""
-    foreign = re.search(r"GLOBAL (\S+) was not an allowed global", told)
-    if foreign:
-        convert = f"import torch; c = torch.load('{path}'); torch.save(c['model'], '{path}')"
-        return (
-            f"it holds a {foreign[1]} besides tensors. If you trust its author, convert it where it was written: "
-            f'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 python -c "{convert}", with the key of its weights, or c.state_dict() '
-            "for a whole module"
-        )
-    if told.startswith("it"):  # one of the refusals above
-        return told
-    return f"cut off, or no file of torch.save ({told.strip().splitlines()[0][:160]})"
 
 
 def step_of(path: Path) -> int:
@@ -165,23 +134,19 @@ def step_of(path: Path) -> int:
 
 
 def newest_checkpoint(folder: Path | str, pattern: str = "ckpt_*.pt") -> Path | None:
-    """The newest whole checkpoint file of a folder, found by reading it; None if there is none."""
+    """The newest whole checkpoint file of a folder, found by reading; None if there is none."""
     for path in sorted(Path(folder).glob(pattern), key=step_of, reverse=True):
-        if step_of(path) < 0:  # ckpt_best.pt and the like: nobody knows whether it is newer
-            continue
-        try:
-            load_checkpoint(path)
-        except ValueError as error:
-            log.warning("%s; looking at the one before it", error)
-            continue
-        return path
+        if step_of(path) >= 0:  # ckpt_best.pt and the like: nobody knows whether it is newer
+            try:
+                load_checkpoint(path)
+                return path
+            except ValueError as error:
+                log.warning("%s; looking at the one before it", error)
     return None
 
 
 def rotate_checkpoints(folder: Path | str, pattern: str, keep: int) -> None:
     """Deletes all but the newest `keep` (>= 1) files or folders matching pattern, oldest first."""
-    if keep < 1:
-        raise ValueError(f"checkpoints_total_limit must be at least 1, got {keep}")
     numbered = [path for path in Path(folder).glob(pattern) if step_of(path) >= 0]  # ckpt_best.pt is the user's own
     for path in sorted(numbered, key=step_of)[:-keep]:
         if path.is_dir():
@@ -191,19 +156,12 @@ def rotate_checkpoints(folder: Path | str, pattern: str, keep: int) -> None:
             sidecar_path(path).unlink(missing_ok=True)
 
 
-# ---- strict loading ---------------------------------------------------------------------------------------------
-
-
 def load_strict(
-    module: torch.nn.Module,
-    state_dict: Mapping[str, torch.Tensor],
-    source: Path | str,
+    module: torch.nn.Module, state_dict: Mapping[str, Tensor], source: Path | str,
     renames: Sequence[tuple[str, str]] = (),
-) -> None:
-    """Loads every tensor or refuses. `renames`: (regular expression, replacement) pairs for known foreign names.
-
-    Raises ValueError listing missing, unexpected and wrongly shaped entries by name.
-    """
+) -> None:  # fmt: skip
+    """Loads every tensor or raises ValueError with the names. renames: (regular expression, replacement) of foreign
+    names."""
     renamed = {}
     for name, tensor in state_dict.items():
         if not isinstance(name, str) or not hasattr(tensor, "shape"):
@@ -212,26 +170,23 @@ def load_strict(
             name = re.sub(pattern, replacement, name)
         renamed[name] = tensor
     own = module.state_dict()  # torch's own strict loading speaks of one kind of problem at a time
-    problems = []
-    missing, unexpected = sorted(set(own) - set(renamed)), sorted(set(renamed) - set(own))
-    shapes = [
+    groups = {"missing": sorted(set(own) - set(renamed)), "unexpected": sorted(set(renamed) - set(own))}
+    groups["wrong shape"] = [
         f"{name} {list(renamed[name].shape)} instead of {list(own[name].shape)}"
         for name in sorted(set(own) & set(renamed))
         if own[name].shape != renamed[name].shape
     ]
-    for title, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape", shapes)):
-        if names:
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            problems.append(f"{title}: {', '.join(names[:5])}{more}")
+    problems = [
+        f"{title}: {', '.join(names[:5])}" + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        for title, names in groups.items()
+        if names
+    ]
     if problems:
         raise ValueError(
             f"checkpoint {source} does not fit {type(module).__name__}: {'; '.join(problems)}. "
             "Name the configuration it was trained with, or the checkpoint of this configuration"
         )
     module.load_state_dict(renamed, strict=True)
-
-
-# ---- the rig beside weights -------------------------------------------------------------------------------------
 
 
 def stamp_rig(folder: Path | str, rig: ViewRig) -> None:
@@ -241,30 +196,22 @@ def stamp_rig(folder: Path | str, rig: ViewRig) -> None:
 
 def read_rig(folder: Path | str) -> ViewRig | None:
     """Returns the rig stamped into a folder of weights, None if there is none (public weights)."""
-    from multiview.rig import ViewRig
-
     path = Path(folder) / RIG_FILE
     return ViewRig.from_dict(read_json(path), str(path)) if path.is_file() else None
 
 
-# ---- adapters (LoRA: Hu et al., arXiv 2106.09685) ---------------------------------------------------------------
-
-
 def add_adapters(model: torch.nn.Module, targets: Sequence[str], rank: int, alpha: float, dropout: float = 0.0) -> None:
-    """Puts low-rank adapters (peft's) into the layers whose names are or end with `targets`, in place.
-
-    A layer W becomes W + alpha / rank * B A; B is 0 at first, so the output does not change. A's first values come from
-    torch's global generator: seed it before. Raises ValueError for a target that no layer carries.
-    """
+    """Puts low-rank adapters (LoRA, arXiv 2106.09685; peft's) into the layers whose names are or end with `targets`, in
+    place. A layer W becomes W + alpha / rank * B A; B is 0 at first, so the output does not change. A's first values
+    come from torch's global generator: seed it before."""
     from peft import LoraConfig, inject_adapter_in_model
 
     names = [f".{name}" for name, _ in model.named_modules()]
     missing = [target for target in targets if not any(name.endswith(f".{target}") for name in names)]
     if missing:
         raise ValueError(f"lora_targets: no layer of {type(model).__name__} is called {missing}")
-    options = LoraConfig(
-        r=rank, lora_alpha=alpha, lora_dropout=dropout, bias="none", target_modules=sorted(targets)
-    )  # fmt: skip
+    targets = sorted(targets)
+    options = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, bias="none", target_modules=targets)
     inject_adapter_in_model(options, model, adapter_name=ADAPTER)
     model.train(model.training)  # peft's new modules would be in training mode, dropout active, in any case
 
@@ -273,44 +220,33 @@ def is_adapter_weight(name: str) -> bool:
     return ".lora_" in name
 
 
-def merged_weights(
-    model: torch.nn.Module, values: Mapping[str, torch.Tensor] | None = None
-) -> dict[str, torch.Tensor]:
-    """Returns the model's tensors under its own names, adapters folded in: what any reader of such a model loads.
-
-    values: tensors to take instead of the module's, by the module's names (an average of what trains). Without
-    adapters nothing is copied; with them the adapted layers' weights are, and nothing in the model changes.
-    """
-    import torch
-
+@torch.no_grad()
+def merged_weights(model: torch.nn.Module, values: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Returns the model's tensors under its own names, adapters folded into copies: what any reader of such a model
+    loads. values: tensors to take instead of the module's, by the module's names (an average of what trains)."""
     state = {**model.state_dict(), **(values or {})}
     merged = {name.replace(".base_layer.", "."): t for name, t in state.items() if not is_adapter_weight(name)}
-    with torch.no_grad():
-        for prefix, layer in model.named_modules():
-            if not hasattr(layer, "lora_A") or ADAPTER not in layer.lora_A:
-                continue
-            down, up = (state[f"{prefix}.{name}.{ADAPTER}.weight"].float() for name in ("lora_A", "lora_B"))
-            # A convolution's B is 1x1, so its product with A is one over channels.
-            change = up @ down if down.ndim == 2 else torch.einsum("or,rihw->oihw", up[:, :, 0, 0], down)
-            weight = merged[f"{prefix}.weight"]
-            merged[f"{prefix}.weight"] = (weight.float() + layer.scaling[ADAPTER] * change).to(weight.dtype)
+    for prefix, layer in model.named_modules():
+        if not hasattr(layer, "lora_A") or ADAPTER not in layer.lora_A:
+            continue
+        down, up = (state[f"{prefix}.{name}.{ADAPTER}.weight"].float() for name in ("lora_A", "lora_B"))
+        # A convolution's B is 1x1, so its product with A is one over channels.
+        change = up @ down if down.ndim == 2 else torch.einsum("or,rihw->oihw", up[:, :, 0, 0], down)
+        weight = merged[f"{prefix}.weight"]
+        merged[f"{prefix}.weight"] = (weight.float() + layer.scaling[ADAPTER] * change).to(weight.dtype)
     return merged
 
 
 def save_adapters(
-    model: torch.nn.Module, folder: Path, rig: ViewRig, source: str | None,
-    values: Mapping[str, torch.Tensor] | None = None,
-) -> None:  # fmt: skip
+    model: torch.nn.Module, folder: Path, rig: ViewRig, source: str | None, values: Mapping[str, Tensor] | None = None
+) -> None:
     """Writes the adapters alone in peft's layout (`PeftModel.from_pretrained(model, folder)` puts them on), atomically.
-
-    source: the weights they belong to, recorded in `adapter_config.json`. values: as in `merged_weights`.
-    """
+    source: the weights they belong to, for `adapter_config.json`. values: as in `merged_weights`."""
     from safetensors.torch import save_file
 
-    state = {**model.state_dict(), **(values or {})}
     tensors = {
         f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}": tensor.detach().cpu().contiguous()
-        for name, tensor in state.items()
+        for name, tensor in {**model.state_dict(), **(values or {})}.items()
         if is_adapter_weight(name)
     }
     settings = model.peft_config[ADAPTER]
@@ -324,16 +260,16 @@ def save_adapters(
 class Ema:
     """Exponential moving average of named tensors, in float32: decay min(n / (9 + n), decay) at the n-th of them."""
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor], decay: float) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], decay: float) -> None:
         self.decay = decay
         self.weights = {name: tensor.detach().float().clone() for name, tensor in tensors.items()}
 
-    def update(self, tensors: Mapping[str, torch.Tensor], number: int) -> None:
+    def update(self, tensors: Mapping[str, Tensor], number: int) -> None:
         """number: of these weights among the averaged ones, from 1; the first replace what was there."""
         decay = min(number / (9 + number), self.decay) if number > 1 else 0.0
         for name, average in self.weights.items():
             average.lerp_(tensors[name].detach().to(average), 1 - decay)
 
-    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
         for name, average in self.weights.items():
             average.copy_(tensors[name])

@@ -24,21 +24,25 @@ Config = TypeVar("Config")
 def load_config(
     schema: type[Config], path: Path | str | None = None, overrides: list[str] = (), *, ignored: set[str] = frozenset()
 ) -> Config:
-    """Typed defaults <- YAML (with its `base:` chain) <- `a.b=c` overrides.
+    """Typed defaults (schema, a dataclass type) <- YAML (with its `base:` chain) <- `a.b=c` overrides.
 
-    schema: a dataclass type with defaults. ignored: dotted keys of other people's files that have no effect here;
-    they are listed in the log and dropped. Text stays as it was typed where the schema says str: YAML would read
-    2024_06_01 as a number and drop what follows ` #`. Raises ValueError for an unknown key (naming its nearest known
-    one) or a value of the wrong type, naming the file.
+    ignored: dotted keys of other people's files that have no effect here, logged and dropped. Text stays as it was
+    typed where the schema says str: YAML would read 2024_06_01 as a number. Raises ValueError naming the file.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    source = str(path) if path is not None else "command line"
-    kinds = _kinds_of_keys(schema)
+    source, kinds, trees = str(path or "command line"), _kinds_of_keys(schema), []
     texts = {name for name, kind in kinds.items() if kind == "text"}  # YAML's guesses are not asked for these
-    trees = [] if path is None else _read_chain(Path(path), texts)
+    while path:  # a chain, and no tree: a delta names one file, relative to it
+        content = read_yaml(path, texts | {"base"})
+        if len(trees) > 10:  # the shipped ones have two
+            raise ValueError(f"config {path}: its chain of `base:` files is longer than 10; does it name itself?")
+        base = take(content, "base", str, str(path), default=None)
+        content.pop("base", None)
+        trees.insert(0, (str(path), content))
+        path = Path(path).parent / base if base else None
     for override in overrides:
         key, equals, typed = override.partition("=")
         if not equals:
@@ -55,8 +59,7 @@ def load_config(
         trees.append(("command line", value))
     try:
         for where, tree in trees:
-            _drop_ignored(tree, ignored, where)
-            _check_keys(tree, kinds, where)
+            _check_keys(tree, kinds, ignored, where)
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), *(tree for _, tree in trees)))
     except OmegaConfBaseException as error:
         raise ValueError(f"{source}: {str(error).strip().splitlines()[0]} (key {error.full_key})") from error
@@ -65,24 +68,16 @@ def load_config(
         raise ValueError(str(error) if named else f"{source}: {error}") from None
 
 
-def config_to_dict(config: object) -> dict:
-    """Returns the resolved configuration as plain JSON values."""
-    return dataclasses.asdict(config)
-
-
 def config_to_yaml(config: object) -> str:
     """Returns the resolved configuration as YAML, which `load_config` reads again."""
     from omegaconf import OmegaConf
 
-    return OmegaConf.to_yaml(OmegaConf.create(config_to_dict(config)))
+    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
 
 
 def read_yaml(path: Path | str, texts: set[str] = frozenset()) -> dict:
-    """Returns a YAML file's mapping as plain values. texts: dotted keys whose values stay as they were typed.
-
-    Raises ValueError naming the file for anything else, deep nesting and heaps of aliases included (a few lines of
-    which unfold to gigabytes).
-    """
+    """Returns a YAML file's mapping as plain values. texts: dotted keys whose values stay as typed. Raises ValueError
+    naming the file, also for deep nesting and heaps of aliases (a few lines unfold to gigabytes)."""
     import yaml
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -117,21 +112,6 @@ def _keep_text(values: dict, written: dict, texts: set[str], prefix: str = "") -
             values[key] = typed
 
 
-def _read_chain(path: Path, texts: set[str]) -> list[tuple[str, dict]]:
-    """Returns (file, content) of a YAML and of the files its `base:` names (relative to it), the first base first."""
-    chain: list[tuple[str, dict]] = []
-    base: str | None = path.name
-    while base:  # a chain, and no tree: a delta names one file
-        path = path.parent / base
-        content = read_yaml(path, texts | {"base"})
-        if len(chain) > 10:  # the shipped ones have two
-            raise ValueError(f"config {path}: its chain of `base:` files is longer than 10; does it name itself?")
-        base = take(content, "base", str, str(path), default=None)
-        content.pop("base", None)
-        chain.insert(0, (str(path), content))
-    return chain
-
-
 def _kinds_of_keys(schema: type, prefix: str = "") -> dict[str, str]:
     """Returns all dotted keys of a dataclass type, each a `section`, `mapping` (of free keys), `text` or `value`."""
     kinds, hints = {}, typing.get_type_hints(schema)
@@ -149,9 +129,14 @@ def _kinds_of_keys(schema: type, prefix: str = "") -> dict[str, str]:
     return kinds
 
 
-def _check_keys(content: dict, kinds: dict[str, str], source: str, prefix: str = "") -> None:
-    for key, value in content.items():
+def _check_keys(content: dict, kinds: dict[str, str], ignored: set[str], source: str, prefix: str = "") -> None:
+    """Drops the ignored keys, and raises ValueError for any that the schema does not know."""
+    for key, value in list(content.items()):
         name = f"{prefix}{key}"
+        if name in ignored:  # also where its value is null
+            del content[key]
+            log.info("%s: key '%s' has no effect here and is ignored", source, name)
+            continue
         if name not in kinds:
             nearest = difflib.get_close_matches(name, kinds, n=1, cutoff=0.0)
             # A key at the wrong depth is the commonest mistake: its name is nearer than any spelling.
@@ -160,21 +145,24 @@ def _check_keys(content: dict, kinds: dict[str, str], source: str, prefix: str =
         if kinds[name] == "section" and not isinstance(value, dict | None):
             raise ValueError(f"{source}: key '{name}' must hold a mapping of keys to values, got {value!r}")
         if kinds[name] != "mapping" and isinstance(value, dict):
-            _check_keys(value, kinds, source, name + ".")
+            _check_keys(value, kinds, ignored, source, name + ".")
 
 
-def _drop_ignored(tree: dict, ignored: set[str], source: str) -> None:
-    for name in sorted(ignored):
-        *parents, key = name.split(".")
-        node: Any = tree
-        for parent in parents:
-            node = node.get(parent) if isinstance(node, dict) else None
-        if isinstance(node, dict) and key in node:  # also where its value is null
-            del node[key]
-            log.info("%s: key '%s' has no effect here and is ignored", source, name)
-
-
-# ---- settings of a script: default, help and check said once --------------------------------------------------------
+def training_arguments(about: str, schema: str, example: str) -> argparse.Namespace:
+    """Parses the command line that both trainings have: config, overfit, dry_run, overrides."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, metavar="F", help=f"YAML over the defaults of {schema}")
+    parser.add_argument(
+        "--overfit", type=checked(int, least=0), default=0, metavar="N",
+        help="train and validate on the first N samples: the first test of any set-up (default: 0, off)",
+    )  # fmt: skip
+    parser.add_argument("--dry_run", action="store_true", help="print the resolved config and stop (default: off)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=f"e.g. {example}")
+    arguments = parser.parse_intermixed_args()
+    for override in arguments.overrides:
+        if "=" not in override:
+            parser.error(f"expected key=value, got {override!r}")
+    return arguments
 
 
 def option(
@@ -187,21 +175,17 @@ def option(
 
 
 def add_fields(parser: argparse.ArgumentParser, settings: type) -> None:
-    """Adds one flag per `option` field of a dataclass; `parser` may be a group of one.
-
-    bool becomes --name / --no-name; a tuple takes its values after one flag (`tuple[int, ...]` any number, `tuple[int,
-    int]` two); what has no default value is required.
-    Imports nothing heavy, so that --help answers at once.
-    """
+    """Adds one flag per `option` field of a dataclass; `parser` may be a group of one. bool becomes --name / --no-name;
+    a tuple takes its values after one flag (`tuple[int, ...]` any number, `tuple[int, int]` two). Imports nothing
+    heavy."""
     hints = typing.get_type_hints(settings)
     for entry in dataclasses.fields(settings):
         if "help" not in entry.metadata:
             continue
         kind, many = _flag_type(hints[entry.name])
-        default = None if entry.default is dataclasses.MISSING else entry.default
-        words: dict[str, Any] = {"help": entry.metadata["help"], "default": default}
-        if entry.default is dataclasses.MISSING:
-            words |= {"required": True}
+        is_required = entry.default is dataclasses.MISSING
+        words: dict[str, Any] = {"help": entry.metadata["help"], "default": None if is_required else entry.default}
+        words |= {"required": True} if is_required else {}
         if kind is bool:
             words |= {"action": argparse.BooleanOptionalAction}
         else:

@@ -12,19 +12,22 @@ import shutil
 import socket
 import stat
 import struct
+import tempfile
 import threading
 import uuid
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 DAMAGE = (  # what libraries raise for a file that is cut, altered or none of theirs (RecursionError is a RuntimeError)
     OSError, ValueError, SyntaxError, TypeError, KeyError, IndexError, AttributeError, EOFError, OverflowError,
     ZeroDivisionError, MemoryError, RuntimeError, AssertionError, struct.error, zlib.error, zipfile.BadZipFile,
-    pickle.UnpicklingError,
+    pickle.UnpicklingError, SafetensorError,
 )  # fmt: skip
 KINDS = {str: "a text", bool: "true or false", dict: "an object of keys and values", list: "a list"}
 OS_ERROR = re.compile(r"\(os error (\d+)\)")
@@ -36,14 +39,8 @@ TEXT_LIMIT_BYTES = 256 * 2**20
 BYTE_ORDER_MARKS = ((b"\xef\xbb\xbf", "utf-8-sig"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))
 
 
-# ---- reading --------------------------------------------------------------------------------------------------------
-
-
 def read_text(path: Path | str) -> str:
-    """Returns a text file's content: UTF-8 with or without byte order mark, or UTF-16 with one.
-
-    Raises ValueError, naming the file, where it is missing, unreadable, over 256 MB or not text.
-    """
+    """Returns a text file's content: UTF-8 with or without byte order mark, or UTF-16 with one; else a ValueError."""
     path = Path(path)
     try:
         if path.stat().st_size > TEXT_LIMIT_BYTES:
@@ -64,15 +61,12 @@ def read_json(path: Path | str, kind: type = dict):
     text = read_text(path)
     try:
         content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
     except RecursionError:  # Python's parser gives up at about a thousand levels
         raise ValueError(f"{path} is not valid here: its JSON is nested too deeply") from None
-    except ValueError as error:  # a number of thousands of digits
+    except ValueError as error:  # also a number of thousands of digits
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(content, kind):
-        wanted = "an object of keys and values" if kind is dict else "a list"
-        raise ValueError(f"{path} must hold {wanted}, got {type(content).__name__}")
+        raise ValueError(f"{path} must hold {KINDS[kind]}, got {type(content).__name__}")
     return content
 
 
@@ -83,10 +77,7 @@ def read_lines(path: Path | str) -> list[str]:
 
 @contextmanager
 def damage_explained(what: str) -> Iterator[None]:
-    """Turns what a library raises while it decodes a file into a ValueError; only the library's call belongs inside.
-
-    what: the kind of file and its path, for the message.
-    """
+    """Turns what a library raises while it decodes a file (`what`: its kind and path) into a ValueError."""
     try:
         yield
     except FileNotFoundError:
@@ -100,11 +91,10 @@ def take(
     content: object, key: str, kind: type | tuple[int, ...], where: str, *, default: Any = ..., least: float = -1e30,
     most: float = 1e30,
 ) -> Any:  # fmt: skip
-    """Returns content[key], checked; every reader takes its values through this door.
+    """Returns content[key], checked; every reader takes its values through this door. Raises ValueError.
 
-    kind: str, bool, dict, list, int, float, or the shape of nested lists of numbers (-1: any length). Numbers must be
-    finite and in least..most; 512.0 is an int. where: file and place, for the message. default: stands for a missing
-    key or null; without one the key is required. Raises ValueError.
+    kind: str, bool, dict, list, int, float (512.0 is an int), or the shape of nested lists of numbers (-1: any length),
+    finite and in least..most. where: file and place, for the message. default: stands for a missing key or null.
     """
     if not isinstance(content, dict):
         raise ValueError(f"{where} must hold an object of keys and values, got {reprlib.repr(content)}")
@@ -117,23 +107,20 @@ def take(
 
 def _checked(value: Any, kind: type | tuple[int, ...], where: str, least: float, most: float) -> Any:
     if isinstance(kind, tuple):
-        if not isinstance(value, list) or kind[0] not in (-1, len(value)):
-            size = "x".join("n" if side < 0 else str(side) for side in kind)
-            raise ValueError(f"{where} must be {size} numbers, got {reprlib.repr(value)}")
-        return [_checked(entry, kind[1:] or float, where, least, most) for entry in value]
-    if kind in (int, float):
-        right = isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
-        if not right or kind(value) != value:
-            limits = [f"at least {least:g}"] * (least > -1e30) + [f"at most {most:g}"] * (most < 1e30)
-            wanted = ", ".join(["a whole number" if kind is int else "a finite number", *limits])
-            raise ValueError(f"{where} must be {wanted}, got {reprlib.repr(value)}")
-        return kind(value)
-    if not isinstance(value, kind):
-        raise ValueError(f"{where} must be {KINDS[kind]}, got {reprlib.repr(value)}")
-    return value
-
-
-# ---- writing --------------------------------------------------------------------------------------------------------
+        if isinstance(value, list) and kind[0] in (-1, len(value)):
+            return [_checked(entry, kind[1:] or float, where, least, most) for entry in value]
+        wanted = "x".join("n" if side < 0 else str(side) for side in kind) + " numbers"
+    elif kind in (int, float):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and least <= value <= most and kind(value) == value:
+            return kind(value)
+        limits = [f"at least {least:g}"] * (least > -1e30) + [f"at most {most:g}"] * (most < 1e30)
+        wanted = ", ".join(["a whole number" if kind is int else "a finite number", *limits])
+    elif isinstance(value, kind):
+        return value
+    else:
+        wanted = KINDS[kind]
+    raise ValueError(f"{where} must be {wanted}, got {reprlib.repr(value)}")
 
 
 @contextmanager
@@ -153,36 +140,27 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path | str) -> Iterator[Path]:
-    """Yields a temporary folder beside `path`, renamed to it on success. An existing `path` is replaced last.
-
-    Who may read the folder may read its files: safetensors keeps those it writes for their owner alone.
-    """
+    """Yields a temporary folder beside `path`, renamed to it on success. An existing `path` is replaced last."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary, old = (path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.{kind}") for kind in ("tmp", "old"))
     temporary.mkdir()
     try:
         yield temporary
-        _permit_as(temporary)
+        # Who may read the folder may read its files: safetensors keeps those it writes for their owner alone.
+        allowed = temporary.stat().st_mode & 0o666
+        for written in temporary.rglob("*"):
+            mode = written.lstat().st_mode
+            if stat.S_ISREG(mode) and mode | allowed != mode:
+                written.chmod(mode | allowed)
         if path.exists():
-            old = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old")
             os.replace(path, old)
-            os.replace(temporary, path)
+        os.replace(temporary, path)
+        if old.exists():
             shutil.rmtree(old)
-        else:
-            os.replace(temporary, path)
     finally:
         if temporary.exists():
             shutil.rmtree(temporary)
-
-
-def _permit_as(folder: Path) -> None:
-    """Gives every file in `folder` the folder's own permissions to read and write."""
-    allowed = folder.stat().st_mode & 0o666
-    for path in folder.rglob("*"):
-        mode = path.lstat().st_mode
-        if stat.S_ISREG(mode) and mode | allowed != mode:
-            path.chmod(mode | allowed)
 
 
 @contextmanager
@@ -190,36 +168,22 @@ def full_disk_explained(path: Path | str, needed_bytes: int = 0) -> Iterator[Non
     """Turns a full disk (or quota) while writing `path` into a ValueError that says what is missing and what to do."""
     try:
         yield
-    except _write_errors() as error:
-        reason = _no_space(error)
-        if reason is None:
+    except (OSError, RuntimeError, SafetensorError) as error:  # what torch, safetensors and the system raise
+        cause, number = error, None
+        while cause is not None and number not in NO_SPACE:
+            told = OS_ERROR.search(str(cause))  # safetensors gives the number in its text
+            number = cause.errno if isinstance(cause, OSError) else int(told[1]) if told else None
+            cause = cause.__context__  # torch.save reports an error of its own over the system's
+        if number not in NO_SPACE:
             raise
         path = Path(path).absolute()
         free = shutil.disk_usage(next(folder for folder in path.parents if folder.exists())).free
         needed = f"needs {needed_bytes / 1e6:.1f} MB, " if needed_bytes else ""
         raise ValueError(
-            f"cannot write {path}: {reason} ({needed}{free / 1e6:.1f} MB free on that disk). Files written "
-            "before are whole and untouched. Make room or choose another folder, then repeat the command: a training "
-            "run resumes from its newest checkpoint"
+            f"cannot write {path}: {os.strerror(number)} ({needed}{free / 1e6:.1f} MB free on that disk). Files "
+            "written before are whole and untouched. Make room or choose another folder, then repeat the command: a "
+            "training run resumes from its newest checkpoint"
         ) from error
-
-
-def _write_errors() -> tuple[type[BaseException], ...]:
-    """What torch, safetensors and the system raise when they cannot write; asked for only once something was raised."""
-    from safetensors import SafetensorError
-
-    return OSError, RuntimeError, SafetensorError
-
-
-def _no_space(error: BaseException | None) -> str | None:
-    """What the system said if it had no room for a file, else None."""
-    while error is not None:
-        told = OS_ERROR.search(str(error))  # safetensors gives the number in its text
-        number = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
-        if number in NO_SPACE:
-            return os.strerror(number)
-        error = error.__context__  # torch.save reports an error of its own over the system's
-    return None
 
 
 def write_json(path: Path | str, content: object) -> None:
@@ -227,16 +191,13 @@ def write_json(path: Path | str, content: object) -> None:
         temporary.write_text(json.dumps(content, indent=1) + "\n")
 
 
-# ---- one owner per folder -------------------------------------------------------------------------------------------
-
-
 @contextmanager
 def owned_folder(path: Path | str) -> Iterator[Path]:
     """Makes this process the only owner of a run folder, which is created; a second process is refused at once.
 
-    The lock is a file made with O_EXCL, which NFS and Lustre honour where flock does not exist. It names host, process
-    and start time. A lock is stale when its process is gone (same host) or it was not touched for STALE_S (another
-    host); what a killed run left half written is then removed. Raises ValueError for a living owner.
+    The lock is a file made with O_EXCL (NFS and Lustre honour it where flock does not exist) with host, process and
+    start time. It is stale when its process is gone (same host) or it was not touched for STALE_S (another host); what
+    a killed run left half written is then removed. Raises ValueError for a living owner.
     """
     import psutil
 
@@ -270,49 +231,36 @@ def owned_folder(path: Path | str) -> Iterator[Path]:
 
 def _take_stale(lock: Path) -> None:
     """Moves a stale lock away, so that its folder can be owned anew. Raises ValueError for a living owner."""
-    try:
-        content = lock.read_bytes()
-        age_s = _now_on_disk(lock.parent) - lock.stat().st_mtime
-    except FileNotFoundError:  # its owner ended meanwhile
-        return
-    try:
-        owner = json.loads(content)
-        host, pid, start = str(owner["host"]), int(owner["pid"]), float(owner["start"])
-    except (ValueError, KeyError, TypeError):  # its owner was killed, or is about to write it
-        host, pid, start = "an unknown host", 0, 0.0
-    if _is_alive(pid, start) if host == socket.gethostname() else age_s < STALE_S:
-        raise ValueError(
-            f"{lock.parent} is in use by process {pid} on {host}: two runs in one folder would spoil each other. Wait, "
-            f"stop that one, or choose another folder; if it is surely dead, delete {lock}. (Several processes of one "
-            "run are started by torchrun or accelerate launch; srun alone starts that many separate runs)"
-        )
+    import psutil
+
     aside = lock.with_name(f".{lock.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
+        content = lock.read_bytes()
+        # By the clock that dates this disk's files: a file server's may differ from this machine's.
+        with tempfile.NamedTemporaryFile(dir=lock.parent) as probe:
+            age_s = os.stat(probe.name).st_mtime - lock.stat().st_mtime
+        host, pid, start = "an unknown host", 0, 0.0
+        with suppress(ValueError, KeyError, TypeError):  # its owner was killed, or is about to write it
+            owner = json.loads(content)
+            host, pid, start = str(owner["host"]), int(owner["pid"]), float(owner["start"])
+        is_alive = age_s < STALE_S
+        if host == socket.gethostname():
+            is_alive = False
+            with suppress(psutil.Error):  # a later process may carry the same number
+                is_alive = abs(psutil.Process(pid).create_time() - start) < 2.0
+        if is_alive:
+            raise ValueError(
+                f"{lock.parent} is in use by process {pid} on {host}: two runs in one folder would spoil each other. "
+                f"Wait, stop that one, or choose another folder; if it is surely dead, delete {lock}. (Several "
+                "processes of one run are started by torchrun or accelerate launch; srun alone starts that many "
+                "separate runs)"
+            )
         os.replace(lock, aside)
-    except FileNotFoundError:  # another one took it
+    except FileNotFoundError:  # its owner ended meanwhile, or another one took it
         return
     if aside.read_bytes() != content:  # a new owner's lock, between reading and moving: give it back
         os.link(aside, lock)
     aside.unlink()
-
-
-def _is_alive(pid: int, start: float) -> bool:
-    import psutil
-
-    try:
-        return abs(psutil.Process(pid).create_time() - start) < 2.0  # a later process may carry the same number
-    except psutil.Error:
-        return False
-
-
-def _now_on_disk(folder: Path) -> float:
-    """The time by the clock that dates this disk's files; a file server's may differ from this machine's."""
-    probe = folder / f".probe.{uuid.uuid4().hex[:8]}.tmp"
-    probe.touch()
-    try:
-        return probe.stat().st_mtime
-    finally:
-        probe.unlink()
 
 
 def remove_leftovers(folder: Path | str) -> None:

@@ -1,11 +1,12 @@
-"""The visual hull: the largest solid whose silhouettes lie in all masks. Carving, colouring, rendering.
+"""The visual hull: the largest solid whose silhouettes lie in all masks. Carving, coloring, rendering, on any device.
 
-Laurentini 1994 (the hull), Niem 1994 (voxel carving), Matusik et al. 2000 (colours from the views that see a point).
-World frame and pixels as in multiview/cameras.py. Works on any device, on any number of views, of any directions.
+Laurentini 1994 (the hull), Niem 1994 (voxel carving), Matusik et al. 2000 (colors from the views that see a point).
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -30,22 +31,18 @@ RIM_WEIGHT = 0.01  # what a pixel at a mask's rim counts: only where the animal 
 
 @dataclass(frozen=True)
 class Grid:
-    """Voxel centres lower + (i + 0.5) * voxel. lower: [3]; voxel: side, world units; shape: voxels along x, y, z."""
+    """Voxel centers lower + (i + 0.5) * voxel. lower: [3]; voxel: side, world units; shape: voxels along x, y, z."""
 
     lower: Tensor
     voxel: float
     shape: tuple[int, int, int]
 
     def points(self, index: Tensor) -> Tensor:
-        """Linear indices [n] -> centres [n, 3]."""
-        return self.lower + (torch.stack(self.unravel(index), dim=-1) + 0.5) * self.voxel
-
-    def unravel(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        _, ny, nz = self.shape
-        return index // (ny * nz), index // nz % ny, index % nz
+        """Linear indices [n] -> centers [n, 3]."""
+        return self.lower + (torch.stack(torch.unravel_index(index, self.shape), dim=-1) + 0.5) * self.voxel
 
     def __len__(self) -> int:
-        return self.shape[0] * self.shape[1] * self.shape[2]
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -57,22 +54,19 @@ class VisualHull:
     coverage: Tensor
 
     @property
-    def points(self) -> Tensor:
-        """[n, 3] voxel centres."""
+    def points(self) -> Tensor:  # [n, 3] voxel centers
         return self.grid.points(self.index)
 
     @property
-    def volume(self) -> float:
-        """Cubic world units."""
+    def volume(self) -> float:  # cubic world units
         return len(self.index) * self.grid.voxel**3
 
     @property
     def centre(self) -> Tensor:
-        """[3] centre of mass; voxels half outside a soft mask count half. Raises ValueError for an empty hull."""
+        """[3] center of mass; voxels half outside a soft mask count half. Raises ValueError for an empty hull."""
         if not len(self.index):
             raise ValueError("the visual hull is empty: the masks of these cameras have no common volume")
-        weight = self.coverage / self.coverage.sum()
-        return (self.points * weight[:, None]).sum(0)
+        return (self.points * (self.coverage / self.coverage.sum())[:, None]).sum(0)
 
 
 @dataclass(frozen=True)
@@ -85,18 +79,13 @@ class Surface:
     colours: Tensor | None = None
 
 
-# ---- carving --------------------------------------------------------------------------------------------------------
-
-
 def viewed_cube(cameras: Cameras) -> tuple[Tensor, Tensor]:
     """Returns opposite corners [3], [3] of a cube that all cameras see, about the point nearest to their axes."""
     forward, origins = cameras.c2w[..., :3, 2].double(), cameras.origins.double()
     if (1 - (forward @ forward[0]).square()).max() < 1e-6:
         raise ValueError("viewed_cube: the cameras look in parallel, so they have no common center; pass bounds")
     center = nearest_point(origins, forward)
-    half_field = torch.minimum(
-        0.5 * cameras.width / cameras.fxfycxcy[:, 0], 0.5 * cameras.height / cameras.fxfycxcy[:, 1]
-    )
+    half_field = 0.5 * torch.minimum(cameras.width / cameras.fxfycxcy[:, 0], cameras.height / cameras.fxfycxcy[:, 1])
     half = ((origins - center).norm(dim=-1) * half_field.double()).min()
     return (center - half).to(cameras.c2w.dtype), (center + half).to(cameras.c2w.dtype)
 
@@ -104,11 +93,9 @@ def viewed_cube(cameras: Cameras) -> tuple[Tensor, Tensor]:
 def carve(
     masks: Tensor, cameras: Cameras, *, resolution: int = RESOLUTION, bounds: tuple[Tensor, Tensor] | None = None
 ) -> VisualHull:
-    """masks: [v, 1, h, w] 0..1 (soft rims are read between pixels), cameras: [v] -> the hull, perhaps empty.
-
-    bounds: opposite corners [3] of the box to search, `viewed_cube` if left out; within it the grid shrinks to the
-    hull. resolution: voxels, at least, along its longest side. A point outside a picture is outside its mask.
-    """
+    """masks: [v, 1, h, w] 0..1 (soft rims are read between pixels), cameras: [v] -> the hull, perhaps empty. bounds:
+    opposite corners [3] of the box to search (default `viewed_cube`). resolution: voxels, at least, along its longest
+    side."""
     grid, index, coverage, _ = _carve(masks, cameras, resolution, bounds, misses=0)
     return VisualHull(grid, index, coverage)
 
@@ -120,26 +107,22 @@ def carve_leave_one_out(
     if len(masks) < 3:
         raise ValueError(f"carve_leave_one_out needs at least 3 views, got {len(masks)}")
     grid, index, coverage, missed_by = _carve(masks, cameras, resolution, bounds, misses=1)
-
-    def part(chosen: Tensor) -> VisualHull:
-        return VisualHull(grid, index[chosen], coverage[chosen])
-
-    agreed = missed_by < 0
-    return part(agreed), [part(agreed | (missed_by == view)) for view in range(len(masks))]
+    chosen = [missed_by < 0, *((missed_by < 0) | (missed_by == view) for view in range(len(masks)))]
+    hull, *others = (VisualHull(grid, index[part], coverage[part]) for part in chosen)
+    return hull, others
 
 
 def _carve(
     masks: Tensor, cameras: Cameras, resolution: int, bounds: tuple[Tensor, Tensor] | None, misses: int
 ) -> tuple[Grid, Tensor, Tensor, Tensor]:
     """Grid, indices [n], coverage [n] and the one view that rejects a voxel [n] (-1: none) with at most `misses`."""
-    if list(masks.shape) != [len(cameras), 1, cameras.height, cameras.width]:
-        wanted = [len(cameras), 1, cameras.height, cameras.width]
+    wanted = [len(cameras), 1, cameras.height, cameras.width]
+    if list(masks.shape) != wanted:
         raise ValueError(f"masks must be {wanted} (h, w last) to go with the cameras, got {list(masks.shape)}")
     masks = masks.float()
     lower, upper = (corner.to(masks) for corner in (bounds or viewed_cube(cameras)))
     voxel = float((upper - lower).max()) / COARSE
-    nx, ny, nz = (max(1, round(side / voxel)) for side in (upper - lower).tolist())
-    coarse = Grid(lower, voxel, (nx, ny, nz))
+    coarse = Grid(lower, voxel, tuple(max(1, round(side / voxel)) for side in (upper - lower).tolist()))
     # Masks grown by half a voxel's diagonal where it is nearest: no voxel that holds a piece of the hull is lost.
     nearest = (cameras.origins - (lower + upper) / 2).norm(dim=-1) - (upper - lower).norm() / 2
     scale = float((cameras.fxfycxcy[:, 0] / nearest.clamp_min(0.1 * float((upper - lower).norm()))).max())
@@ -151,7 +134,7 @@ def _carve(
     if not len(index):
         return coarse, index, masks.new_zeros(0), index
     # The grid of the box around these coarse voxels, at least `resolution` long, and all its voxels within them.
-    cells = torch.stack(coarse.unravel(index), dim=-1)
+    cells = torch.stack(torch.unravel_index(index, coarse.shape), dim=-1)
     first = cells.amin(0)
     sides = (cells.amax(0) - first + 1).tolist()
     parts = -(-resolution // max(sides))
@@ -173,12 +156,10 @@ def _test(
     found = []
     for index in candidates.split(CHUNK):
         points = grid.points(index)
-        coverage = points.new_ones(len(index))
-        missed_by = torch.full_like(index, -1)
+        coverage, missed_by = points.new_ones(len(index)), torch.full_like(index, -1)
         for view in range(len(cameras)):
             x, y, z = (points @ w2c[view, :3, :3].T + w2c[view, :3, 3]).unbind(-1)
-            before = z > 0
-            z = z.clamp_min(1e-6)
+            before, z = z > 0, z.clamp_min(1e-6)
             column, row = (x / z * fx[view] + cx[view]).floor(), (y / z * fy[view] + cy[view]).floor()
             seen = before & (column >= 0) & (column < width) & (row >= 0) & (row < height)
             place = row.clamp(0, height - 1).long() * width + column.clamp(0, width - 1).long()
@@ -189,21 +170,17 @@ def _test(
             coverage = torch.where(inside, torch.minimum(coverage, value), coverage)[keep]
             points, index = points[keep], index[keep]
         found.append((index, coverage, missed_by))
-    index, coverage, missed_by = (torch.cat(parts) for parts in zip(*found))
-    return index, coverage, missed_by
-
-
-# ---- surface and colours --------------------------------------------------------------------------------------------
+    return tuple(torch.cat(parts) for parts in zip(*found))
 
 
 def surface(hull: VisualHull) -> Surface:
-    """Voxels with a free side, and normals from the share of filled voxels around them (5 x 5 x 5)."""
+    """Voxels with a free side, and normals from the fraction of filled voxels around them (5 x 5 x 5)."""
     grid, reach = hull.grid, 2
     filled = torch.zeros(len(grid), dtype=torch.bool, device=hull.index.device)
     filled[hull.index] = True
     padded = F.pad(filled.reshape(grid.shape), (reach,) * 6)
     _, ny, nz = padded.shape
-    x, y, z = (axis + reach for axis in grid.unravel(hull.index))
+    x, y, z = (axis + reach for axis in torch.unravel_index(hull.index, grid.shape))
     place, flat = (x * ny + y) * nz + z, padded.flatten()
     steps = torch.tensor([ny * nz, nz, 1], device=place.device)
     free = torch.zeros_like(place, dtype=torch.bool)
@@ -218,11 +195,9 @@ def surface(hull: VisualHull) -> Surface:
 
 
 def observe(surface: Surface, rgb: Tensor, masks: Tensor, cameras: Cameras) -> tuple[Tensor, Tensor]:
-    """What each view shows at each surface point: colours [v, n, 3] and how well it sees the point, weights [v, n].
-
-    rgb: [v, 3, h, w] 0..1, masks: [v, 1, h, w], cameras: [v]. The weight is the squared cosine between normal and view,
-    0 where something stands before the point; at the mask's rim, where the background shines through, it is small.
-    """
+    """Returns what each view shows at each surface point, colors [v, n, 3], and how well it sees the point, weights [v,
+    n]: the squared cosine between normal and view, 0 where something stands before the point, small at the mask's rim,
+    where the background shines through. rgb: [v, 3, h, w] 0..1, masks: [v, 1, h, w], cameras: [v]."""
     inner = -F.max_pool2d(-masks.float(), 3, stride=1, padding=1)
     depth = nearest_points(surface, cameras)[1][:, None]
     uv, z = cameras.project(surface.points.expand(len(cameras), -1, -1))
@@ -243,14 +218,9 @@ def colour_surface(surface: Surface, rgb: Tensor, masks: Tensor, cameras: Camera
     return replace(surface, colours=(colours * weights[..., None]).sum(0) / weights.sum(0)[:, None])
 
 
-# ---- rendering ------------------------------------------------------------------------------------------------------
-
-
 def nearest_points(surface: Surface, cameras: Cameras) -> tuple[Tensor, Tensor]:
-    """Which point each pixel shows: index [v, h, w] (-1: none) and depth z [v, h, w] (0: none).
-
-    The nearest wins (ties: the lower index, on every device).
-    """
+    """Returns the index [v, h, w] of the point each pixel shows (-1: none; ties: the lower) and its depth z (0:
+    none)."""
     key = torch.where(silhouettes(surface, cameras)[:, 0], _splat(surface, cameras, WIDE), EMPTY)
     empty = key == EMPTY
     depth = (key >> 32).to(torch.int32).view(torch.float32).masked_fill(empty, 0)
@@ -265,38 +235,33 @@ def silhouettes(surface: Surface, cameras: Cameras) -> Tensor:
 
 
 def _splat(surface: Surface, cameras: Cameras, reach: float) -> Tensor:
-    """[v, h, w] keys (depth and index) of the nearest voxel whose square holds the pixel's centre, or EMPTY."""
+    """[v, h, w] keys (depth and index) of the nearest voxel whose square holds the pixel's center, or EMPTY."""
     height, width = cameras.height, cameras.width
     buffer = torch.full((len(cameras), height * width), EMPTY, dtype=torch.int64, device=surface.points.device)
     order = torch.arange(len(surface.points), device=surface.points.device)
     for view in range(len(cameras)):
-        camera = cameras[view]
-        uv, z = camera.project(surface.points)
+        uv, z = cameras[view].project(surface.points)
         before = z > 0
         uv, z, number = uv[before], z[before], order[before]
         if not len(z):
             continue
-        radius = reach * surface.voxel * camera.fxfycxcy[0] / z
+        radius = reach * surface.voxel * cameras.fxfycxcy[view, 0] / z
         # Positive floats sort as their bits do, so that depth and index fit one integer and one pass.
         key = (z.float().view(torch.int32).long() << 32) | number
         first = (uv - radius[:, None] - 0.5).ceil()
         span = int((2 * radius.max()).ceil()) + 1
-        for down in range(span):
-            row = first[:, 1] + down
-            for right in range(span):
-                column = first[:, 0] + right
-                inside = (row + 0.5 <= uv[:, 1] + radius) & (column + 0.5 <= uv[:, 0] + radius)
-                inside &= (row >= 0) & (row < height) & (column >= 0) & (column < width)
-                place = (row[inside] * width + column[inside]).long()
-                buffer[view].scatter_reduce_(0, place, key[inside], "amin")
+        for down, right in itertools.product(range(span), repeat=2):
+            column, row = first[:, 0] + right, first[:, 1] + down
+            inside = (row + 0.5 <= uv[:, 1] + radius) & (column + 0.5 <= uv[:, 0] + radius)
+            inside &= (row >= 0) & (row < height) & (column >= 0) & (column < width)
+            place = (row[inside] * width + column[inside]).long()
+            buffer[view].scatter_reduce_(0, place, key[inside], "amin")
     return buffer.unflatten(1, (height, width))
 
 
 def render_hull(surface: Surface, cameras: Cameras, background: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the colored surface as cameras [v] see it; made for images whose pixels are not far smaller than a voxel.
-
-    rgb [v, 3, h, w] over the background; mask [v, 1, h, w], 0 or 1; depth [v, 1, h, w] camera z, 0 = none.
-    """
+    """Returns the colored surface as cameras [v] see it: rgb [v, 3, h, w] over the background, mask [v, 1, h, w] 0 or
+    1, depth [v, 1, h, w] camera z, 0 = none. Made for images whose pixels are not far smaller than a voxel."""
     if surface.colours is None:
         raise ValueError("render_hull needs colors: call colour_surface first")
     index, depth = nearest_points(surface, cameras)

@@ -1,7 +1,5 @@
-"""Images in and out, the only compositing function, and contact sheets.
-
-Images are float32 tensors 0..1, RGB(A) straight alpha, [..., c, h, w].
-"""
+"""Images in and out, the only compositing function, contact sheets. Float32 tensors [..., c, h, w] 0..1, straight
+alpha."""
 
 from __future__ import annotations
 
@@ -32,14 +30,8 @@ FULL_SCALES = (255, 1023, 4095, 16383, 65535)  # 8, 10, 12, 14 and 16 bits
 HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
 
 
-# ---- reading --------------------------------------------------------------------------------------------------------
-
-
 def read_rgba(path: Path | str) -> Tensor:
-    """Reads an image file into [4, h, w], 0..1. A file without alpha gets alpha 1.
-
-    Pixels come as they are stored, whatever the EXIF orientation says: they are what cameras count.
-    """
+    """Reads an image file into [4, h, w], 0..1 (alpha 1 without alpha), as stored whatever EXIF says."""
     return _to_tensor(_decode(path, MOST_PIXELS))
 
 
@@ -60,9 +52,9 @@ def _decode(path: Path | str, most: int, *, longest: int | None = None, header_o
     try:
         with Image.open(path) as image:
             width, height = image.size
-            if header_only and width * height <= most:
-                return image
             if width * height <= most:
+                if header_only:
+                    return image
                 if longest and max(image.size) > longest:
                     image.draft(image.mode, (longest, longest))  # a JPEG is decoded at 1/2, 1/4 or 1/8 at once
                 rgba = _eight_bits(image, path)
@@ -74,21 +66,16 @@ def _decode(path: Path | str, most: int, *, longest: int | None = None, header_o
     except DAMAGE as error:
         reason = str(error) or type(error).__name__
         if isinstance(error, Image.UnidentifiedImageError):
-            with open(path, "rb") as handle:
-                start = handle.read(12)
+            start = Path(path).open("rb").read(12)
             if start[4:8] == b"ftyp" and start[8:12] in HEIF_BRANDS:
                 reason = "it is HEIC, which is not read here; convert it: heif-convert photo.heic photo.jpg"
         raise ValueError(f"image {path} cannot be read: {reason}") from error
-    raise ValueError(
-        f"image {path} has {width} x {height} pixels; at most {most / 1e6:.0f} megapixels are read: scale it down"
-    )
+    told = f"image {path} has {width} x {height} pixels"
+    raise ValueError(f"{told}; at most {most / 1e6:.0f} megapixels are read: scale it down")
 
 
 def _eight_bits(image: Image.Image, path: Path | str) -> Image.Image:
-    """Returns the image as RGBA of 8 bits with its EXIF; deeper channels are scaled by the range that is in use.
-
-    Cameras store 10 or 12 bits in 16, and Pillow clips 16-bit gray to white.
-    """
+    """Returns the image as RGBA of 8 bits with its EXIF; deeper channels are scaled by the range that is in use."""
     layout = str(image.tile[0][3]) if image.tile else ""
     single = image.mode.startswith(("I", "F"))
     if not single and "16" not in layout:
@@ -121,21 +108,17 @@ def _to_tensor(image: Image.Image) -> Tensor:
     return rearrange(torch.from_numpy(np.array(image)), "h w c -> c h w").float() / 255.0
 
 
-# ---- writing --------------------------------------------------------------------------------------------------------
-
-
-def to_uint8(picture: Tensor) -> np.ndarray:
+def to_uint8(image: Tensor) -> np.ndarray:
     """[c, h, w] 0..1 -> [h, w, c] uint8, rounded."""
-    return (rearrange(picture.detach().float().cpu(), "c h w -> h w c").clamp(0, 1) * 255.0).round().byte().numpy()
+    return (rearrange(image.detach().float().cpu(), "c h w -> h w c").clamp(0, 1) * 255.0).round().byte().numpy()
 
 
-def write_image(path: Path | str, picture: Tensor) -> None:
+def write_image(path: Path | str, image: Tensor) -> None:
     """Writes [3|4, h, w] (or [1, h, w], gray) 0..1 as PNG, atomically."""
-    array = to_uint8(picture)
-    if array.shape[-1] == 1:
-        array = array[..., 0]
+    array = to_uint8(image)
     with atomic_write(path) as temporary:
-        Image.fromarray(array).save(temporary, format="PNG", compress_level=4)
+        image = Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
+        image.save(temporary, format="PNG", compress_level=4)
 
 
 def save_video(path: Path | str, frames: Tensor, fps: int = 30) -> None:
@@ -158,14 +141,8 @@ def save_video(path: Path | str, frames: Tensor, fps: int = 30) -> None:
             raise ValueError(f"video {path} could not be written: {told[-1] if told else 'ffmpeg failed'}")
 
 
-# ---- pixels ---------------------------------------------------------------------------------------------------------
-
-
 def resize_rgba(rgba: Tensor, size: int | tuple[int, int]) -> Tensor:
-    """Lanczos resize of [c, h, w] in 8 bits, as FaceLift's data loader does; size: int or (height, width).
-
-    Cameras do not change here: call `Cameras.resize` with the same size.
-    """
+    """Lanczos resize of [c, h, w] in 8 bits, as FaceLift's data loader does. Its cameras: `Cameras.resize`."""
     height, width = (size, size) if isinstance(size, int) else size
     if rgba.shape[-2:] == (height, width):
         return rgba
@@ -180,62 +157,39 @@ def composite(rgba: Tensor, background: Tensor | float) -> Tensor:
     return torch.lerp(torch.as_tensor(background).to(rgb), rgb, alpha)  # one pass over the pixels
 
 
-def adjust_colours(
-    rgba: Tensor, *, brightness: float = 1.0, contrast: float = 1.0, saturation: float = 1.0, hue_deg: float = 0.0
-) -> Tensor:
-    """RGBA views [n, 4, h, w] of one animal under other light: the same factors and hue turn for all of them.
-
-    Contrast turns about the animal's own mean colour, saturation and hue about grey. Alpha stays, and so does the
-    background, which is composited afterwards.
-    """
-    rgb, alpha = rgba[:, :3], rgba[:, 3:]
-    if brightness != 1 or contrast != 1:
-        mean = (rgb * alpha).sum(dim=(0, 2, 3), keepdim=True) / alpha.sum().clamp_min(1e-6)
-        rgb = (((rgb - mean) * contrast + mean) * brightness).clamp(0, 1)
-    if saturation != 1 or hue_deg != 0:
-        rgb = torch.einsum("ij,njhw->nihw", chroma_matrix(saturation, hue_deg).to(rgb), rgb).clamp(0, 1)
-    return torch.cat([rgb, alpha], dim=1)
-
-
-def chroma_matrix(saturation: float, hue_deg: float) -> Tensor:
-    """[3, 3] for RGB columns: greys stay, chroma is scaled and turned. float64."""
-    angle = math.radians(hue_deg)
-    turn = torch.eye(3, dtype=torch.float64)
-    turn[1:, 1:] = saturation * torch.tensor(
-        [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]], dtype=torch.float64
-    )
-    return torch.linalg.inv(YIQ) @ turn @ YIQ
-
-
 @dataclass(frozen=True)
 class Draw:
-    """One augmentation of a sample, the same for all its views; the defaults leave it as it is, on white.
+    """One augmentation of a sample, the same for all its views; the defaults leave it as it is, on white."""
 
-    background: a name out of BACKGROUNDS. brightness, contrast, saturation: factors. hue_deg: turn of the chroma plane.
-    crop: (left, top, side) in fractions of the image's width. mirrored: left and right exchanged.
-    """
-
-    background: str = "white"
-    brightness: float = 1.0
+    background: str = "white"  # a name out of BACKGROUNDS
+    brightness: float = 1.0  # this and the next two: factors
     contrast: float = 1.0
     saturation: float = 1.0
-    hue_deg: float = 0.0
-    crop: tuple[float, float, float] = (0.0, 0.0, 1.0)
-    mirrored: bool = False
+    hue_deg: float = 0.0  # turn of the chroma plane
+    crop: tuple[float, float, float] = (0.0, 0.0, 1.0)  # left, top, side in fractions of the image's width
+    mirrored: bool = False  # left and right exchanged
 
     def to_dict(self) -> dict:
         return asdict(self)
 
     def recolored(self, rgba: Tensor) -> Tensor:
-        return adjust_colours(
-            rgba, brightness=self.brightness, contrast=self.contrast, saturation=self.saturation, hue_deg=self.hue_deg
-        )
+        """RGBA views [n, 4, h, w] of one animal under other light. Contrast turns about the animal's own mean color,
+        saturation and hue about gray. Alpha stays, and so does the background, which is composited afterwards."""
+        rgb, alpha = rgba[:, :3], rgba[:, 3:]
+        if self.brightness != 1 or self.contrast != 1:
+            mean = (rgb * alpha).sum(dim=(0, 2, 3), keepdim=True) / alpha.sum().clamp_min(1e-6)
+            rgb = (((rgb - mean) * self.contrast + mean) * self.brightness).clamp(0, 1)
+        if self.saturation != 1 or self.hue_deg != 0:
+            cosine, sine = math.cos(math.radians(self.hue_deg)), math.sin(math.radians(self.hue_deg))
+            turn = torch.eye(3, dtype=torch.float64)
+            turn[1:, 1:] = self.saturation * torch.tensor([[cosine, -sine], [sine, cosine]], dtype=torch.float64)
+            chroma = torch.linalg.inv(YIQ) @ turn @ YIQ  # for RGB columns: grays stay
+            rgb = torch.einsum("ij,njhw->nihw", chroma.to(rgb), rgb).clamp(0, 1)
+        return torch.cat([rgb, alpha], dim=1)
 
     def apply(self, rgba: Tensor, cameras: Cameras, size: int) -> tuple[Tensor, Tensor, Cameras]:
-        """Square RGBA views [n, 4, s, s] and their cameras [n] -> images on the drawn background, masks, cameras.
-
-        Returns [n, 3, size, size] and [n, 1, size, size], 0..1, and the cameras of just these pixels, in stored order.
-        """
+        """Square RGBA views [n, 4, s, s] and their cameras [n] -> images [n, 3, size, size] on the drawn background,
+        masks [n, 1, size, size], 0..1, and the cameras of just these pixels, in stored order."""
         if self.crop[2] != 1.0:  # to the nearest whole pixels, and the cameras of just these
             width = rgba.shape[-1]
             side = max(1, round(self.crop[2] * width))

@@ -35,10 +35,9 @@ class PhotoReport:
 def prepare_photo(rgba: Tensor, size: int, *, crop: str = "auto", source: str = "image") -> tuple[Tensor, PhotoReport]:
     """[4, h, w] 0..1 -> [4, size, size] RGBA framed like the training data, and a report of what was done.
 
-    A photograph is segmented where its alpha is no animal's mask: opaque, or covering nearly the whole image (a
-    translucent scan, rounded corners). crop: `auto` keeps a square image whose animal already stands as in the training
-    data and crops any other; `always`, `never` (the image must then be square).
-    Raises ValueError when no animal can be told from the background.
+    A photograph is segmented where its alpha is no animal's mask: opaque, or covering nearly the whole image. crop:
+    `auto` keeps a square image whose animal already stands as in the training data and crops any other; `always`,
+    `never` (the image must then be square). Raises ValueError when no animal can be told from the background.
     """
     if crop not in ("auto", "always", "never"):
         raise ValueError(f"crop must be auto, always or never, got {crop!r}")
@@ -58,19 +57,20 @@ def prepare_photo(rgba: Tensor, size: int, *, crop: str = "auto", source: str = 
     mask = array[..., 3] > 0.5
     if mask.sum() < 64:
         raise ValueError(f"{source}: the alpha channel shows no animal (only {int(mask.sum())} opaque pixels)")
-    area, offset, center = body_placement(mask)
-    square = height == width
-    framed = square and BODY_AREA_RANGE[0] <= area <= BODY_AREA_RANGE[1] and offset <= CENTER_OFFSET_LIMIT
-    if crop == "never" and not square:
+    area, offset, (x, y) = body_placement(mask)
+    framed = height == width and BODY_AREA_RANGE[0] <= area <= BODY_AREA_RANGE[1] and offset <= CENTER_OFFSET_LIMIT
+    if crop == "never" and height != width:
         raise ValueError(f"{source}: must be square to be used uncropped, got {width} x {height}")
-    cropped = crop == "always" or (crop == "auto" and not framed)
-    side = height
+    cropped, side = crop == "always" or (crop == "auto" and not framed), height
     if cropped:
         # The usual body size; larger where the tail would be cut off.
         ys, xs = np.nonzero(mask)
-        reach = max(xs.max() + 1 - center[0], center[0] - xs.min(), ys.max() + 1 - center[1], center[1] - ys.min())
+        reach = max(xs.max() + 1 - x, x - xs.min(), ys.max() + 1 - y, y - ys.min())
         side = int(np.ceil(max(float(np.sqrt(area * mask.size / BODY_AREA)), 2 * reach / (1 - 2 * MARGIN))))
-        array = _crop_square(array, center, side)
+        left, top = round(x - side / 2), round(y - side / 2)
+        # Padded by one side all around, so that any square lies inside.
+        padded = np.pad(array, ((side, side), (side, side), (0, 0)))
+        array = padded[top + side : top + 2 * side, left + side : left + 2 * side]
     array = _resize_premultiplied(array, size)
     area, offset, _ = body_placement(array[..., 3] > 0.5)
     result = torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1))).float().clamp(0, 1)
@@ -78,11 +78,8 @@ def prepare_photo(rgba: Tensor, size: int, *, crop: str = "auto", source: str = 
 
 
 def body_placement(mask: np.ndarray) -> tuple[float, float, tuple[float, float]]:
-    """Returns of a mask [h, w]: body area / image area, center offset / width, center (x, y) in pixels; tail taken off.
-
-    The center is the center of mass, not of the bounding box: a tail would pull that by its whole length. The tail goes
-    by opening the mask with a disc of a tenth of its own size: legs and tail vanish, the body stays.
-    """
+    """Returns of a mask [h, w]: body area / image area, center offset / width, center (x, y) in pixels. The tail, which
+    would pull the center, goes by opening the mask with a disc of a tenth of its own size."""
     import cv2
 
     radius = max(1, round(0.10 * float(np.sqrt(mask.sum()))))
@@ -97,20 +94,16 @@ def body_placement(mask: np.ndarray) -> tuple[float, float, tuple[float, float]]
 
 
 def segment(rgb: np.ndarray, source: str = "image") -> np.ndarray:
-    """[h, w, 3] 0..1 -> soft mask [h, w]: color distance from the border's color, refined by GrabCut.
-
-    Meant for an animal on a fairly even background. Raises ValueError where that fails: a cut-out
-    RGBA image made with any segmentation tool is then the way.
-    """
+    """[h, w, 3] 0..1 -> soft mask [h, w]: color distance from the border's color, refined by GrabCut, else
+    ValueError."""
     import cv2
 
     height, width = rgb.shape[:2]
     scale = min(1.0, 512 / max(height, width))
     small = cv2.resize(rgb, (max(1, round(width * scale)), max(1, round(height * scale))), interpolation=cv2.INTER_AREA)
     edge = max(2, round(0.03 * min(small.shape[:2])))
-    border = np.concatenate(
-        [part.reshape(-1, 3) for part in (small[:edge], small[-edge:], small[:, :edge], small[:, -edge:])]
-    )
+    edges = (small[:edge], small[-edge:], small[:, :edge], small[:, -edge:])
+    border = np.concatenate([part.reshape(-1, 3) for part in edges])
     distance = np.abs(small - np.median(border, axis=0)).max(axis=-1)
     spread = float(np.percentile(np.abs(border - np.median(border, axis=0)).max(axis=-1), 90))
     seed = distance > max(0.10, 2.0 * spread)
@@ -125,21 +118,10 @@ def segment(rgb: np.ndarray, source: str = "image") -> np.ndarray:
     if count > 2:  # the largest piece is the animal
         mask = parts == 1 + int(np.argmax(stats[1:, cv2.CC_STAT_AREA]))
     if not 0.003 < mask.mean() < MASK_MOST:
-        raise ValueError(
-            f"{source}: no animal could be told from the background (mask covers {mask.mean():.1%}); pass an RGBA "
-            "image whose alpha is the animal's mask"
-        )
+        told = f"{source}: no animal could be told from the background (mask covers {mask.mean():.1%})"
+        raise ValueError(f"{told}; pass an RGBA image whose alpha is the animal's mask")
     soft = cv2.GaussianBlur(mask.astype(np.float32), (0, 0), 0.7)
     return np.clip(cv2.resize(soft, (width, height), interpolation=cv2.INTER_LINEAR), 0, 1)
-
-
-def _crop_square(array: np.ndarray, center: tuple[float, float], side: int) -> np.ndarray:
-    left, top = round(center[0] - side / 2), round(center[1] - side / 2)
-    result = np.zeros((side, side, 4), dtype=array.dtype)
-    height, width = array.shape[:2]
-    x0, x1, y0, y1 = max(left, 0), min(left + side, width), max(top, 0), min(top + side, height)
-    result[y0 - top : y1 - top, x0 - left : x1 - left] = array[y0:y1, x0:x1]
-    return result
 
 
 def _resize_premultiplied(array: np.ndarray, size: int) -> np.ndarray:

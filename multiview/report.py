@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from multiview.files import atomic_write
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -77,8 +79,21 @@ class Figure:
 
         if self.image is None:
             return Markup(self.svg)
-        kind, content = ("png", self.image.read_bytes()) if isinstance(self.image, Path) else _jpeg(self.image)
-        data = base64.b64encode(content).decode()
+        kind, image, buffer = "png", self.image, io.BytesIO()
+        if isinstance(image, Path):
+            buffer.write(image.read_bytes())
+        else:
+            import torch
+            from PIL import Image
+
+            from multiview.image import to_uint8
+
+            if image.shape[-1] > IMAGE_WIDTH:
+                size = [round(side * IMAGE_WIDTH / image.shape[-1]) for side in image.shape[-2:]]
+                image = torch.nn.functional.interpolate(image[None], size=size, mode="area")[0]
+            Image.fromarray(to_uint8(image)).save(buffer, format="JPEG", quality=JPEG_QUALITY)
+            kind = "jpeg"
+        data = base64.b64encode(buffer.getvalue()).decode()
         return Markup("<img src='data:image/{};base64,{}' alt='{}'>").format(kind, data, self.caption)
 
 
@@ -89,34 +104,14 @@ def write_page(
     """Writes one HTML file. blocks: in order, a str is a note. facts: name -> value, on top. badge: a key of COLORS."""
     import jinja2
 
-    from multiview.files import atomic_write
-
     page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(TEMPLATE)
+    words = {"title": title, "blocks": blocks, "facts": facts or {}, "badge": badge, "colors": COLORS, "cell": cell}
     with atomic_write(path) as temporary:
-        temporary.write_text(
-            page.render(title=title, blocks=blocks, facts=facts or {}, badge=badge, colors=COLORS, cell=cell),
-            encoding="utf-8",
-        )
+        temporary.write_text(page.render(**words), encoding="utf-8")
 
 
 def cell(value: object) -> str:
     """Returns a value as a table shows it."""
-    if value is None:
-        return "–"
-    if not isinstance(value, float):
-        return str(value)
-    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}" if abs(value) >= 100 else f"{value:.3g}"
-
-
-def _jpeg(image: Tensor) -> tuple[str, bytes]:
-    import torch
-    from PIL import Image
-
-    from multiview.image import to_uint8
-
-    if image.shape[-1] > IMAGE_WIDTH:
-        size = [round(side * IMAGE_WIDTH / image.shape[-1]) for side in image.shape[-2:]]
-        image = torch.nn.functional.interpolate(image[None], size=size, mode="area")[0]
-    buffer = io.BytesIO()
-    Image.fromarray(to_uint8(image)).save(buffer, format="JPEG", quality=JPEG_QUALITY)
-    return "jpeg", buffer.getvalue()
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}" if abs(value) >= 100 else f"{value:.3g}"
+    return "–" if value is None else str(value)

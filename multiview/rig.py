@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from multiview.cameras import Cameras
+from multiview.config import read_yaml
 from multiview.files import read_json, take
 
 RIGS_FOLDER = Path(__file__).resolve().parent.parent / "configs" / "rigs"
@@ -67,12 +68,9 @@ class View:
 
 @dataclass(frozen=True)
 class ViewRig:
-    """An ordered set of views around the origin, world z up.
-
-    distance: world units. focal: focal length over image width. azimuth_zero: `heading` (the animal's own front) or
-    `reference` (the side the input view was taken from). framing: how the animal's size was chosen (`exact`, `fill`,
-    `facelift`; docs/data_format.md). reference_view: index of the input view.
-    """
+    """An ordered set of views around the origin, world z up. distance: world units. focal: focal length over image
+    width. azimuth_zero: `heading` (the animal's own front) or `reference` (the side of the input view). framing: how
+    the animal's size was chosen (docs/data_format.md). reference_view: index of the input view."""
 
     name: str
     views: tuple[View, ...]
@@ -85,21 +83,21 @@ class ViewRig:
     prompt_style: str = "mouse"
 
     def __post_init__(self) -> None:
-        if not self.views:
-            raise ValueError(f"rig {self.name}: at least one view is needed")
-        if len(set(self.view_names)) != len(self.views):  # prompts and files are made from the names
-            raise ValueError(f"rig {self.name}: view names must differ, got {self.view_names}")
-        if not 0 <= self.reference_view < len(self.views):
-            raise ValueError(
-                f"rig {self.name}: reference_view must be 0..{len(self.views) - 1}, got {self.reference_view}"
-            )
-        for key, allowed in CHOICES.items():
-            if getattr(self, key) not in allowed:
-                raise ValueError(
-                    f"rig {self.name}: {key} must be one of {', '.join(allowed)}, got {getattr(self, key)!r}"
-                )
-        if min(self.distance, self.focal, *(self.view_distance(view) for view in self.views)) <= 0:
-            raise ValueError(f"rig {self.name}: distance and focal must be positive")
+        last, allowed = len(self.views) - 1, ""
+        for key, choices in CHOICES.items():
+            if getattr(self, key) not in choices:
+                allowed = f"{key} must be one of {', '.join(choices)}, got {getattr(self, key)!r}"
+        for wrong, told in (
+            (not self.views, "at least one view is needed"),
+            # Prompts and files are made from the names.
+            (len(set(self.view_names)) <= last, f"view names must differ, got {self.view_names}"),
+            (not 0 <= self.reference_view <= last, f"reference_view must be 0..{last}, got {self.reference_view}"),
+            (allowed, allowed),
+            (min(self.distance, self.focal, *map(self.view_distance, self.views)) <= 0,
+             "distance and focal must be positive"),
+        ):  # fmt: skip
+            if wrong:
+                raise ValueError(f"rig {self.name}: {told}")
 
     @property
     def num_views(self) -> int:
@@ -132,8 +130,8 @@ class ViewRig:
         # Rounded, so that a rig and the same rig read from a file have one fingerprint.
         content = [self.azimuth_zero, self.reference_view, round(self.focal, 5)]
         for view in self.views:
-            angles = [round(view.azimuth_deg, 2), round(view.elevation_deg, 2)]
-            content.append([*angles, round(self.view_distance(view), 3)])
+            distance = round(self.view_distance(view), 3)
+            content.append([round(view.azimuth_deg, 2), round(view.elevation_deg, 2), distance])
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
     def differences(self, other: ViewRig) -> list[str]:
@@ -151,16 +149,14 @@ class ViewRig:
                 told.append(f"distance of view {index}: {near:g} against {far:g}")
         if abs(self.focal - other.focal) > LENGTH_TOLERANCE * self.focal:
             told.append(f"focal length over width: {self.focal:g} against {other.focal:g}")
-        for key, name in (("azimuth_zero", "azimuth_zero"), ("reference_view", "reference view")):
+        for key in ("azimuth_zero", "reference_view"):
             if getattr(self, key) != getattr(other, key):
-                told.append(f"{name}: {getattr(self, key)} against {getattr(other, key)}")
+                told.append(f"{key.replace('_v', ' v')}: {getattr(self, key)} against {getattr(other, key)}")
         return told
 
     def mirror_order(self) -> list[int]:
-        """Returns per view the index of its mirror image in x, the vertical plane through azimuth 0.
-
-        Raises ValueError if the reference view does not stand at azimuth 0 or a view has no counterpart.
-        """
+        """Returns per view the index of its mirror image in x (the vertical plane through azimuth 0), else
+        ValueError."""
 
         def mirrors(view: View, other: View) -> bool:
             turn = (view.azimuth_deg + other.azimuth_deg + 180.0) % 360.0 - 180.0
@@ -169,25 +165,20 @@ class ViewRig:
             return max(angles) <= ANGLE_TOLERANCE_DEG and abs(near) <= LENGTH_TOLERANCE
 
         reference, order = self.views[self.reference_view], []
-        if not mirrors(reference, reference):
-            raise ValueError(f"rig {self.name} cannot be mirrored: its reference view does not stand at azimuth 0")
+        problem = None if mirrors(reference, reference) else "its reference view does not stand at azimuth 0"
         for view in self.views:
-            order += [index for index, other in enumerate(self.views) if mirrors(view, other)][:1] or [-1]
-            if order[-1] < 0:
-                raise ValueError(
-                    f"rig {self.name} cannot be mirrored: none of its views is the mirror image of {view.name}; "
-                    "use mirror=never"
-                )
+            order.append(next((index for index, other in enumerate(self.views) if mirrors(view, other)), None))
+            if order[-1] is None:
+                problem = problem or f"none of its views is the mirror image of {view.name}; use mirror=never"
+        if problem:
+            raise ValueError(f"rig {self.name} cannot be mirrored: {problem}")
         return order
 
     def with_framing(self, framing: str) -> ViewRig:
         """Returns the rig in another framing: `fill` doubles distance and focal length, the others keep 2.7 and 549."""
         # Farther and longer by one factor: the animal keeps its size in the image and loses perspective.
-        factor = FILL_FACTOR if framing == "fill" else 1.0
-        was = FILL_FACTOR if self.framing == "fill" else 1.0
-        return replace(self, framing=framing, distance=self.distance / was * factor, focal=self.focal / was * factor)
-
-    # ---- storage ------------------------------------------------------------------------------------------------
+        factor = (FILL_FACTOR if framing == "fill" else 1.0) / (FILL_FACTOR if self.framing == "fill" else 1.0)
+        return replace(self, framing=framing, distance=self.distance * factor, focal=self.focal * factor)
 
     def to_dict(self) -> dict:
         content = asdict(self)
@@ -197,14 +188,15 @@ class ViewRig:
     @staticmethod
     def from_dict(content: dict, source: str) -> ViewRig:
         """Reads the content of a rig file (`to_dict`); unknown, missing and wrong values are errors naming `source`."""
+        where = f"{source}: a view rig"
         # Views first: the rig's own check of its views then speaks of View objects.
-        rows = take(content, "views", list, f"{source}: a view rig")
-        views = tuple(_from_row(View, row, f"{source}: view {index}") for index, row in enumerate(rows))
+        rows = enumerate(take(content, "views", list, where))
+        views = tuple(_from_row(View, row, f"{source}: view {index}") for index, row in rows)
         for view in views:
             if not abs(view.azimuth_deg) <= 720 or not abs(view.elevation_deg) <= 90:
                 raise ValueError(f"{source}: view {view.name} needs angles in degrees, elevation -90..90, got {view}")
         try:
-            return _from_row(ViewRig, {**content, "views": views}, f"{source}: a view rig")
+            return _from_row(ViewRig, {**content, "views": views}, where)
         except ValueError as error:  # the rig's own checks name the rig alone
             raise ValueError(str(error) if source in str(error) else f"{source}: {error}") from None
 
@@ -222,10 +214,8 @@ def _from_row(schema: type, row: dict, where: str):
     """Returns a View or ViewRig from keys and values; each must be known and of the type its field is written with."""
     fields = schema.__dataclass_fields__
     kinds = {"str": str, "int": int, "tuple[View, ...]": tuple}  # annotations are texts here; the rest are numbers
-    values = {
-        key: take(row, key, kinds.get(f.type, float), where, default=... if f.default is MISSING else f.default)
-        for key, f in fields.items()
-    }
+    defaults = {key: ... if f.default is MISSING else f.default for key, f in fields.items()}
+    values = {key: take(row, key, kinds.get(f.type, float), where, default=defaults[key]) for key, f in fields.items()}
     if unknown := sorted(map(str, set(row) - set(fields))):
         raise ValueError(f"{where} has unknown keys {unknown}; known: {sorted(fields)}")
     return schema(**values)
@@ -237,8 +227,6 @@ def available_rigs() -> list[str]:
 
 def load_rig(name_or_path: str | Path) -> ViewRig:
     """Reads a rig by name (`configs/rigs/<name>.yaml`), or from a YAML/JSON file (bare, or under the key `rig`)."""
-    from multiview.config import read_yaml
-
     path = Path(name_or_path)  # names have no suffix
     if path.suffix not in (".yaml", ".yml", ".json"):
         path = RIGS_FOLDER / f"{name_or_path}.yaml"
@@ -248,31 +236,19 @@ def load_rig(name_or_path: str | Path) -> ViewRig:
     return ViewRig.from_dict(take(content, "rig", dict, str(path), default=content), str(path))
 
 
-def check_alignment(expected: ViewRig | None = None, /, **artifacts: ViewRig) -> ViewRig:
-    """Refuses artifacts of different rigs. Runs before any model does work.
-
-    artifacts: by role (`embeddings`, `unet`, `gslrm`, `cameras`, `dataset`), the rig each one carries.
-    `expected` is the rig the user named, compared first. Returns the common rig.
-    Raises RigMismatchError with both rigs side by side and the command that mends it.
-    """
-    if not artifacts:
-        raise ValueError("check_alignment needs at least one artifact")
+def check_alignment(expected: ViewRig | None = None, allow: str = "", /, **artifacts: ViewRig) -> ViewRig:
+    """Refuses artifacts of different rigs: RigMismatchError with both side by side and the command that mends it.
+    artifacts: by role, the rig each one carries. expected: the rig the user named. allow: the config key that lets
+    training start from weights of another rig. Returns the common rig."""
     # What the user named counts first; without it the first artifact does, and the message names both roles.
     base_role = "requested" if expected is not None else next(iter(artifacts))
     base = expected if expected is not None else artifacts[base_role]
     for role, rig in artifacts.items():
-        differences = base.differences(rig)
-        if differences:
-            raise RigMismatchError(mismatch_message(base_role, base, role, rig, differences))
+        if differences := base.differences(rig):
+            told = mismatch_message(base_role, base, role, rig, differences)
+            instead = f"\n  or, to fine-tune these weights to the other rig: {allow}=true" if allow else ""
+            raise RigMismatchError(told + instead)
     return base
-
-
-def check_start(rig: ViewRig, key: str, /, **weights: ViewRig) -> None:
-    """Refuses to start training on `rig` from weights of another one, naming the config key that allows it."""
-    try:
-        check_alignment(rig, **weights)
-    except RigMismatchError as error:
-        raise RigMismatchError(f"{error}\n  or, to fine-tune these weights to the other rig: {key}=true") from None
 
 
 def check_rig_cameras(rig: ViewRig, cameras: Cameras, source: str) -> None:
@@ -282,24 +258,21 @@ def check_rig_cameras(rig: ViewRig, cameras: Cameras, source: str) -> None:
         azimuth_zero=rig.azimuth_zero,  # a camera file cannot say these two
         reference_view=min(rig.reference_view, len(cameras) - 1),
     )
-    differences = rig.differences(measured)
-    if differences:
-        raise RigMismatchError(mismatch_message("requested", rig, "cameras", measured, differences))
+    check_alignment(rig, cameras=measured)
     _check_axes(rig.cameras(cameras.width), cameras, source, tolerance_deg=0.5)
 
 
 def check_posed_views(rig: ViewRig, cameras: Cameras, source: str) -> None:
     """For Stage 2 on calibrated cameras [v] of any directions: convention, distance and lens must be the rig's."""
-    upright = Cameras.look_at(
-        cameras.origins, cameras.origins.new_zeros(3), cameras.fxfycxcy[0], cameras.height, cameras.width
-    )
+    center, size = cameras.origins.new_zeros(3), (cameras.height, cameras.width)
+    upright = Cameras.look_at(cameras.origins, center, cameras.fxfycxcy[0], *size)
     _check_axes(upright, cameras, source, tolerance_deg=15.0)  # a hand-held or tilted camera is no other convention
+    lens = cameras.fxfycxcy / cameras.width
     for name, got, expected, tolerance in (
         ("distance from the origin", cameras.distance, rig.distance, 0.15),
-        ("focal length over width", cameras.fxfycxcy[:, 0] / cameras.width, rig.focal, 0.10),
-        ("cx over width", cameras.fxfycxcy[:, 2] / cameras.width, 0.5, 0.05),
+        ("focal length over width", lens[:, 0], rig.focal, 0.10), ("cx over width", lens[:, 2], 0.5, 0.05),
         ("cy over height", cameras.fxfycxcy[:, 3] / cameras.height, 0.5, 0.05),
-    ):
+    ):  # fmt: skip
         if ((got - expected).abs() > tolerance * expected).any():
             raise ValueError(
                 f"{source}: {name} must be {expected:.4g} within {tolerance:.0%} as this GS-LRM was trained (rig "
@@ -311,14 +284,12 @@ def check_posed_views(rig: ViewRig, cameras: Cameras, source: str) -> None:
 def _check_axes(expected: Cameras, cameras: Cameras, source: str, tolerance_deg: float) -> None:
     # Axes that differ by a sign are another convention; everything between is a camera that looks elsewhere.
     cosine = (expected.c2w[..., :3, :3] * cameras.c2w[..., :3, :3]).sum(dim=-2)  # per axis x, y, z
-    if (cosine < math.cos(math.radians(tolerance_deg)) - 1e-6).any():
-        flipped = (cosine[..., 0] > 0.5).all() and (cosine[..., 1:] < -0.5).all()
-        hint = (
-            "they look like OpenGL axes (y up, z backward): negate columns 1 and 2 of c2w"
-            if flipped
-            else "cameras must look at the origin, world z up, OpenCV axes (x right, y down, z forward)"
-        )
-        raise ValueError(f"{source}: the cameras stand in the right places but look elsewhere; {hint}")
+    if (cosine >= math.cos(math.radians(tolerance_deg)) - 1e-6).all():
+        return
+    hint = "cameras must look at the origin, world z up, OpenCV axes (x right, y down, z forward)"
+    if (cosine[..., 0] > 0.5).all() and (cosine[..., 1:] < -0.5).all():
+        hint = "they look like OpenGL axes (y up, z backward): negate columns 1 and 2 of c2w"
+    raise ValueError(f"{source}: the cameras stand in the right places but look elsewhere; {hint}")
 
 
 def mismatch_message(role_a: str, a: ViewRig, role_b: str, b: ViewRig, differences: list[str]) -> str:
@@ -328,10 +299,8 @@ def mismatch_message(role_a: str, a: ViewRig, role_b: str, b: ViewRig, differenc
         lines = [f"{role}: rig {rig.name}", f"{rig.num_views} views, azimuth 0 = {rig.azimuth_zero}"]
         lines.append(f"focal / width {rig.focal:.5g}, fingerprint {rig.fingerprint()}")
         for index, view in enumerate(rig.views):
-            lines.append(
-                f"{index} {view.name:<16} az {view.azimuth_deg:6.1f}  el {view.elevation_deg:5.1f}"
-                f"  d {rig.view_distance(view):.3g}"
-            )
+            place = f"az {view.azimuth_deg:6.1f}  el {view.elevation_deg:5.1f}  d {rig.view_distance(view):.3g}"
+            lines.append(f"{index} {view.name:<16} {place}")
         columns.append(lines)
     width = max(map(len, columns[0])) + 4  # of the left column
     table = "\n".join(f"  {x:<{width}}{y}".rstrip() for x, y in zip_longest(*columns, fillvalue=""))
@@ -339,7 +308,5 @@ def mismatch_message(role_a: str, a: ViewRig, role_b: str, b: ViewRig, differenc
     # What to type for a rig: its name if it ships with the project, else the file of the dataset that measured it.
     shipped = (RIGS_FOLDER / f"{a.name}.yaml").is_file() and not load_rig(a.name).differences(a)
     mend = MENDING[role_b if role_b in MENDING else role_a].format(rig=a.name if shipped else "<dataset>/dataset.json")
-    return (
-        f"{role_a} and {role_b} describe different views, so the 3D result would be garbage:\n{table}\n"
-        f"  differs: {'; '.join(shown)}\n  to mend: {mend}"
-    )
+    told = f"{role_a} and {role_b} describe different views, so the 3D result would be garbage"
+    return f"{told}:\n{table}\n  differs: {'; '.join(shown)}\n  to mend: {mend}"

@@ -15,16 +15,16 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from multiview.files import write_json
+from multiview.files import atomic_write, write_json
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # scripts answer --help without torch
     import torch
     from accelerate import Accelerator
-    from torch import Tensor
 
     from multiview.rig import ViewRig
 
@@ -32,24 +32,18 @@ log = logging.getLogger(__name__)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # what clusters and closed terminals send
-STOPPED = 143  # exit code of a run that such a signal ended between two items
+STOPPED = 143  # exit code of a run that such a signal ended
 PRECISIONS = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}  # of a network's matrix products
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # torchrun and accelerate set all of them
 
-Item = TypeVar("Item")
-
-
-# ---- randomness and devices -------------------------------------------------------------------------------------
-
 
 def seed_from(*keys: int | str) -> int:
-    """A 63-bit seed from the keys: equal keys, equal seed, in every process and on every machine."""
-    digest = hashlib.sha256(json.dumps(keys).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+    """Returns a 63-bit seed: equal keys, equal seed, in every process and on every machine."""
+    return int.from_bytes(hashlib.sha256(json.dumps(keys).encode()).digest()[:8], "big") >> 1
 
 
 def make_generator(*keys: int | str, device: str | torch.device = "cpu") -> torch.Generator:
-    """A generator keyed on e.g. (seed, epoch, index) or (seed, rank, step)."""
+    """Returns a generator keyed on e.g. (seed, epoch, index) or (seed, rank, step)."""
     import torch
 
     return torch.Generator(device=device).manual_seed(seed_from(*keys))
@@ -69,13 +63,12 @@ def seed_everything(*keys: int | str) -> None:
 
 
 def resolve_device(device: str) -> torch.device:
-    """`auto` is CUDA where it works, else the CPU; an explicit `cuda` without a GPU is an error."""
+    """Returns CUDA for `auto` where it works, else the CPU; an explicit `cuda` without a GPU is an error."""
     import torch
 
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    resolved = torch.device(device)
-    if resolved.type == "cuda" and not torch.cuda.is_available():
+    works = torch.cuda.is_available()
+    resolved = torch.device(device if device != "auto" else "cuda" if works else "cpu")
+    if resolved.type == "cuda" and not works:
         raise ValueError("device 'cuda' was asked for, but torch finds no working GPU; use --device cpu or auto")
     return resolved
 
@@ -102,32 +95,14 @@ def peak_bytes() -> float:
     return 1024.0 * int(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
 
 
-
-
-def matrix_rate(device: torch.device, precision: str) -> float:
-    """Measures the operations per second of this device's matrix product: the best of five."""
-    import torch
-
-    size, best = 8192 if device.type == "cuda" else 512, math.inf
-    a = torch.randn(size, size, device=device, dtype=getattr(torch, PRECISIONS[precision]))
-    for _ in range(5):
-        began = time.perf_counter()
-        (a @ a)[0, 0].item()
-        best = min(best, time.perf_counter() - began)
-    return 2.0 * size**3 / best
-
-
 def check_size(parameters: float, trained: float, batch_bytes: float, device: torch.device, keys: str) -> None:
-    """Refuses a run that cannot fit, before anything is built. All three are lower bounds.
-
-    parameters, trained: how many, the latter with a gradient and two moments each. keys: what to lower.
-    """
+    """Refuses a run that cannot fit, before anything is built: numbers of parameters, all lower bounds."""
     import psutil
     import torch
 
     on_gpu = device.type == "cuda"
     there = torch.cuda.get_device_properties(device).total_memory if on_gpu else psutil.virtual_memory().total
-    needed = 4.0 * parameters + 12.0 * trained + batch_bytes
+    needed = 4.0 * parameters + 12.0 * trained + batch_bytes  # with a gradient and two moments each
     if needed > there:
         raise ValueError(
             f"this configuration needs at least {needed / 1e9:.3g} GB ({parameters / 1e6:.3g} M parameters, a batch of "
@@ -135,13 +110,10 @@ def check_size(parameters: float, trained: float, batch_bytes: float, device: to
         )
 
 
-# ---- processes and signals --------------------------------------------------------------------------------------
-
-
 class Stop:
-    """Asks the loop to end: when a signal came, or when `budget_s` seconds are over."""
+    """Notes a stop signal, and when `budget_s` seconds are over, so that work can end at a place of its own choice."""
 
-    def __init__(self, budget_s: float | None) -> None:
+    def __init__(self, budget_s: float | None = None) -> None:
         self.deadline = math.inf if budget_s is None else time.monotonic() + budget_s
         self.signal: signal.Signals | None = None
         self.in_loop = False
@@ -158,9 +130,9 @@ class Stop:
 
     def _receive(self, number: int, _: object) -> None:
         self.signal = signal.Signals(number)
-        if not self.in_loop:  # nothing was trained yet
+        if not self.in_loop:  # nothing was done yet
             print(f"{self.signal.name}: stopped before the first step", flush=True)
-            raise SystemExit(143)
+            raise SystemExit(STOPPED)
 
     def is_due(self) -> bool:
         return self.signal is not None or time.monotonic() >= self.deadline
@@ -170,18 +142,26 @@ class Stop:
         if place:
             reason = "as budget_s is over" if self.signal is None else f"by {self.signal.name}"
             command = shlex.join(["python", *sys.argv])
-            print(f"stopped {reason} at {place}, a checkpoint is saved; to continue:\n  {command}")
-            sys.stdout.flush()
+            print(f"stopped {reason} at {place}, a checkpoint is saved; to continue:\n  {command}", flush=True)
         if self.signal is not None:
-            raise SystemExit(143)
+            raise SystemExit(STOPPED)
+
+
+def stoppable(items: Iterable[Any]) -> Iterator[Any]:
+    """Yields the items; a stop signal lets the one in work be finished, then ends the run with exit code 143."""
+    with Stop() as stop:
+        stop.in_loop = True
+        for item in items:
+            if stop.signal is not None:
+                told = "finished items are whole; repeat the command for the rest"
+                print(f"stopped by {stop.signal.name}: {told}", file=sys.stderr)
+                raise SystemExit(STOPPED)
+            yield item
 
 
 def start_processes(device: str) -> Accelerator:
-    """Joins the processes that torchrun or `accelerate launch` started; without them this process is alone.
-
-    ACCELERATE_* variables of the environment do not count: the configuration says what is trained and how.
-    Raises ValueError for an environment that is half set, and where the processes cannot meet.
-    """
+    """Joins the processes that torchrun or `accelerate launch` started; without them this process is alone. Raises
+    ValueError for an environment that is half set, and where the processes cannot meet."""
     missing = [name for name in LAUNCHED if name not in os.environ]
     set_here = [name for name in LAUNCHED[:3] if name in os.environ]
     if missing and set_here and os.environ.get("WORLD_SIZE") != "1":
@@ -190,6 +170,7 @@ def start_processes(device: str) -> Accelerator:
             "torchrun --nproc_per_node N train_....py ..., or a single one after: unset RANK WORLD_SIZE LOCAL_RANK"
         )
     is_cpu = resolve_device(device).type == "cpu"
+    # ACCELERATE_* variables do not count: the configuration says what is trained and how.
     ignored = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("ACCELERATE_")}
     try:
         from accelerate import Accelerator
@@ -206,29 +187,18 @@ def start_processes(device: str) -> Accelerator:
         os.environ.update(ignored)
 
 
-# ---- the run folder ---------------------------------------------------------------------------------------------
-
-
 def git_hash() -> str:
-    """Commit of the code, with '+' if the work tree differs; 'unknown' outside a git checkout."""
+    """Returns the commit of the code, with '+' if the work tree differs; 'unknown' outside a git checkout."""
+    command = ["git", "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+"]
     try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short=12", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=True
-        ).stdout.strip()
-        changed = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"],
-            cwd=REPOSITORY, capture_output=True, text=True, check=True,
-        ).stdout.strip()  # fmt: skip
+        return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return commit + ("+" if changed else "")
 
 
 @dataclass
 class WandbOptions:
-    """mode: disabled (default), offline or online."""
-
-    mode: str = "disabled"
+    mode: str = "disabled"  # or offline, online
     project: str = "mouse_facelift"
     group: str = ""
     name: str = ""
@@ -265,25 +235,33 @@ class LoopOptions:
 
 
 class RunFolder:
-    """`config.json`, `metrics.jsonl` and pictures of one run; only the main process writes."""
+    """`config.json`, `metrics.jsonl` and pictures of one run; only the main process writes. after: the step that is
+    resumed; metrics beyond it are dropped, since the run will write them again."""
 
     def __init__(
-        self,
-        path: Path | str,
-        config: dict,
-        rig: ViewRig | None,
-        *,
-        wandb: WandbOptions | None = None,
+        self, path: Path | str, config: dict, rig: ViewRig, after: int = 0, wandb: WandbOptions | None = None, *,
         is_main: bool = True,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.path, self.is_main, self._wandb = Path(path), is_main, None
         if not is_main:
             return
-        self.path.mkdir(parents=True, exist_ok=True)
-        content = {"config": config, "rig": rig.to_dict() if rig else None, "git": git_hash()}
-        write_json(self.path / "config.json", content)
-        if wandb is not None and wandb.mode != "disabled":
-            self._wandb = _start_wandb(self.path, config, wandb)
+        write_json(self.path / "config.json", {"config": config, "rig": rig.to_dict(), "git": git_hash()})
+        metrics, kept = self.path / "metrics.jsonl", []
+        if metrics.is_file():
+            for line in metrics.read_text().splitlines():
+                with suppress(json.JSONDecodeError):  # the last line of a killed run may be cut
+                    kept += [line + "\n"] if json.loads(line)["step"] <= after else []
+            with atomic_write(metrics) as temporary:
+                temporary.write_text("".join(kept))
+        if wandb is None or wandb.mode == "disabled":
+            return
+        try:
+            from wandb import init
+        except ImportError as error:
+            told = f"wandb.mode is {wandb.mode!r} but wandb is not installed"
+            raise ValueError(f"{told}: pip install -r requirements-extra.txt, or wandb.mode=disabled") from error
+        named = {"project": wandb.project, "group": wandb.group or None, "name": wandb.name or None, "mode": wandb.mode}
+        self._wandb = init(**named, dir=str(path), config=config, resume="allow")
 
     def log(self, step: int, values: dict[str, float], split: str = "train") -> None:
         """Appends one line to metrics.jsonl: {"step", "split", "time", name: value ...}."""
@@ -295,72 +273,32 @@ class RunFolder:
         if self._wandb is not None:
             self._wandb.log({f"{split}/{name}": value for name, value in values.items()}, step=step)
 
-    def image(self, name: str, step: int, picture: Tensor) -> None:
+    def image(self, name: str, step: int, image: torch.Tensor) -> None:
         """Writes [3, h, w] to pictures/<name>_<step>.png."""
         if not self.is_main:
             return
         from multiview.image import to_uint8, write_image
 
-        write_image(self.path / "pictures" / f"{name}_{step:08d}.png", picture)
+        write_image(self.path / "pictures" / f"{name}_{step:08d}.png", image)
         if self._wandb is not None:
             import wandb
 
-            self._wandb.log({name: wandb.Image(to_uint8(picture))}, step=step)
-
-    def forget_after(self, step: int) -> None:
-        """Drops metrics of steps beyond `step`: a run that resumes there will write them again."""
-        path = self.path / "metrics.jsonl"
-        if not self.is_main or not path.is_file():
-            return
-        kept = []
-        for line in path.read_text().splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line)
-            except json.JSONDecodeError:
-                continue  # the last line of a killed run may be cut
-        from multiview.files import atomic_write
-
-        with atomic_write(path) as temporary:
-            temporary.write_text("".join(line + "\n" for line in kept))
+            self._wandb.log({name: wandb.Image(to_uint8(image))}, step=step)
 
     def close(self) -> None:
         if self._wandb is not None:
             self._wandb.finish()
 
 
-def _start_wandb(path: Path, config: dict, options: WandbOptions):
-    try:
-        import wandb
-    except ImportError as error:
-        raise ValueError(
-            f"wandb.mode is {options.mode!r} but wandb is not installed: pip install -r requirements-extra.txt, "
-            "or wandb.mode=disabled"
-        ) from error
-    return wandb.init(
-        project=options.project, group=options.group or None, name=options.name or None,
-        mode=options.mode, dir=str(path), config=config, resume="allow",
-    )  # fmt: skip
-
-
-# ---- the installation -------------------------------------------------------------------------------------------
-
-
 def shipped(path: Path | str) -> Path:
-    """Returns a relative path as it leads beside the code, where something is there, else as it stands.
-
-    So that the demo models, their embeddings and components are found from any working directory.
-    """
-    path = Path(path)
+    """Returns a relative path as it leads beside the code, where something is there, else as it stands."""
     beside = REPOSITORY / path
-    return beside if beside.exists() and Path.cwd() != REPOSITORY else path
+    return beside if beside.exists() and Path.cwd() != REPOSITORY else Path(path)
 
 
 def choose_numba_cache() -> None:
-    """Lets numba keep its machine code in the temporary folder where neither installation nor home can be written.
-
-    Numba says so only when it compiles, which may be after hours of work. Runs before numba is imported.
-    """
+    """Lets numba keep its machine code in the temporary folder where neither installation nor home can be written. Runs
+    before numba is imported: it complains only when it compiles, maybe after hours of work."""
     if "NUMBA_CACHE_DIR" in os.environ or any(map(_can_write, (REPOSITORY, Path.home() / ".cache" / "numba"))):
         return
     folder = Path(tempfile.gettempdir()) / f"mouse_facelift_numba_{os.getuid()}"
@@ -370,10 +308,8 @@ def choose_numba_cache() -> None:
 
 def _can_write(folder: Path) -> bool:
     """Says whether a folder, or the nearest one above it that exists, can be written; permissions alone may lie."""
-    while not folder.exists():
-        folder = folder.parent
     try:
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=next(path for path in (folder, *folder.parents) if path.exists())):
             return True
     except OSError:
         return False
@@ -389,30 +325,9 @@ def check_output_folder(folder: Path | str) -> None:
         raise ValueError(f"{folder} cannot be written (read-only, full or not yours); name another --output_dir")
 
 
-# ---- entry scripts ----------------------------------------------------------------------------------------------
-
-
-def stoppable(items: Iterable[Item]) -> Iterator[Item]:
-    """Yields the items; a stop signal lets the one in work be finished, then ends the run with exit code 143."""
-    received: list[int] = []
-    before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in STOP_SIGNALS}
-    try:
-        for item in items:
-            if received:
-                name = signal.Signals(received[0]).name
-                print(f"stopped by {name}: finished items are whole; repeat the command for the rest", file=sys.stderr)
-                sys.exit(STOPPED)
-            yield item
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def main_guard(main: Callable[[], None]) -> None:
-    """Runs an entry script: a user's mistake ends with one message and exit code 1, without a traceback.
-
-    argparse keeps exit code 2 for bad arguments. Programming errors keep their traceback.
-    """
+    """Runs an entry script: a user's mistake ends with one message and exit code 1 (argparse: 2), without a
+    traceback."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     choose_numba_cache()
     try:

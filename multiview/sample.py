@@ -46,16 +46,11 @@ class Sample:
     extra: dict = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not (len(self.rgba) == len(self.cameras) == len(self.view_names)):
-            raise ValueError(
-                f"sample {self.id}: {len(self.rgba)} images, {len(self.cameras)} cameras and "
-                f"{len(self.view_names)} view names; one of each per view is expected"
-            )
-        if tuple(self.rgba.shape[-2:]) != (self.cameras.height, self.cameras.width):
-            raise ValueError(
-                f"sample {self.id}: images are {list(self.rgba.shape[-2:])}, cameras expect "
-                f"{[self.cameras.height, self.cameras.width]}"
-            )
+        count, _, *size = self.rgba.shape
+        wanted = [len(self.cameras), self.cameras.height, self.cameras.width]
+        if [count, *size] != wanted or len(self.view_names) != count:
+            told = f"images are {[count, *size]} (views, h, w), cameras expect {wanted}"
+            raise ValueError(f"sample {self.id}: {told}, view names are {len(self.view_names)}; one each per view")
 
 
 def read_sample(
@@ -63,10 +58,8 @@ def read_sample(
     views: Sequence[int] | None = None, with_depth: bool = False,
 ) -> Sample:  # fmt: skip
     """Reads a sample folder (FaceLift's included); images and cameras resized together to image_size if given.
-
-    num_views: read the first so many views only. views: read these only, in this order (no other image is touched).
-    with_depth: depth images are required. Raises ValueError naming the file, also where a view has no mask.
-    """
+    num_views: read the first so many views only. views: read these only, in this order. with_depth: depth images are
+    required. Raises ValueError naming the file, also where a view has no mask."""
     folder = Path(folder)
     path = folder / CAMERAS_FILE
     if not path.is_file():
@@ -81,19 +74,19 @@ def read_sample(
         raise ValueError(f"sample {folder} has {len(frames)} views, there are no views {outside}")
     frames = [frames[view] for view in chosen]  # the others are neither checked nor opened: training reads 4 of many
     cameras = Cameras.from_frames(frames, str(path))
-    images, depths, names = [], [], []
+    size, images, depths, names = (cameras.height, cameras.width), [], [], []
     for view, frame in zip(chosen, frames):
         where = f"{path}: frame {view}"
         file = inside(folder, take(frame, "file_path", str, where), where)
         names.append(take(frame, "view", str, where, default=None))  # FaceLift's frames have none
-        images.append(read_rgba(file))
-        sizes = {file: tuple(images[-1].shape[-2:])}
+        read = {file: read_rgba(file)}
         if with_depth:
-            depths.append(_read_depth(_depth_path(folder, view)))
-            sizes[_depth_path(folder, view)] = tuple(depths[-1].shape[-2:])
-        for name, size in sizes.items():
-            if size != (cameras.height, cameras.width):
-                raise ValueError(f"{name} is {list(size)} (h, w), {path} says {[cameras.height, cameras.width]}")
+            read[_depth_path(folder, view)] = _read_depth(_depth_path(folder, view))
+        for name, image in read.items():
+            if tuple(image.shape[-2:]) != size:
+                raise ValueError(f"{name} is {list(image.shape[-2:])} (h, w), {path} says {list(size)}")
+        images.append(read[file])
+        depths += list(read.values())[1:]
         covered = float((images[-1][3] > 0.5).float().mean())
         if covered > MASK_MOST:
             raise ValueError(
@@ -101,7 +94,7 @@ def read_sample(
                 "the animal's mask as alpha (scripts/process_mouse_data.py --segment makes masks for recordings)"
             )
     rgba, depth = torch.stack(images), torch.stack(depths) if with_depth else None
-    if image_size is not None and (cameras.height, cameras.width) != (image_size, image_size):
+    if image_size is not None and size != (image_size, image_size):
         if cameras.height != cameras.width:  # one size for both sides would stretch the animal
             raise ValueError(f"sample {folder}: square images are expected, got {cameras.height} x {cameras.width}")
         rgba = torch.stack([resize_rgba(image, image_size) for image in images])
@@ -141,10 +134,8 @@ def read_split(list_file: Path | str) -> list[Path]:
     """Reads the sample folders of a split list, one per line, relative to it; other paths are refused."""
     list_file = Path(list_file)
     if not list_file.is_file():
-        raise ValueError(
-            f"split list {list_file} does not exist; make a dataset with scripts/make_synthetic_mouse.py or "
-            "scripts/process_mouse_data.py, or name its data_mouse_train.txt"
-        )
+        made = "make a dataset with scripts/make_synthetic_mouse.py or scripts/process_mouse_data.py"
+        raise ValueError(f"split list {list_file} does not exist; {made}, or name its data_mouse_train.txt")
     folders = [inside(list_file.parent, line, f"split list {list_file}") for line in read_lines(list_file)]
     if not folders:
         raise ValueError(f"split list {list_file} is empty")
@@ -153,10 +144,9 @@ def read_split(list_file: Path | str) -> list[Path]:
 
 def write_split(list_file: Path | str, folders: list[Path | str]) -> None:
     """Writes sample folders relative to the list file, atomically."""
-    list_file = Path(list_file)
-    # Relative to the list, so that a dataset can be moved; forward slashes, so that it can be moved anywhere.
-    lines = [Path(os.path.relpath(folder, list_file.parent)).as_posix() for folder in folders]
     with atomic_write(list_file) as temporary:
+        # Relative to the list, so that a dataset can be moved; forward slashes, so that it can be moved anywhere.
+        lines = [Path(os.path.relpath(folder, Path(list_file).parent)).as_posix() for folder in folders]
         temporary.write_text("".join(f"{line}\n" for line in lines))
 
 
@@ -178,31 +168,32 @@ def read_dataset_info(folder: Path | str) -> dict:
 
 
 def open_dataset(folder: Path, rig: ViewRig, parameters: dict) -> None:
-    """Starts a dataset folder, or continues one made with the same rig and parameters; refuses any other.
+    """Starts a dataset folder, or continues one made with the same rig and parameters (JSON values); refuses any other.
 
-    parameters: JSON values that decide what a sample looks like. The small example dataset that ships with the project
-    (`"example": true`) is moved aside to <folder>_example, so that the commands of the README work in a fresh clone.
+    The example dataset that ships with the project is moved aside to <folder>_example: the README's commands work in a
+    clone.
     """
-    if not (folder / DATASET_FILE).is_file():
-        # Hidden names are locks and halves of writes: another process may be about to start the very same dataset.
-        if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
-            raise ValueError(f"{folder} is not empty and has no {DATASET_FILE}; name a new --output_dir")
-        write_dataset_info(folder, rig, **parameters)
-        return
-    present = read_dataset_info(folder)
+    has_info = (folder / DATASET_FILE).is_file()
+    # Hidden names are locks and halves of writes: another process may be about to start the very same dataset.
+    if not has_info and folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
+        raise ValueError(f"{folder} is not empty and has no {DATASET_FILE}; name a new --output_dir")
+    present = read_dataset_info(folder) if has_info else {}
     if present.get("example"):  # tracked by git: it is moved, never written into
         aside = folder.with_name(f"{folder.name}_example")
         if aside.exists():
             raise ValueError(f"{folder} holds the example dataset and {aside} exists already; name a new --output_dir")
         log.info("%s holds the example dataset: moved to %s", folder, aside)
         folder.rename(aside)
+    if not has_info or present.get("example"):
         write_dataset_info(folder, rig, **parameters)
         return
     # Two halves of a dataset made differently would look like one.
     differences = rig.differences(present.pop("rig"))
-    for key in sorted(set(parameters) | set(present)):
-        if parameters.get(key) != present.get(key):
-            differences.append(f"{key}: {present.get(key)} there, {parameters.get(key)} asked for")
+    differences += [
+        f"{key}: {present.get(key)} there, {parameters.get(key)} asked for"
+        for key in sorted({*parameters, *present})
+        if parameters.get(key) != present.get(key)
+    ]
     if differences:
         raise ValueError(
             f"{folder} holds a dataset made with other parameters ({'; '.join(differences)}); "
@@ -212,9 +203,7 @@ def open_dataset(folder: Path, rig: ViewRig, parameters: dict) -> None:
 
 def inside(folder: Path, relative: str, where: str) -> Path:
     """Returns folder / relative, refused where its text leads out of the folder (sample files come from strangers).
-
-    Links are followed: the user made them, and Hugging Face's cache consists of them.
-    """
+    Links are followed: the user made them, and Hugging Face's cache consists of them."""
     parts = relative.split("/")  # what the system itself refuses would be an error without the file's name
     if not relative or "\0" in relative or max(map(len, parts)) > 255:
         raise ValueError(f"{where} holds {relative[:60]!r}, a path is expected")

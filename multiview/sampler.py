@@ -1,7 +1,7 @@
 """The order in which training visits its samples, of one data set or of several mixed by share, and the loader.
 
-An index is the place of an item in the endless row of all global batches. What stands there depends on (seed, index)
-only: a run continues after a kill exactly where it was, and any number of processes see the same batches.
+An index is the place of an item in the endless row of all global batches; what stands there depends on (seed, index)
+only: a killed run continues exactly where it was, and any number of processes see the same batches.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import shutil
 import signal
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, count
 from math import gcd
 from pathlib import Path
 
@@ -28,9 +28,8 @@ class StepSampler(Sampler):
     """Batches of (epoch, sample), one process's share: a DataLoader's batch_sampler, or asked by `batch(number)`.
 
     lengths: samples of each data set; sample numbers run through the first, then the second, and so on.
-    percents: of 100 items how many come from each. The proportions are exact in every window of items, the shortest
-        in which they are whole numbers (10 for 70 and 30); within a window the order is random. Every data set has
-        epochs of its own, each a permutation of it.
+    percents: of 100 items how many come from each, exact in every window of items, the shortest in which they are whole
+    numbers (10 for 70 and 30), in random order. Every data set has epochs of its own, each a permutation.
     start, stop: the first batch, and the one before which iterating ends (None: it does not end).
     """
 
@@ -38,11 +37,6 @@ class StepSampler(Sampler):
         self, lengths: Sequence[int], batch_size: int, *, seed: int, percents: Sequence[int] = (100,), start: int = 0,
         stop: int | None = None, rank: int = 0, world_size: int = 1,
     ) -> None:  # fmt: skip
-        if len(percents) != len(lengths) or min(percents) < 1 or sum(percents) != 100:
-            raise ValueError(
-                f"percents must be one whole number above 0 for each of {len(lengths)} data sets, of sum 100; "
-                f"got {list(percents)}"
-            )
         self.lengths, self.starts = list(lengths), [0, *accumulate(lengths)]
         self.batch_size, self.seed = batch_size, seed
         self.start, self.stop, self.rank, self.world_size = start, stop, rank, world_size
@@ -50,59 +44,38 @@ class StepSampler(Sampler):
         self.window = sum(self.counts)
         self._window_order, self._epoch_order = lru_cache(8)(self._draw_window), lru_cache(8)(self._draw_epoch)
 
-    def __len__(self) -> int:
-        if self.stop is None:
-            raise TypeError("this sampler does not end: it has no stop")
-        return max(self.stop - self.start, 0)
-
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        number = self.start
-        while self.stop is None or number < self.stop:
-            yield self.batch(number)
-            number += 1
+        return map(self.batch, count(self.start) if self.stop is None else range(self.start, self.stop))
 
     def batch(self, number: int) -> list[tuple[int, int]]:
         """Returns the keys (epoch of its data set, sample) of this process's share of global batch `number`."""
-        first = (number * self.world_size + self.rank) * self.batch_size
-        return [self.key(index) for index in range(first, first + self.batch_size)]
-
-    def key(self, index: int) -> tuple[int, int]:
-        window, place = divmod(index, self.window)
-        part, rank = self._window_order(window)[place]
-        epoch, turn = divmod(window * self.counts[part] + rank, self.lengths[part])
-        return epoch, self.starts[part] + self._epoch_order(part, epoch)[turn]
+        first, keys = (number * self.world_size + self.rank) * self.batch_size, []
+        for index in range(first, first + self.batch_size):
+            window, place = divmod(index, self.window)
+            part, rank = self._window_order(window)[place]
+            epoch, turn = divmod(window * self.counts[part] + rank, self.lengths[part])
+            keys.append((epoch, self.starts[part] + self._epoch_order(part, epoch)[turn]))
+        return keys
 
     def _draw_window(self, window: int) -> list[tuple[int, int]]:
         """Returns for each place of a window its data set and which of that data set's items in the window it is."""
-        owners = [part for part, count in enumerate(self.counts) for _ in range(count)]
+        owners = [part for part, number in enumerate(self.counts) for _ in range(number)]
         order = torch.randperm(self.window, generator=make_generator("mix", self.seed, window)).tolist()
-        seen, places = [0] * len(self.counts), []
-        for part in (owners[place] for place in order):
-            places.append((part, seen[part]))
-            seen[part] += 1
-        return places
+        seen = [count() for _ in self.counts]
+        return [(owners[place], next(seen[owners[place]])) for place in order]
 
     def _draw_epoch(self, part: int, epoch: int) -> list[int]:
         return torch.randperm(self.lengths[part], generator=make_generator("order", self.seed, part, epoch)).tolist()
 
 
-# ---- several data sets ----------------------------------------------------------------------------------------------
-
-
 def mixed_lists(main: str, others: Sequence[tuple[str, float]]) -> tuple[list[str], list[int]]:
-    """Returns the split lists that are trained on and how many of 100 items come from each; the sum is 100.
-
-    others: further lists and their shares. What the shares leave of 1 comes from `main`; if that is nothing, `main`
-    is not read. Shares are rounded to whole hundredths, so that proportions can hold exactly; the largest remainders
-    round up. Raises ValueError for shares that cannot be meant.
-    """
-    shares = [share for _, share in others]
+    """Returns the split lists that are trained on and how many of 100 items come from each; the sum is 100. others:
+    further lists and their shares. What they leave of 1 comes from `main`. Shares become whole hundredths (the largest
+    remainders round up), so that proportions hold exactly."""
+    lists, shares = [name for name, _ in others], [share for _, share in others]
     left = 1.0 - sum(shares)
     if any(share <= 0 for share in shares) or left < -1e-6:
-        raise ValueError(
-            f"mix: ratios must be above 0 and add up to at most 1 ({main} gives what they leave), got {shares}"
-        )
-    lists, shares = [name for name, _ in others], list(shares)
+        raise ValueError(f"mix: ratios must be above 0 and add up to at most 1 ({main} gives the rest), got {shares}")
     if left > 1e-6:
         lists, shares = [main, *lists], [left, *shares]
     percents = [int(share * 100 + 1e-6) for share in shares]
@@ -115,11 +88,8 @@ def mixed_lists(main: str, others: Sequence[tuple[str, float]]) -> tuple[list[st
 
 
 class MixedDataset(Dataset):
-    """Data sets of one rig end to end: sample numbers run through the first, then the second, and so on.
-
-    percents: of 100 items in training how many come from each data set.
-    Raises RigMismatchError, naming both list files, for a data set of another rig than the first one's.
-    """
+    """Data sets of one rig end to end: sample numbers run through the first, then the second, and so on. percents: of
+    100 items in training how many come from each. Raises RigMismatchError naming two lists of different rigs."""
 
     def __init__(self, parts: Sequence[Dataset], percents: Sequence[int] = (100,)) -> None:
         self.parts, self.percents, self.rig = list(parts), list(percents), parts[0].rig
@@ -129,9 +99,8 @@ class MixedDataset(Dataset):
             try:
                 check_alignment(self.rig, dataset=part.rig)
             except RigMismatchError as error:
-                raise RigMismatchError(
-                    f"{part.list_file} (mix) does not go with {parts[0].list_file}: {error}"
-                ) from None
+                told = f"{part.list_file} (mix) does not go with {parts[0].list_file}"
+                raise RigMismatchError(f"{told}: {error}") from None
 
     def __len__(self) -> int:
         return self.ends[-1]
@@ -139,15 +108,12 @@ class MixedDataset(Dataset):
     def part(self, index: int) -> tuple[Dataset, int]:
         """Returns the data set that holds sample `index`, and the sample's number in it."""
         number = bisect.bisect_right(self.ends, index)
-        return self.parts[number], index - (self.ends[number - 1] if number else 0)
+        return self.parts[number], index - self.ends[number] + self.lengths[number]
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Tensor]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         part, local = self.part(index)
         return part[epoch, local]
-
-
-# ---- loading --------------------------------------------------------------------------------------------------------
 
 
 class _Guarded(Dataset):
@@ -176,10 +142,7 @@ def _start_worker(_: int) -> None:
 def load_batches(
     dataset: Dataset, sampler: StepSampler, workers: int, device: torch.device, prefetch: int = 2
 ) -> Iterator[dict[str, Tensor]]:
-    """Yields the sampler's batches, read by `workers` processes (0: in this one).
-
-    Raises a sample's own ValueError, and ValueError where the workers cannot hand their batches over.
-    """
+    """Yields the sampler's batches, read by `workers` processes (0: in this one). Raises a sample's own ValueError."""
     loader = DataLoader(
         _Guarded(dataset), batch_sampler=sampler, num_workers=workers, pin_memory=device.type == "cuda",
         prefetch_factor=prefetch if workers else None, collate_fn=_collate, worker_init_fn=_start_worker,
@@ -190,10 +153,9 @@ def load_batches(
                 raise batch
             yield batch
     except (RuntimeError, OSError) as error:
-        told = " ".join(str(error).split())
+        told, shm = " ".join(str(error).split()), Path("/dev/shm")
         if not workers or not re.search(r"shared memory|Bus error|No space left|unable to (write|open|resize)", told):
             raise
-        shm = Path("/dev/shm")
         size = f" ({shutil.disk_usage(shm).total / 1e6:.0f} MB)" if shm.is_dir() else ""
         raise ValueError(
             f"{workers} loader workers cannot hand their batches over: shared memory /dev/shm{size} is too small or "

@@ -13,22 +13,21 @@ import os
 import resource
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from multiview.checkpoint import SKIP_DIGEST, Ema, rotate_checkpoints
 from multiview.files import full_disk_explained, owned_folder, write_json
 from multiview.rig import ViewRig
-from multiview.run import LoopOptions, RunFolder, Stop, make_generator, matrix_rate, resolve_device, start_processes
+from multiview.run import PRECISIONS, LoopOptions, RunFolder, Stop, make_generator, resolve_device, start_processes
 from multiview.sampler import MixedDataset, StepSampler
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 log = logging.getLogger(__name__)
 
@@ -47,10 +46,8 @@ class TrainingDivergedError(ValueError):
 
 
 class Training:
-    """What a stage gives the loop. A stage's __init__ loads all of it and resumes.
-
-    network: the bare module. parameters: the ones that train, by name. Counters start at 0 or at a checkpoint's values.
-    """
+    """What a stage gives the loop. A stage's __init__ loads all of it and resumes. network: the bare module.
+    parameters: the ones that train, by name. Counters start at 0 or at a checkpoint's values."""
 
     pattern: str  # of checkpoint names
     randomness: str  # first key of every pass's generator
@@ -76,12 +73,13 @@ class Training:
         self.counts = dict.fromkeys([*REASONS, SANITIZED], 0)
         self.recent: deque[bool] = deque(maxlen=SKIP_WINDOW)  # True: that update was skipped
 
-    # ---- the stage's own; it also writes `batches`, `loss`, `validate` and `save` ------------------------------
+    # The stage writes these five, and whatever else it does differently.
 
     batches: Callable[[StepSampler], Iterator[Any]]
     loss: Callable[[nn.Module, Any, torch.Generator], tuple[Tensor, Any]]  # [], and what `numbers` and `image` need
     validate: Callable[[], tuple[dict[str, float], Tensor] | None]  # figures of the averaged weights, contact sheet
     save: Callable[[bool], None]  # whether it is the last checkpoint
+    export: Callable[[], None]  # writes the finished network where the configuration asks for it
 
     def numbers(self, details: Any) -> dict[str, float]:
         return {}
@@ -95,13 +93,8 @@ class Training:
     def averaged(self) -> dict[str, Tensor]:  # the tensors that are averaged
         return self.parameters
 
-    def export(self) -> None:
-        """Writes the finished network where the configuration asks for it."""
-
     def schedule_length(self) -> int:  # updates from the schedule's beginning to the end of training
         return self.options.steps
-
-    # ---- one update --------------------------------------------------------------------------------------------
 
     def set_rates(self) -> float:
         """Sets every group's rate for the next update; returns the rate before the groups' own factors."""
@@ -112,20 +105,16 @@ class Training:
         return self.optimizer.param_groups[0].get("initial_lr", options.lr) * factor
 
     def update(self, *, spoiled: bool) -> float | None:
-        """One optimizer update, or its skipping, counted: a loss that was not finite, or an exploding gradient.
-
-        The schedule advances and gradients are cleared either way. Returns the gradient norm before clipping. Every
-        process sees the same mean loss and the same summed gradients, so all of them skip the same updates.
-        """
-        norm, skipped, limit = None, None, self.options.max_norm * self.options.skip_factor
-        if spoiled:
-            skipped = "skipped_nan_loss"
-        else:
+        """One optimizer update, or its skipping, counted: a loss that was not finite, or an exploding gradient. Returns
+        the gradient norm before clipping. The schedule advances and gradients are cleared either way. Every process
+        sees the same mean loss and the same summed gradients, so all of them skip the same updates."""
+        norm, skipped, limit = None, "skipped_nan_loss" if spoiled else None, self.options.max_norm
+        if not spoiled:
             self.scaler.unscale_(self.optimizer)
             self.adjust_gradients()
-            norm, sanitized = clip_gradients(self.parameters, self.options.max_norm)
+            norm, sanitized = clip_gradients(self.parameters, limit)
             self.counts[SANITIZED], scale = self.counts[SANITIZED] + sanitized, self.scaler.get_scale()
-            if norm > limit or not math.isfinite(norm) or (sanitized and norm == 0):
+            if norm > limit * self.options.skip_factor or not math.isfinite(norm) or (sanitized and norm == 0):
                 skipped = "skipped_gradient"
             else:
                 self.scaler.step(self.optimizer)
@@ -143,29 +132,19 @@ class Training:
             told = "" if norm is None else f" (norm {norm:.3g} before clipping)"
             log.warning("update skipped: %s%s", REASONS[skipped], told)
         self.optimizer.zero_grad(set_to_none=True)
-        return norm
-
-    def check_skips(self) -> None:
-        """Raises TrainingDivergedError when more than half of the last 200 updates were skipped."""
         if sum(self.recent) > MAX_SKIPPED:
-            counts = ", ".join(f"{name} {count}" for name, count in self.counts.items())
+            counts = ", ".join(f"{name} {number}" for name, number in self.counts.items())
             raise TrainingDivergedError(
                 f"training has diverged: {sum(self.recent)} of the last {len(self.recent)} updates were skipped (pass "
                 f"{self.passes}, {self.updates} updates done; in all {counts}). {self.advice}. The checkpoints in "
                 f"{self.options.folder} are untouched"
             )
-
-
-# ---- the loop -------------------------------------------------------------------------------------------------------
+        return norm
 
 
 def run_training(build: Callable[[Accelerator], Training], options: LoopOptions) -> Path:
-    """Trains to `options.steps`, continuing what the folder holds. Returns the folder.
-
-    build: loads everything and resumes. Raises ValueError before any work for whatever is missing or does not fit, and
-    later for a full disk or a run that diverges. SIGTERM, SIGUSR1 and SIGHUP end it with a checkpoint and exit code 143
-    (SystemExit).
-    """
+    """Trains to `options.steps`, continuing what the folder holds. Returns the folder. build: loads everything and
+    resumes; raises ValueError before any work. Signals end the run with a checkpoint and SystemExit(143)."""
     folder = Path(options.folder)
     new = not folder.exists()
     if options.skip_digest:
@@ -174,7 +153,12 @@ def run_training(build: Callable[[Accelerator], Training], options: LoopOptions)
         accelerator = start_processes(options.device)
         try:
             with owned_folder(folder) if accelerator.is_main_process else nullcontext():
-                training_loop(build(accelerator), stop)
+                training = build(accelerator)
+                passes = gather_object([training.passes])
+                if len(set(passes)) > 1:
+                    told = f"the processes found checkpoints of different passes, {passes}"
+                    raise ValueError(f"{told}: {folder} must lie on a file system that all nodes share")
+                training_loop(training, stop)
         finally:
             if torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
@@ -188,10 +172,8 @@ def training_loop(training: Training, stop: Stop) -> None:
     is_main, alone = accelerator.is_main_process, accelerator.num_processes == 1
     per_step = options.accumulate if options.unit == "step" else 1  # passes per step
     first = step = training.passes // per_step
-    check_same_start(training)
     model = network if alone else accelerator.prepare(network)  # what is frozen takes no part in DDP
-    run = RunFolder(options.folder, training.config, training.rig, wandb=options.wandb, is_main=is_main)
-    run.forget_after(first)
+    run = RunFolder(options.folder, training.config, training.rig, first, options.wandb, is_main=is_main)
     sampler = StepSampler(
         training.dataset.lengths, options.batch_size, seed=options.seed, percents=training.dataset.percents,
         start=training.passes, stop=options.steps * per_step,
@@ -199,7 +181,7 @@ def training_loop(training: Training, stop: Stop) -> None:
     )  # fmt: skip
     log.info(
         "%s: %.2f M parameters train on %d samples, %s %d to %d, %d process(es) on %s", options.folder,
-        count(network, trained=True) / 1e6, len(training.dataset), options.unit, first, options.steps,
+        count(training.parameters.values()) / 1e6, len(training.dataset), options.unit, first, options.steps,
         accelerator.num_processes, training.device,
     )  # fmt: skip
     network.train()
@@ -221,7 +203,6 @@ def training_loop(training: Training, stop: Stop) -> None:
         gradient_norm = None
         if is_update:
             gradient_norm, spoiled = training.update(spoiled=spoiled), False
-            training.check_skips()
         busy += time.perf_counter() - lap
         lap = time.perf_counter()
         if training.passes % per_step:
@@ -233,13 +214,15 @@ def training_loop(training: Training, stop: Stop) -> None:
         # 3. Numbers and images.
         if step % options.log_every == 0 or is_last:
             numbers = {
-                "loss": float(torch.stack(losses).mean()), "lr": rate,
+                **training.numbers(details), "loss": float(torch.stack(losses).mean()), "lr": rate,
                 f"seconds_per_{options.unit}": (busy - logged_busy) / (step - logged_step),
+                **({} if gradient_norm is None else {"gradient_norm": gradient_norm}),
+                "updates": training.updates, **training.counts,
             }  # fmt: skip
             logged_busy, logged_step = busy, step
-            if gradient_norm is not None:
-                numbers["gradient_norm"] = gradient_norm
-            log_numbers(training, run, step, {**training.numbers(details), **numbers})
+            run.log(step, numbers)
+            if is_main and (step % options.print_every == 0 or is_last):
+                log.info("%s %d/%d  %s", options.unit, step, options.steps, as_text(numbers, PRINTED))
         if step % options.image_every == 0 or is_last:
             image = training.image(details)
             if image is not None:
@@ -271,25 +254,6 @@ def training_loop(training: Training, stop: Stop) -> None:
     stop.end(f"{options.unit} {step} of {options.steps}" if step < options.steps else None)
 
 
-def check_same_start(training: Training) -> None:
-    from accelerate.utils import gather_object
-
-    found = gather_object([training.passes])
-    if len(set(found)) > 1:
-        raise ValueError(
-            f"the processes found checkpoints of different passes, {found}: "
-            f"{training.options.folder} must lie on a file system that all nodes share"
-        )
-
-
-def log_numbers(training: Training, run: RunFolder, step: int, numbers: dict[str, float]) -> None:
-    options = training.options
-    numbers = {**numbers, "updates": training.updates, **training.counts}
-    run.log(step, numbers)
-    if run.is_main and (step % options.print_every == 0 or step == options.steps):
-        log.info("%s %d/%d  %s", options.unit, step, options.steps, as_text(numbers, PRINTED))
-
-
 def one_pass(training: Training, model: nn.Module, batch: Any, stop: Stop) -> tuple[Tensor, bool, Any]:
     """Forward, and backward where the loss is finite: (mean loss, whether any process wants to stop, details)."""
     options, accelerator = training.options, training.accelerator
@@ -304,10 +268,9 @@ def one_pass(training: Training, model: nn.Module, batch: Any, stop: Stop) -> tu
 
 def measure(training: Training, run: RunFolder, step: int) -> dict[str, float]:
     """Validates on the main process; logs figures and a contact sheet."""
-    values: dict[str, float] = {}
     result = training.validate() if training.accelerator.is_main_process else None
+    values, sheet = result or ({}, None)
     if result is not None:
-        values, sheet = result
         run.log(step, values, split="val")
         run.image("validation" if training.options.unit == "step" else "val", step, sheet)
         log.info("validation at %s %d  %s", training.options.unit, step, as_text(values, training.shown))
@@ -315,15 +278,10 @@ def measure(training: Training, run: RunFolder, step: int) -> dict[str, float]:
     return values
 
 
-# ---- the pieces, in the order of use --------------------------------------------------------------------------------
-
-
 def rate_factor(schedule: str, done: int, warmup: int, total: int, rules: str = "1") -> float:
-    """Learning rate over its base value at update `done` (from 0): linear warm-up, then the schedule.
-
-    schedule: constant; linear or cosine, to 0 at update `total`; or piecewise_constant, diffusers' `rules` without
-    warm-up: "1:200000,0.5" is 1 before update 200,000 and 0.5 from it on.
-    """
+    """Learning rate over its base value at update `done` (from 0): linear warm-up, then constant, or linear or cosine
+    to 0 at update `total`; or piecewise_constant, diffusers' `rules` without warm-up: "1:200000,0.5" is 0.5 from
+    200,000 on."""
     if schedule == "piecewise_constant":
         *pieces, last = rules.split(",")
         try:
@@ -340,9 +298,7 @@ def rate_factor(schedule: str, done: int, warmup: int, total: int, rules: str = 
 
 def clip_gradients(parameters: dict[str, nn.Parameter], max_norm: float) -> tuple[float, bool]:
     """Scales all gradients to at most `max_norm`, in place: (norm before, whether entries had to be replaced first).
-
-    Entries that are not finite become 0 (NaN) or +-0.001 (infinite), as in FaceLift's trainer.
-    """
+    Those that are not finite become 0 (NaN) or +-0.001 (infinite), as in FaceLift's trainer."""
     with_gradient = [parameter for parameter in parameters.values() if parameter.grad is not None]
     gradients = [parameter.grad for parameter in with_gradient]
     norm, sanitized = nn.utils.get_total_norm(gradients), False
@@ -355,22 +311,19 @@ def clip_gradients(parameters: dict[str, nn.Parameter], max_norm: float) -> tupl
     return norm.item(), sanitized
 
 
-def count(network: nn.Module, *, trained: bool = False) -> int:
-    return sum(p.numel() for p in network.parameters() if p.requires_grad or not trained)
-
-
-# ---- what a run cost ------------------------------------------------------------------------------------------------
-
-
 def closing_block(training: Training, content: dict[str, Any], passes: int, busy: float, batch: Any) -> None:
-    """Prints what the run reached and cost, and writes it to summary.json.
-
-    passes, busy: done now, and their seconds. batch: one of them, None if there was none.
-    """
+    """Prints what the run reached and cost (`passes` done now in `busy` seconds), and writes it to summary.json."""
     from torch.utils.flop_counter import FlopCounterMode
 
     options, alone, on_gpu = training.options, training.accelerator.num_processes == 1, training.device.type == "cuda"
-    machine, fraction = matrix_rate(training.device, options.precision), None
+    # The machine's operations per second: the best of five large matrix products.
+    size, best, fraction = 8192 if on_gpu else 512, math.inf, None
+    matrix = torch.randn(size, size, device=training.device, dtype=getattr(torch, PRECISIONS[options.precision]))
+    for _ in range(5):
+        began = time.perf_counter()
+        (matrix @ matrix)[0, 0].item()
+        best = min(best, time.perf_counter() - began)
+    machine = 2.0 * size**3 / best
     if batch is not None and alone and not training.is_compiled:
         # One more pass, of which nothing is kept: counting takes compound operations apart, which moves last digits.
         with FlopCounterMode(display=False) as counter:
@@ -384,13 +337,17 @@ def closing_block(training: Training, content: dict[str, Any], passes: int, busy
         "samples_per_second": passes * options.batch_size * training.accelerator.num_processes / max(busy, 1e-9),
         "peak_memory_gb": (torch.cuda.max_memory_allocated(training.device) if on_gpu else 1024 * kib) / 1e9,
         "matrix_rate_fraction": fraction, "machine_gflops": machine / 1e9,
-        "parameters": count(training.network), "trained_parameters": count(training.network, trained=True),
+        "parameters": count(training.network.parameters()), "trained_parameters": count(training.parameters.values()),
     }  # fmt: skip
     write_json(Path(options.folder) / "summary.json", content)
     print(f"{options.folder}: {options.unit} {content[options.unit]} of {options.steps}")
     print(f"  {as_text(content.pop('metrics'), training.shown) or 'not validated'}")
     for name, value in content.items():
         print(f"  {name:<22} {'not counted' if value is None else f'{value:.4g}'}", flush=True)
+
+
+def count(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
 
 
 def as_text(values: dict[str, float], shown: Sequence[str]) -> str:

@@ -1,9 +1,7 @@
 """Training checkpoints: <output_dir>/checkpoint-<step>/{unet, unet_ema, prompt_embeds, optimizer.pt, checkpoint.json}.
 
-With LoRA also lora/ (the adapters in peft's form) and trained.pt (what a resumed run needs); unet and unet_ema then
-hold the adapters folded in, and may be left out. checkpoint.json has the digest of every weights file.
-
-A folder appears under its name only when complete, so `output_dir` is joined exactly once: nothing is prefixed to it.
+With LoRA also lora/ (adapters in peft's form) and trained.pt (what a resumed run needs); unet and unet_ema then hold
+the adapters folded in, and may be left out. A folder appears under its name only when complete.
 """
 
 from __future__ import annotations
@@ -41,7 +39,6 @@ class Checkpoint:
     """A whole training checkpoint found on disk. trained: with LoRA, {own, ema: tensors by name, base}."""
 
     folder: Path
-    step: int
     optimizer: dict
     sidecar: dict
     trained: dict | None = None
@@ -56,12 +53,9 @@ def save_training(output_dir: Path | str, sidecar: dict, embeds: PromptEmbeds, o
         save_embeds(temporary / "prompt_embeds", embeds)
         with open(temporary / OPTIMIZER_FILE, "wb") as handle:  # a handle: see full_disk_explained
             torch.save(optimizer, handle)
-        digests = {str(path.relative_to(temporary)): digest_of(path) for path in weights_in(temporary)}
+        weights = sorted(path for path in temporary.rglob("*") if path.suffix in (".pt", ".safetensors"))
+        digests = {str(path.relative_to(temporary)): digest_of(path) for path in weights}
         write_json(temporary / SIDECAR, {**sidecar, "git": git_hash(), DIGEST: digests})
-
-
-def weights_in(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix in (".pt", ".safetensors"))
 
 
 def save_embeds(folder: Path, embeds: PromptEmbeds) -> None:
@@ -88,67 +82,51 @@ def save_sampling(folder: Path | str, sampling: Sampling) -> None:
 
 
 def sampling_of(unet_path: Path | str) -> Sampling:
-    """What suits a UNet: its folder's sampling.json, else FaceLift's."""
-    path = Path(unet_path)
-    for folder in (path, path.parent):
-        if (folder / SAMPLING_FILE).is_file():
-            return Sampling(**read_json(folder / SAMPLING_FILE))
-    return Sampling()
+    """Returns what suits a UNet: its folder's sampling.json, else FaceLift's."""
+    path = _beside(unet_path, SAMPLING_FILE)
+    return Sampling(**read_json(path)) if path else Sampling()
 
 
-def newest_training(output_dir: Path | str, rig: ViewRig) -> Checkpoint | None:
-    """The newest whole checkpoint, found by reading; None if there is none. Refuses one of another rig."""
+def embeds_of(unet_path: Path | str) -> Path | None:
+    """Returns the prompt embeddings stored beside a UNet (paths as `components_folder_of`), None if there are none."""
+    return _beside(unet_path, f"prompt_embeds/{COLOUR_FILE}")
+
+
+def _beside(path: Path | str, name: str) -> Path | None:
+    return next((folder / name for folder in (Path(path), Path(path).parent) if (folder / name).is_file()), None)
+
+
+def newest_training(output_dir: Path | str, rig: ViewRig, config: dict) -> Checkpoint | None:
+    """Returns the newest whole checkpoint, found by reading; None if there is none. Refuses one of another rig or
+    model: resuming must not change what is trained; lengths, rates, paths of data may change."""
     for folder in sorted(Path(output_dir).glob(PATTERN), key=step_of, reverse=True):
         try:
             sidecar = read_json(folder / SIDECAR)
             check_weights(folder)
-            optimizer = load_checkpoint(folder / OPTIMIZER_FILE)
-            has_trained = sidecar["config"].get("lora_rank", 0) > 0
-            trained = load_checkpoint(folder / TRAINED_FILE) if has_trained else None
+            optimizer, stored = load_checkpoint(folder / OPTIMIZER_FILE), sidecar["config"]
+            trained = load_checkpoint(folder / TRAINED_FILE) if stored.get("lora_rank", 0) > 0 else None
         except (ValueError, KeyError, OSError) as error:
             log.warning("%s is not whole (%s); looking at the one before it", folder, error)
             continue
         check_alignment(rig, unet=ViewRig.from_dict(sidecar["rig"], str(folder / SIDECAR)))
-        return Checkpoint(folder, sidecar["step"], optimizer, sidecar, trained)
+        differing = [
+            f"{key}: {stored[key]!r} there, {config[key]!r} now"
+            for key in SAME_KEYS
+            if key in stored and stored[key] != config[key]  # a key younger than the checkpoint had no effect on it
+        ]
+        if differing:
+            told = f"{folder} belongs to a run of another model ({'; '.join(differing)})"
+            raise ValueError(f"{told}; start anew with another output_dir=..., or delete {folder.parent}")
+        return Checkpoint(folder, optimizer, sidecar, trained)
     return None
 
 
-def check_same_run(found: Checkpoint, config: dict) -> None:
-    """Refuses to continue a run whose model was another: resuming must not change what is trained.
-
-    Raises ValueError naming the keys that differ; everything else (lengths, rates, paths of data) may change.
-    """
-    stored = found.sidecar["config"]
-    differing = [
-        f"{key}: {stored[key]!r} there, {config[key]!r} now"
-        for key in SAME_KEYS
-        if key in stored and stored[key] != config[key]  # a key younger than the checkpoint had no effect on it
-    ]
-    if differing:
-        raise ValueError(
-            f"{found.folder} belongs to a run of another model ({'; '.join(differing)}); start anew with another "
-            f"output_dir=..., or delete {found.folder.parent}"
-        )
-
-
 def components_folder_of(unet_path: Path | str) -> Path | None:
-    """The components folder a UNet belongs to: what its checkpoint.json names, or the folder it lies in; else None.
-
-    unet_path: a checkpoint-<step>, its unet or unet_ema, or a components folder.
-    """
-    path = Path(unet_path)
-    for folder in (path, path.parent):
+    """Returns the components folder of a UNet (checkpoint-<step>, its unet or unet_ema, or a components folder): what
+    its checkpoint.json names, or the folder it lies in; else None."""
+    for folder in (Path(unet_path), Path(unet_path).parent):
         if (folder / "vae").is_dir():
             return folder
         if (folder / SIDECAR).is_file():
             return Path(read_json(folder / SIDECAR)["config"]["pretrained_model_name_or_path"])
-    return None
-
-
-def embeds_of(unet_path: Path | str) -> Path | None:
-    """The prompt embeddings stored beside a UNet (same paths as above), None if there are none."""
-    path = Path(unet_path)
-    for folder in (path, path.parent):
-        if (folder / "prompt_embeds" / COLOUR_FILE).is_file():
-            return folder / "prompt_embeds" / COLOUR_FILE
     return None

@@ -5,51 +5,32 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import convert_outputs_to_fp32
 from torch import Tensor, nn
 
 from multiview.checkpoint import Ema, add_adapters, is_adapter_weight, merged_weights, read_rig, save_adapters
-from multiview.config import config_to_dict
 from multiview.files import atomic_folder
-from multiview.rig import ViewRig, check_alignment, check_start, load_rig
+from multiview.rig import ViewRig, check_alignment, load_rig
 from multiview.run import PRECISIONS, LoopOptions, autocast, check_size, seed_everything
 from multiview.sample import read_dataset_info
 from multiview.sampler import MixedDataset, StepSampler, mixed_lists
 from multiview.training import Training, run_training
-from mvdiffusion.checkpoints import (
-    PATTERN,
-    Checkpoint,
-    Sampling,
-    check_same_run,
-    newest_training,
-    save_embeds,
-    save_sampling,
-    save_training,
-)
+from mvdiffusion import checkpoints
 from mvdiffusion.components import load_components, local_folder
 from mvdiffusion.config import MVDiffusionConfig
 from mvdiffusion.data.mouse_dataset import MouseMVDiffusionDataset
 from mvdiffusion.latents import EncodedBatch, LatentCache, live_batches, weights_fingerprint
 from mvdiffusion.losses import training_loss
 from mvdiffusion.models.camera_conditioning import is_camera_weight
-from mvdiffusion.models.unet import (
-    configure_views,
-    create_unet,
-    load_unet,
-    resolve_unet_folder,
-    save_unet,
-)
+from mvdiffusion.models.unet import configure_views, create_unet, load_unet, resolve_unet_folder, save_unet
 from mvdiffusion.prompts import PromptEmbeds, check_embeds_fit, load_prompt_embeds
 from mvdiffusion.validation import evaluate
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 log = logging.getLogger(__name__)
 
@@ -58,12 +39,8 @@ CLASS_EMBEDDING = r"^class_embedding\."
 
 
 def train(config: MVDiffusionConfig, overfit: int = 0) -> Path:
-    """Trains to `max_train_steps`, continuing whatever the output folder holds. Returns that folder.
-
-    overfit: N > 0 trains and validates on the first N samples, in a folder of its own.
-    Raises ValueError before any work for whatever is missing or does not fit; later for a full disk, and
-    TrainingDivergedError (a ValueError) when more than half of the last 200 updates were skipped.
-    """
+    """Trains to `max_train_steps`, continuing whatever the output folder holds. Returns that folder. overfit: N > 0
+    trains and validates on the first N samples, in a folder of its own. Raises ValueError."""
     config = overfit_config(config, overfit) if overfit else config
     config.validate()
     return run_training(partial(MVDiffusionTraining, config, overfit), loop_options(config))
@@ -71,11 +48,15 @@ def train(config: MVDiffusionConfig, overfit: int = 0) -> Path:
 
 def overfit_config(config: MVDiffusionConfig, num_samples: int) -> MVDiffusionConfig:
     """The same run on few samples: validation on the training samples, its own folder, no export."""
-    lists, _ = mixed_lists(config.train_data, [(part.train_data, part.ratio) for part in config.mix])
+    samples = lists_of(config)[0][0]
     return replace(
         config, output_dir=f"{config.output_dir}_overfit{num_samples}", max_train_steps=config.overfit_steps, mix=[],
-        train_data=lists[0], validation_data=lists[0], validation_samples=num_samples, export_dir=None,
+        train_data=samples, validation_data=samples, validation_samples=num_samples, export_dir=None,
     )  # fmt: skip
+
+
+def lists_of(config: MVDiffusionConfig) -> tuple[list[str], list[int]]:
+    return mixed_lists(config.train_data, [(part.train_data, part.ratio) for part in config.mix])
 
 
 def loop_options(config: MVDiffusionConfig) -> LoopOptions:
@@ -94,26 +75,23 @@ def build_datasets(
     config: MVDiffusionConfig, rig: ViewRig, image_size: int, overfit: int, *, with_cameras: bool
 ) -> tuple[MixedDataset, MouseMVDiffusionDataset]:
     """Training data as the config says, and validation data: samples as they are."""
-    lists, percents = mixed_lists(config.train_data, [(part.train_data, part.ratio) for part in config.mix])
+    lists, percents = lists_of(config)
     parts: list[MouseMVDiffusionDataset] = []
     for path in lists:
-        part = MouseMVDiffusionDataset(
-            path, rig, image_size, config, with_cameras=with_cameras, limit=overfit or None,
-            first_index=sum(map(len, parts)),
-        )  # fmt: skip
-        parts.append(part)
+        options = {"with_cameras": with_cameras, "limit": overfit or None, "first_index": sum(map(len, parts))}
+        parts.append(MouseMVDiffusionDataset(path, rig, image_size, config, **options))
     return MixedDataset(parts, percents), MouseMVDiffusionDataset(config.validation_data, rig, image_size)
 
 
 class MVDiffusionTraining(Training):
     """A UNet on its way from one image of an animal to a rig's views."""
 
-    pattern, randomness = PATTERN, "mvdiffusion step"
+    pattern, randomness = checkpoints.PATTERN, "mvdiffusion step"
     shown = ("foreground_psnr", "unseen_foreground_psnr", "unseen_mask_iou", "unseen_difference_ratio", "consistency")
 
     def __init__(self, config: MVDiffusionConfig, overfit: int, accelerator: Accelerator) -> None:
         super().__init__(accelerator, loop_options(config))
-        self.settings, self.config = config, config_to_dict(config)
+        self.settings, self.config = config, asdict(config)
         self.advice = (
             f"Lower learning_rate (now {config.learning_rate:g}) or lengthen lr_warmup_steps (now "
             f"{config.lr_warmup_steps}); look at the data (quality_report.html; --overfit 1 must work); a loss that is "
@@ -123,20 +101,15 @@ class MVDiffusionTraining(Training):
         self.rig, self.embeds = aligned_rig(config)
         # Frozen parts in the run's own precision on a GPU, as upstream; a CPU is no faster with less.
         dtype = getattr(torch, PRECISIONS[config.mixed_precision]) if self.device.type == "cuda" else torch.float32
-        self.components = load_components(
-            config.pretrained_model_name_or_path, with_unet=False, device=self.device, dtype=dtype
-        )
-        found = newest_training(config.output_dir, self.rig)
-        if found:
-            check_same_run(found, self.config)
+        options = {"with_unet": False, "device": self.device, "dtype": dtype}
+        self.components = load_components(config.pretrained_model_name_or_path, **options)
+        found = checkpoints.newest_training(config.output_dir, self.rig, self.config)
         self.network, self.base = prepared_unet(config, self.rig, found)
         check_embeds_fit(self.embeds, self.network)
         if config.gradient_checkpointing:
             self.network.enable_gradient_checkpointing()
         self.network.to(self.device)
         if config.mixed_precision != "no":  # the UNet alone, wherever it is called; what it returns is float32 again
-            from accelerate.utils import convert_outputs_to_fp32
-
             lowered = autocast(self.device, config.mixed_precision)(self.network.forward)
             self.network.forward = convert_outputs_to_fp32(lowered)
         self.parameters = trained_parameters(self.network)
@@ -147,13 +120,11 @@ class MVDiffusionTraining(Training):
             self._restore(found)
         size = self.network.config.sample_size * self.components.vae_factor
         if config.image_size not in (None, size):
-            raise ValueError(
-                f"image_size is {config.image_size}, but this UNet generates images of {size} px; leave it out"
-            )
+            raise ValueError(f"image_size is {config.image_size}, but this UNet generates {size} px; leave it out")
         cameras = self.network.config.camera_conditioning != "none"
         self.dataset, self.check_set = build_datasets(config, self.rig, size, overfit, with_cameras=cameras)
 
-    def _restore(self, found: Checkpoint) -> None:
+    def _restore(self, found: checkpoints.Checkpoint) -> None:
         """The average, the optimizer's moments, the gradient scaler and the counters of a checkpoint."""
         if self.ema is not None:
             trained = found.trained
@@ -161,13 +132,12 @@ class MVDiffusionTraining(Training):
         self.optimizer.load_state_dict(found.optimizer["optimizer"])
         if found.optimizer.get("scaler"):
             self.scaler.load_state_dict(found.optimizer["scaler"])
-        self.tried, self.passes = found.step, found.step * self.options.accumulate
-        self.updates = found.sidecar.get("updates", found.step)  # checkpoints older than skipped updates hold none
+        self.tried = found.sidecar["step"]
+        self.passes = self.tried * self.options.accumulate
+        self.updates = found.sidecar.get("updates", self.tried)  # checkpoints older than skipped updates hold none
         self.counts.update(found.sidecar.get("counts", {}))
         self.recent.extend(found.sidecar.get("recent_skips", []))
-        log.info("continuing %s at step %d of %d", found.folder, found.step, self.options.steps)
-
-    # ---- a pass ------------------------------------------------------------------------------------------------
+        log.info("continuing %s at step %d of %d", found.folder, self.tried, self.options.steps)
 
     def batches(self, sampler: StepSampler) -> Iterator[EncodedBatch]:
         config = self.settings
@@ -180,39 +150,28 @@ class MVDiffusionTraining(Training):
         return training_loss(model, self.components, self.embeds, batch, self.settings, generator), None
 
     def adjust_gradients(self) -> None:
-        """`freeze_encoder`: in the first half of the run the UNet's down blocks stand still.
-
-        Taking the gradients away (instead of requires_grad) leaves DDP's buckets alone; a parameter without gradient is
-        skipped by the optimizer, its weight decay and moments too.
-        """
+        """`freeze_encoder`: in the first half of the run the UNet's down blocks stand still. Taking the gradients away
+        (instead of requires_grad) leaves DDP's buckets alone; the optimizer skips a parameter without one, weight decay
+        and moments too."""
         if self.settings.freeze_encoder and self.tried < self.options.steps // 2:
             for name, parameter in self.parameters.items():
                 if is_encoder(name):
                     parameter.grad = None
 
-    # ---- between passes ----------------------------------------------------------------------------------------
-
-    @contextmanager
-    def _averaged_weights(self) -> Iterator[None]:
-        """Inside, the UNet is in eval mode and holds the averaged weights."""
-        average = self.ema.weights if self.ema else {}
+    def validate(self) -> tuple[dict[str, float], Tensor]:
+        config, average = self.settings, self.ema.weights if self.ema else {}
         own = {name: self.parameters[name].detach().clone() for name in average}
         fill(self.parameters, average)
         self.network.eval()
         try:
-            yield
-        finally:
-            fill(self.parameters, own)
-            self.network.train()
-
-    def validate(self) -> tuple[dict[str, float], Tensor]:
-        config = self.settings
-        with self._averaged_weights():
             return evaluate(
                 self.components, self.network, self.embeds, self.check_set, count=config.validation_samples,
                 seed=config.seed, guidance_scales=config.validation_guidance_scales,
                 num_steps=config.validation_num_steps,
             )  # fmt: skip
+        finally:
+            fill(self.parameters, own)
+            self.network.train()
 
     def save(self, is_last: bool) -> None:
         """Writes checkpoint-<step>: whole UNets; with LoRA what is trained, and UNets if asked for or last."""
@@ -220,17 +179,17 @@ class MVDiffusionTraining(Training):
         optimizer = {"optimizer": self.optimizer.state_dict()}
         if self.scaler.is_enabled():
             optimizer["scaler"] = self.scaler.state_dict()
-        own = {name: parameter.detach() for name, parameter in self.parameters.items()}
         sidecar = {
             "step": self.tried, "rig": self.rig.to_dict(), "config": self.config, "updates": self.updates,
             "counts": dict(self.counts), "recent_skips": list(self.recent),
         }  # fmt: skip
-        with save_training(config.output_dir, sidecar, self.embeds, optimizer) as folder:
+        with checkpoints.save_training(config.output_dir, sidecar, self.embeds, optimizer) as folder:
             if is_last or not config.lora_rank or config.lora_save_merged:
                 save_unet(self.network, folder / "unet", self.rig, state=merged_weights(self.network))
                 if average is not None:
                     save_unet(self.network, folder / "unet_ema", self.rig, state=merged_weights(self.network, average))
             if config.lora_rank:
+                own = {name: parameter.detach() for name, parameter in self.parameters.items()}
                 with open(folder / "trained.pt", "wb") as handle:  # a handle: see full_disk_explained
                     torch.save({"own": own, "ema": average, "base": self.base}, handle)
                 source = config.pretrained_unet_path or config.pretrained_model_name_or_path
@@ -244,21 +203,17 @@ class MVDiffusionTraining(Training):
         folder, state = Path(config.export_dir), merged_weights(self.network, self.ema.weights if self.ema else None)
         with atomic_folder(folder / "unet") as temporary:
             save_unet(self.network, temporary, self.rig, state=state, half=True)
-        save_embeds(folder / "prompt_embeds", self.embeds)
-        save_sampling(folder, Sampling(config.export_num_steps, config.export_guidance_scale, config.export_mirror))
+        checkpoints.save_embeds(folder / "prompt_embeds", self.embeds)
+        suits = checkpoints.Sampling(config.export_num_steps, config.export_guidance_scale, config.export_mirror)
+        checkpoints.save_sampling(folder, suits)
         log.info("exported to %s", folder)
-
-
-# ---- what is trained, and where it starts ---------------------------------------------------------------------------
 
 
 def aligned_rig(config: MVDiffusionConfig) -> tuple[ViewRig, PromptEmbeds]:
     """The rig of this run, and its prompt embeddings, after comparing everything that carries one."""
-    lists, _ = mixed_lists(config.train_data, [(part.train_data, part.ratio) for part in config.mix])
-    dataset = read_dataset_info(Path(lists[0]).parent)["rig"]
+    dataset = read_dataset_info(Path(lists_of(config)[0][0]).parent)["rig"]
     stated = load_rig(config.rig) if config.rig else None
-    rig = stated or dataset
-    embeds = load_prompt_embeds(config.prompt_embeds, stated)
+    rig, embeds = stated or dataset, load_prompt_embeds(config.prompt_embeds, stated)
     check_alignment(rig, dataset=dataset, embeddings=embeds.rig)
     if config.num_views not in (None, rig.num_views):
         raise ValueError(f"num_views is {config.num_views}, but rig {rig.name} has {rig.num_views} views; leave it out")
@@ -267,27 +222,23 @@ def aligned_rig(config: MVDiffusionConfig) -> tuple[ViewRig, PromptEmbeds]:
 
 def starting_unet(config: MVDiffusionConfig, rig: ViewRig):
     """The UNet a run begins with (float32): a fresh one, or the pretrained one, set to the rig's views."""
-    cameras = config.camera_conditioning
+    cameras, attention = config.camera_conditioning, config.attention
     if config.unet:
         seed_everything("mvdiffusion unet", config.seed)
-        return create_unet(config.unet, rig.num_views, config.attention or "sparse", cameras or "none")
-    folder = resolve_unet_folder(
-        config.pretrained_unet_path or local_folder(config.pretrained_model_name_or_path) / "unet"
-    )
+        return create_unet(config.unet, rig.num_views, attention or "sparse", cameras or "none")
+    given = config.pretrained_unet_path or local_folder(config.pretrained_model_name_or_path) / "unet"
+    folder = resolve_unet_folder(given)
     stored = read_rig(folder)
     if stored is not None and not config.allow_rig_change:
-        check_start(rig, "allow_rig_change", unet=stored)
-    unet = load_unet(
-        folder, num_views=rig.num_views, attention=config.attention, camera_conditioning=cameras, widen_conv_in=True
-    )
-    return configure_views(unet, rig.num_views, config.attention) if config.attention else unet
+        check_alignment(rig, "allow_rig_change", unet=stored)
+    options = {"attention": attention, "camera_conditioning": cameras, "widen_conv_in": True}
+    unet = load_unet(folder, num_views=rig.num_views, **options)
+    return configure_views(unet, rig.num_views, attention) if attention else unet
 
 
-def prepared_unet(config: MVDiffusionConfig, rig: ViewRig, found: Checkpoint | None):
-    """The UNet to train, and with LoRA the fingerprint of the weights it leaves alone (else None).
-
-    From a checkpoint: its UNet; with LoRA the run's first weights again and its trained tensors. Raises ValueError if
-    the first weights are no longer those that the checkpoint was trained on.
+def prepared_unet(config: MVDiffusionConfig, rig: ViewRig, found: checkpoints.Checkpoint | None):
+    """The UNet to train, and with LoRA the fingerprint of the weights it leaves alone (else None). From a checkpoint:
+    its UNet; with LoRA the run's first weights again, which must be those it was trained on, and its trained tensors.
     """
     unet = load_unet(found.folder / "unet") if found and not config.lora_rank else starting_unet(config, rig)
     if config.lora_rank:
@@ -312,8 +263,7 @@ def prepared_unet(config: MVDiffusionConfig, rig: ViewRig, found: Checkpoint | N
 
 
 def choose_trained(unet: nn.Module, config: MVDiffusionConfig) -> None:
-    """Without LoRA all trains, or what `trainable_modules` names; with it adapters in `lora_targets`, new camera
-    weights and `lora_also_train`."""
+    """All trains, or what `trainable_modules` names; with LoRA adapters, camera weights and `lora_also_train`."""
     if config.lora_rank:
         add_adapters(unet, config.lora_targets, config.lora_rank, config.lora_alpha or config.lora_rank)
     parts = config.lora_also_train if config.lora_rank else config.trainable_modules
@@ -341,21 +291,17 @@ def is_encoder(name: str) -> bool:
 
 
 def parameter_groups(parameters: dict[str, nn.Parameter], config: MVDiffusionConfig) -> list[dict]:
-    """Groups of equal learning rate; `multiplier` is what multiplies the schedule's.
-
-    lr_multipliers: the first pattern (regular expression) found in a name decides; 1 where none is.
-    Raises ValueError for a pattern that no parameter's name matches.
-    """
+    """Groups of equal learning rate; `multiplier` is what multiplies the schedule's. lr_multipliers: the first pattern
+    (regular expression) found in a name decides, 1 where none is; each must match some name."""
     patterns = {**config.lr_multipliers, CLASS_EMBEDDING: config.camera_embedding_lr_mult}
     groups: dict[float, dict] = {}
     used = {CLASS_EMBEDDING}
     for name, parameter in parameters.items():
         pattern = next((pattern for pattern in patterns if re.search(pattern, name)), None)
         used.add(pattern)
-        multiplier = 1.0 if pattern is None else float(patterns[pattern])
+        multiplier = float(patterns.get(pattern, 1.0))
         groups.setdefault(multiplier, {"params": [], "multiplier": multiplier})["params"].append(parameter)
-    unused = [pattern for pattern in patterns if pattern not in used]
-    if unused:
+    if unused := [pattern for pattern in patterns if pattern not in used]:
         examples = list(parameters)[:3]
         raise ValueError(f"lr_multipliers: no trained parameter's name matches {unused}; examples: {examples}")
     return list(groups.values())
@@ -363,23 +309,19 @@ def parameter_groups(parameters: dict[str, nn.Parameter], config: MVDiffusionCon
 
 def make_optimizer(parameters: dict[str, nn.Parameter], config: MVDiffusionConfig, device: torch.device):
     """AdamW over `parameter_groups`; with use_8bit_adam bitsandbytes' 8-bit one, which needs CUDA."""
-    options = {
-        "lr": config.learning_rate, "betas": (config.adam_beta1, config.adam_beta2),
-        "weight_decay": config.adam_weight_decay, "eps": config.adam_epsilon,
-    }  # fmt: skip
-    groups = parameter_groups(parameters, config)
-    if not config.use_8bit_adam:
-        return torch.optim.AdamW(groups, **options)
-    if device.type != "cuda":
-        raise ValueError(f"use_8bit_adam needs a CUDA device, got {device.type}; set use_8bit_adam: false")
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError as error:
-        raise ValueError(
-            "use_8bit_adam needs the package bitsandbytes, which cannot be imported: pip install bitsandbytes, or set "
-            "use_8bit_adam: false"
-        ) from error
-    return AdamW8bit(groups, **options)
+    kind = torch.optim.AdamW
+    if config.use_8bit_adam:
+        if device.type != "cuda":
+            raise ValueError(f"use_8bit_adam needs a CUDA device, got {device.type}; set use_8bit_adam: false")
+        try:
+            from bitsandbytes.optim import AdamW8bit as kind
+        except ImportError as error:
+            told = "use_8bit_adam needs the package bitsandbytes, which cannot be imported"
+            raise ValueError(f"{told}: pip install bitsandbytes, or set use_8bit_adam: false") from error
+    return kind(
+        parameter_groups(parameters, config), lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.adam_weight_decay, eps=config.adam_epsilon,
+    )  # fmt: skip
 
 
 def size_of(config: MVDiffusionConfig) -> tuple[float, float, float]:

@@ -1,4 +1,4 @@
-"""What the pipeline makes of known samples: figures and a picture, beside what the autoencoder alone makes of them."""
+"""What the pipeline makes of known samples: figures and an image, beside what the autoencoder alone makes of them."""
 
 from __future__ import annotations
 
@@ -7,21 +7,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from multiview import metrics
 from multiview.cameras import Cameras
 from multiview.image import grid
-from multiview.metrics import (
-    difference_ratio,
-    foreground_psnr,
-    foreground_ssim,
-    load_lpips,
-    lpips_backbone_path,
-    lpips_distances,
-    mask_from_white,
-    mask_iou,
-    psnr,
-    ssim,
-    view_consistency,
-)
 from mvdiffusion.components import Components
 from mvdiffusion.data.mouse_dataset import MouseMVDiffusionDataset
 from mvdiffusion.latents import condition_latents, decode_latents
@@ -32,82 +20,64 @@ BATCH = 2  # objects generated at once
 
 
 def figures(
-    pictures: Tensor, targets: Tensor, masks: Tensor, reference_view: int, lpips: torch.nn.Module | None = None
+    images: Tensor, targets: Tensor, masks: Tensor, reference_view: int, lpips: torch.nn.Module | None = None
 ) -> dict[str, float]:
-    """Means over objects and views of pictures [b, n, 3, s, s]; `unseen_*` leaves the reference view out."""
-    found = {
-        "psnr": psnr(pictures, targets),
-        "foreground_psnr": foreground_psnr(pictures, targets, masks),
-        "ssim": ssim(pictures, targets),
-        "foreground_ssim": foreground_ssim(pictures, targets, masks),
-        "mask_iou": mask_iou(mask_from_white(pictures), (masks > 0.5).to(masks.dtype)),
-    }
+    """Means over objects and views of images [b, n, 3, s, s]; `unseen_*` leaves the reference view out."""
+    values = {
+        "psnr": metrics.psnr(images, targets), "foreground_psnr": metrics.foreground_psnr(images, targets, masks),
+        "ssim": metrics.ssim(images, targets), "foreground_ssim": metrics.foreground_ssim(images, targets, masks),
+        "mask_iou": metrics.mask_iou(metrics.mask_from_white(images), (masks > 0.5).to(masks.dtype)),
+    }  # fmt: skip
     if lpips is not None:
-        found["lpips"], found["foreground_lpips"] = lpips_distances(lpips, pictures, targets, masks)
-    unseen = [view for view in range(pictures.shape[1]) if view != reference_view]
-    result = {name: float(value.mean()) for name, value in found.items()}
-    result["unseen_difference_ratio"] = float(difference_ratio(pictures, targets, masks, reference_view).mean())
-    return {**result, **{f"unseen_{name}": float(value[:, unseen].mean()) for name, value in found.items()}}
+        values["lpips"], values["foreground_lpips"] = metrics.lpips_distances(lpips, images, targets, masks)
+    unseen = [view for view in range(images.shape[1]) if view != reference_view]
+    result = {name: float(value.mean()) for name, value in values.items()}
+    result["unseen_difference_ratio"] = float(metrics.difference_ratio(images, targets, masks, reference_view).mean())
+    return {**result, **{f"unseen_{name}": float(value[:, unseen].mean()) for name, value in values.items()}}
 
 
-def consistency(pictures: Tensor, cameras: list[Cameras]) -> dict[str, float]:
-    """Mean view consistency of pictures [b, n, 3, s, s] on white, seen by cameras [n] of each object.
-
-    Empty for rigs of fewer than 3 views: a hull of the others needs two of them.
-    """
-    if pictures.shape[1] < 3:
+def consistency(images: Tensor, cameras: list[Cameras]) -> dict[str, float]:
+    """Mean view consistency of images [b, n, 3, s, s] on white, seen by cameras [n]; none for rigs of fewer than 3
+    views."""
+    if images.shape[1] < 3:
         return {}
-    found = [view_consistency(views, mask_from_white(views), own) for views, own in zip(pictures, cameras)]
+    rows = [metrics.view_consistency(views, metrics.mask_from_white(views), own) for views, own in zip(images, cameras)]
     names = {"consistency": "score", "consistency_mask": "mask", "consistency_colour": "colour"}
-    return {name: sum(row[key] for row in found) / len(found) for name, key in names.items()}
-
-
-def add(result: dict[str, float], group: str, values: dict[str, float]) -> None:
-    """Puts values into result under `<group>/<name>`."""
-    result.update({f"{group}/{name}": value for name, value in values.items()})
+    return {name: sum(row[key] for row in rows) / len(rows) for name, key in names.items()}
 
 
 @torch.no_grad()
 def evaluate(
-    components: Components,
-    unet,
-    embeds: PromptEmbeds,
-    dataset: MouseMVDiffusionDataset,
-    *,
-    count: int,
-    guidance_scales: list[float],
-    num_steps: int,
-    seed: int,
-) -> tuple[dict[str, float], Tensor]:
-    """Generates the views of the first `count` samples on white.
-
-    Returns figures named `vae/...` and `guidance_<g>/...`, beside `truth/consistency...` of the targets themselves, and
-    a contact sheet: per sample the targets, the autoencoder's version of them, and a row per guidance scale.
-    LPIPS is measured where its VGG weights lie on disk (`multiview.metrics.lpips_backbone_path`).
-    """
-    lpips = load_lpips(unet.device) if lpips_backbone_path().is_file() else None
+    components: Components, unet, embeds: PromptEmbeds, dataset: MouseMVDiffusionDataset, *, count: int,
+    guidance_scales: list[float], num_steps: int, seed: int,
+) -> tuple[dict[str, float], Tensor]:  # fmt: skip
+    """Generates the views of the first `count` samples on white. Returns figures named `vae/...`, `guidance_<g>/...`
+    and `truth/consistency...`, and a contact sheet: per sample the targets, the autoencoder's version of them, and a
+    row per guidance scale. LPIPS is measured where its VGG weights lie on disk."""
+    lpips = metrics.load_lpips(unet.device) if metrics.lpips_backbone_path().is_file() else None
     components = replace(components, unet=unet)
     items = [dataset[index] for index in range(min(count, len(dataset)))]
     targets, masks = (torch.stack([item[name] for item in items]).to(unet.device) for name in ("targets", "masks"))
     references = torch.stack([item["reference"] for item in items])
     reference_view, views = embeds.rig.reference_view, targets.shape[1]
     rebuilt = torch.stack([decode_latents(components, condition_latents(components, views_)) for views_ in targets])
-    rows, result = [targets, rebuilt], {}
+    rows = [targets, rebuilt]
     cameras = [Cameras(item["c2w"], item["fxfycxcy"], *targets.shape[-2:]).to(unet.device) for item in items]
-    add(result, "vae", figures(rebuilt, targets, masks, reference_view, lpips))
-    add(result, "truth", consistency(targets, cameras))
+    groups = {
+        "vae": figures(rebuilt, targets, masks, reference_view, lpips), "truth": consistency(targets, cameras)
+    }  # fmt: skip
     for scale in guidance_scales:
-        generated = torch.cat(
-            [
-                generate_views(
-                    components, part, embeds,
-                    seeds=[seed + first + k for k in range(len(part))], guidance_scale=scale, num_steps=num_steps,
-                )
-                for first, part in ((i, references[i : i + BATCH]) for i in range(0, len(references), BATCH))
-            ]
-        )  # fmt: skip
+        parts = []
+        for first in range(0, len(references), BATCH):
+            part = references[first : first + BATCH]
+            seeds = [seed + first + k for k in range(len(part))]
+            options = {"seeds": seeds, "guidance_scale": scale, "num_steps": num_steps}
+            parts.append(generate_views(components, part, embeds, **options))
+        generated = torch.cat(parts)
         rows.append(generated)
-        add(result, f"guidance_{scale:g}", figures(generated, targets, masks, reference_view, lpips))
-        add(result, f"guidance_{scale:g}", consistency(generated, cameras))
+        groups[f"guidance_{scale:g}"] = {
+            **figures(generated, targets, masks, reference_view, lpips), **consistency(generated, cameras)
+        }  # fmt: skip
     sheet = torch.stack(rows, dim=1).flatten(0, 2)  # (sample, row, view)
+    result = {f"{group}/{name}": value for group, values in groups.items() for name, value in values.items()}
     return result, grid(sheet.cpu(), views)

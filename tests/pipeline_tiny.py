@@ -4,7 +4,7 @@ import importlib
 import io
 import sys
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from unittest import mock
 
@@ -15,7 +15,6 @@ from gslrm.checkpoints import checkpoint_path
 from gslrm.config import GaussiansConfig, GSLRMConfig, ImageTokenizerConfig, ModelConfig, TransformerConfig
 from gslrm.model.gslrm import GSLRM
 from multiview.checkpoint import save_checkpoint
-from multiview.config import config_to_dict
 from multiview.rig import ViewRig, load_rig
 from multiview.run import main_guard
 from mvdiffusion.models.unet import create_unet, save_unet
@@ -37,7 +36,7 @@ def write_gslrm(folder: Path, rig: ViewRig, step: int = 5) -> Path:
     )  # fmt: skip
     config = replace(GSLRMConfig(), rig=rig.name, model=model)
     path = checkpoint_path(folder, step)
-    sidecar = {"config": config_to_dict(config), "rig": rig.to_dict(), "step": step}
+    sidecar = {"config": asdict(config), "rig": rig.to_dict(), "step": step}
     save_checkpoint(path, {"model": GSLRM(config.model).state_dict()}, sidecar)
     return path
 

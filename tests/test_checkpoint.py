@@ -74,11 +74,10 @@ def test_newest_is_the_newest_complete_one_found_by_reading(tmp_path):
 def test_rotation_keeps_the_newest_and_never_all_deleted(tmp_path):
     for step in (1, 2, 3, 20):
         save_checkpoint(tmp_path / f"ckpt_{step:016d}.pt", {}, {})
-    rotate_checkpoints(tmp_path, "ckpt_*.pt", keep=3)
-    assert sorted(int(p.name[5:21]) for p in tmp_path.glob("*.pt")) == [2, 3, 20]
-    assert len(list(tmp_path.glob("*.json"))) == 3
-    with pytest.raises(ValueError, match="at least 1"):
-        rotate_checkpoints(tmp_path, "ckpt_*.pt", keep=0)
+    for keep in (3, 0):
+        rotate_checkpoints(tmp_path, "ckpt_*.pt", keep)
+        assert sorted(int(p.name[5:21]) for p in tmp_path.glob("*.pt")) == [2, 3, 20]
+        assert len(list(tmp_path.glob("*.json"))) == 3
 
 
 def test_strict_loading_names_what_is_missing_unexpected_and_misshapen():
@@ -140,7 +139,7 @@ class Asking:
     [
         (lambda p: p.write_bytes(p.read_bytes()[:3000]), "cut off"), (lambda p: p.write_bytes(b""), "cut off"),
         (bit_flipped, "differs from its checksum"), (zeroed, "differs from its checksum|cut off"),
-        (unfolding, "its parts are compressed"), (asking_for_memory, "asks for memory by a number"),
+        (unfolding, "compressed parts"), (asking_for_memory, "asks for memory by a number"),
         (lambda p: torch.save(torch.nn.Linear(2, 2), p), "holds a torch.nn.modules.linear.Linear.*torch.save"),
         (lambda p: torch.save({"model": {}, "loss": Path("x")}, p), "holds a pathlib"),
         (lambda p: torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), p), "TorchScript; save"),
@@ -183,8 +182,6 @@ def test_a_stamped_rig_is_read_back(tmp_path):
     assert json.loads((tmp_path / "rig.json").read_text())["name"] == "mouse6"
 
 
-# ---- a full disk ----------------------------------------------------------------------------------------------------
-
 ROOT = Path(__file__).resolve().parent.parent
 FULL_DISK = """
 import resource, sys, torch
@@ -225,19 +222,6 @@ def test_a_full_disk_leaves_the_file_that_was_there(tmp_path, monkeypatch, call)
                 save_checkpoint(target, {"w": torch.zeros(5)}, {"step": 1})
     assert sorted(os.listdir(tmp_path)) == [path.name, path.name + ".json"]
     assert load_checkpoint(path)["w"].sum() == 5 and read_sidecar(path)["step"] == 1
-
-
-def test_a_full_disk_is_known_from_what_safetensors_says(tmp_path):
-    script = (
-        "import resource, sys, torch\nfrom safetensors.torch import save_file\n"
-        "from multiview.files import full_disk_explained\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-        "try:\n    with full_disk_explained(sys.argv[1]):\n"
-        "        save_file({'w': torch.zeros(40_000)}, sys.argv[1])\nexcept ValueError as error:\n    print(error)\n"
-    )
-    path = tmp_path / "w.safetensors"
-    done = subprocess.run([sys.executable, "-c", script, str(path)], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.startswith(f"cannot write {path}: File too large"), done.stderr
 
 
 def test_other_errors_while_saving_stay_what_they_are(tmp_path, monkeypatch):

@@ -1,11 +1,11 @@
 """The door where YAML becomes typed objects."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 import pytest
 
-from multiview.config import config_to_dict, load_config
+from multiview.config import load_config
 
 
 @dataclass
@@ -31,7 +31,7 @@ def test_defaults_then_base_then_yaml_then_overrides(tmp_path):
     assert isinstance(settings, Settings) and isinstance(settings.optimizer, Optimizer)
     assert (settings.steps, settings.mode, settings.optimizer.lr) == (20, "b", 3e-4)
     assert settings.optimizer.betas == [0.5, 0.6] and settings.maybe == "hello" and settings.extra == {"x": 1.5}
-    assert config_to_dict(settings)["optimizer"]["lr"] == 3e-4
+    assert asdict(settings)["optimizer"]["lr"] == 3e-4
 
 
 @pytest.mark.parametrize(

@@ -57,9 +57,6 @@ def read(sample) -> tuple[torch.Tensor, torch.Tensor, Cameras]:
     return composite(sample.rgba, 1.0), sample.rgba[:, 3:], sample.cameras
 
 
-# ---- the hull -------------------------------------------------------------------------------------------------------
-
-
 def test_hull_of_a_ball_has_its_place_size_and_colours():
     rig, centre, radius = load_rig("uniform8"), torch.tensor([0.1, -0.2, 0.05]), 0.4
     cameras = rig.cameras(SIZE)
@@ -127,9 +124,6 @@ def test_hull_refuses_what_it_cannot_carve(mice):
         _ = carve(masks * 0, cameras).centre
     with pytest.raises(ValueError, match="parallel"):
         viewed_cube(cameras[[0, 0, 0]])
-
-
-# ---- the score ------------------------------------------------------------------------------------------------------
 
 
 def test_a_perfect_ball_is_consistent_and_each_term_sees_its_own_damage():

@@ -1,14 +1,14 @@
 """FaceLift's GS-LRM YAML layout, and the configs that ship for Stage 2. Key names are FaceLift's, values are not."""
 
 import logging
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 
 import pytest
 import yaml
 
 from gslrm.config import IGNORED_KEYS, GSLRMConfig, check_config, model_config_from_dict
-from multiview.config import config_to_dict, load_config
+from multiview.config import load_config
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -117,7 +117,7 @@ def test_every_key_arrives_or_is_listed_as_ignored(facelift, caplog):
     with caplog.at_level(logging.INFO):
         config = load(facelift)
     given = leaves(yaml.safe_load(LAYOUT))
-    got, default = leaves(config_to_dict(config)), leaves(config_to_dict(GSLRMConfig()))
+    got, default = leaves(asdict(config)), leaves(asdict(GSLRMConfig()))
     ignored = {key for key in given if any(f"{key}.".startswith(f"{name}.") for name in WITHOUT_EFFECT)}
     assert ignored.isdisjoint(got)
     for key in given.keys() - ignored:
@@ -139,7 +139,7 @@ def test_the_ignored_keys_are_just_those_without_effect():
 def test_the_layout_passes_the_checks_of_training_and_of_a_checkpoints_sidecar(facelift):
     config = load(facelift)
     check_config(config)
-    assert model_config_from_dict(config_to_dict(config)["model"], "sidecar") == config.model
+    assert model_config_from_dict(asdict(config)["model"], "sidecar") == config.model
 
 
 @pytest.mark.parametrize(

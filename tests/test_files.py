@@ -10,16 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from multiview.files import (
-    BEAT_S,
-    LOCK_FILE,
-    STALE_S,
-    owned_folder,
-    read_json,
-    read_lines,
-    read_text,
-    remove_leftovers,
-)
+from multiview.files import BEAT_S, LOCK_FILE, STALE_S, owned_folder, read_json, read_lines, read_text, remove_leftovers
 
 ROOT = Path(__file__).resolve().parent.parent
 OWNER = "import sys, time; from multiview.files import owned_folder\nwith owned_folder(sys.argv[1]):\n" \

@@ -3,7 +3,7 @@
 import argparse
 import json
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ from gslrm.model.gslrm import GSLRM
 from gslrm.training import parameter_groups
 from multiview.cameras import Cameras
 from multiview.checkpoint import load_checkpoint, load_strict
-from multiview.config import config_to_dict, load_config
+from multiview.config import load_config
 from tests import oracle_gslrm
 
 GOLDEN = Path(__file__).parent / "golden" / "gslrm_small"
@@ -339,7 +339,7 @@ def test_inputs_that_do_not_go_together_are_refused(wrong):
 
 def test_model_config_survives_the_sidecar():
     config = tiny(prune_background_tokens=True, gaussians={"n_gaussians": 4, "sh_degree": 1})
-    assert model_config_from_dict(json.loads(json.dumps(config_to_dict(config))), "sidecar") == config
+    assert model_config_from_dict(json.loads(json.dumps(asdict(config))), "sidecar") == config
     for wrong, message in (
         ({"transformer": {"heads": 3}}, "model.transformer.heads"), ({"transformer": None}, "model.transformer.None"),
         ({"transformer": {"d": "256"}}, "model.transformer.d must be a int, got '256'"), ([1], r"model.\[1\]"),

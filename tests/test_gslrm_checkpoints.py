@@ -9,7 +9,7 @@ import pytest
 import torch
 from gslrm_toys import start, toy_sample
 
-from gslrm.checkpoints import VGG_PREFIX, export_weights, load_gslrm
+from gslrm.checkpoints import export_weights, load_gslrm
 from gslrm.config import IGNORED_KEYS, GSLRMConfig
 from multiview.checkpoint import load_checkpoint, read_sidecar, sidecar_path
 from multiview.config import load_config
@@ -39,7 +39,7 @@ def vgg(facelift):
 @pytest.fixture(scope="module")
 def vgg_folder(vgg, tmp_path_factory):
     folder = tmp_path_factory.mktemp("vgg")
-    content = {name.removeprefix(VGG_PREFIX): tensor for name, tensor in vgg.items()}
+    content = {name.removeprefix("loss_calculator.perceptual_loss_module.net."): tensor for name, tensor in vgg.items()}
     torch.save(content, folder / "imagenet-vgg-verydeep-19.pt")
     return folder
 

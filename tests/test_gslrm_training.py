@@ -11,8 +11,8 @@ from gslrm_toys import ROOT, SIZE, config_of, dataset_of, logged, run_script, se
 
 from gslrm import losses as loss_functions
 from gslrm.adaptation import check_adaptation
-from gslrm.config import AugmentationConfig, GSLRMConfig, check_config
-from gslrm.data.mouse_dataset import draw_colors, overlapping
+from gslrm.config import GSLRMConfig, check_config
+from gslrm.data.mouse_dataset import overlapping
 from gslrm.model.gslrm import GSLRM
 from gslrm.training import overfit_config, train
 from multiview.cameras import Cameras
@@ -33,9 +33,6 @@ def empty_yaml(tmp_path):
     path = tmp_path / "empty.yaml"
     path.write_text("rig: mouse6\n")
     return path
-
-
-# ---- data -----------------------------------------------------------------------------------------------------------
 
 
 def test_item_layout_and_index_order(data):
@@ -96,12 +93,6 @@ def test_view_overlap_rules():
     assert overlapping(cameras, torch.tensor([0]), "upstream").tolist() == [True, True, True, False]  # 86 degrees
 
 
-def test_jitter_draws_once_for_all_views_and_leaves_alpha():
-    rgba = torch.full((3, 4, 8, 8), 0.5)
-    changed = draw_colors(AugmentationConfig(True, [1.1, 1.1], [1.0, 1.0]), torch.Generator()).recolored(rgba)
-    assert torch.allclose(changed[:, :3], torch.tensor(0.55)) and torch.equal(changed[:, 3:], rgba[:, 3:])
-
-
 def test_direct_losses_vanish_at_the_true_surface(data):
     item = dataset_of(data / "train.txt", num_input_views=6, num_views=8, with_depth=True)[0]
     cameras = Cameras(item["c2w"][None, :6], item["fxfycxcy"][None, :6], SIZE, SIZE)
@@ -131,9 +122,6 @@ def test_direct_losses_vanish_at_the_true_surface(data):
     )
     after = loss_functions.direct_losses(replace(output, gaussians=exact), targets, 0.7)
     assert before["xyz"] > 0.1 and after["xyz"] < 1e-6 and after["colour"] < 1e-9
-
-
-# ---- configuration and start ----------------------------------------------------------------------------------------
 
 
 def test_one_input_view_is_refused_with_the_reason(data, tmp_path):
@@ -167,48 +155,9 @@ def test_every_config_of_stage_2_loads():
     assert check_adaptation(config.training.adaptation, config.model.transformer.n_layer) == list(range(24))
 
 
-def test_facelifts_own_yaml_layout_is_accepted(tmp_path):
-    from gslrm.config import IGNORED_KEYS
-
-    path = tmp_path / "gslrm.yaml"
-    path.write_text(
-        """
-profile: false
-model: {class_name: gslrm.model.gslrm.GSLRM, image_tokenizer: {image_size: 512}, gaussians: {n_gaussians: 2}}
-training:
-  runtime: {use_tf32: true, use_amp: true, amp_dtype: bf16, torch_compile: false, grad_checkpoint_every: 1}
-  dataset: {dataset_path: a.txt, maximize_view_overlap: true, num_views: 8, num_input_views: 6, remove_alpha: false,
-            target_has_input: true, normalize_distance_to: 0.0, background_color: white}
-  dataloader: {batch_size_per_gpu: 2, num_workers: 4, num_threads: 32, prefetch_factor: 32}
-  losses: {l2_loss_weight: 1.0, perceptual_loss_weight: 0.5, masked_pixelalign_loss: true, distill_loss_weight: 0.0}
-  optimizer: {lr: 0.0001, beta2: 0.95, reset_lr: false, reset_weight_decay: false, reset_training_state: true}
-  schedule: {num_epochs: 100000, early_stop_after_epochs: 100000, max_fwdbwd_passes: 20000, l2_warmup_steps: 500}
-  checkpointing: {resume_ckpt: checkpoints/gslrm/stage_2, checkpoint_every: 5000}
-  logging: {print_every: 20, wandb: {project: facelift_gslrm, job_type: train, log_every: 50, offline: false}}
-inference: {enabled: false, output_dir: x}
-validation: {enabled: true, val_every: 5000, output_dir: y, dataset_path: b.txt}
-"""
-    )
-    config = load_config(GSLRMConfig, path, ignored=set(IGNORED_KEYS))
-    assert config.training.dataset.maximize_view_overlap and config.training.schedule.l2_warmup_steps == 500
-    check_config(config)
-    path.write_text("training: {optimizer: {learning_rate: 1.0}}")
-    with pytest.raises(ValueError, match="training.optimizer.learning_rate"):
-        load_config(GSLRMConfig, path, ignored=set(IGNORED_KEYS))
-
-
-def test_start_weights_that_do_not_exist_are_refused(data, tmp_path):
-    path = tmp_path / "ckpt_0000000000021125.pt"
-    with pytest.raises(ValueError, match="does not exist"):
-        train(config_of(data, tmp_path / "run", **{"training.checkpointing.resume_ckpt": path}))
-
-
 def test_a_dataset_of_another_rig_is_refused(data, tmp_path):
     with pytest.raises(RigMismatchError, match="facelift6"):
         train(config_of(data, tmp_path, rig="facelift6"))
-
-
-# ---- the loop -------------------------------------------------------------------------------------------------------
 
 
 def test_overfit_reaches_its_samples_and_validates_on_them(data, tmp_path):

@@ -9,16 +9,7 @@ import torch
 from PIL import Image, PngImagePlugin
 
 from multiview import image as images
-from multiview.image import (
-    check_picture,
-    composite,
-    grid,
-    read_photo,
-    read_rgba,
-    resize_rgba,
-    save_video,
-    write_image,
-)
+from multiview.image import check_picture, composite, grid, read_photo, read_rgba, resize_rgba, save_video, write_image
 
 GRAY = np.arange(48 * 40, dtype=np.int64).reshape(48, 40) % 256  # what deep files hold in their own units
 

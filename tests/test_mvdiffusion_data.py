@@ -8,7 +8,7 @@ import torch
 from mvdiffusion_tiny import augmentation, write_dataset
 
 from multiview.cameras import Cameras
-from multiview.image import chroma_matrix
+from multiview.image import Draw
 from multiview.rig import View, ViewRig, load_rig
 from multiview.sample import Sample, write_dataset_info, write_sample, write_split
 from mvdiffusion.config import MixEntry
@@ -57,9 +57,6 @@ def turned(xyz: torch.Tensor, turn_deg: float) -> torch.Tensor:
     point = Cameras(torch.eye(4).repeat(len(xyz), 1, 1), torch.ones(len(xyz), 4), 1, 1)
     point.c2w[:, :3, 3] = xyz
     return point.rotate(turn_deg).origins
-
-
-# ---- reference and mirror -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["mouse6", "facelift6", "uniform4", "irregular"])
@@ -130,9 +127,6 @@ def test_mirroring_twice_is_nothing():
     torch.testing.assert_close(mirrored_deg % 360, (-cameras.azimuth_deg) % 360, atol=1e-3, rtol=0)
 
 
-# ---- crop and colour ------------------------------------------------------------------------------------------------
-
-
 def test_a_crop_takes_its_cameras_along(tmp_path):
     """The centre of a ball's picture lies where the item's cameras project the ball, whatever was cut off."""
     rig, size, ball = load_rig("mouse6"), 128, torch.tensor([[0.12, -0.07, 0.05]])
@@ -162,12 +156,11 @@ def test_a_crop_takes_its_cameras_along(tmp_path):
 
 
 def test_hue_and_saturation_leave_greys_alone():
-    grey = torch.full((3,), 0.4, dtype=torch.float64)
-    torch.testing.assert_close(chroma_matrix(1.7, 40) @ grey, grey)
-    torch.testing.assert_close(chroma_matrix(1.0, 0.0), torch.eye(3, dtype=torch.float64))
-    red = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
-    assert (chroma_matrix(0.0, 0.0) @ red - 0.299).abs().max() < 2e-3
-    assert (chroma_matrix(1.0, 120.0) @ red).argmax() != 0
+    rgba = torch.ones(1, 4, 1, 2, dtype=torch.float64)
+    rgba[0, :3] = torch.tensor([[0.4, 1.0], [0.4, 0.0], [0.4, 0.0]], dtype=torch.float64)[:, None]  # gray, red
+    torch.testing.assert_close(Draw(saturation=1.7, hue_deg=40).recolored(rgba)[..., 0], rgba[..., 0])
+    assert (Draw(saturation=0.0).recolored(rgba)[0, :3, 0, 1] - 0.299).abs().max() < 2e-3
+    assert Draw(hue_deg=120.0).recolored(rgba)[0, :3, 0, 1].argmax() != 0
 
 
 def test_variants_come_back_and_differ(tmp_path):
@@ -178,9 +171,6 @@ def test_variants_come_back_and_differ(tmp_path):
         dataset = MouseMVDiffusionDataset(data, rig, SIZE, augmentation(cache_latents=cached, **options))
         draws = [dataset.draw(epoch, 1) for epoch in range(6)]
         assert len(set(draws)) == different and (not cached or draws[:3] == draws[3:])
-
-
-# ---- several data sets ----------------------------------------------------------------------------------------------
 
 
 def test_mixed_items_come_from_the_right_data_set(tmp_path):

@@ -12,7 +12,7 @@ import torch
 from mvdiffusion_tiny import SIZE, augmentation, config_for, figures, losses, prepare, write_dataset
 
 from multiview.checkpoint import read_rig
-from multiview.image import adjust_colours, composite
+from multiview.image import Draw, composite
 from multiview.rig import RigMismatchError, load_rig
 from multiview.run import make_generator
 from multiview.sample import read_sample, read_split
@@ -31,9 +31,6 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     return prepare(tmp_path_factory.mktemp("tiny"))
-
-
-# ---- data -----------------------------------------------------------------------------------------------------------
 
 
 def test_rotated_reference_rotates_the_targets(tiny):
@@ -73,7 +70,7 @@ def test_background_and_jitter_are_one_for_all_views(tiny):
         assert torch.equal(item["targets"], again["targets"])  # (seed, epoch, index) decides
     assert len(backgrounds) > 1
     grey = torch.cat([torch.full((3, 3, 4, 4), 0.5), torch.ones(3, 1, 4, 4)], 1)
-    found = adjust_colours(grey, brightness=1.1, contrast=0.9)[:, :3]
+    found = Draw(brightness=1.1, contrast=0.9).recolored(grey)[:, :3]
     assert found.unique().numel() == 1 and found[0, 0, 0, 0] != 0.5
 
 
@@ -98,9 +95,6 @@ def test_standardised_latents_change_nothing_else():
     torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(3), atol=1e-3, rtol=0)
     torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(3), atol=1e-3, rtol=0)
     torch.testing.assert_close(new.std * spread, old.std, atol=1e-4, rtol=1e-3)
-
-
-# ---- losses ---------------------------------------------------------------------------------------------------------
 
 
 def test_snr_weights_follow_the_prediction_type():
@@ -141,9 +135,6 @@ def test_foreground_weight_keeps_the_scale_of_an_even_error():
     mask[..., 0] = 1
     even = diffusion_loss(target + 1, target, torch.ones(2), 1 + 3 * mask)
     torch.testing.assert_close(even, torch.tensor(1.0))
-
-
-# ---- the loop -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("damage", ["cut optimizer", "flipped bit", "cut UNet without digests", "missing"])

@@ -133,9 +133,6 @@ def test_duplicate_view_names_are_refused():
         ViewRig("x", (View("a", 0, 0), View("a", 60, 0)))
 
 
-# ---- mirror images --------------------------------------------------------------------------------------------------
-
-
 def test_views_find_their_mirror_images():
     assert load_rig("mouse6").mirror_order() == [0, 5, 4, 3, 2, 1]
     assert load_rig("facelift6").mirror_order() == [0, 5, 4, 3, 2, 1]

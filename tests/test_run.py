@@ -19,12 +19,12 @@ def test_seeds_depend_on_every_key_and_nothing_else():
 
 
 def test_metrics_are_forgotten_beyond_the_step_that_is_resumed(tmp_path):
-    run = RunFolder(tmp_path, {"a": 1}, load_rig("mouse6"))
+    run = RunFolder(tmp_path, {}, load_rig("mouse6"))
     for step in (1, 2, 3):
         run.log(step, {"loss": torch.tensor(step / 2)})
     with open(tmp_path / "metrics.jsonl", "a") as handle:
         handle.write('{"step": 3, "los')
-    run.forget_after(2)
+    RunFolder(tmp_path, {"a": 1}, load_rig("mouse6"), after=2)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(line["step"], line["loss"], line["split"]) for line in lines] == [(1, 0.5, "train"), (2, 1.0, "train")]
     assert json.loads((tmp_path / "config.json").read_text())["rig"]["name"] == "mouse6"
@@ -39,7 +39,7 @@ def test_only_the_main_process_writes(tmp_path):
 def test_wandb_missing_is_said(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match="requirements-extra.txt"):
-        RunFolder(tmp_path, {}, None, wandb=WandbOptions(mode="offline"))
+        RunFolder(tmp_path, {}, load_rig("mouse6"), wandb=WandbOptions(mode="offline"))
 
 
 @pytest.mark.parametrize(

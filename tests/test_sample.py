@@ -148,15 +148,6 @@ def test_split_lists_are_relative_and_refuse_absolute_and_escaping_paths(tmp_pat
         read_split(path)
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
-def test_lists_and_json_are_read_in_the_encodings_that_editors_write(tmp_path, encoding):
-    (tmp_path / "list.txt").write_text("sample_a\r\n\r\n  sample_b  \n", encoding=encoding)
-    assert [path.name for path in read_split(tmp_path / "list.txt")] == ["sample_a", "sample_b"]
-    content = {"rig": load_rig("mouse6").to_dict(), "note": "Mäuse"}
-    (tmp_path / "dataset.json").write_text(json.dumps(content, ensure_ascii=False), encoding=encoding)
-    assert read_dataset_info(tmp_path)["note"] == "Mäuse"
-
-
 def test_the_dataset_carries_its_rig(tmp_path):
     with pytest.raises(ValueError, match="stamp_rig"):
         read_dataset_info(tmp_path)

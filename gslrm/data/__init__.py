@@ -1,1 +1,0 @@
-"""Stage 2's data: posed, masked views of sample folders."""

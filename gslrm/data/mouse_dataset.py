@@ -26,11 +26,9 @@ OVERLAP_COSINE = 0.5  # cameras within 60 degrees of an input see what it sees
 class MouseViewDataset(Dataset):
     """Items of a split list, as the `training.dataset` section says.
 
-    list_file: sample folders, one per line, relative to it; `dataset.json` with the rig lies beside it.
-    image_size: pixels; images and cameras are resized together.
     every_view: every view of the sample, in order, on one background (validation). Else inputs come first (the rig's
-        first views in its order, or with `random_view_selection` any); the others are drawn at random, with
-        `maximize_view_overlap` among the cameras within 60 degrees of an input.
+    first views in its order, or with `random_view_selection` any); the others are drawn at random, with
+    `maximize_view_overlap` among the cameras within 60 degrees of an input.
     limit: only the first samples. first_index: what the sample's number in `index` counts from, in a mixture.
     """
 
@@ -61,7 +59,6 @@ class MouseViewDataset(Dataset):
         Returns, with n views of which the first num_input_views are inputs: image [n, 3, h, w] and alpha [n, 1, h, w]
         in 0..1, composited on `background` [3]; c2w [n, 4, 4]; fxfycxcy [n, 4] pixels; index [n, 2] int64 as
         [view_idx, scene_idx]; targets [t] int64, the views to render; depth [n, 1, h, w] if asked for.
-
         With camera noise c2w and fxfycxcy of the inputs are what the model is told; inputs that are targets too then
         follow a second time behind the others, with their true cameras, and `targets` points at those.
         """
@@ -69,7 +66,11 @@ class MouseViewDataset(Dataset):
         generator = make_generator("gslrm-item", self.seed, epoch, index)
         views = self._choose_views(index, generator)
         sample = self._read(index, views)
-        background = self._choose_background(generator)
+        name = self.options.background_color
+        if name == "random":  # white, gray or black with equal chance; white where every view is asked for
+            drawn = 0 if self.every_view else int(torch.randint(len(BACKGROUNDS), (), generator=generator))
+            name = list(BACKGROUNDS)[drawn]
+        background = torch.full((3,), BACKGROUNDS[name])
         rgba, cameras, depth = sample.rgba, sample.cameras, sample.depth
         targets = torch.arange(0 if self.options.target_has_input else self.num_input_views, len(views))
         if self.augmentation is not None:
@@ -79,17 +80,11 @@ class MouseViewDataset(Dataset):
                 cameras, rows, targets = self._add_camera_noise(cameras, targets, noise, generator)
                 views, rgba, depth = views[rows], rgba[rows], depth[rows] if self.with_depth else None
         item = {
-            "image": composite(rgba, background[:, None, None]),
-            "alpha": rgba[:, 3:],
-            "background": background,
-            "c2w": cameras.c2w,
-            "fxfycxcy": cameras.fxfycxcy,
+            "image": composite(rgba, background[:, None, None]), "alpha": rgba[:, 3:], "background": background,
+            "c2w": cameras.c2w, "fxfycxcy": cameras.fxfycxcy, "targets": targets,
             "index": torch.stack([views, torch.full_like(views, self.first_index + index)], dim=-1),
-            "targets": targets,
-        }
-        if self.with_depth:
-            item["depth"] = depth
-        return item
+        }  # fmt: skip
+        return {**item, "depth": depth} if self.with_depth else item
 
     def _cameras(self, index: int) -> Cameras:
         """The cameras [v] of a sample's file, checked; from memory after the first time. Images are not touched."""
@@ -107,19 +102,17 @@ class MouseViewDataset(Dataset):
         return self._known_cameras[index]
 
     def _read(self, index: int, views: Tensor) -> Sample:
-        return read_sample(
-            self.folders[index], image_size=self.image_size, views=views.tolist(), with_depth=self.with_depth
-        )
+        options = {"views": views.tolist(), "with_depth": self.with_depth}
+        return read_sample(self.folders[index], image_size=self.image_size, **options)
 
     def _drop_bad_samples(self) -> int:
         good = []
         for index, folder in enumerate(self.folders):
             try:
                 self._read(index, torch.arange(len(self._cameras(index))))
+                good.append(folder)
             except ValueError as error:
                 log.warning("sample left out: %s", error)
-            else:
-                good.append(folder)
         skipped = len(self.folders) - len(good)
         if not good:
             raise ValueError(f"{self.list_file}: none of its {skipped} samples can be read")
@@ -127,14 +120,6 @@ class MouseViewDataset(Dataset):
             log.warning("%s: %d of %d samples left out (on_bad_sample: skip)", self.list_file, skipped, len(self))
         self.folders, self._known_cameras = good, {}
         return skipped
-
-    def _choose_background(self, generator: torch.Generator) -> Tensor:
-        """[3] color 0..1; `random` is white, gray or black with equal chance (white where every view is asked for)."""
-        name = self.options.background_color
-        if name == "random":
-            drawn = 0 if self.every_view else int(torch.randint(len(BACKGROUNDS), (), generator=generator))
-            name = list(BACKGROUNDS)[drawn]
-        return torch.full((3,), BACKGROUNDS[name])
 
     def _choose_views(self, index: int, generator: torch.Generator) -> Tensor:
         """View numbers [num_views], inputs first; from the cameras alone, so that only chosen images are decoded."""
@@ -159,22 +144,17 @@ class MouseViewDataset(Dataset):
         self, cameras: Cameras, targets: Tensor, noise: dict[str, float], generator: torch.Generator
     ) -> tuple[Cameras, Tensor, Tensor]:
         """Returns cameras [m] as the model is told them, which of the n views each one shows [m], and the targets.
-
-        Images are rendered with true cameras: an input that is also a target comes a second time, at the end. Losses
-        on rays (pixel-align, direct) go with the rays that the model was told.
-        """
+        Images are rendered with true cameras, so an input that is also a target comes a second time; losses on rays go
+        with told ones."""
         n, num_inputs = len(cameras), self.num_input_views
         noisy = perturb(cameras[:num_inputs], **noise, generator=generator)
-        rows, others = torch.arange(n), torch.arange(num_inputs, n)
+        rows = torch.arange(n)
         if self.options.target_has_input:
             rows = torch.cat([rows, torch.arange(num_inputs)])
-            targets = torch.cat([torch.arange(n, n + num_inputs), others])
-        cameras = replace(
-            cameras,
-            c2w=torch.cat([noisy.c2w, cameras.c2w[rows[num_inputs:]]]),
-            fxfycxcy=torch.cat([noisy.fxfycxcy, cameras.fxfycxcy[rows[num_inputs:]]]),
-        )
-        return cameras, rows, targets
+            targets = torch.cat([torch.arange(n, n + num_inputs), torch.arange(num_inputs, n)])
+        true = cameras[rows[num_inputs:]]
+        c2w, fxfycxcy = torch.cat([noisy.c2w, true.c2w]), torch.cat([noisy.fxfycxcy, true.fxfycxcy])
+        return replace(cameras, c2w=c2w, fxfycxcy=fxfycxcy), rows, targets
 
 
 def draw_colors(augmentation: AugmentationConfig, generator: torch.Generator) -> Draw:
@@ -188,19 +168,16 @@ def draw_colors(augmentation: AugmentationConfig, generator: torch.Generator) ->
 
 
 def overlapping(cameras: Cameras, inputs: Tensor, rule: str) -> Tensor:
-    """[v] bool: cameras whose direction lies within 60 degrees of an input's.
-
-    rule: `normalised`, or `upstream`: FaceLift's test, on positions that are not normalised.
-    """
+    """[v] bool: cameras within 60 degrees of an input's. rule: `normalised`, or FaceLift's `upstream`, on raw
+    positions."""
     positions = cameras.origins
-    if rule == "normalised":
-        positions = torch.nn.functional.normalize(positions, dim=-1)
+    positions = torch.nn.functional.normalize(positions, dim=-1) if rule == "normalised" else positions
     return (positions @ positions[inputs].mT >= OVERLAP_COSINE).any(-1)
 
 
 def build_datasets(config: GSLRMConfig, overfit: int) -> tuple[MixedDataset, MouseViewDataset | None]:
     """Training data, and validation data (every view of each sample, fixed inputs) unless validation is off."""
-    options, seed = config.training.dataset, config.training.runtime.seed
+    options, seed, checked = config.training.dataset, config.training.runtime.seed, config.validation
     size = config.model.image_tokenizer.image_size
     lists, percents = mixed_lists(options.dataset_path, [(part.dataset_path, part.ratio) for part in options.mix])
     parts: list[MouseViewDataset] = []
@@ -213,8 +190,6 @@ def build_datasets(config: GSLRMConfig, overfit: int) -> tuple[MixedDataset, Mou
     if overfit > len(parts[0]):
         raise ValueError(f"--overfit {overfit} needs {overfit} samples, {lists[0]} has {len(parts[0])}")
     check_set = None
-    if config.validation.enabled:
-        check_set = MouseViewDataset(
-            config.validation.dataset_path, options, size, every_view=True, limit=config.validation.num_samples
-        )
+    if checked.enabled:
+        check_set = MouseViewDataset(checked.dataset_path, options, size, every_view=True, limit=checked.num_samples)
     return MixedDataset(parts, percents), check_set

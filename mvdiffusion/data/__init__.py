@@ -1,1 +1,0 @@
-"""Samples for Stage 1, and the prompt embeddings that ship with the project."""

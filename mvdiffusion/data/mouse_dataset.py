@@ -20,18 +20,13 @@ from mvdiffusion.data.views import Arrangement, arrange
 
 
 class MouseMVDiffusionDataset(Dataset):
-    """The rig's views of each sample of a split list.
+    """The rig's views of each sample of a split list; an item, asked for by (epoch, index), depends on (seed, epoch,
+    index) only.
 
-    list_file: data_mouse_train.txt; the folder it lies in holds dataset.json.
-    rig: the rig that is trained; a data set of another one is refused.
-    config: what is drawn once per sample (backgrounds, colors, crop, mirroring) and whether the reference view moves
-        (`reference_view_idx`: targets, prompts and cameras move with it, mvdiffusion/data/views.py, so that each row
-        always says truly what it shows). None: samples as they are, on white (validation).
-    with_cameras: the UNet is told the cameras. Without, a moved reference or a mirrored animal must give the rig's own
-        directions again, because prompts are then all that names a view; any other rig is refused.
-    first_index: what the sample's number counts from where several data sets are mixed, in random keys too.
-
-    An item is asked for by index, or by (epoch, index): it depends on (seed, epoch, index) only.
+    config: what is drawn once per sample, and whether the reference view moves (`reference_view_idx`; targets, prompts
+    and cameras move with it). None: samples as they are, on white (validation). with_cameras: the UNet is told the
+    cameras; else a moved reference or a mirrored animal must give the rig's own directions again, or is refused.
+    first_index: what the sample's number counts from where several data sets are mixed.
     """
 
     def __init__(
@@ -54,30 +49,20 @@ class MouseMVDiffusionDataset(Dataset):
         return len(self.folders)
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Tensor]:
-        """One item of n views, row i being what prompt `prompts[i]` and camera i describe.
-
-        targets [n, 3, s, s] 0..1; masks [n, 1, s, s]; reference [3, s, s], the input image; background [3, 1, 1];
-        prompts [n] int64; c2w [n, 4, 4] and fxfycxcy [n, 4] of the images; index; rotation; mirrored.
-        """
+        """One item of n views, row i being what prompt `prompts[i]` and camera i describe: targets [n, 3, s, s] 0..1;
+        masks [n, 1, s, s]; reference [3, s, s], the input image; background [3, 1, 1]; prompts [n] int64; c2w,
+        fxfycxcy; index; rotation; mirrored."""
         epoch, index = key if isinstance(key, tuple) else (0, key)
         draw, rotation = self.draw(epoch, index), self.draw_rotation(epoch, index)
         arrangement = self.arrangements[rotation, draw.mirrored]
         images, masks, cameras = self.pictures(index, draw)
         targets, cameras = images[arrangement.rows], arrangement.cameras(cameras)
         return {
-            "targets": targets,
-            "masks": masks[arrangement.rows],
-            "reference": targets[self.rig.reference_view],
-            "background": torch.full((3, 1, 1), BACKGROUNDS[draw.background]),
-            "prompts": arrangement.prompts,
-            "c2w": cameras.c2w,
-            "fxfycxcy": cameras.fxfycxcy,
-            "index": torch.tensor(self.first_index + index),
-            "rotation": torch.tensor(rotation),
-            "mirrored": torch.tensor(draw.mirrored),
-        }
-
-    # ---- the parts of an item, which the latent cache takes one by one --------------------------------------------
+            "targets": targets, "masks": masks[arrangement.rows], "reference": targets[self.rig.reference_view],
+            "background": torch.full((3, 1, 1), BACKGROUNDS[draw.background]), "prompts": arrangement.prompts,
+            "c2w": cameras.c2w, "fxfycxcy": cameras.fxfycxcy, "index": torch.tensor(self.first_index + index),
+            "rotation": torch.tensor(rotation), "mirrored": torch.tensor(draw.mirrored),
+        }  # fmt: skip
 
     def draw(self, epoch: int, index: int) -> Draw:
         """Draws the sample's augmentation in an epoch."""
@@ -113,15 +98,12 @@ class MouseMVDiffusionDataset(Dataset):
 
     def pictures(self, index: int, draw: Draw) -> tuple[Tensor, Tensor, Cameras]:
         """Images [n, 3, s, s], masks [n, 1, s, s] and cameras [n] of a draw, in the stored views' order."""
-        whole = draw.crop[2] == 1.0  # a crop is cut out of the stored pixels, before they are resized
-        sample = read_sample(
-            self.folders[index], image_size=self.image_size if whole else None, num_views=self.rig.num_views
-        )
-        if sample.cameras.height != sample.cameras.width:
-            raise ValueError(
-                f"sample {self.folders[index]}: square images are expected, got {sample.cameras.height} x "
-                f"{sample.cameras.width}"
-            )
+        folder, whole = self.folders[index], draw.crop[2] == 1.0
+        # A crop is cut out of the stored pixels, before they are resized.
+        sample = read_sample(folder, image_size=self.image_size if whole else None, num_views=self.rig.num_views)
+        height, width = sample.cameras.height, sample.cameras.width
+        if height != width:
+            raise ValueError(f"sample {folder}: square images are expected, got {height} x {width}")
         return draw.apply(sample.rgba, sample.cameras, self.image_size)
 
     def input_views(self) -> list[int]:
@@ -140,13 +122,13 @@ class MouseMVDiffusionDataset(Dataset):
         for (rotation, _), arrangement in self.arrangements.items():
             if arrangement.is_rig:
                 continue
-            instead = "or tell the UNet the cameras (camera_conditioning: adaln), which say what no prompt can"
             if rotation:
-                raise ValueError(
-                    "reference_view_idx: random needs a rig that looks the same from every view (equal steps, "
-                    f"azimuth_zero 'reference'), rig {self.rig.name} does not; use reference_view_idx: 0, {instead}"
-                )
+                key, must, value = "reference_view_idx: random", "looks the same from every view", "reference_view_idx"
+                must += " (equal steps, azimuth_zero 'reference')"
+            else:
+                key = value = "mirror_probability"
+                must = "has the same directions in the mirror"
             raise ValueError(
-                "mirror_probability needs a rig whose directions are the same in the mirror, those of rig "
-                f"{self.rig.name} are not; use mirror_probability: 0, {instead}"
+                f"{key} needs a rig that {must}, rig {self.rig.name} does not; use {value}: 0, or tell the UNet the "
+                "cameras (camera_conditioning: adaln), which say what no prompt can"
             )
