@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -18,7 +19,7 @@ def product(root: Path) -> dict[str, str]:
 
 
 def imports(trees: dict[str, ast.Module]) -> dict[str, set[str]]:
-    """Returns per file the product files it imports, at its head or where needed; imports for types alone apart."""
+    """Returns per file the product files it imports, at its head or where needed; imports for types alone and its package's door apart."""
     files = {name.removesuffix(".py").removesuffix("/__init__").replace("/", "."): name for name in trees}
     graph = {}
     for name, tree in trees.items():
@@ -26,7 +27,7 @@ def imports(trees: dict[str, ast.Module]) -> dict[str, set[str]]:
         nodes -= {n for i in tree.body if isinstance(i, ast.If) and "TYPE_CHECKING" in ast.dump(i.test) for n in i.body}
         paths = [f"{getattr(n, 'module', '')}.{alias.name}".strip(".").split(".") for n in nodes for alias in n.names]
         modules = {".".join(parts[: end + 1]) for parts in paths for end in range(len(parts))}
-        graph[name] = {files[module] for module in modules & set(files)} - {name}
+        graph[name] = {files[module] for module in modules & set(files)} - {name, f"{Path(name).parent}/__init__.py"}
     return graph
 
 
@@ -49,7 +50,7 @@ def measure(root: Path) -> dict[str, float]:
     named = used + Counter(n.name for n in nodes if isinstance(n, ast.alias))
     top = [node for tree in trees.values() for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
     functions = [n for n in nodes if isinstance(n, ast.FunctionDef)]
-    callers = [n.args for n in functions if not any("jit" in ast.dump(d) for d in n.decorator_list)]  # kernels apart
+    callers = [n.args for n in functions if not any(re.search("jit|kernel", ast.dump(d)) for d in n.decorator_list)]
     written = [line.strip() for text in texts.values() for line in text.splitlines() if line.strip()]
     prose = [ast.get_docstring(n) or "" for n in nodes if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)]
     code = sum(line[0] != "#" for line in written) - sum(bool(line) for text in prose for line in text.splitlines())
