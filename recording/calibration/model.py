@@ -128,7 +128,7 @@ class Calibration:
     def cameras(self) -> Cameras:
         """Returns one Cameras [v] (float64); needs one image size, no skew and no distortion."""
         if len(set(self.sizes)) != 1 or self.sizes[0] is None or np.any(self.K[:, 0, 1]) or np.any(self.distortion):
-            raise ValueError(f"{self.source}: only cameras of one known size, without skew and lens, are pinholes")
+            raise ValueError(f"{self.source}: cameras of other sizes, with skew or lens distortion are no pinholes")
         (width, height), values = self.sizes[0], self.K[:, [0, 1, 0, 1], [0, 1, 2, 2]]
         return Cameras.from_w2c(torch.from_numpy(self.w2c), torch.from_numpy(values), height, width)
 
