@@ -6,6 +6,7 @@ Needs only what a sample holds (`calibration_to_sample`) and the cloud of its fr
 from collections.abc import Callable
 from dataclasses import replace
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -54,8 +55,9 @@ def direct_rendering(cloud, sample: Sample, render: Callable, calibration: Calib
     fine = size * float(calibration.K[:, 0, 0].mean()) / float(sample.cameras.fxfycxcy[:, 0].mean())
     fine = round(fine * (LENS_OVERSAMPLING if has_lens(calibration) else 1))
     rgb, alpha = render(cloud, recording_cameras(sample).resize(fine, fine))[:2]
-    shrunk = torch.nn.functional.interpolate  # each pixel the mean over its area
-    return tuple(shrunk(image, (size, size), mode="area") for image in (rgb, alpha))
+    images = torch.cat([rgb, alpha], dim=1).permute(0, 2, 3, 1).numpy()
+    shrunk = np.stack([cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA) for image in images])
+    return torch.from_numpy(shrunk).permute(0, 3, 1, 2).split([3, 1], dim=1)  # each pixel the mean over its area
 
 
 def marked(cloud):
@@ -77,8 +79,6 @@ def marker_errors(sample: Sample, keypoints: np.ndarray) -> np.ndarray:
     keypoints: [k, 3] in the recording's world. Only markers that stand clear of others of their colour and of the
     mask's rim count; every bright spot is found in the picture first, and then given to the nearest projection.
     """
-    import cv2
-
     points = moved_to_sample(sample, keypoints)
     expected, depth = (part.numpy() for part in sample.cameras.project(points.expand(len(sample.rgba), -1, -1)))
     spread = MARKER_MM * np.linalg.norm(to_sample(sample)[:3, 0]) * float(sample.cameras.fxfycxcy[0, 0]) / depth.mean()
