@@ -149,7 +149,7 @@ def run_sweeps(
     settings: EvaluationSettings, model: MouseFaceLift, info: dict, folders: Sequence[Path], lpips, notes: list[str],
     head: dict,
 ) -> str:  # fmt: skip
-    """Measures every level of every factor that has values; writes the tables, plots and sheets, returns the Markdown."""
+    """Measures every level of every factor that has values; writes tables, plots and sheets, returns the Markdown."""
     scale, rig, size = None, model.rig, model.network.config.image_tokenizer.image_size
     output, records, tables, summaries = settings.output_dir, [], [], {}
     if settings.camera_noise_mm:
