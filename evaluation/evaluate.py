@@ -71,9 +71,8 @@ def evaluate_sample(
         else:
             gaussians = methods.reconstruct_sample(model, sample) if generated is None else model.predict(generated)
             own = methods.predict_gaussians(gaussians, sample, splits)
-    others, report.told = methods.predict_baselines(
-        stage, settings.baselines, sample, model, generated=generated, training=training
-    )
+    given = {"generated": generated, "training": training}
+    others, report.told = methods.predict_baselines(stage, settings.baselines, sample, model, **given)
     if stage == "full":  # the same views before Stage 2: whether it gains or loses
         rig_views = {split: views for split, views in splits.items() if split == methods.OTHER_RIG_VIEWS}
         before = methods.predict_images(sample, rig_views, lambda views: generated.rgb[views])

@@ -98,10 +98,7 @@ def splits_of(stage: str, sample: Sample, rig: ViewRig) -> Splits:
 def predict_images(sample: Sample, splits: Splits, images: Callable[[list[int]], Tensor]) -> Predictions:
     """Returns the images [n, 3, h, w] that `images(views)` gives; their masks are read off the white."""
     rgb = {split: images(views) for split, views in splits.items()}
-    return {
-        split: compare(sample, views, rgb[split], metrics.mask_from_white(rgb[split]))
-        for split, views in splits.items()
-    }
+    return {split: compare(sample, splits[split], x, metrics.mask_from_white(x)) for split, x in rgb.items()}
 
 
 def reconstruct_sample(

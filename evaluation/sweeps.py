@@ -73,8 +73,8 @@ def plan_sweeps(
 def spread_views(rig: ViewRig, count: int) -> tuple[int, ...]:
     """Returns `count` of the rig's views, the reference view among them, as far apart in azimuth as can be.
 
-    Of all choices the one whose views, as equal charges on a circle, have the least energy (the sum of 1 / chord); ties
-    go to the first in rig order. mouse6: 2 -> 0, 3; 3 -> 0, 2, 4; 4 -> 0, 1, 3, 4.
+    As equal charges on a circle they have the least energy (sum of 1 / chord); ties go to the first in rig order.
+    mouse6: 2 -> 0, 3; 3 -> 0, 2, 4; 4 -> 0, 1, 3, 4.
     """
     if not 1 <= count <= rig.num_views:
         raise ValueError(f"num_input_views must be 1 to {rig.num_views}, the views of rig {rig.name}, got {count}")
@@ -149,10 +149,7 @@ def run_sweeps(
     settings: EvaluationSettings, model: MouseFaceLift, info: dict, folders: Sequence[Path], lpips, notes: list[str],
     head: dict,
 ) -> str:  # fmt: skip
-    """Measures every level of every factor that has values; writes metrics.json, table.md, and a plot and a sheet each.
-
-    Returns the Markdown.
-    """
+    """Measures every level of every factor that has values; writes tables, plots and sheets, returns the Markdown."""
     scale, rig, size = None, model.rig, model.network.config.image_tokenizer.image_size
     output, records, tables, summaries = settings.output_dir, [], [], {}
     if settings.camera_noise_mm:

@@ -123,10 +123,8 @@ def with_true_views(sample: Sample, rig: ViewRig, source: Sample, reference: int
     if not extra or _camera_gaps(own, turned[[reference]]) > POSE_TOLERANCE:
         return sample
     kept, depth = turned[extra], None
-    cameras = replace(
-        sample.cameras, c2w=torch.cat([sample.cameras.c2w, kept.c2w]),
-        fxfycxcy=torch.cat([sample.cameras.fxfycxcy, kept.fxfycxcy]),
-    )  # fmt: skip
+    c2w, lenses = (torch.cat([getattr(c, name) for c in (sample.cameras, kept)]) for name in ("c2w", "fxfycxcy"))
+    cameras = replace(sample.cameras, c2w=c2w, fxfycxcy=lenses)
     if source.depth is not None:
         # Any view of the source may be the photograph, so its views are the rig's in any order.
         gaps, same = _camera_gaps(sample.cameras, turned).min(1)

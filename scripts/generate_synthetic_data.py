@@ -32,16 +32,12 @@ class Settings:
     num_samples: int | None = option(None, "the first n of each list; default: all", least=1)
     seed: int = option(0, "of the dataset")
     device: str = option("auto", "auto, cpu or cuda")
-    references: str = option(
-        "reference", "photograph: the reference view, or each rig view in turn", choices=("reference", "all")
-    )
+    references: str = option("reference", "photograph: that view, or each in turn", choices=("reference", "all"))
     repaint_input: bool = option(False, "generate the reference view too instead of keeping the photograph")
     keep_true_views: str = option(
-        "none",
-        "append the source's own images, where its reference camera is the rig's, as targets for Stage 2: those in no "
-        "rig view, or all but the photograph",
-        choices=("none", "novel", "all"),
-    )
+        "none", "append the source's own images, where its reference camera is the rig's, as targets for Stage 2: "
+        "those in no rig view, or all but the photograph", choices=("none", "novel", "all"),
+    )  # fmt: skip
     batch_size: int = option(1, "samples generated at once", least=1)
 
 
