@@ -78,11 +78,11 @@ class MouseFaceLift:
     ) -> Reconstruction:  # fmt: skip
         """Reconstructs one photograph (see the module). Its result depends on its own seed alone.
 
-        crop: framing, see `multiview.photo.prepare_photo`. keep_input_view: Stage 2 sees the photograph itself as the
+        crop: framing, see `multiview.image.prepare_photo`. keep_input_view: Stage 2 sees the photograph itself as the
         reference view instead of its generated copy. filtered: leave out Gaussians that are faint or far away.
         Raises PhotographError where the photograph cannot be read or shows no animal.
         """
-        from multiview.photo import prepare_photo
+        from multiview.image import prepare_photo
 
         try:
             photo, report = prepare_photo(_read(image), self.image_size, crop=crop, source=name)
