@@ -14,9 +14,8 @@ from torch import Tensor
 
 from gslrm.model.gaussians import Gaussians, filter_gaussians
 from multiview.cameras import Cameras, read_cameras
-from multiview.image import composite, read_photo, resize_rgba
+from multiview.image import composite, prepare_photo, read_photo, resize_rgba
 from multiview.metrics import mask_from_white
-from multiview.photo import prepare_photo
 from multiview.rig import ViewRig, check_posed_views
 from multiview.run import choose_numba_cache, resolve_device
 from pipeline.artifacts import Artifacts, resolve
@@ -83,7 +82,7 @@ class MouseFaceLift:
     ) -> Reconstruction:  # fmt: skip
         """Reconstructs one photograph (see the package). Its result depends on its own seed alone.
 
-        crop: framing, see `multiview.photo.prepare_photo`. keep_input_view: Stage 2 sees the photograph itself as the
+        crop: framing, see `multiview.image.prepare_photo`. keep_input_view: Stage 2 sees the photograph itself as the
         reference view instead of its generated copy. filtered: leave out Gaussians that are faint or far away.
         Raises PhotographError where the photograph cannot be read or shows no animal.
         """

@@ -19,7 +19,7 @@ def product(root: Path) -> dict[str, str]:
 
 
 def imports(trees: dict[str, ast.Module]) -> dict[str, set[str]]:
-    """Returns per file the product files it imports, at its head or where needed; imports for types alone and its package's door apart."""
+    """Returns per file the product files it imports anywhere; imports for types and its package's own door apart."""
     files = {name.removesuffix(".py").removesuffix("/__init__").replace("/", "."): name for name in trees}
     graph = {}
     for name, tree in trees.items():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from multiview.photo import BODY_AREA, body_placement, prepare_photo, segment
+from multiview.image import BODY_AREA, body_placement, prepare_photo, segment
 
 
 def blob(height, width, cx, cy, radius, *, tail=0):
