@@ -6,19 +6,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import measure_house
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
-import measure_house  # noqa: E402
-
-MOST = {  # HOUSE.md section 2 gives the goals: 16,500 lines, 115 files, 14 in a folder, 9 fragments, 60 dataclasses
-    "product lines": 24_500, "product files": 150, "longest file": 400, "longest function": 90,
-    "files in the largest folder": 24, "module functions named once per 1,000 lines": 19.5, "dataclasses": 125,
-    "functions with more than 8 parameters": 13, "flags of inference_mouse.py": 32, "unused public names": 8,
-    "files in a circle of imports": 11, "lines reached by the entry scripts": 11_800, "test lines": 15_000,
+MOST = {  # goals: 16,500 lines, 115 files, 9 names used once, 60 dataclasses, 9,000 lines reached, 10,000 of tests
+    "product lines": 19_900, "product files": 118, "longest file": 400, "longest function": 85,
+    "files in the largest folder": 14, "module functions named once per 1,000 lines": 11.8, "dataclasses": 84,
+    "functions with more than 8 parameters": 1, "flags of inference_mouse.py": 20, "unused public names": 7,
+    "files in a circle of imports": 0, "lines reached by the entry scripts": 9_850, "test lines": 14_000,
 }  # fmt: skip
-LEAST_COMMENTS = 5.0  # per 100 code lines
+LEAST_COMMENTS = 8.7  # per 100 code lines
 PACKAGES = ("multiview", "mvdiffusion", "gslrm", "pipeline", "synthetic", "recording", "evaluation")
 ALLOWED_IMPORTS = {  # package -> the packages that it may import; entry scripts and scripts/ may import all
     "multiview": set(),
@@ -111,7 +109,7 @@ def test_no_flag_that_cannot_be_turned_off():
 
 
 def test_the_house_stays_within_its_limits():
-    """`python scripts/measure_house.py` prints the figures."""
+    """`python tests/measure_house.py` prints the figures."""
     figures = measure_house.measure(ROOT)
     wrong = {name: figures[name] for name, most in MOST.items() if figures[name] > most}
     assert not wrong and figures["comments per 100 code lines"] >= LEAST_COMMENTS, (wrong, figures)
