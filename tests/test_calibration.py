@@ -118,6 +118,13 @@ def test_a_strong_lens_is_undone_or_refused():
 # ---- single formats --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("format", ["opencv", "mammal", "anipose", "colmap_text"])
+def test_opengl_axes_declared_as_opencv_are_detected(tmp_path, real, format):
+    flipped = replace(real, w2c=np.diag([1.0, -1.0, -1.0, 1.0]) @ real.w2c)
+    with pytest.raises(ValueError, match="when read as OpenGL axes"):
+        read_calibration(write_calibration(tmp_path, flipped, format))
+
+
 @pytest.mark.parametrize("protocol", [2, 4, 5])
 @pytest.mark.parametrize("layout", ["list", "dict", "string keys"])
 def test_mammal_pickle_is_read_with_half_a_pixel_added(tmp_path, real, protocol, layout):
