@@ -193,7 +193,9 @@ def recording_cameras(
     if has_lens(calibration):
         cameras, lenses = _lens_maps(calibration)
     else:
-        cameras, lenses = calibration.cameras().to(torch.float32), []
+        values = torch.from_numpy(calibration.K[:, [0, 1, 0, 1], [0, 1, 2, 2]])
+        cameras = Cameras.from_w2c(torch.from_numpy(calibration.w2c), values, *size[::-1]).to(torch.float32)
+        lenses = []
     walls, gains = background, None
     if uneven_light:
         rooms = [_room(size, background, seed, camera) for camera in range(len(calibration))]
