@@ -190,12 +190,10 @@ def recording_cameras(
     size = calibration.sizes[0]
     if len(set(calibration.sizes)) != 1 or size is None:
         raise ValueError(f"{calibration.source}: the cameras must share one known image size, got {calibration.sizes}")
-    if has_lens(calibration):
-        cameras, lenses = _lens_maps(calibration)
-    else:
+    cameras, lenses = _lens_maps(calibration) if has_lens(calibration) else (None, [])
+    if not lenses:
         values = torch.from_numpy(calibration.K[:, [0, 1, 0, 1], [0, 1, 2, 2]])
         cameras = Cameras.from_w2c(torch.from_numpy(calibration.w2c), values, *size[::-1]).to(torch.float32)
-        lenses = []
     walls, gains = background, None
     if uneven_light:
         rooms = [_room(size, background, seed, camera) for camera in range(len(calibration))]
