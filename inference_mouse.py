@@ -6,12 +6,13 @@ Without checkpoint flags the small demo models are used. Each result goes to <ou
 import argparse
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from multiview.config import add_fields, from_arguments
+from multiview.config import add_fields, checked, from_arguments
 from multiview.run import main_guard
-from pipeline.artifacts import Checkpoints, Options, parse_with_overrides
+from pipeline.options import Checkpoints, Options, parse_with_overrides
 
 EXPORTS = ("splat", "ply_compressed")
 # Images that no library here can read: named as failed, where a text file in the folder is only mentioned.
@@ -28,8 +29,11 @@ def parse_arguments() -> tuple[argparse.Namespace, Options]:
     add_fields(parser, Checkpoints)
     parser.add_argument("--seed", type=int, default=0, help="of each photograph, wherever it stands in a folder")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--crop", choices=("auto", "always", "never"), help="the same as crop=")
     parser.add_argument("--no_filter", action="store_true", help="keep every Gaussian")
-    parser.add_argument("--turntable_views", type=int, default=120, help="frames of turntable.mp4 (120); 0 writes none")
+    parser.add_argument(
+        "--turntable_views", type=checked(int, 0), default=120, help="frames of turntable.mp4 (120); 0 writes none"
+    )
     parser.add_argument(
         "--export", type=export_formats, default=(), metavar="FORMAT[,FORMAT]",
         help=f"also gaussians.splat or gaussians.compressed.ply: {', '.join(EXPORTS)}",
@@ -40,17 +44,14 @@ def parse_arguments() -> tuple[argparse.Namespace, Options]:
     )  # fmt: skip
     parser.add_argument("--output_dir", type=Path, default=Path("outputs"), help="default: outputs")
     arguments, options = parse_with_overrides(parser, Options)
-    if arguments.turntable_views < 0:
-        parser.error("--turntable_views must be at least 0")
-    return arguments, options
+    return arguments, replace(options, crop=arguments.crop or options.crop)
 
 
 def export_formats(text: str) -> tuple[str, ...]:
     """An argparse type: comma-separated names in EXPORTS."""
-    names = tuple(text.split(","))
-    if not set(names) <= set(EXPORTS):
+    if not set(text.split(",")) <= set(EXPORTS):
         raise argparse.ArgumentTypeError(f"must be of {', '.join(EXPORTS)}, got {text!r}")
-    return names
+    return tuple(text.split(","))
 
 
 def main() -> None:
@@ -69,19 +70,31 @@ def main() -> None:
         from gslrm.model.mesh import check_libraries
 
         check_libraries(f".{arguments.mesh}")
-    posed, failed = arguments.sample_dir is not None, {}
+    failed: dict[str, str] = {}
     # Inputs first: a wrong path is told before models are loaded.
-    jobs = [] if posed else list_jobs(arguments, options.video_stride, failed)
+    jobs = [] if arguments.sample_dir else list_jobs(arguments, options.video_stride, failed)
     model = MouseFaceLift.load(
-        device=arguments.device, stages="2" if posed else "full", options=options,
+        device=arguments.device, stages="2" if arguments.sample_dir else "full", options=options,
         **vars(from_arguments(Checkpoints, arguments)),
     )  # fmt: skip
-    save = {
-        "turntable_views": arguments.turntable_views, "turntable_size": options.turntable_size,
-        "export": arguments.export, "mesh": arguments.mesh, "maps": options.maps, "sheet": options.sheet,
-    }  # fmt: skip
-    if posed:
-        reconstruct_sample(model, arguments, save)
+
+    def save(name: str, result) -> None:
+        result.save(
+            arguments.output_dir / name, turntable_views=arguments.turntable_views, export=arguments.export,
+            turntable_size=options.turntable_size, mesh=arguments.mesh, maps=options.maps, sheet=options.sheet,
+        )  # fmt: skip
+        kept, seconds = result.record["gaussians"]["kept"], sum(result.record["seconds"].values())
+        print(f"{arguments.output_dir / name}: {kept} Gaussians in gaussians.ply, {seconds:.1f} s")
+
+    if arguments.sample_dir:
+        from multiview.sample import read_sample
+        from pipeline.outputs import PosedViews
+
+        folder = arguments.sample_dir.resolve()
+        sample = read_sample(arguments.sample_dir)
+        views = PosedViews.of(sample.rgba, sample.cameras)
+        given = [part[: model.rig.num_views] for part in (views.rgb, views.masks, views.cameras)]  # novel ones follow
+        save(folder.name, model.reconstruct(*given, filtered=not arguments.no_filter, name=str(folder)))
         return
     print(f"rig {model.rig.name}: {model.rig.num_views} views; embeddings, UNet and GS-LRM agree")
     done = 0
@@ -97,8 +110,7 @@ def main() -> None:
                 raise
             leave_out(name, str(error), failed)
             continue
-        result.save(arguments.output_dir / name, **save)
-        report(arguments.output_dir / name, result)
+        save(name, result)
         done += 1
     if failed:
         raise ValueError(f"{done} done, {len(failed)} failed: " + "; ".join(failed.values()))
@@ -108,27 +120,6 @@ def leave_out(name: str, reason: str, failed: dict[str, str]) -> None:
     """Names a photograph that cannot be used at once, and again at the end."""
     failed[name] = reason
     print(f"{name} is left out: {reason}", file=sys.stderr)
-
-
-def report(folder: Path, result) -> None:
-    seconds = sum(result.record["seconds"].values())
-    print(f"{folder}: {result.record['gaussians']['kept']} Gaussians in gaussians.ply, {seconds:.1f} s")
-
-
-def reconstruct_sample(model, arguments: argparse.Namespace, save: dict) -> None:
-    """Posed views of a sample folder through Stage 2."""
-    from multiview.image import composite
-    from multiview.sample import read_sample
-
-    sample = read_sample(arguments.sample_dir)
-    count = min(len(sample.rgba), model.rig.num_views)  # novel views come after the rig's
-    rgba, folder = sample.rgba[:count], arguments.output_dir / arguments.sample_dir.resolve().name
-    result = model.reconstruct(
-        composite(rgba, 1.0), rgba[:, 3:], sample.cameras[:count], filtered=not arguments.no_filter,
-        name=str(arguments.sample_dir.resolve()),
-    )  # fmt: skip
-    result.save(folder, **save)
-    report(folder, result)
 
 
 def list_jobs(arguments: argparse.Namespace, stride: int, failed: dict[str, str]) -> Iterable:
@@ -168,24 +159,16 @@ def list_jobs(arguments: argparse.Namespace, stride: int, failed: dict[str, str]
 
 
 def video_frames(path: Path, stride: int, failed: dict[str, str]) -> Iterator:
-    """Yields (name, RGBA [4, h, w]) of every stride-th frame; a video that ends too early is in `failed` afterwards."""
+    """Yields (name, RGB [h, w, 3] uint8) of every stride-th frame; a video that ends early is in `failed` then."""
     import cv2
-    import torch
 
     capture, number = cv2.VideoCapture(str(path)), 0
     # Decoders end a cut file as they end a whole one; only the header knows how many frames there were.
     announced = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
-    try:
-        while True:
-            ok, frame = capture.read()
-            if not ok:
-                break
-            if number % stride == 0:
-                rgb = torch.from_numpy(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)).permute(2, 0, 1).float() / 255
-                yield f"{path.stem}_{number:06d}", torch.cat([rgb, torch.ones_like(rgb[:1])])
-            number += 1
-    finally:
-        capture.release()
+    while (frame := capture.read()[1]) is not None:
+        if number % stride == 0:
+            yield f"{path.stem}_{number:06d}", cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+        number += 1
     if number == 0:
         raise ValueError(f"--input_video {path} holds no frame that can be decoded")
     if number < 0.99 * announced - 1:  # headers of variable frame rates count a frame more or less

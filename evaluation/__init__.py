@@ -8,9 +8,15 @@ from pathlib import Path
 from multiview.config import option
 
 BASELINES = ("copy", "nearest", "hull", "six_views", "autoencoder")
-SWEEPS = {  # factor -> the stages that it applies to
-    "camera_noise_deg": ("2",), "camera_noise_mm": ("2",), "camera_noise_px": ("2",), "num_input_views": ("2",),
-    "min_opacity": ("2", "full"), "max_scaling": ("2", "full"),
+SWEEPS = {  # factor -> the stages that it applies to, what its values are
+    "camera_noise_deg": (("2",), "camera rotation error, standard deviation in degrees"),
+    "camera_noise_mm": (("2",), "camera position error per axis, standard deviation in mm"),
+    "camera_noise_px": (("2",), "principal point error per axis, standard deviation in px"),
+    "num_input_views": (("2",), "input views"),
+    "min_opacity": (("2", "full"), "filter: least opacity kept, the rest as in the preset 'animal'"),
+    "max_scaling": (
+        ("2", "full"), "filter: largest standard deviation kept in world units, the rest as in the preset 'animal'",
+    ),
 }  # fmt: skip
 
 
@@ -31,26 +37,16 @@ class EvaluationSettings:
     seed: int = option(0, "of generated views and noise; default: 0")
     device: str = option("auto", "auto, cpu or cuda")
     output_dir: Path = option(Path("outputs/evaluation"), "default: outputs/evaluation")
-    camera_noise_deg: tuple[float, ...] = option(
-        (), "sweep: rotation of each camera, standard deviations in degrees", least=0, metavar="X"
-    )
-    camera_noise_mm: tuple[float, ...] = option(
-        (), "sweep: position of each camera along each axis, standard deviations in mm", least=0, metavar="X"
-    )
-    camera_noise_px: tuple[float, ...] = option(
-        (), "sweep: principal point, standard deviations in pixels of the model's input", least=0, metavar="X"
-    )
+    camera_noise_deg: tuple[float, ...] = option((), "sweep: camera rotation error, std, degrees", least=0, metavar="X")
+    camera_noise_mm: tuple[float, ...] = option((), "sweep: camera position error, std, mm", least=0, metavar="X")
+    camera_noise_px: tuple[float, ...] = option((), "sweep: principal point error, std, input px", least=0, metavar="X")
     num_input_views: tuple[int, ...] = option((), "sweep: how many views go in", least=1, metavar="N")
-    min_opacity: tuple[float, ...] = option(
-        (), "sweep: Gaussians more transparent than this are left out", least=0, metavar="X"
-    )
-    max_scaling: tuple[float, ...] = option(
-        (), "sweep: Gaussians larger than this standard deviation in world units are left out", least=0, metavar="X"
-    )
+    min_opacity: tuple[float, ...] = option((), "sweep: fainter Gaussians are left out", least=0, metavar="X")
+    max_scaling: tuple[float, ...] = option((), "sweep: Gaussians of larger std are left out", least=0, metavar="X")
     world_units_per_mm: float | None = option(None, "scale of the data; default: from dataset.json, if it says so")
 
     def __post_init__(self) -> None:
-        for factor, stages in SWEEPS.items():
+        for factor, (stages, _) in SWEEPS.items():
             if getattr(self, factor) and self.stage not in stages:
                 raise ValueError(f"--{factor} is a sweep of --stage {' or '.join(stages)}, got --stage {self.stage}")
         if self.world_units_per_mm is not None and self.world_units_per_mm <= 0:

@@ -8,19 +8,20 @@ from __future__ import annotations
 import difflib
 import itertools
 import json
-import math
 import re
 import shlex
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from multiview.config import read_yaml
+import numpy as np
+
+from multiview.config import load_config, read_yaml
 from multiview.files import read_json, take, write_json
 from multiview.report import Table
 from multiview.run import REPOSITORY
@@ -61,12 +62,13 @@ class Cell:
     overrides: dict[str, Any]
     folder: Path
 
-    @property
-    def name(self) -> str:
-        return self.folder.name
-
     def arguments(self) -> list[str]:
         return [f"{key}={as_yaml(value)}" for key, value in self.overrides.items()]
+
+
+def as_yaml(value: Any) -> str:
+    """Returns a config value as it is written on a command line."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def read_spec(path: Path | str) -> AblationSpec:
@@ -91,49 +93,42 @@ def read_spec(path: Path | str) -> AblationSpec:
         raise ValueError(f"{path}: stage must be 1 or 2, got {spec.stage!r}")
     if not spec.seeds or len(set(map(str, spec.seeds))) != len(spec.seeds) or {type(s) for s in spec.seeds} != {int}:
         raise ValueError(f"{path}: seeds must be a list of different whole numbers, got {spec.seeds!r}")
-    return replace(spec, factors={name: _levels(name, given, path) for name, given in spec.factors.items()})
-
-
-def _levels(name: str, given: Any, path: Path) -> dict[str, dict[str, Any]]:
-    """level name -> overrides, from a list of values of the key `name`, or from a mapping of named levels."""
-    if isinstance(given, list):
-        levels = {as_yaml(value): {name: value} for value in given}
-    elif isinstance(given, dict) and all(isinstance(values, dict) for values in given.values()):
-        levels = {str(level): values for level, values in given.items()}
-    else:
-        raise ValueError(
-            f"{path}: factor '{name}' must be a list of values, or a mapping of level names to config overrides"
-        )
-    if len(levels) < 2:
-        raise ValueError(f"{path}: factor '{name}' needs at least two different levels, got {list(levels)}")
-    return levels
+    factors = {}
+    for name, given in spec.factors.items():
+        if isinstance(given, list):
+            factors[name] = {as_yaml(value): {name: value} for value in given}
+        elif isinstance(given, dict) and all(isinstance(values, dict) for values in given.values()):
+            factors[name] = {str(level): values for level, values in given.items()}
+        else:
+            raise ValueError(f"{path}: factor '{name}' must be a list of values, or a mapping of level names to config "
+                             "overrides")  # fmt: skip
+        if len(factors[name]) < 2:
+            raise ValueError(f"{path}: factor '{name}' needs at least two different levels, got {list(factors[name])}")
+    return replace(spec, factors=factors)
 
 
 def make_cells(spec: AblationSpec) -> list[Cell]:
-    """All combinations, seeds innermost: an interrupted ablation has whole cells rather than whole seeds."""
+    """Returns all combinations, seeds innermost: an interrupted ablation has whole cells rather than whole seeds.
+
+    Every cell's config is loaded as its training does, so that a wrong value is told before the first run starts.
+    """
     _, folder_key, seed_key = TRAINERS[spec.stage]
     cells = []
     for chosen in itertools.product(*(levels.items() for levels in spec.factors.values())):
         levels = {factor: level for factor, (level, _) in zip(spec.factors, chosen)}
-        overrides: dict[str, Any] = dict(spec.overrides)
+        varied: dict[str, Any] = {}
         for factor, (_, values) in zip(spec.factors, chosen):
-            clash = set(values) & (set(overrides) - set(spec.overrides))
-            if clash:
+            if clash := set(values) & set(varied):
                 raise ValueError(f"factor '{factor}' sets {', '.join(sorted(clash))}, which another factor sets too")
-            overrides.update(values)
+            varied |= values
         for seed in spec.seeds:
             label = "_".join([*levels.values(), f"seed{seed}"])
             folder = Path(spec.output_dir) / re.sub(r"[^A-Za-z0-9_.+-]+", "-", label)
-            own = {**overrides, seed_key: seed, folder_key: str(folder)}
+            own = {**spec.overrides, **varied, seed_key: seed, folder_key: str(folder)}
             cells.append(Cell(levels, seed, own, folder))
-    names = [cell.name for cell in cells]
+    names = [cell.folder.name for cell in cells]
     if len(set(names)) != len(names):
         raise ValueError(f"two cells share a folder name; give the levels plainer names: {sorted(names)}")
-    return cells
-
-
-def check_cells(spec: AblationSpec, cells: Sequence[Cell]) -> None:
-    """Loads every cell's config as its training does, so that a wrong value is told before the first run starts."""
     for cell in cells:
         if spec.stage == 1:
             from mvdiffusion.facelift_yaml import load_training_config
@@ -141,9 +136,9 @@ def check_cells(spec: AblationSpec, cells: Sequence[Cell]) -> None:
             load_training_config(spec.base, cell.arguments())
         else:
             from gslrm.config import IGNORED_KEYS, GSLRMConfig, check_config
-            from multiview.config import load_config
 
             check_config(load_config(GSLRMConfig, spec.base, cell.arguments(), ignored=set(IGNORED_KEYS)))
+    return cells
 
 
 def prepare(spec: AblationSpec) -> None:
@@ -165,68 +160,45 @@ def prepare(spec: AblationSpec) -> None:
         write_json(done_file, done)
 
 
-# ---- running --------------------------------------------------------------------------------------------------------
-
-
-def run_cells(spec: AblationSpec, cells: Sequence[Cell], on_cell: Callable[[Cell, dict], None]) -> list[dict]:
-    """Runs what is not finished, in order; a failed cell does not stop the others and is tried again next time.
-
-    on_cell is told of each cell's result. Returns the results in the cells' order.
-    """
-    results = []
-    for cell in cells:
-        result = finished_result(cell)
-        if result is None:  # a process of its own: its memory is freed, and its crash is not ours
-            result = run_cell(spec, cell)
-            write_json(cell.folder / RESULT_FILE, result)
-        results.append(result)
-        on_cell(cell, result)
-    return results
-
-
-def finished_result(cell: Cell) -> dict | None:
-    """Returns the stored result of a cell that ran to its end; None if it must run (anew, or on from a checkpoint)."""
-    path = cell.folder / RESULT_FILE
-    if not path.is_file():
-        return None
-    result, now = read_json(path), json.loads(json.dumps(cell.overrides))
-    stored = result["overrides"]
-    if stored != now:
-        changed = [key for key in sorted(stored.keys() | now.keys()) if stored.get(key) != now.get(key)]
-        told = "; ".join(f"{key}: {stored.get(key)!r} there, {now.get(key)!r} now" for key in changed)
-        raise ValueError(
-            f"{path} belongs to a run with other values ({told}); name a new output_dir in the spec, or delete "
-            f"{cell.folder}"
-        )
-    return result if result["status"] == "done" else None
-
-
 def run_cell(spec: AblationSpec, cell: Cell) -> dict:
-    """Trains one cell in a process of its own and reads its last validation."""
-    script, _, _ = TRAINERS[spec.stage]
+    """Returns the result of a cell: the stored one if it ran to its end, else it is trained (on from a checkpoint).
+
+    In a process of its own: its memory is freed, and its crash is not ours. Raises ValueError for a stored result of
+    other values.
+    """
+    path = cell.folder / RESULT_FILE
+    if path.is_file():
+        result, now = read_json(path), json.loads(json.dumps(cell.overrides))
+        stored = result["overrides"]
+        changed = [key for key in sorted(stored.keys() | now.keys()) if stored.get(key) != now.get(key)]
+        if changed:
+            told = "; ".join(f"{key}: {stored.get(key)!r} there, {now.get(key)!r} now" for key in changed)
+            raise ValueError(
+                f"{path} belongs to a run with other values ({told}); name a new output_dir in the spec, or delete "
+                f"{cell.folder}"
+            )
+        if result["status"] == "done":
+            return result
     cell.folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(REPOSITORY / script), "--config", spec.base, *cell.arguments()]
-    started = time.monotonic()
-    with open(cell.folder / LOG_FILE, "a") as handle:  # appended: a resumed run keeps the story of the first
+    command = [sys.executable, str(REPOSITORY / TRAINERS[spec.stage][0]), "--config", spec.base, *cell.arguments()]
+    started, log = time.monotonic(), cell.folder / LOG_FILE
+    with open(log, "a") as handle:  # appended: a resumed run keeps the story of the first
         code = subprocess.run(command, stdout=handle, stderr=subprocess.STDOUT).returncode
     seconds = round(time.monotonic() - started, 1)
     result = {"levels": cell.levels, "seed": cell.seed, "overrides": cell.overrides, "seconds": seconds}
-    if code:
-        reason = _last_line((cell.folder / LOG_FILE).read_text(errors="replace"))
-        return {**result, "status": "failed", "reason": f"exit code {code}: {reason}"}
-    path = cell.folder / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    validations = [line for line in lines if line["split"] == "val"]
-    values = {k: v for k, v in (validations or [{}])[-1].items() if k not in ("step", "split", "time")}
+    recorded = cell.folder / "metrics.jsonl"
+    lines = [json.loads(line) for line in recorded.read_text().splitlines()] if recorded.is_file() else []
+    last = ([line for line in lines if line["split"] == "val"] or [{}])[-1]
+    values = {name: value for name, value in last.items() if name not in ("step", "split", "time")}
     missing = [name for name in spec.metrics if name not in values]
-    if missing:
-        return {**result, "status": "failed", "reason": f"no {', '.join(missing)} among {', '.join(sorted(values))}"}
-    return {**result, "status": "done", "metrics": values}
-
-
-def as_yaml(value: Any) -> str:
-    """Returns a config value as it is written on a command line."""
-    return value if isinstance(value, str) else json.dumps(value)
+    if code:
+        result |= {"status": "failed", "reason": f"exit code {code}: {_last_line(log.read_text(errors='replace'))}"}
+    elif missing:
+        result |= {"status": "failed", "reason": f"no {', '.join(missing)} among {', '.join(sorted(values))}"}
+    else:
+        result |= {"status": "done", "metrics": values}
+    write_json(path, result)
+    return result
 
 
 def _last_line(text: str) -> str:
@@ -236,64 +208,52 @@ def _last_line(text: str) -> str:
 
 # ---- what the runs say ----------------------------------------------------------------------------------------------
 
-Levels = dict[str, list[str]]  # factor -> its levels, the first being the baseline
-
 
 def estimate(values: Sequence[float]) -> dict | None:
     """Returns mean over n seeds and their standard deviation (`spread`, None for one seed); None without values."""
-    if not values:
+    if not len(values):
         return None
     spread = statistics.stdev(values) if len(values) > 1 else None
     return {"mean": statistics.fmean(values), "spread": spread, "n": len(values)}
 
 
-def cell_values(results: Sequence[dict], metric: str, **levels: str) -> list[float]:
-    """Returns the metric's values of the finished runs at these levels of some factors."""
-    return [r["metrics"][metric] for r in results if r["status"] == "done" and levels.items() <= r["levels"].items()]
+def summarise(spec: AblationSpec, results: Sequence[dict]) -> dict:
+    """Returns {"cells": [{"levels", metric: estimate}], "effects": {metric: {name: estimate}}}, JSON values.
 
-
-def main_effects(results: Sequence[dict], levels: Levels, metric: str, seeds: Sequence[int]) -> dict[str, dict]:
-    """Returns every contrast against the baseline levels, by name, e.g. "a: y - x" or "(a: y - x) x (b: v - u)".
-
+    An effect is a contrast against the baseline levels (the first ones), e.g. "a: y - x" or "(a: y - x) x (b: v - u)".
     A main effect is the mean change when one factor goes from its baseline to a level, over all levels of the others;
     an interaction of two is how much that change grows when the other factor goes from its baseline to a level
     (difference of differences), and so on. Each is computed within a seed, then averaged over seeds; seeds with a
     missing cell are left out.
     """
-    cells = math.prod(map(len, levels.values()))
-    by_seed = [[result for result in results if result["seed"] == seed] for seed in seeds]
+    levels = {factor: list(named) for factor, named in spec.factors.items()}
+    done = {(r["seed"], *r["levels"].values()): r["metrics"] for r in results if r["status"] == "done"}
+    corners = list(itertools.product(*levels.values()))
+    cells = [{"levels": dict(zip(levels, at))} for at in corners]
     # Within a seed the runs share their noise, which so cancels; a seed with a missing cell would not be balanced.
-    complete = [runs for runs in by_seed if len(cell_values(runs, metric)) == cells]
-    found = {}
-    for order in range(1, len(levels) + 1):
-        for chosen in itertools.combinations(levels, order):
-            for tops in itertools.product(*(levels[factor][1:] for factor in chosen)):
-                steps = [f"{factor}: {top} - {levels[factor][0]}" for factor, top in zip(chosen, tops)]
-                contrasts = []
-                for runs in complete:
-                    total = 0.0
-                    for raised in itertools.product((False, True), repeat=order):
-                        corner = {f: top if up else levels[f][0] for f, top, up in zip(chosen, tops, raised)}
-                        sign = (-1) ** raised.count(False)
-                        total += sign * statistics.fmean(cell_values(runs, metric, **corner))
-                    contrasts.append(total)
-                if contrasts:
-                    found[" x ".join(f"({step})" for step in steps) if order > 1 else steps[0]] = estimate(contrasts)
-    return found
+    complete = [seed for seed in spec.seeds if all((seed, *at) in done for at in corners)]
+    effects: dict[str, dict] = {metric: {} for metric in spec.metrics}
+    subsets = [c for n in range(1, len(levels) + 1) for c in itertools.combinations(levels, n)]
+    for metric in spec.metrics:
+        for cell, at in zip(cells, corners):
+            cell[metric] = estimate([done[seed, *at][metric] for seed in spec.seeds if (seed, *at) in done])
+        grid = np.array([done[seed, *at][metric] for seed in complete for at in corners], dtype=float)
+        grid = grid.reshape(len(complete), *map(len, levels.values()))
+        for chosen in subsets if complete else ():
+            for tops in itertools.product(*(range(1, len(levels[factor])) for factor in chosen)):
+                change, top = grid, dict(zip(chosen, tops))
+                for axis, factor in reversed(list(enumerate(levels, 1))):  # the last axis first: the others stay put
+                    raised = change.take(top.get(factor, 0), axis)
+                    change = raised - change.take(0, axis) if factor in top else change.mean(axis)
+                steps = [f"{factor}: {levels[factor][index]} - {levels[factor][0]}" for factor, index in top.items()]
+                name = steps[0] if len(steps) == 1 else " x ".join(f"({step})" for step in steps)
+                effects[metric][name] = estimate(change.tolist())
+    return {"cells": cells, "effects": effects}
 
 
-def summarise(results: Sequence[dict], levels: Levels, metrics: Sequence[str], seeds: Sequence[int]) -> dict:
-    """Returns cells and effects as JSON values."""
-    cells = [
-        {"levels": at, **{metric: estimate(cell_values(results, metric, **at)) for metric in metrics}}
-        for at in (dict(zip(levels, names)) for names in itertools.product(*levels.values()))
-    ]
-    return {"cells": cells, "effects": {metric: main_effects(results, levels, metric, seeds) for metric in metrics}}
-
-
-def markdown(results: Sequence[dict], levels: Levels, metrics: Sequence[str], seeds: Sequence[int]) -> str:
+def markdown(spec: AblationSpec, results: Sequence[dict]) -> str:
     """Returns the summary: cell means, then effects; ± is the standard deviation between seeds."""
-    summary = summarise(results, levels, metrics, seeds)
+    summary, metrics = summarise(spec, results), spec.metrics
 
     def text(figures: dict | None, sign: str = "") -> str:
         if figures is None:
@@ -303,20 +263,14 @@ def markdown(results: Sequence[dict], levels: Levels, metrics: Sequence[str], se
 
     cells = []
     for row in summary["cells"]:
-        first = row[metrics[0]]
-        runs = f"{first['n'] if first else 0} of {len(seeds)}"
+        runs = f"{(row[metrics[0]] or {'n': 0})['n']} of {len(spec.seeds)}"
         cells.append([*row["levels"].values(), runs, *(text(row[metric]) for metric in metrics)])
-    by_metric = summary["effects"]
-    names = list(by_metric[metrics[0]])
-    used = by_metric[metrics[0]][names[0]]["n"] if names else 0
-    effects = [[name, *(text(by_metric[metric][name], "+") for metric in metrics)] for name in names]
-    tables = [
-        Table("Cells: mean over seeds ± their standard deviation", [*levels, "runs", *metrics], cells),
-        Table(
-            f"Effects within a seed, mean ± standard deviation over {used} complete seeds", ["effect", *metrics],
-            effects,
-        ),
-    ]  # fmt: skip
+    first = summary["effects"][metrics[0]]
+    effects = [[name, *(text(summary["effects"][metric][name], "+") for metric in metrics)] for name in first]
+    used = next(iter(first.values()))["n"] if first else 0
+    title = f"Effects within a seed, mean ± standard deviation over {used} complete seeds"
+    cell_title = "Cells: mean over seeds ± their standard deviation"
+    tables = [Table(cell_title, [*spec.factors, "runs", *metrics], cells), Table(title, ["effect", *metrics], effects)]
     failed = [
         f"- {', '.join(f'{factor} {level}' for factor, level in r['levels'].items())}, seed {r['seed']}: {r['reason']}"
         for r in results if r["status"] != "done"

@@ -3,169 +3,101 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from tqdm import tqdm
 
-from evaluation import SWEEPS, EvaluationSettings
-from evaluation.methods import (
-    GENERATED,
-    HULL_OF_GENERATED,
-    HULL_OF_TRUE,
-    NEAREST,
-    OTHER_RIG_VIEWS,
-    OWN,
-    TrainingMice,
-    consistency_of,
-    describe,
-    predict_baselines,
-    predict_gaussians,
-    predict_generated,
-    reconstruct_sample,
-    records_of,
-    side_shown,
-    splits_of,
-)
+from evaluation import SWEEPS, EvaluationSettings, methods
 from evaluation.report import Report, image_rows, mean
-from evaluation.sweeps import find_world_units_per_mm, plan_sweeps, predict_levels, write_sweeps
-from multiview.image import grid, write_image
+from evaluation.sweeps import run_sweeps
 from multiview.metrics import load_lpips, lpips_backbone_path
 from multiview.rig import check_alignment
 from multiview.run import git_hash, peak_bytes, reset_peak, stoppable
-from multiview.sample import Sample, read_dataset_info, read_sample, read_split
-
-if TYPE_CHECKING:
-    from pipeline import MouseFaceLift
+from multiview.sample import Sample, read_dataset_info, read_split
+from pipeline.model import MouseFaceLift
 
 
 def evaluate(settings: EvaluationSettings, model: MouseFaceLift) -> str:
     """Measures what the settings ask for and writes it; returns the tables as Markdown."""
     info = read_dataset_info(settings.data.parent)
     check_alignment(model.rig, dataset=info["rig"])
-    folders = read_split(settings.data)[: settings.num_samples]
+    folders, artifacts = read_split(settings.data)[: settings.num_samples], model.artifacts
     notes, lpips = [], None
     if lpips_backbone_path().is_file():
         lpips = load_lpips(model.device)
     else:
         notes.append(f"LPIPS is not measured: no weights at {lpips_backbone_path().as_posix()}.")
+    head = {  # of metrics.json
+        "stage": settings.stage, "data": settings.data.as_posix(),
+        "train_data": settings.train_data and settings.train_data.as_posix(), "rig": artifacts.rig.to_dict(),
+        "artifacts": artifacts.describe(), "num_steps": artifacts.num_steps,
+        "guidance_scale": artifacts.guidance_scale, "seed": settings.seed, "git": git_hash(),
+    }  # fmt: skip
     if any(getattr(settings, factor) for factor in SWEEPS):  # baselines have no cameras, views or filters to vary
-        return run_sweeps(settings, model, info, folders, lpips, notes)
-    return run_stage(settings, model, folders, lpips, notes)
-
-
-def run_stage(
-    settings: EvaluationSettings, model: MouseFaceLift, folders: Sequence[Path], lpips, notes: list[str]
-) -> str:
-    """Measures one stage, or both together, beside its baselines."""
-    training, stage = None, settings.stage
-    if "nearest" in settings.baselines:
-        if settings.train_data is not None:
-            training = TrainingMice.read(settings.train_data, model.rig, folders)
-        else:
-            notes.append("The nearest training mouse is not measured: no --train_data.")
-    report = Report(stage, len(folders))
+        return run_sweeps(settings, model, info, folders, lpips, notes, head)
+    training, stage, report = None, settings.stage, Report(settings.stage, len(folders))
+    if "nearest" in settings.baselines and settings.train_data is not None:
+        training = methods.TrainingMice(settings.train_data, model.rig, folders)
+    elif "nearest" in settings.baselines:
+        notes.append("The nearest training mouse is not measured: no --train_data.")
     for folder in stoppable(tqdm(folders, desc=f"stage {stage}", unit="mouse")):
-        evaluate_sample(report, read(folder, model, stage), folder.name, settings, model, training, lpips)
-    measured = {record["method"] for record in report.records}
-    told = describe(stage, settings.baselines, training)
+        evaluate_sample(report, methods.read(folder, model, stage), folder.name, settings, model, training, lpips)
     memory = "the most that the whole process held, libraries and weights included; left out where that cannot be told"
     if model.device.type == "cuda":
         memory = "the most that torch held on the GPU, weights included"
     report.notes = [*notes, f"Memory: {memory}. Seconds: from input to the rendered views compared."]
-    told = {method: text for method, text in told.items() if method in measured}
-    head, artifacts = head_of(settings, model), model.artifacts
     facts = {"data": f"{head['data']}, {len(folders)} mice", "rig": artifacts.rig.name}
     facts |= {name: str(head["artifacts"][name]) for name in ("unet", "gslrm") if head["artifacts"][name]}
     if stage != "2":
         steps, guidance = artifacts.num_steps, artifacts.guidance_scale
         facts["sampling"] = f"{artifacts.options.sampler}, {steps} steps, guidance {guidance:g}"
-    facts |= {"seed": str(settings.seed), "commit": head["git"]}
-    return report.write(settings.output_dir, head, facts, told)
+    return report.write(settings.output_dir, head, facts | {"seed": str(settings.seed), "commit": head["git"]})
 
 
 def evaluate_sample(
     report: Report, sample: Sample, name: str, settings: EvaluationSettings, model: MouseFaceLift,
-    training: TrainingMice | None, lpips,
+    training: methods.TrainingMice | None, lpips,
 ) -> None:  # fmt: skip
     """Measures one mouse: the model, timed, then the baselines; what they give goes into the report."""
     stage, rig, generated = settings.stage, model.rig, None
-    splits, reference = splits_of(stage, sample, rig), rig.reference_view
+    splits, reference = methods.splits_of(stage, sample, rig), rig.reference_view
     with measure_cost(model.device) as cost:  # the model alone: baselines are not what a user runs
         if stage != "2":
             generated = model.generate(sample.rgba[reference], seed=settings.seed)
         if stage == "1":
-            own = predict_generated(generated, sample, splits)
+            own = methods.predict_images(sample, splits, lambda views: generated.rgb[views])
         else:
-            gaussians = reconstruct_sample(model, sample) if generated is None else model.predict(generated)
-            own = predict_gaussians(gaussians, sample, splits)
-    others = predict_baselines(stage, settings.baselines, sample, model, generated=generated, training=training)
+            gaussians = methods.reconstruct_sample(model, sample) if generated is None else model.predict(generated)
+            own = methods.predict_gaussians(gaussians, sample, splits)
+    others, report.told = methods.predict_baselines(
+        stage, settings.baselines, sample, model, generated=generated, training=training
+    )
     if stage == "full":  # the same views before Stage 2: whether it gains or loses
-        rig_views = {split: views for split, views in splits.items() if split == OTHER_RIG_VIEWS}
-        others = {GENERATED: predict_generated(generated, sample, rig_views), **others}
-    side = side_shown(sample, reference)
-    head = {"sample": name} | ({"input_shows": side} if side else {})
-    records = records_of(head, {OWN[stage]: own, **others}, sample, reference, lpips)
+        rig_views = {split: views for split, views in splits.items() if split == methods.OTHER_RIG_VIEWS}
+        before = methods.predict_images(sample, rig_views, lambda views: generated.rgb[views])
+        others = {methods.GENERATED: before, **others}
+    head = {"sample": name, **methods.side_shown(sample, reference)}
+    records = methods.records_of(head, {methods.OWN[stage]: own, **others}, sample, reference, lpips)
     report.records += records
     asset = {"sample": name, **cost}
     if generated is not None:
-        asset["consistency"] = consistency_of(generated, sample, rig, with_copy="copy" in settings.baselines)
+        asset["consistency"] = methods.consistency_of(generated, sample, rig, with_copy="copy" in settings.baselines)
     report.assets.append(asset)
-    shown = next((label for label in (HULL_OF_GENERATED, HULL_OF_TRUE.get(stage), NEAREST) if label in others), None)
+    shown = next((label for label in methods.SHOWN if label in others), None)
     between = generated if stage == "full" else None
-    rows = ["truth", *(["painted views"] if between else []), OWN[stage], *([shown] if shown else [])]
+    rows = ["truth", *(["painted views"] if between else []), methods.OWN[stage], *([shown] if shown else [])]
     report.rows = ", ".join(rows)
-    quality = mean([record for record in records if record["method"] == OWN[stage]], "foreground_psnr")
+    quality = mean([record for record in records if record["method"] == methods.OWN[stage]], "foreground_psnr")
     report.show(name, quality, image_rows(sample, reference, own, others.get(shown), between))
-
-
-def run_sweeps(
-    settings: EvaluationSettings, model: MouseFaceLift, info: dict, folders: Sequence[Path], lpips, notes: list[str]
-) -> str:
-    """Measures every level of every factor that has values."""
-    scale, rig, size = None, model.rig, model.network.config.image_tokenizer.image_size
-    if settings.camera_noise_mm:
-        source = (settings.data.parent / "dataset.json").as_posix()
-        scale, note = find_world_units_per_mm(info, settings.world_units_per_mm, source)
-        notes.append(f"Camera positions: {note}.")
-    if settings.camera_noise_px:
-        notes.append(f"Pixels are those of the model's input, {size} x {size}.")
-    sweeps = plan_sweeps({factor: getattr(settings, factor) for factor in SWEEPS}, rig, scale)
-    records, sheets = [], {factor: [] for factor in sweeps}
-    for folder in stoppable(tqdm(folders, desc="sweeps", unit="mouse")):
-        sample = read(folder, model, "2")
-        splits, made = splits_of(settings.stage, sample, rig), None
-        if settings.stage == "full":
-            made = model.predict(model.generate(sample.rgba[rig.reference_view], seed=settings.seed))
-        for level, predictions in predict_levels(
-            model, sample, folder.name, sweeps, splits, seed=settings.seed, gaussians=made
-        ):
-            head = {"factor": level.factor, "value": level.value, "sample": folder.name}
-            records += records_of(head, {"model": predictions}, sample, rig.reference_view, lpips)
-            if folder == folders[0]:  # one mouse shows what a level does
-                shown, sheet = next(iter(predictions.values())), sheets[level.factor]
-                sheet += [shown.rgb] if sheet else [shown.target, shown.rgb]
-    for factor, images in sheets.items():
-        write_image(settings.output_dir / f"sheet_{factor}.png", grid(torch.cat(images), columns=len(images[0])))
-    title = f"{len(folders)} mice, {', '.join(splits)}; line: mean over views, band: middle half"
-    return write_sweeps(settings.output_dir, sweeps, records, head_of(settings, model), title, notes)
-
-
-def read(folder: Path, model: MouseFaceLift, stage: str) -> Sample:
-    """Returns a sample at the size of the stage's model, with depth if Stage 2 is measured and the sample has it."""
-    size = model.network.config.image_tokenizer.image_size if stage == "2" else model.image_size
-    return read_sample(folder, image_size=size, with_depth=stage != "1" and (folder / "depth").is_dir())
 
 
 @contextmanager
 def measure_cost(device: torch.device) -> Iterator[dict[str, float]]:
-    """Fills the dict it yields with `seconds` and, where it can be told, `peak_memory_mib`.
+    """Fills the dict it yields with `seconds` and, where it can be told, `peak_memory_mib`, weights included.
 
-    CUDA: the most that torch held on the card, weights included. CPU: the most that the process held, libraries and
-    weights included, where the kernel lets its high-water mark be reset.
+    CUDA: of what torch holds on the card. CPU: of the whole process.
     """
     cost: dict[str, float] = {}
     on_gpu = device.type == "cuda"
@@ -180,14 +112,3 @@ def measure_cost(device: torch.device) -> Iterator[dict[str, float]]:
     cost["seconds"] = time.perf_counter() - started
     if known:
         cost["peak_memory_mib"] = (torch.cuda.max_memory_allocated(device) if on_gpu else peak_bytes()) / 2**20
-
-
-def head_of(settings: EvaluationSettings, model: MouseFaceLift) -> dict:
-    """Returns what was measured, for metrics.json."""
-    artifacts = model.artifacts
-    return {
-        "stage": settings.stage, "data": settings.data.as_posix(),
-        "train_data": settings.train_data and settings.train_data.as_posix(), "rig": artifacts.rig.to_dict(),
-        "artifacts": artifacts.describe(), "num_steps": artifacts.num_steps,
-        "guidance_scale": artifacts.guidance_scale, "seed": settings.seed, "git": git_hash(),
-    }  # fmt: skip

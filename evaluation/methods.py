@@ -8,39 +8,33 @@ upper bound for it: `six_views` for both stages, `autoencoder` for Stage 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from gslrm.model.gaussians import Gaussians
+from gslrm.model.gaussians_renderer import render
 from multiview import metrics
+from multiview.cameras import Cameras
 from multiview.hull import carve, colour_surface, render_hull, surface
 from multiview.image import composite, resize_rgba
-from multiview.rig import check_alignment
-from multiview.sample import read_dataset_info, read_sample, read_split
-from pipeline.stages import PosedViews, posed_views
-
-if TYPE_CHECKING:
-    from gslrm.model.gaussians import Gaussians
-    from multiview.cameras import Cameras
-    from multiview.rig import ViewRig
-    from multiview.sample import Sample
-    from pipeline import MouseFaceLift
+from multiview.rig import ViewRig, check_alignment
+from multiview.sample import Sample, read_dataset_info, read_sample, read_split
+from pipeline.model import MouseFaceLift
+from pipeline.outputs import PosedViews
 
 NOVEL, OTHER_RIG_VIEWS, RIG_VIEWS = "novel views", "rig views but the input", "rig views, inputs among them"
 OWN = {"1": "Stage 1", "2": "Stage 2", "full": "whole chain"}  # the model, by stage
-GENERATED = "the painted views, before Stage 2"  # as in stored metrics.json
+# Labels as in stored metrics.json.
+GENERATED = "the painted views, before Stage 2"
 COPY, NEAREST = "baseline: input copied", "baseline: nearest training mouse"
 HULL_OF_GENERATED = "baseline: hull of the painted views"
 # Stage 2 is given the true rig views as well; both stages together are given one of them.
-HULL_OF_TRUE = {
-    "2": "baseline: hull of all true rig views", "full": "upper bound: hull of all true rig views",
-}  # fmt: skip
-SIX_VIEWS = "upper bound: Stage 2 from all true rig views"
-AUTOENCODER = "upper bound: the true views through the autoencoder"
+HULL_OF_TRUE = {"2": "baseline: hull of all true rig views", "full": "upper bound: hull of all true rig views"}
+SHOWN = (HULL_OF_GENERATED, *HULL_OF_TRUE.values(), NEAREST)  # on contact sheets: the first of these that is measured
 METRICS = (
     "foreground_psnr", "psnr", "foreground_ssim", "ssim", "mask_iou", "depth_error", "foreground_lpips", "lpips",
 )  # fmt: skip
@@ -67,21 +61,21 @@ class Prediction:
     depth: Tensor | None = None
     true_depth: Tensor | None = None
 
-    @property
-    def target(self) -> Tensor:
-        """The true views [n, 3, h, w] on white."""
-        return composite(self.truth, 1.0)
-
 
 Splits = dict[str, list[int]]  # what is compared: name -> views of the sample
 Predictions = dict[str, Prediction]  # by name of the split
 
 
-def compare(sample: Sample, views: Sequence[int], rgb: Tensor, mask: Tensor, depth: Tensor | None = None) -> Prediction:
+def compare(sample: Sample, views: list[int], rgb: Tensor, mask: Tensor, depth: Tensor | None = None) -> Prediction:
     """Returns images of the sample's `views` beside the truth."""
-    views = list(views)
     true_depth = None if sample.depth is None else sample.depth[views]
     return Prediction(rgb, mask, sample.rgba[views], tuple(views), depth, true_depth)
+
+
+def read(folder: Path, model: MouseFaceLift, stage: str) -> Sample:
+    """Returns a sample at the size of the stage's model, with depth if Stage 2 is measured and the sample has it."""
+    size = model.network.config.image_tokenizer.image_size if stage == "2" else model.image_size
+    return read_sample(folder, image_size=size, with_depth=stage != "1" and (folder / "depth").is_dir())
 
 
 def splits_of(stage: str, sample: Sample, rig: ViewRig) -> Splits:
@@ -98,13 +92,14 @@ def splits_of(stage: str, sample: Sample, rig: ViewRig) -> Splits:
     return {NOVEL: extra, OTHER_RIG_VIEWS: others} if extra else {OTHER_RIG_VIEWS: others}
 
 
-# ---- the model ------------------------------------------------------------------------------------------------------
+# ---- the model and its baselines ------------------------------------------------------------------------------------
 
 
-def predict_generated(generated: PosedViews, sample: Sample, splits: Splits) -> Predictions:
-    """Returns the generated views against the sample's; their masks are read off the white."""
+def predict_images(sample: Sample, splits: Splits, images: Callable[[list[int]], Tensor]) -> Predictions:
+    """Returns the images [n, 3, h, w] that `images(views)` gives; their masks are read off the white."""
+    rgb = {split: images(views) for split, views in splits.items()}
     return {
-        split: compare(sample, views, generated.rgb[views], metrics.mask_from_white(generated.rgb[views]))
+        split: compare(sample, views, rgb[split], metrics.mask_from_white(rgb[split]))
         for split, views in splits.items()
     }
 
@@ -118,14 +113,12 @@ def reconstruct_sample(
     """
     chosen = list(range(model.rig.num_views) if views is None else views)
     cameras = (sample.cameras if noisy_cameras is None else noisy_cameras)[chosen]
-    return model.predict(posed_views(sample.rgba[chosen], cameras))
+    return model.predict(PosedViews.of(sample.rgba[chosen], cameras))
 
 
 @torch.no_grad()
 def predict_gaussians(gaussians: Gaussians, sample: Sample, splits: Splits) -> Predictions:
     """Returns the Gaussians [1, n] as the sample's own cameras see them, on white."""
-    from gslrm.model.gaussians_renderer import render
-
     found = {}
     for split, views in splits.items():
         output = render(gaussians, sample.cameras[views][None].to(gaussians.device), background=1.0)
@@ -135,80 +128,62 @@ def predict_gaussians(gaussians: Gaussians, sample: Sample, splits: Splits) -> P
     return found
 
 
-# ---- baselines ------------------------------------------------------------------------------------------------------
+def predict_baselines(
+    stage: str, names: Sequence[str], sample: Sample, model: MouseFaceLift, *, generated: PosedViews | None,
+    training: TrainingMice | None,
+) -> tuple[dict[str, Predictions], dict[str, str]]:  # fmt: skip
+    """Returns the predictions by label and split of the baselines in `names` that apply, and what each was given.
 
-
-def describe(stage: str, names: Sequence[str], training: TrainingMice | None) -> dict[str, str]:
-    """Returns what each baseline was given, by label; those in `names` that apply to the stage."""
+    What was given the true rig views is compared on views outside the rig only, unless the sample has no others.
+    """
+    rig, splits, true = model.rig, splits_of(stage, sample, model.rig), sample.rgba
+    unseen = {split: views for split, views in splits.items() if split == NOVEL or stage == "2"}
+    others = {split: [view for view in views if view != rig.reference_view] for split, views in splits.items()}
+    image, mice = composite(true[rig.reference_view], 1.0), 0 if training is None else len(training.folders)
+    rig_views = PosedViews.of(true[: rig.num_views], sample.cameras[: rig.num_views])
     seen = "all true rig views with their true masks; compared on views outside the rig only"
-    rows = [  # name, stages it applies to, label, what it was given
-        ("copy", "1 2 full", COPY, "the input view; shown unchanged as every other view"),
+    rows = [  # name, stages it applies to, label, what it was given, prediction
+        (  # against itself a copy is perfect, and says nothing
+            "copy", "1 2 full", COPY, "the input view; shown unchanged as every other view",
+            lambda: predict_images(sample, others, lambda views: image.expand(len(views), -1, -1, -1)),
+        ),
         (
-            "nearest", "1 2 full" if training is not None else "", NEAREST,
-            f"the input view; of {len(training.folders) if training else 0} training mice the one whose input view is "
+            "nearest", "1 2 full" if mice else "", NEAREST,
+            f"the input view; of {mice} training mice the one whose input view is "
             "nearest in mask and colour. Rig views: that mouse's own. Novel views: the hull of its true rig views",
+            lambda: training.predict(sample, splits),
         ),
         (
             "hull", "full", HULL_OF_GENERATED,
             "what Stage 2 is given: the input with its mask, the painted views with masks read off the white",
+            lambda: predict_hull(generated, sample, splits),
         ),
-        ("hull", "2 full", HULL_OF_TRUE.get(stage, ""), seen),
-        ("autoencoder", "1", AUTOENCODER, "the views themselves; only encoded and decoded, as every painted view is"),
-        ("six_views", "full", SIX_VIEWS, seen),
+        (
+            "hull", "2 full" if unseen else "", HULL_OF_TRUE.get(stage), seen,
+            lambda: predict_hull(rig_views, sample, unseen),
+        ),
+        (
+            "autoencoder", "1", "upper bound: the true views through the autoencoder",
+            "the views themselves; only encoded and decoded, as every painted view is",
+            lambda: predict_images(sample, splits, lambda views: autoencoded(model, composite(true[views], 1.0))),
+        ),
+        (
+            "six_views", "full" if unseen else "", "upper bound: Stage 2 from all true rig views", seen,
+            lambda: predict_gaussians(reconstruct_sample(model, sample), sample, unseen),
+        ),
     ]  # fmt: skip
-    return {label: text for name, stages, label, text in rows if name in names and stage in stages.split()}
-
-
-def predict_baselines(
-    stage: str, names: Sequence[str], sample: Sample, model: MouseFaceLift, *, generated: PosedViews | None,
-    training: TrainingMice | None,
-) -> dict[str, Predictions]:  # fmt: skip
-    """Returns label -> split -> prediction of the baselines in `names` that apply; the same labels as `describe`.
-
-    What was given the true rig views is compared on views outside the rig only, unless the sample has no others.
-    """
-    rig, splits = model.rig, splits_of(stage, sample, model.rig)
-    unseen = {split: views for split, views in splits.items() if split == NOVEL or stage == "2"}
-    found: dict[str, Predictions] = {}
-    if "copy" in names:
-        found[COPY] = copy_input(sample, splits, rig.reference_view)
-    if "nearest" in names and training is not None:
-        found[NEAREST] = training.predict(sample, splits)
-    if "autoencoder" in names and stage == "1":
-        found[AUTOENCODER] = predict_autoencoder(model, sample, splits)
-    if "hull" in names and stage == "full":
-        found[HULL_OF_GENERATED] = predict_hull(generated, sample, splits)
-    if "hull" in names and stage != "1" and unseen:
-        true = posed_views(sample.rgba[: rig.num_views], sample.cameras[: rig.num_views])
-        found[HULL_OF_TRUE[stage]] = predict_hull(true, sample, unseen)
-    if "six_views" in names and stage == "full" and unseen:
-        found[SIX_VIEWS] = predict_gaussians(reconstruct_sample(model, sample), sample, unseen)
-    return found
-
-
-def copy_input(sample: Sample, splits: Splits, reference: int) -> Predictions:
-    """Returns the input view [4, h, w] as every other view; its mask read off the white, as a generated view's is."""
-    image = composite(sample.rgba[reference], 1.0)
-    mask, found = metrics.mask_from_white(image), {}
-    for split, views in splits.items():
-        others = [view for view in views if view != reference]  # against itself a copy is perfect, and says nothing
-        shape = (len(others), -1, -1, -1)
-        found[split] = compare(sample, others, image.expand(*shape), mask.expand(*shape))
-    return found
+    rows = [row for row in rows if row[0] in names and stage in row[1].split()]
+    return {label: predict() for *_, label, _, predict in rows}, {label: told for *_, label, told, _ in rows}
 
 
 @torch.no_grad()
-def predict_autoencoder(model: MouseFaceLift, sample: Sample, splits: Splits) -> Predictions:
-    """Returns the true views encoded and decoded by Stage 1's autoencoder: what it cannot surpass by much."""
+def autoencoded(model: MouseFaceLift, images: Tensor) -> Tensor:
+    """Returns images [n, 3, h, w] encoded and decoded by Stage 1's autoencoder, which it cannot surpass by much."""
     from mvdiffusion.latents import condition_latents, decode_latents
 
-    components, found = model.components, {}
-    for split, views in splits.items():
-        images = composite(sample.rgba[views], 1.0).to(components.device)
-        with components.on_device("vae"):  # with cpu_offload it waits elsewhere
-            rgb = decode_latents(components, condition_latents(components, images)).cpu()
-        found[split] = compare(sample, views, rgb, metrics.mask_from_white(rgb))
-    return found
+    with model.components.on_device("vae"):  # with cpu_offload it waits elsewhere
+        latents = condition_latents(model.components, images.to(model.components.device))
+        return decode_latents(model.components, latents).cpu()
 
 
 def predict_hull(views: PosedViews, sample: Sample, splits: Splits) -> Predictions:
@@ -221,58 +196,47 @@ def predict_hull(views: PosedViews, sample: Sample, splits: Splits) -> Predictio
     shell = colour_surface(surface(hull), views.rgb, views.masks, views.cameras) if len(hull.index) else None
     for split, chosen in splits.items():
         cameras = sample.cameras[chosen]
-        if shell is None:
-            empty = torch.zeros(len(chosen), 1, cameras.height, cameras.width)
-            found[split] = compare(sample, chosen, 1.0 - empty.expand(-1, 3, -1, -1), empty, empty)
-        else:
-            found[split] = compare(sample, chosen, *render_hull(shell, cameras))
+        empty = torch.zeros(len(chosen), 1, cameras.height, cameras.width)
+        seen = render_hull(shell, cameras) if shell else (1.0 - empty.expand(-1, 3, -1, -1), empty, empty)
+        found[split] = compare(sample, chosen, *seen)
     return found
 
 
-@dataclass(frozen=True)
 class TrainingMice:
-    """Input views of a training list, small. folders: [n]; features: [n, d]."""
+    """Input views of a training list, small. folders: [n]; features: [n, d], colors weighted by the mask, and the mask.
 
-    folders: list[Path]
-    features: Tensor
-    rig: ViewRig
+    Raises ValueError for another rig, and where a held-out sample is in the training list.
+    """
 
-    @staticmethod
-    def read(list_file: Path, rig: ViewRig, held_out: Sequence[Path]) -> TrainingMice:
-        """Raises ValueError for another rig, and where a held-out sample is in the training list."""
+    def __init__(self, list_file: Path, rig: ViewRig, held_out: Sequence[Path]) -> None:
         check_alignment(rig, dataset=read_dataset_info(list_file.parent)["rig"])
-        folders = read_split(list_file)
+        self.rig, self.folders = rig, read_split(list_file)
         # A training mouse among the held-out ones would be its own nearest neighbor.
-        shared = {folder.resolve() for folder in folders} & {folder.resolve() for folder in held_out}
+        shared = {folder.resolve() for folder in self.folders} & {folder.resolve() for folder in held_out}
         if shared:
             raise ValueError(
                 f"--train_data {list_file} and --data share {len(shared)} samples ({min(shared).name} ...): they are "
                 "not held out; name two lists without common samples"
             )
-        inputs = (read_sample(folder, views=[rig.reference_view], image_size=FEATURE_SIZE) for folder in folders)
-        return TrainingMice(folders, torch.stack([_features(sample.rgba[0]) for sample in inputs]), rig)
+        inputs = (read_sample(folder, views=[rig.reference_view], image_size=FEATURE_SIZE) for folder in self.folders)
+        self.features = torch.stack([self._features(sample.rgba[0]) for sample in inputs])
 
-    def nearest(self, image: Tensor) -> Path:
-        """Returns the folder whose input view is nearest to [4, h, w], by squared difference of mask and color."""
-        features = _features(resize_rgba(image, FEATURE_SIZE))
-        return self.folders[int((self.features - features).square().sum(1).argmin())]
+    @staticmethod
+    def _features(rgba: Tensor) -> Tensor:
+        return torch.cat([rgba[:3] * rgba[3:], rgba[3:]]).flatten()
 
     def predict(self, sample: Sample, splits: Splits) -> Predictions:
-        """Returns the nearest mouse's own views where the rig has them, its hull elsewhere."""
-        folder, count = self.nearest(sample.rgba[self.rig.reference_view]), self.rig.num_views
-        mouse, found = read_sample(folder, num_views=count, image_size=sample.cameras.width), {}
+        """Returns the own views, where the rig has them, of the mouse whose input is nearest; its hull elsewhere."""
+        features = self._features(resize_rgba(sample.rgba[self.rig.reference_view], FEATURE_SIZE))
+        nearest = self.folders[int((self.features - features).square().sum(1).argmin())]
+        mouse = read_sample(nearest, num_views=self.rig.num_views, image_size=sample.cameras.width)
+        own, found = PosedViews.of(mouse.rgba, mouse.cameras), {}
         for split, views in splits.items():
             if split == NOVEL:
-                found |= predict_hull(posed_views(mouse.rgba, mouse.cameras), sample, {split: views})
+                found |= predict_hull(own, sample, {split: views})
             else:
-                rgba = mouse.rgba[views]
-                found[split] = compare(sample, views, composite(rgba, 1.0), rgba[:, 3:])
+                found[split] = compare(sample, views, own.rgb[views], own.masks[views])
         return found
-
-
-def _features(rgba: Tensor) -> Tensor:
-    """Returns colors weighted by the mask, and the mask."""
-    return torch.cat([rgba[:3] * rgba[3:], rgba[3:]]).flatten()
 
 
 # ---- measuring ------------------------------------------------------------------------------------------------------
@@ -302,7 +266,7 @@ def measure(prediction: Prediction, lpips: torch.nn.Module | None = None) -> lis
     depth_error: mean absolute difference of depth in world units along the optical axis, over the pixels where both
     show a surface (what is missing or too much is the mask's IoU); absent where a depth is, or no such pixel.
     """
-    rgb, target, mask = prediction.rgb, prediction.target, prediction.truth[:, 3:]
+    rgb, target, mask = prediction.rgb, composite(prediction.truth, 1.0), prediction.truth[:, 3:]
     columns = {
         "foreground_psnr": metrics.foreground_psnr(rgb, target, mask), "psnr": metrics.psnr(rgb, target),
         "foreground_ssim": metrics.foreground_ssim(rgb, target, mask), "ssim": metrics.ssim(rgb, target),
@@ -321,12 +285,12 @@ def measure(prediction: Prediction, lpips: torch.nn.Module | None = None) -> lis
     return [{name: value for name, value in record.items() if not math.isnan(value)} for record in records]
 
 
-def side_shown(sample: Sample, reference: int) -> str | None:
-    """Returns the name in SIDES of what the input view shows; None where the nose's heading is unknown."""
+def side_shown(sample: Sample, reference: int) -> dict[str, str]:
+    """Returns the name in SIDES of what the input view shows as `input_shows`, where the nose's heading is known."""
     heading = sample.extra.get("synthetic", {}).get("heading_deg")
     if heading is None:
-        return None
-    return SIDES[90 * (round((heading - float(sample.cameras.azimuth_deg[reference])) / 90.0) % 4)]
+        return {}
+    return {"input_shows": SIDES[90 * (round((heading - float(sample.cameras.azimuth_deg[reference])) / 90.0) % 4)]}
 
 
 def consistency_of(generated: PosedViews, sample: Sample, rig: ViewRig, *, with_copy: bool) -> dict[str, dict]:
@@ -335,10 +299,9 @@ def consistency_of(generated: PosedViews, sample: Sample, rig: ViewRig, *, with_
     Masks are read off the white: generated and true views alike. with_copy: also of the input view as all views.
     """
     cameras, true = sample.cameras[: rig.num_views], composite(sample.rgba[: rig.num_views], 1.0)
-    sets = {"painted views": generated.rgb, "true views": true}
+    sets, found = {"painted views": generated.rgb, "true views": true}, {}
     if with_copy:
         sets["input copied"] = true[rig.reference_view].expand(rig.num_views, -1, -1, -1)
-    found = {}
     for name, rgb in sets.items():
         figures = metrics.view_consistency(rgb, metrics.mask_from_white(rgb), cameras)
         found[name] = {key: figures[key] for key in ("score", "mask", "colour")}

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,17 +19,15 @@ from evaluation.methods import DIRECTIONS, METRICS, OWN, SIDES, Predictions
 from multiview.files import atomic_write, write_json
 from multiview.image import composite, grid, write_image
 from multiview.report import Figure, Table, write_page
-
-if TYPE_CHECKING:
-    from multiview.sample import Sample
-    from pipeline.stages import PosedViews
+from multiview.sample import Sample
+from pipeline.outputs import PosedViews
 
 FIRST_SHOWN, WORST_SHOWN = 8, 12  # mice on a sheet at most
 WORST_FRACTION = 0.05
 COSTS, CONSISTENCY = ("seconds", "peak_memory_mib"), ("score", "of_truth", "mask", "colour")
 SMALLER_IS_BETTER = ("lpips", "foreground_lpips", "depth_error", *COSTS)
 DECIMALS = {"foreground_psnr": 2, "psnr": 2, "seconds": 2, "peak_memory_mib": 0}  # others: 3
-PANELS = (("foreground_psnr", "foreground PSNR, dB"), ("mask_iou", "mask IoU"))
+PANELS = {"foreground_psnr": "foreground PSNR, dB", "mask_iou": "mask IoU"}
 ANGLE_STEP_DEG = 30
 
 
@@ -59,41 +56,39 @@ def summarise(records: Sequence[dict], names: Sequence[str] = METRICS) -> dict[s
         values = sorted((r[name] for r in records if name in r), reverse=name in SMALLER_IS_BETTER)
         if values:  # sorted from worst to best
             worst = values[max(0, round(WORST_FRACTION * len(values)) - 1)]
-            summary[name] = {
-                "mean": statistics.fmean(values), "median": statistics.median(values), "worst_5_percent": worst,
-            }  # fmt: skip
+            middle, median = statistics.fmean(values), statistics.median(values)
+            summary[name] = {"mean": middle, "median": median, "worst_5_percent": worst}
     return summary
 
 
-def margins(records: Sequence[dict], own: str, split: str) -> list[dict]:
-    """Returns how far the method `own` lies above each other one, mouse by mouse, on the views that both show.
+def margins(records: Sequence[dict], own: str) -> dict[str, list[dict]]:
+    """Returns by split how far the method `own` lies above each other one, mouse by mouse, on the views both show.
 
     Rows with method, and per metric the mean difference, its standard error over mice and the fraction of mice on
     which `own` is better.
     """
-    methods = {method: rows for (method, s), rows in group_by(records, "method", "split").items() if s == split}
-    mine, rows = methods.pop(own, []), []
-    for method, others in methods.items() if mine else ():
-        row: dict = {"method": method}
+    groups, rows = group_by(records, "split", "method"), {split: [] for (split,) in group_by(records, "split")}
+    for (split, method), others in groups.items():
+        if method == own or (split, own) not in groups:
+            continue
         # Paired by mouse and view: mice differ more among each other than methods do.
-        theirs = group_by(others, "sample", "view")
-        ours = group_by([record for record in mine if (record["sample"], record["view"]) in theirs], "sample")
-        for name, _ in PANELS:
-            differences = [
-                mean(rows, name) - mean([r for row in rows for r in theirs[row["sample"], row["view"]]], name)
-                for rows in ours.values()
+        theirs, row = group_by(others, "sample", "view"), {"method": method}
+        paired = [record for record in groups[split, own] if (record["sample"], record["view"]) in theirs]
+        for name in PANELS:
+            gaps = [
+                mean(mine, name) - mean([r for record in mine for r in theirs[record["sample"], record["view"]]], name)
+                for mine in group_by(paired, "sample").values()
             ]
-            count = len(differences)
             row[name] = {
-                "mean": statistics.fmean(differences),
-                "standard_error": statistics.stdev(differences) / math.sqrt(count) if count > 1 else 0.0,
-                "better_share": sum(difference > 0 for difference in differences) / count,
+                "mean": statistics.fmean(gaps),
+                "standard_error": statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else 0.0,
+                "better_share": sum(gap > 0 for gap in gaps) / len(gaps),
             }
-        rows.append(row)
-    return rows
+        rows[split].append(row)
+    return {split: of_split for split, of_split in rows.items() if of_split}
 
 
-# ---- tables ---------------------------------------------------------------------------------------------------------
+# ---- tables and plots -----------------------------------------------------------------------------------------------
 
 
 def metrics_table(
@@ -117,38 +112,54 @@ def metrics_table(
 
 def cross_table(title: str, records: Sequence[dict], key: str, values: Sequence[str]) -> Table:
     """Returns mean foreground PSNR / mask IoU (views) by split and method; one column per value of `key`."""
-    rows = []
+    title, rows = f"{title}: foreground_psnr / mask_iou (views)", []
     for (split, method), group in group_by(records, "split", "method").items():
-        parts = group_by(group, key)
+        parts = [group_by(group, key).get((value,), []) for value in values]
         cells = [
             f"{mean(part, 'foreground_psnr'):.2f} / {mean(part, 'mask_iou'):.3f} ({len(part)})" if part else "- (0)"
-            for part in (parts.get((value,), []) for value in values)
+            for part in parts
         ]
         rows.append([split, method, *cells])
     return Table(title, ["views compared", "method", *values], rows)
 
 
-def margin_table(title: str, by_split: Mapping[str, list[dict]]) -> Table:
-    rows = [
-        [split, row["method"],
-         *(f"{row[name]['mean']:+.{digits}f} ± {row[name]['standard_error']:.{digits}f} "
-           f"({100 * row[name]['better_share']:.0f} %)" for name, digits in (("foreground_psnr", 2), ("mask_iou", 3)))]
-        for split, of_split in by_split.items() for row in of_split
-    ]  # fmt: skip
-    return Table(title, ["views compared", "than", "foreground_psnr", "mask_iou"], rows)
+def plot(
+    path: Path, title: str, x_label: str, lines: Mapping[str, Mapping[float, list[dict]]], ticks: Iterable[float], *,
+    band: bool = False,
+) -> None:  # fmt: skip
+    """Writes a PNG with a panel per metric in PANELS. lines: label -> x -> records, whose mean is drawn.
+
+    band: also the first to third quartile of the records.
+    """
+    from matplotlib.figure import Figure as Plot
+
+    drawing = Plot(figsize=(11, 4.2), layout="constrained")
+    panels = drawing.subplots(1, len(PANELS))
+    for axes, (metric, label) in zip(panels, PANELS.items()):
+        for name, groups in lines.items():
+            columns = [[record[metric] for record in group] for group in groups.values()]
+            if band:
+                quartiles = [statistics.quantiles(c, n=4, method="inclusive") if len(c) > 1 else c * 3 for c in columns]
+                low, _, high = zip(*quartiles)
+                axes.fill_between(list(groups), low, high, alpha=0.2, linewidth=0)
+            axes.plot(list(groups), [statistics.fmean(column) for column in columns], marker="o", label=name)
+        axes.set_xticks(list(ticks))
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+    if not band:
+        drawing.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+    drawing.suptitle(title)
+    drawing.supxlabel(x_label)
+    with atomic_write(path) as temporary:
+        drawing.savefig(temporary, format="png", dpi=100)
 
 
-# ---- pictures of results --------------------------------------------------------------------------------------------
-
-
-def sheet(mice: Sequence[Tensor]) -> Tensor:
-    """Returns [r, n, 3, h, w] bytes of each mouse below one another, [3, ..., ...] 0..1; shorter rows end in white."""
-    columns = max(rows.shape[1] for rows in mice)
-    lines = []
-    for rows in mice:
-        blank = rows.new_full((rows.shape[0], columns - rows.shape[1], *rows.shape[2:]), 255)
-        lines.append(torch.cat([rows, blank], dim=1).flatten(0, 1))
-    return grid(torch.cat(lines).float() / 255, columns)
+def write_text(path: Path, parts: Sequence[str], notes: Sequence[str]) -> str:
+    """Writes Markdown and returns it."""
+    text = "\n".join([*parts, *(f"{note}\n" for note in notes)])
+    with atomic_write(path) as temporary:
+        temporary.write_text(text)
+    return text
 
 
 def image_rows(
@@ -160,64 +171,14 @@ def image_rows(
     """
     columns = [reference, *(view for prediction in own.values() for view in prediction.views)]
     truth = composite(sample.rgba[columns], 1.0)
-    blank, rows = torch.ones_like(truth[0]), [truth]
-    if generated is not None:
-        rows.append(torch.stack([generated.rgb[view] if view < len(generated.rgb) else blank for view in columns]))
-    for predictions in (own, other):
-        if predictions is not None:
-            shown = {
-                view: rgb for prediction in predictions.values() for view, rgb in zip(prediction.views, prediction.rgb)
-            }
-            rows.append(torch.stack([blank, *(shown.get(view, blank) for view in columns[1:])]))
+    rows = [truth, *[torch.ones_like(truth) for part in (generated, own, other) if part is not None]]
+    for place, view in enumerate(columns if generated is not None else ()):
+        rows[1][place] = generated.rgb[view] if view < len(generated.rgb) else 1.0
+    for row, predictions in zip(rows[-1:0:-1], [part for part in (other, own) if part is not None]):
+        shown = {view: rgb for part in predictions.values() for view, rgb in zip(part.views, part.rgb)}
+        for place, view in enumerate(columns[1:], 1):
+            row[place] = shown.get(view, row[place])
     return torch.stack(rows)
-
-
-def plot_directions(path: Path, records: Sequence[dict], title: str) -> None:
-    """Writes a PNG: means against the angle between a view and the input view, in steps, one line per method."""
-    # Calibrated rigs have as many angles as views: steps make lines that can be read.
-    stepped = [{**record, "step": int(record["angle_deg"] // ANGLE_STEP_DEG)} for record in records]
-
-    def draw(axes, metric: str) -> None:
-        for (method,), group in group_by(stepped, "method").items():
-            steps = [part for _, part in sorted(group_by(group, "step").items())]
-            angles = [mean(part, "angle_deg") for part in steps]
-            axes.plot(angles, [mean(part, metric) for part in steps], marker="o", label=method)
-        axes.set_xticks(range(0, 181, 30))
-
-    _plot(path, draw, title, "angle between the view and the input view, degrees", legend=True)
-
-
-def plot_sweep(path: Path, records: Sequence[dict], label: str, title: str) -> None:
-    """Writes a PNG: metrics against `value`; line: mean over views, band: first to third quartile."""
-    groups = dict(sorted((value, group) for (value,), group in group_by(records, "value").items()))
-    values = list(groups)
-
-    def draw(axes, metric: str) -> None:
-        columns = [[record[metric] for record in group] for group in groups.values()]
-        quartiles = [statistics.quantiles(c, n=4, method="inclusive") if len(c) > 1 else c * 3 for c in columns]
-        axes.fill_between(values, [q[0] for q in quartiles], [q[2] for q in quartiles], alpha=0.2, linewidth=0)
-        axes.plot(values, [statistics.fmean(column) for column in columns], marker="o")
-        axes.set_xticks(values)
-
-    _plot(path, draw, title, label)
-
-
-def _plot(path: Path, draw: Callable, title: str, x_label: str, *, legend: bool = False) -> None:
-    """Writes a PNG with a panel per metric in PANELS; draw(axes, metric) fills one."""
-    from matplotlib.figure import Figure as Plot
-
-    plot = Plot(figsize=(11, 4.2), layout="constrained")
-    panels = plot.subplots(1, len(PANELS))
-    for axes, (metric, label) in zip(panels, PANELS):
-        draw(axes, metric)
-        axes.set_ylabel(label)
-        axes.grid(alpha=0.3)
-    if legend:
-        plot.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
-    plot.suptitle(title)
-    plot.supxlabel(x_label)
-    with atomic_write(path) as temporary:
-        plot.savefig(temporary, format="png", dpi=100)
 
 
 # ---- everything of one run ------------------------------------------------------------------------------------------
@@ -227,7 +188,7 @@ def _plot(path: Path, draw: Callable, title: str, x_label: str, *, legend: bool 
 class Report:
     """Gathers what a run measures. stage: "1", "2", "full". rows: what the rows of the sheets are, in words.
 
-    records: one per method and view. assets: one per mouse, cost and consistency.
+    records: one per method and view. assets: one per mouse, cost and consistency. told: what each baseline was given.
     """
 
     stage: str
@@ -236,6 +197,7 @@ class Report:
     records: list[dict] = field(default_factory=list)
     assets: list[dict] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    told: dict[str, str] = field(default_factory=dict)
     first: list[Tensor] = field(default_factory=list)  # images of the first mice and of the worst so far, worst first;
     worst: list[tuple[float, str, Tensor]] = field(default_factory=list)  # no others are kept
 
@@ -248,29 +210,26 @@ class Report:
         kept = min(WORST_SHOWN, max(1, math.ceil(WORST_FRACTION * self.num_mice)))
         self.worst = sorted([*self.worst, (quality, name, small)], key=lambda entry: entry[0])[:kept]
 
-    def margins(self) -> dict[str, list[dict]]:
-        """Returns by split, how far the model lies above each other method."""
-        splits = (split for (split,) in group_by(self.records, "split"))
-        found = {split: margins(self.records, OWN[self.stage], split) for split in splits}
-        return {split: rows for split, rows in found.items() if rows}
-
     def consistency(self) -> list[dict]:
         """Returns the figures of every mouse, labeled by whose views they are of."""
         labels = self.assets[0].get("consistency", {})
-        return [
-            {"label": label, "sample": asset["sample"], **asset["consistency"][label]}
-            for label in labels for asset in self.assets
-        ]  # fmt: skip
+        return [{"label": a, "sample": one["sample"], **one["consistency"][a]} for a in labels for one in self.assets]
 
     def tables(self) -> list[Table]:
         tables = [metrics_table("Quality", self.records, {"split": "views compared", "method": "method"})]
-        if self.margins():
+        rows = [
+            [split, row["method"], *(
+                f"{row[name]['mean']:+.{digits}f} ± {row[name]['standard_error']:.{digits}f} "
+                f"({100 * row[name]['better_share']:.0f} %)" for name, digits in zip(PANELS, (2, 3))
+            )]
+            for split, of_split in margins(self.records, OWN[self.stage]).items() for row in of_split
+        ]  # fmt: skip
+        if rows:
             title = "The model above each baseline, mouse by mouse: mean ± standard error (share of mice on which it is"
-            tables.append(margin_table(title + " better)", self.margins()))
-        title = "By the angle between view and input: foreground_psnr / mask_iou (views)"
-        tables.append(cross_table(title, self.records, "direction", tuple(DIRECTIONS)))
+            tables.append(Table(title + " better)", ["views compared", "than", "foreground_psnr", "mask_iou"], rows))
+        tables.append(cross_table("By the angle between view and input", self.records, "direction", tuple(DIRECTIONS)))
         if any("input_shows" in record for record in self.records):
-            title = "By what the input view shows of the animal: foreground_psnr / mask_iou (views)"
+            title = "By what the input view shows of the animal"
             tables.append(cross_table(title, self.records, "input_shows", tuple(SIDES.values())))
         for title, rows, names in (
             ("View consistency, input view included", self.consistency(), CONSISTENCY),
@@ -291,7 +250,7 @@ class Report:
                 for direction in DIRECTIONS
                 if (part := group_by(rows, "direction").get((direction,)))
             ],
-            "margins": self.margins(),
+            "margins": margins(self.records, OWN[self.stage]),
             "consistency": {
                 label: summarise(rows, CONSISTENCY) for (label,), rows in group_by(self.consistency(), "label").items()
             },
@@ -300,25 +259,33 @@ class Report:
             "notes": self.notes, "assets": self.assets, "views": self.records,
         }  # fmt: skip
 
-    def write(self, folder: Path, head: dict, facts: dict[str, str], told: dict[str, str]) -> str:
-        """Writes all files; returns the Markdown. told: what each baseline was given, by method."""
-        tables = self.tables()
+    def write(self, folder: Path, head: dict, facts: dict[str, str]) -> str:
+        """Writes all files; returns the Markdown."""
+        tables, methods = self.tables(), {record["method"] for record in self.records}
+        told = {method: text for method, text in self.told.items() if method in methods}
         write_json(folder / "metrics.json", head | {"baselines": told} | self.to_dict())
         given = "".join(f"- {method}: given {text}\n" for method, text in told.items())
-        text = "\n".join([*(table.markdown() for table in tables), given, *(f"{note}\n" for note in self.notes)])
-        with atomic_write(folder / "table.md") as temporary:
-            temporary.write_text(text)
-        first, worst = sheet(self.first), sheet([rows for _, _, rows in self.worst])
-        write_image(folder / "sheet.png", first)
-        write_image(folder / "worst.png", worst)
-        plot_directions(folder / "directions.png", self.records, facts["data"])
+        text = write_text(folder / "table.md", [*(table.markdown() for table in tables), given], self.notes)
+        sheets = {"sheet.png": self.first, "worst.png": [rows for _, _, rows in self.worst]}
+        for name, mice in sheets.items():
+            columns = max(rows.shape[1] for rows in mice)
+            lines = [grid(row.float() / 255, columns) for rows in mice for row in rows]  # shorter rows end in white
+            sheets[name] = torch.cat(lines, dim=1)
+            write_image(folder / name, sheets[name])
+        # Calibrated rigs have as many angles as views: steps make lines that can be read.
+        lines = {}
+        for (method,), group in group_by(self.records, "method").items():
+            stepped = [{**record, "step": int(record["angle_deg"] // ANGLE_STEP_DEG)} for record in group]
+            lines[method] = {mean(p, "angle_deg"): p for _, p in sorted(group_by(stepped, "step").items())}
+        x_label = "angle between the view and the input view, degrees"
+        plot(folder / "directions.png", facts["data"], x_label, lines, range(0, 181, 30))
         names = "; ".join(f"{name} {quality:.1f} dB" for quality, name, _ in self.worst)
         rows = f"Columns: the input view, then the views compared. Rows: {self.rows}"
         blocks = [
             *tables,
             Figure("Means by the angle between a view and the input view, all splits", folder / "directions.png"),
-            Figure(f"The first mice. {rows}", first),
-            Figure(f"The worst mice by their mean foreground PSNR: {names}. {rows}", worst),
+            Figure(f"The first mice. {rows}", sheets["sheet.png"]),
+            Figure(f"The worst mice by their mean foreground PSNR: {names}. {rows}", sheets["worst.png"]),
             *(f"{method}: given {text}." for method, text in told.items()),
             *self.notes,
         ]

@@ -10,31 +10,24 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from evaluation.methods import Predictions, Splits, predict_gaussians, reconstruct_sample
-from evaluation.report import group_by, metrics_table, plot_sweep, summarise
-from gslrm.model.gaussians import FilterSettings, filter_gaussians
+import torch
+from tqdm import tqdm
+
+from evaluation import SWEEPS, EvaluationSettings
+from evaluation.methods import Predictions, Splits, predict_gaussians, read, reconstruct_sample, records_of, splits_of
+from evaluation.report import group_by, metrics_table, plot, summarise, write_text
+from gslrm.model.gaussians import FilterSettings, Gaussians, filter_gaussians
 from multiview.cameras import perturb
-from multiview.files import atomic_write, write_json
-from multiview.run import make_generator
+from multiview.files import write_json
+from multiview.image import composite, grid, write_image
+from multiview.rig import ViewRig
+from multiview.run import make_generator, stoppable
+from multiview.sample import Sample
+from pipeline.model import MouseFaceLift
 from synthetic.dataset import BODY_LENGTH_MM
 from synthetic.skeleton import BODY_LENGTH
 
-if TYPE_CHECKING:
-    from gslrm.model.gaussians import Gaussians
-    from multiview.rig import ViewRig
-    from multiview.sample import Sample
-    from pipeline import MouseFaceLift
-
-FACTORS = {  # flag -> what its values are
-    "camera_noise_deg": "camera rotation error, standard deviation in degrees",
-    "camera_noise_mm": "camera position error per axis, standard deviation in mm",
-    "camera_noise_px": "principal point error per axis, standard deviation in px",
-    "num_input_views": "input views",
-    "min_opacity": "filter: least opacity kept, the rest as in the preset 'animal'",
-    "max_scaling": "filter: largest standard deviation kept in world units, the rest as in the preset 'animal'",
-}
 MM_CALIBRATIONS = ("new_cam.pkl",)  # formats whose unit of length is the millimetre
 
 
@@ -54,32 +47,25 @@ class Level:
     pixels: float = 0.0
     filters: FilterSettings | None = None
 
-    @property
-    def name(self) -> str:
-        return f"{self.factor}={self.value:g}"
-
 
 def plan_sweeps(
     values: Mapping[str, Sequence[float]], rig: ViewRig, world_units_per_mm: float | None
 ) -> dict[str, list[Level]]:
-    """Returns the levels by factor. values: by factor (FACTORS); factors without values are left out.
+    """Returns the levels by factor. values: by factor (SWEEPS); factors without values are left out.
 
-    Raises ValueError for counts of views that the rig does not have, and for mm without a scale.
+    Raises ValueError for counts of views that the rig does not have.
     """
-    if values.get("camera_noise_mm") and world_units_per_mm is None:
-        raise ValueError("camera_noise_mm needs the length of a millimetre: pass --world_units_per_mm")
-
-    everything, mm = tuple(range(rig.num_views)), world_units_per_mm or 0.0
     settings = {  # factor -> what a value of it changes
         "camera_noise_deg": lambda value: {"rotation_deg": value},
-        "camera_noise_mm": lambda value: {"translation": value * mm},
+        "camera_noise_mm": lambda value: {"translation": value * world_units_per_mm},
         "camera_noise_px": lambda value: {"pixels": value},
         "num_input_views": lambda value: {"views": spread_views(rig, int(value))},
         "min_opacity": lambda value: {"filters": FilterSettings(min_opacity=value)},
         "max_scaling": lambda value: {"filters": FilterSettings(max_scaling=value)},
     }
+    everything = {"views": tuple(range(rig.num_views))}
     return {
-        factor: [Level(factor, value, **{"views": everything, **settings[factor](value)}) for value in numbers]
+        factor: [Level(factor, value, **{**everything, **settings[factor](value)}) for value in numbers]
         for factor, numbers in values.items() if numbers
     }  # fmt: skip
 
@@ -106,9 +92,7 @@ def spread_views(rig: ViewRig, count: int) -> tuple[int, ...]:
 def find_world_units_per_mm(info: dict, given: float | None, source: str) -> tuple[float, str]:
     """Returns world units per mm of a dataset, and what that rests on. info: its dataset.json. given: by the user.
 
-    Recordings: the scale they were imported with, where the calibration's format fixes the unit as mm. Synthetic mice:
-    their nominal body (BODY_LENGTH world units) is taken as an adult mouse's (BODY_LENGTH_MM).
-    Raises ValueError where nothing says it.
+    Raises ValueError where nothing says it, or the calibration's format does not fix its unit as mm.
     """
     if given is not None:
         return given, f"{given:.5g} world units per mm, as given"
@@ -140,52 +124,74 @@ def predict_levels(
     """Yields one sample at every level of every sweep, by split. The noise depends on (seed, name, level) alone.
 
     gaussians: those of the undisturbed model, where they are made already (both stages'); else Stage 2 makes them.
-    What levels have in common is computed once.
     """
     undisturbed = None
     for level in itertools.chain(*sweeps.values()):
         noise = {"rotation_deg": level.rotation_deg, "translation": level.translation, "pixels": level.pixels}
         plain = not any(noise.values()) and len(level.views) == model.rig.num_views
-        if plain and level.filters is None and undisturbed is not None:  # e.g. no noise, and all views, are one level
-            yield level, undisturbed
-            continue
         if plain:
-            gaussians = reconstruct_sample(model, sample) if gaussians is None else gaussians
-            made = gaussians
+            gaussians = made = reconstruct_sample(model, sample) if gaussians is None else gaussians
         else:
             # Keyed on the mouse and the level, so that a level's figures do not depend on what else is swept.
-            generator = make_generator(seed, name, level.name)
+            generator = make_generator(seed, name, f"{level.factor}={level.value:g}")
             noisy = perturb(sample.cameras[: model.rig.num_views], **noise, generator=generator)
             made = reconstruct_sample(model, sample, level.views, noisy)
-        made = made if level.filters is None else filter_gaussians(made, level.filters)
-        predictions = predict_gaussians(made, sample, splits)
-        undisturbed = predictions if plain and level.filters is None else undisturbed
-        yield level, predictions
+        if level.filters is not None:
+            made = filter_gaussians(made, level.filters)
+        elif plain:  # e.g. no noise, and all views, are one level: rendered once
+            undisturbed = undisturbed or predict_gaussians(made, sample, splits)
+            yield level, undisturbed
+            continue
+        yield level, predict_gaussians(made, sample, splits)
 
 
-def write_sweeps(
-    folder: Path, sweeps: Mapping[str, list[Level]], records: list[dict], head: dict, title: str, notes: list[str]
-) -> str:
-    """Writes metrics.json, table.md and a plot per factor; returns the Markdown. records: with factor and value."""
-    tables, summaries = [], {}
+def run_sweeps(
+    settings: EvaluationSettings, model: MouseFaceLift, info: dict, folders: Sequence[Path], lpips, notes: list[str],
+    head: dict,
+) -> str:  # fmt: skip
+    """Measures every level of every factor that has values; writes metrics.json, table.md, and a plot and a sheet each.
+
+    Returns the Markdown.
+    """
+    scale, rig, size = None, model.rig, model.network.config.image_tokenizer.image_size
+    output, records, tables, summaries = settings.output_dir, [], [], {}
+    if settings.camera_noise_mm:
+        source = (settings.data.parent / "dataset.json").as_posix()
+        scale, note = find_world_units_per_mm(info, settings.world_units_per_mm, source)
+        notes.append(f"Camera positions: {note}.")
+    if settings.camera_noise_px:
+        notes.append(f"Pixels are those of the model's input, {size} x {size}.")
+    sweeps = plan_sweeps({factor: getattr(settings, factor) for factor in SWEEPS}, rig, scale)
+    sheets = {factor: [] for factor in sweeps}
+    for folder in stoppable(tqdm(folders, desc="sweeps", unit="mouse")):
+        sample, made = read(folder, model, "2"), None
+        splits = splits_of(settings.stage, sample, rig)
+        if settings.stage == "full":
+            made = model.predict(model.generate(sample.rgba[rig.reference_view], seed=settings.seed))
+        levels = predict_levels(model, sample, folder.name, sweeps, splits, seed=settings.seed, gaussians=made)
+        for level, predictions in levels:
+            at = {"factor": level.factor, "value": level.value, "sample": folder.name}
+            records += records_of(at, {"model": predictions}, sample, rig.reference_view, lpips)
+            if folder == folders[0]:  # one mouse shows what a level does
+                shown, sheet = next(iter(predictions.values())), sheets[level.factor]
+                sheet += [shown.rgb] if sheet else [composite(shown.truth, 1.0), shown.rgb]
+    title = f"{len(folders)} mice, {', '.join(splits)}; line: mean over views, band: middle half"
     for factor, levels in sweeps.items():
-        rows = group_by(records, "factor")[factor,]
-        by_value = group_by(rows, "value")
-        tables.append(metrics_table(FACTORS[factor], rows, {"value": factor}).markdown())
+        write_image(output / f"sheet_{factor}.png", grid(torch.cat(sheets[factor]), columns=len(sheets[factor][0])))
+        rows, label = group_by(records, "factor")[factor,], SWEEPS[factor][1]
+        groups = {value: group for (value,), group in group_by(rows, "value").items()}
+        tables.append(metrics_table(label, rows, {"value": factor}).markdown())
         if factor == "num_input_views":
             used = (f"{len(level.views)}: {', '.join(map(str, level.views))}" for level in levels)
-            notes = [*notes, f"Input views used, numbered in rig order: {'; '.join(used)}."]
+            notes.append(f"Input views used, numbered in rig order: {'; '.join(used)}.")
         summaries[factor] = [
             {
                 "value": level.value, "views": list(level.views), "rotation_deg": level.rotation_deg,
                 "translation_world_units": level.translation, "pixels": level.pixels,
-                "filters": level.filters and asdict(level.filters), **summarise(by_value[level.value,]),
+                "filters": level.filters and asdict(level.filters), **summarise(groups[level.value]),
             }
             for level in levels
         ]  # fmt: skip
-        plot_sweep(folder / f"sweep_{factor}.png", rows, FACTORS[factor], title)
-    text = "\n".join([*tables, *(note + "\n" for note in notes)])
-    write_json(folder / "metrics.json", head | {"sweeps": summaries, "notes": notes, "views": records})
-    with atomic_write(folder / "table.md") as temporary:
-        temporary.write_text(text)
-    return text
+        plot(output / f"sweep_{factor}.png", title, label, {"": dict(sorted(groups.items()))}, groups, band=True)
+    write_json(output / "metrics.json", head | {"sweeps": summaries, "notes": notes, "views": records})
+    return write_text(output / "table.md", tables, notes)

@@ -5,7 +5,6 @@ Both commands are the user's own. Decoding is OpenCV's, before and after the imp
 
 from __future__ import annotations
 
-import argparse
 import resource
 import shutil
 import subprocess
@@ -23,10 +22,11 @@ def command(script: str, *flags: str, **values: object) -> list[str]:
     return [sys.executable, str(REPOSITORY / "scripts" / script), *flags, *given]
 
 
-def measure_import(options: argparse.Namespace) -> tuple[str, list[dict], str]:
-    """Returns title, rows and note of a table. options: of scripts/benchmark.py."""
+def measure_import(bench) -> tuple[str, list[dict], str]:
+    """Returns title, rows and note of a table. bench: of scripts/benchmark.py."""
     import imageio_ffmpeg
 
+    options = bench.options
     loops, width, workers = -(-options.frames // options.source_frames), options.video_width, options.workers
     frames, seconds = loops * options.source_frames, {}
     with tempfile.TemporaryDirectory(prefix="benchmark_import_") as name:

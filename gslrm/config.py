@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, is_dataclass, replace
 from math import inf
+from operator import attrgetter
 from typing import Literal
 
 from multiview.sampler import mixed_lists
@@ -282,22 +283,15 @@ def check_config(config: GSLRMConfig) -> None:
     training, model = config.training, config.model
     dataset, losses, runtime = training.dataset, training.losses, training.runtime
     views, inputs, every = dataset.num_views, dataset.num_input_views, training.checkpointing.checkpoint_every
-    for key, value, low, high in (
-        ("model.image_tokenizer.image_size", model.image_tokenizer.image_size, 1, 2**16),
-        ("model.transformer.n_layer", model.transformer.n_layer, 1, 10_000),
-        ("training.runtime.grad_accum_steps", runtime.grad_accum_steps, 1, inf),
-        ("training.dataloader.batch_size_per_gpu", training.dataloader.batch_size_per_gpu, 1, inf),
-        ("training.dataloader.num_workers", training.dataloader.num_workers, 0, 512),
-        ("training.dataloader.prefetch_factor", training.dataloader.prefetch_factor, 1, 1024),
-        ("training.schedule.max_fwdbwd_passes", training.schedule.max_fwdbwd_passes, 1, inf),
-        ("training.checkpointing.checkpoint_every", training.checkpointing.checkpoint_every, 1, inf),
-        ("training.checkpointing.checkpoints_total_limit", training.checkpointing.checkpoints_total_limit, 1, inf),
-        ("training.logging.print_every", training.logging.print_every, 1, inf),
-        ("training.logging.vis_every", training.logging.vis_every, 1, inf),
-        ("validation.val_every", config.validation.val_every, 1, inf),
-        ("validation.num_samples", config.validation.num_samples, 1, inf),
-    ):
-        if not low <= value <= high:
+    limits = {
+        (1, 2**16): "model.image_tokenizer.image_size", (1, 10_000): "model.transformer.n_layer",
+        (0, 512): "training.dataloader.num_workers", (1, 1024): "training.dataloader.prefetch_factor",
+        (1, inf): "training.runtime.grad_accum_steps training.dataloader.batch_size_per_gpu validation.val_every "
+        "training.schedule.max_fwdbwd_passes training.checkpointing.checkpoint_every training.logging.print_every "
+        "training.checkpointing.checkpoints_total_limit training.logging.vis_every validation.num_samples",
+    }  # fmt: skip
+    for (low, high), key in [(ends, key) for ends, keys in limits.items() for key in keys.split()]:
+        if not low <= (value := attrgetter(key)(config)) <= high:
             raise ValueError(f"{key} must be within {low} to {high}, got {value}")
     uses_pointsdist = losses.pointsdist_loss_weight > 0 or losses.warmup_pointsdist
     for wrong, message in (

@@ -50,10 +50,7 @@ class Targets:
 
 
 def loss_weights(losses: LossesConfig, step: int, *, l2_warmup_steps: int = 0) -> dict[str, float]:
-    """The weight of every loss at a forward/backward pass; zero weights are left out.
-
-    l2_warmup_steps: iterations without LPIPS and perceptual loss.
-    """
+    """The weight of every loss above 0 in an iteration; l2_warmup_steps are without LPIPS and perceptual loss."""
     weights = {name: getattr(losses, f"{name}_loss_weight") for name in NAMES}
     weights["direct"] = losses.direct_loss_weight_after if losses.direct_warmup_steps else losses.direct_loss_weight
     if losses.warmup_pointsdist and step < POINTSDIST_WARMUP_STEPS:

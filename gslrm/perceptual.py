@@ -113,15 +113,12 @@ def load_networks(losses: LossesConfig, device: torch.device) -> dict[str, nn.Mo
         ("lpips", (VGG16_FILE,), "torchvision's VGG-16 weights"),
         ("perceptual", VGG19_FILES, "MatConvNet's VGG-19 weights"),
     ):
-        folder, setting = Path(losses.vgg_folder), f"training.losses.{key}_loss_weight"
-        path = next((folder / name for name in names if (folder / name).is_file()), None)
         if getattr(losses, f"{key}_loss_weight") <= 0:
             continue
+        path = next((path for path in (Path(losses.vgg_folder, name) for name in names) if path.is_file()), None)
         if path is None:
-            raise ValueError(
-                f"{setting} is above 0 and needs {what} at {folder / ' or '.join(names)}: put the file there, or set "
-                f"{setting}=0"
-            )
+            setting, place = f"training.losses.{key}_loss_weight", Path(losses.vgg_folder, " or ".join(names))
+            raise ValueError(f"{setting} is above 0 and needs {what} at {place}: put it there, or set {setting}=0")
         networks[key] = LPIPSLoss(load_lpips(device, path)) if key == "lpips" else load_perceptual(path).to(device)
     return networks
 

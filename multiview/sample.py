@@ -169,10 +169,13 @@ def read_dataset_info(folder: Path | str) -> dict:
 
 def open_dataset(folder: Path, rig: ViewRig, parameters: dict) -> None:
     """Starts a dataset folder, or continues one made with the same rig and parameters (JSON values); refuses any other.
+
     The example dataset that ships with the project is moved aside to <folder>_example: the README's commands work in a
-    clone."""
+    clone.
+    """
     has_info = (folder / DATASET_FILE).is_file()
-    if not has_info and folder.is_dir() and any(folder.iterdir()):
+    # Hidden names are locks and halves of writes: another process may be about to start the very same dataset.
+    if not has_info and folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise ValueError(f"{folder} is not empty and has no {DATASET_FILE}; name a new --output_dir")
     present = read_dataset_info(folder) if has_info else {}
     if present.get("example"):  # tracked by git: it is moved, never written into

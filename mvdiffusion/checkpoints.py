@@ -68,7 +68,8 @@ def save_embeds(folder: Path, embeds: PromptEmbeds) -> None:
 
 @dataclass(frozen=True)
 class Sampling:
-    """What suits a UNet; the defaults are FaceLift's. mirror: `auto` if it was trained on animals that face one way."""
+    """What suits a UNet; the defaults are FaceLift's. mirror: `auto` for one that was trained on animals that face one
+    way, `never` for one that takes them as they come (pipeline.MouseFaceLift.generate)."""
 
     num_steps: int = NUM_STEPS
     guidance_scale: float = GUIDANCE_SCALE

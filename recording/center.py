@@ -8,29 +8,18 @@ of the visual hull of masks without tail and legs is about 1 mm off (docs/benchm
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
 
 import numba
 import numpy as np
-import torch
 
-from multiview.cameras import Cameras
-from multiview.hull import VisualHull, carve
 from recording.calibration.model import Calibration
-from recording.masks import MaskStatistics, Silhouette, openings
-from recording.rectify import rectify
+from recording.masks import MaskTrack
+from recording.settings import ImportSettings
 
 TRUNK_POINTS = 24  # along each side of the cube in which the trunk's hull is looked for
 TRUNK_REACH = 0.6  # body lengths: half that side
 OUTVOTED = 0.2  # body lengths: a mask whose ray misses the others' meeting point by more shows something else
 LENS_STEP = 0.02  # of a normalized image: about the animal's size, over which the lens is taken as straight
-HULL_PIXELS = 112  # of the small masks that are carved
-HULL_VOXELS = 44  # along the hull
-HULL_REACH = 0.9  # body lengths: half the side of the cube that is searched
-# Parts thinner than twice this, over the square root of a mask's area (tail, most of the legs) and over the cube root
-# of the hull's volume, are left out. Chosen on synthetic mice, whose centers are known.
-HULL_LIMB_RADIUS = 0.16
-HULL_CORE_RADIUS = 0.20
 MIN_SPREAD = 0.2  # of the body's length: less walking about does not show where the floor's plane lies
 MIN_SPEED = 0.5  # body lengths per second: slower motion says nothing about where the nose is
 
@@ -62,41 +51,35 @@ def triangulate(origins: np.ndarray, directions: np.ndarray) -> tuple[np.ndarray
     return point, residuals
 
 
-def locate(calibration: Calibration, masks: list[list[MaskStatistics]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def locate(
+    calibration: Calibration, tracks: list[MaskTrack], places: list[int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Finds the animal's centers [t, 3] from the masks' centers of mass, each ray's distance from them [t, v], lengths.
 
-    masks: [t][v]. A length [t] is that of the view that shows the body longest: it belongs to the pose of its frame.
+    places: [t] of the masks in their tracks. A length [t] is that of the view that shows the body longest: it belongs
+    to the pose of its frame.
     """
-    seen = np.array([[mask.centre for mask in row] for row in masks])
-    directions = np.stack([calibration.rays(k, seen[:, k]) for k in range(len(calibration))], axis=1)
+    directions = np.stack([calibration.rays(k, track.centre[places]) for k, track in enumerate(tracks)], axis=1)
     centers, residuals = triangulate(calibration.centres, directions)
     distance = np.linalg.norm(calibration.centres - centers[:, None], axis=-1)
     focal = np.sqrt(calibration.K[:, 0, 0] * calibration.K[:, 1, 1])
-    lengths = np.array([[mask.axis_length for mask in row] for row in masks]) * distance / focal
+    lengths = np.stack([track.axis_length[places] for track in tracks], axis=1) * distance / focal
     return centers, residuals, lengths.max(axis=1)
 
 
-# ---- the trunk's hull -----------------------------------------------------------------------------------------------
-
-
-def trunk_centers(
-    calibration: Calibration,
-    masks: list[list[MaskStatistics]],
-    rough: np.ndarray,
-    residuals: np.ndarray,
+def trunk_hulls(
+    calibration: Calibration, tracks: list[MaskTrack], places: list[int], rough: np.ndarray, residuals: np.ndarray,
     body_length: float,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Finds the centers of mass [t, 3] of the visual hulls of masks without tail and legs; whether there is a hull [t].
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """Centers of mass [t, 3] and long axes [t, 3] (unit) of the visual hulls of masks without tail and legs.
 
-    masks: [t][v]. rough: [t, 3] from `locate`, which also says how far each mask's ray misses it (residuals [t, v]): a
-    mask whose ray misses by much shows something else and is left out. Without a hull the rough center is returned.
-    Points of a cube about the rough center are projected into the masks; the lens is taken as straight around it.
+    rough: [t, 3] from `locate`, as residuals [t, v]: a mask whose ray misses the rough center by much shows something
+    else and is left out. Without a hull: the rough center, axis 0. Points of a cube about the rough center are
+    projected into the masks; the lens is taken as straight around it.
     """
-    trunks = [[mask.trunk for mask in row] for row in masks]
-    shapes = np.array([[(t.height, t.width) for t in row] for row in trunks])
-    lengths = np.array([len(t.bits) for row in trunks for t in row])
-    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]).reshape(shapes.shape[:2])
-    corners = np.array([[(t.x, t.y, t.step) for t in row] for row in trunks], dtype=np.float64)
+    shapes = np.stack([track.trunk_shape[places] for track in tracks], axis=1)  # [t, v] rows, columns, step
+    offsets = np.cumsum([0, *(len(track.trunks) for track in tracks)])[:-1]
+    starts = np.stack([track.trunks_starts[places] for track in tracks], axis=1) + offsets
     projections = np.empty((*shapes.shape[:2], 3, 4))
     near = LENS_STEP * np.array([[0, 0], [1, 0], [-1, 0], [0, 1], [0, -1]])
     for camera, w2c in enumerate(calibration.w2c):
@@ -107,27 +90,28 @@ def trunk_centers(
         straight[:, :2, 0] = (pixels[:, 1] - pixels[:, 2]) / (2 * LENS_STEP)
         straight[:, :2, 1] = (pixels[:, 3] - pixels[:, 4]) / (2 * LENS_STEP)
         straight[:, :2, 2] = pixels[:, 0] - (straight[:, :2, :2] @ middle[:, :, None])[..., 0]
-        straight[:, :2, 2] -= corners[:, camera, :2]
-        straight[:, :2] /= corners[:, camera, 2, None, None]
+        straight[:, :2, 2] -= tracks[camera].boxes[places, :2]
+        straight[:, :2] /= shapes[:, camera, 2, None, None]
         straight[:, 2, 2] = 1.0
         projections[:, camera] = straight @ w2c[:3]
-    bits = np.concatenate([t.bits for row in trunks for t in row])
     used = residuals <= OUTVOTED * body_length
-    return _carve(projections, used, bits, starts, shapes, rough, TRUNK_REACH * body_length)
+    bits = np.concatenate([track.trunks for track in tracks])
+    centers, spreads = _carve(projections, used, bits, starts, shapes, rough, TRUNK_REACH * body_length)
+    return centers, np.linalg.eigh(spreads)[1][..., -1] * spreads.any(axis=(1, 2))[:, None]
 
 
 @numba.njit(cache=True)  # of 14,000 points most are outside the first mask: NumPy would test all in all
 def _carve(projections, used, bits, starts, shapes, middles, half):
-    """Center of mass of what all masks show, per frame [t, 3], and whether it is anything [t].
+    """Center of mass [t, 3] and covariance [t, 3, 3] (0: nothing) of what all used masks show of cubes middles +- half.
 
-    Looked for at TRUNK_POINTS^3 places of the cube middles [t, 3] +- half; the middle where there is nothing.
-    projections: [t, v, 3, 4] world -> pixels of the masks, homogeneous. used: [t, v] whether a mask counts. bits:
-    packed pixels of all masks, mask (t, v) from byte starts[t, v] on, rows x columns shapes[t, v].
+    projections: [t, v, 3, 4] world -> pixels of the masks, homogeneous. used: [t, v]. bits: packed pixels of all masks,
+    mask (t, v) from byte starts[t, v] on, with shapes[t, v] rows and columns.
     """
     frames, views = used.shape
     points = TRUNK_POINTS
-    centers, found = middles.copy(), np.zeros(frames, np.bool_)
+    centers, spreads = middles.copy(), np.zeros((frames, 3, 3))
     step = 2.0 * half / points
+    inner = np.empty((points**3, 3))
     for frame in range(frames):
         sums, count = np.zeros(3), 0
         lower = middles[frame] - half + 0.5 * step
@@ -143,7 +127,7 @@ def _carve(projections, used, bits, starts, shapes, middles, half):
                 depth = p[2, 0] * x + p[2, 1] * y + p[2, 2] * z + p[2, 3]
                 column = (p[0, 0] * x + p[0, 1] * y + p[0, 2] * z + p[0, 3]) / depth
                 row = (p[1, 0] * x + p[1, 1] * y + p[1, 2] * z + p[1, 3]) / depth
-                height, width = shapes[frame, view]
+                height, width = shapes[frame, view, 0], shapes[frame, view, 1]
                 if depth <= 0 or column < 0 or row < 0 or column >= width or row >= height:
                     inside = False
                     break
@@ -152,83 +136,39 @@ def _carve(projections, used, bits, starts, shapes, middles, half):
                     inside = False
                     break
             if inside:
-                sums += np.array([x, y, z])
+                inner[count] = (x, y, z)
+                sums += inner[count]
                 count += 1
         if count and used[frame].sum() >= 2:
             centers[frame] = sums / count
-            found[frame] = True
-    return centers, found
+            off = inner[:count] - centers[frame]
+            # A grid's own spread, so that even a single point has one.
+            spreads[frame] = off.T @ off / count + step**2 / 12.0 * np.eye(3)
+    return centers, spreads
 
 
-# ---- the whole animal's hull, for its heading -----------------------------------------------------------------------
+def tail_sides(
+    calibration: Calibration, tracks: list[MaskTrack], places: list[int], centers: np.ndarray, axes: np.ndarray,
+    body_length: float,
+) -> np.ndarray:  # fmt: skip
+    """[t] body lengths by which the masks reach farther from the centers along -axis than along +axis.
 
-
-@dataclass(frozen=True)
-class HullPlace:
-    """The visual hull of one frame. centre: [3], of trunk and head. axis: [3] unit, the body's long axis.
-
-    reach: how far tail, legs and all stretch from the center along +axis and along -axis.
+    Mean over the views, of lengths in the image along the axis as it is seen.
     """
-
-    centre: np.ndarray
-    axis: np.ndarray
-    reach: tuple[float, float]
-
-
-def hull_place(
-    calibration: Calibration, masks: list[Silhouette], rough: np.ndarray, body_length: float
-) -> HullPlace | None:
-    """Carves the animal about a rough center [3]; None where the masks have no common volume.
-
-    Tail and legs are removed twice: from each mask, then from the solid, by opening with a disc and with a ball.
-    """
-    from scipy.ndimage import distance_transform_edt
-
-    half = HULL_REACH * body_length
-    # Cameras turned to look at the animal, whose small images show `half` around it.
-    focal = np.linalg.norm(calibration.centres - rough, axis=1) / (2 * half)
-    unit = torch.from_numpy(np.stack([focal, focal, 0 * focal + 0.5, 0 * focal + 0.5], axis=-1))
-    cameras = Cameras.look_at(torch.from_numpy(calibration.centres), torch.from_numpy(rough), unit, 1, 1)
-    cameras = cameras.resize(HULL_PIXELS, HULL_PIXELS)
-    rotations = cameras.w2c[:, :3, :3].numpy()
-    box = torch.from_numpy(rough - half).float(), torch.from_numpy(rough + half).float()
-
-    def carved(silhouettes: list[Silhouette]) -> VisualHull:
-        small = [
-            rectify(
-                calibration, k, np.zeros((*mask.window.shape, 3), np.uint8), mask, rotation=rotations[k],
-                focal_px=float(focal[k]) * HULL_PIXELS, size=HULL_PIXELS,
-            )[None, ..., 3]
-            for k, mask in enumerate(silhouettes)
-        ]  # fmt: skip
-        alpha = torch.from_numpy(np.stack(small)).float() / 255
-        return carve(alpha, cameras.to(torch.float32), resolution=HULL_VOXELS, bounds=box)
-
-    whole = carved(masks)
-    trunk = carved([replace(mask, window=openings(mask.window, HULL_LIMB_RADIUS)[0]) for mask in masks])
-    if not len(trunk.index) or not len(whole.index):
-        return None
-    solid = np.zeros(len(trunk.grid), dtype=bool)
-    solid[trunk.index.numpy()] = True
-    solid = np.pad(solid.reshape(trunk.grid.shape), 1)
-    radius = HULL_CORE_RADIUS * trunk.volume ** (1 / 3) / trunk.grid.voxel
-    core = distance_transform_edt(solid) > radius
-    if core.any():
-        solid &= distance_transform_edt(~core) <= radius
-    points = trunk.grid.lower.double().numpy() + (np.argwhere(solid) - 0.5) * trunk.grid.voxel  # padded by 1
-    center = points.mean(axis=0)
-    axis = np.linalg.eigh(np.cov((points - center).T))[1][:, -1]
-    along = (whole.points.double().numpy() - center) @ axis
-    return HullPlace(center, axis, (float(along.max()), float(-along.min())))
-
-
-# ---- over time ------------------------------------------------------------------------------------------------------
+    tails = np.zeros((len(tracks), len(places)))
+    middles = calibration.project(centers)
+    along = calibration.project(centers + 0.1 * body_length * axes) - middles  # [v, t, 2] pixels
+    along /= 10.0 * (along**2).sum(axis=-1, keepdims=True)
+    for camera, track in enumerate(tracks):
+        for index, place in enumerate(places):
+            reach = (track.hull(place) - middles[camera, index]) @ along[camera, index]
+            tails[camera, index] = -reach.max() - reach.min()
+    return tails.mean(axis=0)
 
 
 def segments(frames: list[int], jumps: tuple[int, ...]) -> list[slice]:
     """The runs of kept frames between the recording's jumps in time (each jump: the first frame after it)."""
-    cuts = [int(np.searchsorted(frames, jump)) for jump in sorted(jumps)]
-    edges = [0, *cuts, len(frames)]
+    edges = [0, *np.searchsorted(frames, sorted(jumps)).tolist(), len(frames)]
     return [slice(a, b) for a, b in zip(edges, edges[1:]) if b > a]
 
 
@@ -245,11 +185,22 @@ def smooth(centers: np.ndarray, frames: list[int], num_frames: int, jumps: tuple
     return result
 
 
-def floor_up(centers: np.ndarray, guess: np.ndarray, body_length: float, source: str) -> np.ndarray:
-    """[3] unit normal of the floor an animal walks on: of the plane its centers [t, 3] lie in, on the guess's side.
+def find_up(calibration: Calibration, centers: np.ndarray, rule: str, body_length: float) -> np.ndarray:
+    """[3] unit: what is up in the calibration's world. Raises ValueError where the rule cannot tell.
 
-    Frames in which it rears or jumps are outvoted.
+    rule `rig`: the mean of the cameras' own up directions, which is the room's when they stand around the animal.
+    `floor`: the normal, on that side, of the plane the animal's centers [t, 3] lie in; frames in which it rears or
+    jumps are outvoted.
     """
+    mean = -calibration.w2c[:, 1, :3].mean(axis=0)
+    length = float(np.linalg.norm(mean))
+    if length < 0.3:
+        raise ValueError(
+            f"{calibration.source}: the cameras do not agree on what is up (mean of their up directions {length:.2f} "
+            "long); give --up an axis"
+        )
+    if rule == "rig":
+        return mean / length
     weights = np.ones(len(centers))
     for _ in range(20):
         offset = centers - weights @ centers / weights.sum()
@@ -258,72 +209,40 @@ def floor_up(centers: np.ndarray, guess: np.ndarray, body_length: float, source:
     walked = math.sqrt(max(values[1], 0.0))
     if len(centers) < 3 or walked < MIN_SPREAD * body_length:
         raise ValueError(
-            f"{source}: --up floor needs an animal that walks about; its centers spread by {walked:.3g} across the "
-            f"direction it moves in most, {MIN_SPREAD * body_length:.3g} are needed; give --up rig or an axis"
+            f"{calibration.source}: --up floor needs an animal that walks about; its centers spread by {walked:.3g} "
+            f"across the direction it moves in most, {MIN_SPREAD * body_length:.3g} are needed; give --up rig or axis"
         )
-    return vectors[:, 0] * (1.0 if vectors[:, 0] @ guess > 0 else -1.0)
-
-
-def rig_up(calibration: Calibration) -> np.ndarray:
-    """[3] unit: the mean of the cameras' own up directions, which is the room's when they stand around the animal."""
-    mean = -calibration.w2c[:, 1, :3].mean(axis=0)
-    length = float(np.linalg.norm(mean))
-    if length < 0.3:
-        raise ValueError(
-            f"{calibration.source}: the cameras do not agree on what is up (mean of their up directions {length:.2f} "
-            "long); give --up an axis, or --up floor"
-        )
-    return mean / length
-
-
-def turn_to_z(up: np.ndarray) -> np.ndarray:
-    """[3, 3] the smallest rotation that turns unit vector `up` to +z."""
-    from scipy.spatial.transform import Rotation
-
-    return Rotation.align_vectors([0.0, 0.0, 1.0], up)[0].as_matrix()
+    return vectors[:, 0] * (1.0 if vectors[:, 0] @ mean > 0 else -1.0)
 
 
 def headings_deg(
-    places: list[HullPlace], centers: np.ndarray, frames: list[int], *, rule: str, rate: float, body_length: float,
-    jumps: tuple[int, ...] = (),
+    axes: np.ndarray, tails: np.ndarray, centers: np.ndarray, frames: list[int], settings: ImportSettings, *,
+    rate: float, body_length: float,
 ) -> np.ndarray:  # fmt: skip
-    """[t] azimuth of the nose, degrees as in multiview/rig.py, from the body's long axes and a rule for their ends.
+    """[t] azimuth of the nose, degrees as in multiview/rig.py, from axes [t, 3] and `tail_sides` [t] by a rule.
 
-    rule `pca`: the tail reaches farther from the center than the nose. `motion`: a mouse that walks goes forward. Both
+    `pca`: the tail reaches farther from the center than the nose. `motion`: a mouse that walks goes forward. Both
     count as evidence for every frame; which way round each axis is follows for a whole run of frames together, since an
     animal does not turn about between two of them (the best path over two states, Viterbi 1967).
     """
-    axes = np.stack([place.axis for place in places])
     angles = np.degrees(np.arctan2(-axes[:, 0], -axes[:, 1]))
-    result = np.empty(len(places))
-    for part in segments(frames, jumps):
-        if rule == "pca":
-            evidence = np.array([(place.reach[1] - place.reach[0]) / body_length for place in places[part]])
-        elif len(frames[part]) < 2:
-            evidence = np.zeros(len(frames[part]))
-        else:
+    for part in segments(frames, settings.time_jumps):
+        evidence = tails[part]  # positive where +axis is the nose
+        if settings.heading == "motion":
             times = np.array(frames[part], dtype=np.float64) / (rate or 1.0)
-            speed = (np.gradient(centers[part], times, axis=0) * axes[part]).sum(axis=1)
-            evidence = np.where(np.abs(speed) > MIN_SPEED * body_length, speed / body_length, 0.0)
-        result[part] = angles[part] + 180.0 * _best_flips(angles[part], evidence)
-    return result % 360.0
-
-
-def _best_flips(angles: np.ndarray, evidence: np.ndarray) -> np.ndarray:
-    """[t] bool: which axes to turn round. evidence: positive where +axis is the nose."""
-    turning = np.abs((np.diff(angles) + 180.0) % 360.0 - 180.0) / 90.0 - 1.0  # -1 same way .. 1 opposite
-    cost = np.array([0.0, 0.0])
-    choices = np.zeros((len(angles), 2), dtype=int)
-    for index, value in enumerate(evidence):
-        if index:
-            step = 0.5 * turning[index - 1]
-            moved = cost[:, None] + np.array([[step, -step], [-step, step]])
-            choices[index] = moved.argmin(axis=0)
-            cost = moved.min(axis=0)
-        cost = cost + np.array([-value, value])
-    state = int(cost.argmin())
-    flips = np.zeros(len(angles), dtype=bool)
-    for index in range(len(angles) - 1, -1, -1):
-        flips[index] = bool(state)
-        state = choices[index, state]
-    return flips
+            velocity = np.gradient(centers[part], times, axis=0) if len(times) > 1 else np.zeros_like(centers[part])
+            speed = (velocity * axes[part]).sum(axis=1) / body_length
+            evidence = np.where(np.abs(speed) > MIN_SPEED, speed, 0.0)
+        turning = np.abs((np.diff(angles[part]) + 180.0) % 360.0 - 180.0) / 90.0 - 1.0  # -1 same way .. 1 opposite
+        cost, choices = np.zeros(2), np.zeros((len(evidence), 2), dtype=int)
+        for index, value in enumerate(evidence):
+            if index:
+                step = 0.5 * turning[index - 1]
+                moved = cost[:, None] + np.array([[step, -step], [-step, step]])
+                choices[index], cost = moved.argmin(axis=0), moved.min(axis=0)
+            cost = cost + np.array([-value, value])
+        state = int(cost.argmin())
+        for index in range(len(evidence) - 1, -1, -1):
+            angles[part][index] += 180.0 * state
+            state = choices[index, state]
+    return angles % 360.0

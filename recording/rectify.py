@@ -14,8 +14,10 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import cv2
 import numba
 import numpy as np
+from isal import isal_zlib
 
 from recording.calibration.model import Calibration, valid_radius
 from recording.masks import Silhouette, read_track
@@ -45,10 +47,10 @@ def cut_camera(
         for index, frame in enumerate(cut["frame"]):
             mask = track.silhouette(cut["mask"][index])
             colors = reader.read_part(frame, mask.x, mask.y, *mask.window.shape[::-1])
-            rotation, focal_px = cut["rotation"][index], float(cut["focal_px"][index])
             image = rectify(
-                calibration, camera, colors, mask, rotation=rotation, focal_px=focal_px, size=size, box=boxes[index]
-            )
+                calibration, camera, colors, mask, rotation=cut["rotation"][index],
+                focal_px=float(cut["focal_px"][index]), size=size, box=boxes[index],
+            )  # fmt: skip
             path = f"{folder}/{cut['path'][index]}"
             os.makedirs(os.path.dirname(path), exist_ok=True)
             with open(path, "wb", buffering=0) as handle:
@@ -62,8 +64,6 @@ def png_bytes(rgba: np.ndarray) -> bytes:
     Each row is stored as its difference to the row above (W3C PNG specification 3, section 9), so that what is empty is
     zeros, which ISA-L's deflate runs through. The same image makes the same file.
     """
-    from isal import isal_zlib
-
     height, width = rgba.shape[:2]
     flat = rgba.reshape(height, 4 * width)
     rows = np.full((height, 1 + 4 * width), 2, np.uint8)  # filter 2: up
@@ -78,31 +78,21 @@ def png_bytes(rgba: np.ndarray) -> bytes:
 
 
 def rectify(
-    calibration: Calibration,
-    camera: int,
-    colors: np.ndarray,
-    mask: Silhouette,
-    *,
-    rotation: np.ndarray,
-    focal_px: float,
-    size: int,
-    box: np.ndarray | None = None,
-) -> np.ndarray:
+    calibration: Calibration, camera: int, colors: np.ndarray, mask: Silhouette, *, rotation: np.ndarray,
+    focal_px: float, size: int, box: np.ndarray | None = None,
+) -> np.ndarray:  # fmt: skip
     """Warps the photograph's colors in its mask's window to a square image of the animal, [size, size, 4], straight.
 
     colors: [h, w, 3] uint8 BGR; the image is RGBA. rotation: [3, 3] world to the new camera's axes. focal_px: its
     focal length; its principal point is the center. Only the part around the mask is computed: box [4], one of
     `image_boxes`, found here if left out. Raises ValueError for colors of another size than the window.
     """
-    import cv2
-
     if colors.shape != (*mask.window.shape, 3):
         raise ValueError(f"colors must be the mask's window, {[*mask.window.shape, 3]}, got {list(colors.shape)}")
     # Photograph pixels per image pixel: so many samples per pixel and direction, averaged, that they lie at most
     # TAP_STEP apart, avoid aliasing. They are read by straight interpolation, which reaches two pixels far: a cubic
     # filter rings at the mask's rim, and costs 1 dB and twice the time.
-    step = float(calibration.K[camera, 0, 0]) / focal_px
-    over = min(max(math.ceil(step / TAP_STEP), 1), MAX_OVERSAMPLING)
+    over = min(max(math.ceil(float(calibration.K[camera, 0, 0]) / focal_px / TAP_STEP), 1), MAX_OVERSAMPLING)
     if box is None:
         window = np.array([[mask.x, mask.y, *mask.window.shape[::-1]]])
         box = image_boxes(calibration, camera, window, rotation[None], np.array([focal_px]), size)[0]
@@ -110,13 +100,15 @@ def rectify(
     result = np.full((size, size), TRANSPARENT_WHITE, np.uint32).view(np.uint8).reshape(size, size, 4)
     if width == 0 or not mask.window.size:
         return result
-    window = mask.window.view(np.uint8)
     cut_out = cv2.cvtColor(np.ascontiguousarray(colors), cv2.COLOR_BGR2RGBA)
-    cut_out = cv2.bitwise_and(cut_out, cut_out, mask=window)
+    cut_out = cv2.bitwise_and(cut_out, cut_out, mask=mask.window.view(np.uint8))
     cut_out = cv2.copyMakeBorder(cut_out, *[SOURCE_RIM] * 4, cv2.BORDER_CONSTANT, value=0)
     corner = mask.x - SOURCE_RIM, mask.y - SOURCE_RIM
-    fine = (width * over, height * over)
-    to_photo = photo_from_image(calibration, camera, rotation, focal_px * over, size * over)
+    # Homogeneous: fine pixel (outer-corner origin) of the image, then of the box -> normalized photograph.
+    fine, focal, middle = (width * over, height * over), focal_px * over, size * over
+    shift = -0.5 * middle / focal
+    to_ray = np.array([[1.0 / focal, 0.0, shift], [0.0, 1.0 / focal, shift], [0.0, 0.0, 1.0]])
+    to_photo = calibration.w2c[camera, :3, :3] @ rotation.T @ to_ray
     to_photo = to_photo @ np.array([[1.0, 0.0, left * over], [0.0, 1.0, top * over], [0.0, 0.0, 1.0]])
     if np.any(calibration.distortion[camera]):
         columns, rows = lens_maps(calibration, camera, to_photo, *fine)
@@ -125,15 +117,12 @@ def rectify(
     else:
         K = calibration.K[camera].copy()
         K[:2, 2] -= [corner[0] + 0.5, corner[1] + 0.5]  # OpenCV's warps count pixel centers from 0
-        to_center = np.array([[1.0, 0.0, 0.5], [0.0, 1.0, 0.5], [0.0, 0.0, 1.0]])
-        warped = cv2.warpPerspective(
-            cut_out, K @ to_photo @ to_center, fine, flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
-            borderMode=cv2.BORDER_CONSTANT,
-        )  # fmt: skip
+        to_photo = K @ to_photo @ np.array([[1.0, 0.0, 0.5], [0.0, 1.0, 0.5], [0.0, 0.0, 1.0]])
+        flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+        warped = cv2.warpPerspective(cut_out, to_photo, fine, flags=flags, borderMode=cv2.BORDER_CONSTANT)
     if over > 1:
         warped = cv2.resize(warped, (width, height), interpolation=cv2.INTER_AREA)
-    blurred = cv2.blur(warped, (9, 9), borderType=cv2.BORDER_CONSTANT)
-    straight = np.empty_like(warped)
+    straight, blurred = np.empty_like(warped), cv2.blur(warped, (9, 9), borderType=cv2.BORDER_CONSTANT)
     _straighten(warped, blurred, straight)
     result[top : top + height, left : left + width] = straight
     return result
@@ -162,33 +151,19 @@ def image_boxes(
     return np.concatenate([low, sides], axis=1)
 
 
-def photo_from_image(
-    calibration: Calibration, camera: int, rotation: np.ndarray, focal_px: float, size: int
-) -> np.ndarray:
-    """[3, 3] homogeneous: image pixel (outer-corner origin) -> normalized coordinates of the photograph's camera."""
-    inverse_K = np.array(
-        [[1.0 / focal_px, 0.0, -0.5 * size / focal_px], [0.0, 1.0 / focal_px, -0.5 * size / focal_px], [0.0, 0.0, 1.0]]
-    )
-    return calibration.w2c[camera, :3, :3] @ rotation.T @ inverse_K
-
-
 def lens_maps(calibration: Calibration, camera: int, pixel_to_photo: np.ndarray, width: int, height: int):
     """cv2.remap tables [height, width] through the lens model, exact every MAP_STEP pixels and straight between."""
-    import cv2
-
     cells = (-(-width // MAP_STEP) + 2, -(-height // MAP_STEP) + 2)
     # Cell centers, one cell before the image and one after it, as cv2.resize interpolates.
-    across, down = ((np.arange(count) - 0.5) * MAP_STEP for count in cells)
-    u, v = np.meshgrid(across, down)
+    u, v = np.meshgrid(*((np.arange(count) - 0.5) * MAP_STEP for count in cells))
     points = np.stack([u, v, np.ones_like(u)], axis=-1) @ pixel_to_photo.T
     normalized = points[..., :2] / points[..., 2:]
     pixels = calibration.to_pixels(camera, normalized)
     outside = points[..., 2] <= 0
     outside |= np.linalg.norm(normalized, axis=-1) > valid_radius(calibration.distortion[camera])
     pixels[outside] = -1e4
-    fine = cv2.resize(
-        pixels.astype(np.float32) - 0.5, (cells[0] * MAP_STEP, cells[1] * MAP_STEP), interpolation=cv2.INTER_LINEAR
-    )
+    fine_size = cells[0] * MAP_STEP, cells[1] * MAP_STEP
+    fine = cv2.resize(pixels.astype(np.float32) - 0.5, fine_size, interpolation=cv2.INTER_LINEAR)
     fine = fine[MAP_STEP : MAP_STEP + height, MAP_STEP : MAP_STEP + width]
     return np.ascontiguousarray(fine[..., 0]), np.ascontiguousarray(fine[..., 1])
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import cv2
 import numpy as np
 
 from recording.masks import Silhouette, clean_mask, record_track
@@ -32,11 +33,12 @@ def record_camera(
     videos: list[Video], frames: list[int], method: str, folder: Path, keys: dict[int, dict], camera: int
 ) -> Iterator[None]:
     """Writes one camera's track of cleaned masks. videos: of masks where method is `none`, else to be segmented."""
-    masks = read_masks if method == "none" else segment
-    return record_track(folder, camera, keys[camera], masks(videos[camera], frames, method))
+    video = videos[camera]
+    masks = read_masks(video, frames) if method == "none" else segment(video, frames, method)
+    return record_track(folder, camera, keys[camera], masks)
 
 
-def read_masks(video: Video, frames: list[int], _method: str = "none") -> Iterator[Silhouette]:
+def read_masks(video: Video, frames: list[int]) -> Iterator[Silhouette]:
     """Yields the cleaned mask of each of the frames (rising) of one camera's mask video."""
     level, is_dim = mask_level(video, frames)
     with VideoReader(video) as reader:
@@ -83,132 +85,81 @@ def mask_level(video: Video, frames: list[int]) -> tuple[int, bool]:
 
 def segment(video: Video, frames: list[int], method: str) -> Iterator[Silhouette]:
     """Yields the cleaned mask of each of the frames (rising) of one camera's video, found by `method`."""
-    if method == "rembg":
-        find = _rembg()
-    else:
-        count = min(BACKGROUND_FRAMES, video.num_frames)
-        chosen = np.unique(np.round(np.linspace(0, video.num_frames - 1, count)).astype(int))
-        with VideoReader(video) as reader:
-            samples = np.stack([reader.read_bgr(int(index)) for index in chosen])
-        find = _median(samples) if method == "median" else _mog2(samples)
     with VideoReader(video) as reader:
+        if method == "rembg":
+            import rembg
+
+            session = rembg.new_session()
+            for frame in frames:
+                image = np.ascontiguousarray(reader.read_bgr(frame)[..., ::-1])
+                yield clean_mask(np.asarray(rembg.remove(image, session=session, only_mask=True)))
+            return
+        chosen = np.linspace(0, video.num_frames - 1, min(BACKGROUND_FRAMES, video.num_frames))
+        with VideoReader(video) as first:
+            samples = np.stack([first.read_bgr(int(index)) for index in np.unique(np.round(chosen))])
+        find = background_model(samples, method)
+        del samples  # gigabytes, of a large video
         for frame in frames:
             yield clean_mask(find(reader.read_bgr(frame)))
 
 
-def check_method(method: str) -> None:
-    """Raises ValueError where what the method needs is not installed."""
-    import importlib.util
-
-    if method == "rembg" and importlib.util.find_spec("rembg") is None:
-        raise ValueError(
-            "--segment rembg needs the package rembg, which is not installed: pip install rembg onnxruntime (it "
-            "fetches its network when first used), or use --segment median"
-        )
-
-
-def _median(samples: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """Returns a function from a frame [h, w, 3] uint8 BGR to a mask [h, w] uint8, 0 or 255."""
-    import cv2
-
-    background = _background(samples)
-    # The noise of a frame about the background; the animal, on a small part of the image, does not count in a median.
-    noise = np.median([np.median(_difference(frame, background)) for frame in samples[:: max(1, len(samples) // 9)]])
-    threshold = max(LEAST_DIFFERENCE, NOISE_FACTOR * 1.4826 * float(noise))
-
-    def find(frame: np.ndarray) -> np.ndarray:
-        difference = _difference(frame, background)
-        # Parts of the faint mask that hold something sure.
-        _, labels = cv2.connectedComponents((difference > threshold).astype(np.uint8), connectivity=8)
-        kept = np.zeros(int(labels.max()) + 1, dtype=bool)
-        kept[np.unique(labels[difference > CORE_FACTOR * threshold])] = True
-        kept[0] = False
-        return _sharpened(_closed(kept[labels].astype(np.uint8) * 255), difference)
-
-    return find
-
-
-def _background(samples: np.ndarray) -> np.ndarray:
-    """[h, w, 3] float32: every pixel's median, smoothed as the frames are that it is compared with."""
+def background_model(samples: np.ndarray, method: str) -> Callable[[np.ndarray], np.ndarray]:
+    """Returns a function from a frame to a mask [h, w] uint8, 0 or 255. samples: frames [n, h, w, 3] uint8 BGR."""
     # Block by block of rows: the median of everything at once would need many times the frames' memory.
     blocks = np.array_split(np.arange(samples.shape[1]), max(1, samples.shape[1] // 64))
-    return _smooth(np.concatenate([np.median(samples[:, rows], axis=0) for rows in blocks]))
+    background = smoothed(np.concatenate([np.median(samples[:, rows], axis=0) for rows in blocks]))
+    bright = background[::8, ::8] > 16
 
+    def matched(frame: np.ndarray) -> np.ndarray:
+        """The smoothed frame as bright as the background: lamps flicker, cameras adjust their gain."""
+        frame = smoothed(frame)
+        if not bright.any():
+            return frame
+        # The median ratio, which the animal, on a small part of the image, does not sway.
+        return frame * np.float32(np.median(background[::8, ::8][bright] / np.maximum(frame[::8, ::8][bright], 1.0)))
 
-def _smooth(frame: np.ndarray) -> np.ndarray:
-    import cv2
+    def finished(mask: np.ndarray, off: np.ndarray) -> np.ndarray:
+        """Gaps closed, and no rim that smoothing added: the border lies where `off` is half of that beside it."""
+        side = 2 * max(1, round(CLOSING * mask.shape[1])) + 1
+        mask = cv2.morphologyEx(mask, cv2.MORPH_CLOSE, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (side, side)))
+        box = np.ones((BLUR, BLUR), np.uint8)
+        rim = (mask > 0) & (cv2.erode(mask, box, borderValue=255) == 0)
+        return np.where(rim & (off < 0.5 * cv2.dilate(off, box)), 0, mask).astype(np.uint8)
 
-    return cv2.GaussianBlur(frame.astype(np.float32), (BLUR, BLUR), 0)
+    def by_median(frame: np.ndarray) -> np.ndarray:
+        off = np.abs(matched(frame) - background).max(axis=-1)
+        # Parts of the faint mask that hold something sure.
+        _, labels = cv2.connectedComponents((off > threshold).astype(np.uint8), connectivity=8)
+        kept = np.zeros(int(labels.max()) + 1, dtype=bool)
+        kept[np.unique(labels[off > CORE_FACTOR * threshold])] = True
+        kept[0] = False
+        return finished(kept[labels].astype(np.uint8) * 255, off)
 
+    def by_mixture(frame: np.ndarray) -> np.ndarray:
+        # Single pixels that noise makes stand out go first; a closing would join them to the animal.
+        frame = matched(frame)
+        mask = cv2.medianBlur(model.apply(rounded(frame), learningRate=0.0), 3)
+        return finished(mask, np.abs(frame - background).max(axis=-1))
 
-def _difference(frame: np.ndarray, background: np.ndarray) -> np.ndarray:
-    """[h, w] the largest difference over the channels."""
-    return np.abs(_matched(_smooth(frame), background) - background).max(axis=-1)
-
-
-def _matched(frame: np.ndarray, background: np.ndarray) -> np.ndarray:
-    """The frame as bright as the background: one factor, since lamps flicker and cameras adjust their gain.
-
-    It is the median ratio, which the animal does not sway.
-    """
-    sparse = (slice(None, None, 8), slice(None, None, 8))
-    bright = background[sparse] > 16
-    if not bright.any():
-        return frame
-    return frame * np.float32(np.median(background[sparse][bright] / np.maximum(frame[sparse][bright], 1.0)))
-
-
-def _sharpened(mask: np.ndarray, difference: np.ndarray) -> np.ndarray:
-    """The mask without the rim that smoothing added: its border lies where the difference is half of that beside it."""
-    import cv2
-
-    box = np.ones((BLUR, BLUR), np.uint8)
-    rim = (mask > 0) & (cv2.erode(mask, box, borderValue=255) == 0)
-    beside = cv2.dilate(difference, box)
-    return np.where(rim & (difference < 0.5 * beside), 0, mask).astype(np.uint8)
-
-
-def _closed(mask: np.ndarray) -> np.ndarray:
-    import cv2
-
-    side = 2 * max(1, round(CLOSING * mask.shape[1])) + 1
-    disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (side, side))
-    return cv2.morphologyEx(mask, cv2.MORPH_CLOSE, disc)
-
-
-def _mog2(samples: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """As `_median`, by a mixture of Gaussians."""
-    import cv2
-
-    background = _background(samples)
+    if method == "median":
+        few = samples[:: max(1, len(samples) // 9)]
+        noise = np.median([np.median(np.abs(matched(frame) - background).max(axis=-1)) for frame in few])
+        threshold = max(LEAST_DIFFERENCE, NOISE_FACTOR * 1.4826 * float(noise))
+        return by_median
     model = cv2.createBackgroundSubtractorMOG2(history=len(samples), varThreshold=MOG2_THRESHOLD, detectShadows=False)
     # What is there in most frames is background, also where it needs several Gaussians.
     model.setBackgroundRatio(MOG2_BACKGROUND)
     model.setVarMin(LEAST_DIFFERENCE**2 / MOG2_THRESHOLD)
-
-    def prepared(frame: np.ndarray) -> np.ndarray:
-        return _matched(_smooth(frame), background).clip(0, 255).round().astype(np.uint8)
-
     # First the background, whatever the first frame shows.
-    model.apply(background.clip(0, 255).round().astype(np.uint8), learningRate=1.0)
+    model.apply(rounded(background), learningRate=1.0)
     for sample in samples:
-        model.apply(prepared(sample), learningRate=1.0 / len(samples))
-
-    def find(frame: np.ndarray) -> np.ndarray:
-        # Single pixels that noise makes stand out go first; a closing would join them to the animal.
-        mask = _closed(cv2.medianBlur(model.apply(prepared(frame), learningRate=0.0), 3))
-        return _sharpened(mask, _difference(frame, background))
-
-    return find
+        model.apply(rounded(matched(sample)), learningRate=1.0 / len(samples))
+    return by_mixture
 
 
-def _rembg() -> Callable[[np.ndarray], np.ndarray]:
-    """As `_median`, by a network."""
-    import rembg
+def smoothed(frame: np.ndarray) -> np.ndarray:
+    return cv2.GaussianBlur(frame.astype(np.float32), (BLUR, BLUR), 0)
 
-    session = rembg.new_session()
 
-    def find(frame: np.ndarray) -> np.ndarray:
-        return np.asarray(rembg.remove(np.ascontiguousarray(frame[..., ::-1]), session=session, only_mask=True))
-
-    return find
+def rounded(frame: np.ndarray) -> np.ndarray:
+    return frame.clip(0, 255).round().astype(np.uint8)

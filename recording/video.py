@@ -6,16 +6,16 @@ Stored pixels are what calibrations count: nothing that a file says about turnin
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import av
+import cv2
 import numpy as np
-
-if TYPE_CHECKING:
-    from av import VideoFrame
-    from av.container import InputContainer
+from av.container import InputContainer
+from av.video.reformatter import Interpolation, VideoReformatter
+from PIL import Image
 
 MASK_FOLDERS = ("simpleclick_undist", "masks")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
@@ -60,22 +60,21 @@ class Video:
 
 
 class VideoReader:
-    """Reads frames of one video in increasing order. Close it, or use it in `with`."""
+    """Reads frames of one video in increasing order; for `with`."""
 
     def __init__(self, video: Video) -> None:
         self.video = video
-        self._chunk, self._container = -1, None
-        self._frames: Iterator[VideoFrame] = iter(())  # still to come of the open file
+        self._container, self._frames = None, iter(())  # the open file, and its frames still to come
         self._next = 0  # number of the first of them
-        self._chunk_end = 0
-        self._converter = None
+        self._chunk, self._chunk_end = -1, 0
+        self._converter = VideoReformatter()
 
     def read_bgr(self, index: int) -> np.ndarray:
-        """Returns frame `index` as [h, w, 3] uint8 BGR. Frames before the last one read are an error."""
+        """Frame `index` as [h, w, 3] uint8 BGR. Frames before the last one read are an error."""
         return _colors_of(self._image(index)) if self.video.is_images else self._colors(self._frame(index))
 
     def read_part(self, index: int, x: int, y: int, width: int, height: int) -> np.ndarray:
-        """Returns `read_bgr(index)[y : y + height, x : x + width]`, without making colors of the rest.
+        """`read_bgr(index)[y : y + height, x : x + width]`, without making colors of the rest.
 
         All of a large frame's colors take a third as long as decoding it.
         """
@@ -86,11 +85,17 @@ class VideoReader:
             return self._colors(frame)[y : y + height, x : x + width]
         # From even pixels on, since color may have half of the resolution.
         left, top = x & ~1, y & ~1
-        part = _cut(frame, left, top, min(x + width + 1 & ~1, frame.width), min(y + height + 1 & ~1, frame.height))
+        right, bottom = min(x + width + 1 & ~1, frame.width), min(y + height + 1 & ~1, frame.height)
+        part = av.VideoFrame(right - left, bottom - top, frame.format.name)
+        part.colorspace, part.color_range = frame.colorspace, frame.color_range
+        for number in range(3):
+            target, whole = _plane(part, number), _plane(frame, number)
+            column, row = left >> (whole.shape[1] < frame.width), top >> (whole.shape[0] < frame.height)
+            target[:] = whole[row : row + target.shape[0], column : column + target.shape[1]]
         return self._colors(part)[y - top : y - top + height, x - left : x - left + width]
 
     def read_mask(self, index: int) -> tuple[np.ndarray, tuple[int, int]]:
-        """Returns the brightness [h, w] uint8 of frame `index` of a mask video, and which values are black and white.
+        """The brightness [h, w] uint8 of frame `index` of a mask video, and which values are black and white.
 
         Where the file's format allows it no colors are made of it, which would take half as long as decoding. Of
         several colors the brightest counts: masks of a palette are red or green. Of cut-outs it is alpha that counts.
@@ -105,33 +110,30 @@ class VideoReader:
         return self._colors(frame).max(axis=-1), FULL_RANGE
 
     def _image(self, index: int) -> np.ndarray:
-        """Returns image file `index`, [h, w, 1, 3 or 4] uint8 as OpenCV orders its channels."""
+        """Reads image file `index`, [h, w, 1, 3 or 4] uint8 as OpenCV orders its channels."""
         self._check_order(index)
         self._next = index + 1
         path, white = self.video.files[index], self.video.white
         image = _read_image(path, self.video.size)
-        if image.dtype == np.uint16:
-            if image.max() > white:
-                raise ValueError(
-                    f"{path} holds {image.max()}, although the images looked at first end at {white}; save the whole "
-                    "folder with 8 bits, or with all 16 in use"
-                )
-            image = (image * (255.0 / white)).round().astype(np.uint8)
-        return image
+        if image.dtype == np.uint8:
+            return image
+        if image.max() > white:
+            raise ValueError(
+                f"{path} holds {image.max()}, images before end at {white}; save all with 8, or full 16 bits"
+            )
+        return (image * (255.0 / white)).round().astype(np.uint8)
 
-    def _frame(self, index: int) -> VideoFrame:
+    def _frame(self, index: int) -> av.VideoFrame:
         """Decodes up to frame `index`."""
-        import av
-
         self._check_order(index)
         while self._chunk_end <= index:
-            self.close()
+            self.__exit__()
             self._chunk += 1
             self._next = self._chunk_end
             self._chunk_end += self.video.counts[self._chunk]
             self._container = _open(self.video.files[self._chunk])
             self._frames = self._container.decode(video=0)
-        path, frame = self.video.files[self._chunk], None
+        path, frame, size = self.video.files[self._chunk], None, self.video.size
         while self._next <= index:
             try:
                 frame = next(self._frames, None)
@@ -144,11 +146,8 @@ class VideoReader:
                     f"videos (ffmpeg -i {path.name} -frames:v {self._next} -crf 12 cut.mp4)"
                 )
             self._next += 1
-        if (frame.width, frame.height) != self.video.size:
-            raise ValueError(
-                f"{path}: frame {index} is {frame.width} x {frame.height}, the video says it is "
-                f"{self.video.size[0]} x {self.video.size[1]}"
-            )
+        if (frame.width, frame.height) != size:
+            raise ValueError(f"{path}: frame {index} is {frame.width} x {frame.height}, not {size[0]} x {size[1]}")
         if frame.rotation:
             raise ValueError(
                 f"{path} is stored lying and to be shown turned by {frame.rotation} degrees; store it upright: "
@@ -157,34 +156,22 @@ class VideoReader:
         return frame
 
     def _check_order(self, index: int) -> None:
-        count = self.video.num_frames
-        if not self._next <= index < count:
-            raise ValueError(
-                f"{self.video.name}: frame {index} was asked for after frame {self._next - 1} of {count}; frames are "
-                "read in increasing order"
-            )
+        if not self._next <= index < self.video.num_frames:
+            asked = f"frame {index} was asked for after frame {self._next - 1} of {self.video.num_frames}"
+            raise ValueError(f"{self.video.name}: {asked}; frames are read in increasing order")
 
-    def _colors(self, frame: VideoFrame) -> np.ndarray:
-        """Returns [h, w, 3] uint8 BGR, as OpenCV makes them of the same frame."""
-        from av.video.reformatter import Interpolation, VideoReformatter
-
-        self._converter = self._converter or VideoReformatter()
+    def _colors(self, frame: av.VideoFrame) -> np.ndarray:
+        """Makes [h, w, 3] uint8 BGR, as OpenCV does of the same frame."""
         colors = self._converter.reformat(frame, format="bgr24", interpolation=Interpolation.BICUBIC, threads=1)
         return _plane(colors, 0, 3).reshape(frame.height, frame.width, 3)
-
-    def close(self) -> None:
-        if self._container is not None:
-            self._container.close()
-            self._container, self._frames = None, iter(())
 
     def __enter__(self) -> VideoReader:
         return self
 
     def __exit__(self, *_) -> None:
-        self.close()
-
-
-# ---- finding --------------------------------------------------------------------------------------------------------
+        if self._container is not None:
+            self._container.close()
+            self._container, self._frames = None, iter(())
 
 
 def find_videos(
@@ -201,26 +188,25 @@ def find_videos(
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{flag} {folder} is not a folder; 0.mp4 ... {num_cameras - 1}.mp4 are expected in it")
+    numbers = range(num_cameras + 1)  # one more, which must not be there
     if {path.name for path in folder.iterdir() if path.is_dir()} & set(names):
         names = [*names, ""]
     elif (folder / "Camera1").is_dir():
-        names = [f"Camera{index + 1}" for index in range(num_cameras + 1)]
-    elif (folder / "0").is_dir():
-        names = [str(index) for index in range(num_cameras + 1)]
+        names = [f"Camera{index + 1}" for index in numbers]
     else:
-        names = [f"{index}.mp4" for index in range(num_cameras + 1)]
+        names = [f"{index}" if (folder / "0").is_dir() else f"{index}.mp4" for index in numbers]
     missing = [name for name in names[:-1] if not (folder / name).exists()]
     if missing:
         raise ValueError(f"{flag} {folder} lacks {', '.join(missing)} of {num_cameras} cameras{_hint(folder)}")
     if names[-1] and (folder / names[-1]).exists():
         raise ValueError(f"{flag} {folder} holds {names[-1]}, but the calibration has only {num_cameras} cameras")
-    paths = [folder / name for name in names[:-1]]
-    videos = [probe(_chunks(path) if path.is_dir() else [path], max_pixels) for path in paths]
-    for path, video in zip(paths, videos):
-        numbers = [frame_number(file) for file in video.files]
-        if path.suffix or video.is_images or numbers == list(range(len(numbers))):  # chunks may also be counted
+    videos = []
+    for path in (folder / name for name in names[:-1]):
+        videos.append(probe(_files_in(path) if path.is_dir() else [path], max_pixels))
+        chunks = [] if path.is_file() or videos[-1].is_images else [frame_number(file) for file in videos[-1].files]
+        if chunks == list(range(len(chunks))):  # chunks may also be counted
             continue
-        for file, number, start in zip(video.files, numbers, np.cumsum([0, *video.counts])):
+        for file, number, start in zip(videos[-1].files, chunks, np.cumsum([0, *videos[-1].counts])):
             if number != start:
                 raise ValueError(
                     f"{file} is named by its first frame, but the chunks before it hold {start} frames: a chunk before "
@@ -230,73 +216,19 @@ def find_videos(
     return [replace(video, white=max(video.white for video in videos)) for video in videos]
 
 
-def probe(files: list[Path], max_pixels: int = MAX_PIXELS) -> Video:
-    """Reads counts, size and rate of one camera's file(s) from their headers. Of images the first one's size is taken.
-
-    Raises ValueError for files that are cut short or whose frames are too large.
-    """
-    if files[0].suffix.lower() in IMAGE_SUFFIXES:
-        first, bits = _read_image(files[0], max_pixels=max_pixels), 8
-        size = first.shape[1::-1]
-        if first.dtype == np.uint16:  # of which cameras often use 10 or 12 bits
-            chosen = [files[int(index)] for index in np.linspace(0, len(files) - 1, DEPTH_FRAMES)]
-            brightest = max(int(_read_image(path, size).max()) for path in chosen)
-            bits = next(bits for bits in DEPTHS if brightest < 2**bits)
-        return Video(tuple(files), (1,) * len(files), size, 0.0, 2**bits - 1)
-    counts, sizes, rates = [], set(), []
-    for path in files:
-        with _open(path) as container:
-            stream = container.streams.video[0]
-            rates.append(float(stream.guessed_rate or 0.0))
-            sizes.add((stream.codec_context.width, stream.codec_context.height))
-            _check_size(path, (stream.codec_context.width, stream.codec_context.height), max_pixels)
-            counts.append(_count(path, container, rates[-1]))
-    if len(sizes) != 1:
-        raise ValueError(f"the chunks in {files[0].parent} have different image sizes: {sorted(sizes)}")
-    return Video(tuple(files), tuple(counts), sizes.pop(), rates[0])
-
-
-def _count(path: Path, container: InputContainer, rate: float) -> int:
-    """Returns how many frames a video shows."""
-    stream = container.streams.video[0]
-    # An index (mp4) knows more than the header's count: what an edit cut off stays in the file (ffmpeg -ss -c copy).
-    index = list(stream.index_entries) if "mp4" in container.format.name else []
-    held = path.stat().st_size
-    whole = sum(entry.pos + entry.size <= held for entry in index)
-    if whole < len(index):
-        raise ValueError(
-            f"video {path} is truncated: {whole} of its {len(index)} frames are there; copy it anew, or cut all videos "
-            f"and masks to what it holds (ffmpeg -i {path.name} -frames:v {whole} -crf 12 cut.mp4)"
-        )
-    # Where a header does not count its frames, it says how long they last.
-    seconds = float((stream.duration or 0) * (stream.time_base or 0))
-    count = sum(not entry.is_discard for entry in index) or stream.frames or round(seconds * rate)
-    if count <= 0:
-        raise ValueError(f"video {path} says that it holds {count} frames; it is damaged or no video")
-    return count
-
-
-def _check_size(path: Path, size: tuple[int, int], max_pixels: int) -> None:
-    if size[0] * size[1] > max_pixels:
-        raise ValueError(
-            f"{path} is {size[0]} x {size[1]} pixels, {max_pixels / 1e6:g} million are allowed; scale the videos and "
-            "the calibration down, or allow more with --max_megapixels"
-        )
-
-
-def _chunks(folder: Path) -> list[Path]:
-    """Returns the video chunks of a camera's folder, or its images, in order."""
-    files = [path for path in folder.glob("*.mp4") if re.fullmatch(r"\d+", path.stem)]
+def _files_in(folder: Path) -> list[Path]:
+    """The video chunks of a camera's folder, or its images, in order."""
+    files = [path for path in folder.glob("*.mp4") if path.stem.isdecimal()]
     if files:
-        return sorted(files, key=lambda path: int(path.stem))
+        return sorted(files, key=frame_number)
     images = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
     if not images:
         raise ValueError(
             f"{folder} holds neither chunks named by their first frame (0.mp4, 3000.mp4) nor images{_hint(folder)}"
         )
-    unnumbered = [path.name for path in images if not re.search(r"\d", path.stem)]
-    if unnumbered:
-        raise ValueError(f"{folder / unnumbered[0]}: images are named by frame numbers (000000.png, frame_12.jpg)")
+    for path in images:
+        if not re.search(r"\d", path.stem):
+            raise ValueError(f"{path}: images are named by frame numbers (000000.png, frame_12.jpg)")
     images.sort(key=frame_number)
     for path, other in zip(images, images[1:]):
         if frame_number(other) != frame_number(path) + 1:
@@ -305,7 +237,7 @@ def _chunks(folder: Path) -> list[Path]:
 
 
 def frame_number(path: Path) -> int:
-    """Returns the frame number of an image: the last number in its name."""
+    """The frame number of an image or chunk: the last number in its name."""
     return int(re.findall(r"\d+", path.stem)[-1])
 
 
@@ -315,23 +247,62 @@ def _hint(folder: Path) -> str:
     if inner:
         return f"; its folder(s) {', '.join(inner)} hold videos: did you mean one of these?"
     for path in sorted(folder.iterdir()):
+        convert = f"; {path.name} is there: convert it and its like"
         if path.suffix.lower() in OTHER_VIDEOS:
-            command = f"ffmpeg -i {path.name} -crf 12 {path.stem}.mp4"
-            return f"; {path.name} is there: convert it and its like with {command} (masks with -crf 0)"
+            return f"{convert} with ffmpeg -i {path.name} -crf 12 {path.stem}.mp4 (masks with -crf 0)"
         if path.suffix.lower() in OTHER_IMAGES:
-            return f"; {path.name} is there: convert it and its like to PNG (magick mogrify -format png *{path.suffix})"
+            return f"{convert} to PNG (magick mogrify -format png *{path.suffix})"
     return ""
 
 
-# ---- files ----------------------------------------------------------------------------------------------------------
+def probe(files: list[Path], max_pixels: int = MAX_PIXELS) -> Video:
+    """Reads counts, size and rate of one camera's file(s) from their headers. Of images the first one's size is taken.
+
+    Raises ValueError for files that are cut short or whose frames are too large.
+    """
+    if files[0].suffix.lower() in IMAGE_SUFFIXES:
+        first, white = _read_image(files[0], max_pixels=max_pixels), 255
+        size = first.shape[1::-1]
+        if first.dtype == np.uint16:  # of which cameras often use 10 or 12 bits
+            chosen = [files[int(index)] for index in np.linspace(0, len(files) - 1, DEPTH_FRAMES)]
+            brightest = max(int(_read_image(path, size).max()) for path in chosen)
+            white = next(2**bits - 1 for bits in DEPTHS if brightest < 2**bits)
+        return Video(tuple(files), (1,) * len(files), size, 0.0, white)
+    counts, sizes, rates = [], set(), []
+    for path in files:
+        with _open(path) as container:
+            stream = container.streams.video[0]
+            rates.append(float(stream.guessed_rate or 0.0))
+            sizes.add((stream.codec_context.width, stream.codec_context.height))
+            _check_size(path, (stream.codec_context.width, stream.codec_context.height), max_pixels)
+            # An index (mp4) knows more than the header's count: what an edit cut off stays in the file.
+            entries = list(stream.index_entries) if "mp4" in container.format.name else []
+            held, shown = path.stat().st_size, sum(not entry.is_discard for entry in entries)
+            whole = sum(entry.pos + entry.size <= held for entry in entries)
+            if whole < len(entries):
+                raise ValueError(
+                    f"video {path} is truncated: {whole} of its {len(entries)} frames are there; copy it anew, or cut "
+                    f"all videos and masks to what it holds (ffmpeg -i {path.name} -frames:v {whole} -crf 12 cut.mp4)"
+                )
+            # Where a header does not count its frames, it says how long they last.
+            seconds = float((stream.duration or 0) * (stream.time_base or 0))
+            counts.append(shown or stream.frames or round(seconds * rates[-1]))
+        if counts[-1] <= 0:
+            raise ValueError(f"video {path} says that it holds {counts[-1]} frames; it is damaged or no video")
+    if len(sizes) != 1:
+        raise ValueError(f"the chunks in {files[0].parent} have different image sizes: {sorted(sizes)}")
+    return Video(tuple(files), tuple(counts), sizes.pop(), rates[0])
 
 
-def _read_image(path: Path, size: tuple[int, int] | None = None, max_pixels: int = 0) -> np.ndarray:
+def _check_size(path: Path, size: tuple[int, int], max_pixels: int) -> None:
+    if size[0] * size[1] > max_pixels:
+        limit = f"{path} is {size[0]} x {size[1]} pixels, {max_pixels / 1e6:g} million are allowed"
+        raise ValueError(f"{limit}; scale videos and calibration down, or allow more with --max_megapixels")
+
+
+def _read_image(path: Path, size: tuple[int, int] | None = None, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Reads an image file's stored pixels [h, w, 1, 3 or 4], uint8 or uint16; size: (w, h) that is expected."""
-    import cv2
-    from PIL import Image
-
-    found = None
+    found, image, what = None, None, f"{path}: the image of frame {frame_number(path)}"
     try:
         with Image.open(path) as header:  # before the pixels: a large file must not take the memory first
             found = header.size
@@ -339,17 +310,15 @@ def _read_image(path: Path, size: tuple[int, int] | None = None, max_pixels: int
         raise ValueError(f"{path} is far too large an image ({error}); scale images and calibration down") from None
     except (OSError, SyntaxError, ValueError):  # OpenCV knows more formats
         pass
-    if found is not None and max_pixels:
+    if found is not None and size is None:
         _check_size(path, found, max_pixels)
-    image = cv2.imread(str(path), cv2.IMREAD_UNCHANGED) if found is None or size in (None, found) else None
-    found = found if image is None else image.shape[1::-1]
+    if None in (found, size) or found == size:
+        image = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+        found = found if image is None else image.shape[1::-1]
     if found is not None and size not in (None, found):
-        raise ValueError(
-            f"{path}: the image of frame {frame_number(path)} is {found[0]} x {found[1]}, the first one is {size[0]} x "
-            f"{size[1]}"
-        )
+        raise ValueError(f"{what} is {found[0]} x {found[1]}, the first one is {size[0]} x {size[1]}")
     if image is None:
-        raise ValueError(f"{path}: the image of frame {frame_number(path)} cannot be read; it is missing or damaged")
+        raise ValueError(f"{what} cannot be read; it is missing or damaged")
     if image.dtype not in (np.uint8, np.uint16):
         raise ValueError(f"{path} holds {image.dtype} pixels; 8 or 16 bits are expected: save it as PNG")
     return image if image.ndim == 3 else image[..., None]
@@ -360,8 +329,6 @@ def _colors_of(image: np.ndarray) -> np.ndarray:
 
 
 def _open(path: Path) -> InputContainer:
-    import av
-
     if not path.is_file():
         raise ValueError(f"video {path} does not exist")
     try:
@@ -371,7 +338,6 @@ def _open(path: Path) -> InputContainer:
     kinds = sorted({stream.type for stream in container.streams}) or ["none"]
     covers = [s for s in container.streams.video if av.stream.Disposition.attached_pic in s.disposition]
     if not container.streams.video or covers:
-        container.close()
         raise ValueError(f"{path} holds no video (its streams: {', '.join(kinds)}); a video of the animal is expected")
     if container.streams.video[0].codec_context is None:
         raise ValueError(f"video {path} cannot be opened; its codec is unknown")
@@ -380,20 +346,7 @@ def _open(path: Path) -> InputContainer:
     return container
 
 
-def _plane(frame: VideoFrame, number: int, channels: int = 1) -> np.ndarray:
-    """Returns [h, channels w] uint8, one plane of a frame, not copied."""
+def _plane(frame: av.VideoFrame, number: int, channels: int = 1) -> np.ndarray:
+    """[h, channels w] uint8, one plane of a frame, not copied."""
     plane = frame.planes[number]
     return np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[: plane.height, : channels * plane.width]
-
-
-def _cut(frame: VideoFrame, left: int, top: int, right: int, bottom: int) -> VideoFrame:
-    """Cuts a part out of a frame of one of PLANAR_FORMATS; left and top are even."""
-    import av
-
-    part = av.VideoFrame(right - left, bottom - top, frame.format.name)
-    part.colorspace, part.color_range = frame.colorspace, frame.color_range
-    for number in range(3):
-        target, whole = _plane(part, number), _plane(frame, number)
-        x, y = left >> (whole.shape[1] < frame.width), top >> (whole.shape[0] < frame.height)
-        target[:] = whole[y : y + target.shape[0], x : x + target.shape[1]]
-    return part

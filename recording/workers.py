@@ -15,8 +15,11 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, closing
 from multiprocessing import forkserver
 from typing import Any
+
+from multiview.run import STOP_SIGNALS
 
 KEPT = 2**24  # bytes: blocks of memory up to this size stay with a process instead of going back and forth
 BLOCK = 6  # steps a lane takes before the next one has its turn: its decoder's frames are still in the cache
@@ -27,13 +30,9 @@ _lanes: dict[int, Iterator[Any]] = {}  # of this worker process
 
 
 def run_lanes(
-    make: Callable[[int], Iterator[Any]],
-    lanes: Sequence[int],
-    steps: int,
-    *,
-    workers: int,
+    make: Callable[[int], Iterator[Any]], lanes: Sequence[int], steps: int, *, workers: int,
     costs: Sequence[float] | None = None,
-) -> Iterator[tuple[int, int, Any]]:
+) -> Iterator[tuple[int, int, Any]]:  # fmt: skip
     """Runs make(lane), an iterator of at least `steps` items, for every lane; yields (lane, step, item) as they come.
 
     Each lane's steps come in order. A lane lives in one of `workers` processes, in this one if workers is 1; `make` and
@@ -41,20 +40,33 @@ def run_lanes(
     raises is raised here.
     """
     if workers == 1 or len(lanes) < 2:
-        streams = {lane: make(lane) for lane in lanes}
-        try:
+        with ExitStack() as stack:
+            streams = {lane: stack.enter_context(closing(make(lane))) for lane in lanes}
             for step in range(steps):
                 for lane, stream in streams.items():
                     yield lane, step, next(stream)
-        finally:
-            for stream in streams.values():
-                stream.close()
         return
-    parts = share_out(lanes, costs or [1.0] * len(lanes), min(workers, len(lanes)))
+    parts: list[list[int]] = [[] for _ in range(min(workers, len(lanes)))]
+    load = [0.0] * len(parts)
+    for cost, lane in sorted(zip(costs or [1.0] * len(lanes), lanes), reverse=True):  # the dearest first
+        least = load.index(min(load))
+        parts[least].append(lane)
+        load[least] += cost
     # One pool per process: a lane's decoder is in one process, so its steps must go there.
-    pools = [ProcessPoolExecutor(1, _context(), _start, (make, part)) for part in parts]
+    pools = [ProcessPoolExecutor(1, start_server(), _start, (make, part)) for part in parts]
+    blocks = [range(first, min(first + BLOCK, steps)) for first in range(0, steps, BLOCK)]
+    begun, done = [0] * len(pools), [0] * len(pools)  # blocks of each process
+    pending: dict[Future, int] = {}
     try:
-        yield from _collect(pools, [range(first, min(first + BLOCK, steps)) for first in range(0, steps, BLOCK)])
+        while min(done) < len(blocks):
+            for number, pool in enumerate(pools):
+                while begun[number] < min(min(done) + AHEAD, len(blocks)):
+                    pending[pool.submit(_advance, blocks[begun[number]])] = number
+                    begun[number] += 1
+            finished = wait(pending, return_when=FIRST_COMPLETED).done
+            for future in [future for future in pending if future in finished]:  # as submitted: lanes stay in order
+                done[pending.pop(future)] += 1
+                yield from future.result()
     except BrokenProcessPool:
         raise ChildProcessError(
             "a worker process ended unexpectedly (was it killed for want of memory?); repeat the command to continue, "
@@ -67,36 +79,24 @@ def run_lanes(
             pool.shutdown()
 
 
-def share_out(lanes: Sequence[int], costs: Sequence[float], workers: int) -> list[list[int]]:
-    """Returns the lanes of each process: the dearest first, each to the process that has least to do."""
-    parts, load = [[] for _ in range(workers)], [0.0] * workers
-    for place in sorted(range(len(lanes)), key=lambda place: -costs[place]):
-        least = load.index(min(load))
-        parts[least].append(lanes[place])
-        load[least] += costs[place]
-    return parts
-
-
-def _collect(pools: list[ProcessPoolExecutor], blocks: list[range]) -> Iterator[tuple[int, int, Any]]:
-    """Yields the results of all blocks of steps of all processes; none gets far ahead of the slowest."""
-    begun, done = [0] * len(pools), [0] * len(pools)  # blocks of each process
-    pending: dict[Future, int] = {}
-    while min(done) < len(blocks):
-        for number, pool in enumerate(pools):
-            while begun[number] < min(min(done) + AHEAD, len(blocks)):
-                pending[pool.submit(_advance, blocks[begun[number]])] = number
-                begun[number] += 1
-        finished = wait(pending, return_when=FIRST_COMPLETED).done
-        for future in [future for future in pending if future in finished]:  # as submitted: lanes stay in order
-            done[pending.pop(future)] += 1
-            yield from future.result()
+def start_server():
+    """Starts the server that has imported the package once and makes the processes; returns its context."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    if threading.current_thread() is threading.main_thread():
+        # The server and its children inherit that they ignore what a cluster or a closed terminal sends to all.
+        before = {number: signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS}
+        forkserver.ensure_running()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return context
 
 
 def _start(make: Callable[[int], Iterator[Any]], lanes: list[int]) -> None:
     """Prepares a worker process."""
     import cv2
 
-    for number in (signal.SIGINT, signal.SIGTERM):  # the main process says when to stop
+    for number in (signal.SIGINT, *STOP_SIGNALS):  # the main process says when to stop
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_main_process, daemon=True).start()
     cv2.setNumThreads(1)
@@ -115,19 +115,3 @@ def _end_with_main_process() -> None:
 
 def _advance(steps: range) -> list[tuple[int, int, Any]]:
     return [(lane, step, next(stream)) for lane, stream in _lanes.items() for step in steps]
-
-
-def start_early() -> None:
-    """Has the server of processes started beside other work, so that it is there when it is needed."""
-    if "forkserver" in multiprocessing.get_all_start_methods():
-        _context()
-        forkserver.ensure_running()
-
-
-def _context():
-    """Processes from a server that has imported the package once; plain spawning where the system has no such thing."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    return context

@@ -22,43 +22,38 @@ def main() -> None:
     parser.add_argument("--dry_run", action="store_true", help="print the cells and their overrides, and stop")
     parser.add_argument("--only", default="", help="run only cells whose names hold this text (default: all)")
     arguments = parser.parse_args()
-    from evaluation.ablation import check_cells, make_cells, markdown, prepare, read_spec, run_cells, summarise
+    from evaluation.ablation import make_cells, markdown, prepare, read_spec, run_cell, summarise
     from multiview.files import atomic_write, write_json
     from multiview.run import git_hash
 
-    spec = read_spec(arguments.spec)
-    cells = make_cells(spec)
-    check_cells(spec, cells)  # all of them, before the first of many hours
-    chosen = [cell for cell in cells if arguments.only in cell.name]
+    spec, results = read_spec(arguments.spec), []
+    cells = {cell.folder.name: cell for cell in make_cells(spec)}
+    chosen = {name: cell for name, cell in cells.items() if arguments.only in name}
     if not chosen:
-        raise ValueError(f"--only {arguments.only!r} fits none of {', '.join(cell.name for cell in cells)}")
+        raise ValueError(f"--only {arguments.only!r} fits none of {', '.join(cells)}")
     if arguments.dry_run:
-        for cell in chosen:
-            print(f"{cell.name}: {' '.join(cell.arguments())}")
+        for name, cell in chosen.items():
+            print(f"{name}: {' '.join(cell.arguments())}")
         print(f"{len(chosen)} runs of {spec.base}")
         return
     prepare(spec)
-    levels = {factor: list(named) for factor, named in spec.factors.items()}
-    folder, results = Path(spec.output_dir), []
-
-    def on_cell(cell, result: dict) -> None:
+    table = Path(spec.output_dir) / "table.md"
+    for name, cell in chosen.items():
+        result = run_cell(spec, cell)  # one that fails does not stop the others
         results.append(result)
+        told = f"failed: {result.get('reason')}"
         if result["status"] == "done":
-            figures = ", ".join(f"{name} {result['metrics'][name]:.3f}" for name in spec.metrics)
-        else:
-            figures = f"failed: {result['reason']}"
-        print(f"{len(results)} of {len(chosen)} {cell.name} ({result['seconds']:.0f} s): {figures}", flush=True)
+            told = ", ".join(f"{metric} {result['metrics'][metric]:.3f}" for metric in spec.metrics)
+        print(f"{len(results)} of {len(chosen)} {name} ({result['seconds']:.0f} s): {told}", flush=True)
         # After every run: an ablation of days can be read while it goes on.
-        with atomic_write(folder / "table.md") as temporary:
-            temporary.write_text(markdown(results, levels, spec.metrics, spec.seeds))
-        summary = summarise(results, levels, spec.metrics, spec.seeds)
-        write_json(folder / "summary.json", {"spec": asdict(spec), **summary, "runs": results, "git": git_hash()})
-
-    run_cells(spec, chosen, on_cell)
-    print((folder / "table.md").read_text())
+        with atomic_write(table) as temporary:
+            temporary.write_text(markdown(spec, results))
+        summary = {"spec": asdict(spec), **summarise(spec, results), "runs": results, "git": git_hash()}
+        write_json(table.with_name("summary.json"), summary)
+    print(table.read_text())
     failed = sum(result["status"] != "done" for result in results)
     if failed:
-        raise ValueError(f"{failed} of {len(results)} runs failed; the reasons are in {folder / 'table.md'}")
+        raise ValueError(f"{failed} of {len(results)} runs failed; the reasons are in {table}")
 
 
 if __name__ == "__main__":

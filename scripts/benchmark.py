@@ -24,7 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from evaluation import throughput
+from evaluation.throughput import measure_import  # noqa: F401 (found by its name)
 from multiview.config import checked
 from multiview.run import REPOSITORY, git_hash, main_guard, make_generator, resolve_device
 
@@ -303,10 +303,6 @@ def measure_rendering(bench: Bench):
     runs = [partial(render, gaussians, cameras), partial(render, gaussians, cameras[:, :1])]
     record = {"Gaussians": gaussians.num_gaussians, **dict(zip(("all views, ms", "one view, ms"), bench.time(*runs)))}
     return f"Rendering, six views of {bench.size} px", [{**record, "peak memory, MiB": bench.peak(runs[0])}]
-
-
-def measure_import(bench: Bench):
-    return throughput.measure_import(bench.options)
 
 
 def stage1(bench: Bench, attention: str):

@@ -17,10 +17,6 @@ from multiview.config import add_fields, from_arguments, option
 from multiview.run import main_guard
 
 
-class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    pass
-
-
 @dataclass(frozen=True)
 class CheckSettings:
     """Flags of this script."""
@@ -31,13 +27,11 @@ class CheckSettings:
     num_samples: int = option(200, "looked at, evenly spaced over the dataset", least=1)
     num_views: int | None = option(None, "first views of each sample; left out: the rig's, or at most 12", least=1)
     workers: int = option(2, "processes; the result does not depend on it", least=1)
-    fail_below: str | None = option(
-        None, "exit with 1 when the grade is worse than this", choices=("usable", "good")
-    )
+    fail_below: str | None = option(None, "exit with 1 when the grade is worse", choices=("usable", "good"))
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add_fields(parser, CheckSettings)
     settings = from_arguments(CheckSettings, parser.parse_args(arguments))
     from recording.quality.findings import GRADES

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from evaluation import EvaluationSettings
 from multiview.config import add_fields, from_arguments
 from multiview.run import main_guard
-from pipeline.artifacts import Checkpoints, Stage1Options, parse_with_overrides
+from pipeline.options import Checkpoints, Stage1Options, parse_with_overrides
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ depends on --seed and its own name only. Several processes share the work:
 """
 
 import argparse
+import hashlib
 import os
 import sys
 from dataclasses import dataclass
@@ -18,15 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from multiview.config import add_fields, from_arguments, option
 from multiview.run import main_guard
-from pipeline.artifacts import Stage1Checkpoints
-
-
-def shard(text: str) -> tuple[int, int]:
-    """An argparse type: i/n, i from 0."""
-    number, _, count = text.partition("/")
-    if not (number.isdigit() and count.isdigit() and int(number) < int(count)):
-        raise argparse.ArgumentTypeError(f"must be i/n with 0 <= i < n, e.g. 0/4, got {text!r}")
-    return int(number), int(count)
+from pipeline.options import Stage1Checkpoints
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,67 +45,61 @@ class Settings:
     batch_size: int = option(1, "samples generated at once", least=1)
 
 
-def parse_arguments() -> argparse.Namespace:
+def shard(text: str) -> tuple[int, int]:
+    """An argparse type: i/n, i from 0."""
+    number, _, count = text.partition("/")
+    if not (number.isdigit() and count.isdigit() and int(number) < int(count)):
+        raise argparse.ArgumentTypeError(f"must be i/n with 0 <= i < n, e.g. 0/4, got {text!r}")
+    return int(number), int(count)
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_fields(parser, Settings)
     add_fields(parser, Stage1Checkpoints)
     parser.add_argument("--shard", type=shard, help="i/n: every n-th batch from i; default: torchrun's rank, else all")
-    return parser.parse_args()
-
-
-def own_share(asked: tuple[int, int] | None, device: str) -> tuple[tuple[int, int], str]:
-    """Returns this process's shard (number, count) and device: as asked, else torchrun's rank and local rank."""
+    arguments = parser.parse_args()
+    settings, checkpoints = from_arguments(Settings, arguments), from_arguments(Stage1Checkpoints, arguments)
     import torch
 
-    under_torchrun = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    if asked is not None and under_torchrun:
-        raise ValueError("--shard and torchrun both share out the work; use one of them")
-    # Each process of torchrun on its own GPU.
-    if device in ("auto", "cuda") and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-    return asked or ((int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if under_torchrun else (0, 1)), device
-
-
-def main() -> None:
-    arguments = parse_arguments()
-    settings, checkpoints = from_arguments(Settings, arguments), from_arguments(Stage1Checkpoints, arguments)
-    from tqdm import tqdm
-
+    from multiview.checkpoint import digest_of
     from multiview.files import full_disk_explained
-    from multiview.run import check_output_folder, stoppable
+    from multiview.run import check_output_folder
+    from multiview.sample import open_dataset
     from pipeline import MouseFaceLift
-    from pipeline.dataset import Recipe, fingerprint, make_jobs, pending_batches, start_dataset, write_batch, write_list
+    from pipeline.dataset import generate_list, make_jobs
 
-    folder = settings.output_dir
+    folder, device, share = settings.output_dir, settings.device, arguments.shard or (0, 1)
     check_output_folder(folder)
-    share, device = own_share(arguments.shard, settings.device)
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        if arguments.shard is not None:
+            raise ValueError("--shard and torchrun both share out the work; use one of them")
+        share = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if device in ("auto", "cuda") and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        device = f"cuda:{os.environ['LOCAL_RANK']}"  # each process of torchrun on its own GPU
     model = MouseFaceLift.load(device=device, stages="1", **vars(checkpoints))
     artifacts = model.artifacts
-    jobs = make_jobs(settings.data, artifacts.rig, settings.references, settings.num_samples)
-    recipe = Recipe(settings.seed, not settings.repaint_input, settings.keep_true_views)
+    jobs = make_jobs(settings.data, artifacts.rig, settings.references, settings.num_samples, settings.seed)
+
+    def fingerprint(*paths: Path) -> str:  # of contents in a fixed order: a renamed folder is still the same weights
+        return hashlib.sha256(b"".join(bytes.fromhex(digest_of(path)) for path in sorted(paths))).hexdigest()[:16]
+
+    kept = {"keep_input_view": not settings.repaint_input, "true_views": settings.keep_true_views}
     # Whatever decides a sample: the command refuses to continue a dataset made with anything else.
     parameters = {
         "source": "stage1", "source_data": settings.data[0].parent.as_posix(),
         "unet": str(artifacts.unet), "components": str(artifacts.components),
-        "unet_sha256": fingerprint(artifacts.unet.glob("*.safetensors")),
-        "vae_sha256": fingerprint((artifacts.components / "vae").glob("*.safetensors")),
-        "prompt_embeds_sha256": fingerprint([Path(artifacts.embeds.source)]),
+        "unet_sha256": fingerprint(*artifacts.unet.glob("*.safetensors")),
+        "vae_sha256": fingerprint(*(artifacts.components / "vae").glob("*.safetensors")),
+        "prompt_embeds_sha256": fingerprint(Path(artifacts.embeds.source)),
         "num_steps": artifacts.num_steps, "guidance_scale": artifacts.guidance_scale, "seed": settings.seed,
-        "image_size": model.image_size, "references": settings.references, "batch_size": settings.batch_size,
-        "keep_input_view": recipe.keep_input_view, "true_views": recipe.true_views,
+        "image_size": model.image_size, "references": settings.references, "batch_size": settings.batch_size, **kept,
     }  # fmt: skip
     with full_disk_explained(folder / "dataset.json"):
-        start_dataset(folder, artifacts.rig, parameters)
+        open_dataset(folder, artifacts.rig, parameters)
         for path, own in jobs.items():
-            batches = list(pending_batches(own, folder, settings.batch_size, share))
-            total, true = sum(len(missing) for _, missing in batches), 0
-            label = f"{path.name} {share[0]}/{share[1]}"
-            with tqdm(total=total, desc=label, unit="sample", disable=None) as bar:
-                for batch, missing in stoppable(batches):
-                    true += write_batch(folder, model, batch, missing, recipe)
-                    bar.update(len(missing))
-            listed = write_list(folder / path.name, own)
-            told = f"{listed} of {len(own)} samples; generated now: {total}, with {true} true views"
+            listed, made, true = generate_list(folder / path.name, own, model, settings.batch_size, share, **kept)
+            told = f"{listed} of {len(own)} samples; generated now: {made}, with {true} true views"
             print(f"{folder / path.name}: {told}")
 
 

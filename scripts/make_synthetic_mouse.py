@@ -8,14 +8,13 @@ truth.json and truth.npz: centre, keypoints, points of the surface), ready for s
 """
 
 import argparse
-import signal
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from multiview.config import add_fields, from_arguments
-from multiview.run import main_guard
+from multiview.run import check_output_folder, main_guard
 from synthetic.settings import MouseSettings
 
 
@@ -31,22 +30,14 @@ def parse_arguments(arguments: list[str] | None = None) -> MouseSettings:
 def main(arguments: list[str] | None = None) -> None:
     settings = parse_arguments(arguments)
     folder = settings.output_dir
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output_dir {folder} is a file; name a folder")
     from multiview.files import full_disk_explained
     from synthetic.dataset import record_mouse, write_dataset
 
-    def stop(*_) -> None:
-        """Ends at any moment: complete samples stay, the one being written leaves nothing under its name."""
-        print(f"stopped; repeat the command to continue {folder}", file=sys.stderr)
-        sys.exit(128 + signal.SIGTERM)
-
-    signal.signal(signal.SIGTERM, stop)
+    check_output_folder(folder)
     with full_disk_explained(folder):
         if settings.as_recording:
-            cameras = record_mouse(settings)
-            print(f"{folder}: {settings.num_samples} frames from {cameras} cameras; import it with")
             print(
+                f"{folder}: {settings.num_samples} frames from {record_mouse(settings)} cameras; import it with\n"
                 f"python scripts/process_mouse_data.py --video_dir {folder}/videos_undist "
                 f"--meta_dir {folder} --output_dir data_mouse --num_samples 2000 --image_size 512"
             )

@@ -5,7 +5,6 @@ For every kind of damage: the mean of each term over the samples, and how well t
 """
 
 import argparse
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from multiview.config import add_fields, from_arguments, option
 from multiview.run import main_guard
-from pipeline.artifacts import Stage1Checkpoints
+from pipeline.options import Stage1Checkpoints
 
 TERMS = ("mask", "colour", "score", "mask_iou")
 DAMAGES = (
@@ -48,7 +47,6 @@ def damage(name: str, samples: list, number: int):
     views, size = len(sample.rgba), sample.rgba.shape[-1]
     rgba, cameras = sample.rgba.clone(), sample.cameras
     draw = torch.rand(views, generator=generator)
-    amount = name.removeprefix("shifted ").removeprefix("cameras off ")  # of the damages that have one
     if name == "shuffled":
         rgba[1:] = rgba[1 + torch.randperm(views - 1, generator=generator).roll(1)]
     elif name == "two views swapped":
@@ -57,10 +55,12 @@ def damage(name: str, samples: list, number: int):
         rgba = rgba.flip(-1)
     elif name == "one mirrored":
         rgba[2] = rgba[2].flip(-1)
-    elif name == "all turned 10 deg":
-        rgba = turned(rgba, torch.full((views,), 10.0))
-    elif name == "turned +-10 deg":
-        rgba = turned(rgba, torch.where(torch.arange(views) % 2 == 0, 10.0, -10.0))
+    elif name in ("all turned 10 deg", "turned +-10 deg"):  # in their own planes
+        angles = torch.full((views,), torch.pi / 18)
+        angles[1::2] *= -1 if name.startswith("turned") else 1
+        rows = torch.stack([angles.cos(), -angles.sin(), 0 * angles, angles.sin(), angles.cos(), 0 * angles], dim=1)
+        places = torch.nn.functional.affine_grid(rows.view(views, 2, 3), rgba.shape, align_corners=False)
+        rgba = torch.nn.functional.grid_sample(rgba, places, align_corners=False)
     elif name == "of different mice":
         rgba = torch.stack([samples[(number + 7 * k) % len(samples)].rgba[k] for k in range(views)])
     elif name == "one of another mouse":
@@ -68,14 +68,14 @@ def damage(name: str, samples: list, number: int):
     elif name == "input copied":
         rgba = rgba[:1].expand_as(rgba)
     elif name.startswith("shifted "):
-        pixels = max(1, round(int(amount.split("/")[0]) * size / 128))
+        pixels = max(1, round(int(name.split()[1].split("/")[0]) * size / 128))
         moves = [(pixels, 0), (-pixels, 0), (0, pixels), (0, -pixels)]
         chosen = (draw * 4).long().tolist()
         rgba = torch.stack([view.roll(moves[k], dims=(-2, -1)) for view, k in zip(rgba, chosen)])
     elif name.startswith("cameras off "):
-        degrees = float(amount.split()[0])
-        moved = [cameras[[k]].rotate(degrees * float(2 * draw[k] - 1)) for k in range(views)]
-        cameras = type(cameras)(torch.cat([c.c2w for c in moved]), cameras.fxfycxcy, cameras.height, cameras.width)
+        degrees = float(name.split()[2]) * (2 * draw.double() - 1)
+        moved = [cameras[[k]].rotate(float(degrees[k])).c2w for k in range(views)]
+        cameras = type(cameras)(torch.cat(moved), cameras.fxfycxcy, cameras.height, cameras.width)
     elif name == "brightness +-15 %":
         rgba[:, :3] = (rgba[:, :3] * (0.85 + 0.3 * draw).view(-1, 1, 1, 1)).clamp(0, 1)
     elif name == "two recoloured":
@@ -85,70 +85,43 @@ def damage(name: str, samples: list, number: int):
     return rgba, cameras
 
 
-def turned(rgba, angles_deg):
-    """Images [v, 4, h, w] turned in their own planes."""
-    import torch
-
-    rows = []
-    for angle in torch.deg2rad(angles_deg).tolist():
-        rows.append([[math.cos(angle), -math.sin(angle), 0.0], [math.sin(angle), math.cos(angle), 0.0]])
-    places = torch.nn.functional.affine_grid(torch.tensor(rows), rgba.shape, align_corners=False)
-    return torch.nn.functional.grid_sample(rgba, places, align_corners=False)
-
-
-def separation(true: list[float], other: list[float]) -> float:
-    """Area under the ROC curve: how often a true set scores above a damaged one."""
-    wins = [(a > b) + 0.5 * (a == b) for a in true for b in other]
-    return sum(wins) / len(wins)
-
-
-def generated(settings: Settings, checkpoints: Stage1Checkpoints, samples: list) -> list[dict]:
-    """The consistency of what Stage 1 generates from each sample's reference view."""
-    from tqdm import tqdm
-
-    from multiview.image import resize_rgba
-    from multiview.metrics import view_consistency
-    from pipeline import MouseFaceLift
-
-    model = MouseFaceLift.load(device=settings.device, stages="1", **vars(checkpoints))
-    rows = []
-    for sample in tqdm(samples, desc="generated", unit="mouse", disable=None):
-        views = model.generate(resize_rgba(sample.rgba[model.rig.reference_view], model.image_size), seed=settings.seed)
-        rows.append(view_consistency(views.rgb, views.masks, views.cameras))
-    return rows
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_fields(parser, Settings)
     add_fields(parser, Stage1Checkpoints)
     arguments = parser.parse_args()
     settings = from_arguments(Settings, arguments)
+    import numpy as np
     from tqdm import tqdm
 
     from multiview.files import write_json
-    from multiview.image import composite
+    from multiview.image import composite, resize_rgba
     from multiview.metrics import view_consistency
     from multiview.report import Table
     from multiview.sample import read_dataset_info, read_sample, read_split
 
     rig = read_dataset_info(settings.data.parent)["rig"]
-    folders = read_split(settings.data)[: settings.num_samples]
-    samples = [read_sample(folder, num_views=rig.num_views) for folder in folders]
-    rows: dict[str, list[dict]] = {}
-    for name in tqdm(("true views", *DAMAGES), unit="damage", disable=None):
-        rows[name] = []
+    samples = [read_sample(f, num_views=rig.num_views) for f in read_split(settings.data)[: settings.num_samples]]
+    rows: dict[str, list[dict]] = {name: [] for name in ("true views", *DAMAGES)}
+    for name in tqdm(rows, unit="damage", disable=None):
         for number, sample in enumerate(samples):
             rgba, cameras = damage(name, samples, number) if name in DAMAGES else (sample.rgba, sample.cameras)
             rows[name].append(view_consistency(composite(rgba, 1.0), rgba[:, 3:], cameras))
     if settings.painted:
-        checkpoints = from_arguments(Stage1Checkpoints, arguments)
-        rows["painted by Stage 1"] = generated(settings, checkpoints, samples[: settings.painted])
-    lines = []
-    for name, group in rows.items():
-        columns = [([row[term] for row in group], [row[term] for row in rows["true views"]]) for term in TERMS]
-        cells = [f"{sum(values) / len(values):.3f} ({separation(true, values):.2f})" for values, true in columns]
-        lines.append([name, *cells])
+        from pipeline import MouseFaceLift
+
+        chosen, label = vars(from_arguments(Stage1Checkpoints, arguments)), "painted by Stage 1"
+        model, rows[label] = MouseFaceLift.load(device=settings.device, stages="1", **chosen), []
+        for sample in tqdm(samples[: settings.painted], desc="generated", unit="mouse", disable=None):
+            photo = resize_rgba(sample.rgba[model.rig.reference_view], model.image_size)
+            views = model.generate(photo, seed=settings.seed)
+            rows[label].append(view_consistency(views.rgb, views.masks, views.cameras))
+    figures = {name: np.array([[row[term] for term in TERMS] for row in group]) for name, group in rows.items()}
+    true, lines = figures["true views"][:, None], []
+    for name, other in figures.items():
+        # Area under the ROC curve: how often a true set scores above a damaged one, ties counting half.
+        area = ((true > other) + 0.5 * (true == other)).mean((0, 1))
+        lines.append([name, *(f"{mean:.3f} ({part:.2f})" for mean, part in zip(other.mean(0), area))])
     title = f"{len(samples)} samples of {settings.data}; mean (separation from the true views)"
     print(Table(title, ["views", *TERMS], lines).markdown())
     if settings.output:

@@ -23,13 +23,14 @@ Repeating a command continues it, also after a kill. Parts of a dataset can be m
 """
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from multiview.config import add_fields, from_arguments
-from multiview.run import main_guard
+from multiview.run import STOP_SIGNALS, main_guard
 from recording.settings import ImportSettings
 
 
@@ -41,7 +42,6 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.Namesp
     """Returns the parsed flags, and the settings of an import, or None where only the calibration is looked at."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
     add_fields(parser, ImportSettings)
-    parser.add_argument("--shard", type=shard, default=(0, 1), metavar="i/n", help="part i of n, from 0")
     look = parser.add_argument_group("a look at the calibration (--calibration or --meta_dir) instead of an import")
     look.add_argument("--check", action="store_true", help="draw and tabulate the calibration, reproject points, stop")
     look.add_argument(
@@ -60,24 +60,22 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.Namesp
         parser.error(str(error))
 
 
-def shard(text: str) -> tuple[int, int]:
-    """i/n as two numbers."""
-    index, _, count = text.partition("/")
-    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
-        raise argparse.ArgumentTypeError(f"i/n with 0 <= i < n is expected, got {text!r}")
-    return int(index), int(count)
+def stop(number: int, _) -> None:
+    """Ends the import in an orderly way: what is complete stays."""
+    print(f"stopped by {signal.Signals(number).name}; repeat the command to continue", flush=True)
+    raise SystemExit(128 + number)
 
 
 def main(arguments: list[str] | None = None) -> None:
     options, settings = parse_arguments(arguments)
+    for number in STOP_SIGNALS:
+        signal.signal(number, stop)
     if settings is None:
         from recording.calibration.formats import find_calibration
         from recording.quality.check import check_calibration
 
-        path = options.calibration or find_calibration(options.meta_dir)
-        check_calibration(
-            path, options.check_points, options.check_output, up=options.up, video_dir=options.video_dir, say=print
-        )
+        path, where = options.calibration or find_calibration(options.meta_dir), options.video_dir
+        check_calibration(path, options.check_points, options.check_output, up=options.up, video_dir=where, say=print)
         return
     from recording.importer import process_recording
 

@@ -46,7 +46,7 @@ def main() -> None:
     from multiview.files import full_disk_explained, read_json
     from multiview.image import BACKGROUNDS, save_video, write_image
     from multiview.run import resolve_device
-    from pipeline.outputs import contact_sheet, depth_images, write_alpha, write_depth
+    from pipeline.outputs import contact_sheet, depth_images, write_depth
 
     cameras, folder, rows, background = [], given.output_dir, [], BACKGROUNDS[given.background]
     if given.cameras is not None:  # unlike a sample's, these need not agree in their image size: one Cameras per frame
@@ -67,7 +67,7 @@ def main() -> None:
                 if given.depth:
                     write_depth(folder / "depth" / name, depth)
                 if given.alpha:
-                    write_alpha(folder / "alpha" / name, alpha)
+                    write_image(folder / "alpha" / name, alpha)
                 rows += [(rgb, depth, alpha.expand(3, -1, -1))] if given.sheet else []
             if given.sheet:
                 rgb, depth, alpha = (torch.stack(row) for row in zip(*rows))

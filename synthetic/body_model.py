@@ -2,9 +2,8 @@
 
 Rest pose: nose towards -y, z up, left +x. Skin weights are sparse (weights_*), parents come first, bone_scale_group 1..
 indexes bone_scale, keypoint k is the mean of vertices or joints keypoint_ids[keypoint_ptr[k] : keypoint_ptr[k + 1]].
+Of the poses, local_rotvec [p, j, 3] holds absolute local rotations, bone_scale [p, g], global_R [p, 3, 3].
 """
-
-from __future__ import annotations
 
 import zipfile
 from pathlib import Path
@@ -16,37 +15,32 @@ from scipy.spatial.transform import Rotation
 
 from synthetic import surface as parts
 from synthetic.coat import random_coat
-from synthetic.scene import KEYPOINT_NAMES, Light, SplatCloud, random_light, splats_from_surface
+from synthetic.scene import KEYPOINT_NAMES, SplatCloud, random_light, splats_from_surface
 from synthetic.skeleton import TAIL_REACH, random_length, unit
 
 BODY_KEYS = (
     "vertices faces weights_vertex weights_joint weights_value parents joint_names rest_joints rest_local_rot "
     "rest_local_trans bone_scale_group keypoint_is_vertex keypoint_ptr keypoint_ids vertex_colour_linear vertex_fur"
 ).split()
-POSE_KEYS = ("local_rotvec", "bone_scale", "global_R")  # [p, j, 3] absolute local rotations, [p, g], [p, 3, 3]
-FUR_DEPTH = 0.018  # fur stands off the mesh, body lengths (about 1.3 mm)
 SNOUT, SPINE, TAIL_BASE = (KEYPOINT_NAMES.index(name) for name in ("Snout", "SpineF", "TailBase"))
-
-
-def read_arrays(path: Path | str, keys: tuple | list) -> dict[str, np.ndarray]:
-    """Returns the named arrays of an .npz, floats as float64; errors name the file and the array it lacks."""
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {key: archive[key] for key in keys}
-    except (OSError, zipfile.BadZipFile, EOFError, KeyError) as error:
-        raise ValueError(f"{path} cannot be used: {error}; an .npz with {', '.join(keys)} is expected") from error
-    return {key: value.astype(np.float64) if value.dtype == np.float32 else value for key, value in arrays.items()}
 
 
 class BodyModelMice:
     """Draws mice from a body model and its poses; called like `scene.make_mouse`."""
 
     def __init__(self, body_path: Path | str, pose_path: Path | str) -> None:
-        a = self.arrays = read_arrays(body_path, BODY_KEYS)
-        self.vectors, self.scales, self.turns = read_arrays(pose_path, POSE_KEYS).values()
-        count, joints, faces = len(a["vertices"]), len(a["parents"]), a["faces"]
-        if self.vectors.shape[1:] != (joints, 3):
-            raise ValueError(f"{pose_path}: local_rotvec must be [poses, {joints}, 3], got {list(self.vectors.shape)}")
+        a = self.arrays = {}
+        for path, keys in ((body_path, BODY_KEYS), (pose_path, ("local_rotvec", "bone_scale", "global_R"))):
+            try:
+                with np.load(path, allow_pickle=False) as archive:
+                    a |= {key: archive[key] for key in keys}
+            except (OSError, zipfile.BadZipFile, EOFError, KeyError) as error:
+                expected = f"an .npz with {', '.join(keys)} is expected"
+                raise ValueError(f"{path} cannot be used: {error}; {expected}") from error
+        a |= {key: value.astype(np.float64) for key, value in a.items() if value.dtype == np.float32}
+        count, joints, faces, vectors = len(a["vertices"]), len(a["parents"]), a["faces"], a["local_rotvec"]
+        if vectors.shape[1:] != (joints, 3):
+            raise ValueError(f"{pose_path}: local_rotvec must be [poses, {joints}, 3], got {list(vectors.shape)}")
         weights = csr_matrix((a["weights_value"], (a["weights_vertex"], a["weights_joint"])), (count, joints)).toarray()
         self.weights = csr_matrix(weights / np.maximum(weights.sum(axis=1, keepdims=True), 1e-9))
         # Only the largest connected piece (the skin) and the dark ones (the eyes) are drawn: no teeth, no tongue.
@@ -60,20 +54,11 @@ class BodyModelMice:
         bare = np.where(np.char.startswith(joint, "ear"), parts.EAR_OUTER, bare)
         self.part = np.where((eyes & ~skin)[piece], parts.EYE_PART, np.where(a["vertex_fur"] > 0.5, parts.FUR, bare))
         self.faces = faces[(skin | eyes)[piece][faces].all(axis=1)]
-        points = self._keypoints(a["vertices"], a["rest_joints"])
-        length = np.linalg.norm(points[SNOUT] - points[TAIL_BASE])
-        self.rest = (a["vertices"] - [0.0, points[TAIL_BASE, 1], 0.0]) / length
         # Along their first principal components, by their deviations, new poses stay plausible.
-        flat = self.vectors.reshape(len(self.vectors), -1)
-        _, deviations, components = np.linalg.svd(flat - flat.mean(axis=0), full_matrices=False)
-        degrees = max(len(flat) - 1, 1)
-        self.mean, count = flat.mean(axis=0), min(20, degrees)
-        self.components = deviations[:count, None] * components[:count] / degrees**0.5
-
-    def _keypoints(self, vertices: np.ndarray, joints: np.ndarray) -> np.ndarray:
-        ids = np.split(self.arrays["keypoint_ids"], self.arrays["keypoint_ptr"][1:-1])
-        sources = (vertices if is_vertex else joints for is_vertex in self.arrays["keypoint_is_vertex"])
-        return np.array([source[chosen].mean(axis=0) for source, chosen in zip(sources, ids, strict=True)])
+        flat, degrees = vectors.reshape(len(vectors), -1), max(len(vectors) - 1, 1)
+        self.mean = flat.mean(axis=0)
+        _, deviations, components = np.linalg.svd(flat - self.mean, full_matrices=False)
+        self.components = deviations[: min(20, degrees), None] * components[: min(20, degrees)] / degrees**0.5
 
     def pose(self, local_rot: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Skins the mesh: local_rot [j, 3, 3], scales [g] -> vertices [v, 3], keypoints [22, 3], model units."""
@@ -90,23 +75,24 @@ class BodyModelMice:
         vertices = vertices + self.weights @ (place - np.einsum("jab,jb->ja", change, a["rest_joints"]))
         return vertices, self._keypoints(vertices, place)
 
-    def __call__(
-        self, seed: int, index: int, *, coat: str | None = None, pose: None = None, heading_deg: float | None = None,
-        light: Light | None = None,
-    ) -> SplatCloud:  # fmt: skip
+    def _keypoints(self, vertices: np.ndarray, joints: np.ndarray) -> np.ndarray:
+        a = self.arrays
+        sources = zip(a["keypoint_is_vertex"], np.split(a["keypoint_ids"], a["keypoint_ptr"][1:-1]), strict=True)
+        return np.array([(vertices if is_vertex else joints)[ids].mean(axis=0) for is_vertex, ids in sources])
+
+    def __call__(self, seed: int, index: int, *, coat=None, heading_deg=None, light=None, **_) -> SplatCloud:
         rng, a = np.random.default_rng(np.random.SeedSequence([seed, index, 4])), self.arrays
-        number = int(rng.integers(len(self.vectors)))
+        number = int(rng.integers(len(a["local_rotvec"])))
         drawn = (self.mean + rng.normal(0, 0.8, len(self.components)) @ self.components).reshape(-1, 3)
         share = rng.uniform(0.0, 0.35)
-        vectors = (1 - share) * self.vectors[number] + share * drawn
-        scales = self.scales[number] * np.exp(rng.normal(0, 0.02, self.scales.shape[1]))
+        turns = Rotation.from_rotvec((1 - share) * a["local_rotvec"][number] + share * drawn).as_matrix()
+        scales = a["bone_scale"][number] * np.exp(rng.normal(0, 0.02, a["bone_scale"].shape[1]))
         length, rest = random_length(rng), self.pose(a["rest_local_rot"], scales)[1]
         size = np.linalg.norm(rest[SNOUT] - rest[TAIL_BASE])
         tail = np.char.startswith(a["joint_names"].astype(str), "tail") & (a["bone_scale_group"] > 0)
         trunk = self.faces[(self.part[self.faces] != parts.TAIL).all(axis=1)]
         for _ in range(12):  # until a tail too long for the image is short enough
-            vertices, keypoints = self.pose(Rotation.from_rotvec(vectors).as_matrix(), scales)
-            vertices, keypoints = vertices @ self.turns[number].T, keypoints @ self.turns[number].T
+            vertices, keypoints = (points @ a["global_R"][number].T for points in self.pose(turns, scales))
             # The center of the volume that the trunk encloses, about a point within: the mesh is not quite closed.
             inside = vertices[trunk].reshape(-1, 3).mean(axis=0)
             corners = vertices[trunk] - inside
@@ -121,40 +107,34 @@ class BodyModelMice:
         floor = np.array([0.0, 0.0, vertices[self.faces][..., 2].min()])
         drawn_coat, drawn_light, heading = random_coat(rng, coat), random_light(rng), float(rng.uniform(0, 360))
         surface = self._surface(vertices @ back.T - floor, rng)
-        openness = 0.50 + 0.50 * np.clip(0.75 + 0.5 * surface.normals[:, 2], 0, 1)
-        return SplatCloud(
-            **splats_from_surface(surface, openness, drawn_coat, light or drawn_light, rng, scale=length),
-            center=(-length * floor).astype(np.float32),
-            keypoints=(length * (keypoints @ back.T - floor)).astype(np.float32),
-            body_length=length,
-            meta={"pose": f"library {number}", "coat": drawn_coat.name},
-        ).facing(heading if heading_deg is None else heading_deg)
+        told = {"center": -floor, "keypoints": keypoints @ back.T - floor, "pose": f"library {number}"}
+        cloud = splats_from_surface(surface, drawn_coat, light or drawn_light, rng, length=length, **told)
+        return cloud.facing(heading if heading_deg is None else heading_deg)
 
     def _surface(self, vertices: np.ndarray, rng: np.random.Generator) -> parts.Surface:
         """Samples the posed mesh [v, 3] evenly, fur pushed out; body lengths."""
-        faces = self.faces
-        corners = vertices[faces]
+        a, faces, corners = self.arrays, self.faces, vertices[self.faces]
         across = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])  # twice the area long
         normals = np.zeros_like(vertices)
         np.add.at(normals, faces.ravel(), np.repeat(across, 3, axis=0))
-        fine = self.part[faces[:, 0]] != parts.FUR
-        total = np.cumsum(0.5 * np.linalg.norm(across, axis=1) * np.where(fine, 2.0, 1.2))
-        count = int(total[-1] / parts.SPACING**2)
+        total = 0.5 * np.linalg.norm(across, axis=1) * np.where(self.part[faces[:, 0]] != parts.FUR, 2.0, 1.2)
+        total, count = np.cumsum(total), int(np.cumsum(total)[-1] / parts.SPACING**2)
         # Equally spaced in cumulated area, so that neighboring triangles get their fair share.
         ids = faces[np.searchsorted(total, (np.arange(count) + rng.random()) / count * total[-1])]
         u, v = np.sqrt(rng.random(count)), rng.random(count)
         mix = np.stack([1 - u, u * (1 - v), u * v], axis=1)
-        points, normals, rest, fur = (
-            np.einsum("nk,nk...->n...", mix, values[ids])
-            for values in (vertices, normals, self.rest, self.arrays["vertex_fur"])
-        )
+        points = self._keypoints(a["vertices"], a["rest_joints"])
+        length = np.linalg.norm(points[SNOUT] - points[TAIL_BASE])
+        rest = (a["vertices"] - [0.0, points[TAIL_BASE, 1], 0.0]) / length
+        values = (vertices, normals, rest, a["vertex_fur"])
+        points, normals, rest, fur = (np.einsum("nk,nk...->n...", mix, value[ids]) for value in values)
         normals, part = unit(normals), self.part[ids[np.arange(count), mix.argmax(1)]]
         out = np.where(part == parts.FUR, fur, np.where(part == parts.EYE_PART, 0.6, 0.0))  # eyes stay above the fur
-        points = points + (FUR_DEPTH * out)[:, None] * normals
+        points = points + (0.018 * out)[:, None] * normals  # fur stands about 1.3 mm off the mesh
         points[:, 2] = np.maximum(points[:, 2], 0.0)
         x, behind, height = rest[:, 0], rest[:, 1], rest[:, 2] - (rest[:, 2].min() + 0.16)
-        return parts.Surface.piece(
-            points, normals, [0.0, 1.0, -0.3], part, size=parts.SPACING * 1.05,
-            rest=np.stack([np.clip(-behind, 0, 1), x, height], axis=1), ventral=np.clip(-height / 0.12, -1, 1),
-            along=np.where(part == parts.TAIL, np.clip(behind, 0, 1), 0.5),
-        )  # fmt: skip
+        rest = np.stack([np.clip(-behind, 0, 1), x, height], axis=1)
+        ventral, along = np.clip(-height / 0.12, -1, 1), np.where(part == parts.TAIL, np.clip(behind, 0, 1), 0.5)
+        surface = parts.Surface(points, normals, [0.0, 1.0, -0.3], part, parts.SPACING * 1.05, rest, ventral, along)
+        surface.openness = 0.50 + 0.50 * np.clip(0.75 + 0.5 * surface.normals[:, 2], 0, 1)
+        return surface

@@ -1,15 +1,12 @@
 """Coats: linear albedo per surface sample."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 
 from synthetic.settings import COATS
 from synthetic.surface import EAR_INNER, EAR_OUTER, EYE_PART, FOOT, FUR, LIMB, NOSE, TAIL, Surface
 
-_WEIGHTS = (0.30, 0.16, 0.14, 0.12, 0.14, 0.14)  # of COATS
 # sRGB 0..255 of back, belly, skin (ears, feet, tail), eye
 _COLORS = {
     "black": ((43, 40, 34), (48, 45, 39), (152, 123, 117), (14, 11, 11)),
@@ -21,51 +18,35 @@ _COLORS = {
 }
 
 
-@dataclass(frozen=True)
-class Coat:
-    """One animal's colors, linear. contrast: strength of the strands; ticking: share of pale hairs.
+class Coat(SimpleNamespace):
+    """Linear colors back, belly, skin, eye [3]; name; contrast of the strands; ticking: share of pale hairs.
 
     patches: [k, 4] center (station, left, up) and radius, unused for solid coats.
     """
-
-    name: str
-    back: np.ndarray
-    belly: np.ndarray
-    skin: np.ndarray
-    eye: np.ndarray
-    contrast: float
-    ticking: float
-    patches: np.ndarray
-
-
-def _linear(name: str, part: int) -> np.ndarray:
-    v = np.array(_COLORS[name][part], dtype=float) / 255.0
-    return np.where(v <= 0.04045, v / 12.92, ((v + 0.055) / 1.055) ** 2.4)
 
 
 def random_coat(rng: np.random.Generator, name: str | None = None) -> Coat:
     """Draws a coat of the given name (one of COATS), or of a name drawn at random, with its own shade."""
     if name is None:
-        name = COATS[rng.choice(len(COATS), p=np.array(_WEIGHTS) / sum(_WEIGHTS))]
-    if name not in COATS:
-        raise ValueError(f"coat must be one of {', '.join(COATS)}, got {name!r}")
-    back, belly, skin, eye = (_linear(name, part) for part in range(4))
+        shares = (0.30, 0.16, 0.14, 0.12, 0.14, 0.14)
+        name = COATS[rng.choice(len(COATS), p=np.array(shares) / sum(shares))]
+    srgb = {key: np.array(colors) / 255.0 for key, colors in _COLORS.items()}
+    linear = {key: np.where(v <= 0.04045, v / 12.92, ((v + 0.055) / 1.055) ** 2.4) for key, v in srgb.items()}
+    back, belly, skin, eye = linear[name]
     shade = np.exp(rng.normal(0, 0.06 if name == "white" else 0.16)) * np.exp(rng.normal(0, 0.03, 3))
     if name == "piebald":  # the dark patches take the color of another coat
-        back = _linear(("black", "black", "brown", "agouti", "grey")[rng.integers(5)], 0)
+        back = linear[("black", "black", "brown", "agouti", "grey")[rng.integers(5)]][0]
     if name == "white" and rng.random() < 0.4:  # white with dark eyes
-        eye = _linear("black", 3)
+        eye = linear["black"][3]
     count = int(rng.integers(4, 8))
     limits = ((0.0, 1.0), (-0.16, 0.16), (-0.02, 0.16), (0.07, 0.19))
+    patches = np.stack([rng.uniform(*limit, count) for limit in limits], axis=1)
+    skin = skin * np.exp(rng.normal(0, 0.08)) * np.exp(rng.normal(0, 0.02, 3))
+    contrast = float(rng.uniform(0.7, 1.3)) * {"white": 0.3, "piebald": 0.55}.get(name, 1.0)
+    back, belly = np.clip(back * shade, 0, 0.86), np.clip(belly * (1 if name == "piebald" else shade), 0, 0.88)
+    ticking = {"agouti": 0.35, "brown": 0.10, "grey": 0.10}.get(name, 0.0)
     return Coat(
-        name=name,
-        patches=np.stack([rng.uniform(*limit, count) for limit in limits], axis=1),
-        back=np.clip(back * shade, 0, 0.86),
-        belly=np.clip(belly * (1 if name == "piebald" else shade), 0, 0.88),
-        skin=skin * np.exp(rng.normal(0, 0.08)) * np.exp(rng.normal(0, 0.02, 3)),
-        eye=eye,
-        contrast=float(rng.uniform(0.7, 1.3)) * {"white": 0.3, "piebald": 0.55}.get(name, 1.0),
-        ticking={"agouti": 0.35, "brown": 0.10, "grey": 0.10}.get(name, 0.0),
+        name=name, back=back, belly=belly, skin=skin, eye=eye, contrast=contrast, ticking=ticking, patches=patches
     )
 
 
@@ -77,28 +58,25 @@ def _waves(points: np.ndarray, rng: np.random.Generator, frequency: float, count
 
 
 def coat_albedo(surface: Surface, coat: Coat, noise: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Returns [n, 3] linear albedo. Depends on places of the unposed animal: a moving mouse keeps its pattern.
-
-    noise: [n, 4], see scene.splats_from_surface.
-    """
+    """Returns [n, 3] linear albedo. noise: [n, 4] of scene.splats_from_surface."""
     part = surface.part
-    station, x, z = surface.rest.T
+    station, x, z = surface.rest.T  # of the unposed animal: a moving mouse keeps its pattern
     ventral = np.clip((surface.ventral - 0.30) / 0.45, 0, 1)
     ventral = np.where(part == LIMB, 0.6 * surface.along**2, ventral * ventral * (3 - 2 * ventral))
     if coat.name == "piebald":
         bumps = _waves(surface.rest, rng, 28.0) * 0.03
         gaps = np.linalg.norm(surface.rest[:, None] - coat.patches[None, :, :3], axis=2) - coat.patches[None, :, 3]
         dark = 1 / (1 + np.exp(np.clip((gaps.min(1) + bumps) / 0.008, -30, 30)))
-        mix = dark * (1 - 0.8 * ventral)
-        base = mix[:, None] * coat.back + (1 - mix[:, None]) * coat.belly
+        mix = (dark * (1 - 0.8 * ventral))[:, None]
+        base = mix * coat.back + (1 - mix) * coat.belly
     else:
         base = coat.back + ventral[:, None] * (coat.belly - coat.back)
     # strands: noise that is long along the fur and narrow across it, plus single hairs, plus broad mottling
     strands = _waves(np.stack([station * 30, np.arctan2(z, x) * 16, surface.along * 12], 1), rng, 3.0, 8)
     mottle = _waves(surface.rest, rng, 18.0)
     tone = np.exp(coat.contrast * (0.11 * strands + 0.14 * noise[:, 0] + 0.08 * mottle))
-    base = base * tone[:, None]
     pale = (noise[:, 2] < coat.ticking) & (ventral < 0.6)
+    base = base * tone[:, None]
     base = np.where(pale[:, None], base * [1.55, 1.45, 1.25], base)
     # bare skin shows at the end of limbs and on the snout's tip
     bare_limb, bare_snout = np.clip((surface.along - 0.88) / 0.12, 0, 1), np.clip((station - 0.965) / 0.03, 0, 1)

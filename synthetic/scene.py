@@ -1,7 +1,5 @@
 """A whole mouse: shape + pose + coat + light -> SplatCloud; mice by number, and mice that move."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -11,83 +9,53 @@ from scipy.spatial.transform import Rotation
 
 from synthetic import surface as parts
 from synthetic.coat import Coat, coat_albedo, random_coat
-from synthetic.pose import MousePose, PoseTrack, random_pose
+from synthetic.pose import MousePose, pose_track, random_pose
 from synthetic.settings import POSES
 from synthetic.skeleton import EAR, MouseShape, build_skin, random_shape, solve, unit
 
-# DANNCE's 22 names, in its order.
-KEYPOINT_NAMES = (
+KEYPOINT_NAMES = (  # DANNCE's 22, in its order
     "EarL EarR Snout SpineF SpineM TailBase TailMid TailEnd ForepawL WristL ElbowL ShoulderL "
     "ForepawR WristR ElbowR ShoulderR HindpawL AnkleL KneeL HindpawR AnkleR KneeR"
 ).split()
-WALK_SPEED = 0.9  # body lengths per second
-STRIDE_HZ = 3.0
-MAX_TURN_DEG_S = 110.0
 
 
 @dataclass(frozen=True)
 class SplatCloud:
-    """Flat Gaussian splats on an animal's surface, shading baked in. World z up, float32 arrays.
+    """Flat Gaussian splats on an animal's surface, shading baked in. World z up, float32 arrays."""
 
-    means: [n, 3] world. log_scales: [n, 3] natural log of the standard deviations, world units.
-    quats: [n, 4] wxyz, unit. opacity: [n] 0..1. rgb: [n, 3] 0..1 (sRGB, shaded).
-    center: [3] the body's center (tail not counted). keypoints: [22, 3] in the order of KEYPOINT_NAMES.
-    body_length: nose to tail base along the stretched spine, world units. floor: z of the floor.
-    meta: pose, coat and other draws, JSON-able.
-    """
+    means: np.ndarray  # [n, 3]
+    log_scales: np.ndarray  # [n, 3] natural log of the standard deviations, world units
+    quats: np.ndarray  # [n, 4] wxyz, unit
+    opacity: np.ndarray  # [n] 0..1
+    rgb: np.ndarray  # [n, 3] 0..1, sRGB, shaded
+    center: np.ndarray  # [3] of the body, tail not counted
+    keypoints: np.ndarray  # [22, 3] in the order of KEYPOINT_NAMES
+    body_length: float  # nose to tail base along the stretched spine, world units
+    floor: float = 0.0  # its z
+    meta: dict = field(default_factory=dict)  # pose, coat and other draws, JSON-able
 
-    means: np.ndarray
-    log_scales: np.ndarray
-    quats: np.ndarray
-    opacity: np.ndarray
-    rgb: np.ndarray
-    center: np.ndarray
-    keypoints: np.ndarray
-    body_length: float
-    floor: float = 0.0
-    meta: dict = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.means)
-
-    def transformed(self, *, scale: float = 1.0, rotate_z_deg: float = 0.0, offset=(0.0, 0.0, 0.0)) -> SplatCloud:
+    def transformed(self, *, scale: float = 1.0, rotate_z_deg: float = 0.0, offset=(0.0, 0.0, 0.0)) -> "SplatCloud":
         """Maps x to scale * Rz(rotate_z_deg) x + offset [3] (counter-clockwise seen from above)."""
         a = math.radians(rotate_z_deg)
         rotation = np.array([[math.cos(a), -math.sin(a), 0], [math.sin(a), math.cos(a), 0], [0, 0, 1]])
-        offset = np.asarray(offset, dtype=np.float64)
-        means, center, keypoints = (
-            (scale * points @ rotation.T + offset).astype(np.float32)
-            for points in (self.means, self.center, self.keypoints)
-        )
+        offset, points = np.asarray(offset, dtype=np.float64), ("means", "center", "keypoints")
+        moved = {name: (scale * getattr(self, name) @ rotation.T + offset).astype(np.float32) for name in points}
         c, s = math.cos(a / 2), math.sin(a / 2)
         w, x, y, z = self.quats.T
-        quats = np.stack([c * w - s * z, c * x - s * y, c * y + s * x, c * z + s * w], axis=1)
-        return replace(
-            self,
-            means=means,
-            log_scales=(self.log_scales + math.log(scale)).astype(np.float32),
-            quats=quats.astype(np.float32),
-            center=center,
-            keypoints=keypoints,
-            body_length=self.body_length * scale,
-            floor=float(scale * self.floor + offset[2]),
-        )
+        quats = np.stack([c * w - s * z, c * x - s * y, c * y + s * x, c * z + s * w], axis=1).astype(np.float32)
+        log_scales = (self.log_scales + math.log(scale)).astype(np.float32)
+        length, floor = self.body_length * scale, float(scale * self.floor + offset[2])
+        return replace(self, **moved, log_scales=log_scales, quats=quats, body_length=length, floor=floor)
 
-    def facing(self, heading_deg: float) -> SplatCloud:
+    def facing(self, heading_deg: float) -> "SplatCloud":
         """Returns the cloud of a mouse that heads -y, centered at the origin and turned to an azimuth."""
         self.meta["heading_deg"] = heading_deg % 360.0
         return self.transformed(offset=-self.center).transformed(rotate_z_deg=-heading_deg)
 
 
-# ---- light ----------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Light:
-    """direction: [3] unit, towards the key light. key, sky, ground: strengths; tint: per channel.
-
-    fill, fill_direction: a second lamp. belly: 0..1, how much darker surfaces are that face down.
-    """
+    """A key lamp, light from above and from the floor, and perhaps a second lamp (fill). Directions: [3] unit."""
 
     direction: np.ndarray
     key: float
@@ -95,8 +63,8 @@ class Light:
     ground: float
     tint: tuple
     fill: float = 0.0
-    fill_direction: np.ndarray = field(default_factory=lambda: np.array([0.0, 0.0, 1.0]))
-    belly: float = 0.0
+    fill_direction: np.ndarray | None = None
+    belly: float = 0.0  # 0..1, how much darker surfaces are that face down
 
 
 def _lamp(azimuth: float, elevation_deg: float) -> np.ndarray:
@@ -105,42 +73,29 @@ def _lamp(azimuth: float, elevation_deg: float) -> np.ndarray:
 
 
 def random_light(rng: np.random.Generator) -> Light:
-    return Light(
-        _lamp(rng.uniform(0, 2 * math.pi), rng.uniform(35, 80)),
-        key=rng.uniform(0.55, 0.95),
-        sky=rng.uniform(0.5, 0.72),
-        ground=rng.uniform(0.22, 0.40),
-        tint=tuple(np.exp(rng.normal(0, 0.025, 3))),
-    )
+    """Draws a plain light: one lamp and soft light from above."""
+    direction = _lamp(rng.uniform(0, 2 * math.pi), rng.uniform(35, 80))
+    key, sky, ground = rng.uniform(0.55, 0.95), rng.uniform(0.5, 0.72), rng.uniform(0.22, 0.40)
+    return Light(direction, key, sky, ground, tuple(np.exp(rng.normal(0, 0.025, 3))))
 
 
 def laboratory_light(rng: np.random.Generator) -> Light:
     """Wider than `random_light`: soft light from above with weak lamps, or two lamps from two sides, dark bellies."""
-    azimuth = rng.uniform(0, 2 * math.pi)
-    soft = rng.random() < 0.4
+    azimuth, soft = rng.uniform(0, 2 * math.pi), rng.random() < 0.4
     total = rng.uniform(1.05, 1.65)  # strength of all light from above together
     sky = total * (rng.uniform(0.6, 0.85) if soft else rng.uniform(0.2, 0.5))
     fill = (total - sky) * (rng.uniform(0.15, 0.5) if rng.random() < 0.6 else 0.0)
-    return Light(
-        _lamp(azimuth, rng.uniform(30, 85)),
-        key=total - sky - fill,
-        sky=sky,
-        ground=sky * rng.uniform(0.1, 0.45),
-        tint=tuple(np.exp(rng.normal(0, 0.02, 3))),
-        fill=fill,
-        fill_direction=_lamp(azimuth + rng.uniform(0.5, 1.5) * math.pi, rng.uniform(15, 70)),
-        belly=rng.uniform(0.1, 0.9),
-    )
+    direction, ground = _lamp(azimuth, rng.uniform(30, 85)), sky * rng.uniform(0.1, 0.45)
+    tint = tuple(np.exp(rng.normal(0, 0.02, 3)))
+    second = _lamp(azimuth + rng.uniform(0.5, 1.5) * math.pi, rng.uniform(15, 70))
+    return Light(direction, total - sky - fill, sky, ground, tint, fill, second, rng.uniform(0.1, 0.9))
 
 
-def shade(surface: parts.Surface, openness: np.ndarray, albedo: np.ndarray, light: Light) -> np.ndarray:
-    """Returns [n, 3] sRGB 0..1: hemispheric and key light, occlusion, a sheen on fur, highlights in the eyes.
-
-    openness: [n] 0..1, how much of its surroundings each sample sees.
-    """
+def shade(surface: parts.Surface, albedo: np.ndarray, light: Light) -> np.ndarray:
+    """Returns [n, 3] sRGB 0..1: hemispheric and key light, occlusion, a sheen on fur, highlights in the eyes."""
     n, part = surface.normals, surface.part
     floor = np.clip(surface.points[:, 2] / 0.10, 0.0, 1.0)  # the floor shades what is near it
-    openness = (0.12 + 0.88 * openness) * (0.65 + 0.35 * floor)
+    openness = (0.12 + 0.88 * surface.openness) * (0.65 + 0.35 * floor)
     upward = 0.5 + 0.5 * n[:, 2]
     ambient = (light.ground + (light.sky - light.ground) * upward) * openness
     facing = n @ light.direction
@@ -161,41 +116,35 @@ def shade(surface: parts.Surface, openness: np.ndarray, albedo: np.ndarray, ligh
     return np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
 
 
-# ---- one mouse ------------------------------------------------------------------------------------------------------
-
-
 def build_cloud(shape: MouseShape, pose: MousePose, coat: Coat, light: Light, rng: np.random.Generator) -> SplatCloud:
     """The posed mouse, heading -y, floor at z = 0, world units. `rng` drives only the layout and the fur's noise."""
     s = solve(shape, pose)
     skin = build_skin(s, shape)
     layout, pattern = rng.spawn(2)
     surface = parts.sample_mouse(s, shape, pose, skin, layout)
-    openness = skin.openness(surface.points, surface.normals)
+    surface.openness = skin.openness(surface.points, surface.normals)
     rim = surface.points[(surface.part == parts.EAR_INNER) & (surface.rest[:, 2] > 0.97)]
-    side = (rim - s.frame(EAR)[0]) @ s.frame(EAR)[2]  # left is positive
+    place, _, left, *_ = s.frame(EAR)
+    side = (rim - place) @ left  # left is positive
     keypoints = [rim[side > 0].mean(0), rim[side < 0].mean(0), s.spine[-1], s.frame(0.62)[0], s.frame(0.33)[0]]
     keypoints += [s.tail[0], s.tail[len(s.tail) // 2], s.tail[-1]]
     for limb in (2, 3, 0, 1):  # DANNCE begins with the fore limbs, and names no hip
         socket, joint, ankle = s.limbs[limb]
         paw = ankle + 0.7 * (shape.fore_foot if limb >= 2 else shape.hind_foot) * s.feet[limb]
         keypoints += [paw, ankle, joint] + ([socket] if limb >= 2 else [])
-    return SplatCloud(
-        **splats_from_surface(surface, openness, coat, light, pattern, scale=shape.length),
-        center=(shape.length * s.center).astype(np.float32),
-        keypoints=(shape.length * np.array(keypoints)).astype(np.float32),
-        body_length=float(shape.length),
-        meta={"pose": pose.kind, "coat": coat.name},
-    )
+    places = {"center": s.center, "keypoints": np.array(keypoints)}
+    return splats_from_surface(surface, coat, light, pattern, length=shape.length, pose=pose.kind, **places)
 
 
 def splats_from_surface(
-    surface: parts.Surface, openness: np.ndarray, coat: Coat, light: Light, rng: np.random.Generator, *, scale: float
-) -> dict[str, np.ndarray]:
-    """Colors and shades a surface (body lengths), one splat per sample: SplatCloud's arrays, enlarged by scale."""
+    surface: parts.Surface, coat: Coat, light: Light, rng: np.random.Generator, *,
+    length: float, center: np.ndarray, keypoints: np.ndarray, pose: str,
+) -> SplatCloud:  # fmt: skip
+    """Colors and shades a surface, one splat per sample. Everything is in body lengths, then enlarged by `length`."""
     # Two normal and two uniform (0..1) numbers per splat that stay with it in every pose.
     table = np.concatenate([rng.normal(0, 1, (16384, 2)), rng.random((16384, 2))], axis=1)
     noise = table[surface.number % len(table)]
-    rgb = shade(surface, openness, coat_albedo(surface, coat, noise, rng), light)
+    rgb = shade(surface, coat_albedo(surface, coat, noise, rng), light)
     fur = np.isin(surface.part, (parts.FUR, parts.LIMB))
     fuzz = np.where(fur, 0.0035 * noise[:, 1], 0.0) * np.clip(1.1 - surface.rest[:, 0], 0.15, 1)
     points = surface.points + fuzz[:, None] * surface.normals
@@ -203,85 +152,71 @@ def splats_from_surface(
     across = surface.size * np.where(fur, 0.68 - 0.20 * noise[:, 3], 0.66)
     # hairs rise from the skin by a few degrees, which frays the outline
     flow = surface.flow / np.maximum(np.linalg.norm(surface.flow, axis=1, keepdims=True), 1e-9)
-    lean = np.where(fur, 0.35 * noise[:, 2], 0.0)[:, None]
-    normals = surface.normals
+    lean, normals = np.where(fur, 0.35 * noise[:, 2], 0.0)[:, None], surface.normals
     normals = unit(normals - lean * (flow - (flow * normals).sum(1, keepdims=True) * normals))
     # Splats lie in the surface, long axis along the flow; where it points straight out, along any tangent.
     tangent = flow - (flow * normals).sum(1, keepdims=True) * normals
-    length = np.linalg.norm(tangent, axis=1, keepdims=True)
+    size = np.linalg.norm(tangent, axis=1, keepdims=True)
     spare = unit(np.cross(normals, np.where(np.abs(normals[:, :1]) < 0.8, [[1.0, 0.0, 0.0]], [[0.0, 1.0, 0.0]])))
-    tangent = np.where(length > 1e-4, tangent / np.maximum(length, 1e-8), spare)
+    tangent = np.where(size > 1e-4, tangent / np.maximum(size, 1e-8), spare)
     frames = np.stack([tangent, np.cross(normals, tangent), normals], axis=2)
     scales = np.log(np.stack([along, across, 0.16 * surface.size], axis=1)).astype(np.float32)
-    return {
-        "means": (scale * points).astype(np.float32),
-        "log_scales": (scales + math.log(scale)).astype(np.float32),
-        "quats": Rotation.from_matrix(frames).as_quat(scalar_first=True).astype(np.float32),
-        "opacity": np.where(fur, 0.97, 0.985).astype(np.float32),
-        "rgb": rgb.astype(np.float32),
-    }
+    return SplatCloud(
+        means=(length * points).astype(np.float32),
+        log_scales=(scales + math.log(length)).astype(np.float32),
+        quats=Rotation.from_matrix(frames).as_quat(scalar_first=True).astype(np.float32),
+        opacity=np.where(fur, 0.97, 0.985).astype(np.float32),
+        rgb=rgb.astype(np.float32),
+        center=(length * center).astype(np.float32),
+        keypoints=(length * keypoints).astype(np.float32),
+        body_length=float(length),
+        meta={"pose": pose, "coat": coat.name},
+    )
 
 
 def make_mouse(
-    seed: int,
-    index: int,
-    *,
-    coat: str | None = None,
-    pose: str | None = None,
-    heading_deg: float | None = None,
+    seed: int, index: int, *, coat: str | None = None, pose: str | None = None, heading_deg: float | None = None,
     light: Light | None = None,
-) -> SplatCloud:
+) -> SplatCloud:  # fmt: skip
     """Mouse number `index` of the series `seed`, normalized: body's center at the origin, z up.
 
-    heading_deg: azimuth towards which the nose points (0 = -y, 90 = -x, as for cameras); None draws it uniformly.
-    light: instead of the drawn one; the animal stays the same.
+    heading_deg: azimuth of the nose (0 = -y, 90 = -x, as for cameras). What is None is drawn; the rest stays the same.
     """
     rng = np.random.default_rng(np.random.SeedSequence([seed, index]))
     shape = random_shape(rng)
     drawn_pose = MousePose() if pose == "rest" else random_pose(rng, pose)
-    drawn_coat = random_coat(rng, coat)
-    drawn_light = random_light(rng)
-    heading = float(rng.uniform(0, 360))
+    drawn_coat, drawn_light, heading = random_coat(rng, coat), random_light(rng), float(rng.uniform(0, 360))
     cloud = build_cloud(shape, drawn_pose, drawn_coat, light or drawn_light, rng)
     return cloud.facing(heading if heading_deg is None else heading_deg)
 
 
-# ---- a moving mouse -------------------------------------------------------------------------------------------------
-
-
 def mouse_sequence(
-    seed: int,
-    num_frames: int,
-    *,
-    fps: float = 25.0,
-    arena_radius: float = 1.6,
-    coat: str | None = None,
+    seed: int, num_frames: int, *, fps: float, arena_radius: float, coat: str | None = None,
     poses: tuple[str, ...] = POSES,
-) -> Iterator[SplatCloud]:
+) -> Iterator[SplatCloud]:  # fmt: skip
     """Yields num_frames clouds of one animal moving: floor at z = 0, arena center at the origin, z up.
 
-    Units are the synthetic world's (a nominal body is BODY_LENGTH long). The body's center stays within arena_radius
-    (world units) of the origin; `center` and `keypoints` follow. meta holds pose, coat, heading_deg and frame.
+    The body's center stays within arena_radius (world units) of the origin. meta: pose, coat, heading_deg, frame.
     """
     rng = np.random.default_rng(np.random.SeedSequence([seed, 3]))
     shape, drawn_coat, light = random_shape(rng), random_coat(rng, coat), random_light(rng)
-    track = PoseTrack(rng, num_frames / fps, poses)
+    track = pose_track(rng, num_frames / fps, poses)
     layout_seed = int(rng.integers(2**62))
     place = rng.uniform(-0.4, 0.4, 2) * arena_radius
     heading, phase, turn = float(rng.uniform(0, 360)), 0.0, 0.0
     for frame in range(num_frames):
-        pose, walking = track.at(frame / fps)
-        step = shape.length * WALK_SPEED * walking / fps
+        pose, walking = track(frame / fps)
+        step = shape.length * 0.9 * walking / fps  # 0.9 body lengths per second
         turn = 0.93 * turn + rng.normal(0, 14.0)
         # Near the wall the animal turns back towards the center.
         urge = np.clip((np.linalg.norm(place) / arena_radius - 0.6) / 0.3, 0.0, 1.0)
         wanted = math.degrees(math.atan2(place[0], place[1]))  # azimuth of the direction to the center
         rate = walking * (turn + float(urge * 2.0 * ((wanted - heading + 180.0) % 360.0 - 180.0)))
-        heading += float(np.clip(rate, -MAX_TURN_DEG_S, MAX_TURN_DEG_S)) / fps
+        heading += float(np.clip(rate, -110.0, 110.0)) / fps  # degrees per second
         a = math.radians(heading)
         place = place + step * np.array([-math.sin(a), -math.cos(a)])
         place = place * min(1.0, arena_radius / max(np.linalg.norm(place), 1e-9))
-        phase += 2 * math.pi * STRIDE_HZ * walking / fps
+        phase += 2 * math.pi * 3.0 * walking / fps  # 3 strides per second
         pose = pose.stride(phase, 0.075 * walking) if walking > 0 else pose
         x, y, z = light.direction  # the room's light in the frame of the animal
         turned = np.array([math.cos(a) * x - math.sin(a) * y, math.sin(a) * x + math.cos(a) * y, z])

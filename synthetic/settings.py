@@ -1,7 +1,5 @@
 """Flags of scripts/make_synthetic_mouse.py: default, help and check of each, said once. Imports nothing heavy."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +9,7 @@ COATS = ("black", "agouti", "brown", "grey", "white", "piebald")
 POSES = ("walk", "stand", "crouch", "turn", "rear", "groom", "sniff")  # an unnamed pose is one of these
 ALL_POSES = (*POSES, "curl", "stretch")  # the last only where they are named: mice of older seeds stay as they were
 # Of recording.calibration.formats.FORMATS, whose import would slow --help down; a test compares the two.
-CALIBRATION_FORMATS = (
-    "mammal", "dannce", "anipose", "transforms", "colmap_text", "colmap_binary", "opencv", "blender"
-)  # fmt: skip
+CALIBRATION_FORMATS = tuple("mammal dannce anipose transforms colmap_text colmap_binary opencv blender".split())
 
 
 # Upper limits: beyond them a number is a slip of the keyboard, and would fill memory or disk.
@@ -30,20 +26,18 @@ class MouseSettings:
     num_novel_views: int = option(0, "random views appended after the rig's", least=0, most=1000)
     depth: bool = option(False, "write depth images too")
     heading_deg: tuple[float, float] | None = option(
-        None, "nose towards the rig's azimuth CENTER +- SPREAD degrees; left out: any heading",
-        metavar=("CENTER", "SPREAD"),
-    )  # fmt: skip
+        None, "azimuth of the nose, +- SPREAD, degrees; left out: any heading", metavar=("CENTER", "SPREAD")
+    )
     coat: str | None = option(None, "left out: drawn at random", choices=COATS)
     pose: str | None = option(None, "left out: drawn at random", choices=(*ALL_POSES, "rest"))
     poses: tuple[str, ...] = option((), "several poses, in equal shares", choices=ALL_POSES)
     size: tuple[float, float] | None = option(
-        None, "range of the body's length, world units; left out: about 1.2", metavar=("LOW", "HIGH"), least=0.1, most=3
+        None, "of the body's length, world units; left out: about 1.2", metavar=("LOW", "HIGH"), least=0.1, most=3
     )
     off_center: float = option(0.0, "how far the body may lie off the image's center, widths", least=0, most=0.5)
     elevation: tuple[float, float] | None = option(
-        None, "range of the input view's elevation, degrees; left out: the rig's", metavar=("LOW", "HIGH"),
-        least=-89, most=89,
-    )  # fmt: skip
+        None, "of the input view, degrees; left out: the rig's", metavar=("LOW", "HIGH"), least=-89, most=89
+    )
     photographic: float = option(
         0.0, "share 0..1 of the mice whose rig views look like cut-out photographs: other light, framing, blur, "
         "noise, imperfect masks; novel views stay clean", metavar="SHARE", least=0, most=1,
@@ -55,9 +49,8 @@ class MouseSettings:
     body_model_poses: Path | None = option(None, "its pose library (.npz)")
     as_recording: bool = option(False, "write a raw recording of --num_samples frames")
     lens_distortion: str = option(
-        "none", "of the recording: undistorted images, or photographs through the rig's real lenses (skew included)",
-        choices=("none", "real"),
-    )  # fmt: skip
+        "none", "of the recording; real: through the rig's real lenses, skew included", choices=("none", "real")
+    )
     noise: float = option(0.0, "of the recording's sensors: deviation at white, in levels of 255", least=0)
     uneven_light: bool = option(
         False, "in the recording: uneven gain, vignetting, an exposure per camera, a textured wall behind the animal"
@@ -71,23 +64,22 @@ class MouseSettings:
     fps: float = option(25.0, "frames per second of the recording", least=0.01)
 
     def __post_init__(self) -> None:
-        formats, recorded = self.formats, self.as_recording
+        formats, recorded, body = self.formats, self.as_recording, self.body_model
         for wrong, message in (
             (self.video_width % 2, f"--video_width must be even, got {self.video_width}"),
             (len(set(formats)) != len(formats) or set(formats) - set(CALIBRATION_FORMATS),
              f"--calibration_formats takes different ones of {', '.join(CALIBRATION_FORMATS)}, "
              f"parted by commas, got {self.calibration_formats!r}"),
-            (recorded and self.body_model, "--as_recording films the procedural mouse; leave --body_model out"),
+            (recorded and body, "--as_recording films the procedural mouse; leave --body_model out"),
             (recorded and (self.photographic or self.size or self.off_center or self.elevation),
              "--photographic, --size, --off_center and --elevation are a dataset's; a recording has "
              "--lens_distortion, --noise and --uneven_light"),
             (recorded and self.pose == "rest", "--pose rest does not move: name another pose of the recording"),
             (not recorded and (self.lens_distortion != "none" or self.noise or self.uneven_light),
              "--lens_distortion, --noise and --uneven_light are a recording's: add --as_recording"),
-            (bool(self.body_model) != bool(self.body_model_poses),
+            (bool(body) != bool(self.body_model_poses),
              "--body_model and --body_model_poses go together: the rest pose is no natural posture"),
-            (self.body_model and (self.pose or self.poses),
-             "--pose and --poses name procedural poses; with --body_model they come from --body_model_poses"),
+            (body and (self.pose or self.poses), "--pose and --poses name procedural poses; leave out --body_model"),
             (self.pose and self.poses, "--pose and --poses exclude each other"),
         ):  # fmt: skip
             if wrong:
@@ -102,11 +94,11 @@ class MouseSettings:
     @property
     def parameters(self) -> dict:
         """Content of dataset.json: the fields that decide what a sample looks like."""
-        names = "seed image_size num_novel_views depth heading_deg coat pose val_fraction prefix".split()
-        files = {name: getattr(self, name) for name in ("body_model", "body_model_poses")}
-        values = {name: getattr(self, name) for name in names}
-        values |= {name: path.name if path else None for name, path in files.items()}
-        # Left out at their default, so that datasets made before these flags existed can be continued.
-        newer = {name: getattr(self, name) for name in "photographic poses size off_center elevation".split()}
-        values |= {name: value for name, value in newer.items() if value}
+        names = "seed image_size num_novel_views depth heading_deg coat pose val_fraction prefix "
+        names += "body_model body_model_poses"
+        newer = "photographic poses size off_center elevation".split()
+        values = {name: getattr(self, name) for name in [*names.split(), *newer]}
+        # Newer flags only where they are given: datasets made before they existed can be continued.
+        values = {name: value for name, value in values.items() if value or name not in newer}
+        values = {name: value.name if isinstance(value, Path) else value for name, value in values.items()}
         return {"source": "synthetic"} | {n: list(v) if isinstance(v, tuple) else v for n, v in values.items()}

@@ -1,9 +1,7 @@
 """From proportions and a pose to geometry: spine, limbs, tail. Body lengths, heading -y, floor at z = 0."""
 
-from __future__ import annotations
-
 import math
-from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -24,17 +22,18 @@ TAIL_NODES = 48
 SIDES = np.array([1.0, -1.0, 1.0, -1.0])  # left, right of the four limbs
 
 # Station, half width, half height above and below the spine: an egg with a tapering snout.
-_PROFILE = np.array(
+_PROFILE = np.fromstring(
     """
     0.000 0.022 0.022 0.022   0.012 0.062 0.062 0.056   0.040 0.104 0.106 0.090   0.085 0.144 0.146 0.122
     0.150 0.176 0.176 0.150   0.230 0.193 0.188 0.170   0.320 0.194 0.186 0.178   0.410 0.180 0.174 0.170
     0.500 0.156 0.156 0.148   0.580 0.132 0.136 0.124   0.650 0.114 0.118 0.106   0.710 0.108 0.106 0.096
     0.765 0.106 0.098 0.090   0.815 0.099 0.088 0.082   0.860 0.084 0.074 0.070   0.905 0.064 0.059 0.057
     0.945 0.049 0.047 0.044   0.975 0.038 0.038 0.033   0.992 0.025 0.026 0.021   1.000 0.010 0.011 0.009
-    """.split(),
-    dtype=np.float64,
+    """,
+    sep=" ",
 ).reshape(-1, 4)
-# Uniform ranges of adult animals, in the order in which they are drawn (which older seeds rely on).
+# Uniform ranges of adult animals, in the order in which they are drawn (which older seeds rely on). head, snout, limb:
+# thickness. ear_azimuth_deg: how far the ear's opening turns outwards from straight ahead.
 _RANGES = {
     "head": (0.95, 1.08), "snout": (0.88, 1.12), "ear_width": (0.80, 0.95), "ear_azimuth_deg": (35.0, 62.0),
     "tail_length": (0.72, 1.0), "tail_radius": (0.024, 0.030), "eye_radius": (0.0175, 0.0215), "limb": (0.92, 1.12),
@@ -42,33 +41,8 @@ _RANGES = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class MouseShape:
-    """One animal. length: world units; everything else relative to the body length or to a typical mouse (1)."""
-
-    length: float = BODY_LENGTH
-    fatness: float = 1.0
-    head: float = 1.0
-    snout: float = 1.0
-    ear_height: float = 0.158
-    ear_width: float = 0.134
-    ear_azimuth_deg: float = 48.0  # how far the ear's opening turns outwards from straight ahead
-    tail_length: float = 0.88
-    tail_radius: float = 0.027
-    eye_radius: float = 0.0195
-    limb: float = 1.0  # limb thickness
-    limb_length: float = 1.0
-    hind_foot: float = 0.19
-    fore_foot: float = 0.085
-
-    def half_sizes(self) -> np.ndarray:
-        """Returns [stations, 3] half width, half height up, half height down."""
-        sizes = np.stack([np.interp(STATIONS, _PROFILE[:, 0], _PROFILE[:, k]) for k in (1, 2, 3)], axis=1)
-        trunk, head = np.exp(-(((STATIONS - 0.30) / 0.22) ** 2)), np.exp(-(((STATIONS - 0.77) / 0.09) ** 2))
-        snout = np.clip((STATIONS - 0.86) / 0.08, 0.0, 1.0)
-        widen = 1 + (self.fatness - 1) * trunk + (self.head - 1) * head + (self.snout - 1) * snout
-        sag = 1 + 0.35 * max(self.fatness - 1, 0.0) * trunk  # a fat belly hangs
-        return sizes * widen[:, None] * np.stack([np.ones_like(sag), np.ones_like(sag), sag], axis=1)
+class MouseShape(SimpleNamespace):
+    """length (world units); fatness, limb_length, ear_height and _RANGES, relative to it or to a typical mouse."""
 
 
 def random_length(rng: np.random.Generator) -> float:
@@ -78,52 +52,37 @@ def random_length(rng: np.random.Generator) -> float:
 
 def random_shape(rng: np.random.Generator) -> MouseShape:
     """Draws an adult mouse, lean to fat."""
-    ear, limb_length = float(rng.uniform(0.138, 0.180)), float(rng.uniform(0.94, 1.06))
-    length, fatness = random_length(rng), float(np.clip(rng.normal(1.0, 0.08), 0.84, 1.22))
-    drawn = {name: float(rng.uniform(*limits)) for name, limits in _RANGES.items()}
-    drawn["ear_width"] *= ear
-    return MouseShape(length, fatness, ear_height=ear, limb_length=limb_length, **drawn)
+    shape = MouseShape(ear_height=float(rng.uniform(0.138, 0.180)), limb_length=float(rng.uniform(0.94, 1.06)))
+    shape.length, shape.fatness = random_length(rng), float(np.clip(rng.normal(1.0, 0.08), 0.84, 1.22))
+    vars(shape).update({name: float(rng.uniform(*limits)) for name, limits in _RANGES.items()})
+    shape.ear_width *= shape.ear_height
+    return shape
 
 
-@dataclass
-class Skeleton:
+class Skeleton(SimpleNamespace):
     """spine, tangent, left, up: [stations, 3]; sizes: [stations, 3] half width, up, down.
 
     limbs: [4, 3, 3] socket, knee or elbow, ankle or wrist. feet: [4, 3] unit directions of the feet.
     tail: [TAIL_NODES, 3]; tail_radius: [TAIL_NODES]. center: [3] volume centroid of the trunk and head.
     """
 
-    spine: np.ndarray
-    tangent: np.ndarray
-    left: np.ndarray
-    up: np.ndarray
-    sizes: np.ndarray
-    center: np.ndarray
-    limbs: np.ndarray = field(init=False)
-    feet: np.ndarray = field(init=False)
-    tail: np.ndarray = field(init=False)
-    tail_radius: np.ndarray = field(init=False)
-
-    def frame(self, station: float) -> np.ndarray:
-        """Returns [4, 3]: position, tangent (towards the nose), left, up of the spine at a station."""
-        place, *axes = (_at(values, station) for values in (self.spine, self.tangent, self.left, self.up))
-        return np.stack([place, *(unit(axis) for axis in axes)])
-
-    def size_at(self, station: float) -> np.ndarray:
-        return _at(self.sizes, station)
+    def frame(self, station: float) -> tuple[np.ndarray, ...]:
+        """Returns position, tangent (towards the nose), left, up and half sizes of the spine at a station, [3] each."""
+        values = (self.spine, self.tangent, self.left, self.up, self.sizes)
+        place, *axes, sizes = (interpolate(rows, np.array([station]))[0] for rows in values)
+        return place, *map(unit, axes), sizes
 
 
-def _at(values: np.ndarray, station: float) -> np.ndarray:
-    place = station * (len(STATIONS) - 1)
-    index = min(int(place), len(STATIONS) - 2)
-    return values[index] + (place - index) * (values[index + 1] - values[index])
+def interpolate(values: np.ndarray, t: np.ndarray) -> np.ndarray:
+    """Interpolates rows [k, c] linearly at t [n] 0..1."""
+    place = np.clip(t, 0, 1) * (len(values) - 1)
+    index = np.minimum(place.astype(int), len(values) - 2)
+    return values[index] + (place - index)[:, None] * (values[index + 1] - values[index])
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
     """Returns vectors [3] or [n, 3] at length 1."""
-    if vectors.ndim == 1:
-        return vectors / np.linalg.norm(vectors)
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors / np.linalg.norm(vectors, axis=None if vectors.ndim == 1 else 1, keepdims=True)
 
 
 def perpendicular(vector: np.ndarray, axis: np.ndarray) -> np.ndarray:
@@ -133,8 +92,17 @@ def perpendicular(vector: np.ndarray, axis: np.ndarray) -> np.ndarray:
 
 def solve(shape: MouseShape, pose: MousePose) -> Skeleton:
     """Places the whole skeleton: spine over its feet, limbs by two-bone inverse kinematics, tail on the floor."""
-    sizes = shape.half_sizes()
-    pitch, yaw = _smooth(pose.spine_pitch), _smooth(pose.spine_yaw)
+    profile = np.stack([np.interp(STATIONS, _PROFILE[:, 0], _PROFILE[:, k]) for k in (1, 2, 3)], axis=1)
+    trunk, head = np.exp(-(((STATIONS - 0.30) / 0.22) ** 2)), np.exp(-(((STATIONS - 0.77) / 0.09) ** 2))
+    snout = np.clip((STATIONS - 0.86) / 0.08, 0.0, 1.0)
+    widen = 1 + (shape.fatness - 1) * trunk + (shape.head - 1) * head + (shape.snout - 1) * snout
+    sizes = profile * widen[:, None]
+    sizes[:, 2] *= 1 + 0.35 * max(shape.fatness - 1, 0.0) * trunk  # a fat belly hangs
+    kernel = np.hanning(13)[1:-1]  # the control values are joined without corners
+    pitch, yaw = (
+        np.radians(np.convolve(np.pad(values, 5, mode="edge"), kernel / kernel.sum(), mode="valid"))
+        for values in (np.interp(STATIONS, CONTROL_STATIONS, given) for given in (pose.spine_pitch, pose.spine_yaw))
+    )
     step = STATIONS[1]
     hip, shoulder = int(round(HIP / step)), int(round(SHOULDER / step))
 
@@ -163,27 +131,11 @@ def solve(shape: MouseShape, pose: MousePose) -> Skeleton:
     weight = sizes[:, 0] * (sizes[:, 1] + sizes[:, 2])
     # Every slice is two half ellipses whose middle lies off the spine.
     middle = spine + 0.5 * (sizes[:, 1] - sizes[:, 2])[:, None] * up
-    skeleton = Skeleton(spine, tangent, left, up, sizes, (weight[:, None] * middle).sum(0) / weight.sum())
-    skeleton.limbs, skeleton.feet = _limbs(skeleton, shape, pose)
-    skeleton.tail, skeleton.tail_radius = _tail(skeleton, shape, pose)
-    return skeleton
-
-
-def _smooth(values: np.ndarray) -> np.ndarray:
-    """Control values [7] in degrees -> [stations] radians, without corners."""
-    kernel = np.hanning(13)[1:-1]
-    padded = np.pad(np.interp(STATIONS, CONTROL_STATIONS, values), 5, mode="edge")
-    return np.radians(np.convolve(padded, kernel / kernel.sum(), mode="valid"))
-
-
-def _two_bones(root: np.ndarray, target: np.ndarray, upper: float, lower: float, pole: np.ndarray):
-    """Returns joint and end of a two-bone chain that bends towards `pole`; a target out of reach is approached."""
-    reach = target - root
-    distance = float(np.clip(np.linalg.norm(reach), abs(upper - lower) + 0.01, 0.985 * (upper + lower)))
-    axis = unit(reach)
-    along = (upper**2 - lower**2 + distance**2) / (2 * distance)
-    bend = math.sqrt(max(upper**2 - along**2, 0.0))
-    return root + along * axis + bend * perpendicular(pole, axis), root + distance * axis
+    s = Skeleton(spine=spine, tangent=tangent, left=left, up=up, sizes=sizes)
+    s.center = (weight[:, None] * middle).sum(0) / weight.sum()
+    s.limbs, s.feet = _limbs(s, shape, pose)
+    s.tail, s.tail_radius = _tail(s, shape, pose)
+    return s
 
 
 def _limbs(s: Skeleton, shape: MouseShape, pose: MousePose) -> tuple[np.ndarray, np.ndarray]:
@@ -192,8 +144,7 @@ def _limbs(s: Skeleton, shape: MouseShape, pose: MousePose) -> tuple[np.ndarray,
     snout = s.frame(0.965)
     for k, side in enumerate(SIDES):
         hind = k < 2
-        place, tangent, left, up = s.frame(HIP if hind else SHOULDER)
-        width = s.size_at(HIP if hind else SHOULDER)[0]
+        place, tangent, left, up, (width, _, _) = s.frame(HIP if hind else SHOULDER)
         root = place + side * width * (0.56 if hind else 0.60) * left - (0.03 if hind else 0.05) * up
         forward = np.array([left[1], -left[0], 0.0])  # horizontal heading at this girdle
         floor = place * [1, 1, 0] + (pose.foot_forward[k] + (0.02 if hind else 0.05)) * forward
@@ -201,22 +152,23 @@ def _limbs(s: Skeleton, shape: MouseShape, pose: MousePose) -> tuple[np.ndarray,
         toe_out = math.radians(18 if hind else 8)
         foot = math.cos(toe_out) * forward + side * math.sin(toe_out) * left
         length = shape.hind_foot if hind else shape.fore_foot
-        lift = pose.foot_lift[k]
-        ball = floor + [0, 0, 0.012 + lift]  # where the toes begin
-        ankle = ball - 0.60 * length * foot + [0, 0, (0.035 if hind else 0.030) + 1.3 * lift]
-        if hind:
-            bones = 0.180 * shape.limb_length, 0.200 * shape.limb_length
-            limbs[k] = [root, *_two_bones(root, ankle, *bones, forward + 0.45 * side * left + 0.25 * up)]
-        else:
+        ball = floor + [0, 0, 0.012 + pose.foot_lift[k]]  # where the toes begin
+        end = ball - 0.60 * length * foot + [0, 0, (0.035 if hind else 0.030) + 1.3 * pose.foot_lift[k]]
+        pole = forward + 0.45 * side * left + 0.25 * up if hind else -tangent + 0.25 * side * left - 0.2 * up
+        if not hind:
             free, hand = pose.hand_free[k - 2], pose.hand_at[k - 2]
             held = root + hand[0] * tangent + side * hand[1] * left + hand[2] * up
             at_snout = snout[0] - 0.035 * snout[1] + side * 0.040 * snout[2] - 0.045 * snout[3]
             held = held + pose.hand_snout * (at_snout - held)
             hanging = unit(tangent + pose.hand_snout * (-0.3 * side * left) - 0.6 * (1 - pose.hand_snout) * up)
-            wrist = ankle + free * (held - 0.5 * length * hanging - ankle)
-            foot = foot + free * (hanging - foot)
-            bones = 0.132 * shape.limb_length, 0.140 * shape.limb_length
-            limbs[k] = [root, *_two_bones(root, wrist, *bones, -tangent + 0.25 * side * left - 0.2 * up)]
+            end = end + free * (held - 0.5 * length * hanging - end)
+        # Two bones that bend towards the pole; a target out of reach is approached.
+        upper, lower = np.array([0.180, 0.200] if hind else [0.132, 0.140]) * shape.limb_length
+        distance = float(np.clip(np.linalg.norm(end - root), abs(upper - lower) + 0.01, 0.985 * (upper + lower)))
+        axis, along = unit(end - root), (upper**2 - lower**2 + distance**2) / (2 * distance)
+        joint = root + along * axis + math.sqrt(max(upper**2 - along**2, 0.0)) * perpendicular(pole, axis)
+        limbs[k] = [root, joint, root + distance * axis]
+        if not hind:
             ball = ball + free * (limbs[k, 2] + 0.6 * length * hanging - ball)
         direction = ball - limbs[k, 2]
         feet[k] = direction / max(np.linalg.norm(direction), 1e-6)
@@ -225,8 +177,7 @@ def _limbs(s: Skeleton, shape: MouseShape, pose: MousePose) -> tuple[np.ndarray,
 
 def _tail(s: Skeleton, shape: MouseShape, pose: MousePose) -> tuple[np.ndarray, np.ndarray]:
     """Returns nodes [n, 3] and radii [n]: sinking from the base to the floor, bent more if it would leave the image."""
-    place, tangent, _, _ = s.frame(0.012)
-    t = np.linspace(0, 1, TAIL_NODES)
+    (place, tangent, *_), t = s.frame(0.012), np.linspace(0, 1, TAIL_NODES)
     radius = shape.tail_radius * (1 - 0.74 * t**0.8)
     start_yaw = math.atan2(-tangent[0], tangent[1])  # of the direction -tangent, as for the spine
     step = shape.tail_length / (TAIL_NODES - 1)
@@ -261,18 +212,18 @@ def build_skin(s: Skeleton, shape: MouseShape) -> Skin:
     """Returns the furred surface: spine tube, thighs, shoulders, cheeks, limbs."""
     ellipsoids, cones = [], []
     for k, (root, joint, end) in enumerate(s.limbs):
-        hind = k < 2
         axis, length = unit(joint - root), np.linalg.norm(joint - root)
-        across = perpendicular(s.frame(HIP if hind else SHOULDER)[2], axis)
-        radii = [0.52 * length + 0.020, 0.044, 0.072] if hind else [0.52 * length + 0.010, 0.032, 0.046]
+        station, radii, thick = (
+            (HIP, [0.52 * length + 0.020, 0.044, 0.072], [0.044, 0.029, 0.0150]) if k < 2
+            else (SHOULDER, [0.52 * length + 0.010, 0.032, 0.046], [0.034, 0.022, 0.0135])
+        )  # fmt: skip
+        across, thick = perpendicular(s.frame(station)[2], axis), np.array(thick) * shape.limb
         radii = np.array(radii) * [1.0, shape.limb, shape.limb]
         ellipsoids.append(np.concatenate([root + 0.36 * axis * length, axis, across, np.cross(axis, across), radii]))
-        thick = np.array([0.044, 0.029, 0.0150] if hind else [0.034, 0.022, 0.0135]) * shape.limb
         cones += [np.concatenate([root, joint, thick[:2]]), np.concatenate([joint, end, thick[1:]])]
-    place, tangent, left, up = s.frame(0.815)
-    width, _, below = s.size_at(0.815)
+    place, tangent, left, up, (width, _, below) = s.frame(0.815)
     for side in (1.0, -1.0):
         center = place + side * 0.62 * width * left - 0.15 * below * up
         ellipsoids.append(np.concatenate([center, tangent, left, up, [0.062, 0.036, 0.046]]))
     spine = np.concatenate([s.spine, s.tangent, s.left, s.up, s.sizes], axis=1)
-    return Skin(spine, np.array(ellipsoids), np.array(cones), blend=0.020)
+    return Skin(spine, np.array(ellipsoids), np.array(cones))

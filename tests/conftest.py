@@ -17,7 +17,29 @@ def script():
     sys.path.remove(str(SCRIPTS))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
+def filmed(tmp_path_factory):
+    """A recording of a mouse of spheres, not to be changed."""
+    from filmed_spheres import COUNT, film
+
+    folder = tmp_path_factory.mktemp("filmed") / "recording"
+    film(folder, COUNT)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory, filmed):
+    """Its dataset, imported without interruption; not to be changed."""
+    from filmed_spheres import settings_for
+
+    from recording.importer import process_recording
+
+    folder = tmp_path_factory.mktemp("whole") / "data"
+    process_recording(settings_for(filmed, folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
 def render():
     """What draws synthetic mice on the CPU."""
     from synthetic.dataset import make_renderer

@@ -7,7 +7,11 @@ import numpy as np
 
 from recording.calibration.formats import write_mammal_pickle
 from recording.calibration.model import Calibration
+from recording.settings import ImportSettings
 from synthetic.dataset import load_real_rig, video_writer
+
+COUNT, SIZE = 8, 32  # of the recording that several files import
+SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "process_mouse_data.py"
 
 # x forward, y left, z up, mm; radius; the first five are trunk and head.
 TRUNK = [(-18, 0, 0, 14), (-6, 0, 1, 15), (7, 0, 0, 13), (19, 0, 2, 10), (29, 0, 3, 7)]
@@ -42,23 +46,10 @@ def silhouettes(calibration: Calibration, centres: np.ndarray, radii: np.ndarray
     return np.stack(masks)
 
 
-def walk(count: int, arena: dict, radius: float = 30.0, step_deg: float = 9.0) -> list[tuple[np.ndarray, float]]:
-    """(place, heading) on a circle about the arena's centre, the nose ahead. radius: mm."""
-    steps = []
-    for index in range(count):
-        angle = math.radians(step_deg * index)
-        place = np.array(arena["centre"]) + [radius * math.cos(angle), radius * math.sin(angle), 16.0]
-        ahead = np.array([-math.sin(angle), math.cos(angle)])
-        steps.append((place, math.degrees(math.atan2(-ahead[0], -ahead[1])) % 360.0))
-    return steps
-
-
-def film(
-    folder: Path, count: int, width: int = 192, *, noise: float = 0.0, flicker: float = 0.0, **walking: float
-) -> dict:
-    """Writes videos_undist/, masks/ and new_cam.pkl; returns the truth: centres, headings, masks [t, v, h, w] bool."""
-    calibration, arena = load_real_rig(width=width)
-    rng = np.random.default_rng(0)
+def film(folder: Path, count: int, *, noise: float = 0.0, flicker: float = 0.0, radius=30.0, step_deg=9.0) -> list:
+    """Writes videos_undist/, masks/ and new_cam.pkl of a walk on a circle; returns the masks [t][v, h, w] bool."""
+    calibration, arena = load_real_rig(width=192)
+    rng, truth = np.random.default_rng(0), []
     (size,) = set(calibration.sizes)
     rows, columns = np.mgrid[: size[1], : size[0]]
     light = 150 + 50 * np.sin(columns / 31.0) * np.cos(rows / 23.0)  # uneven
@@ -66,20 +57,36 @@ def film(
     for name in ("videos_undist", "masks"):
         (folder / name).mkdir(parents=True)
         writers[name] = [video_writer(folder / name / f"{k}.mp4", size, 25.0, 0) for k in range(6)]
-    truth = {"centres": [], "headings": [], "masks": []}
-    for place, heading in walk(count, arena, **walking):
-        centres, radii, middle = spheres(place, heading)
-        masks = silhouettes(calibration, centres, radii)
+    for index in range(count):
+        angle = math.radians(step_deg * index)
+        place = np.array(arena["centre"]) + [radius * math.cos(angle), radius * math.sin(angle), 16.0]
+        heading = math.degrees(math.atan2(math.sin(angle), -math.cos(angle)))  # the nose ahead
+        masks = silhouettes(calibration, *spheres(place, heading)[:2])
         gain = 1.0 + flicker * rng.standard_normal()
         for k, mask in enumerate(masks):
-            picture = np.where(mask > 0, 40.0 + 0.1 * columns, light)[..., None] * [1.0, 0.95, 0.9] * gain
-            picture = picture + noise * rng.standard_normal(picture.shape)
-            writers["videos_undist"][k].send(np.ascontiguousarray(picture.clip(0, 255).astype(np.uint8)))
+            image = np.where(mask > 0, 40.0 + 0.1 * columns, light)[..., None] * [1.0, 0.95, 0.9] * gain
+            image = image + noise * rng.standard_normal(image.shape)
+            writers["videos_undist"][k].send(np.ascontiguousarray(image.clip(0, 255).astype(np.uint8)))
             writers["masks"][k].send(np.repeat(mask[..., None], 3, axis=-1))
-        truth["centres"].append(middle)
-        truth["headings"].append(heading)
-        truth["masks"].append(masks > 0)
+        truth.append(masks > 0)
     for writer in (*writers["videos_undist"], *writers["masks"]):
         writer.close()
     write_mammal_pickle(folder / "new_cam.pkl", calibration)
-    return {"centres": np.stack(truth["centres"]), "headings": np.array(truth["headings"]), "masks": truth["masks"]}
+    return truth
+
+
+def settings_for(folder: Path, output: Path, **options) -> ImportSettings:
+    defaults = {"image_size": SIZE, "framing": "fill", "workers": 1}
+    return ImportSettings(folder / "videos_undist", folder, output, **{**defaults, **options})
+
+
+def command(folder: Path, output: Path, *more: str) -> list[str]:
+    """What `settings_for` says, as the script's flags."""
+    return [
+        "--video_dir", str(folder / "videos_undist"), "--meta_dir", str(folder), "--output_dir", str(output),
+        "--image_size", str(SIZE), "--framing", "fill", *more,
+    ]  # fmt: skip
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -27,20 +27,15 @@ def write_unet(folder: Path, rig: ViewRig, **changes) -> Path:
     return folder
 
 
-def gslrm_config(rig_name: str = "mouse6") -> GSLRMConfig:
+def write_gslrm(folder: Path, rig: ViewRig, step: int = 5) -> Path:
+    """A random GS-LRM checkpoint of the tiny shape; returns the file."""
+    torch.manual_seed(0)
     model = ModelConfig(
         image_tokenizer=ImageTokenizerConfig(image_size=SIZE, patch_size=8),
         transformer=TransformerConfig(d=32, d_head=16, n_layer=1), gaussians=GaussiansConfig(),
     )  # fmt: skip
-    return replace(GSLRMConfig(), rig=rig_name, model=model)
-
-
-def write_gslrm(folder: Path, rig: ViewRig, step: int = 5) -> Path:
-    """A random GS-LRM checkpoint of the tiny shape; returns the file."""
-    torch.manual_seed(0)
-    config = gslrm_config(rig.name)
+    config = replace(GSLRMConfig(), rig=rig.name, model=model)
     path = checkpoint_path(folder, step)
-    sidecar = {"config": asdict(config), "rig": rig.to_dict(), "step": step}
     sidecar = {"config": asdict(config), "rig": rig.to_dict(), "step": step}
     save_checkpoint(path, {"model": GSLRM(config.model).state_dict()}, sidecar)
     return path

@@ -3,10 +3,8 @@
 Needs only what a sample holds (`calibration_to_sample`) and the cloud of its frame in the recording's world.
 """
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,19 +22,8 @@ LIT = 0.15  # a marker's pixels are brighter than this
 SAME, OTHER, RIM = 8.0, 5.0, 3.0  # deviations a marker must be from others of its colour, of any, from the mask's rim
 
 
-def load_script():
-    """scripts/make_synthetic_mouse.py, the script that films, with its renderer."""
-    path = Path(__file__).resolve().parent.parent / "scripts" / "make_synthetic_mouse.py"
-    spec = importlib.util.spec_from_file_location("make_synthetic_mouse", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def to_sample(sample: Sample) -> np.ndarray:
-    """[4, 4] similarity, recording's world -> sample's world. Raises ValueError where the sample is no recording's."""
-    if "calibration_to_sample" not in sample.extra:
-        raise ValueError(f"sample {sample.id} lacks calibration_to_sample: it is not from a recording")
+    """[4, 4] similarity, recording's world -> sample's world."""
     return np.array(sample.extra["calibration_to_sample"])
 
 
@@ -67,18 +54,8 @@ def direct_rendering(cloud, sample: Sample, render: Callable, calibration: Calib
     fine = size * float(calibration.K[:, 0, 0].mean()) / float(sample.cameras.fxfycxcy[:, 0].mean())
     fine = round(fine * (LENS_OVERSAMPLING if has_lens(calibration) else 1))
     rgb, alpha = render(cloud, recording_cameras(sample).resize(fine, fine))[:2]
-    return _shrunk(rgb, size), _shrunk(alpha, size)
-
-
-def _shrunk(pictures: Tensor, size: int) -> Tensor:
-    """[v, c, n, n] -> [v, c, size, size], each pixel the mean over its area."""
-    import cv2
-
-    arrays = [cv2.resize(p.permute(1, 2, 0).numpy(), (size, size), interpolation=cv2.INTER_AREA) for p in pictures]
-    return torch.stack([torch.from_numpy(array.reshape(size, size, -1)).permute(2, 0, 1) for array in arrays])
-
-
-# ---- points -----------------------------------------------------------------------------------------------------
+    shrunk = torch.nn.functional.interpolate  # each pixel the mean over its area
+    return tuple(shrunk(image, (size, size), mode="area") for image in (rgb, alpha))
 
 
 def marked(cloud):
@@ -117,17 +94,12 @@ def marker_errors(sample: Sample, keypoints: np.ndarray) -> np.ndarray:
             nearest = int(np.where(own, np.linalg.norm(places - found, axis=1), np.inf).argmin())
             apart = np.linalg.norm(places - places[nearest], axis=1)
             apart[nearest] = np.inf
-            if apart[own].min() > SAME * spread and apart.min() > OTHER * spread:
-                if _is_clear(sample.rgba[view, 3].numpy(), places[nearest], RIM * spread):
-                    errors.append(found - places[nearest])
+            left, top = np.maximum((places[nearest] - RIM * spread).astype(int), 0)
+            right, bottom = (places[nearest] + RIM * spread).astype(int) + 1
+            is_clear = sample.rgba[view, 3, top:bottom, left:right].min() > 0.99
+            if apart[own].min() > SAME * spread and apart.min() > OTHER * spread and is_clear:
+                errors.append(found - places[nearest])
     return np.array(errors).reshape(-1, 2)
-
-
-def _is_clear(alpha: np.ndarray, place: np.ndarray, reach: float) -> bool:
-    """Whether the mask [h, w] is full around a place (x, y)."""
-    left, top = np.maximum((place - reach).astype(int), 0)
-    right, bottom = (place + reach).astype(int) + 1
-    return bool(alpha[top:bottom, left:right].min(initial=1.0) > 0.99)
 
 
 def share_in_hull(sample: Sample, points: np.ndarray, resolution: int = 128) -> float:

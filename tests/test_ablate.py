@@ -8,15 +8,7 @@ from pathlib import Path
 import pytest
 from mvdiffusion_tiny import UNET, prepare
 
-from evaluation.ablation import (
-    check_cells,
-    main_effects,
-    make_cells,
-    markdown,
-    read_spec,
-    run_cells,
-    summarise,
-)
+from evaluation.ablation import AblationSpec, make_cells, markdown, read_spec, run_cell, summarise
 
 ROOT = Path(__file__).resolve().parent.parent
 METRIC = "guidance_1/consistency"
@@ -35,6 +27,15 @@ def write_spec(path: Path, **changes) -> Path:
     return path
 
 
+def spec_of(levels: dict[str, list[str]], seeds: list[int]) -> AblationSpec:
+    factors = {factor: {name: {} for name in names} for factor, names in levels.items()}
+    return AblationSpec("", "", factors, ["m"], 1, seeds, {}, [])
+
+
+def effects(levels: dict[str, list[str]], results: list[dict], seeds: list[int]) -> dict[str, dict]:
+    return summarise(spec_of(levels, seeds), results)["effects"]["m"]
+
+
 def finished(levels: dict[str, str], seed: int, value: float, **changes) -> dict:
     return {"levels": levels, "seed": seed, "status": "done", "seconds": 1.0, "metrics": {"m": value}, **changes}
 
@@ -47,10 +48,10 @@ def test_every_combination_is_a_cell_of_its_own_folder(tmp_path):
     cells = make_cells(spec)
     assert len(cells) == len({cell.folder for cell in cells}) == 2 * 2 * 2
     cell = cells[-1]
-    assert cell.name == "full_photometric_seed1" and cell.levels == {"attention": "full", "augmentation": "photometric"}
+    assert cell.folder.name == "full_photometric_seed1"
+    assert cell.levels == {"attention": "full", "augmentation": "photometric"}
     assert {"max_train_steps=7", "attention=full", "brightness_jitter=0.1", "seed=1"} <= set(cell.arguments())
-    assert f"output_dir={tmp_path / 'out' / cell.name}" in cell.arguments()
-    check_cells(spec, cells)
+    assert f"output_dir={tmp_path / 'out' / cell.folder.name}" in cell.arguments()
 
 
 @pytest.mark.parametrize(
@@ -77,7 +78,7 @@ def test_wrong_values_are_told_before_the_first_run(tmp_path):
     ):
         spec = read_spec(write_spec(tmp_path / "s.yaml", factors=factors))
         with pytest.raises(ValueError, match=message):
-            check_cells(spec, make_cells(spec))
+            make_cells(spec)
     both = {"a": {"x": {"seed": 1}, "y": {}}, "b": {"u": {"seed": 2}, "v": {}}}
     with pytest.raises(ValueError, match="factor 'b' sets seed, which another factor sets too"):
         make_cells(read_spec(write_spec(tmp_path / "s.yaml", factors=both)))
@@ -86,12 +87,8 @@ def test_wrong_values_are_told_before_the_first_run(tmp_path):
 def test_shipped_spec_names_real_keys_and_eight_cells():
     spec = read_spec(ROOT / "configs/ablation_prompts_cameras_augmentation.yaml")
     cells = make_cells(spec)
-    assert len(cells) == 8 * len(spec.seeds) and list(spec.factors) == [
-        "prompts",
-        "camera_conditioning",
-        "augmentation",
-    ]
-    check_cells(spec, cells)
+    assert len(cells) == 8 * len(spec.seeds)
+    assert list(spec.factors) == ["prompts", "camera_conditioning", "augmentation"]
 
 
 def test_stage_2_configs_take_part_too(tmp_path):
@@ -99,8 +96,7 @@ def test_stage_2_configs_take_part_too(tmp_path):
     base = str(ROOT / "configs/demo_gslrm.yaml")
     spec = read_spec(write_spec(tmp_path / "s.yaml", stage=2, base=base, factors=factors))
     cells = make_cells(spec)
-    check_cells(spec, cells)
-    assert cells[0].name == "0.0_seed0" and "training.runtime.seed=0" in cells[0].arguments()
+    assert cells[0].folder.name == "0.0_seed0" and "training.runtime.seed=0" in cells[0].arguments()
 
 
 # ---- running --------------------------------------------------------------------------------------------------------
@@ -141,14 +137,12 @@ def test_cells_train_resume_and_failures_are_recorded(tmp_path, monkeypatch, cap
     # Repeated: the finished cell is read, not trained again; changed values are not mixed with it.
     spec = read_spec(path)
     cells = make_cells(spec)
-    written = (cells[0].folder / "metrics.jsonl").stat().st_mtime_ns
-    (result,) = run_cells(spec, cells[:1], lambda cell, result: None)
-    assert result["status"] == "done" and (cells[0].folder / "metrics.jsonl").stat().st_mtime_ns == written
-    other = make_cells(
-        read_spec(write_spec(path, factors=spec.factors, overrides={**spec.overrides, "max_train_steps": 3}))
-    )
+    metrics = cells[0].folder / "metrics.jsonl"
+    written = metrics.stat().st_mtime_ns
+    assert run_cell(spec, cells[0])["status"] == "done" and metrics.stat().st_mtime_ns == written
+    longer = read_spec(write_spec(path, factors=spec.factors, overrides={**spec.overrides, "max_train_steps": 3}))
     with pytest.raises(ValueError, match="max_train_steps: 2 there, 3 now"):
-        run_cells(spec, other[:1], lambda cell, result: None)
+        run_cell(spec, make_cells(longer)[0])
 
 
 # ---- effects --------------------------------------------------------------------------------------------------------
@@ -163,7 +157,7 @@ def test_effects_are_those_the_numbers_were_made_of():
             for b in levels["b"]:
                 extra = (1.0 + seed) * (a == "y") + gain[b] + 3.0 * (a == "y" and b == "w")
                 results.append(finished({"a": a, "b": b}, seed, offset + extra))
-    found = main_effects(results, levels, "m", [0, 1])
+    found = effects(levels, results, [0, 1])
     assert found["a: y - x"]["mean"] == pytest.approx(1.5 + 1.0)  # mean over b, where w adds 3
     assert found["a: y - x"]["spread"] == pytest.approx(0.5**0.5)  # 2 and 3; the seeds' offset cancels
     assert found["b: v - u"]["mean"] == pytest.approx(2.0) and found["b: v - u"]["spread"] == pytest.approx(0.0)
@@ -179,7 +173,7 @@ def test_three_way_interaction_is_the_change_of_the_two_way_one():
         finished({"a": a, "b": b, "c": c}, 0, 4.0 * (a == b == c == "1") + 1.0 * (a == b == "1"))
         for a in "01" for b in "01" for c in "01"
     ]  # fmt: skip
-    found = main_effects(results, levels, "m", [0])
+    found = effects(levels, results, [0])
     assert found["(a: 1 - 0) x (b: 1 - 0) x (c: 1 - 0)"]["mean"] == pytest.approx(4.0)
     assert found["(a: 1 - 0) x (b: 1 - 0)"]["mean"] == pytest.approx(1.0 + 2.0)
     assert found["a: 1 - 0"]["spread"] is None
@@ -191,9 +185,10 @@ def test_incomplete_seeds_count_in_cells_but_not_in_effects():
         finished({"a": "x"}, 0, 1.0), finished({"a": "y"}, 0, 2.0), finished({"a": "x"}, 1, 3.0),
         finished({"a": "y"}, 1, 0.0, status="failed", reason="exit code 1: error: out of luck"),
     ]  # fmt: skip
-    summary = summarise(results, levels, ["m"], [0, 1])
+    spec = spec_of(levels, [0, 1])
+    summary = summarise(spec, results)
     assert summary["cells"][0]["m"]["mean"] == pytest.approx(2.0) and summary["cells"][0]["m"]["n"] == 2
     assert summary["effects"]["m"] == {"a: y - x": {"mean": 1.0, "spread": None, "n": 1}}
-    text = markdown(results, levels, ["m"], [0, 1])
+    text = markdown(spec, results)
     assert "| x | 2 of 2 | 2.000 ± 1.414 |" in text and "| a: y - x | +1.000 |" in text
     assert "over 1 complete seeds" in text and "- a y, seed 1: exit code 1: error: out of luck" in text

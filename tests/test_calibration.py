@@ -14,7 +14,6 @@ from recording.calibration.formats import (
     FORMATS,
     find_calibration,
     read_calibration,
-    read_dannce_labels,
     write_calibration,
 )
 from recording.calibration.model import Calibration, distort, undistort, valid_radius
@@ -25,6 +24,13 @@ HOLDS = {  # format -> can it hold lens distortion, skew
     "colmap_text": (True, False), "colmap_binary": (True, False), "opencv": (False, False), "blender": (False, False),
 }  # fmt: skip
 RATIONAL = np.array([-0.16, 0.9, -0.001, -0.004, -2.7, 0.05, 0.02, -0.3])
+
+
+def refused(path, match, read=read_calibration):
+    """One sentence on one line says so."""
+    with pytest.raises(ValueError, match=match) as caught:
+        read(path)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.fixture(scope="module")
@@ -67,36 +73,27 @@ def opencv_projection(calibration, index, xyz):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_what_is_written_is_read_back(tmp_path, real, lens, name):
+def test_what_is_written_is_read_back_and_what_is_not_held_is_refused(tmp_path, real, lens, name):
     distorted, skewed = HOLDS[name]
-    for calibration in [real, *([lens if skewed else without_skew(lens)] if distorted else [])]:
+    rational = replace(without_skew(lens), distortion=np.tile(RATIONAL, (6, 1)))
+    for calibration, held, lacks in (
+        (real, True, ""),
+        (without_skew(lens), distorted, "cannot hold lens distortion"),
+        (replace(lens, distortion=real.distortion), skewed, "cannot hold skew"),
+        (lens, distorted and skewed, "cannot hold"),
+        (rational, name in ("anipose", "colmap_text", "colmap_binary"), "k4, k5, k6" if distorted else "distortion"),
+    ):
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        if not held:
+            with pytest.raises(ValueError, match=lacks):
+                write_calibration(folder, calibration, name)
+            continue
         path = write_calibration(folder, calibration, name)
         assert find_calibration(folder) == path
         read = read_calibration(path)
         assert read.close_to(calibration, 1e-9)
         assert read.sizes in (calibration.sizes, (None,) * 6) and read.unit in (None, "mm")
     assert set(HOLDS) == set(FORMATS)
-
-
-@pytest.mark.parametrize("name", ["anipose", "colmap_text", "colmap_binary"])
-def test_the_rational_lens_model_survives(tmp_path, lens, name):
-    calibration = replace(without_skew(lens), distortion=np.tile(RATIONAL, (6, 1)))
-    assert read_calibration(write_calibration(tmp_path, calibration, name)).close_to(calibration, 1e-9)
-
-
-@pytest.mark.parametrize("name", FORMATS)
-def test_what_a_format_cannot_hold_is_refused(tmp_path, real, lens, name):
-    distorted, skewed = HOLDS[name]
-    if not distorted:
-        with pytest.raises(ValueError, match="cannot hold lens distortion"):
-            write_calibration(tmp_path, without_skew(lens), name)
-    if not skewed:
-        with pytest.raises(ValueError, match="cannot hold skew"):
-            write_calibration(tmp_path, replace(lens, distortion=real.distortion), name)
-    if name in ("dannce", "transforms"):
-        with pytest.raises(ValueError, match="k4, k5, k6"):
-            write_calibration(tmp_path, replace(without_skew(lens), distortion=np.tile(RATIONAL, (6, 1))), name)
 
 
 def test_projection_and_lens_are_opencvs(lens, points):
@@ -129,11 +126,7 @@ def test_mammal_pickle_is_read_with_half_a_pixel_added(tmp_path, real, protocol,
         K = K.copy()
         K[:2, 2] -= 0.5  # as OpenCV counts
         entries.append({"K": K, "R": w2c[:3, :3], "T": w2c[:3, 3:], "mapx": np.zeros((1024, 1152), np.float32)})
-    numbered = {
-        "list": entries,
-        "dict": dict(enumerate(entries)),
-        "string keys": {str(k): e for k, e in enumerate(entries)},
-    }
+    numbered = {"list": entries, "dict": dict(enumerate(entries)), "string keys": dict(zip("012345", entries))}
     (tmp_path / "new_cam.pkl").write_bytes(pickle.dumps(numbered[layout], protocol=protocol))
     read = read_calibration(find_calibration(tmp_path))
     np.testing.assert_allclose(read.K, real.K, atol=1e-9)
@@ -150,60 +143,23 @@ def test_pickle_that_runs_code_is_refused_and_not_run(tmp_path):
 
     path = tmp_path / "new_cam.pkl"
     path.write_bytes(pickle.dumps([{"K": Attack()}]))
-    with pytest.raises(ValueError, match="builtins.exec"):
-        load_numpy_pickle(path)
+    refused(path, "builtins.exec", load_numpy_pickle)
     assert not marker.exists()
     path.write_bytes(b"cos\nsystem\n(S'touch " + str(marker).encode() + b"'\ntR.")
-    with pytest.raises(ValueError, match="os.system"):
-        load_numpy_pickle(path)
+    refused(path, "os.system", load_numpy_pickle)
     assert not marker.exists()
-
-
-def test_dannce_mat_is_transposed(tmp_path, lens, points):
-    from scipy.io import savemat
-
-    cells = np.empty((6, 1), dtype=object)
-    for index in range(6):
-        K = lens.K[index].copy()
-        K[:2, 2] -= 0.5
-        k1, k2, p1, p2, k3 = lens.distortion[index]
-        cells[index, 0] = {
-            "K": K.T, "r": lens.w2c[index, :3, :3].T, "t": lens.w2c[index, :3, 3][None],
-            "RDistort": np.array([[k1, k2, k3]]), "TDistort": np.array([[p1, p2]]),
-        }  # fmt: skip
-    path = tmp_path / "label3d_dannce.mat"
-    savemat(path, {"params": cells})
-    read = read_calibration(path)
-    assert read.close_to(lens) and read.unit == "mm" and read_dannce_labels(path) is None
-    cells[3, 0] = {key: value for key, value in cells[3, 0].items() if key != "RDistort"}
-    savemat(path, {"params": cells})
-    with pytest.raises(ValueError, match=r"label3d_dannce.mat: params\{4\} lacks RDistort"):
-        read_calibration(path)
-
-
-def test_transforms_json_has_opengl_axes_turned(tmp_path, real):
-    frames = []
-    for K, w2c in zip(real.K, real.w2c):
-        c2w = np.linalg.inv(w2c) @ np.diag([1.0, -1.0, -1.0, 1.0])
-        frames.append(
-            {"transform_matrix": c2w.tolist(), "fl_x": K[0, 0], "fl_y": K[1, 1], "cx": K[0, 2], "cy": K[1, 2]}
-        )
-    (tmp_path / "transforms.json").write_text(json.dumps({"w": 1152, "h": 1024, "frames": frames}))
-    read = read_calibration(find_calibration(tmp_path))
-    np.testing.assert_allclose(read.w2c, real.w2c, atol=1e-6)
-    np.testing.assert_allclose(read.K, real.K, atol=1e-9)
 
 
 def test_anipose_toml_is_opencvs(tmp_path, lens, points):
     """A file as aniposelib writes it; the cameras stand in the order of their numbers, not of their letters."""
     tables = []
-    for place, index in enumerate([0, 1, 2, 3, 4, 5]):
+    for index in range(6):
         K = lens.K[index].copy()
         K[:2, 2] -= 0.5
         K[0, 1] = 0.0
         rotation, _ = cv2.Rodrigues(lens.w2c[index, :3, :3])
         tables.append(
-            f'[cam_{8 + place}]\nname = "{"ABCDEF"[index]}"\nsize = [ 1152, 1024,]\nmatrix = {K.tolist()}\n'
+            f'[cam_{8 + index}]\nname = "{"ABCDEF"[index]}"\nsize = [ 1152, 1024,]\nmatrix = {K.tolist()}\n'
             f"distortions = {lens.distortion[index].tolist()}\nrotation = {rotation.ravel().tolist()}\n"
             f"translation = {lens.w2c[index, :3, 3].tolist()}\n"
         )
@@ -211,16 +167,8 @@ def test_anipose_toml_is_opencvs(tmp_path, lens, points):
     path.write_text("\n".join([*reversed(tables), "[metadata]\nadjusted = false\nerror = 0.3\n"]))
     read = read_calibration(path)
     assert read.names == tuple("ABCDEF") and read.sizes == ((1152, 1024),) * 6 and read.unit is None
-    for index in range(6):
-        np.testing.assert_allclose(
-            read.project(points)[index], opencv_projection(without_skew(lens), index, points), atol=1e-6
-        )
-    path.write_text("[metadata]\nerror = 0.3\n")
-    with pytest.raises(ValueError, match="calibration.toml has no cameras"):
-        read_calibration(path)
-    path.write_text(tables[0].replace("[cam_8]", "[cam_8]\nfisheye = true") + tables[1])
-    with pytest.raises(ValueError, match=r"\[cam_8\]: fisheye"):
-        read_calibration(path)
+    for index, seen in enumerate(read.project(points)):
+        np.testing.assert_allclose(seen, opencv_projection(without_skew(lens), index, points), atol=1e-6)
 
 
 def nerf_frames(calibration, **keys):
@@ -236,9 +184,8 @@ def test_blenders_nerf_export_takes_its_size_from_the_videos_or_the_pictures(tmp
     with pytest.raises(ValueError, match="picture sizes"):
         read.project(np.zeros((1, 3)))
     sized = read.with_sizes([(640, 480)] * 6)
-    assert sized.K[2] == pytest.approx(
-        np.array([[320 / np.tan(angle / 2), 0, 320], [0, 320 / np.tan(angle / 2), 240], [0, 0, 1]])
-    )
+    focal = 320 / np.tan(angle / 2)
+    assert sized.K[2] == pytest.approx(np.array([[focal, 0, 320], [0, focal, 240], [0, 0, 1]]))
     (tmp_path / "train").mkdir()
     for k in range(6):
         cv2.imwrite(str(tmp_path / "train" / f"r_{k}.png"), np.zeros((480, 640, 3), np.uint8))
@@ -257,8 +204,7 @@ def test_frames_of_one_static_camera_are_one_camera_in_the_order_of_their_number
     path.write_text(json.dumps({"w": 1152, "h": 1024, "camera_model": "OPENCV", "frames": mixed}))
     assert read_calibration(path).close_to(real)
     path.write_text(json.dumps({"w": 1152, "h": 1024, "camera_model": "OPENCV_FISHEYE", "frames": mixed}))
-    with pytest.raises(ValueError, match="frame 0: camera_model = .OPENCV_FISHEYE"):
-        read_calibration(path)
+    refused(path, "frame 0: camera_model = .OPENCV_FISHEYE")
 
 
 def colmap_text(folder, calibration, cameras, *, order=range(6), camera_of=lambda k: k + 1):
@@ -300,36 +246,29 @@ def test_colmap_models_and_order(tmp_path, real, model, values, focal, lens_valu
 
 def test_colmap_files_that_are_wrong_are_named(tmp_path, real):
     folder = colmap_text(tmp_path / "a", real, ["1 FOV 1152 1024 1600 1600 570 500 0.9"])
-    with pytest.raises(ValueError, match=r"cameras.txt: line 2: COLMAP camera model FOV is not supported"):
-        read_calibration(folder)
+    refused(folder, r"cameras.txt: line 2: COLMAP camera model FOV is not supported")
     folder = colmap_text(tmp_path / "a", real, ["1 SIMPLE_PINHOLE 1152 1024 1600 570 500"])
-    with pytest.raises(ValueError, match=r"images.txt: image cam9.png uses camera 2, which cameras.txt lacks"):
-        read_calibration(folder)
+    refused(folder, r"images.txt: image cam9.png uses camera 2, which cameras.txt lacks")
     (folder / "images.txt").unlink()
-    with pytest.raises(ValueError, match="lacks images.txt"):
-        read_calibration(folder)
+    refused(folder, "lacks images.txt")
     binary = write_calibration(tmp_path / "b", real, "colmap_binary")
     for name in ("cameras.bin", "images.bin"):
         whole = (binary / name).read_bytes()
         for content, message in ((whole[:100], "is truncated"), (b"", "truncated"), (whole + b"0", "1 bytes too many")):
             (binary / name).write_bytes(content)
-            with pytest.raises(ValueError, match=f"{name} .*{message}"):
-                read_calibration(binary)
+            refused(binary, f"{name} .*{message}")
         (binary / name).write_bytes(whole)
     cameras = bytearray((binary / "cameras.bin").read_bytes())
     struct.pack_into("<i", cameras, 12, 5)
     (binary / "cameras.bin").write_bytes(cameras)
-    with pytest.raises(ValueError, match="cameras.bin: camera 1: COLMAP camera model OPENCV_FISHEYE"):
-        read_calibration(binary)
+    refused(binary, "cameras.bin: camera 1: COLMAP camera model OPENCV_FISHEYE")
 
 
 def test_colmap_text_and_binary_side_by_side_must_agree(tmp_path, real):
     write_calibration(tmp_path, real, "colmap_text")
-    path = write_calibration(
-        tmp_path, replace(real, K=real.K * [[1.01, 1, 1], [1, 1.01, 1], [1, 1, 1]]), "colmap_binary"
-    )
-    with pytest.raises(ValueError, match="differ"):
-        read_calibration(path)
+    zoomed = replace(real, K=real.K * [[1.01, 1, 1], [1, 1.01, 1], [1, 1, 1]])
+    path = write_calibration(tmp_path, zoomed, "colmap_binary")
+    refused(path, "differ")
     assert read_calibration(path / "images.txt").close_to(real)
     write_calibration(tmp_path, real, "colmap_binary")
     assert read_calibration(path).close_to(real)
@@ -361,5 +300,4 @@ def test_blender_cameras_fit_the_side_that_blender_fits(tmp_path, real, width, h
     assert read.K[1, :2, 2] == pytest.approx([cx - 0.1 * span, cy - 0.05 * span])
     cameras[0]["type"] = "ORTHO"
     path.write_text(json.dumps({"render": render, "cameras": cameras}))
-    with pytest.raises(ValueError, match="camera 0: only perspective"):
-        read_calibration(path)
+    refused(path, "camera 0: only perspective")

@@ -2,7 +2,6 @@
 
 import json
 import pickle
-import random
 import struct
 import time
 import zlib
@@ -12,10 +11,17 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
-from recording.calibration.formats import FORMATS, read_calibration, read_dannce_labels, write_calibration
+from recording.calibration.formats import read_calibration, read_dannce_labels, write_calibration
 from recording.calibration.model import Calibration
 from recording.video import find_videos
 from synthetic.dataset import load_real_rig
+
+
+def refused(path, match, read=read_calibration):
+    """One sentence on one line says so."""
+    with pytest.raises(ValueError, match=match) as caught:
+        read(path)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.fixture(scope="module")
@@ -89,9 +95,7 @@ TYPES = [  # a field of another type, missing or impossible
 )
 def test_fields_that_cannot_be_used_are_refused_by_name(tmp_path, real, format, change, message):
     path = edited(tmp_path, real, format, change)
-    with pytest.raises(ValueError, match=message) as caught:
-        read_calibration(path)
-    assert path.name in str(caught.value) and "\n" not in str(caught.value)
+    refused(path, f"{path.name}.*{message}")
 
 
 def test_fields_at_their_defaults_say_nothing(tmp_path, real):
@@ -105,37 +109,40 @@ def test_other_formats_refuse_what_they_cannot_use(tmp_path, real):
     entries = pickle.loads(path.read_bytes())
     entries[2]["D"] = np.array([0.1, 0.0])
     path.write_bytes(pickle.dumps(entries))
-    with pytest.raises(ValueError, match="new_cam.pkl: camera 2: D = "):
-        read_calibration(path)
+    refused(path, "new_cam.pkl: camera 2: D = ")
     path = write_calibration(tmp_path, real, "anipose")
     path.write_text(path.read_text().replace("[cam_1]", "[cam_1]\nfisheye = true"))
-    with pytest.raises(ValueError, match=r"calibration.toml: \[cam_1\]: fisheye = True"):
-        read_calibration(path)
+    refused(path, r"calibration.toml: \[cam_1\]: fisheye = True")
 
 
-def dannce_cells(real):
-    cells = np.empty((len(real), 1), dtype=object)
-    for k, (K, w2c) in enumerate(zip(real.K, real.w2c)):
-        lens = {"RDistort": np.zeros((1, 2)), "TDistort": np.zeros((1, 2))}
-        cells[k, 0] = {"K": K.T, "r": w2c[:3, :3].T, "t": w2c[:3, 3][None], **lens}
+def dannce_cells(calibration):
+    """params as DANNCE writes them: transposed, and the first pixel's center is 0, 0."""
+    cells = np.empty((len(calibration), 1), dtype=object)
+    for index, (K, w2c) in enumerate(zip(calibration.K, calibration.w2c)):
+        k1, k2, p1, p2, k3 = calibration.distortion[index]
+        lens = {"RDistort": np.array([[k1, k2, k3]]), "TDistort": np.array([[p1, p2]])}
+        K = K - np.array([[0, 0, 0.5], [0, 0, 0.5], [0, 0, 0]])
+        cells[index, 0] = {"K": K.T, "r": w2c[:3, :3].T, "t": w2c[:3, 3][None], **lens}
     return cells
 
 
 @pytest.mark.parametrize("compressed", [False, True])
-def test_dannce_names_belong_to_its_cameras(tmp_path, real, compressed):
-    path = tmp_path / "label3d_dannce.mat"
+def test_dannce_mat_is_transposed_and_its_names_belong_to_its_cameras(tmp_path, compressed):
+    path, lens = tmp_path / "label3d_dannce.mat", load_real_rig(lens="real")[0]
     names = np.array([f"Camera{k}" for k in (1, 2, 3, 4, 6, 7)], dtype=object)[:, None]
-    savemat(path, {"params": dannce_cells(real), "camnames": names}, do_compression=compressed)
-    assert read_calibration(path).names == ("Camera1", "Camera2", "Camera3", "Camera4", "Camera6", "Camera7")
+    savemat(path, {"params": dannce_cells(lens), "camnames": names}, do_compression=compressed)
+    read = read_calibration(path)
+    assert read.close_to(lens) and read.unit == "mm" and read_dannce_labels(path) is None
+    assert read.names == ("Camera1", "Camera2", "Camera3", "Camera4", "Camera6", "Camera7")
     for wrong in (names[:5], np.tile(names[:1], (6, 1)), np.arange(6.0)):
-        savemat(path, {"params": dannce_cells(real), "camnames": wrong})
-        with pytest.raises(ValueError, match="label3d_dannce.mat: camnames"):
-            read_calibration(path)
-    cells = dannce_cells(real)
-    cells[1, 0]["Skew"] = 0.5
-    savemat(path, {"params": cells})
-    with pytest.raises(ValueError, match=r"params\{2\}: Skew = "):
-        read_calibration(path)
+        savemat(path, {"params": dannce_cells(lens), "camnames": wrong})
+        refused(path, "label3d_dannce.mat: camnames")
+    skewed, bare = dannce_cells(lens), dannce_cells(lens)
+    skewed[1, 0]["Skew"] = 0.5
+    del bare[3, 0]["RDistort"]
+    for cells, message in ((skewed, r"params\{2\}: Skew = "), (bare, r"dannce.mat: params\{4\} lacks RDistort")):
+        savemat(path, {"params": cells})
+        refused(path, message)
 
 
 def test_videos_of_named_cameras_are_found_by_their_names(tmp_path):
@@ -207,8 +214,7 @@ def test_sizes_nobody_asked_for_are_refused_soon(tmp_path, name):
     path = tmp_path / name
     path.write_bytes(HUGE[name]())
     start = time.monotonic()
-    with pytest.raises(ValueError, match=name):
-        read_calibration(path)
+    refused(path, name)
     assert time.monotonic() - start < 20
 
 
@@ -231,35 +237,4 @@ def test_many_frames_of_static_cameras_are_read(tmp_path, real):
 )
 def test_files_that_are_none_of_these_are_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        read_calibration(tmp_path / name)
-
-
-@pytest.mark.parametrize("format", FORMATS)
-def test_mutated_files_are_read_or_refused(tmp_path, real, format):
-    """Bit flips, cuts, bytes written over or left out: no other exception, no hang, one line that names the file."""
-    rng = random.Random(format)
-    path = write_calibration(tmp_path, real, format)
-    for file in [path] if path.is_file() else [path / f"{part}{path_suffix(path)}" for part in ("cameras", "images")]:
-        whole = file.read_bytes()
-        for number in range(40):
-            data, at = bytearray(whole), rng.randrange(len(whole))
-            if number % 4 == 0:
-                data[at] ^= 1 << rng.randrange(8)
-            elif number % 4 == 1:
-                data = data[:at]
-            elif number % 4 == 2:
-                data[at : at + 16] = rng.randbytes(16)
-            else:
-                del data[at : at + rng.randrange(200)]
-            file.write_bytes(data)
-            try:
-                read_calibration(path)
-                read_dannce_labels(path) if path.suffix == ".mat" else None
-            except ValueError as error:
-                assert path.name in str(error) and "\n" not in str(error)
-        file.write_bytes(whole)
-
-
-def path_suffix(folder):
-    return ".bin" if (folder / "cameras.bin").is_file() else ".txt"
+    refused(tmp_path / name, message)

@@ -31,100 +31,89 @@ def samples() -> list[Sample]:
     return [read_sample(folder, image_size=SIZE, num_views=6) for folder in folders[:COUNT]]
 
 
+def images(change):
+    """Returns what makes of a sample one with images changed by `change(view, rgba)`."""
+    return lambda sample, _: replace(sample, rgba=torch.stack([change(v, x) for v, x in enumerate(sample.rgba)]))
+
+
+def order(*views):
+    return lambda sample, _: replace(sample, rgba=sample.rgba[list(views)])
+
+
+def focal(factor: float, views=slice(None)):
+    def change(sample, _):
+        values = sample.cameras.fxfycxcy.clone()
+        values[views] *= torch.tensor([factor, factor, 1.0, 1.0])
+        return replace(sample, cameras=replace(sample.cameras, fxfycxcy=values))
+
+    return change
+
+
+def opengl(views):
+    def change(sample, _):
+        c2w = sample.cameras.c2w.clone()
+        c2w[views, :3, 1:3] *= -1
+        return replace(sample, cameras=replace(sample.cameras, c2w=c2w))
+
+    return change
+
+
+def moved_camera(sample: Sample, _) -> Sample:
+    c2w = sample.cameras.c2w.clone()
+    c2w[3] = sample.cameras[[3]].rotate(5.0).c2w[0]
+    return replace(sample, cameras=replace(sample.cameras, c2w=c2w))
+
+
 def warped(picture: torch.Tensor, *, zoom: float = 1.0, turn_deg: float = 0.0, move_px=(0.0, 0.0)) -> torch.Tensor:
     """[4, h, w], enlarged, turned clockwise, then moved right and down, as a careless preprocessing would."""
     a = np.radians(turn_deg)
     rows = np.array([[np.cos(a), np.sin(a)], [-np.sin(a), np.cos(a)]]) / zoom
-    offset = -rows @ (2 * np.array(move_px) / SIZE)
-    theta = torch.from_numpy(np.column_stack([rows, offset])).float()[None]
+    theta = torch.from_numpy(np.column_stack([rows, -rows @ (2 * np.array(move_px) / SIZE)])).float()[None]
     grid = F.affine_grid(theta, (1, 4, SIZE, SIZE), align_corners=False)
     return F.grid_sample(picture[None], grid, align_corners=False)[0]
 
 
-def with_pictures(sample: Sample, change) -> Sample:
-    return replace(sample, rgba=torch.stack([change(view, picture) for view, picture in enumerate(sample.rgba)]))
+def zoomed(sample: Sample, i: int) -> Sample:
+    return images(lambda v, x: warped(x, zoom=ZOOMS[(v * (i % 5 + 1) + i) % 6]))(sample, i)
 
 
-def reordered(sample: Sample, order: list[int]) -> Sample:
-    return replace(sample, rgba=sample.rgba[order])
+def blurred(rgba: torch.Tensor) -> torch.Tensor:
+    return torch.cat([F.avg_pool2d(F.pad(rgba[None, :3], (2, 2, 2, 2), mode="replicate"), 5, 1)[0], rgba[3:]])
 
 
-def with_intrinsics(sample: Sample, factor, views=slice(None)) -> Sample:
-    values = sample.cameras.fxfycxcy.clone()
-    values[views] *= torch.tensor(factor)
-    return replace(sample, cameras=replace(sample.cameras, fxfycxcy=values))
-
-
-def with_poses(sample: Sample, change) -> Sample:
-    return replace(sample, cameras=replace(sample.cameras, c2w=change(sample.cameras.c2w.clone())))
-
-
-def opengl(c2w, views=slice(None)):
-    c2w[views, :3, 1:3] *= -1
-    return c2w
-
-
-def moved_camera(sample: Sample, view: int, degrees: float) -> Sample:
-    moved = sample.cameras[[view]].rotate(degrees).c2w[0]
-    return with_poses(sample, lambda c2w: torch.cat([c2w[:view], moved[None], c2w[view + 1 :]]))
-
-
-def empty(sample: Sample, index: int) -> Sample:
-    return with_pictures(sample, lambda view, x: x * 0 if view == 4 and index % 2 else x)
+def higher(sample: Sample, _) -> Sample:
+    old = sample.cameras
+    return replace(sample, cameras=Cameras.orbit(old.azimuth_deg, old.elevation_deg + 8.0, 2.7, MOUSE6.focal, SIZE))
 
 
 ZOOMS = (1.0, 0.8, 0.9, 0.75, 0.95, 0.7)
 TAMPERING = {  # name: (what is done to sample i, the code it must be found under, the views it must name)
-    "views swapped": (lambda s, i: reordered(s, [0, 1, 4, 3, 2, 5]), "views_swapped", (2, 4)),
-    "neighbours swapped": (lambda s, i: reordered(s, [1, 0, 2, 3, 4, 5]), "views_swapped", (0, 1)),
-    "views reversed": (lambda s, i: reordered(s, [0, 5, 4, 3, 2, 1]), "views_reversed", ()),
-    "one mirrored": (lambda s, i: with_pictures(s, lambda v, x: x.flip(-1) if v == 1 else x), "view_mirrored", (1,)),
+    "views swapped": (order(0, 1, 4, 3, 2, 5), "views_swapped", (2, 4)),
+    "neighbours swapped": (order(1, 0, 2, 3, 4, 5), "views_swapped", (0, 1)),
+    "views reversed": (order(0, 5, 4, 3, 2, 1), "views_reversed", ()),
+    "one mirrored": (images(lambda v, x: x.flip(-1) if v == 1 else x), "view_mirrored", (1,)),
     # The mirror image of a regular rig is the rig itself with its views in reverse.
-    "all mirrored": (lambda s, i: with_pictures(s, lambda v, x: x.flip(-1)), "views_reversed", ()),
-    "focal too long": (lambda s, i: with_intrinsics(s, [1.35, 1.35, 1.0, 1.0]), "focal", ()),
-    "focal too short": (lambda s, i: with_intrinsics(s, [0.8, 0.8, 1.0, 1.0]), "focal", ()),
-    "one view's focal": (lambda s, i: with_intrinsics(s, [1.2, 1.2, 1.0, 1.0], 3), "view_scale", (3,)),
-    "one crop shifted": (
-        lambda s, i: with_pictures(s, lambda v, x: warped(x, move_px=(3.0, -2.0)) if v == 2 else x), "view_shift", (2,)
-    ),
-    "all crops shifted": (
-        lambda s, i: with_pictures(s, lambda v, x: warped(x, move_px=(4.0, 0.0))), "principal_point", ()
-    ),
-    "one camera 5 degrees off": (lambda s, i: moved_camera(s, 3, 5.0), "camera_off", (3,)),
-    "one picture turned": (
-        lambda s, i: with_pictures(s, lambda v, x: warped(x, turn_deg=6.0) if v == 4 else x), "view_roll", (4,)
-    ),
-    "views scaled": (lambda s, i: with_pictures(s, lambda v, x: warped(x, zoom=ZOOMS[v])), "views_scaled", ()),
-    "every picture scaled": (
-        lambda s, i: with_pictures(s, lambda v, x: warped(x, zoom=ZOOMS[(v * (i % 5 + 1) + i) % 6])), "each_scaled", ()
-    ),
-    "OpenGL axes": (lambda s, i: with_poses(s, opengl), "opengl_axes", ()),
-    "one camera's axes": (lambda s, i: with_poses(s, lambda c: opengl(c, 5)), "view_looks_away", (5,)),
-    "empty masks": (empty, "empty_masks", None),
+    "all mirrored": (images(lambda v, x: x.flip(-1)), "views_reversed", ()),
+    "focal too long": (focal(1.35), "focal", ()),
+    "focal too short": (focal(0.8), "focal", ()),
+    "one view's focal": (focal(1.2, 3), "view_scale", (3,)),
+    "one shifted": (images(lambda v, x: warped(x, move_px=(3.0, -2.0)) if v == 2 else x), "view_shift", (2,)),
+    "all crops shifted": (images(lambda v, x: warped(x, move_px=(4.0, 0.0))), "principal_point", ()),
+    "one camera 5 degrees off": (moved_camera, "camera_off", (3,)),
+    "one picture turned": (images(lambda v, x: warped(x, turn_deg=6.0) if v == 4 else x), "view_roll", (4,)),
+    "views scaled": (images(lambda v, x: warped(x, zoom=ZOOMS[v])), "views_scaled", ()),
+    "every picture scaled": (zoomed, "each_scaled", ()),
+    "OpenGL axes": (opengl(slice(None)), "opengl_axes", ()),
+    "one camera's axes": (opengl(5), "view_looks_away", (5,)),
+    "empty masks": (lambda s, i: images(lambda v, x: x * (v != 4 or i % 2 == 0))(s, i), "empty_masks", None),
     "no masks": (lambda s, i: replace(s, rgba=s.rgba.index_fill(1, torch.tensor(3), 1.0)), "no_masks", None),
-    "clipped": (lambda s, i: with_pictures(s, lambda v, x: warped(x, zoom=2.2)), "clipped", None),
-    "millimetres": (
-        lambda s, i: replace(s, cameras=s.cameras.recentre(torch.zeros(3), 1000.0)), "units", None
-    ),
+    "clipped": (images(lambda v, x: warped(x, zoom=2.2)), "clipped", None),
+    "millimetres": (lambda s, i: replace(s, cameras=s.cameras.recentre(torch.zeros(3), 1000.0)), "units", None),
     "other animals": (None, "silhouettes_disagree", None),
-    "one blurred": (
-        lambda s, i: with_pictures(s, lambda v, x: torch.cat([blurred(x[:3]), x[3:]]) if v == 2 else x), "blur", None
-    ),
-    "one dark": (lambda s, i: with_pictures(s, lambda v, x: darkened(x) if v == 1 else x), "exposure", None),
-    "another rig": (lambda s, i: replace(s, cameras=higher(s.cameras)), "directions", None),
-}  # fmt: skip
-
-
-def blurred(rgb: torch.Tensor) -> torch.Tensor:
-    return F.avg_pool2d(F.pad(rgb[None], (2, 2, 2, 2), mode="replicate"), 5, 1)[0]
-
-
-def darkened(rgba: torch.Tensor) -> torch.Tensor:
-    return torch.cat([0.6 * rgba[:3], rgba[3:]])
-
-
-def higher(cameras: Cameras) -> Cameras:
-    return Cameras.orbit(cameras.azimuth_deg, cameras.elevation_deg + 8.0, 2.7, MOUSE6.focal, SIZE)
+    "one blurred": (images(lambda v, x: blurred(x) if v == 2 else x), "blur", None),
+    "one dark": (images(lambda v, x: torch.cat([0.6 * x[:3], x[3:]]) if v == 1 else x), "exposure", None),
+    "another rig": (higher, "directions", None),
+}
 
 
 def findings_of(samples: list[Sample], rig=MOUSE6, hulls: bool = False):
@@ -161,7 +150,7 @@ def test_tampering_is_found_under_its_name(samples, name):
 
 def test_silhouettes_of_a_cyclic_shift_agree_but_not_of_the_wrong_direction(samples):
     """The whole animal turned by one view's step is another true animal: nothing to find, as it should be."""
-    _, diagnosis, _ = findings_of([reordered(sample, [5, 0, 1, 2, 3, 4]) for sample in samples])
+    _, diagnosis, _ = findings_of([order(5, 0, 1, 2, 3, 4)(sample, 0) for sample in samples])
     assert diagnosis.agrees
 
 

@@ -175,7 +175,14 @@ def test_every_damage_changes_the_views_and_is_repeatable(mice, script):
         (rgba, cameras), (again, _) = (script.damage(name, mice, 1) for _ in range(2))
         assert torch.equal(rgba, again)
         assert not torch.equal(rgba, mice[1].rgba) or not torch.equal(cameras.c2w, mice[1].cameras.c2w), name
-    assert script.separation([1, 2], [0, 1]) == pytest.approx(0.875)
+
+
+def test_measured_damages_are_told_from_true_views(script, monkeypatch, capsys):
+    monkeypatch.setattr(script, "DAMAGES", ("all mirrored",))
+    monkeypatch.setattr(sys, "argv", ["measure_consistency.py", "--num_samples", "2", "--device", "cpu"])
+    script.main()
+    rows = {line.split(" | ")[0].strip("| "): line for line in capsys.readouterr().out.splitlines()}
+    assert "(0.50)" in rows["true views"] and rows["all mirrored"].count("(1.00)") >= 3
 
 
 def test_views_that_agree_on_nothing_score_zero(mice):

@@ -1,12 +1,10 @@
 """The models that ship, on held-out mice of the tracked samples: their measured quality must not fall."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from pipeline_tiny import must
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -24,13 +22,9 @@ ROOT = Path(__file__).resolve().parent.parent
 )  # fmt: skip
 def test_shipped_models_keep_their_quality_and_beat_their_baselines(tmp_path, stage, views, method, least, gains):
     """dB and IoU on the animal. Measured: 16.4 / 0.822, 22.0 / 0.920, 20.6 / 0.871; room is left for other rounding."""
-    command = [
-        sys.executable, "scripts/evaluate.py", "--stage", stage, "--data", "data_mouse/data_mouse_val.txt",
-        "--baselines", "copy", "hull", "--output_dir", str(tmp_path),
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    given = ["--baselines", "copy", "hull", "--device", "cpu", "--output_dir", tmp_path]
+    must("scripts/evaluate.py", "--stage", stage, "--data", ROOT / "data_mouse" / "data_mouse_val.txt", *given)
+    assert {"sheet.png", "worst.png", "table.md", "report.html"} <= {path.name for path in tmp_path.iterdir()}
     records = json.loads((tmp_path / "metrics.json").read_text())["views"]
 
     def means(method):

@@ -15,6 +15,7 @@ from pipeline_tiny import must, write_gslrm
 
 import evaluation.evaluate
 import evaluation.methods
+from evaluation import BASELINES
 from evaluation.evaluate import measure_cost
 from evaluation.methods import (
     COPY,
@@ -23,24 +24,22 @@ from evaluation.methods import (
     OTHER_RIG_VIEWS,
     RIG_VIEWS,
     TrainingMice,
+    autoencoded,
     compare,
     consistency_of,
-    copy_input,
-    describe,
     measure,
-    predict_autoencoder,
     predict_baselines,
     predict_hull,
     records_of,
     side_shown,
     splits_of,
 )
-from evaluation.report import Report, image_rows, margins, sheet
+from evaluation.report import Report, image_rows, margins
 from multiview.cameras import Cameras
-from multiview.image import composite
+from multiview.image import composite, read_rgba
 from multiview.rig import RigMismatchError, load_rig
 from multiview.sample import Sample, write_dataset_info, write_sample, write_split
-from pipeline.stages import PosedViews, posed_views
+from pipeline.outputs import PosedViews
 
 CPU = torch.device("cpu")
 SIZE, RADIUS = 48, 0.4
@@ -103,12 +102,13 @@ def test_directions_are_angles_from_the_input_view():
 
 def test_the_side_that_the_input_shows_follows_from_the_nose():
     sample = ball(0)
-    assert side_shown(sample, 0) is None
+    assert side_shown(sample, 0) == {}
     for reference, heading, side in (
         (0, 350.0, "the head"), (0, 80.0, "its left side"), (0, 200.0, "the hindquarters"), (2, 120.0, "the head"),
         (0, 300.0, "its right side"), (3, 90.0, "its right side"), (3, 0.0, "the hindquarters"),
     ):  # fmt: skip
-        assert side_shown(replace(sample, extra={"synthetic": {"heading_deg": heading}}), reference) == side
+        shown = side_shown(replace(sample, extra={"synthetic": {"heading_deg": heading}}), reference)
+        assert shown == {"input_shows": side}
 
 
 def test_depth_error_is_the_mean_over_what_both_show():
@@ -142,20 +142,27 @@ def test_consistency_of_true_views_is_the_measure_of_painted_ones():
 # ---- baselines ------------------------------------------------------------------------------------------------------
 
 
+def baselines(stage: str, sample: Sample, *names: str, training: TrainingMice | None = None, model=None):
+    views = PosedViews.of(sample.rgba[:6], sample.cameras[:6])
+    model = model or SimpleNamespace(rig=RIG, predict=lambda views: "gaussians")
+    generated = None if stage == "2" else views
+    return predict_baselines(stage, names, sample, model, generated=generated, training=training)
+
+
 def test_copied_input_is_the_input_everywhere():
     sample = ball(1)
-    found = copy_input(sample, splits_of("full", sample, RIG), RIG.reference_view)
+    found = baselines("full", sample, "copy")[0][COPY]
     for split, views in {NOVEL: (6,), OTHER_RIG_VIEWS: (1, 2, 3, 4, 5)}.items():
         assert found[split].views == views and len(found[split].rgb) == len(views)
         assert torch.equal(found[split].rgb[-1], composite(sample.rgba[0], 1.0))
         assert torch.equal(found[split].truth, sample.rgba[list(views)])
-    recording = copy_input(ball(0), splits_of("2", ball(0), RIG), RIG.reference_view)
+    recording = baselines("2", ball(0), "copy")[0][COPY]
     assert recording[RIG_VIEWS].views == (1, 2, 3, 4, 5)  # the input against itself would be perfect
 
 
 def test_hull_of_a_ball_is_the_ball_and_disagreeing_masks_leave_nothing():
     sample = ball(2)
-    views = posed_views(sample.rgba[:6], sample.cameras[:6])
+    views = PosedViews.of(sample.rgba[:6], sample.cameras[:6])
     found = predict_hull(views, sample, splits_of("full", sample, RIG))
     record = measure(found[NOVEL])[0]
     assert record["mask_iou"] > 0.85 and record["foreground_psnr"] > 25 and record["depth_error"] < 0.1
@@ -170,66 +177,39 @@ def test_hull_of_a_ball_is_the_ball_and_disagreeing_masks_leave_nothing():
 def test_nearest_training_mouse_is_like_the_input_and_held_out(tmp_path):
     mice = {"small": ball(0, 0.3), "grey": ball(0, 0.4, (0.5, 0.5, 0.5)), "like": ball(0, 0.41, (0.6, 0.32, 0.2))}
     listed, sample = dataset(tmp_path / "train", mice), ball(1)
-    training = TrainingMice.read(listed, RIG, [tmp_path / "test" / "small"])
-    assert training.nearest(sample.rgba[0]).name == "like"
-    found = training.predict(sample, splits_of("full", sample, RIG))
+    found = TrainingMice(listed, RIG, [tmp_path / "test" / "small"]).predict(sample, splits_of("full", sample, RIG))
     shown = composite(mice["like"].rgba[3], 1.0)  # PNG: steps of 1/255
     assert torch.allclose(found[OTHER_RIG_VIEWS].rgb[2], shown, atol=0.003)
     assert found[NOVEL].views == (6,) and measure(found[NOVEL])[0]["mask_iou"] > 0.8
     with pytest.raises(ValueError, match="share 1 samples.*grey.*not held out"):
-        TrainingMice.read(listed, RIG, [tmp_path / "train" / "grey"])
+        TrainingMice(listed, RIG, [tmp_path / "train" / "grey"])
     with pytest.raises(RigMismatchError):
-        TrainingMice.read(listed, load_rig("facelift6"), [])
+        TrainingMice(listed, load_rig("facelift6"), [])
 
 
-@pytest.mark.parametrize("stage", ["1", "2", "full"])
-def test_baselines_say_what_they_were_given_and_keep_to_unseen_views(stage, tmp_path, monkeypatch):
-    sample = ball(1)
-    views = posed_views(sample.rgba[:6], sample.cameras[:6])
-    training = TrainingMice.read(dataset(tmp_path, {"a": ball(0)}), RIG, [])
+@pytest.mark.parametrize(("stage", "count"), [("1", 3), ("2", 3), ("full", 5)])
+def test_baselines_say_what_they_were_given_and_keep_to_unseen_views(stage, count, tmp_path, monkeypatch):
     same = lambda first, sample, splits: dict.fromkeys(splits, first)  # noqa: E731
     monkeypatch.setattr(evaluation.methods, "predict_gaussians", same)
-    monkeypatch.setattr(evaluation.methods, "predict_autoencoder", same)
-    model = SimpleNamespace(rig=RIG, predict=lambda views: "gaussians")
-    names = ("copy", "nearest", "hull", "six_views", "autoencoder")
-    given = {"generated": None if stage == "2" else views, "training": training}
-    found = predict_baselines(stage, names, sample, model, **given)
-    assert set(found) == set(describe(stage, names, training)) and len(found) == {"1": 3, "2": 3, "full": 5}[stage]
+    monkeypatch.setattr(evaluation.methods, "autoencoded", lambda model, images: images)
+    training = TrainingMice(dataset(tmp_path, {"a": ball(0)}), RIG, [])
+    found, told = baselines(stage, ball(1), *BASELINES, training=training)
+    assert list(found) == list(told) and len(found) == count and all(told.values())
     for label, predictions in found.items():
         if label.startswith("upper bound") and stage == "full":  # given the true rig views: those are no test of it
             assert list(predictions) == [NOVEL]
-    assert predict_baselines(stage, ("none",), sample, model, **given) == {}
+    assert baselines(stage, ball(1), "none", training=training) == ({}, {})
 
 
 def test_autoencoder_is_shown_the_views_themselves():
-    asked = []
-
-    class Components:
-        device = CPU
-
-        @staticmethod
-        def on_device(name):
-            return nullcontext(asked.append(name))
-
-        class vae:
-            dtype = torch.float32
-
-            class config:
-                scaling_factor = 2.0
-
-            @staticmethod
-            def encode(pictures):  # halves the contrast
-                return SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: pictures / 2))
-
-            @staticmethod
-            def decode(latents):
-                return SimpleNamespace(sample=latents)
-
-    sample = ball(0)
-    model = SimpleNamespace(components=Components)
-    found = predict_autoencoder(model, sample, splits_of("1", sample, RIG))[OTHER_RIG_VIEWS]
-    expected = (composite(sample.rgba[1:6], 1.0) * 2 - 1) / 2 / 2 + 0.5
-    assert torch.allclose(found.rgb, expected) and found.views == (1, 2, 3, 4, 5) and asked == ["vae"]
+    asked, vae = [], SimpleNamespace(dtype=torch.float32, config=SimpleNamespace(scaling_factor=2.0))
+    # It halves the contrast.
+    vae.encode = lambda images: SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: images / 2))
+    vae.decode = lambda latents: SimpleNamespace(sample=latents)
+    components = SimpleNamespace(device=CPU, vae=vae, on_device=lambda name: nullcontext(asked.append(name)))
+    images = composite(ball(0).rgba[1:6], 1.0)
+    found = autoencoded(SimpleNamespace(components=components), images)
+    assert torch.allclose(found, (images * 2 - 1) / 2 / 2 + 0.5) and asked == ["vae"]
 
 
 # ---- the report -----------------------------------------------------------------------------------------------------
@@ -249,7 +229,7 @@ def records(method: str, quality: float, split: str = NOVEL) -> list[dict]:
 def test_margins_are_taken_mouse_by_mouse():
     mixed = records("Stage 2", 20.0) + records("low", 18.0) + records("other split", 30.0, RIG_VIEWS)
     mixed += [{**record, "foreground_psnr": 20.5} for record in records("even", 0.0)]
-    low, even = margins(mixed, "Stage 2", NOVEL)
+    low, even = margins(mixed, "Stage 2")[NOVEL]
     assert low["method"] == "low" and low["foreground_psnr"]["mean"] == pytest.approx(2)
     assert low["foreground_psnr"]["standard_error"] == pytest.approx(0) and low["mask_iou"]["better_share"] == 1
     assert even["foreground_psnr"]["mean"] == pytest.approx(0) and even["foreground_psnr"]["better_share"] == 0.5
@@ -262,13 +242,12 @@ def test_report_keeps_the_first_and_the_worst():
         album.show(f"m{i}", float((i * 7) % 60), torch.full((2, 3, 3, 4, 4), i / 255))
     assert [name for _, name, _ in album.worst] == ["m0", "m43", "m26"]  # 5 % of 60; 7 i = 0, 1, 2 modulo 60
     assert len(album.first) == 8 and album.first[3].unique().tolist() == [3]
-    assert sheet([album.first[1], album.first[2][:, :2]]).shape == (3, 16, 12)
 
 
 def test_rows_of_images_stand_below_their_truth():
     sample = ball(1)
-    own = copy_input(sample, splits_of("full", sample, RIG), 0)
-    painted = posed_views(sample.rgba[:6], sample.cameras[:6])
+    own = baselines("full", sample, "copy")[0][COPY]
+    painted = PosedViews.of(sample.rgba[:6], sample.cameras[:6])
     rows = image_rows(sample, 0, own, None, painted)
     assert rows.shape == (3, 7, 3, SIZE, SIZE)  # truth, painted, model; the input, a novel view, five of the rig
     assert torch.equal(rows[0, 2:], rows[1, 2:]) and rows[1, 1].min() == 1 and rows[2, 0].min() == 1
@@ -278,8 +257,10 @@ def test_report_of_a_run_is_complete_and_self_contained(tmp_path):
     report = Report("2", 4, rows="truth, <Stage 2>", records=records("Stage 2", 20.0) + records("hull", 18.0))
     report.assets = [{"sample": f"m{i}", "seconds": float(i)} for i in range(4)]
     report.show("m0", 20.0, torch.zeros(2, 2, 3, 8, 8))
+    report.show("m1", 21.0, torch.zeros(2, 3, 3, 8, 8))
+    report.told = {"hull": "true views", "none": "is not measured"}
     report.notes = ["A note with <tags>."]
-    text = report.write(tmp_path, {"stage": "2"}, {"data": "list.txt"}, {"hull": "true views"})
+    text = report.write(tmp_path, {"stage": "2"}, {"data": "list.txt"})
     content = json.loads((tmp_path / "metrics.json").read_text())
     assert [row["method"] for row in content["summary"]] == ["Stage 2", "hull"] and content["cost"]["seconds"]
     assert content["baselines"] == {"hull": "true views"} and content["worst"][0]["sample"] == "m0"
@@ -291,7 +272,9 @@ def test_report_of_a_run_is_complete_and_self_contained(tmp_path):
     page = (tmp_path / "report.html").read_text()
     assert page.count("data:image/") == 3 and "18.50 (18.50, 18.00)" in page
     assert "<tags>" not in page and "<Stage 2>" not in page and not re.search(r"(src|href)='(?!data:)", page)
-    assert all((tmp_path / name).is_file() for name in ("sheet.png", "worst.png", "directions.png"))
+    assert all((tmp_path / name).is_file() for name in ("worst.png", "directions.png"))
+    sheet = read_rgba(tmp_path / "sheet.png")[0]
+    assert sheet.shape == (32, 24) and (sheet == 1).nonzero().min(0).values.tolist() == [0, 16]  # two rows per mouse
 
 
 def test_cost_sees_time_and_memory():

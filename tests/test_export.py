@@ -39,42 +39,6 @@ def same_rotation(decoded, gaussians, rows):
 # ---- the INRIA PLY, as viewers read it ------------------------------------------------------------------------------
 
 
-def read_like_a_viewer(path):
-    """What viser's example, SuperSplat and gsplat make of the INRIA layout: activations of named columns."""
-    table = PlyData.read(str(path))["vertex"]
-    degree_of = {0: 0, 9: 1, 24: 2, 45: 3}  # SuperSplat counts f_rest_* and refuses other numbers
-    rest = [p.name for p in table.properties if p.name.startswith("f_rest_")]
-    assert {p.val_dtype for p in table.properties} == {"f4"} and len(rest) in degree_of
-    stack = lambda *names: np.stack([table[name] for name in names], axis=-1)  # noqa: E731
-    quaternion = stack("rot_0", "rot_1", "rot_2", "rot_3")
-    sh = stack("f_dc_0", "f_dc_1", "f_dc_2")[:, :, None]
-    if rest:  # channel-major: [n, 3, k - 1]
-        sh = np.concatenate([sh, stack(*[f"f_rest_{i}" for i in range(len(rest))]).reshape(len(table), 3, -1)], axis=2)
-    return {
-        "centers": stack("x", "y", "z"),
-        "scales": np.exp(stack("scale_0", "scale_1", "scale_2")),
-        "opacities": 1 / (1 + np.exp(-table["opacity"])),
-        "rgbs": 0.5 + C0 * stack("f_dc_0", "f_dc_1", "f_dc_2"),
-        "wxyz": quaternion / np.linalg.norm(quaternion, axis=-1, keepdims=True),
-        "sh": sh,
-        "degree": degree_of[len(rest)],
-    }
-
-
-@pytest.mark.parametrize("degree", [0, 1, 2, 3])
-def test_ply_reads_in_viewers_as_the_same_gaussians(tmp_path, degree):
-    gaussians = random_gaussians(degree=degree)
-    save_ply(tmp_path / "a.ply", gaussians)
-    seen = read_like_a_viewer(tmp_path / "a.ply")
-    assert seen["degree"] == degree
-    for name, value in (
-        ("centers", gaussians.xyz), ("scales", gaussians.get_scaling), ("wxyz", gaussians.get_rotation),
-        ("opacities", gaussians.get_opacity[..., 0]), ("rgbs", 0.5 + C0 * gaussians.features[:, :, 0]),
-        ("sh", gaussians.features.mT),
-    ):  # fmt: skip
-        np.testing.assert_allclose(seen[name], value[0].numpy(), rtol=1e-5, atol=1e-6, err_msg=name)
-
-
 @pytest.mark.parametrize("degree", [0, 3])
 def test_ply_holds_the_bytes_gsplat_writes(tmp_path, degree):
     """gsplat's exporter has no normals; every other column must be byte for byte the same, in the same order."""

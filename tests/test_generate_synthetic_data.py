@@ -26,16 +26,7 @@ from multiview.sample import (
     write_split,
 )
 from pipeline import MouseFaceLift
-from pipeline.dataset import (
-    Recipe,
-    check_reference,
-    generate_samples,
-    make_jobs,
-    pending_batches,
-    with_true_views,
-    write_batch,
-    write_list,
-)
+from pipeline.dataset import generate_list, generate_samples, make_jobs, with_true_views
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -101,8 +92,7 @@ def test_script_writes_painted_views_with_the_rigs_cameras_and_continues(
     source, content = read_sample(sources[1]), read_json(folders[1] / "opencv_cameras.json")
     # Image by image: what random weights generate covers the frame, which `read_sample` refuses as no mask.
     rgba = torch.stack([read_rgba(folders[1] / frame["file_path"]) for frame in content["frames"]])
-    seed = Recipe(0).sample_seed(folders[1].name)
-    generated = model.generate(source.rgba[0], seed=seed)
+    generated = model.generate(source.rgba[0], seed=content["painted"]["seed"])
     assert torch.equal(rgba[1:, :3], (generated.rgb[1:] * 255).round() / 255)
     assert torch.equal(rgba[:, 3:], generated.masks) and torch.equal(rgba[0], source.rgba[0])
     rig, cameras = load_rig("mouse6"), read_cameras(folders[1] / "opencv_cameras.json")
@@ -119,25 +109,23 @@ def test_script_writes_painted_views_with_the_rigs_cameras_and_continues(
 
 
 def test_two_shards_and_a_killed_run_give_what_one_run_gives(tiny, model, tmp_path):
-    jobs = make_jobs([tiny["data"]], model.rig, "reference", 5)[tiny["data"]]
+    jobs = make_jobs([tiny["data"]], model.rig, "reference", 5, 3)[tiny["data"]]
 
-    def run(folder: Path, shard=(0, 1), stop: int | None = None) -> None:
-        batches = list(pending_batches(jobs, folder, 2, shard))[:stop]
-        for batch, missing in batches:
-            write_batch(folder, model, batch, missing, Recipe(3))
-        write_list(folder / "data_mouse_train.txt", jobs)
+    def run(name: str, shard=(0, 1)) -> Path:
+        (tmp_path / name).mkdir(exist_ok=True)
+        generate_list(tmp_path / name / "data_mouse_train.txt", jobs, model, 2, shard)
+        return tmp_path / name
 
-    for name in ("whole", "shards", "killed"):
-        (tmp_path / name).mkdir()
-    run(tmp_path / "whole")
-    run(tmp_path / "shards", (1, 2))
-    assert len(read_split(tmp_path / "shards" / "data_mouse_train.txt")) == 2
-    run(tmp_path / "shards", (0, 2))
-    # Killed after one batch of two, in the middle of the second: one sample there, one half written.
-    run(tmp_path / "killed", stop=2)
-    shutil.rmtree(tmp_path / "killed" / jobs[3].name)
-    (tmp_path / "killed" / f".{jobs[3].name}.0a0a0a0a.tmp").mkdir()
-    run(tmp_path / "killed")
+    run("whole")
+    assert len(read_split(run("shards", (1, 2)) / "data_mouse_train.txt")) == 2
+    run("shards", (0, 2))
+    # Killed in the middle of the second batch of two: one sample of it there, one half written, the list not.
+    killed = shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+    for job in jobs[3:]:
+        shutil.rmtree(killed / job.name)
+    (killed / f".{jobs[3].name}.0a0a0a0a.tmp").mkdir()
+    (killed / "data_mouse_train.txt").unlink()
+    run("killed")
     whole = contents(tmp_path / "whole")
     assert len([name for name in whole if name.endswith("opencv_cameras.json")]) == 5
     assert contents(tmp_path / "shards") == whole and contents(tmp_path / "killed") == whole
@@ -223,13 +211,12 @@ def test_every_view_can_be_the_input(model, tmp_path):
     source_with_novel_views(tmp_path / "sample_000000")
     write_split(tmp_path / "list.txt", [tmp_path / "sample_000000"])
     write_dataset_info(tmp_path, load_rig("mouse6"))
-    jobs = make_jobs([tmp_path / "list.txt"], model.rig, "all", None)[tmp_path / "list.txt"]
+    jobs = make_jobs([tmp_path / "list.txt"], model.rig, "all", None, 0)[tmp_path / "list.txt"]
     assert [job.name for job in jobs] == [f"sample_000000_ref{k}" for k in range(6)]
-    recipe = Recipe(0, true_views="novel")
-    (sample,) = generate_samples(model, [jobs[4]], recipe)
+    (sample,) = generate_samples(model, [jobs[4]], true_views="novel")
     source = read_sample(tmp_path / "sample_000000")
     assert torch.equal(sample.rgba[0], source.rgba[4]) and len(sample.rgba) == 8
-    (repainted,) = generate_samples(model, [jobs[4]], replace(recipe, keep_input_view=False))
+    (repainted,) = generate_samples(model, [jobs[4]], keep_input_view=False, true_views="novel")
     assert not torch.equal(repainted.rgba[0], source.rgba[4])
     assert torch.equal(repainted.rgba[1:], sample.rgba[1:])
 
@@ -238,19 +225,21 @@ def test_every_view_can_be_the_input(model, tmp_path):
 
 
 def test_pictures_not_taken_as_the_reference_view_are_refused(tmp_path):
-    mouse6 = load_rig("mouse6")
+    mouse6, facelift6, path = load_rig("mouse6"), load_rig("facelift6"), tmp_path / "a.txt"
+    write_split(path, [tmp_path / "s"])
     measured = replace(mouse6, views=tuple(View(f"v{k}", 57.0 * k, 22.0, 2.8) for k in range(5)))
-    check_reference(mouse6, measured, 3)  # a real recording's views differ a little
-    with pytest.raises(ValueError, match="elevation, degrees differs by 20"):
-        check_reference(mouse6, load_rig("facelift6"), 0)
-    with pytest.raises(ValueError, match="distance, relative differs by 1"):
-        check_reference(mouse6, mouse6.with_framing("fill"), 0)
-    write_split(tmp_path / "a.txt", [tmp_path / "s"])
-    write_dataset_info(tmp_path, load_rig("facelift6"))
-    with pytest.raises(ValueError, match="counts from the animal's heading"):
-        make_jobs([tmp_path / "a.txt"], load_rig("facelift6"), "all", None)
+    write_dataset_info(tmp_path, measured)
+    assert len(make_jobs([path], mouse6, "all", None, 0)[path]) == 5  # a real recording's views differ a little
+    for rig, source, references, message in (
+        (mouse6, facelift6, "reference", "elevation, degrees differs by 20"),
+        (mouse6, mouse6.with_framing("fill"), "reference", "distance, relative differs by 1"),
+        (facelift6, facelift6, "all", "counts from the animal's heading"),
+    ):
+        write_dataset_info(tmp_path, source)
+        with pytest.raises(ValueError, match=message):
+            make_jobs([path], rig, references, None, 0)
     with pytest.raises(ValueError, match="different ones of one dataset"):
-        make_jobs([tmp_path / "a.txt", tmp_path / "a.txt"], mouse6, "reference", None)
+        make_jobs([path, path], mouse6, "reference", None, 0)
 
 
 def test_artifacts_of_different_rigs_are_refused(tiny, tmp_path):
@@ -262,6 +251,7 @@ def test_artifacts_of_different_rigs_are_refused(tiny, tmp_path):
         )  # fmt: skip
 
 
-def test_seed_of_a_sample_is_its_own():
-    assert len({Recipe(seed).sample_seed(name) for seed in (0, 1) for name in ("a", "b")}) == 4
-    assert Recipe(0).sample_seed("a") == Recipe(0, False, "all").sample_seed("a")
+def test_seed_of_a_sample_is_its_own(tiny):
+    rig, lists = load_rig("mouse6"), [tiny["data"]]
+    few, many, other = (make_jobs(lists, rig, "reference", n, seed)[lists[0]] for n, seed in ((2, 0), (4, 0), (4, 1)))
+    assert many[:2] == few and len({job.seed for job in many + other}) == 8

@@ -9,26 +9,9 @@ import torch
 
 from gslrm.config import LossesConfig
 from gslrm.perceptual import VGG16_FILE, VGG19, LPIPSLoss, PerceptualLoss, load_networks, load_perceptual
-
-B, T = 2, 2
-
-
-def pictures(seed: int, size: int) -> torch.Tensor:
-    return torch.rand(B, T, 3, size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def soft_mask(size: int) -> torch.Tensor:
-    """Of another size in every view; empty in the last view of sample 1."""
-    mask = torch.zeros(B, T, 1, size, size, dtype=torch.float64)
-    for b in range(B):
-        for t in range(T):
-            mask[b, t, :, 5 : 9 + 3 * t, 4 + b : 16] = pictures(10 * b + t, size)[0, 0, :1, 5 : 9 + 3 * t, 4 + b : 16]
-    mask[1, -1] = 0
-    return mask
-
+from tests.test_gslrm_losses import B, T, pictures, soft_mask
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 
 @pytest.fixture(scope="module")

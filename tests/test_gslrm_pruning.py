@@ -3,27 +3,19 @@
 import pytest
 import torch
 
-from gslrm.config import GaussiansConfig, ImageTokenizerConfig, ModelConfig, TransformerConfig
 from gslrm.model.gslrm import GSLRM, Attention
 from gslrm.model.selection import select_patches
 from multiview.cameras import Cameras
 from tests import oracle_gslrm
-from tests.test_gslrm import assert_same, rows_of, spread
+from tests.test_gslrm import assert_same, rows_of, spread, tiny
 
 SIZE = 16
 
 
 def build(prune=True, *, seed=0, free=2, **changes) -> GSLRM:
-    """A tiny model whose values spread: weights ten times the initial ones."""
-    config = ModelConfig(
-        image_tokenizer=ImageTokenizerConfig(image_size=SIZE),
-        transformer=TransformerConfig(d=32, d_head=16, n_layer=2),
-        gaussians=GaussiansConfig(n_gaussians=free),
-        prune_background_tokens=prune,
-        **changes,
-    )
+    """A tiny model whose values spread."""
     torch.manual_seed(seed)
-    return spread(GSLRM(config))
+    return spread(GSLRM(tiny(prune_background_tokens=prune, gaussians={"n_gaussians": free}, **changes)))
 
 
 def posed_views(batch=1, num_views=3):
@@ -71,20 +63,6 @@ def test_selection_keeps_exactly_the_foreground_and_its_margin(margin_px):
     places = torch.stack([selection.sample, selection.view, selection.top // 8, selection.left // 8], 1)
     assert torch.equal(places, patches.nonzero())
     assert selection.patches_per_sample == patches.flatten(1).sum(1).tolist()
-
-
-def test_patches_pixels_and_their_numbers_belong_together():
-    generator = torch.Generator().manual_seed(0)
-    maps, masks = torch.rand(2, 3, 4, 16, 24, generator=generator), torch.rand(2, 3, 1, 16, 24, generator=generator)
-    for selection in (select_patches(maps, 8), select_patches(maps, 8, (masks > 0.99).float())):
-        pixels = selection.pixels_of(selection.patches_of(maps).reshape(-1, 4))
-        by_number = maps.permute(0, 1, 3, 4, 2).reshape(2, -1, 4)
-        start = 0
-        for sample, count in enumerate(selection.pixels_per_sample):
-            one = slice(start, start + count)
-            assert torch.equal(pixels[one], by_number[sample, selection.pixel_index()[one]])
-            start += count
-        assert start == len(pixels) > 0
 
 
 # ---- the pruned model -----------------------------------------------------------------------------------------------

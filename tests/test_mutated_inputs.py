@@ -128,6 +128,8 @@ CASES = {  # format: (what makes a good file, its reader)
     "calibration blender": (calibration("blender"), read_calibration),
     "calibration COLMAP text": (calibration("colmap_text", "images.txt"), lambda p: read_calibration(p.parent)),
     "calibration COLMAP binary": (calibration("colmap_binary", "images.bin"), lambda p: read_calibration(p.parent)),
+    "COLMAP cameras, text": (calibration("colmap_text", "cameras.txt"), lambda p: read_calibration(p.parent)),
+    "COLMAP cameras, binary": (calibration("colmap_binary", "cameras.bin"), lambda p: read_calibration(p.parent)),
     "calibration DANNCE": (calibration("dannce"), read_calibration),
     "calibration MAMMAL": (calibration("mammal"), read_calibration),
     "calibration Anipose": (calibration("anipose"), read_calibration),

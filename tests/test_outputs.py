@@ -1,6 +1,7 @@
 """What is written on request: maps in a sample's convention, contact sheets, exports; nothing stale stays."""
 
 import functools
+import importlib.util
 
 import imageio_ffmpeg
 import numpy as np
@@ -15,18 +16,12 @@ from gslrm.model.ply import FORMATS, save_ply
 from multiview.cameras import Cameras
 from multiview.files import write_json
 from multiview.image import read_rgba
+from multiview.rig import load_rig
 from multiview.sample import DEPTH_UNIT
-from pipeline.outputs import (
-    contact_sheet,
-    depth_images,
-    start_folder,
-    write_alpha,
-    write_depth,
-    write_exports,
-    write_renderings,
-)
-from pipeline.stages import PosedViews
+from pipeline.outputs import PosedViews, Reconstruction, contact_sheet, depth_images, write_depth
 from tests.test_mesh import sphere
+
+RIG = load_rig("mouse6")
 
 
 def picture(path):
@@ -51,8 +46,6 @@ def test_depth_maps_are_a_samples(tmp_path):
     assert (steps * DEPTH_UNIT - depth).abs().max() <= 0.51 * DEPTH_UNIT
     with pytest.raises(ValueError, match=r"b\.png: depth must be at most 6\.55 world units, got 7\.00"):
         write_depth(tmp_path / "b.png", torch.full((1, 2, 2), 7.0))
-    write_alpha(tmp_path / "alpha.png", torch.tensor([[[0.0, 0.5, 1.0]]]))
-    assert picture(tmp_path / "alpha.png")[1].tolist() == [[0, 128, 255]]
 
 
 def test_contact_sheet_puts_kinds_under_each_other_and_wraps():
@@ -69,39 +62,38 @@ def test_depth_images_are_dark_near_and_white_without_surface():
     assert (depth_images(torch.zeros(2, 1, 4, 4)) == 1).all()
 
 
-def views_of(gaussians, count=2, size=32):
+def result_of(gaussians, count=2, size=32, photo=None):
     cameras = Cameras.turntable(count, size)
     output = render(gaussians, cameras[None])
-    return PosedViews(output.rgb[0], output.alpha[0], cameras)
+    record = {"seconds": {}}
+    return Reconstruction(gaussians, PosedViews(output.rgb[0], output.alpha[0], cameras), RIG, record, photo)
 
 
-def test_extras_are_written_on_request_and_removed_by_the_next_run(tmp_path):
-    gaussians = sphere(n=500)
-    views, photo = views_of(gaussians), torch.rand(4, 48, 48, generator=torch.Generator().manual_seed(0))
-    write_exports(tmp_path, gaussians, ("splat", "ply_compressed"), None)
-    write_renderings(tmp_path, gaussians, views, maps=True, sheet=True, photo=photo)
-    written = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
-    assert written == {
-        "gaussians.splat", "gaussians.compressed.ply", "sheet.png",
+def files(folder):
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_extras_are_written_on_request_and_removed_by_the_next_run(tmp_path, monkeypatch):
+    small = functools.partial(mesh.extract_mesh, resolution=24, num_views=8, size=64)
+    monkeypatch.setattr(mesh, "extract_mesh", small)
+    result = result_of(sphere(n=500), photo=torch.rand(4, 48, 48, generator=torch.Generator().manual_seed(0)))
+    result.save(tmp_path, turntable_views=0)
+    usual = files(tmp_path)
+    with_mesh = "ply" if importlib.util.find_spec("skimage") else None
+    result.save(
+        tmp_path, turntable_views=0, export=("splat", "ply_compressed"), mesh=with_mesh, maps=True, sheet=True
+    )  # fmt: skip
+    assert files(tmp_path) - usual == {
+        "gaussians.splat", "gaussians.compressed.ply", "sheet.png", *(["mesh.ply"] if with_mesh else []),
         *(f"{kind}/view_{k:02d}.png" for kind in ("depth", "alpha") for k in range(2)),
     }  # fmt: skip
-    assert (picture(tmp_path / "alpha" / "view_01.png")[1] / 255 - views.masks[1, 0]).abs().max() < 0.6 / 255
+    assert (picture(tmp_path / "alpha" / "view_01.png")[1] / 255 - result.views.masks[1, 0]).abs().max() < 0.6 / 255
     sheet = read_rgba(tmp_path / "sheet.png")[:3]
     assert sheet.shape == (3, 64, 96) and (sheet[:, 32:, :32] == 1).all()  # photo and views above, renderings below
     assert (sheet[:, :32, 32:] - sheet[:, 32:, 32:]).abs().max() < 2 / 255
-    start_folder(tmp_path)
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
-
-
-def test_extras_include_a_mesh(tmp_path, monkeypatch):
-    pytest.importorskip("skimage")
-    small = functools.partial(mesh.extract_mesh, resolution=24, num_views=8, size=64)
-    monkeypatch.setattr(mesh, "extract_mesh", small)
-    gaussians = sphere(n=500)
-    write_exports(tmp_path, gaussians, (), "ply")
-    assert [path.name for path in tmp_path.iterdir()] == ["mesh.ply"]
-    start_folder(tmp_path)
-    assert not list(tmp_path.iterdir())
+    (tmp_path / "notes.txt").write_text("mine")
+    result.save(tmp_path, turntable_views=0)
+    assert files(tmp_path) == usual | {"notes.txt"}
 
 
 # ---- commands -------------------------------------------------------------------------------------------------------

@@ -13,12 +13,10 @@ from multiview.sample import read_sample
 from recording.calibration.formats import FORMATS, write_calibration
 from recording.importer import process_recording
 from recording.settings import ImportSettings
-from synthetic.dataset import ARENA_REACH, load_real_rig, make_renderer, stand_in_arena, write_recording
-from synthetic.photograph import RecordingConditions
+from synthetic.dataset import ARENA_REACH, load_real_rig, stand_in_arena, write_recording
 from synthetic.scene import mouse_sequence
 
 WIDTH, SIZE = 576, 192  # half of the real photographs' width: two of their pixels make one of the picture's
-BLACK = RecordingConditions(background=0.0)
 HOLDS = {  # which formats can hold which lenses
     "none": tuple(FORMATS),
     "distorted": ("transforms", "colmap_text", "colmap_binary"),
@@ -37,11 +35,6 @@ def rig_with(lens: str):
 
 
 @pytest.fixture(scope="module")
-def render():
-    return make_renderer()
-
-
-@pytest.fixture(scope="module")
 def clouds():
     """A mouse, then one whose keypoints shine and nothing else does."""
     arena = load_real_rig()[1]
@@ -51,7 +44,7 @@ def clouds():
 
 
 @pytest.fixture(scope="module")
-def filmed(tmp_path_factory, clouds, render):
+def recordings(tmp_path_factory, clouds, render):
     """lens -> a recording of both frames, filmed once."""
     made: dict[str, Path] = {}
 
@@ -62,7 +55,7 @@ def filmed(tmp_path_factory, clouds, render):
     def film(lens: str) -> Path:
         if lens not in made:
             made[lens] = tmp_path_factory.mktemp("raw") / "recording"
-            write_recording(made[lens], rig_with(lens), clouds, shoot, conditions=BLACK, quality_crf=0)
+            write_recording(made[lens], rig_with(lens), clouds, shoot, background=0.0, quality_crf=0)
         return made[lens]
 
     return film
@@ -79,8 +72,8 @@ def imported(recording: Path, output: Path, **options):
 
 
 @pytest.mark.parametrize(("lens", "name"), CASES)
-def test_import_gives_back_what_was_filmed(filmed, clouds, render, tmp_path, lens, name):
-    recording, calibration = filmed(lens), rig_with(lens)
+def test_import_gives_back_what_was_filmed(recordings, clouds, render, tmp_path, lens, name):
+    recording, calibration = recordings(lens), rig_with(lens)
     path = write_calibration(tmp_path / "calibration", calibration, name)
     report, (sample, lit) = imported(recording, tmp_path / "data", calibration=path)
     errors = marker_errors(lit, clouds[1].keypoints)
@@ -93,8 +86,8 @@ def test_import_gives_back_what_was_filmed(filmed, clouds, render, tmp_path, len
     assert report["clipped_views"] == 0 and report["pictures"]["tangency_rms"] < 0.003
 
 
-def test_visual_hull_holds_the_true_surface(filmed, tmp_path):
-    recording = filmed("none")
+def test_visual_hull_holds_the_true_surface(recordings, tmp_path):
+    recording = recordings("none")
     _, samples = imported(recording, tmp_path / "data")
     with np.load(recording / "truth.npz") as truth:
         surfaces = truth["surface"]
@@ -104,10 +97,10 @@ def test_visual_hull_holds_the_true_surface(filmed, tmp_path):
         assert share_in_hull(sample, surface + aside) < 0.95  # 8 mm off are noticed
 
 
-def test_true_keypoints_and_centre_are_written_beside_the_recording(filmed, clouds):
+def test_true_keypoints_and_centre_are_written_beside_the_recording(recordings, clouds):
     import json
 
-    truth = json.loads((filmed("none") / "truth.json").read_text())
+    truth = json.loads((recordings("none") / "truth.json").read_text())
     assert truth["unit"] == "mm" and len(truth["keypoint_names"]) == 22
     for frame, cloud in zip(truth["frames"], clouds, strict=True):
         np.testing.assert_allclose(frame["keypoints"], cloud.keypoints, atol=1e-4)

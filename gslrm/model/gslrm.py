@@ -13,6 +13,7 @@ Parameter names and numbers are those of FaceLift's public weights (docs/convent
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from dataclasses import dataclass
 from functools import partial
 
@@ -38,15 +39,11 @@ PADDING = {"xyz": 0.0, "features": 0.0, "scaling": SCALING_OFFSET, "rotation": 1
 
 @dataclass(frozen=True)
 class GSLRMOutput:
-    """Result of a forward pass.
-
-    gaussians: raw values [b, n_free + k]: the free Gaussians first, then k image Gaussians. Without pruning
+    """gaussians: raw values [b, n_free + k]: the free Gaussians first, then k image Gaussians. Without pruning
         k = v*h*w in the order (view, patch row, patch column, row in patch, column in patch).
     pixel_index: [b, k] int64, the pixel (view*h + row)*w + column that each image Gaussian belongs to.
     pixel_valid: [b, k] bool; False marks padding (pruned samples have different numbers of Gaussians): opacity 0.
-    ray_origins, ray_directions: [b, k, 3] world, directions of unit length.
-    n_free: number of free Gaussians.
-    shape: (v, h, w) of the input views.
+    ray_origins, ray_directions: [b, k, 3] world, directions of unit length. shape: (v, h, w) of the input views.
     """
 
     gaussians: Gaussians
@@ -87,10 +84,10 @@ class Attention(nn.Module):
 
 
 def run_linear(layers: nn.Linear | nn.Sequential, tokens: Tensor) -> Tensor:
-    """`layers(tokens)`, tokens [T, d].
+    """`layers(tokens)`, tokens [T, d]; inference in float32 on a CPU through oneDNN's layout.
 
-    Inference in float32 on a CPU goes through oneDNN's layout: the same products, rounded differently, at up to twice
-    the speed of the default library. Only for torch's own layers: an adapter around one runs as it is.
+    These are the same products, rounded differently, at up to twice the speed of the default library. Only for torch's
+    own layers: an adapter around one runs as it is.
     """
     parts = layers if isinstance(layers, nn.Sequential) else (layers,)
     plain = tokens.device.type == "cpu" and tokens.dtype == torch.float32 and len(tokens) > 0
@@ -136,10 +133,7 @@ def run_blocks(blocks: nn.ModuleList, tokens: Tensor, lengths: list[int], checkp
 
 
 class GSLRM(nn.Module):
-    """The reconstruction transformer.
-
-    grad_checkpoint_every: blocks recomputed together in the backward pass (saves memory); 0 = off.
-    """
+    """The reconstruction transformer; grad_checkpoint_every as in `run_blocks`."""
 
     def __init__(self, config: ModelConfig, *, grad_checkpoint_every: int = 0) -> None:
         super().__init__()
@@ -166,9 +160,8 @@ class GSLRM(nn.Module):
         self.transformer_layers = nn.ModuleList(
             TransformerBlock(d, config.transformer.d_head) for _ in range(config.transformer.n_layer)
         )
-        self.gaussian_upsampler = nn.Sequential()
-        self.gaussian_upsampler.add_module("layernorm", nn.LayerNorm(d, bias=False))
-        self.gaussian_upsampler.add_module("linear", nn.Linear(d, num_values, bias=False))
+        head = {"layernorm": nn.LayerNorm(d, bias=False), "linear": nn.Linear(d, num_values, bias=False)}
+        self.gaussian_upsampler = nn.Sequential(OrderedDict(head))
         self.pixel_gaussian_decoder = nn.Sequential(
             nn.LayerNorm(d, bias=False), nn.Linear(d, p * p * num_values, bias=False)
         )
@@ -215,12 +208,10 @@ class GSLRM(nn.Module):
                 f"cameras must have shape [{b}, {v}] for images {h} x {w} to go with images {list(images.shape)}, "
                 f"got {list(cameras.shape)} for {cameras.height} x {cameras.width}"
             )
-        if (masks is not None) != self.config.prune_background_tokens:
-            raise ValueError(
-                f"masks are {'given' if masks is not None else 'missing'} but model.prune_background_tokens is "
-                f"{self.config.prune_background_tokens}: a model that prunes the background needs masks, "
-                "another takes none"
-            )
+        prune = self.config.prune_background_tokens
+        if (masks is not None) != prune:
+            got = "are given" if masks is not None else "are missing"
+            raise ValueError(f"masks {got} but model.prune_background_tokens is {prune}: only pruning needs masks")
         if masks is not None and masks.shape != (b, v, 1, h, w):
             raise ValueError(f"masks must be [{b}, {v}, 1, {h}, {w}], got {list(masks.shape)}")
 

@@ -29,8 +29,7 @@ LIBRARIES = {"skimage.measure": "scikit-image", "trimesh": "trimesh"}  # the sec
 
 @dataclass(frozen=True)
 class Mesh:
-    """vertices: [n, 3] float32, world frame. faces: [m, 3] int64, counter-clockwise seen from outside. colors: [n, 3],
-    0..1."""
+    """vertices: [n, 3] float32, world. faces: [m, 3] int64, counter-clockwise from outside. colors: [n, 3], 0..1."""
 
     vertices: np.ndarray
     faces: np.ndarray
@@ -80,8 +79,7 @@ def extract_mesh(gaussians: Gaussians, *, resolution: int = 128, num_views: int 
     vertices = torch.from_numpy(vertices.copy()).to(origin) * voxel + origin
     outwards = -torch.from_numpy(normals.copy()).to(origin)  # skimage's point to where the field is negative
 
-    # Of each vertex the mean color over the views that see it, those that face it counting most; gray for what none
-    # sees.
+    # Of each vertex the mean color over the views that see it, weighted by how they face it; gray where none does.
     total, weight = torch.zeros_like(vertices), vertices.new_zeros(len(vertices), 1)
     for camera, depth, image in views:
         uv, z = camera.project(vertices)
@@ -123,9 +121,7 @@ def save_mesh(path: Path | str, mesh: Mesh) -> None:
         PlyData(elements, byte_order="<").write(str(temporary))
 
 
-def _depth_maps(
-    gaussians: Gaussians, lowest: Tensor, highest: Tensor, num_views: int, size: int
-) -> list[tuple[Cameras, Tensor, Tensor]]:
+def _depth_maps(gaussians: Gaussians, lowest: Tensor, highest: Tensor, num_views: int, size: int) -> list[tuple]:
     """Renders from rings of cameras far enough to see the whole box: per view camera, depth [h, w], image [3, h, w].
 
     A surface lets through a few per cent of the light, and the far side then pulls the mean depth back by centimeters.

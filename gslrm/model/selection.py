@@ -23,12 +23,9 @@ FOREGROUND_ALPHA = 0.1  # a pixel whose mask exceeds it is foreground
 class PatchSelection:
     """T kept patches of a batch, ordered by (sample, view, patch row, patch column), and their pixels.
 
-    sample, view, top, left: [T] int64; top and left are the patch's first pixel.
-    patch_size: p, pixels.
-    shape: (v, h, w) of the input views.
+    sample, view, top, left: [T] int64; top and left are the patch's first pixel. shape: (v, h, w) of the input views.
     patches_per_sample, pixels_per_sample: how many of the patches, and of the pixels that become Gaussians.
-    pixel_rows: [K] int64 numbers among the T * p * p pixels of the kept patches (row by row) that become Gaussians;
-        None: all of them.
+    pixel_rows: [K] int64, which of the T * p * p pixels (row by row) become Gaussians; None: all of them.
     """
 
     sample: Tensor

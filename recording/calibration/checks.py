@@ -10,7 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
+from multiview.cameras import nearest_point
 from recording.calibration.fields import OPENGL
 from recording.calibration.model import Calibration, centers_of
 
@@ -29,16 +31,12 @@ def _moved(w2c: np.ndarray, rotation: np.ndarray, translation: np.ndarray) -> np
     return w2c
 
 
-def _inverse(w2c: np.ndarray) -> np.ndarray:
-    return _moved(w2c, w2c[:, :3, :3].mT, centers_of(w2c))
-
-
 READINGS = {
     "OpenGL axes (y up, z backward) declared as OpenCV's; turn the camera's y and z axes, or give them as "
     "transforms.json, which is read with OpenGL axes": lambda w2c: OPENGL @ w2c,
-    "camera-to-world matrices where world-to-camera is meant; invert them": _inverse,
+    "camera-to-world matrices where world-to-camera is meant; invert them": np.linalg.inv,
     "camera-to-world matrices with OpenGL axes where OpenCV's world-to-camera is meant; invert them and turn the "
-    "camera's y and z axes, or give them as transforms.json": lambda w2c: OPENGL @ _inverse(w2c),
+    "camera's y and z axes, or give them as transforms.json": lambda w2c: OPENGL @ np.linalg.inv(w2c),
     "rotations that are transposed; transpose R": lambda w2c: _moved(w2c, w2c[:, :3, :3].mT, w2c[:, :3, 3]),
     "camera centres C where T is meant; T = -R C": lambda w2c: _moved(
         w2c, w2c[:, :3, :3], -np.einsum("vij,vj->vi", w2c[:, :3, :3], w2c[:, :3, 3])
@@ -63,9 +61,6 @@ def validate(calibration: Calibration) -> Calibration:
         raise ValueError(f"{source}: unit must be one of {', '.join(MILLIMETRES)}, got {calibration.unit!r}")
     _check_length(calibration, "the cameras' distance from what they look at", distance.mean(), RIG_DISTANCE_MM)
     return calibration
-
-
-# ---- extrinsics -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -98,10 +93,6 @@ class Layout:
 
 def nearest(centers: np.ndarray, directions: np.ndarray) -> np.ndarray:
     """Returns `multiview.cameras.nearest_point` of numpy arrays [..., n, 3]."""
-    import torch
-
-    from multiview.cameras import nearest_point
-
     pair = (torch.from_numpy(np.ascontiguousarray(values)) for values in (centers, directions))
     return nearest_point(*pair).numpy()
 
@@ -195,9 +186,6 @@ def _check_odd_camera(calibration: Calibration, half: np.ndarray, written: Layou
     if fits or not written.possible:
         how = f"it would look there if its {min(fits, key=fits.get)}" if fits else "its R or T is wrong"
         raise ValueError(f"{calibration.source}: camera {index} looks away from what all the others look at; {how}")
-
-
-# ---- units ----------------------------------------------------------------------------------------------------------
 
 
 def check_body_length(calibration: Calibration, measured: float, stated: float | None = None) -> None:

@@ -17,12 +17,12 @@ from multiview.files import read_text
 from recording.calibration.fields import (
     COEFFICIENTS,
     check_count,
-    image_size,
-    intrinsics,
     natural_key,
     numbers,
+    pinhole,
     read_bytes,
     rigid,
+    size_of,
 )
 from recording.calibration.model import Calibration, assemble
 
@@ -80,7 +80,7 @@ def _camera(model: int | str, width: float, height: float, parameters, what: str
     values = dict(zip(keys, numbers(parameters, (len(keys),), f"{what} ({name}): parameters"), strict=True))
     fx, fy = values.get("fx", values.get("f")), values.get("fy", values.get("f"))
     lens = [values.get(key, 0.0) for key in COEFFICIENTS]
-    return intrinsics(fx, fy, values["cx"], values["cy"]), lens, image_size(width, height, what)
+    return pinhole(fx, fy, values["cx"], values["cy"]), lens, size_of(width, height, what)
 
 
 def _supported(model: int | str, what: str) -> tuple[str, list[str]]:

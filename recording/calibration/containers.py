@@ -126,11 +126,11 @@ def load_numpy_pickle(path: Path | str):
         raise ValueError(f"pickle {path} refused: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
-# ---- MATLAB files (version 5 to 7.2) --------------------------------------------------------------------------------
-
-
 def load_mat(path: Path | str, name: str) -> object:
-    """Returns variable `name`: numbers as arrays, text as str, cells as lists, structs as lists of dicts; else None."""
+    """Returns variable `name` of a MATLAB file of version 5 to 7.2, None without it.
+
+    Numbers are arrays, text is str, cells are lists, structs lists of dicts.
+    """
     data = read_bytes(path)
     if data.startswith((b"MATLAB 7.3", b"\x89HDF")):
         remedy = f"s = load('{Path(path).name}'); save('{Path(path).name}', '-struct', 's', '-v7')"

@@ -97,7 +97,7 @@ def numbers(values: object, shape: tuple[int, ...], what: str) -> np.ndarray:
     return array
 
 
-def image_size(width: float, height: float, what: str) -> tuple[int, int]:
+def size_of(width: float, height: float, what: str) -> tuple[int, int]:
     if any(not 1 <= side <= MOST_PIXELS or side != int(side) for side in (width, height)):
         got = f"got {width:g} x {height:g}"
         raise ValueError(f"{what}: the picture size must be whole numbers from 1 to {MOST_PIXELS}, {got}")
@@ -133,7 +133,7 @@ def rigid(rotation: object, translation: object, what: str) -> np.ndarray:
     return w2c
 
 
-def rigid_4x4(values: object, what: str) -> np.ndarray:
+def posed(values: object, what: str) -> np.ndarray:
     """Returns [4, 4] of a rigid matrix that must end in the row 0 0 0 1."""
     matrix = numbers(values, (4, 4), what)
     if np.abs(matrix[3] - [0.0, 0.0, 0.0, 1.0]).max() > 1e-6:
@@ -141,7 +141,7 @@ def rigid_4x4(values: object, what: str) -> np.ndarray:
     return rigid(matrix[:3, :3], matrix[:3, 3], what)
 
 
-def intrinsics(fx: float, fy: float, cx: float, cy: float) -> np.ndarray:
+def pinhole(fx: float, fy: float, cx: float, cy: float) -> np.ndarray:
     return np.array([[fx, 0.0, cx], [0.0, fy, cy], [0.0, 0.0, 1.0]])
 
 

@@ -30,16 +30,7 @@ from multiview.files import read_json, read_text, write_json
 from recording.calibration.checks import validate
 from recording.calibration.colmap import is_colmap, read_colmap, write_colmap
 from recording.calibration.containers import load_mat, load_numpy_pickle
-from recording.calibration.fields import (
-    PIXEL_CENTRE,
-    Fields,
-    each_camera,
-    image_size,
-    intrinsics,
-    natural_key,
-    rigid,
-    rigid_4x4,
-)
+from recording.calibration.fields import PIXEL_CENTRE, Fields, each_camera, natural_key, pinhole, posed, rigid, size_of
 from recording.calibration.model import Calibration, assemble
 from recording.calibration.transforms import read_blender_json, read_transforms, write_blender_json, write_transforms
 
@@ -69,7 +60,7 @@ def read_mammal_pickle(path: Path) -> Calibration:
     entries = {f"camera {index}": content[str(index)] for index in range(len(content))}
     for camera in each_camera(entries, path, ("K", "R", "T")):
         table = camera.values.get("mapx")
-        size = image_size(*table.shape[::-1], camera.where) if getattr(table, "ndim", 0) == 2 else None
+        size = size_of(*table.shape[::-1], camera.where) if getattr(table, "ndim", 0) == 2 else None
         w2c = rigid(camera.values["R"], camera.values["T"], camera.where)
         rows.append((camera.array("K", 3, 3), w2c, np.zeros(5), size, ""))
     return assemble(rows, path, unit="mm", first_pixel=PIXEL_CENTRE)
@@ -77,11 +68,9 @@ def read_mammal_pickle(path: Path) -> Calibration:
 
 def write_mammal_pickle(path: Path, calibration: Calibration) -> None:
     calibration.require(path, distortion=False)
-    entries = [
-        {"K": K, "R": w2c[:3, :3].copy(), "T": w2c[:3, 3].copy()}
-        for K, w2c in zip(_first_pixel_K(calibration), calibration.w2c, strict=True)
-    ]
-    Path(path).write_bytes(pickle.dumps(entries, protocol=4))
+    pairs = zip(_first_pixel_K(calibration), calibration.w2c, strict=True)
+    entries = [{"K": K, "R": w2c[:3, :3].copy(), "T": w2c[:3, 3].copy()} for K, w2c in pairs]
+    path.write_bytes(pickle.dumps(entries, protocol=4))
 
 
 # ---- DANNCE: params{c} with K transposed and row vectors, [X 1] [r; t] K ---------------------------------------------
@@ -177,7 +166,7 @@ def read_anipose_toml(path: Path) -> Calibration:
     for key, camera in zip(keys, each_camera(entries, path, fields, ("distortions",)), strict=True):
         turn = Rotation.from_rotvec(camera.array("rotation", 3)).as_matrix()
         lens = camera.array("distortions", np.size(camera.values["distortions"])) if "distortions" in camera else []
-        size = image_size(*camera.array("size", 2), camera.where) if "size" in camera else None
+        size = size_of(*camera.array("size", 2), camera.where) if "size" in camera else None
         w2c = rigid(turn, camera.values["translation"], camera.where)
         rows.append((camera.array("matrix", 3, 3), w2c, lens, size, camera.text("name", key)))
     return assemble(rows, path, first_pixel=PIXEL_CENTRE)
@@ -197,7 +186,7 @@ def write_anipose_toml(path: Path, calibration: Calibration) -> None:
             f"rotation = {Rotation.from_matrix(w2c[:3, :3]).as_rotvec().tolist()}",
             f"translation = {w2c[:3, 3].tolist()}", "",
         ]  # fmt: skip
-    Path(path).write_text("\n".join([*lines, "[metadata]", ""]))
+    path.write_text("\n".join([*lines, "[metadata]", ""]))
 
 
 # ---- the project's own: {"frames": [{"w", "h", "fx", "fy", "cx", "cy", "w2c", "file_path"?}], "unit"?} ---------------
@@ -208,9 +197,9 @@ def read_opencv_json(path: Path, content: dict) -> Calibration:
     rows = []
     entries = {f"frame {index}": frame for index, frame in enumerate(content["frames"])}
     for index, frame in enumerate(each_camera(entries, path, ("w", "h", "fx", "fy", "cx", "cy", "w2c"))):
-        K = intrinsics(*map(frame.number, ("fx", "fy", "cx", "cy")))
-        size = image_size(frame.number("w"), frame.number("h"), frame.where)
-        w2c = rigid_4x4(frame.values["w2c"], f"{frame.where}: w2c")
+        K = pinhole(*map(frame.number, ("fx", "fy", "cx", "cy")))
+        size = size_of(frame.number("w"), frame.number("h"), frame.where)
+        w2c = posed(frame.values["w2c"], f"{frame.where}: w2c")
         rows.append((K, w2c, np.zeros(5), size, frame.text("file_path", str(index))))
     return assemble(rows, path, unit=Fields(content, str(path)).text("unit"))
 
@@ -225,7 +214,7 @@ def write_opencv_json(path: Path, calibration: Calibration) -> None:
         }
         for index, K in enumerate(calibration.K)
     ]  # fmt: skip
-    write_json(Path(path), {"frames": frames, **({"unit": calibration.unit} if calibration.unit else {})})
+    write_json(path, {"frames": frames, **({"unit": calibration.unit} if calibration.unit else {})})
 
 
 # ---- all of them ----------------------------------------------------------------------------------------------------
@@ -240,10 +229,8 @@ FORMATS = {  # format -> its place in a folder, its writer
     "opencv": ("opencv_cameras.json", write_opencv_json),
     "blender": ("blender_cameras.json", write_blender_json),
 }
-READERS = {
-    ".pkl": read_mammal_pickle, ".pickle": read_mammal_pickle, ".mat": read_dannce_mat, ".toml": read_anipose_toml,
-    ".txt": read_colmap, ".bin": read_colmap,
-}  # fmt: skip
+READERS = {".pkl": read_mammal_pickle, ".pickle": read_mammal_pickle, ".mat": read_dannce_mat}
+READERS |= {".toml": read_anipose_toml, ".txt": read_colmap, ".bin": read_colmap}
 JSON_READERS = (  # the list of cameras, the key that tells whose it is; of several the last
     ("cameras", "matrix_world", read_blender_json), ("frames", "w2c", read_opencv_json),
     ("frames", "transform_matrix", read_transforms),

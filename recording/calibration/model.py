@@ -11,7 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from multiview.cameras import Cameras
 from recording.calibration.fields import COEFFICIENTS, numbers
 
 FOCAL_RANGE = (0.2, 20.0)  # over the image's width: 136 to 3 degrees
@@ -123,6 +125,13 @@ class Calibration:
             np.abs(a - b).max() <= tolerance * max(np.abs(a).max(), 1e-12) for a, b in zip(mine, theirs)
         )
 
+    def cameras(self) -> Cameras:
+        """Returns one Cameras [v] (float64); needs one image size, no skew and no distortion."""
+        if len(set(self.sizes)) != 1 or self.sizes[0] is None or np.any(self.K[:, 0, 1]) or np.any(self.distortion):
+            raise ValueError(f"{self.source}: only cameras of one known size, without skew and lens, are pinholes")
+        (width, height), values = self.sizes[0], self.K[:, [0, 1, 0, 1], [0, 1, 2, 2]]
+        return Cameras.from_w2c(torch.from_numpy(self.w2c), torch.from_numpy(values), height, width)
+
     def project(self, xyz: np.ndarray) -> np.ndarray:
         """Projects world points [n, 3] to pixels [v, n, 2], distortion and skew included."""
         camera = np.einsum("vij,nj->vni", self.w2c[:, :3, :3], xyz) + self.w2c[:, None, :3, 3]
@@ -181,9 +190,6 @@ def assemble(
     table, K = table[:, : 8 if np.any(table[:, 5:]) else 5], np.array(K)
     K[:, :2, 2] += first_pixel
     return Calibration(K, np.array(w2c), table, sizes, str(source), unit, names if all(names) else (), relative)
-
-
-# ---- the lens -------------------------------------------------------------------------------------------------------
 
 
 def distort(normalised: np.ndarray, coefficients: np.ndarray) -> np.ndarray:

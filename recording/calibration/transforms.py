@@ -28,16 +28,7 @@ from pathlib import Path
 import numpy as np
 
 from multiview.files import write_json
-from recording.calibration.fields import (
-    COEFFICIENTS,
-    MOST_CAMERAS,
-    OPENGL,
-    Fields,
-    each_camera,
-    image_size,
-    intrinsics,
-    rigid_4x4,
-)
+from recording.calibration.fields import COEFFICIENTS, OPENGL, Fields, check_count, each_camera, pinhole, posed, size_of
 from recording.calibration.model import Calibration, assemble, centers_of
 
 LENS = COEFFICIENTS[:5]
@@ -59,13 +50,12 @@ def read_transforms(path: Path, content: dict) -> Calibration:
                 continue
             seen.add(text)
         frame = Fields(values, f"{path}: frame {index}", ("transform_matrix",), LENS)
-        K, size = _intrinsics(frame, Path(path))
+        K, size = _intrinsics(frame, path)
         lens = [frame.number(key, 0.0) for key in LENS]
         w2c = _from_c2w(values["transform_matrix"], f"{frame.where}: transform_matrix")
         key = np.concatenate([K.ravel(), w2c.ravel(), lens]).round(9).tobytes()
         cameras.setdefault(key, (K, w2c, lens, size, frame.text("file_path", "")))
-        if len(cameras) > MOST_CAMERAS:
-            raise ValueError(f"{path}: more than {MOST_CAMERAS} cameras; static cameras are expected, one per video")
+        check_count(len(cameras), f"{path}: of static cameras")
     # Where only angles are said, K is in fractions of the width.
     fractions = {size is None and K[0, 2] < 1.0 for K, _, _, size, _ in cameras.values()}
     if len(fractions) != 1:
@@ -90,14 +80,14 @@ def write_transforms(path: Path, calibration: Calibration) -> None:
         frame |= {"fl_x": K[0, 0], "fl_y": K[1, 1], "cx": K[0, 2], "cy": K[1, 2]}
         frame |= dict(zip(LENS, calibration.distortion[index].tolist(), strict=True))
         frames.append({**frame, "transform_matrix": _to_c2w(w2c).tolist()})
-    write_json(Path(path), {"camera_model": "OPENCV", "frames": frames})
+    write_json(path, {"camera_model": "OPENCV", "frames": frames})
 
 
 def _from_c2w(values, what: str) -> np.ndarray:
     """Returns [4, 4] world to camera, OpenCV axes, from a camera-to-world matrix [4, 4] (or [3, 4]), OpenGL axes."""
     if isinstance(values, list) and len(values) == 3:
         values = [*values, [0.0, 0.0, 0.0, 1.0]]
-    c2w = rigid_4x4(values, what)
+    c2w = posed(values, what)
     w2c, R = np.eye(4), c2w[:3, :3].copy().T
     w2c[:3, :3], w2c[:3, 3] = R, -R @ c2w[:3, 3]
     return OPENGL @ w2c
@@ -113,7 +103,7 @@ def _intrinsics(frame: Fields, path: Path) -> tuple[np.ndarray, tuple[int, int] 
     """Returns K [3, 3] in pixels and the image size; K in fractions where only an angle is known and no size."""
     size = None
     if "w" in frame or "h" in frame:
-        size = image_size(frame.number("w"), frame.number("h"), frame.where)
+        size = size_of(frame.number("w"), frame.number("h"), frame.where)
     else:
         name = frame.text("file_path", "")
         for candidate in (path.parent / name, path.parent / f"{name}.png"):  # Blender's exporters leave .png out
@@ -149,10 +139,7 @@ def _intrinsics(frame: Fields, path: Path) -> tuple[np.ndarray, tuple[int, int] 
         raise ValueError(f"{frame.where} needs the picture size w, h beside cx, cy or camera_angle_y")
     else:
         fx, fy = angles[0], angles[0] if angles[1] is None else angles[1]
-    return intrinsics(fx, fy, frame.number("cx", width / 2), frame.number("cy", height / 2)), size
-
-
-# ---- Blender's own names --------------------------------------------------------------------------------------------
+    return pinhole(fx, fy, frame.number("cx", width / 2), frame.number("cy", height / 2)), size
 
 
 def read_blender_json(path: Path, content: dict) -> Calibration:
@@ -171,7 +158,7 @@ def read_blender_json(path: Path, content: dict) -> Calibration:
             raise ValueError(f"{camera.where}: sensor_fit must be AUTO, HORIZONTAL or VERTICAL, got {fit!r}")
         percent = camera.number("resolution_percentage") / 100
         sides = (float(int(camera.number(f"resolution_{side}") * percent)) for side in "xy")
-        width, height = size = image_size(*sides, camera.where)
+        width, height = size = size_of(*sides, camera.where)
         world = camera.array("matrix_world", 4, 4)
         scale = np.linalg.norm(world[:3, :3], axis=0)
         if (scale < 1e-12).any():
@@ -188,7 +175,7 @@ def read_blender_json(path: Path, content: dict) -> Calibration:
         span = width if horizontal else height * aspect  # the fitted side, in units of a pixel's width
         fx = positive["lens"] / positive[side] * span
         cx = width / 2 - camera.number("shift_x") * span
-        K = intrinsics(fx, fx / aspect, cx, height / 2 + camera.number("shift_y") * span / aspect)
+        K = pinhole(fx, fx / aspect, cx, height / 2 + camera.number("shift_y") * span / aspect)
         rows.append((K, w2c, np.zeros(5), size, camera.text("name", str(index))))
     return assemble(rows, path, unit=Fields(content, str(path)).text("unit"))
 
@@ -206,4 +193,4 @@ def write_blender_json(path: Path, calibration: Calibration) -> None:
                 "shift_y": (K[1, 2] - height / 2) * aspect / width,
             }
         )  # fmt: skip
-    write_json(Path(path), {"cameras": cameras, **({"unit": calibration.unit} if calibration.unit else {})})
+    write_json(path, {"cameras": cameras, **({"unit": calibration.unit} if calibration.unit else {})})

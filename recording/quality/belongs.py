@@ -15,7 +15,7 @@ import numpy as np
 
 from recording.calibration.checks import READINGS, nearest
 from recording.calibration.model import Calibration
-from recording.quality.silhouettes import AGREED, DIRECTIONS, EXPLAINED, Views, disagreement, outline, rms
+from recording.quality.silhouettes import AGREED, DIRECTIONS, EXPLAINED, Views, disagreement, evenly, outline, rms
 
 NOISE, MEETING = 0.004, 0.02  # of the camera distance: rays of clean masks' centers miss less; explained ones at most
 CONVINCING = 0.3  # share of the rays' misses that an explanation may leave
@@ -55,7 +55,7 @@ def check_belongs(calibration: Calibration, pixels: np.ndarray) -> None:
     }
     left |= {name: miss(calibration, flipped) for name, flipped in mirrorings(calibration, pixels)}
     if count <= MOST_REORDERED:
-        few = pixels[np.linspace(0, len(pixels) - 1, min(len(pixels), 8)).astype(int)]
+        few = pixels[evenly(len(pixels), 8)]
         # [camera, t, video, 3]: along what the video's pixel would be seen, had this camera filmed it
         seen = np.stack([calibration.rays(k, few.reshape(-1, 2)).reshape(*few.shape[:2], 3) for k in range(count)])
         for order in permutations(range(count)):
@@ -66,8 +66,8 @@ def check_belongs(calibration: Calibration, pixels: np.ndarray) -> None:
     explanations = [name for name in sorted(left, key=left.get) if left[name] <= limit]
     if explanations:
         meet = f"and meet if {', or if '.join(explanations[:2])}"
-        miss = f"rays to the animal miss by {100 * written:.1f} % of the camera distance"
-        raise ValueError(f"{calibration.source}: {miss}, {meet}")
+        far = f"rays to the animal miss by {100 * written:.1f} % of the camera distance"
+        raise ValueError(f"{calibration.source}: {far}, {meet}")
 
 
 def ray_miss(centers: np.ndarray, directions: np.ndarray) -> float:
@@ -83,19 +83,14 @@ def ray_miss(centers: np.ndarray, directions: np.ndarray) -> float:
 
 
 def check_silhouettes(calibration: Calibration, instants: Iterable[np.ndarray]) -> None:
-    """Raises ValueError where the masks [v, h, w] bool (or one array per camera) of all instants fit together only
-    when the images of all cameras, or of one, are mirrored."""
+    """Raises ValueError where masks [v, h, w] bool, or one array per camera, fit together only with images mirrored."""
     if len(calibration) < 3:
         return
     focal = calibration.K[:, 0, 0] / [width for width, _ in calibration.sizes]
     intrinsics = np.stack([focal, focal, 0 * focal, 0 * focal], axis=-1)
     unseen = np.full((DIRECTIONS, 2), np.nan)
-    pixels = np.array(
-        [
-            [unseen if (found := outline(mask)) is None else found * mask.shape[1] for mask in masks]
-            for masks in instants
-        ]
-    )
+    found = [[(outline(mask), mask.shape[1]) for mask in masks] for masks in instants]
+    pixels = np.array([[unseen if points is None else points * width for points, width in row] for row in found])
     seen = np.isfinite(pixels).all(axis=(2, 3))
 
     def left(pixels: np.ndarray) -> float:

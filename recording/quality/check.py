@@ -24,14 +24,9 @@ VIEWS = (("from above", 90, -90), ("from the side (along +y)", 0, -90), ("obliqu
 
 
 def check_calibration(
-    path: Path | str,
-    points: Path | str | None = None,
-    output: Path | str | None = None,
-    *,
-    up: str = "z",
-    video_dir: Path | str | None = None,
-    say: Callable[[str], None] = lambda text: None,
-) -> tuple[list[dict], list[dict], list[str]]:
+    path: Path | str, points: Path | str | None = None, output: Path | str | None = None, *, up: str = "z",
+    video_dir: Path | str | None = None, say: Callable[[str], None] = lambda text: None,
+) -> tuple[list[dict], list[dict], list[str]]:  # fmt: skip
     """Reads a calibration, draws it into the PNG `output`, reprojects points; says and returns the numbers.
 
     points: a file for `read_points`, in the file's world; left out, a label3d_dannce.mat's own labels where it has

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from multiview.rig import FACELIFT_DISTANCE, FACELIFT_FOCAL, ViewRig
-from recording.quality.silhouettes import Diagnosis, Fault
+from recording.quality.silhouettes import Diagnosis
 
 GRADES = ("poor", "usable", "good")
 MANY = 0.02  # share of images from which a fault is the dataset's, not a slip
@@ -193,7 +193,22 @@ def _stated(summary: dict, rig: ViewRig | None) -> list[Finding]:
 def _silhouette_findings(summary: dict, diagnosis: Diagnosis | None) -> list[Finding]:
     if diagnosis is None:
         return []
-    found, width = [_fault_finding(summary, fault) for fault in diagnosis.faults], summary["sizes"][0][0]
+    width, focal = summary["sizes"][0][0], float(np.mean([view["focal"] for view in summary["views"]]))
+    found, zero = [], np.zeros(summary["num_views"])
+    for fault in diagnosis.faults:
+        slots = list(fault.views) or list(range(summary["num_views"]))
+        amount = {name: fault.amounts.get(name, zero)[slots] for name in ("scale", "shift_x", "shift_y")}
+        shift = float(np.hypot(amount["shift_x"], amount["shift_y"]).max())
+        angles = np.stack([fault.amounts.get(name, zero) for name in ("azimuth", "elevation", "roll")])
+        scales = np.exp(-amount["scale"])  # the focal length written, over the one that fits
+        what, remedy = FAULTS[fault.code]
+        filled = what.format(
+            views=_names(summary, fault.views), pixels=f"{shift * width:.1f}",
+            scale=" ".join(f"{scale:.2f}" for scale in (scales if np.ptp(scales) >= 1e-9 else scales[:1])),
+            degrees=f"{np.degrees(np.linalg.norm(angles, axis=0).max()):.1f}",
+            turn=f"{np.degrees(np.arctan(shift / focal)):.1f}", step=fault.views[0] if fault.views else 0,
+        )  # fmt: skip
+        found.append(Finding(fault.code, "poor", filled, remedy))
     if not diagnosis.explained:
         odd = ""
         if diagnosis.odd_view is not None and diagnosis.others < 0.5 * diagnosis.left:
@@ -214,26 +229,6 @@ def label_finding(framing: str | None, poses: str | None, diagnosis: Diagnosis |
          f"silhouettes disagree by {100 * diagnosis.rms if diagnosis else 0:.1f} % of the width",
          "import with --framing fill --poses exact for cameras without this error"),
     )  # fmt: skip
-
-
-def _fault_finding(summary: dict, fault: Fault) -> Finding:
-    width, focal = summary["sizes"][0][0], float(np.mean([view["focal"] for view in summary["views"]]))
-    zero = np.zeros(summary["num_views"])
-    slots = list(fault.views) or list(range(summary["num_views"]))
-    amount = {name: fault.amounts.get(name, zero)[slots] for name in ("scale", "shift_x", "shift_y", "roll")}
-    shift = float(np.hypot(amount["shift_x"], amount["shift_y"]).max())
-    angles = np.stack([fault.amounts.get(name, zero) for name in ("azimuth", "elevation", "roll")])
-    scales = np.exp(-amount["scale"])  # the focal length written, over the one that fits
-    what, remedy = FAULTS[fault.code]
-    filled = what.format(
-        views=_names(summary, fault.views),
-        scale=f"{scales[0]:.2f}" if np.ptp(scales) < 1e-9 else " ".join(f"{scale:.2f}" for scale in scales),
-        pixels=f"{shift * width:.1f}",
-        degrees=f"{np.degrees(np.linalg.norm(angles, axis=0).max()):.1f}",
-        turn=f"{np.degrees(np.arctan(shift / focal)):.1f}",
-        step=fault.views[0] if fault.views else 0,
-    )
-    return Finding(fault.code, "poor", filled, remedy)
 
 
 def import_findings(report: dict) -> list[Finding]:

@@ -134,9 +134,6 @@ def _image_figures(rgba: np.ndarray) -> dict:
     return figures
 
 
-# ---- the summary ----------------------------------------------------------------------------------------------------
-
-
 def summarise(measured: list[Measured], rig: ViewRig | None) -> tuple[dict, Diagnosis | None]:
     """measured: at least one sample. rig: what the dataset states, None if nothing. Diagnosis: None below 3 views.
 
@@ -168,14 +165,10 @@ def summarise(measured: list[Measured], rig: ViewRig | None) -> tuple[dict, Diag
         measured_rig = ViewRig.from_cameras(cameras, "measured", labels).to_dict()
     distances = [view["distance_mean"] for view in views]
     return {
-        "num_samples": len(measured),
-        "num_views": count,
-        "view_counts": counts,
+        "num_samples": len(measured), "num_views": count, "view_counts": counts,
         "sizes": sorted({one.size for one in measured}),
-        "rig": None if rig is None else rig.name,
-        "measured_rig": measured_rig,
-        "distance_mean": _mean(distances),
-        "distance_variation": float(np.std(distances)) / _mean(distances),
+        "rig": None if rig is None else rig.name, "measured_rig": measured_rig,
+        "distance_mean": _mean(distances), "distance_variation": float(np.std(distances)) / _mean(distances),
         **{
             f"{key}_mean": _mean([v[key] for v in views])
             for key in ("mask_area", "silhouette_iou", "silhouette_filled")
@@ -184,7 +177,7 @@ def summarise(measured: list[Measured], rig: ViewRig | None) -> tuple[dict, Diag
         "tangency_rms": None if diagnosis is None else diagnosis.rms,
         "tangency_rms_explained": None if diagnosis is None else diagnosis.left,
         "views": views,
-    }, diagnosis
+    }, diagnosis  # fmt: skip
 
 
 def outlines(measured: list[Measured], count: int) -> Views:
@@ -204,8 +197,7 @@ def _view_summary(rows: list[dict]) -> dict:
     off = np.hypot(known["centre_x"], known["centre_y"])
     return {
         "azimuth_deg": float(circular_mean_deg(np.array(known["azimuth_deg"]))),
-        "distance_mean": _mean(known["distance"]),
-        "distance_std": float(np.std(known["distance"])),
+        "distance_mean": _mean(known["distance"]), "distance_std": float(np.std(known["distance"])),
         "focal_spread": float(np.ptp(known["focal"])),
         **{key: _mean(known[key]) for key in means},
         "centre_off_rms": float(np.sqrt(np.mean(off**2))) if len(off) else None,
@@ -215,7 +207,7 @@ def _view_summary(rows: list[dict]) -> dict:
         "empty": int(sum(not row["usable"] and not row["no_mask"] for row in rows)),
         "without_mask": int(sum(row["no_mask"] for row in rows)),
         "sharpness": float(np.median(known["sharpness"])) if known["sharpness"] else None,
-    }
+    }  # fmt: skip
 
 
 def _mean(values) -> float | None:

@@ -25,7 +25,7 @@ from recording.quality.silhouettes import evenly
 if TYPE_CHECKING:
     from recording.analysis import Analysis  # which imports this package
     from recording.calibration.model import Calibration
-    from recording.geometry import Placement, Plan
+    from recording.geometry import Plan
 
 INSPECTED = 24  # samples of an import whose images are read
 CARVED = 4  # of these, how many are carved, which takes most of the time: a mean over 24 views
@@ -50,17 +50,16 @@ def find_samples(data: Path) -> tuple[list[Path], dict, list[str]]:
     root = data if data.is_dir() and not (data / CAMERAS_FILE).is_file() else data.parent
     if data.is_file():
         lines = read_lines(data)
+        places = [root / line for line in lines]  # an absolute line replaces the root
+        folders = [place.parent if place.name == CAMERAS_FILE else place for place in places]
         notes += ["absolute_paths"] if any(map(os.path.isabs, lines)) else []
         notes += ["camera_files"] if any(line.endswith(".json") for line in lines) else []
-        if notes:
-            places = [root / line for line in lines]  # an absolute line replaces the root
-            folders = [place.parent if place.name == CAMERAS_FILE else place for place in places]
-            missing = [folder for folder in folders if not folder.is_dir()]
-            if missing:
-                what = f"{len(missing)} of {len(folders)} sample folders that are not there, the first {missing[0]}"
-                raise ValueError(f"{data} names {what}; if the dataset moved, write paths relative to the list")
-        else:
+        missing = [folder for folder in folders if not folder.is_dir()]
+        if not notes:
             folders = read_split(data)  # refuses what leads out of the dataset
+        elif missing:
+            what = f"{len(missing)} of {len(folders)} sample folders that are not there, the first {missing[0]}"
+            raise ValueError(f"{data} names {what}; if the dataset moved, write paths relative to the list")
     elif not data.exists():
         raise ValueError(f"--data {data} does not exist; name a dataset folder, a sample folder or a split list")
     else:
@@ -72,15 +71,9 @@ def find_samples(data: Path) -> tuple[list[Path], dict, list[str]]:
 
 
 def check_dataset(
-    data: Path,
-    output_dir: Path,
-    *,
-    rig: str | None = None,
-    num_samples: int = 200,
-    num_views: int | None = None,
-    workers: int = 2,
-    progress: bool = False,
-) -> dict:
+    data: Path, output_dir: Path, *, rig: str | None = None, num_samples: int = 200, num_views: int | None = None,
+    workers: int = 2, progress: bool = False,
+) -> dict:  # fmt: skip
     """Measures any dataset, writes the report into output_dir, returns it.
 
     data: as in `find_samples`. rig: name or file, by default what dataset.json states. num_samples: evenly spaced over
@@ -108,16 +101,15 @@ def check_dataset(
 
 
 def write_report(
-    folder: Path, calibration: Calibration, analysis: Analysis, plan: Plan, placements: list[Placement],
-    image_size: int, *, workers: int = 1,
-) -> dict:  # fmt: skip
+    folder: Path, calibration: Calibration, analysis: Analysis, plan: Plan, image_size: int, *, workers: int = 1
+) -> dict:
     """Measures an imported dataset, writes the report into it, returns quality_report.json's content."""
     folders, _, _ = find_samples(folder)
-    picks = evenly(len(placements), INSPECTED)
+    picks = evenly(len(plan.orders), INSPECTED)
     carved = {picks[place] for place in evenly(len(picks), CARVED)}
     with ThreadPoolExecutor(workers) as threads:  # decoding and carving leave Python's lock alone
         measured = list(threads.map(lambda k: measure_sample(read_sample(folders[k]), hulls=k in carved), picks))
-    report = measure_geometry(calibration, analysis, plan, placements, image_size)
+    report = measure_geometry(calibration, analysis, plan, image_size)
     summary, diagnosis = summarise(measured, plan.rig)
     views = [{**seen, **view} for view, seen in zip(report["views"], summary["views"], strict=True)]
     true_labels = report["label_error_rms"] <= 1e-6  # import_findings tells how large it is
@@ -128,27 +120,25 @@ def write_report(
     return report
 
 
-def measure_geometry(
-    calibration: Calibration, analysis: Analysis, plan: Plan, placements: list[Placement], image_size: int
-) -> dict:
+def measure_geometry(calibration: Calibration, analysis: Analysis, plan: Plan, image_size: int) -> dict:
     """From the masks and cameras of every frame: directions, distances, center's consistency, clipping, label error."""
-    orders = np.array([placement.order for placement in placements])  # with a heading, cameras change their views
+    orders = plan.orders  # with a heading, cameras change their views
     azimuth, elevation, distance = (
         np.take_along_axis(values, orders, axis=1) for values in directions_from(analysis.centres, calibration.centres)
     )
     relative = azimuth - azimuth[:, [plan.rig.reference_view]]
-    focal_px = np.stack([placement.true_focal for placement in placements]) * image_size
+    focal_px = plan.true_focal * image_size
     off_px = np.take_along_axis(analysis.residuals, orders, axis=1) / distance * focal_px
-    deviation = np.stack([placement.deviation_deg for placement in placements])
-    border = np.array([[masks[k].touches_border for k in order] for order, masks in zip(orders, analysis.masks)])
-    errors = np.array([label_error(plan, calibration, placement) for placement in placements])
+    touched = np.stack([track.touches_border[analysis.places] for track in analysis.tracks], axis=1)
+    border = np.take_along_axis(touched, orders, axis=1)
+    errors = np.array([label_error(plan, calibration, index) for index in range(len(orders))])
     views = [
         {
-            "name": view.name, "camera": plan.order[slot],
+            "name": view.name, "camera": int(orders[0, slot]),
             "azimuth_deg": float(circular_mean_deg(relative[:, slot])),
             "elevation_deg": float(elevation[:, slot].mean()),
             "off_rig_view_deg": float(plan.view_off_deg[slot]) if plan.requested else 0.0,
-            "frame_deviation_deg_max": float(deviation[:, slot].max()),
+            "frame_deviation_deg_max": float(plan.deviation_deg[:, slot].max()),
             "distance_mean": float(distance[:, slot].mean()), "distance_std": float(distance[:, slot].std()),
             "centre_off_px_rms": float(np.sqrt((off_px[:, slot] ** 2).mean())),
             "extent_max": float(plan.extents[:, slot].max()), "cut_by_photograph": int(border[:, slot].sum()),
@@ -156,7 +146,7 @@ def measure_geometry(
         for slot, view in enumerate(plan.rig.views)
     ]  # fmt: skip
     return {
-        "num_samples": len(placements), "skipped_frames": len(analysis.skipped), "image_size": image_size,
+        "num_samples": len(orders), "skipped_frames": len(analysis.skipped), "image_size": image_size,
         "rig": plan.rig.name, "requested_rig": plan.requested.name if plan.requested else None,
         "framing": plan.framing, "poses": plan.poses,
         "body_length": plan.body_length, "body_length_world": plan.body_length * plan.scale, "zoom": plan.zoom,

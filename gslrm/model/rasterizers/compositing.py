@@ -10,14 +10,12 @@ depend on the number of threads: a tile is the work of one thread, and writes it
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 # isort: off
 from .projection import (
     BLUE, CONIC_A, CONIC_B, CONIC_C, DEPTH, GREEN, MIN_ALPHA, NUM_COLUMNS, NUM_GRADS, OPACITY, REACH_X, REACH_Y, RED,
-    TILE_PX, U_REST, V_REST, U, V, kernel,
+    TILE_PX, U_REST, V_REST, U, V, kernel, touched,
 )  # fmt: skip
 
 MAX_ALPHA = np.float32(0.999)
@@ -124,31 +122,6 @@ def _exp_minus(s):
 
 
 @kernel()
-def _touched(center, reach, origin, size):
-    """First and last (exclusive) pixel of a tile at `origin`, relative to it, whose centers lie within the reach."""
-    first = max(math.ceil(center - reach - 0.5 - origin), 0.0)
-    last = min(math.floor(center + reach - 0.5 - origin) + 1.0, float(size))
-    return (int(first), int(last)) if last > first else (0, 0)
-
-
-@kernel()
-def _gather(splats, pair_splat, first, last, hand):
-    """Copies the next splats of a tile side by side: reads that do not wait for one another cost half as much."""
-    for i in range(last - first):
-        g = pair_splat[first + i]
-        for column in range(NUM_COLUMNS):
-            hand[i, column] = splats[g, column]
-
-
-@kernel()
-def _all_closed(acc):
-    highest = ZERO
-    for p in range(LIVE, LIVE + PLANE):
-        highest = max(highest, acc[p])
-    return highest == ZERO
-
-
-@kernel()
 def _start_tile(acc, image, grad_image, top, left, rows, columns):
     """Planes of a tile before its first splat.
 
@@ -171,8 +144,8 @@ def _start_tile(acc, image, grad_image, top, left, rows, columns):
 
 @kernel(inline="always")
 def _composite_splat(acc, splat, top, left, rows, columns, grad_image):
-    first_row, last_row = _touched(splat[V], splat[REACH_Y], top, rows)
-    first_column, last_column = _touched(splat[U], splat[REACH_X], left, columns)
+    first_row, last_row = touched(splat[V], splat[REACH_Y], top, rows)
+    first_column, last_column = touched(splat[U], splat[REACH_X], left, columns)
     u, v = splat[U] - np.float32(left) + splat[U_REST], splat[V] - np.float32(top) + splat[V_REST]
     a, b, c = splat[CONIC_A], splat[CONIC_B], splat[CONIC_C]
     red, green, blue, depth, opacity = splat[RED], splat[GREEN], splat[BLUE], splat[DEPTH], splat[OPACITY]
@@ -257,9 +230,12 @@ def composite(splats, tile_starts, pair_splat, pair_slot, tile_order, worker, wo
         for pair in range(tile_starts[tile], tile_starts[tile + 1]):
             held = (pair - tile_starts[tile]) % HAND
             if held == 0:
-                if _all_closed(acc):
+                if not acc[LIVE : LIVE + PLANE].any():
                     break
-                _gather(splats, pair_splat, pair, min(pair + HAND, tile_starts[tile + 1]), hand)
+                # The next splats side by side: reads that do not wait for one another cost half as much.
+                for i in range(min(HAND, tile_starts[tile + 1] - pair)):
+                    for column in range(NUM_COLUMNS):
+                        hand[i, column] = splats[pair_splat[pair + i], column]
             _composite_splat(acc, hand[held], top, left, rows, columns, grad_image)
             if grad_image is not None:
                 _sum_lanes(acc, hand[held], slot_grads, pair_slot[pair])

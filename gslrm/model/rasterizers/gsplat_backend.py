@@ -22,8 +22,7 @@ SETTINGS = {
 def rasterize(gaussians: Gaussians, cameras: Cameras, background: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Renders b scenes from cameras [b, v] over background [b, v, 3], on a CUDA device, in float32.
 
-    Returns what the CPU backend returns; gradients also reach c2w (not fxfycxcy). Raises ValueError where gsplat has
-    no compiled kernels.
+    Returns what the CPU backend returns; gradients also reach c2w. Raises ValueError where gsplat cannot run.
     """
     background = background.float()
     if gaussians.num_gaussians == 0:  # gsplat's kernels refuse an empty scene

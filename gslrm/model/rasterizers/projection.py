@@ -112,11 +112,11 @@ def _axis_backward(w2c, column, scale, fx_z, fy_z, slope_x, slope_y, per_z, v00,
 
 
 @kernel()
-def _tile_range(center, reach, size):
-    """First and last (exclusive) tile with a pixel center within the reach; both 0 if there is none."""
-    first = max(math.ceil(center - reach - 0.5), 0.0)
-    last = min(math.floor(center + reach - 0.5), size - 1.0)
-    return (int(first) // TILE_PX, int(last) // TILE_PX + 1) if last >= first else (0, 0)
+def touched(center, reach, origin, size):
+    """First and last (exclusive) pixel of a tile or image at `origin`, from there, with centers within the reach."""
+    first = max(math.ceil(center - reach - 0.5 - origin), 0.0)
+    last = min(math.floor(center + reach - 0.5 - origin) + 1.0, float(size))
+    return (int(first), int(last)) if last > first else (0, 0)
 
 
 @kernel()
@@ -160,8 +160,10 @@ def project(xyz, quaternion, scale, opacity, color, w2c, intrinsics, height, wid
             continue
         # The ellipse alpha >= 1/255, a little enlarged for the rounding of alpha: outside it nothing is drawn.
         reach_x, reach_y = (reach * 1.001 + 0.001) * math.sqrt(s00), (reach * 1.001 + 0.001) * math.sqrt(s11)
-        tiles[g, 0], tiles[g, 1] = _tile_range(u, reach_x, width)
-        tiles[g, 2], tiles[g, 3] = _tile_range(v, reach_y, height)
+        first, last = touched(u, reach_x, 0.0, width)
+        tiles[g, 0], tiles[g, 1] = first // TILE_PX, (last - 1) // TILE_PX + 1
+        first, last = touched(v, reach_y, 0.0, height)
+        tiles[g, 2], tiles[g, 3] = first // TILE_PX, (last - 1) // TILE_PX + 1
         splats[g, U], splats[g, V] = u, v
         splats[g, U_REST], splats[g, V_REST] = u - splats[g, U], v - splats[g, V]
         splats[g, CONIC_A], splats[g, CONIC_B], splats[g, CONIC_C] = s11 / det, -s01 / det, s00 / det

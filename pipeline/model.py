@@ -1,0 +1,201 @@
+"""The two stages, loaded once: photograph -> posed views -> Gaussians."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gslrm.model.gaussians import Gaussians, filter_gaussians
+from multiview.cameras import Cameras, read_cameras
+from multiview.image import composite, prepare_photo, read_photo, resize_rgba
+from multiview.metrics import mask_from_white
+from multiview.rig import ViewRig, check_posed_views
+from multiview.run import choose_numba_cache, resolve_device
+from pipeline.artifacts import Artifacts, resolve
+from pipeline.options import Checkpoints, Stage1Options
+from pipeline.outputs import PARTS, PosedViews, Reconstruction
+
+MIRRORINGS = {None: (False,), "never": (False,), "always": (True,), "auto": (False, True)}  # by Stage1Options.mirror
+
+
+class PhotographError(ValueError):
+    """The photograph is at fault, not a model: other photographs may go on."""
+
+
+class MouseFaceLift:
+    """Both stages, loaded once. components is None without Stage 1, network without Stage 2."""
+
+    def __init__(self, artifacts: Artifacts, components, network, device: torch.device) -> None:
+        self.artifacts, self.components, self.network, self.device = artifacts, components, network, device
+
+    @classmethod
+    def load(
+        cls, *, device: str = "auto", stages: str = "full", options: Stage1Options | None = None, **checkpoints: Any
+    ) -> MouseFaceLift:
+        """Finds the files, compares their rigs, then loads them.
+
+        stages: "full", or "1" or "2" alone. checkpoints: fields of `pipeline.options.Checkpoints`, by name.
+        Raises ValueError for what is missing, RigMismatchError for what does not belong together.
+        """
+        choose_numba_cache()  # here too: a notebook has no main_guard
+        where, artifacts = resolve_device(device), resolve(Checkpoints(**checkpoints), options, stages=stages)
+        components, network, options = None, None, artifacts.options
+        if stages != "2":
+            from mvdiffusion.components import load_components
+
+            # float16 as FaceLift's inference; on most CPUs half precision is slower than single.
+            dtype = torch.float16 if where.type == "cuda" else torch.float32
+            components = load_components(
+                artifacts.components, unet=artifacts.unet, device=where, dtype=dtype, offload=options.cpu_offload
+            )
+            if options.vae_slicing:  # memory of one image
+                components.vae.enable_slicing()
+            for part in (components.unet, components.vae) if options.channels_last else ():
+                part.to(memory_format=torch.channels_last)  # convolutions in half precision are faster so on a GPU
+            if options.compile:
+                components.unet.compile()
+        if stages != "1":
+            from gslrm.checkpoints import load_gslrm
+
+            network, _, _ = load_gslrm(artifacts.gslrm, config_file=artifacts.gslrm_config, device=where)
+        return cls(artifacts, components, network, where)
+
+    @property
+    def rig(self) -> ViewRig:
+        return self.artifacts.rig
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images that the first loaded stage works on, pixels."""
+        return self.components.image_size if self.components else self.network.config.image_tokenizer.image_size
+
+    def __call__(
+        self, image: Any, *, seed: int = 0, crop: str = "auto", keep_input_view: bool = True, filtered: bool = True,
+        name: str = "image", progress: Callable[[Iterable], Iterable] | None = None,
+    ) -> Reconstruction:  # fmt: skip
+        """Reconstructs one photograph (see the package). Its result depends on its own seed alone.
+
+        crop: framing, see `multiview.image.prepare_photo`. keep_input_view: Stage 2 sees the photograph itself as the
+        reference view instead of its generated copy. filtered: leave out Gaussians that are faint or far away.
+        Raises PhotographError where the photograph cannot be read or shows no animal.
+        """
+        try:
+            photo, report = prepare_photo(_read(image), self.image_size, crop=crop, source=name)
+        except ValueError as error:
+            raise PhotographError(str(error)) from error
+        started = time.perf_counter()
+        views = self.generate(photo, seed=seed, keep_input_view=keep_input_view, progress=progress)
+        artifacts = self.artifacts
+        record = {
+            "input": name, "photo": asdict(report), "artifacts": artifacts.describe(), "seed": seed,
+            "num_steps": artifacts.num_steps, "guidance_scale": artifacts.guidance_scale,
+            "keep_input_view": keep_input_view, "seed_scores": views.seed_scores, "mirrored": views.mirrored,
+            "mirror_scores": views.mirror_scores, "seconds": {"stage1": round(time.perf_counter() - started, 2)},
+        }  # fmt: skip
+        return self._finish(views, filtered, record, photo)
+
+    def reconstruct(
+        self, views: Any, masks: Any, cameras: Cameras, *, filtered: bool = True, name: str = "views"
+    ) -> Reconstruction:
+        """Reconstructs posed views by Stage 2 alone: views [v, 3, h, w] 0..1 on white, masks [v, 1, h, w], cameras [v].
+
+        Raises ValueError where the cameras are none that Stage 2 can take (axes, mirrored, units).
+        """
+        check_posed_views(self.rig, cameras, name)  # wrong axes give a plausible, wrong animal
+        posed = PosedViews(torch.as_tensor(views).float(), torch.as_tensor(masks).float(), cameras)
+        record = {"input": Path(name).name, "artifacts": self.artifacts.describe(), "input_views": len(cameras)}
+        return self._finish(posed, filtered, {**record, "seconds": {}}, None)
+
+    def _finish(self, views: PosedViews, filtered: bool, record: dict, photo: Tensor | None) -> Reconstruction:
+        started = time.perf_counter()
+        predicted = self.predict(views)
+        record["seconds"]["stage2"] = round(time.perf_counter() - started, 2)
+        gaussians = filter_gaussians(predicted) if filtered else predicted
+        counts = {"predicted": predicted.num_gaussians, "kept": gaussians.num_gaussians}
+        return Reconstruction(gaussians, views, self.rig, {**record, "filtered": filtered, "gaussians": counts}, photo)
+
+    def generate(
+        self, photo: Tensor, *, seed: int, keep_input_view: bool = True,
+        progress: Callable[[Iterable], Iterable] | None = None,
+    ) -> PosedViews:  # fmt: skip
+        """Stage 1. photo: [4, s, s] RGBA framed as the training data (`multiview.image`). Returns CPU tensors.
+
+        Option num_seeds: so many sets are generated, from `seed` on, and the geometrically most consistent one is kept.
+        Option mirror: `always` starts from the photograph's mirror image and mirrors the views back; `auto` does both
+        and keeps the more consistent set. A model whose training animals all face one way needs it.
+        keep_input_view: the photograph itself stands for the reference view instead of its generated copy.
+        """
+        from mvdiffusion.pipelines.multiview import generate_views
+
+        artifacts, rig, size, options = self.artifacts, self.rig, self.components.image_size, self.artifacts.options
+        own, cameras = resize_rgba(photo, size), rig.cameras(size)
+        if artifacts.camera_json is not None:
+            cameras = read_cameras(artifacts.camera_json).resize(size, size)
+
+        def best_of_seeds(mirrored: bool) -> PosedViews:
+            image, sets = composite(photo.flip(-1) if mirrored else photo, 1.0), {}
+            for number in range(seed, seed + options.num_seeds):  # one after the other: the memory of one
+                rgb = generate_views(
+                    self.components, image[None], artifacts.embeds, seeds=[number], num_steps=artifacts.num_steps,
+                    guidance_scale=artifacts.guidance_scale, sampler=options.sampler, progress=progress,
+                )[0].cpu()  # fmt: skip
+                rgb = (rgb * 255).round() / 255  # the images that are written are the images that are used
+                rgb = rgb.flip(-1)[rig.mirror_order()] if mirrored else rgb
+                masks = mask_from_white(rgb)
+                if keep_input_view:
+                    rgb[rig.reference_view], masks[rig.reference_view] = composite(own, 1.0), own[3:]
+                sets[number] = PosedViews(rgb, masks, cameras, mirrored=mirrored)
+            if len(sets) == 1:  # nothing to choose, so nothing to measure
+                return sets[seed]
+            scores = {number: views.consistency() for number, views in sets.items()}
+            return replace(sets[max(scores, key=scores.get)], seed_scores=scores)
+
+        ways = [best_of_seeds(mirrored) for mirrored in MIRRORINGS[options.mirror]]
+        if len(ways) == 1:
+            return ways[0]
+        plain, mirrored = (views.consistency() for views in ways)
+        return replace(ways[int(mirrored > plain)], mirror_scores=(plain, mirrored))
+
+    @torch.no_grad()
+    def predict(self, views: PosedViews) -> Gaussians:
+        """Stage 2: posed views of any number and size -> Gaussians [1, n] on the device, unfiltered."""
+        config, device = self.network.config, self.device
+        size, cameras, rgb, masks = config.image_tokenizer.image_size, views.cameras, views.rgb, views.masks
+        if views.mirrored:  # the network sees the animal as Stage 1 drew it; its answer is mirrored back
+            cameras, rgb, masks = cameras.mirrored(), rgb.flip(-1), masks.flip(-1)
+        # Resized in 8 bits, as the training data was.
+        rgba = torch.stack([resize_rgba(torch.cat(pair), size) for pair in zip(rgb, masks)])[None]
+        with torch.autocast(device.type, dtype=torch.float16, enabled=device.type == "cuda"):
+            gaussians = self.network(
+                rgba[:, :, :3].to(device), cameras.resize(size, size)[None].to(device),
+                masks=rgba[:, :, 3:].to(device) if config.prune_background_tokens else None,
+            ).gaussians  # fmt: skip
+        for name in PARTS:
+            # A filter would drop such Gaussians without a word, and "nothing there" would look like a result.
+            if not torch.isfinite(getattr(gaussians, name)).all():
+                raise ValueError(
+                    f"Stage 2 predicted Gaussians whose {name} is not finite: the weights of --checkpoint are damaged "
+                    "or its training diverged; name an earlier ckpt_*.pt, or copy it again"
+                )
+        return gaussians.mirrored() if views.mirrored else gaussians
+
+
+def _read(image: Any) -> Tensor:
+    """Returns any kind of image as RGBA [4, h, w] 0..1."""
+    if isinstance(image, (str, Path)):
+        return read_photo(image)  # upright, and large ones reduced
+    if not isinstance(image, torch.Tensor):
+        array = np.asarray(image.convert("RGBA") if hasattr(image, "convert") else image)  # a PIL image, or an array
+        if array.dtype != np.uint8 or array.ndim != 3:
+            raise ValueError(f"an array must be [h, w, 3 or 4] uint8, got {list(array.shape)} {array.dtype}")
+        image = torch.from_numpy(array.copy()).permute(2, 0, 1).float() / 255
+    if image.ndim != 3 or image.shape[0] not in (3, 4):
+        raise ValueError(f"an image must be [3 or 4, h, w] in 0..1, got {list(image.shape)}")
+    return image if len(image) == 4 else torch.cat([image, torch.ones_like(image[:1])])
