@@ -125,7 +125,7 @@ class MouseFaceLift:
         self, photo: Tensor, *, seed: int, keep_input_view: bool = True,
         progress: Callable[[Iterable], Iterable] | None = None,
     ) -> PosedViews:  # fmt: skip
-        """Stage 1. photo: [4, s, s] RGBA framed as the training data (`multiview.photo`). Returns CPU tensors.
+        """Stage 1. photo: [4, s, s] RGBA framed as the training data (`multiview.image`). Returns CPU tensors.
 
         Option num_seeds: so many sets are generated, from `seed` on, and the geometrically most consistent one is kept.
         Option mirror: `always` starts from the photograph's mirror image and mirrors the views back; `auto` does both
