@@ -11,9 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from multiview.cameras import Cameras
 from recording.calibration.fields import COEFFICIENTS, numbers
 
 FOCAL_RANGE = (0.2, 20.0)  # over the image's width: 136 to 3 degrees
@@ -124,13 +122,6 @@ class Calibration:
         return len(self) == len(other) and all(
             np.abs(a - b).max() <= tolerance * max(np.abs(a).max(), 1e-12) for a, b in zip(mine, theirs)
         )
-
-    def cameras(self) -> Cameras:
-        """Returns one Cameras [v] (float64); needs one image size, no skew and no distortion."""
-        if len(set(self.sizes)) != 1 or self.sizes[0] is None or np.any(self.K[:, 0, 1]) or np.any(self.distortion):
-            raise ValueError(f"{self.source}: cameras of other sizes, with skew or lens distortion are no pinholes")
-        (width, height), values = self.sizes[0], self.K[:, [0, 1, 0, 1], [0, 1, 2, 2]]
-        return Cameras.from_w2c(torch.from_numpy(self.w2c), torch.from_numpy(values), height, width)
 
     def project(self, xyz: np.ndarray) -> np.ndarray:
         """Projects world points [n, 3] to pixels [v, n, 2], distortion and skew included."""
