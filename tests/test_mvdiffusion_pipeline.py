@@ -191,9 +191,10 @@ def test_offloading_slicing_and_layout_change_nothing(tiny, monkeypatch):
     assert [name for name, where in moves if where == "cpu"] == visits
     # One part at a time: whoever came has left before the next one comes.
     assert all(moves[k][0] == moves[k + 1][0] for k in range(0, len(moves), 2))
-    loaded.vae.enable_slicing()
-    loaded.unet.to(memory_format=torch.channels_last)
-    assert (generate_views(loaded, tiny["picture"][None], **arguments) - expected).abs().max() < 1e-3
+    tuned = load_components(tiny["components"])
+    tuned.vae.enable_slicing()
+    tuned.unet.to(memory_format=torch.channels_last)
+    assert (generate_views(tuned, tiny["picture"][None], **arguments) - expected).abs().max() < 1e-3
 
 
 def test_only_a_hub_name_downloads(tiny, tmp_path, monkeypatch):
