@@ -98,7 +98,7 @@ def load_checkpoint(path: Path | str, kind: type = dict):
             told = (
                 f"it holds a {foreign[1]} besides tensors. If you trust its author, convert it where it was written: "
                 f"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 python -c \"import torch; p = '{path}'; "
-                "torch.save(torch.load(p)['model'], p)\", with the key of its weights, or c.state_dict() for a whole module"
+                "torch.save(torch.load(p)['model'], p)\", with the key of its weights or .state_dict()"
             )
         elif not told.startswith("it "):  # not one of our own refusals: torch tells a page
             told = f"cut off, or no file of torch.save ({told.strip().splitlines()[0][:160]})"
