@@ -56,3 +56,20 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def real():
+    """The calibration of the real rig, whose images are undistorted."""
+    from synthetic.dataset import load_real_rig
+
+    return load_real_rig()[0]
+
+
+def refused(path, match, read=None):
+    """Reading a calibration is refused by one sentence on one line."""
+    from recording.calibration.formats import read_calibration
+
+    with pytest.raises(ValueError, match=match) as caught:
+        (read or read_calibration)(path)
+    assert "\n" not in str(caught.value)

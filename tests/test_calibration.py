@@ -8,6 +8,7 @@ from dataclasses import replace
 import cv2
 import numpy as np
 import pytest
+from conftest import refused
 
 from recording.calibration.containers import load_numpy_pickle
 from recording.calibration.formats import (
@@ -24,18 +25,6 @@ HOLDS = {  # format -> can it hold lens distortion, skew
     "colmap_text": (True, False), "colmap_binary": (True, False), "opencv": (False, False), "blender": (False, False),
 }  # fmt: skip
 RATIONAL = np.array([-0.16, 0.9, -0.001, -0.004, -2.7, 0.05, 0.02, -0.3])
-
-
-def refused(path, match, read=read_calibration):
-    """One sentence on one line says so."""
-    with pytest.raises(ValueError, match=match) as caught:
-        read(path)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.fixture(scope="module")
-def real() -> Calibration:
-    return load_real_rig()[0]
 
 
 @pytest.fixture(scope="module")

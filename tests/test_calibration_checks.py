@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from conftest import refused
 from scipy.io import savemat
 
 from multiview.cameras import Cameras
@@ -30,18 +31,6 @@ from recording.quality.check import check_calibration, read_points
 from synthetic.dataset import load_real_rig
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def refused(path, match, read=read_calibration):
-    """One sentence on one line says so."""
-    with pytest.raises(ValueError, match=match) as caught:
-        read(path)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.fixture(scope="module")
-def real() -> Calibration:
-    return load_real_rig()[0]
 
 
 @pytest.fixture(scope="module")

@@ -9,24 +9,12 @@ import zlib
 import cv2
 import numpy as np
 import pytest
+from conftest import refused
 from scipy.io import savemat
 
 from recording.calibration.formats import read_calibration, read_dannce_labels, write_calibration
-from recording.calibration.model import Calibration
 from recording.video import find_videos
 from synthetic.dataset import load_real_rig
-
-
-def refused(path, match, read=read_calibration):
-    """One sentence on one line says so."""
-    with pytest.raises(ValueError, match=match) as caught:
-        read(path)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.fixture(scope="module")
-def real() -> Calibration:
-    return load_real_rig()[0]
 
 
 def edited(tmp_path, real, format, change):
