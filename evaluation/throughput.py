@@ -5,7 +5,6 @@ Both commands are the user's own. Decoding is OpenCV's, before and after the imp
 
 from __future__ import annotations
 
-import resource
 import shutil
 import subprocess
 import sys
@@ -77,20 +76,20 @@ def run_import(recording: Path, output: Path, frames: int, workers: int) -> tupl
     """Runs process_mouse_data.py: seconds with its start, CPU seconds, seconds of the report, MiB, of all processes."""
     import psutil
 
-    before, started, memory = resource.getrusage(resource.RUSAGE_CHILDREN), time.time(), 0
+    cpu, started, memory = {}, time.time(), 0  # CPU seconds by process: its workers are no children that it waits for
     values = {"video_dir": recording / "videos_undist", "meta_dir": recording, "output_dir": output}
     values |= {"num_samples": frames, "image_size": 512, "workers": workers}
     child = psutil.Popen(command("process_mouse_data.py", **values))
     while child.poll() is None:
         try:
             family = [child, *child.children(recursive=True)]
+            cpu |= {process.pid: sum(process.cpu_times()[:2]) for process in family}
             memory = max(memory, sum(process.memory_full_info().pss for process in family))
         except psutil.Error:  # one of them has ended meanwhile
             pass
         time.sleep(0.5)
     if child.returncode:
         raise ValueError(f"the import of {recording} failed; it said why above")
-    ended, after = time.time(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    ended = time.time()
     report = ended - (output / "data_mouse_val.txt").stat().st_mtime  # the lists are written last before the report
-    return ended - started, cpu, report, memory / 2**20
+    return ended - started, sum(cpu.values()), report, memory / 2**20
