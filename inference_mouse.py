@@ -15,6 +15,7 @@ from multiview.run import main_guard
 from pipeline.options import Checkpoints, Options, parse_with_overrides
 
 EXPORTS = ("splat", "ply_compressed")
+MOST_VIEWS = 16  # of a sample
 # Images that no library here can read: named as failed, where a text file in the folder is only mentioned.
 FOREIGN_SUFFIXES = {".heic", ".heif", ".jxl", ".dng", ".raw", ".cr2", ".cr3", ".nef", ".arw"}
 
@@ -30,6 +31,10 @@ def parse_arguments() -> tuple[argparse.Namespace, Options]:
     parser.add_argument("--seed", type=int, default=0, help="of each photograph, wherever it stands in a folder")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--crop", choices=("auto", "always", "never"), help="the same as crop=")
+    parser.add_argument(
+        "--refine", type=iterations, default="auto", metavar="{auto,N,off}",
+        help="fit the Gaussians to the views, N iterations; auto: true posed views alone, as many as are needed",
+    )  # fmt: skip
     parser.add_argument("--no_filter", action="store_true", help="keep every Gaussian")
     parser.add_argument(
         "--turntable_views", type=checked(int, 0), default=120, help="frames of turntable.mp4 (120); 0 writes none"
@@ -45,6 +50,15 @@ def parse_arguments() -> tuple[argparse.Namespace, Options]:
     parser.add_argument("--output_dir", type=Path, default=Path("outputs"), help="default: outputs")
     arguments, options = parse_with_overrides(parser, Options)
     return arguments, replace(options, crop=arguments.crop or options.crop)
+
+
+def iterations(text: str) -> int | str:
+    """An argparse type: auto, off or a positive number."""
+    if text in ("auto", "off"):
+        return text
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"must be auto, off or a positive number, got {text!r}")
+    return int(text)
 
 
 def export_formats(text: str) -> tuple[str, ...]:
@@ -93,8 +107,14 @@ def main() -> None:
         folder = arguments.sample_dir.resolve()
         sample = read_sample(arguments.sample_dir)
         views = PosedViews.of(sample.rgba, sample.cameras)
-        given = [part[: model.rig.num_views] for part in (views.rgb, views.masks, views.cameras)]  # novel ones follow
-        save(folder.name, model.reconstruct(*given, filtered=not arguments.no_filter, name=str(folder)))
+        # Novel views follow the named ones without a name; where none has a name all are inputs.
+        count = sum(name is not None for name in sample.view_names) or min(len(sample.view_names), MOST_VIEWS)
+        print(f"{folder.name}: {count} of {len(sample.view_names)} views are the input")
+        given = [part[:count] for part in (views.rgb, views.masks, views.cameras)]
+        save(folder.name, model.reconstruct(
+            *given, refine=arguments.refine, start=options.start, refine_size=options.refine_size, seed=arguments.seed,
+            filtered=not arguments.no_filter, name=str(folder), progress=partial(tqdm, desc="refining", disable=None),
+        ))  # fmt: skip
         return
     print(f"rig {model.rig.name}: {model.rig.num_views} views; embeddings, UNet and GS-LRM agree")
     done = 0
@@ -103,7 +123,7 @@ def main() -> None:
         try:
             result = model(
                 image, seed=arguments.seed, crop=options.crop, keep_input_view=options.keep_input_view,
-                filtered=not arguments.no_filter, name=name, progress=bar,
+                filtered=not arguments.no_filter, refine=arguments.refine, name=name, progress=bar,
             )  # fmt: skip
         except PhotographError as error:  # one bad photograph does not end the others
             if arguments.input_image is not None:

@@ -281,6 +281,15 @@ def check_posed_views(rig: ViewRig, cameras: Cameras, source: str) -> None:
             )
 
 
+def fits_rig(rig: ViewRig, cameras: Cameras) -> bool:
+    """Says whether `check_posed_views` would let calibrated cameras [v] pass."""
+    try:
+        check_posed_views(rig, cameras, "")
+    except ValueError:
+        return False
+    return True
+
+
 def _check_axes(expected: Cameras, cameras: Cameras, source: str, tolerance_deg: float) -> None:
     # Axes that differ by a sign are another convention; everything between is a camera that looks elsewhere.
     cosine = (expected.c2w[..., :3, :3] * cameras.c2w[..., :3, :3]).sum(dim=-2)  # per axis x, y, z

@@ -1,0 +1,58 @@
+"""Refined samples of any calibrated rig, filmed again by a rig's exact cameras: training data of both stages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from gslrm.model.gaussians_renderer import render
+from gslrm.refinement import agreement
+from multiview.rig import ViewRig, fits_rig
+from multiview.run import make_generator
+from multiview.sample import Sample, read_sample
+from pipeline.model import MouseFaceLift
+from pipeline.outputs import PosedViews
+from pipeline.posed import locate
+
+
+def reshoot(
+    model: MouseFaceLift, folder: Path, rig: ViewRig, *, num_novel_views: int, image_size: int, least_psnr: float,
+    seed: int = 0, **settings,
+) -> tuple[Sample | None, float]:  # fmt: skip
+    """Returns the sample filmed by the rig, None below the threshold, and the PSNR of a view that was left out, dB.
+
+    The left-out view (another one from sample to sample) is asked of a fit to all others: what this cannot show, new
+    cameras would not see either. settings: of `MouseFaceLift.reconstruct`.
+    Alpha is the Gaussians' own, so that masks are soft; depth is the mean depth where alpha is at least a half.
+    """
+    source = read_sample(folder)
+    views = PosedViews.of(source.rgba[: source.num_inputs], source.cameras[: source.num_inputs])
+    parts = views.rgb, views.masks, views.cameras
+    generator = make_generator("reshoot", seed, folder.name)
+    left = int(torch.randint(len(views.rgb), (), generator=generator))
+    others = [view for view in range(len(views.rgb)) if view != left]
+    fitted = model.reconstruct(*(part[others] for part in parts), name=str(folder), seed=seed, **settings)
+    asked = [part[[left]].to(model.device) for part in parts]
+    psnr = agreement(fitted.gaussians, *asked)["psnr"]
+    if psnr < least_psnr:
+        return None, psnr
+    gaussians = model.reconstruct(*parts, name=str(folder), seed=seed, **settings).gaussians
+    if not fits_rig(rig, views.cameras):  # a world of another size or place becomes the training data's
+        placement = locate(views.masks, views.cameras, str(folder))
+        there = torch.diag(torch.tensor([placement.scale] * 3 + [1.0]))
+        there[:3, 3] = -placement.scale * placement.centre
+        gaussians = gaussians.moved(there)
+    cameras = rig.cameras(image_size)
+    if num_novel_views:
+        cameras = cameras.joined(rig.novel_cameras(num_novel_views, image_size, generator))
+    rgba, depth = [], []
+    for view in range(len(cameras)):
+        seen = render(gaussians, cameras[view : view + 1][None].to(model.device), background=0.0)
+        color = seen.rgb / seen.alpha.clamp_min(1 / 512)
+        rgba.append(torch.cat([color, seen.alpha], dim=2)[0].clamp(0, 1).cpu())
+        depth.append(seen.mean_depth()[0].cpu())
+    names = [*rig.view_names, *[None] * num_novel_views]
+    told = {"reshot": {"source": source.id, "left_out": {"view": left, "psnr": round(psnr, 2)}}}
+    kept = {key: source.extra[key] for key in ("frame", "heading_deg") if key in source.extra}
+    return Sample(folder.name, torch.cat(rgba), cameras, names, torch.cat(depth), None, {**kept, **told}), psnr
