@@ -80,7 +80,7 @@ def _process(recording: Recording, settings: ImportSettings, say: Callable[[str]
     recording, analysis = analyse(recording, frames, tracks, settings, say)
     plan = plan_dataset(recording.calibration, analysis, rig, settings)
     body = f"body {plan.body_length:.3g} long in the calibration's unit"
-    say(f"{body} = {plan.body_length * plan.scale:.3g} world units; {plan.framing} framing")
+    say(f"{body} = {plan.body_length * plan.scale:.3g} world units; {settings.framing} framing")
     if plan.zoom < 1.0:
         worst = analysis.frames[int(plan.extents.max(axis=1).argmax())]
         say(f"all images made smaller by {plan.zoom:.3f} so that nothing is clipped (frame {worst} decides)")
@@ -98,23 +98,9 @@ def _process(recording: Recording, settings: ImportSettings, say: Callable[[str]
     if not all(is_complete_sample(settings.sample(index)) for index in range(len(analysis.frames))):
         say(f"shard {settings.shard} is complete; the last shard writes split lists and report")
         return None
-    return _conclude(recording, analysis, plan, settings, say)
-
-
-def _conclude(
-    recording: Recording, analysis: Analysis, plan: Plan, settings: ImportSettings, say: Callable[[str], None]
-) -> dict:
-    """Writes split lists and report of a dataset whose samples are all there."""
-    count, rate = len(analysis.frames), recording.videos[0].rate
-    seconds = [frame / rate for frame in analysis.frames] if rate else None
-    train, val = split_samples(count, seconds, settings.split_seed if settings.split == "random" else None)
     with _alone(settings):
-        os.sync()  # the lists must not reach the disk before what they list
-        for name, chosen in (("train", train), ("val", val)):
-            write_split(settings.output_dir / f"data_mouse_{name}.txt", [settings.sample(index) for index in chosen])
-        report = write_report(
-            settings.output_dir, recording.calibration, analysis, plan, settings.image_size, workers=settings.workers
-        )
+        train, val = write_splits(recording, analysis, settings)
+        report = write_report(settings, recording.calibration, analysis, plan)
         for path in settings.mask_folder.iterdir():
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
@@ -122,8 +108,8 @@ def _conclude(
                 path.unlink()
     for frame, reason in list(analysis.skipped.items())[:LISTED]:
         say(f"frame {frame} was left out: {reason}")
-    say(f"{len(train)} training and {len(val)} validation samples in {settings.output_dir}")
-    if left_out := count - len(train) - len(val):
+    say(f"{train} training and {val} validation samples in {settings.output_dir}")
+    if left_out := len(analysis.frames) - train - val:
         say(f"{left_out} samples are in neither list: they lie within {GAP_SECONDS} s of the border between the two")
     return report
 
@@ -243,6 +229,18 @@ def sample_cameras(name: str, index: int, analysis: Analysis, plan: Plan, size: 
     cameras = ",\n".join(json.dumps(frame) for frame in frames)  # Python's encoder is several times slower at indenting
     head = json.dumps({"id": name, **extra})
     return f'{head[:-1]}, "frames": [\n{cameras}\n]}}\n'
+
+
+def write_splits(recording: Recording, analysis: Analysis, settings: ImportSettings) -> tuple[int, int]:
+    """Writes the split lists of a dataset whose samples are all there; returns how many each has."""
+    rate = recording.videos[0].rate
+    seconds = [frame / rate for frame in analysis.frames] if rate else None
+    seed = settings.split_seed if settings.split == "random" else None
+    splits = split_samples(len(analysis.frames), seconds, seed)
+    os.sync()  # the lists must not reach the disk before what they list
+    for name, chosen in zip(("train", "val"), splits):
+        write_split(settings.output_dir / f"data_mouse_{name}.txt", [settings.sample(index) for index in chosen])
+    return len(splits[0]), len(splits[1])
 
 
 def split_samples(count: int, seconds: list[float] | None, seed: int | None) -> tuple[list[int], list[int]]:

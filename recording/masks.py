@@ -170,23 +170,20 @@ def record_track(folder: Path, camera: int, key: dict, masks: Iterable[Silhouett
 
     key: JSON values that say what the masks were made from; see `read_track`.
     """
-    boxes, lengths, measured, size = [], [], [], (0, 0)
+    rows, lengths, size = [], [], (0, 0)
     with atomic_write(folder / f"{camera}.bits") as temporary, open(temporary, "wb") as handle:
         for mask in masks:
-            packed = np.packbits(mask.window)
-            handle.write(packed.tobytes())
-            boxes.append((mask.x, mask.y, mask.window.shape[1], mask.window.shape[0]))
-            lengths.append(len(packed))
-            measured.append(measure_mask(mask))
-            size = mask.size
+            lengths.append(handle.write(np.packbits(mask.window).tobytes()))
+            box, size = (mask.x, mask.y, mask.window.shape[1], mask.window.shape[0]), mask.size
+            rows.append({"boxes": box, **measure_mask(mask)})
             yield
-    content = {name: [one[name] for one in measured] for name in NOTHING}
+    content = {name: [row[name] for row in rows] for name in ("boxes", *NOTHING)}
     starts = {"bits_starts": np.cumsum([0, *lengths])}
     for name in ("hulls", "trunks"):
         starts[f"{name}_starts"] = np.cumsum([0, *map(len, content[name])])
         content[name] = np.concatenate(content[name])
     with atomic_write(folder / f"{camera}.npz") as temporary, open(temporary, "wb") as handle:
-        np.savez(handle, key=json.dumps(key, sort_keys=True), size=size, boxes=boxes, **content, **starts)
+        np.savez(handle, key=json.dumps(key, sort_keys=True), size=size, **content, **starts)
     yield
 
 
@@ -197,8 +194,7 @@ def read_track(folder: Path, camera: int, key: dict | None = None) -> MaskTrack 
         return None
     with np.load(path) as file:
         content = dict(file)
-    made_from = str(content.pop("key"))
-    if key is not None and made_from != json.dumps(key, sort_keys=True):
+    if str(content.pop("key")) != json.dumps(key, sort_keys=True) and key is not None:
         return None
     pixels = np.memmap(bits, dtype=np.uint8, mode="r") if bits.stat().st_size else np.zeros(0, np.uint8)
     return MaskTrack(**content, bits=pixels)

@@ -1,8 +1,10 @@
 """A mouse made of spheres, filmed by the real rig: recordings for the tests of the import, in a moment."""
 
 import math
+import subprocess
 from pathlib import Path
 
+import imageio_ffmpeg
 import numpy as np
 
 from recording.calibration.formats import write_mammal_pickle
@@ -86,6 +88,11 @@ def command(folder: Path, output: Path, *more: str) -> list[str]:
         "--video_dir", str(folder / "videos_undist"), "--meta_dir", str(folder), "--output_dir", str(output),
         "--image_size", str(SIZE), "--framing", "fill", *more,
     ]  # fmt: skip
+
+
+def ffmpeg(*arguments, content: bytes = b"") -> None:
+    words = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-v", "error", *map(str, arguments)]
+    subprocess.run(words, input=content, check=True)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

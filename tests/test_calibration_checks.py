@@ -26,8 +26,8 @@ from recording.calibration.formats import (
     write_mammal_pickle,
 )
 from recording.calibration.model import Calibration
-from recording.quality.belongs import check_belongs, check_silhouettes
-from recording.quality.check import check_calibration, read_points
+from recording.quality.check import check_belongs, check_calibration, read_points
+from recording.quality.silhouettes import outline
 from synthetic.dataset import load_real_rig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -213,7 +213,7 @@ def seen_by(calibration, points, noise=0.5):
 
 
 def test_pictures_tell_what_a_calibration_cannot(real, points):
-    seen = seen_by(real, points, noise=2.0)
+    seen = seen_by(real, points, noise=2.0).swapaxes(0, 1)[None]  # one animal of twelve points
     check_belongs(real, seen)
     mirrored = seen * [-1.0, 1.0] + [1152.0, 0.0]
     one = seen.copy()
@@ -248,15 +248,19 @@ def silhouettes(calibration, centre):
 
 def test_silhouettes_tell_mirrored_pictures():
     calibration, arena = load_real_rig(width=160)
-    masks = silhouettes(calibration, np.array(arena["centre"]) + [10.0, -15.0, 14.0])[:, 0].bool().numpy()
+    masks = silhouettes(calibration, np.array(arena["centre"]) + [10.0, -15.0, 14.0])[:, 0].numpy()
+
+    def check(*instants):
+        check_belongs(calibration, np.array([[160 * outline(mask) for mask in masks] for masks in instants]))
+
     one = masks.copy()
     one[2] = one[2, :, ::-1]
-    check_silhouettes(calibration, [masks, masks])
-    check_silhouettes(calibration, [one, masks])  # instants that disagree accuse nobody
+    check(masks, masks)
+    check(one, masks)  # instants that disagree accuse nobody
     with pytest.raises(ValueError, match="pictures of camera 2 are mirrored"):
-        check_silhouettes(calibration, [one, one])
+        check(one, one)
     with pytest.raises(ValueError, match="the pictures are mirrored"):
-        check_silhouettes(calibration, [masks[:, :, ::-1]])
+        check(masks[:, :, ::-1])
 
 
 # ---- the look at one --------------------------------------------------------------------------------------------

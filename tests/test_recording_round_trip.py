@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -14,19 +12,20 @@ from round_trip import moved_to_sample, recording_cameras, to_sample
 from multiview.image import composite
 from multiview.metrics import foreground_psnr, mask_iou
 from multiview.rig import RigMismatchError, check_alignment, load_rig
+from multiview.run import main_guard
 from multiview.sample import read_dataset_info, read_sample, read_split
 from recording.importer import process_recording
 from recording.settings import ImportSettings
 from synthetic.dataset import ARENA_REACH, load_real_rig, stand_in_arena, write_recording
 from synthetic.scene import mouse_sequence
 
-NUM_FRAMES, WIDTH, SIZE = 5, 384, 256  # a photograph's pixel is about one of the picture's
+NUM_FRAMES, WIDTH, SIZE = 3, 384, 256  # a photograph's pixel is about one of the picture's
 BACKGROUND = 0.8
 
 
 @pytest.fixture(scope="module")
 def clouds():
-    _, arena = load_real_rig()
+    arena = load_real_rig()[1]
     return [stand_in_arena(cloud, arena) for cloud in mouse_sequence(0, NUM_FRAMES, fps=2, arena_radius=ARENA_REACH)]
 
 
@@ -38,14 +37,15 @@ def recording(tmp_path_factory, clouds, render):
 
 
 def settings_for(recording, output, **options):
-    defaults = {"num_samples": NUM_FRAMES, "image_size": SIZE, "framing": "fill", "workers": 2}
+    defaults = {"num_samples": NUM_FRAMES, "image_size": SIZE, "framing": "fill", "workers": 1}
     return ImportSettings(recording / "videos_undist", recording, output, **{**defaults, **options})
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory, recording):
+    """Its folder and report, made by two processes."""
     folder = tmp_path_factory.mktemp("processed") / "data_mouse"
-    return folder, process_recording(settings_for(recording, folder))
+    return folder, process_recording(settings_for(recording, folder, workers=2))
 
 
 @pytest.fixture(scope="module")
@@ -100,34 +100,31 @@ def test_nothing_is_clipped_and_one_zoom_serves_all_views(dataset, samples):
 
 def test_zoom_is_reduced_for_all_when_a_mask_would_be_clipped(recording, tmp_path):
     """A body stated too short would fill more than the picture."""
-    report = process_recording(settings_for(recording, tmp_path / "data", body_length=27.0, num_samples=3))
+    report = process_recording(settings_for(recording, tmp_path / "data", body_length=27.0, image_size=128))
     assert report["zoom"] < 0.8 and report["clipped_views"] == 0 and report["pictures"]["clipped"] == 0
-    assert max(view["extent_max"] for view in report["views"]) == pytest.approx(1 - 4 / SIZE, abs=1e-3)
+    assert max(view["extent_max"] for view in report["views"]) == pytest.approx(1 - 4 / 128, abs=1e-3)
 
 
 def test_rig_mismatch_explains_measured_views_and_nearest_poses_mend_it(dataset, recording, tmp_path):
-    folder, _ = dataset
     mouse6 = load_rig("mouse6")
     with pytest.raises(RigMismatchError, match="mouse6-measured"):
-        check_alignment(mouse6, dataset=read_dataset_info(folder)["rig"])
-    options = {"framing": "facelift", "poses": "nearest", "num_samples": 2}
+        check_alignment(mouse6, dataset=read_dataset_info(dataset[0])["rig"])
+    options = {"framing": "facelift", "poses": "nearest", "num_samples": 2, "image_size": 64}
     report = process_recording(settings_for(recording, tmp_path / "data", **options))
     check_alignment(mouse6, dataset=read_dataset_info(tmp_path / "data")["rig"])
     cameras = read_sample(tmp_path / "data" / "sample_000000").cameras
-    torch.testing.assert_close(cameras.c2w, mouse6.cameras(SIZE).c2w, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(cameras.c2w, mouse6.cameras(64).c2w, atol=1e-5, rtol=1e-5)
     assert report["label_error_rms"] > 0.05 and any("not the true ones" in reason for reason in report["reasons"])
 
 
 def test_interrupted_import_resumes_to_the_same_files(dataset, recording, tmp_path):
-    whole, _ = dataset
-    partial = tmp_path / "data_mouse"
+    whole, partial = dataset[0], tmp_path / "data_mouse"
     shutil.copytree(whole, partial)
     shutil.rmtree(partial / "sample_000001")
-    shutil.rmtree(partial / "sample_000004")
     for name in ("data_mouse_train.txt", "data_mouse_val.txt", "quality_report.json", "quality_report.html"):
         (partial / name).unlink()
     kept = (partial / "sample_000000" / "images" / "cam_000.png").stat().st_mtime_ns
-    process_recording(settings_for(recording, partial, workers=1))
+    process_recording(settings_for(recording, partial))
     assert contents(partial) == contents(whole)
     assert (partial / "sample_000000" / "images" / "cam_000.png").stat().st_mtime_ns == kept
     with pytest.raises(ValueError, match="other parameters .*framing: fill there, exact asked for"):
@@ -143,29 +140,23 @@ def test_lists_are_relative_and_nothing_names_a_machine(dataset, recording):
     assert not any(str(folder.parent) in text or str(recording.parent) in text for text in texts)
 
 
-def test_synthetic_mouse_script_writes_a_recording(script, tmp_path):
-    folder = tmp_path / "recording"
+def test_the_scripts_film_import_and_refuse(script, tmp_path, monkeypatch, capsys):
+    """scripts/make_synthetic_mouse.py --as_recording, then scripts/process_mouse_data.py."""
+    folder, output = tmp_path / "recording", tmp_path / "data_mouse"
     words = f"--as_recording --output_dir {folder} --num_samples 2 --video_width 128 --fps 5".split()
     script.main(words)
     assert len(json.loads((folder / "truth.json").read_text())["frames"]) == 2
-    report = process_recording(settings_for(folder, tmp_path / "data", image_size=64, framing="facelift", workers=1))
-    assert report["num_samples"] == 2
     with pytest.raises(ValueError, match="not empty"):
         script.main(words)
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    import process_mouse_data
 
-
-def test_command_line_imports_and_refuses(recording, tmp_path):
-    output = tmp_path / "data_mouse"
-    words = {"--meta_dir": recording, "--output_dir": output, "--num_samples": 2000, "--image_size": 64}
-
-    def run(video_dir):
-        command = [sys.executable, SCRIPT, "--video_dir", video_dir, *(word for pair in words.items() for word in pair)]
-        return subprocess.run(list(map(str, command)), capture_output=True, text=True)
-
-    done = run(recording / "videos_undist")
-    assert done.returncode == 0, done.stderr
-    assert f"{NUM_FRAMES} samples instead of 2000" in done.stdout and "dataset.json" in done.stdout
-    assert json.loads((output / "quality_report.json").read_text())["num_samples"] == NUM_FRAMES
+    words = ["--meta_dir", str(folder), "--output_dir", str(output), "--image_size", "64", "--workers", "1"]
+    process_mouse_data.main([*words, "--video_dir", str(folder / "videos_undist")])
+    shown = capsys.readouterr().out
+    assert "2 samples instead of 2000" in shown and "dataset.json" in shown
+    assert json.loads((output / "quality_report.json").read_text())["num_samples"] == 2
     assert "<img " in (output / "quality_report.html").read_text()
-    missing = run(tmp_path / "none")
-    assert missing.returncode == 1 and "--video_dir" in missing.stderr and "Traceback" not in missing.stderr
+    with pytest.raises(SystemExit) as stopped:
+        main_guard(lambda: process_mouse_data.main([*words, "--video_dir", str(tmp_path / "none")]))
+    assert stopped.value.code == 1 and "error: --video_dir" in capsys.readouterr().err

@@ -2,7 +2,7 @@
 
 Cameras that share no volume are refused, and extrinsics that were meant otherwise: each usual way of writing them turns
 the cameras into others that see no common volume, or whose axes meet far worse. What was meant is then named. Some ways
-stay hidden (a world fixed to the first camera reads as well backwards) until images are compared: `quality.belongs`.
+stay hidden (a world fixed to the first camera reads as well backwards) until images are compared: `quality.check`.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from multiview.rig import FACELIFT_DISTANCE, FACELIFT_FOCAL, ViewRig
-from recording.quality.silhouettes import Diagnosis
+from recording.quality.silhouettes import AMOUNTS, Diagnosis
 
 GRADES = ("poor", "usable", "good")
 MANY = 0.02  # share of images from which a fault is the dataset's, not a slip
@@ -25,15 +25,15 @@ USABLE_CENTER, POOR_CENTER = 0.02, 0.05  # of the image's size: rays of an impor
 TOLERATED_LABEL_ERROR = 0.07  # of the half length: what facelift framing costs with exact poses
 SMALL_ZOOM = 0.6
 # Findings that follow from labels which are not the true cameras (facelift framing, nearest poses).
-LABEL_ERRORS = ("silhouettes_disagree", "focal", "principal_point", "camera_off", "cameras_off", "views_scaled",
-                "views_moved", "views_scaled_and_moved", "view_scale", "view_shift", "view_roll", "each_scaled",
-                "each_moved", "each_scaled_and_moved")  # fmt: skip
+LABEL_ERRORS = {"silhouettes_disagree", *(code for group in AMOUNTS for code, *_ in group)}
 REPROCESS = "make the samples again with scripts/process_mouse_data.py, which writes every change into the cameras"
+EACH = "every picture is {} on its own, which its camera does not say"
+OPENGL = "negate the second and third row of {} w2c, or import them as transforms.json"
 FAULTS = {  # code of a fault that silhouettes show: (what, remedy); {views}, {scale}, {degrees}, {pixels} are filled in
     "opengl_axes": ("all cameras look away from the animal: their axes are OpenGL's (y up, z backward)",
-                    "negate the second and third row of every w2c, or import them as transforms.json"),
-    "view_looks_away": ("the cameras of {views} look away from the animal",
-                        "their axes are OpenGL's, or R and T are wrong; negate rows y and z of these w2c"),
+                    OPENGL.format("every")),
+    "view_looks_away": ("the cameras of {views} look away from the animal: their axes are OpenGL's, or R, T are wrong",
+                        OPENGL.format("these")),
     "views_swapped": ("the pictures of {views} are swapped", "exchange the two, or their cameras"),
     # On a rig that is its own mirror image these two look the same.
     "views_reversed": ("the views run the other way round than their cameras, or all pictures are mirrored",
@@ -55,15 +55,14 @@ FAULTS = {  # code of a fault that silhouettes show: (what, remedy); {views}, {s
     "view_roll": ("{views} is turned by {degrees} deg about its optical axis", "calibrate this camera again"),
     "camera_off": ("the camera of {views} stands about {degrees} deg from where it is said to",
                    "it was moved after the calibration, or R and T are another's: calibrate it again"),
+    "cameras_off": ("several cameras stand up to {degrees} deg from where they are said to",
+                    "poses of an ideal rig were written for real cameras, or the calibration is old"),
     "views_scaled": ("views are scaled differently (factors {scale}) than their cameras say", REPROCESS),
     "views_moved": ("views are moved differently (up to {pixels} px) against their cameras", REPROCESS),
     "views_scaled_and_moved": ("views are scaled (factors {scale}) and moved against their cameras", REPROCESS),
-    "cameras_off": ("several cameras stand up to {degrees} deg from where they are said to",
-                    "poses of an ideal rig were written for real cameras, or the calibration is old"),
-    "each_scaled": ("every picture is scaled on its own, which its camera does not say", REPROCESS),
-    "each_moved": ("every picture is centred on its own, which its camera does not say", REPROCESS),
-    "each_scaled_and_moved": ("every picture is scaled and centred on its own, which its camera does not say",
-                              REPROCESS),
+    "each_scaled": (EACH.format("scaled"), REPROCESS),
+    "each_moved": (EACH.format("moved"), REPROCESS),
+    "each_scaled_and_moved": (EACH.format("scaled and moved"), REPROCESS),
 }  # fmt: skip
 VIEW_RULES = (  # code, severity, a view's number, its limit, what ({views}: beyond it, view: the worst one), remedy
     ("mask_variation", "usable", lambda v: v["mask_area_variation"] or 0, 0.6,
