@@ -2,8 +2,7 @@
 
 calibration/     calibration files of every usual format <-> Calibration (K, distortion, w2c in float64), checked
 video.py         finding and sequentially decoding the videos, or folders of images
-masks.py         cleaning masks, what is measured on them, and how they are kept while an import runs
-segment.py       one camera's masks: from its mask video, or from the background
+masks.py         masks read, or found before the background; cleaned, measured, and kept while an import runs
 center.py        the animal's center, smoothing, the world's up, the animal's heading
 geometry.py      world scale, naming views by measured direction, label cameras
 rectify.py       the exact warp (homography of a rotation about the camera center), and the images cut out by it

@@ -20,10 +20,9 @@ from recording.calibration.formats import find_calibration, read_calibration
 from recording.calibration.model import UP_ROTATIONS, Calibration
 from recording.center import find_up, headings_deg, locate, smooth, tail_sides, trunk_hulls
 from recording.geometry import directions_from
-from recording.masks import MaskTrack, read_track
+from recording.masks import MaskTrack, read_track, record_camera
 from recording.quality.check import check_belongs
 from recording.quality.silhouettes import evenly, support
-from recording.segment import record_camera
 from recording.settings import ImportSettings
 from recording.video import MASK_FOLDERS, Video, find_videos, frame_number
 from recording.workers import run_lanes
@@ -44,20 +43,16 @@ class Recording(NamedTuple):
 
 @dataclass(frozen=True)
 class Analysis:
-    """What the masks say, per frame kept. frames: numbers in the videos. tracks: [v]. places: of the frames in them.
+    """What the masks say, per frame kept [t], in the calibration's unit."""
 
-    centres: [t, 3]. residuals: [t, v] distance of the center from each mask's ray. Unit: the calibration's.
-    headings_deg: [t] azimuth of the nose, None if not asked for.
-    """
-
-    frames: list[int]
-    tracks: list[MaskTrack]
-    places: list[int]
-    centres: np.ndarray
-    residuals: np.ndarray
+    frames: list[int]  # their numbers in the videos
+    tracks: list[MaskTrack]  # [v]
+    places: list[int]  # of the frames in the tracks
+    centres: np.ndarray  # [t, 3]
+    residuals: np.ndarray  # [t, v] distance of the center from each mask's ray
     body_length: float
     skipped: dict[int, str]
-    headings_deg: np.ndarray | None = None
+    headings_deg: np.ndarray | None = None  # [t] azimuth of the nose, None if not asked for
 
 
 def open_recording(settings: ImportSettings) -> Recording:

@@ -56,8 +56,7 @@ def assign_views(
     count (the one with which the others fit best is taken); None: azimuths count from the animal's front, as the rig's.
     Returns the camera of each view and the angle each is off, degrees.
     """
-    best: tuple[float, list[int], np.ndarray] | None = None
-    wanted, reference = rig_angles(rig)[..., None], rig.reference_view
+    best, wanted, reference = (math.inf, [], np.zeros(0)), rig_angles(rig)[..., None], rig.reference_view
     for camera in [None] if references is None else references:
         turned = azimuth if camera is None else azimuth - azimuth[camera] + wanted[0, reference]
         off = angular_distance(*wanted, turned[None], elevation[None])
@@ -66,7 +65,7 @@ def assign_views(
             cost[reference, np.arange(len(azimuth)) != camera] = 1e9
         rows, columns = linear_sum_assignment(cost)
         total = float(cost[rows, columns].sum())
-        if best is None or total < best[0] - 1e-9:
+        if total < best[0] - 1e-9:
             best = (total, columns.tolist(), off[rows, columns])
     return best[1], best[2]
 
@@ -78,32 +77,22 @@ def rig_angles(rig: ViewRig) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Plan:
-    """The framing of a whole dataset, and the cameras of its t frames, in view order.
+    """The framing of a whole dataset, and the cameras of its t frames, in view order."""
 
-    rig: what the dataset's views amount to (label cameras, mean over the frames). requested: the rig the views are
-    named after, None for `calibrated`. scale: world units per unit of the calibration, on average. focal: label focal
-    length over width. body_length: in the calibration's unit. zoom: at most 1, see `make_plan`. view_off_deg: [v] how
-    far each view's mean direction is from the requested rig's. orders: [t, v] camera of each view. true_rotation: [t,
-    v, 3, 3] world (of the calibration) to the true cameras' axes. true_focal: [t, v] over width. label: Cameras [t, v]
-    float64 (unit image, width 1) in the sample's world. to_sample: [t, 4, 4] similarity, calibration's world ->
-    sample's world. deviation_deg: [t, v] of each frame's directions from the dataset's. extents: [t, v] from
-    `mask_extents`, where there are masks.
-    """
-
-    rig: ViewRig
-    requested: ViewRig | None
-    scale: float
-    focal: float
-    body_length: float
-    zoom: float
-    view_off_deg: np.ndarray
-    orders: np.ndarray
-    true_rotation: np.ndarray
-    true_focal: np.ndarray
-    label: Cameras
-    to_sample: np.ndarray
-    deviation_deg: np.ndarray
-    extents: np.ndarray | None = None
+    rig: ViewRig  # what the dataset's views amount to: label cameras, mean over the frames
+    requested: ViewRig | None  # the rig the views are named after, None for `calibrated`
+    scale: float  # world units per unit of the calibration, on average
+    focal: float  # label focal length over width
+    body_length: float  # in the calibration's unit
+    zoom: float  # at most 1, see `make_plan`
+    view_off_deg: np.ndarray  # [v] how far each view's mean direction is from the requested rig's
+    orders: np.ndarray  # [t, v] camera of each view
+    true_rotation: np.ndarray  # [t, v, 3, 3] world (of the calibration) to the true cameras' axes
+    true_focal: np.ndarray  # [t, v] over width
+    label: Cameras  # [t, v] float64 (unit image, width 1) in the sample's world
+    to_sample: np.ndarray  # [t, 4, 4] similarity, calibration's world -> sample's world
+    deviation_deg: np.ndarray  # [t, v] of each frame's directions from the dataset's
+    extents: np.ndarray | None = None  # [t, v] from `mask_extents`, where there are masks
 
 
 def make_plan(

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
@@ -140,24 +141,19 @@ def _alone(settings: ImportSettings) -> Iterator[None]:
 
 def plan_dataset(calibration: Calibration, analysis: Analysis, rig: ViewRig | None, settings: ImportSettings) -> Plan:
     """Makes the plan with the largest zoom (at most the standard size) at which no mask reaches the border."""
-    make = partial(
-        make_plan, calibration, analysis.centres, settings, rig=rig, body_length=analysis.body_length,
-        headings_deg=analysis.headings_deg,
-    )  # fmt: skip
-    plan = make()
+    options = {"rig": rig, "body_length": analysis.body_length, "headings_deg": analysis.headings_deg}
+    plan, size = make_plan(calibration, analysis.centres, settings, **options), settings.image_size
     hulls = [[track.hull(place) for place in analysis.places] for track in analysis.tracks]
     extents = mask_extents(calibration, plan, hulls)
     if not np.isfinite(extents).all():
         bad = analysis.frames[int(np.argwhere(~np.isfinite(extents))[0, 0])]
         raise ValueError(f"frame {bad}: a mask reaches behind its camera; the mask or the calibration is wrong")
     # How far a mask may reach from the center, over half the width, so that the border's pixels stay empty.
-    size = settings.image_size
-    focal_px = float(plan.true_focal.max()) * size
-    magnification = focal_px / float(calibration.K[:, 0, 0].min())
+    magnification = float(plan.true_focal.max()) * size / float(calibration.K[:, 0, 0].min())
     largest = 1.0 - 2.0 * max(MARGIN_PX, 0.6 + FILTER_REACH * magnification) / size
     zoom = min(1.0, largest / float(extents.max()))
-    if zoom < 1.0:
-        plan, extents = make(zoom=zoom), extents * zoom  # every true focal length is so much shorter
+    if zoom < 1.0:  # every true focal length is so much shorter
+        plan, extents = make_plan(calibration, analysis.centres, settings, zoom=zoom, **options), extents * zoom
     return replace(plan, extents=extents)
 
 
@@ -187,34 +183,32 @@ def write_samples(recording: Recording, analysis: Analysis, plan: Plan, settings
     """Decodes all videos in order and writes this shard's samples that are not there yet."""
     size, (shard, shards), count = settings.image_size, settings.part, len(plan.orders)
     mine = range(count * shard // shards, count * (shard + 1) // shards)
-    todo = [index for index in mine if not is_complete_sample(settings.sample(index))]
-    parts = {index: settings.output_dir / f".{settings.sample(index).name}.part" for index in todo}
-    for index in todo:  # what a killed import left of them
-        for leftover in (parts[index], settings.sample(index)):
+    todo = np.array([index for index in mine if not is_complete_sample(settings.sample(index))], dtype=int)
+    parts = [settings.output_dir / f".{settings.sample(index).name}.part" for index in todo]
+    for index, part in zip(todo, parts):  # what a killed import left of them
+        for leftover in (part, settings.sample(index)):
             shutil.rmtree(leftover, ignore_errors=True)
-    cameras, cuts, frames = range(len(recording.videos)), {}, np.array(todo, dtype=int)
+    cameras, cuts = range(len(recording.videos)), {}
     for camera in cameras:
-        slots = (plan.orders[frames] == camera).argmax(axis=1)
+        slots = (plan.orders[todo] == camera).argmax(axis=1)
         cuts[camera] = {
             "frame": [analysis.frames[index] for index in todo],
             "mask": [analysis.places[index] for index in todo],
-            "path": [f"{parts[index].name}/images/cam_{slot:03d}.png" for index, slot in zip(todo, slots)],
-            "rotation": plan.true_rotation[frames, slots],
-            "focal_px": plan.true_focal[frames, slots] * size,
+            "path": [f"{part.name}/images/cam_{slot:03d}.png" for part, slot in zip(parts, slots)],
+            "rotation": plan.true_rotation[todo, slots],
+            "focal_px": plan.true_focal[todo, slots] * size,
         }
-    folder = settings.output_dir
-    make = partial(cut_camera, recording.calibration, recording.videos, cuts, settings.mask_folder, folder, size)
+    folders = settings.mask_folder, settings.output_dir
+    make = partial(cut_camera, recording.calibration, recording.videos, cuts, *folders, size)
     costs = [DECODED + float(track.area[analysis.places].mean()) for track in analysis.tracks]
-    arrived = dict.fromkeys(range(len(todo)), 0)
-    with tqdm(total=len(todo), desc="samples", unit="sample", disable=None if todo else True) as bar:
+    arrived = Counter()
+    with tqdm(total=len(todo), desc="samples", unit="sample", disable=None if len(todo) else True) as bar:
         for _, step, _ in run_lanes(make, cameras, len(todo), workers=settings.workers, costs=costs):
             arrived[step] += 1
             if arrived[step] == len(cameras):
-                del arrived[step]
-                index = todo[step]
-                content = sample_cameras(settings.sample(index).name, index, analysis, plan, size)
-                (parts[index] / CAMERAS_FILE).write_text(content)
-                os.replace(parts[index], settings.sample(index))
+                sample = settings.sample(todo[step])
+                (parts[step] / CAMERAS_FILE).write_text(sample_cameras(sample.name, todo[step], analysis, plan, size))
+                os.replace(parts[step], sample)
                 bar.update()
 
 

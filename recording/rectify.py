@@ -26,6 +26,7 @@ from recording.video import Video, VideoReader
 MAX_OVERSAMPLING = 4
 TAP_STEP = 1.5
 RIM = 6  # image pixels around the mask: the filter's reach, and that of the color carried over the rim
+BORDER = np.array([(x, y) for x in np.linspace(0, 1, 5) for y in np.linspace(0, 1, 5) if x in (0, 1) or y in (0, 1)])
 SOURCE_RIM = 4  # photograph pixels around the mask that the filter may read
 MAP_STEP = 8  # fine pixels between the points at which the lens model is evaluated; between them the map is straight
 TRANSPARENT_WHITE = np.array([255, 255, 255, 0], np.uint8).view(np.uint32)[0]  # a pixel at once
@@ -89,8 +90,15 @@ def rectify(
     # TAP_STEP apart, avoid aliasing. They are read by straight interpolation, which reaches two pixels far: a cubic
     # filter rings at the mask's rim, and costs 1 dB and twice the time.
     over = min(max(math.ceil(float(calibration.K[camera, 0, 0]) / focal_px / TAP_STEP), 1), MAX_OVERSAMPLING)
-    left, top, width, height = image_box(calibration, camera, mask, rotation, focal_px, size)
     result = np.full((size, size), TRANSPARENT_WHITE, np.uint32).view(np.uint8).reshape(size, size, 4)
+    # What the mask can reach: along the border of its box, not its corners alone, since a lens bends straight lines.
+    points = calibration.rays(camera, [mask.x, mask.y] + BORDER * mask.window.shape[::-1]) @ rotation.T
+    left, top, right, bottom = 0, 0, size, size
+    if (points[:, 2] > 0).all():  # before the camera
+        seen = points[:, :2] / points[:, 2:] * focal_px + size / 2
+        left, top = np.clip(np.floor(seen.min(axis=0)).astype(int) - RIM, 0, size).tolist()
+        right, bottom = np.clip(np.ceil(seen.max(axis=0)).astype(int) + RIM, 0, size).tolist()
+    width, height = right - left, bottom - top
     if width <= 0 or height <= 0 or not mask.window.size:
         return result
     cut_out = cv2.cvtColor(np.ascontiguousarray(colors), cv2.COLOR_BGR2RGBA)
@@ -116,24 +124,8 @@ def rectify(
     if over > 1:
         warped = cv2.resize(warped, (width, height), interpolation=cv2.INTER_AREA)
     blurred = cv2.blur(warped, (9, 9), borderType=cv2.BORDER_CONSTANT)
-    _straighten(warped, blurred, result[top : top + height, left : left + width])
+    _straighten(warped, blurred, result[top:bottom, left:right])
     return result
-
-
-def image_box(
-    calibration: Calibration, camera: int, mask: Silhouette, rotation: np.ndarray, focal_px: float, size: int
-) -> tuple[int, int, int, int]:
-    """Left, top, width, height of the part of the image that a mask can reach; arguments as for `rectify`."""
-    # Along the border of the mask's box, not its corners alone: a lens bends straight lines.
-    along = np.linspace(0.0, 1.0, 5)
-    around = np.array([(s, t) for s in along for t in along if s in (0.0, 1.0) or t in (0.0, 1.0)])
-    points = calibration.rays(camera, [mask.x, mask.y] + around * mask.window.shape[::-1]) @ rotation.T
-    if (points[:, 2] <= 0).any():  # behind the camera
-        return 0, 0, size, size
-    seen = points[:, :2] / points[:, 2:] * focal_px + size / 2
-    left, top = np.clip(np.floor(seen.min(axis=0)).astype(int) - RIM, 0, size).tolist()
-    right, bottom = np.clip(np.ceil(seen.max(axis=0)).astype(int) + RIM, 0, size).tolist()
-    return left, top, right - left, bottom - top
 
 
 def lens_maps(calibration: Calibration, camera: int, pixel_to_photo: np.ndarray, width: int, height: int):

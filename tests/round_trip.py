@@ -36,14 +36,11 @@ def moved_to_sample(sample: Sample, points: np.ndarray) -> Tensor:
 
 def recording_cameras(sample: Sample) -> Cameras:
     """A sample's cameras [v], moved back into the recording's world."""
-    matrix = to_sample(sample)
-    scale = np.linalg.norm(matrix[:3, 0])
-    rotation = torch.from_numpy(matrix[:3, :3] / scale)
-    c2w = sample.cameras.c2w.double()
-    moved = c2w.clone()
-    moved[:, :3, :3] = rotation.T @ c2w[:, :3, :3]
-    moved[:, :3, 3] = (c2w[:, :3, 3] - torch.from_numpy(matrix[:3, 3])) @ rotation / scale
-    return replace(sample.cameras, c2w=moved.float())
+    matrix, c2w = torch.from_numpy(to_sample(sample)), sample.cameras.c2w.double()
+    scale = matrix[:3, 0].norm()
+    c2w[:, :3, :3] = (matrix[:3, :3] / scale).T @ c2w[:, :3, :3]
+    c2w[:, :3, 3] = (c2w[:, :3, 3] - matrix[:3, 3]) @ matrix[:3, :3] / scale**2
+    return replace(sample.cameras, c2w=c2w.float())
 
 
 def direct_rendering(cloud, sample: Sample, render: Callable, calibration: Calibration) -> tuple[Tensor, Tensor]:
@@ -64,13 +61,10 @@ def marked(cloud):
     """Small opaque balls at the cloud's keypoints, in the three pure colours by turns; nothing else of it."""
     count = len(cloud.keypoints)
     return replace(
-        cloud,
-        means=cloud.keypoints.astype(np.float32),
+        cloud, means=cloud.keypoints.astype(np.float32), opacity=np.full(count, 0.99, np.float32),
         log_scales=np.full((count, 3), np.log(MARKER_MM), np.float32),
-        quats=np.tile(np.float32([1, 0, 0, 0]), (count, 1)),
-        opacity=np.full(count, 0.99, np.float32),
-        rgb=np.eye(3, dtype=np.float32)[np.arange(count) % 3],
-    )
+        quats=np.tile(np.float32([1, 0, 0, 0]), (count, 1)), rgb=np.eye(3, dtype=np.float32)[np.arange(count) % 3],
+    )  # fmt: skip
 
 
 def marker_errors(sample: Sample, keypoints: np.ndarray) -> np.ndarray:

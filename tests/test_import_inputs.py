@@ -15,8 +15,7 @@ from PIL import Image
 
 from multiview.files import owned_folder
 from recording.importer import process_recording
-from recording.masks import clean_mask
-from recording.segment import read_masks
+from recording.masks import clean_mask, read_masks
 from recording.video import VideoReader, find_videos
 from synthetic.dataset import video_writer
 

@@ -15,7 +15,7 @@ from filmed_spheres import COUNT, SCRIPT, SIZE, command, contents, film, setting
 
 from multiview.sample import read_sample, read_split
 from recording.importer import process_recording
-from recording.segment import segment
+from recording.masks import segment
 from recording.video import VideoReader, find_videos
 
 
@@ -39,8 +39,7 @@ def test_stopped_at_any_moment_and_repeated_gives_the_same_files(filmed, whole, 
     output, masks = tmp_path / "data", tmp_path / ".data.masks"
     moments = [  # where, what must be there, how often; who is stopped then: a process or several, by which signal
         (masks, ".*.bits.*.tmp", 1, "1", signal.SIGTERM), (masks, "*.npz", 6, "1", signal.SIGKILL),
-        (output, ".sample_*.part/images/*", 2, "1", signal.SIGKILL), (output, "sample_*", 2, "2", signal.SIGKILL),
-        (output, "sample_*", COUNT, "1", signal.SIGKILL),
+        (output, ".sample_*.part/images/*", 2, "2", signal.SIGKILL), (output, "sample_*", COUNT, "1", signal.SIGKILL),
     ]  # fmt: skip
     stopped = 0
     for folder, pattern, number, workers, how in moments:
@@ -60,7 +59,8 @@ def test_stopped_at_any_moment_and_repeated_gives_the_same_files(filmed, whole, 
                   for line in read_split(path)]  # fmt: skip
         for sample in {*listed, *output.glob("sample_*")}:
             assert read_sample(sample).rgba.shape == (6, 4, SIZE, SIZE)
-    assert stopped >= 4
+    assert stopped >= 3
+    masks.mkdir(exist_ok=True)
     (masks / ".1.bits.01234567.tmp").touch()
     process_recording(settings_for(filmed, output, workers=2))
     assert contents(output) == contents(whole) and not masks.exists()

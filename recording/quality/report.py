@@ -20,7 +20,7 @@ from multiview.sample import CAMERAS_FILE, DATASET_FILE, read_dataset_info, read
 from recording.analysis import Analysis
 from recording.calibration.model import Calibration
 from recording.geometry import Plan, circular_mean_deg, directions_from, label_error
-from recording.quality.findings import dataset_findings, grade, import_findings, label_finding
+from recording.quality.findings import Finding, dataset_findings, grade, import_findings
 from recording.quality.measure import Measured, measure_folders, summarise
 from recording.quality.silhouettes import evenly
 from recording.settings import ImportSettings
@@ -86,7 +86,12 @@ def check_dataset(
         first = broken[str(chosen[0])]
         raise ValueError(f"none of the {len(chosen)} samples of {data} can be read; the first: {first}")
     summary, diagnosis = summarise(measured, stated)
-    told = label_finding(info.get("framing"), info.get("poses"), diagnosis)
+    told, framing, poses = [], info.get("framing"), info.get("poses")
+    if diagnosis is not None and (framing == "facelift" or poses == "nearest"):
+        off = f"silhouettes disagree by {100 * diagnosis.rms:.1f} % of the width"
+        cameras = f"the cameras written ({framing} framing, {poses} poses) are not the true ones, as dataset.json says"
+        remedy = "import with --framing fill --poses exact for cameras without this error"
+        told = [Finding("labels", "note", f"{cameras}: {off}", remedy)]
     findings = [*told, *dataset_findings(summary, diagnosis, stated, broken, notes, true_labels=not told)]
     root, unreadable = data if data.is_dir() else data.parent, {}
     for name, reason in broken.items():  # a report does not name a machine

@@ -50,41 +50,29 @@ AMOUNTS = (
 
 
 class Views(NamedTuple):
-    """Outlines and cameras of t samples of v views, float64.
+    """Outlines and cameras of t samples of v views, float64."""
 
-    points: [t, v, n, 2] support points over the image's width, x right, y down, corner origin; nan where a view has no
-    usable mask. intrinsics: [t, v, 4] fx, fy, cx, cy over the width. w2c: [t, v, 4, 4], OpenCV axes.
-    """
-
-    points: np.ndarray
-    intrinsics: np.ndarray
-    w2c: np.ndarray
+    points: np.ndarray  # [t, v, n, 2] over the width, x right, y down, corner origin; nan without a usable mask
+    intrinsics: np.ndarray  # [t, v, 4] fx, fy, cx, cy over the width
+    w2c: np.ndarray  # [t, v, 4, 4], OpenCV axes
 
 
 class Fault(NamedTuple):
-    """code: of `findings.FAULTS`. views: concerned, empty for all. amounts: that were undone, [v] each. left: rms."""
-
-    code: str
-    views: tuple[int, ...]
-    amounts: dict[str, np.ndarray]
-    left: float
+    code: str  # of `findings.FAULTS`
+    views: tuple[int, ...]  # concerned, empty for all
+    amounts: dict[str, np.ndarray]  # that were undone, [v] each
+    left: float  # rms that remains
 
 
 class Diagnosis(NamedTuple):
-    """rms: disagreement of the silhouettes over the width. per_view: [v]. left: rms with all faults undone.
-
-    agrees: whether there is nothing to explain. explained: whether the faults found explain all of it. odd_view: the
-    view without which the others agree best, and others: their rms.
-    """
-
-    rms: float
+    rms: float  # disagreement of the silhouettes over the width
     per_view: list[float]
     faults: list[Fault]
-    left: float
-    agrees: bool
-    explained: bool
-    odd_view: int | None
-    others: float
+    left: float  # rms with all faults undone
+    agrees: bool  # there is nothing to explain
+    explained: bool  # the faults found explain all of it
+    odd_view: int | None  # the view without which the others agree best
+    others: float  # their rms
 
 
 def support(hull: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
