@@ -83,21 +83,20 @@ def open_recording(settings: ImportSettings) -> Recording:
 
 def check_videos(videos: list[Video], masks: list[Video]) -> None:
     """All videos show the same instants: equal frame counts and rates; masks as large as their images."""
-    first, numbered = videos[0], [video.files[0] for video in (*videos, *masks) if video.is_images]
+    first, starts = videos[0], [video.files[0] for video in (*videos, *masks) if video.is_images]
     for video in (*videos, *masks):
         if video.num_frames != first.num_frames:
             counts = f"{video.name} has {video.num_frames} frames, {first.name} has {first.num_frames}"
             raise ValueError(f"{counts}; frame n must be the same instant in every video, so these must be equal")
         if video.rate and first.rate and abs(video.rate - first.rate) > RATE_TOLERANCE * first.rate:
             raise ValueError(f"{video.name} runs at {video.rate:g} frames/s, {first.name} at {first.rate:g}")
-    for path in numbered:
-        if frame_number(path) != frame_number(numbered[0]):
-            firsts = f"{path} is the first image of its folder, {numbered[0]} that of another"
+    for path in starts:
+        if frame_number(path) != frame_number(starts[0]):
+            firsts = f"{path} is the first image of its folder, {starts[0]} that of another"
             raise ValueError(f"{firsts}; images of one number must show the same instant: start all with the same one")
     for video, mask in zip(videos, masks):  # no masks where they are still to be found
         if video.size != mask.size:
-            (width, height), (own_width, own_height) = mask.size, video.size
-            sizes = f"{mask.name} is {width} x {height}, its video {video.name} {own_width} x {own_height}"
+            sizes = "{} is {} x {}, its video {} {} x {}".format(mask.name, *mask.size, video.name, *video.size)
             raise ValueError(f"{sizes}; masks must be of the same (undistorted or raw) images")
 
 

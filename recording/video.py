@@ -258,23 +258,22 @@ def probe(files: list[Path], max_pixels: int = MAX_PIXELS) -> Video:
     for path in files:
         with _open(path) as container:
             stream = container.streams.video[0]
-            rates.append(float(stream.guessed_rate or 0.0))
-            sizes.add((stream.codec_context.width, stream.codec_context.height))
-            _check_size(path, (stream.codec_context.width, stream.codec_context.height), max_pixels)
+            size = stream.codec_context.width, stream.codec_context.height
+            _check_size(path, size, max_pixels)
             # An index (mp4) knows more than the header's count: what an edit cut off stays in the file.
             entries = list(stream.index_entries) if "mp4" in container.format.name else []
             held, shown = path.stat().st_size, sum(not entry.is_discard for entry in entries)
             whole = sum(entry.pos + entry.size <= held for entry in entries)
             if whole < len(entries):
-                raise ValueError(
-                    f"video {path} is truncated: {whole} of its {len(entries)} frames are there; copy it anew, or cut "
-                    f"all videos and masks to what it holds (ffmpeg -i {path.name} -frames:v {whole} -crf 12 cut.mp4)"
-                )
+                remedy = f"cut all videos and masks to what it holds (ffmpeg -i {path.name} -frames:v {whole} -crf 12"
+                found = f"video {path} is truncated: {whole} of its {len(entries)} frames are there"
+                raise ValueError(f"{found}; copy it anew, or {remedy} cut.mp4)")
             # Where a header does not count its frames, it says how long they last.
-            seconds = float((stream.duration or 0) * (stream.time_base or 0))
-            counts.append(shown or stream.frames or round(seconds * rates[-1]))
-        if counts[-1] <= 0:
-            raise ValueError(f"video {path} says that it holds {counts[-1]} frames; it is damaged or no video")
+            rate, seconds = float(stream.guessed_rate or 0.0), float((stream.duration or 0) * (stream.time_base or 0))
+            count = shown or stream.frames or round(seconds * rate)
+        if count <= 0:
+            raise ValueError(f"video {path} says that it holds {count} frames; it is damaged or no video")
+        counts, sizes, rates = [*counts, count], sizes | {size}, [*rates, rate]
     if len(sizes) != 1:
         raise ValueError(f"the chunks in {files[0].parent} have different image sizes: {sorted(sizes)}")
     return Video(tuple(files), tuple(counts), sizes.pop(), rates[0])

@@ -62,8 +62,10 @@ def test_stopped_at_any_moment_and_repeated_gives_the_same_files(filmed, whole, 
     assert stopped >= 3
     masks.mkdir(exist_ok=True)
     (masks / ".1.bits.01234567.tmp").touch()
+    image = output / "sample_000000" / "images" / "cam_000.png"
+    kept = image.stat().st_mtime_ns
     process_recording(settings_for(filmed, output, workers=2))
-    assert contents(output) == contents(whole) and not masks.exists()
+    assert contents(output) == contents(whole) and not masks.exists() and image.stat().st_mtime_ns == kept
 
 
 def test_shards_together_are_one_run(filmed, whole, tmp_path):

@@ -7,7 +7,7 @@ points, decide between them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
@@ -100,18 +100,19 @@ def check_calibration(
             calibration = calibration.with_sizes([video.size for video in videos])
     except ValueError as error:
         problem = error
-    seen = layout(calibration.w2c, field_of_view(calibration))
-    cameras, reprojected, meant, xyz = camera_rows(calibration, seen), [], [], None
+    seen, xyz = layout(calibration.w2c, field_of_view(calibration)), None
+    cameras, reprojected, meant = camera_rows(calibration, seen), [], []
+
+    def table(title: str, rows: list[dict], notes: Sequence[str]) -> None:
+        say(Table(title, list(rows[0]), [list(row.values()) for row in rows], notes).text())
+
     focus, unit = ", ".join(f"{x:.4g}" for x in seen.focus), calibration.unit or "units"
-    title = (
-        f"{path}: {len(cameras)} cameras; their axes come nearest to each other at ({focus}) {unit}, "
-        f"{np.mean([row['distance'] for row in cameras]):.4g} {unit} away on average"
-    )
+    nearest = f"{path}: {len(cameras)} cameras; their axes come nearest to each other at ({focus}) {unit}"
     notes = (
         f"the largest ball all of them see has {100 * max(seen.ball, 0.0):.0f} % of that as its radius",
         "degrees as docs/conventions.md; lens: the most that distortion moves a border pixel, in pixels",
     )
-    say(Table(title, list(cameras[0]), [list(row.values()) for row in cameras], notes).text())
+    table(f"{nearest}, {np.mean([row['distance'] for row in cameras]):.4g} {unit} away on average", cameras, notes)
     if points or (Path(path).suffix == ".mat" and read_dannce_labels(path) is not None):
         xyz, pixels = read_points(points or path, len(calibration))
         xyz = xyz @ np.array(UP_ROTATIONS[up], dtype=np.float64).T
@@ -121,8 +122,8 @@ def check_calibration(
         xyz, pixels = xyz[known], None if pixels is None else pixels[:, known]
         if not calibration.relative:
             reprojected, meant = reproject(calibration, xyz, pixels)
-            title, notes = f"{points or path}: {len(xyz)} points", [f"they would fit if {name}" for name in meant]
-            say(Table(title, list(reprojected[0]), [list(row.values()) for row in reprojected], notes).text())
+            fits = [f"they would fit if {name}" for name in meant]
+            table(f"{points or path}: {len(xyz)} points", reprojected, fits)
     if output is not None:
         draw(Path(output), calibration, seen, xyz)
         say(f"drawn: {output}")
