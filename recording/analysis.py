@@ -30,7 +30,7 @@ from recording.workers import run_lanes
 STRETCHED = 90  # percentile of the lengths seen in single frames that counts as the stretched animal
 MAX_RESIDUAL = 0.10  # of the camera distance: beyond it videos and calibration do not belong together
 RATE_TOLERANCE = 1e-3  # relative
-BELONG_CHECKS = 8  # instants whose silhouettes are asked whether the calibration belongs to the videos
+BELONG_CHECKS = 4  # instants whose silhouettes are asked whether the calibration belongs to the videos
 
 
 class Recording(NamedTuple):

@@ -17,7 +17,6 @@ from multiview.files import owned_folder
 from recording.importer import process_recording
 from recording.masks import clean_mask, read_masks
 from recording.video import VideoReader, find_videos
-from synthetic.dataset import video_writer
 
 
 @pytest.fixture(scope="module")
@@ -115,10 +114,7 @@ def several_levels(folder, frames):
 
 
 def empty_masks(folder, frames):
-    writer = video_writer(folder / "masks" / "1.mp4", (192, 170), 25.0, 0)
-    for _ in range(COUNT):
-        writer.send(np.zeros((170, 192, 3), np.uint8))
-    writer.close()
+    save_images(folder / "masks", frames["masks"], np.zeros_like)
 
 
 def damaged(folder, frames):
@@ -139,28 +135,23 @@ def cut(share, *arguments):
 
 
 def other_container(folder, frames):
-    ffmpeg("-i", folder / "videos_undist" / "0.mp4", "-c", "copy", folder / "videos_undist" / "0.avi")
-    (folder / "videos_undist" / "0.mp4").unlink()
+    video = folder / "videos_undist" / "0.mp4"
+    ffmpeg("-i", video, "-c", "copy", video.with_suffix(".avi"))
+    video.unlink()
 
 
-def heic(folder, frames):
-    save_images(folder / "videos_undist", [[]] * 6)
-    (folder / "videos_undist" / "0" / "0.heic").touch()
+def images_of_camera_0(make):
+    def spoil(folder, frames):
+        save_images(folder / "videos_undist", [[]] * 6)
+        make(folder / "videos_undist" / "0")
 
-
-def float_images(folder, frames):
-    save_images(folder / "videos_undist", frames["videos_undist"], lambda image: image.astype(np.float32), ".tiff")
+    return spoil
 
 
 def other_first_number(folder, frames):
     for name in ("videos_undist", "masks"):
         save_images(folder / name, frames[name])
         (folder / name / "4" / "0000.png").rename(folder / name / "4" / f"{COUNT:04d}.png")
-
-
-def huge(folder, frames):
-    save_images(folder / "videos_undist", [[]] * 6)
-    Image.new("L", (16000, 5000)).save(folder / "videos_undist" / "0" / "0.png")
 
 
 REFUSED = {  # what is wrong: (what is done to a recording, what is said)
@@ -172,18 +163,21 @@ REFUSED = {  # what is wrong: (what is done to a recording, what is said)
     "short": (convert("videos_undist/2.mp4", "-frames:v", 5), r"videos_undist/2.mp4 has 5 frames, .*0.mp4 has 8"),
     "small mask": (convert("masks/2.mp4", "-vf", "scale=96:84"),
                    r"masks/2.mp4 is 96 x 84, its video .*videos_undist/2.mp4 192 x 170"),
-    "empty masks": (empty_masks, r"every frame has an empty mask in at least one view"),
+    "empty masks": (empty_masks, r"every frame has an empty mask in at least one view \(frame 0: empty mask in 0 "),
     "damaged": (damaged, r"masks/3.mp4: frame \d cannot be decoded"),
     "halved": (cut(0.5), r"videos_undist/3.mp4 cannot be opened; it is truncated"),
     "cut short": (cut(0.67, "-c", "copy", "-movflags", "faststart"),
                   r"videos_undist/3.mp4 is truncated: \d of its 8 frames are there.*ffmpeg -i 3.mp4"),
     "avi": (other_container, r"lacks 0.mp4 of 6 cameras; 0.avi is there: .*ffmpeg -i 0.avi -crf 12 0.mp4"),
-    "heic": (heic, r"videos_undist/0 holds neither .* nor images; 0.heic is there: convert"),
+    "heic": (images_of_camera_0(lambda folder: (folder / "0.heic").touch()),
+             r"videos_undist/0 holds neither .* nor images; 0.heic is there: convert"),
     "sound": (lambda folder, _: ffmpeg("-f", "lavfi", "-i", "sine=duration=0.1", folder / "videos_undist/1.mp4"),
               r"1.mp4 holds no video \(its streams: audio\)"),
-    "float images": (float_images, r"0000.tiff holds float32 pixels; 8 or 16 bits"),
+    "float images": (images_of_camera_0(lambda folder: cv2.imwrite(f"{folder}/0000.tiff", np.ones((9, 9), np.float32))),
+                     r"0000.tiff holds float32 pixels; 8 or 16 bits"),
     "other first number": (other_first_number, r"4/0001.png is the first image of its folder, .*0/0000.png that of"),
-    "huge": (huge, r"0.png is 16000 x 5000 pixels, 50 million are allowed.*--max_megapixels"),
+    "huge": (images_of_camera_0(lambda folder: Image.new("L", (16000, 5000)).save(folder / "0.png")),
+             r"0.png is 16000 x 5000 pixels, 50 million are allowed.*--max_megapixels"),
 }  # fmt: skip
 
 

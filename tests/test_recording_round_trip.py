@@ -47,7 +47,7 @@ def test_nothing_is_clipped_and_one_zoom_serves_all_views(samples, report):
     assert report["clipped_views"] == 0 and report["pictures"]["clipped"] == 0
     intrinsics = torch.stack([sample.cameras.fxfycxcy for sample in samples])
     assert (intrinsics[..., 2:] == SIZE / 2).all() and np.ptp(intrinsics[..., :2].numpy()) < 1e-3
-    assert report["pictures"]["silhouette_iou_mean"] > 0.7 and report["pictures"]["tangency_rms"] < 0.3 / SIZE
+    assert report["pictures"]["silhouette_iou_mean"] > 0.7
 
 
 def test_zoom_is_reduced_for_all_when_a_mask_would_be_clipped(filmed, tmp_path):
@@ -56,6 +56,7 @@ def test_zoom_is_reduced_for_all_when_a_mask_would_be_clipped(filmed, tmp_path):
     report = process_recording(settings_for(filmed, tmp_path / "data", **options))
     assert report["zoom"] < 0.8 and report["clipped_views"] == 0 and report["pictures"]["clipped"] == 0
     assert max(view["extent_max"] for view in report["views"]) == pytest.approx(1 - 4 / 64, abs=1e-3)
+    assert report["pictures"]["tangency_rms"] < 0.005
 
 
 def test_rig_mismatch_explains_measured_views_and_nearest_poses_mend_it(whole, filmed, tmp_path):

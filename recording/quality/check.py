@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
-from zipfile import BadZipFile, ZipFile
+from zipfile import ZipFile
 
 import numpy as np
 
-from multiview.files import read_json
+from multiview.files import damage_explained, read_json
 from multiview.report import Table
 from recording.calibration.checks import READINGS, Layout, field_of_view, layout, validate
 from recording.calibration.fields import MOST_BYTES, Fields, read_bytes
@@ -30,17 +30,21 @@ MOST_POINTS = 2000  # drawn
 VIEWS = (("from above", 90, -90), ("from the side (along +y)", 0, -90), ("obliquely", 28, -55))  # elevation, azimuth
 
 
-def mirrorings(calibration: Calibration, pixels: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields pixels [t, v, ..., 2] of mirrored images, all or one camera's, and what that is; none without sizes."""
+def mistakes(calibration: Calibration, pixels: np.ndarray) -> Iterator[tuple[str, Calibration, np.ndarray]]:
+    """Yields usual mistakes, and the calibration and pixels [t, v, ..., 2] without them: extrinsics meant otherwise,
+    images mirrored, all or one camera's (where their sizes are known).
+    """
+    for name, read in READINGS.items():
+        yield f"the calibration is read as {name}", replace(calibration, w2c=read(calibration.w2c)), pixels
     if None not in calibration.sizes:
         widths = np.array([width for width, _ in calibration.sizes], dtype=np.float64)
         flipped = pixels.copy()
         flipped[..., 0] = widths.reshape(-1, *[1] * (pixels.ndim - 3)) - pixels[..., 0]
-        yield "the pictures are mirrored (flip every video and its masks left to right)", flipped
+        yield "the pictures are mirrored (flip every video and its masks left to right)", calibration, flipped
         for camera in range(len(calibration)):
             one = pixels.copy()
             one[:, camera] = flipped[:, camera]
-            yield f"the pictures of camera {camera} are mirrored (flip its video and masks)", one
+            yield f"the pictures of camera {camera} are mirrored (flip its video and masks)", calibration, one
 
 
 def check_belongs(calibration: Calibration, outlines: np.ndarray) -> None:
@@ -64,10 +68,9 @@ def check_belongs(calibration: Calibration, outlines: np.ndarray) -> None:
 
     if (written := left(seen(outlines))) <= AGREED:
         return
-    readings = {f"the calibration is read as {name}": read(calibration.w2c) for name, read in READINGS.items()}
     half = field_of_view(calibration)
-    errors = {name: left(seen(outlines), w2c) for name, w2c in readings.items() if layout(w2c, half).possible}
-    errors |= {name: left(seen(flipped)) for name, flipped in mirrorings(calibration, outlines)}
+    errors = {name: left(seen(pixels), other.w2c) for name, other, pixels in mistakes(calibration, outlines)
+              if layout(other.w2c, half).possible}  # fmt: skip
     if len(cameras) <= MOST_REORDERED:
         # [camera, t, video, n, 2]: where the outlines of every video would be, had this camera filmed it.
         through = np.stack([calibration.to_normalised(camera, outlines) * focal[camera] for camera in cameras])
@@ -176,13 +179,11 @@ def read_points(path: Path | str, num_cameras: int) -> tuple[np.ndarray, np.ndar
             content = {"points_3d": [Fields(f, f"{what}: a frame", ("keypoints",)).values["keypoints"] for f in frames]}
     else:
         read_bytes(path)  # refuses what is too large
-        try:
+        with damage_explained(f"{what}, a numpy file of plain numbers,"):
             if path.suffix == ".npz" and sum(entry.file_size for entry in ZipFile(path).infolist()) > MOST_BYTES:
                 raise ValueError(f"it unfolds to more than {MOST_BYTES / 1e6:.0f} MB")
             loaded = np.load(path)
             content = {"points_3d": loaded} if path.suffix == ".npy" else dict(loaded)
-        except (ValueError, OSError, EOFError, BadZipFile, SyntaxError, MemoryError) as error:
-            raise ValueError(f"{what}: not a numpy file of plain numbers: {error}") from error
     key = "points_3d" if "points_3d" in content else "keypoints"
     if key not in content:
         raise ValueError(f"{what} lacks points_3d (or labelData); it holds {', '.join(map(str, content)) or 'nothing'}")
@@ -228,14 +229,11 @@ def reproject(calibration: Calibration, xyz: np.ndarray, pixels: np.ndarray | No
         return rows, []
     plain = replace(calibration, distortion=np.zeros_like(calibration.distortion))
     errors = {"the pictures are undistorted already (no lens distortion)": error(plain.project(xyz))}
-    for name, read in READINGS.items():
-        other = replace(calibration, w2c=read(calibration.w2c))
-        errors[f"the calibration is read as {name}"] = error(other.project(xyz))
+    for name, other, moved in mistakes(calibration, pixels[None]):
+        errors[name] = error(other.project(xyz), moved[0])
     for factor in (1000.0, 0.001):
         name = f"the points are {factor:g} times as large (millimetres against metres)"
         errors[name] = error(calibration.project(xyz * factor))
-    for name, flipped in mirrorings(calibration, pixels[None]):
-        errors[name] = error(projected, flipped[0])
     return rows, [name for name in sorted(errors, key=errors.get) if errors[name] <= LEFT * written]
 
 
