@@ -30,38 +30,30 @@ def robust_weights(residuals: np.ndarray, least: np.ndarray | float) -> np.ndarr
     return (1.0 / (1.0 + (residuals / scale) ** 2)) ** 2
 
 
-def triangulate(origins: np.ndarray, directions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Finds the points [..., 3] nearest to rays [..., v, 3] (unit) from origins [v, 3], and their distances [..., v].
-
-    Few wrong rays are outvoted: iteratively reweighted least squares on the perpendicular distances, weighted by
-    1 / distance to the camera (what a pixel is worth) and by robust weights.
-    """
-    projectors = np.eye(3) - directions[..., :, None] * directions[..., None, :]
-    pulled = np.einsum("...vij,vj->...vi", projectors, origins)
-    weights = np.ones(directions.shape[:-1])
-    for _ in range(30):
-        total = np.einsum("...v,...vij->...ij", weights, projectors)
-        right = np.einsum("...v,...vi->...i", weights, pulled)
-        point = np.linalg.solve(total, right[..., None])[..., 0]
-        offset = point[..., None, :] - origins
-        distances = np.linalg.norm(offset, axis=-1)
-        residuals = np.linalg.norm(offset - (offset * directions).sum(-1, keepdims=True) * directions, axis=-1)
-        far = distances.mean(axis=-1, keepdims=True)
-        weights = robust_weights(residuals, 1e-3 * far) * (far / distances) ** 2
-    return point, residuals
-
-
 def locate(
     calibration: Calibration, tracks: list[MaskTrack], places: list[int]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Finds the animal's centers [t, 3] from the masks' centers of mass, each ray's distance from them [t, v], and
     lengths [t] in the view that shows the body longest; places: [t] of the masks in their tracks.
+
+    Few wrong rays are outvoted: iteratively reweighted least squares on the perpendicular distances, weighted by
+    1 / distance to the camera (what a pixel is worth) and by robust weights.
     """
     directions = np.stack([calibration.rays(k, track.centre[places]) for k, track in enumerate(tracks)], axis=1)
-    centers, residuals = triangulate(calibration.centres, directions)
-    distance = np.linalg.norm(calibration.centres - centers[:, None], axis=-1)
+    projectors = np.eye(3) - directions[..., :, None] * directions[..., None, :]
+    pulled = np.einsum("...vij,vj->...vi", projectors, calibration.centres)
+    weights = np.ones(directions.shape[:-1])
+    for _ in range(30):
+        total = np.einsum("...v,...vij->...ij", weights, projectors)
+        right = np.einsum("...v,...vi->...i", weights, pulled)
+        centers = np.linalg.solve(total, right[..., None])[..., 0]
+        offset = centers[:, None] - calibration.centres
+        distances = np.linalg.norm(offset, axis=-1)
+        residuals = np.linalg.norm(offset - (offset * directions).sum(-1, keepdims=True) * directions, axis=-1)
+        far = distances.mean(axis=-1, keepdims=True)
+        weights = robust_weights(residuals, 1e-3 * far) * (far / distances) ** 2
     focal = np.sqrt(calibration.K[:, 0, 0] * calibration.K[:, 1, 1])
-    lengths = np.stack([track.axis_length[places] for track in tracks], axis=1) * distance / focal
+    lengths = np.stack([track.axis_length[places] for track in tracks], axis=1) * distances / focal
     return centers, residuals, lengths.max(axis=1)
 
 

@@ -58,7 +58,11 @@ def process_recording(settings: ImportSettings, say: Callable[[str], None] = lam
             start_server()  # beside what follows, so that it is there when it is needed
         with full_disk_explained(settings.output_dir):
             recording = open_recording(settings)  # before anything is written
-            with _owned(settings):
+            (shard, count), folder = settings.part, settings.mask_folder
+            folders = [folder, *folder.glob("shard_*")] if count == 1 else [folder / f"shard_{shard}_of_{count}"]
+            with ExitStack() as stack:  # a second run of the same is refused at once
+                for path in folders:
+                    stack.enter_context(owned_folder(path))
                 return _process(recording, settings, say)
     finally:
         torch.set_num_threads(before)
@@ -113,17 +117,6 @@ def _process(recording: Recording, settings: ImportSettings, say: Callable[[str]
     if left_out := len(analysis.frames) - train - val:
         say(f"{left_out} samples are in neither list: they lie within {GAP_SECONDS} s of the border between the two")
     return report
-
-
-@contextmanager
-def _owned(settings: ImportSettings) -> Iterator[None]:
-    """Owns the dataset, or this shard of it; a second run of the same is refused at once."""
-    (shard, count), folder = settings.part, settings.mask_folder
-    folders = [folder, *folder.glob("shard_*")] if count == 1 else [folder / f"shard_{shard}_of_{count}"]
-    with ExitStack() as stack:
-        for path in folders:
-            stack.enter_context(owned_folder(path))
-        yield
 
 
 @contextmanager

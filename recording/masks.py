@@ -51,12 +51,6 @@ class Silhouette:
     y: int
     size: tuple[int, int]  # (width, height) of the photograph
 
-    def full(self) -> np.ndarray:
-        """[height, width] bool, as large as the photograph."""
-        mask = np.zeros(self.size[::-1], dtype=bool)
-        mask[self.y : self.y + self.window.shape[0], self.x : self.x + self.window.shape[1]] = self.window
-        return mask
-
 
 def clean_mask(image: np.ndarray, level: int = 127) -> Silhouette:
     """Finds the animal in a mask [h, w] uint8: what is brighter than `level`, largest component, small holes filled.
@@ -219,24 +213,12 @@ def record_camera(
 
 
 def read_masks(video: Video, frames: list[int]) -> Iterator[Silhouette]:
-    """Yields the cleaned mask of each of the frames (rising) of one camera's mask video."""
-    level, is_dim = mask_level(video, frames)
-    with VideoReader(video) as reader:
-        for frame in frames:
-            image, (black, white) = reader.read_mask(frame)
-            if is_dim and image.max() > (black + white) // 2:
-                found = f"frame {frame} is white where the animal is, the first frames are at most {level}"
-                raise ValueError(f"{video.name}: {found}; write all masks white on black (255 on 0)")
-            yield clean_mask(image, level)
-
-
-def mask_level(video: Video, frames: list[int]) -> tuple[int, bool]:
-    """Returns the brightness above which a mask video shows the animal, and whether that is less than half of white.
+    """Yields the cleaned mask of each of the frames (rising) of one camera's mask video.
 
     Masks are white on black, lossy, and cut at half. Masks of 0 and 1, or of one dark color of a palette, are cut at
     half of what they have. Raises ValueError for masks of several levels, and where nearly everything is bright.
     """
-    dim, half = -1, 127
+    dim, half, is_dim = -1, 127, True
     with VideoReader(video) as reader:
         for frame in frames[:LOOKED_AT]:
             image, (black, white) = reader.read_mask(frame)
@@ -252,9 +234,18 @@ def mask_level(video: Video, frames: list[int]) -> tuple[int, bool]:
                 levels = f"has several levels or colors (brightest {top} of {white})"
                 raise ValueError(f"{what} {levels}; write the animal white and everything else black")
             if top > half:  # as it should be; a dim frame may show nothing but noise, so others are asked
-                return half, False
+                is_dim = False
+                break
             dim = max(dim, level)
-    return (dim, True) if dim >= 0 else (half, False)
+    is_dim &= dim >= 0
+    level = dim if is_dim else half
+    with VideoReader(video) as reader:
+        for frame in frames:
+            image, (black, white) = reader.read_mask(frame)
+            if is_dim and image.max() > (black + white) // 2:
+                found = f"frame {frame} is white where the animal is, the first frames are at most {level}"
+                raise ValueError(f"{video.name}: {found}; write all masks white on black (255 on 0)")
+            yield clean_mask(image, level)
 
 
 def segment(video: Video, frames: list[int], method: str) -> Iterator[Silhouette]:

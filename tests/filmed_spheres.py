@@ -9,6 +9,7 @@ import numpy as np
 
 from recording.calibration.formats import write_mammal_pickle
 from recording.calibration.model import Calibration
+from recording.masks import Silhouette
 from recording.settings import ImportSettings
 from synthetic.dataset import load_real_rig, video_writer
 
@@ -93,6 +94,14 @@ def command(folder: Path, output: Path, *more: str) -> list[str]:
 def ffmpeg(*arguments, content: bytes = b"") -> None:
     words = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-v", "error", *map(str, arguments)]
     subprocess.run(words, input=content, check=True)
+
+
+def full(mask: Silhouette) -> np.ndarray:
+    """[height, width] bool, as large as the photograph."""
+    y, x = (slice(corner, corner + side) for corner, side in zip((mask.y, mask.x), mask.window.shape))
+    whole = np.zeros(mask.size[::-1], dtype=bool)
+    whole[y, x] = mask.window
+    return whole
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from filmed_spheres import COUNT, SCRIPT, command, ffmpeg, settings_for
+from filmed_spheres import COUNT, SCRIPT, command, ffmpeg, full, settings_for
 from PIL import Image
 
 from multiview.files import owned_folder
@@ -69,7 +69,7 @@ def test_masks_of_every_kind_show_the_same_animal(frames, tmp_path, kind):
         shutil.rmtree(folder / str(camera))
     for camera, video in enumerate(find_videos(folder, 2, "--mask_dir")):
         for mask, image in zip(read_masks(video, list(range(COUNT))), frames["masks"][camera], strict=True):
-            wrong = np.count_nonzero(mask.full() != clean_mask(image[..., 2]).full())
+            wrong = np.count_nonzero(full(mask) != full(clean_mask(image[..., 2])))
             assert wrong <= (30 if kind == "palette, video" else 0)  # colors have half of the resolution
 
 

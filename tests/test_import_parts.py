@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 from counting import counted
-from filmed_spheres import settings_for, silhouettes, spheres
+from filmed_spheres import full, settings_for, silhouettes, spheres
 from PIL import Image
 
 from multiview.rig import load_rig
@@ -209,7 +209,7 @@ def test_masks_are_kept_as_they_were(tmp_path):
     track = read_track(tmp_path, 2, {"a": 1})
     assert track.area.tolist() == [0, 117, 117, 117, 117] and len(track.hull(0)) == 0
     for index, mask in enumerate(masks):
-        np.testing.assert_array_equal(track.silhouette(index).full(), mask.full())
+        np.testing.assert_array_equal(full(track.silhouette(index)), full(mask))
         if index:
             np.testing.assert_array_equal(track.hull(index).min(axis=0), [mask.x, mask.y])
 

@@ -11,7 +11,7 @@ import time
 import cv2
 import numpy as np
 import pytest
-from filmed_spheres import COUNT, SCRIPT, SIZE, command, contents, film, settings_for
+from filmed_spheres import COUNT, SCRIPT, SIZE, command, contents, film, full, settings_for
 
 from multiview.sample import read_sample, read_split
 from recording.importer import process_recording
@@ -86,7 +86,7 @@ def test_animals_are_found_where_there_are_no_masks(tmp_path):
     for method in ("median", "mog2"):
         for frame, mask in zip((0, 7, 14), segment(video, [0, 7, 14], method), strict=True):
             true = truth[frame][2]
-            assert (mask.full() & true).sum() > 0.9 * (mask.full() | true).sum()
+            assert (full(mask) & true).sum() > 0.9 * (full(mask) | true).sum()
     report = process_recording(settings_for(folder, tmp_path / "data", segment="median", num_samples=3))
     assert report["num_samples"] == 3
     assert json.loads((tmp_path / "data" / "dataset.json").read_text())["segment"] == "median"

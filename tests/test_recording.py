@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from filmed_spheres import full
 from scipy import ndimage
 
 from multiview.rig import load_rig
@@ -81,9 +82,9 @@ def silhouette(mask: np.ndarray) -> Silhouette:
 
 def test_what_is_dark_is_no_animal_and_what_a_tail_encloses_is_none_either():
     body = disc(100, 120, 50, 50, 30)
-    assert (clean_mask(np.where(body, 255, 90).astype(np.uint8)).full() == body).all()  # lossy: below the threshold
+    assert (full(clean_mask(np.where(body, 255, 90).astype(np.uint8))) == body).all()  # lossy: below the threshold
     ring = body & ~disc(100, 120, 50, 50, 15)
-    assert (silhouette(ring).full() == ring).all()
+    assert (full(silhouette(ring)) == ring).all()
     assert measure_mask(clean_mask(np.zeros((10, 10), np.uint8)))["area"] == 0
 
 
@@ -100,7 +101,7 @@ def test_largest_part_from_borders_is_the_one_counted_pixel_by_pixel():
         gaps, _ = ndimage.label(~part)
         sizes, outside = np.bincount(gaps.ravel()), np.unique([*gaps[[0, -1]].ravel(), *gaps[:, [0, -1]].ravel()])
         sizes[[0, *outside]] = mask.size
-        assert np.array_equal(silhouette(mask).full(), part | (sizes[gaps] <= HOLE_FRACTION * areas.max()))
+        assert np.array_equal(full(silhouette(mask)), part | (sizes[gaps] <= HOLE_FRACTION * areas.max()))
 
 
 def test_centre_is_the_bodys_centre_of_mass_not_the_bounding_box():

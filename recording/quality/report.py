@@ -103,24 +103,10 @@ def check_dataset(
 
 
 def write_report(settings: ImportSettings, calibration: Calibration, analysis: Analysis, plan: Plan) -> dict:
-    """Measures an imported dataset, writes the report into it, returns quality_report.json's content."""
-    picks = evenly(len(plan.orders), INSPECTED)
-    folders = [settings.sample(index) for index in picks]
-    carved = [folders[place] for place in evenly(len(picks), CARVED)]
-    measured, broken = measure_folders(folders, num_views=None, workers=settings.workers, carved=carved)
-    report = measure_geometry(settings, calibration, analysis, plan)
-    summary, diagnosis = summarise(measured, plan.rig)
-    views = [{**seen, **view} for view, seen in zip(report["views"], summary["views"], strict=True)]
-    true_labels = report["label_error_rms"] <= 1e-6  # import_findings tells how large it is
-    findings = dataset_findings(summary, diagnosis, plan.rig, broken, [], true_labels=true_labels)
-    report |= {"pictures": summary, **grade([*import_findings(report), *findings])}
-    wanted = plan.requested.views if plan.requested else ()
-    _write(settings.output_dir, "Quality report", report, views, wanted, measured)
-    return report
+    """Measures an imported dataset, writes the report into it, returns quality_report.json's content.
 
-
-def measure_geometry(settings: ImportSettings, calibration: Calibration, analysis: Analysis, plan: Plan) -> dict:
-    """From the masks and cameras of every frame: directions, distances, center's consistency, clipping, label error."""
+    Of every frame's masks and cameras: directions, distances, center's consistency, clipping, label error.
+    """
     orders = plan.orders  # with a heading, cameras change their views
     touched = np.stack([track.touches_border[analysis.places] for track in analysis.tracks], axis=1)
     seen = (*directions_from(analysis.centres, calibration.centres), analysis.residuals, touched)
@@ -141,7 +127,12 @@ def measure_geometry(settings: ImportSettings, calibration: Calibration, analysi
         }
         for slot, view in enumerate(plan.rig.views)
     ]  # fmt: skip
-    return {
+    picks = evenly(len(orders), INSPECTED)
+    folders = [settings.sample(index) for index in picks]
+    carved = [folders[place] for place in evenly(len(picks), CARVED)]
+    measured, broken = measure_folders(folders, num_views=None, workers=settings.workers, carved=carved)
+    summary, diagnosis = summarise(measured, plan.rig)
+    report = {
         "num_samples": len(orders), "skipped_frames": len(analysis.skipped), "image_size": settings.image_size,
         "rig": plan.rig.name, "requested_rig": plan.requested.name if plan.requested else None,
         "framing": settings.framing, "poses": settings.poses,
@@ -150,8 +141,15 @@ def measure_geometry(settings: ImportSettings, calibration: Calibration, analysi
         "centre_off_px_rms": float(np.sqrt((off_px**2).mean())), "centre_off_px_max": float(off_px.max()),
         "clipped_views": int((plan.extents > 1.0).sum()), "cut_by_photograph": int(border.sum()),
         "label_error_rms": float(errors[:, 0].mean()), "label_error_max": float(errors[:, 1].max()),
-        "views": views,
+        "views": views, "pictures": summary,
     }  # fmt: skip
+    true_labels = report["label_error_rms"] <= 1e-6  # import_findings tells how large it is
+    findings = dataset_findings(summary, diagnosis, plan.rig, broken, [], true_labels=true_labels)
+    report |= grade([*import_findings(report), *findings])
+    rows, wanted = zip(summary["views"], views, strict=True), plan.requested.views if plan.requested else ()
+    rows = [{**pictured, **view} for pictured, view in rows]
+    _write(settings.output_dir, "Quality report", report, rows, wanted, measured)
+    return report
 
 
 def _write(
