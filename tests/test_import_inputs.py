@@ -223,21 +223,21 @@ def test_frames_without_an_animal_are_listed_and_the_rest_is_imported(copied, fr
         importing.main(command(copied, tmp_path / "other", "--on_bad_frame", "error", "--workers", "1"))
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"--output_dir": "README.md"}, "--output_dir README.md is a file"),
-        ({"--video_dir": None}, "the following arguments are required: --video_dir"),
-        ({"--image_size": "8"}, "--image_size: must be at least 16"),
-        ({"--body_length": "-1"}, "--body_length must be positive"),
-        ({"--segment": "median", "--mask_dir": "m"}, "--segment median makes masks, --mask_dir m gives them"),
-        ({"--shard": "2/2"}, "--shard must be i/n with 0 <= i < n, got 2/2"),
-        ({"--framing": "tight"}, "--framing: invalid choice: 'tight'"),
-    ],
-)  # fmt: skip
-def test_bad_arguments_exit_2_and_say_which(importing, monkeypatch, capsys, given, message):
+BAD = {
+    "--output_dir README.md is a file": {"--output_dir": "README.md"},
+    "the following arguments are required: --video_dir": {"--video_dir": None},
+    "--image_size: must be at least 16": {"--image_size": "8"},
+    "--body_length must be positive": {"--body_length": "-1"},
+    "--segment median makes masks, --mask_dir m gives them": {"--segment": "median", "--mask_dir": "m"},
+    "--shard must be i/n with 0 <= i < n, got 2/2": {"--shard": "2/2"},
+    "--framing: invalid choice: 'tight'": {"--framing": "tight"},
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_arguments_exit_2_and_say_which(importing, monkeypatch, capsys, message):
     monkeypatch.chdir(SCRIPT.parent.parent)
-    words = {"--video_dir": "v", "--meta_dir": "m", "--output_dir": "o"} | given
+    words = {"--video_dir": "v", "--meta_dir": "m", "--output_dir": "o"} | BAD[message]
     with pytest.raises(SystemExit) as stopped:
         importing.parse_arguments([word for pair in words.items() if pair[1] for word in pair])
     assert stopped.value.code == 2 and message in capsys.readouterr().err
