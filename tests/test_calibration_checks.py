@@ -22,8 +22,6 @@ from recording.calibration.formats import (
     find_calibration,
     read_calibration,
     write_calibration,
-    write_dannce_mat,
-    write_mammal_pickle,
 )
 from recording.calibration.model import Calibration
 from recording.quality.belongs import check_belongs, check_silhouettes
@@ -100,7 +98,7 @@ def test_bad_calibration_is_refused_by_name(tmp_path, real, what):
     change, message = SPOILT[what]
     path, bad = tmp_path / "new_cam.pkl", replace(real, K=real.K.copy(), w2c=real.w2c.copy())
     change(bad.K, bad.w2c)
-    write_mammal_pickle(path, bad)
+    write_calibration(tmp_path, bad, "mammal")
     entries = [{**e, "mapx": np.zeros((1024, 1152), np.float32)} for e in pickle.loads(path.read_bytes())]
     path.write_bytes(pickle.dumps(entries))
     with pytest.raises(ValueError, match=message) as caught:
@@ -110,7 +108,7 @@ def test_bad_calibration_is_refused_by_name(tmp_path, real, what):
 
 def test_missing_or_ambiguous_calibration_is_named(tmp_path, real):
     refused(tmp_path, "holds no calibration", find_calibration)
-    write_mammal_pickle(tmp_path / "new_cam.pkl", real)
+    write_calibration(tmp_path, real, "mammal")
     write_calibration(tmp_path, real, "opencv")
     refused(tmp_path, r"new_cam.pkl, opencv_cameras.json; exactly one", find_calibration)
 
@@ -267,7 +265,7 @@ def test_check_draws_and_reprojects_a_label_files_own_labels(tmp_path, points):
     labels = points.reshape(3, 4, 3).copy()
     labels[1, 2] = np.nan
     path = tmp_path / "label3d_dannce.mat"
-    write_dannce_mat(path, lens)
+    write_calibration(tmp_path, lens, "dannce")
     data = np.empty((6, 1), dtype=object)
     for index, seen in enumerate(np.stack([lens.project(frame) for frame in labels], axis=1)):
         data[index, 0] = {"data_3d": labels.reshape(3, -1), "data_2d": (seen - 0.5).reshape(3, -1)}

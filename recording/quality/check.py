@@ -11,10 +11,17 @@ import numpy as np
 
 from multiview.files import read_json
 from multiview.report import Table
-from recording.calibration.checks import READINGS, Layout, field_of_view, layout, validate
-from recording.calibration.fields import MOST_BYTES, Fields, read_bytes
+from recording.calibration.checks import READINGS, Layout, field_of_view, validate
 from recording.calibration.formats import read_calibration, read_dannce_labels
-from recording.calibration.model import UP_ROTATIONS, Calibration, distort, valid_radius
+from recording.calibration.model import (
+    MOST_BYTES,
+    UP_ROTATIONS,
+    Calibration,
+    Fields,
+    distort,
+    read_bytes,
+    valid_radius,
+)
 from recording.quality.belongs import mirrorings
 from recording.video import find_videos
 
@@ -43,7 +50,7 @@ def check_calibration(
             calibration = calibration.with_sizes([video.size for video in videos])
     except ValueError as error:
         problem = error
-    seen = layout(calibration.w2c, field_of_view(calibration))
+    seen = Layout(calibration.w2c, field_of_view(calibration))
     cameras, reprojected, meant, xyz = camera_rows(calibration, seen), [], [], None
     focus, unit = ", ".join(f"{x:.4g}" for x in seen.focus), calibration.unit or "units"
     mean_distance = np.mean([row["distance"] for row in cameras])
@@ -94,7 +101,7 @@ def camera_rows(calibration: Calibration, seen: Layout) -> list[dict]:
                 "fx": float(K[0, 0]), "fy": float(K[1, 1]), "cx": float(K[0, 2]), "cy": float(K[1, 2]),
                 "distance": distance, "azimuth": float(np.degrees(np.arctan2(-x, -y)) % 360.0),
                 "elevation": float(np.degrees(np.arcsin(z / distance))), "off axis": float(seen.off_deg[index]),
-                "lens": lens_px, "name": calibration.name(index, "{0}"),
+                "lens": lens_px, "name": calibration.names[index] if calibration.names else f"{index}",
             }
         )  # fmt: skip
     return rows
