@@ -1,9 +1,8 @@
-"""COLMAP's sparse models, text (cameras.txt, images.txt) and binary (cameras.bin, images.bin).
+"""COLMAP's sparse models, text and binary, as https://colmap.github.io/format.html describes them.
 
-Layout: https://colmap.github.io/format.html. images hold world to camera as a quaternion w x y z and a translation, in
-OpenCV's axes; pixels count from the outer corner (the first pixel's center is 0.5, 0.5), as everywhere in this project.
-The scale of a COLMAP world is arbitrary. Cameras stand in the order of their images' names (cam2 before cam10); images
-with one and the same pose and camera (a static camera's frames) are one camera.
+images hold world to camera as a quaternion w x y z and a translation, in OpenCV's axes; pixels count from the outer
+corner. Cameras stand in the order of their images' names (cam2 before cam10); images with one and the same pose and
+camera (a static camera's frames) are one camera.
 """
 
 from __future__ import annotations

@@ -28,11 +28,12 @@ from recording.calibration.transforms import read_blender_json, read_transforms,
 DEEP_KEY = re.compile(r"(?:[\w\"'-]{1,99}[ \t]*\.[ \t]*){16}")  # tomllib needs minutes for a.a.a.a ... of 50,000 parts
 COLMAP_FOLDERS = (".", "colmap", "sparse", "sparse/0", "colmap/sparse", "colmap/sparse/0")
 
-# ---- MAMMAL: a pickled list (or a dict keyed 0, 1, ...) of {K, R, T[, mapx, mapy]}, X_cam = R X + T ------------------
-
 
 def read_mammal_pickle(path: Path) -> Calibration:
-    """K is that of the undistorted image; the remap tables are only looked at for the image size."""
+    """Reads a list (or a dict keyed 0, 1, ...) of {K, R, T[, mapx, mapy]}, X_cam = R X + T.
+
+    K is that of the undistorted image; the remap tables are only looked at for the image size.
+    """
     content = load_numpy_pickle(path)
     if not isinstance(content, (list, tuple, dict)):
         raise ValueError(f"{path}: a list or dict of cameras is expected, got {type(content).__name__}")
@@ -54,11 +55,8 @@ def write_mammal_pickle(path: Path, calibration: Calibration) -> None:
     path.write_bytes(pickle.dumps(entries, protocol=4))
 
 
-# ---- DANNCE: params{c} with K transposed and row vectors, [X 1] [r; t] K ---------------------------------------------
-
-
 def read_dannce_mat(path: Path) -> Calibration:
-    """Reads params and camnames, the names of the cameras (and of their video folders) in the order of params.
+    """Reads params, where K is transposed and vectors are rows, [X 1] [r; t] K, and camnames, in the order of params.
 
     The principal point is taken as pixel centers counted from 0, as DANNCE's and MAMMAL's own code does (MATLAB's
     calibrator nominally counts from 1: a whole pixel, the same in all views, which neither of them subtracts).
@@ -113,11 +111,8 @@ def write_dannce_mat(path: Path, calibration: Calibration) -> None:
     savemat(path, {"params": params, "camnames": names})
 
 
-# ---- Anipose (aniposelib): one table per camera, [cam_0], [cam_1], ..., and [metadata]; OpenCV made it ---------------
-
-
 def read_anipose_toml(path: Path) -> Calibration:
-    """Takes the cameras in the order of their tables' names, cam_2 before cam_10."""
+    """Reads aniposelib's tables [cam_0], [cam_1], ..., [metadata] in their numbers' order, cam_2 before cam_10."""
     from scipy.spatial.transform import Rotation
 
     text = read_text(path)
@@ -155,11 +150,8 @@ def write_anipose_toml(path: Path, calibration: Calibration) -> None:
     path.write_text("\n".join([*lines, "[metadata]", ""]))
 
 
-# ---- the project's own: {"frames": [{"w", "h", "fx", "fy", "cx", "cy", "w2c", "file_path"?}], "unit"?} ---------------
-
-
 def read_opencv_json(path: Path, content: dict) -> Calibration:
-    """Frame k is camera k. Read in float64, unlike a sample's cameras."""
+    """Reads the project's own {"frames": [{"w", "h", "fx", "fy", "cx", "cy", "w2c", "file_path"?}], "unit"?}."""
     rows = []
     entries = {f"frame {index}": frame for index, frame in enumerate(content["frames"])}
     for index, frame in enumerate(model.each_camera(entries, path, ("w", "h", "fx", "fy", "cx", "cy", "w2c"))):
@@ -177,8 +169,6 @@ def write_opencv_json(path: Path, calibration: Calibration) -> None:
         frames.append({"file_path": name, "w": width, "h": height, **intrinsics, "w2c": w2c.tolist()})
     write_json(path, {"frames": frames, **({"unit": calibration.unit} if calibration.unit else {})})
 
-
-# ---- all of them ----------------------------------------------------------------------------------------------------
 
 # format: (its place in a folder, its writer, what it lacks, where its pixels count from, names of unnamed cameras)
 FORMATS = {

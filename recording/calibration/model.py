@@ -46,10 +46,10 @@ class Fields:
     def __init__(self, values: object, where: str, required=(), optional=()) -> None:
         if not isinstance(values, dict):
             raise ValueError(f"{where} must be an object of named fields, got {reprlib.repr(values)}")
+        self.values, self.where = values, where
         missing = [key for key in required if key not in values]
         if missing:
             raise ValueError(f"{where} lacks {', '.join(missing)}")
-        self.values, self.where = values, where
         for key in set(map(str, values)) - {*required, *optional}:
             value, model = values.get(key), MODEL_FIELD.fullmatch(key)
             if not (model or LENS_FIELD.fullmatch(key)):
@@ -82,7 +82,7 @@ class Fields:
 
 
 def each_camera(entries: dict[str, object], source: object, required=(), optional=()) -> Iterator[Fields]:
-    """Yields the fields of every camera, {its place in the file: its object}."""
+    """Yields the fields of every camera. entries: {its place in the file: its object}."""
     check_count(len(entries), source)
     for place, values in entries.items():
         yield Fields(values, f"{source}: {place}", required, optional)
@@ -108,8 +108,8 @@ def numbers(values: object, shape: tuple[int, ...], what: str) -> np.ndarray:
 
 def size_of(width: float, height: float, what: str) -> tuple[int, int]:
     if any(not 1 <= side <= MOST_PIXELS or side != int(side) for side in (width, height)):
-        got = f"got {width:g} x {height:g}"
-        raise ValueError(f"{what}: the picture size must be whole numbers from 1 to {MOST_PIXELS}, {got}")
+        expected = f"the picture size must be whole numbers from 1 to {MOST_PIXELS}"
+        raise ValueError(f"{what}: {expected}, got {width:g} x {height:g}")
     return int(width), int(height)
 
 

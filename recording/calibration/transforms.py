@@ -1,11 +1,9 @@
 """Cameras with OpenGL's axes (y up, z backward) in JSON: transforms.json, and Blender's cameras as bpy names them.
 
-transforms.json of NeRF, instant-ngp, nerfstudio and Blender's NeRF exporters: frames[].transform_matrix is camera to
-world. Intrinsics stand per frame or for the whole file: fl_x, fl_y, cx, cy, w, h, k1, k2, p1, p2 (k3), or
-camera_angle_x (and _y) alone, the full angle over the image's width. cx, cy count from the outer corner, as instant-ngp
-and COLMAP do. Where w and h are missing they come from the image a frame names, or else from the videos
-(`Calibration.with_sizes`). Frames of a camera that did not move (same matrix, same intrinsics) are one camera, at the
-place of the first.
+transforms.json of NeRF, instant-ngp, nerfstudio and Blender's NeRF exporters: transform_matrix is camera to world.
+Intrinsics stand per frame or for the whole file: fl_x, fl_y, cx, cy, w, h, k1, k2, p1, p2 (k3), or camera_angle_x (and
+_y) alone, the full angle over the image's width. cx, cy count from the outer corner. Where w and h are missing they
+come from the image a frame names, or else from the videos (`Calibration.with_sizes`).
 
 blender_cameras.json:
 {"render": {"resolution_x", "resolution_y", "resolution_percentage" = 100, "pixel_aspect_x" = 1, "pixel_aspect_y" = 1},
@@ -51,9 +49,6 @@ def _to_c2w(w2c: np.ndarray) -> list[list[float]]:
     c2w = np.eye(4)
     c2w[:3, :3], c2w[:3, 3] = w2c[:3, :3].T, model.centers_of(w2c)
     return (c2w @ model.OPENGL).tolist()
-
-
-# ---- transforms.json ------------------------------------------------------------------------------------------------
 
 
 def read_transforms(path: Path, content: dict) -> Calibration:
@@ -139,9 +134,6 @@ def write_transforms(path: Path, calibration: Calibration) -> None:
         frame = {"file_path": f"images/cam_{index:03d}.png", **sides, **intrinsics, **lens}
         frames.append({**frame, "transform_matrix": _to_c2w(w2c)})
     write_json(path, {"camera_model": "OPENCV", "frames": frames})
-
-
-# ---- blender_cameras.json -------------------------------------------------------------------------------------------
 
 
 def read_blender_json(path: Path, content: dict) -> Calibration:
