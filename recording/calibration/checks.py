@@ -22,10 +22,10 @@ SLACK_DEG = 10.0  # beyond this a reading that converges is believed over the on
 LEAST_VOLUME = 0.01  # radius of the largest ball all cameras see, over their mean distance from it
 
 
-def _moved(w2c: np.ndarray, rotation: np.ndarray, translation: np.ndarray) -> np.ndarray:
-    w2c = w2c.copy()
-    w2c[:, :3, :3], w2c[:, :3, 3] = rotation, translation
-    return w2c
+def _transposed(w2c: np.ndarray) -> np.ndarray:
+    turned = w2c.copy()
+    turned[:, :3, :3] = w2c[:, :3, :3].mT
+    return turned
 
 
 READINGS = {
@@ -34,10 +34,8 @@ READINGS = {
     "camera-to-world matrices where world-to-camera is meant; invert them": np.linalg.inv,
     "camera-to-world matrices with OpenGL axes where OpenCV's world-to-camera is meant; invert them and turn the "
     "camera's y and z axes, or give them as transforms.json": lambda w2c: OPENGL @ np.linalg.inv(w2c),
-    "rotations that are transposed; transpose R": lambda w2c: _moved(w2c, w2c[:, :3, :3].mT, w2c[:, :3, 3]),
-    "camera centres C where T is meant; T = -R C": lambda w2c: _moved(
-        w2c, w2c[:, :3, :3], -np.einsum("vij,vj->vi", w2c[:, :3, :3], w2c[:, :3, 3])
-    ),
+    "rotations that are transposed; transpose R": _transposed,
+    "camera centres C where T is meant; T = -R C": lambda w2c: np.linalg.inv(_transposed(w2c)),
 }  # fmt: skip
 
 
@@ -179,9 +177,11 @@ def _check_length(calibration: Calibration, what: str, length: float, allowed_mm
     """Takes the unit at its word, where the file or its format states one."""
     low, high = allowed_mm
     length_mm = length * MILLIMETRES[calibration.unit] if calibration.unit else low
-    if not low <= length_mm <= high:
-        factors = [f for f in (1000.0, 0.001, 10.0, 0.1) if low <= length_mm * f <= high][:1]
-        hints = [f"; it would be {length_mm * f:.3g} mm with T times {f:g}" for f in factors]
-        hints += [" (metres and millimetres confused?)" for f in factors if f in (1000.0, 0.001)]
-        got = f"{what} is {length_mm:.3g} mm, taking its {calibration.unit} at its word"
-        raise ValueError(f"{calibration.source}: {got}; {low:.0f} to {high:.0f} mm are expected{''.join(hints)}")
+    if low <= length_mm <= high:
+        return
+    hint, got = "", f"{what} is {length_mm:.3g} mm, taking its {calibration.unit} at its word"
+    for factor in (0.1, 10.0, 0.001, 1000.0):  # of several the last, the likeliest
+        if low <= length_mm * factor <= high:
+            confused = " (metres and millimetres confused?)" if factor in (1000.0, 0.001) else ""
+            hint = f"; it would be {length_mm * factor:.3g} mm with T times {factor:g}{confused}"
+    raise ValueError(f"{calibration.source}: {got}; {low:.0f} to {high:.0f} mm are expected{hint}")

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from multiview.files import damage_explained
 from recording.calibration.model import MOST_BYTES, read_bytes
 
 # Numbers of MATLAB's file format: types of elements, classes of arrays, levels of cells within cells.
@@ -27,22 +28,25 @@ CELL, STRUCT, CHAR, NUMERIC, COMPLEX, DEEPEST = 1, 2, 4, range(6, 16), 0x800, 16
 
 
 class NumpyUnpickler(pickle._Unpickler):
-    """Loads plain containers, numbers, strings and numpy arrays; anything else in the file is refused, not run.
+    """Loads plain containers, numbers, strings and numpy arrays; anything else in the file is refused, not run."""
 
-    What a pickle of arrays calls is answered by stand-ins, made anew for each file, so that no file changes another's.
-    """
+    made_bytes = 0
 
-    def __init__(self, data: bytes) -> None:
-        super().__init__(io.BytesIO(data))
-        self.made_bytes = 0
-        self.answers = {
+    def find_class(self, module: str, name: str):
+        answers = {  # stand-ins for what a pickle of arrays calls, made anew, so that no file changes another's
             ("numpy", "ndarray"): "ndarray",  # only named, as what _reconstruct is to make
             ("numpy", "dtype"): lambda text, *_: _Dtype(text),
             ("_codecs", "encode"): lambda text, encoding: self.encode(text, encoding),  # no method a file could change
             ("numpy.core.multiarray", "_reconstruct"): lambda *_: _Array(),
             ("numpy.core.multiarray", "scalar"): lambda dtype, raw: dtype.array(raw, (1,), False)[0].item(),
-            ("numpy.core.numeric", "_frombuffer"): lambda raw, dtype, *rest: dtype.array(raw, rest[0], rest[1] == "F"),
+            ("numpy.core.numeric", "_frombuffer"): lambda raw, dtype, shape, order: dtype.array(
+                raw, shape, order == "F"
+            ),
         }
+        answer = answers.get((module.replace("numpy._core", "numpy.core"), name))
+        if answer is None:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}; only arrays and plain containers are allowed")
+        return answer
 
     def encode(self, text: str, encoding: str) -> bytes:
         """Protocol 2 keeps bytes as text; one piece of a small file may be asked for again and again."""
@@ -52,12 +56,6 @@ class NumpyUnpickler(pickle._Unpickler):
             raise pickle.UnpicklingError(f"latin1 of at most {MOST_BYTES / 1e6:.0f} MB is expected, got {got}")
         return text.encode("latin1")
 
-    def find_class(self, module: str, name: str):
-        answer = self.answers.get((module.replace("numpy._core", "numpy.core"), name))
-        if answer is None:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}; only arrays and plain containers are allowed")
-        return answer
-
     def load_bytearray8(self) -> None:
         """Takes bytes that are there; Python's own makes room for as many as the file claims."""
         (length,) = struct.unpack("<Q", self.read(8))
@@ -66,21 +64,18 @@ class NumpyUnpickler(pickle._Unpickler):
     dispatch = {**pickle._Unpickler.dispatch, pickle.BYTEARRAY8[0]: load_bytearray8}
 
 
-class _Dtype:
-    """A numpy.dtype of numbers; its state holds the byte order."""
+class _Dtype(str):
+    """A numpy.dtype of numbers, by its text; its state holds the byte order."""
 
     order = "="
-
-    def __init__(self, text: str) -> None:
-        if not re.fullmatch(r"[fiub][1248]", text):
-            raise pickle.UnpicklingError(f"arrays of dtype {text!r:.40} are not allowed; numbers only")
-        self.text = text
 
     def __setstate__(self, state: tuple) -> None:
         self.order = state[1] if state[1] in ("<", ">") else "="
 
     def array(self, raw: bytes, shape: tuple, fortran: bool) -> np.ndarray:
-        return np.frombuffer(raw, self.order + self.text).reshape(shape, order="F" if fortran else "C")
+        if not re.fullmatch(r"[fiub][1248]", self):
+            raise pickle.UnpicklingError(f"arrays of dtype {self!r:.40} are not allowed; numbers only")
+        return np.frombuffer(raw, self.order + self).reshape(shape, order="F" if fortran else "C")
 
 
 class _Array:
@@ -99,13 +94,8 @@ class _Array:
 
 def load_numpy_pickle(path: Path | str):
     """Returns the content of a pickle of plain containers and of what numpy reads as arrays; else a ValueError."""
-    try:
-        return NumpyUnpickler(read_bytes(path)).load()
-    except (
-        pickle.UnpicklingError, EOFError, AttributeError, LookupError, TypeError, ValueError, OverflowError,
-        MemoryError, RecursionError, struct.error,
-    ) as error:  # fmt: skip
-        raise ValueError(f"pickle {path} refused: {' '.join(str(error).split()) or type(error).__name__}") from error
+    with damage_explained(f"pickle {path}"):
+        return NumpyUnpickler(io.BytesIO(read_bytes(path))).load()
 
 
 def load_mat(path: Path | str, name: str) -> object:
@@ -117,7 +107,7 @@ def load_mat(path: Path | str, name: str) -> object:
     if data.startswith((b"MATLAB 7.3", b"\x89HDF")):
         remedy = f"s = load('{Path(path).name}'); save('{Path(path).name}', '-struct', 's', '-v7')"
         raise ValueError(f"{path} is a MATLAB 7.3 file (HDF5), which is not read; save it in MATLAB as 7: {remedy}")
-    try:
+    with damage_explained(f"MATLAB file {path} (of version 5 to 7.2)"):
         if data[124:128] not in (b"\x00\x01IM", b"\x01\x00MI"):
             raise ValueError("its header does not say version 5")
         order = "<" if data[126:128] == b"IM" else ">"
@@ -132,8 +122,6 @@ def load_mat(path: Path | str, name: str) -> object:
                 found, value = _matrix(content, order, 0, name)
                 if found == name:
                     return value
-    except (ValueError, KeyError, TypeError, OverflowError, struct.error, zlib.error) as error:
-        raise ValueError(f"{path}: not a MATLAB file this reader understands (version 5 to 7.2): {error}") from error
     return None
 
 

@@ -1,7 +1,7 @@
 """Calibration files of raw recordings -> one `Calibration`, reader and writer of each format together.
 
 docs/data_format.md has a table of the formats: axes, direction, where pixels count from, unit, lenses. Fields that say
-how a camera sees and are in no reader's list are refused unless they say nothing (`model.Fields`).
+how a camera sees and are in no reader's list are refused unless they say nothing (`model.known_fields`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from multiview.files import read_json, read_text, write_json
+from multiview.files import read_json, read_text, take, write_json
 from recording.calibration import model
 from recording.calibration.checks import validate
 from recording.calibration.colmap import is_colmap, read_colmap, write_colmap
@@ -26,6 +26,7 @@ from recording.calibration.model import Calibration
 from recording.calibration.transforms import read_blender_json, read_transforms, write_blender_json, write_transforms
 
 DEEP_KEY = re.compile(r"(?:[\w\"'-]{1,99}[ \t]*\.[ \t]*){16}")  # tomllib needs minutes for a.a.a.a ... of 50,000 parts
+PINHOLE = ("fx", "fy", "cx", "cy")
 COLMAP_FOLDERS = (".", "colmap", "sparse", "sparse/0", "colmap/sparse", "colmap/sparse/0")
 
 
@@ -42,11 +43,11 @@ def read_mammal_pickle(path: Path) -> Calibration:
     places = [f"camera {index}" for index in range(len(keyed))]
     if set(cameras) != set(places):
         raise ValueError(f"{path}: a dict of cameras must be keyed 0..n-1 without a gap, got keys {list(keyed)[:8]}")
-    for camera in model.each_camera({place: cameras[place] for place in places}, path, ("K", "R", "T")):
-        shape = getattr(camera.values.get("mapx"), "shape", ())
-        size = model.size_of(*shape[::-1], camera.where) if len(shape) == 2 else None
-        w2c = model.rigid(camera.values["R"], camera.values["T"], camera.where)
-        rows.append((camera.array("K", 3, 3), w2c, np.zeros(5), size, ""))
+    for camera, where in model.each_camera({place: cameras[place] for place in places}, path, ("K", "R", "T")):
+        shape = getattr(camera.get("mapx"), "shape", ())
+        size = model.size_of(*shape[::-1], where) if len(shape) == 2 else None
+        K = model.numbers(camera["K"], (3, 3), f"{where}: K")
+        rows.append((K, model.rigid(camera["R"], camera["T"], where), np.zeros(5), size, ""))
     return model.assemble(rows, path, unit="mm", first_pixel=model.PIXEL_CENTRE)
 
 
@@ -65,17 +66,18 @@ def read_dannce_mat(path: Path) -> Calibration:
     if not isinstance(cells, list):
         raise ValueError(f"{path}: the variable 'params' (cell array of K, r, t, RDistort, TDistort) is missing")
     entries = {f"params{{{index}}}": cell for index, cell in enumerate(cells, 1)}
-    cameras, rows = list(model.each_camera(entries, path, ("K", "r", "t", "RDistort", "TDistort"))), []
+    shapes, rows = {"K": (3, 3), "r": (3, 3), "RDistort": (-1,), "TDistort": (2,)}, []
     names = load_mat(path, "camnames")
     names = [""] * len(cells) if names is None or not np.size(names) else names
     named = isinstance(names, list) and all(isinstance(name, str) for name in names) and len(names) == len(cells)
     if not named or (any(names) and len(set(names) - {""}) != len(cells)):
         wanted = f"a cell array of {len(cells)} different names, one per camera of params, in its order, or left out"
         raise ValueError(f"{path}: camnames must be {wanted}, got {reprlib.repr(names)}")
-    for camera, name in zip(cameras, names, strict=True):
-        w2c = model.rigid(camera.array("r", 3, 3).T, camera.values["t"], camera.where)
-        k1, k2, *k3 = camera.array("RDistort", 2 if np.size(camera.values["RDistort"]) == 2 else 3)
-        rows.append((camera.array("K", 3, 3).T, w2c, [k1, k2, *camera.array("TDistort", 2), *k3], None, name))
+    for (camera, where), name in zip(model.each_camera(entries, path, (*shapes, "t")), names, strict=True):
+        K, r, radial, p = (model.numbers(camera[key], shape, f"{where}: {key}") for key, shape in shapes.items())
+        if len(radial) not in (2, 3):
+            raise ValueError(f"{where}: RDistort must be 2 or 3 numbers, got {len(radial)}")
+        rows.append((K.T, model.rigid(r.T, camera["t"], where), [*radial[:2], *p, *radial[2:]], None, name))
     return model.assemble(rows, path, unit="mm", first_pixel=model.PIXEL_CENTRE)
 
 
@@ -122,17 +124,20 @@ def read_anipose_toml(path: Path) -> Calibration:
         content = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # TOMLDecodeError is a ValueError, as is a number of 5000 digits
         raise ValueError(f"{path} is not valid TOML: {str(error) or type(error).__name__}") from None
-    required = ("matrix", "rotation", "translation")
     tables = [key for key, value in content.items() if isinstance(value, dict) and key != "metadata"]
     if not tables:
-        raise ValueError(f"{path} has no cameras; tables [cam_0], [cam_1], ... with {', '.join(required)} are expected")
+        raise ValueError(
+            f"{path} has no cameras; tables [cam_0], [cam_1], ... with matrix, rotation, translation are expected"
+        )
     entries, rows = {f"[{key}]": content[key] for key in sorted(tables, key=model.natural_key)}, []
-    for camera, table in zip(model.each_camera(entries, path, required, ("distortions",)), entries, strict=True):
-        turn = Rotation.from_rotvec(camera.array("rotation", 3)).as_matrix()
-        lens = camera.array("distortions", np.size(camera.values["distortions"])) if "distortions" in camera else []
-        size = model.size_of(*camera.array("size", 2), camera.where) if "size" in camera else None
-        w2c = model.rigid(turn, camera.values["translation"], camera.where)
-        rows.append((camera.array("matrix", 3, 3), w2c, lens, size, camera.text("name", table[1:-1])))
+    shapes = {"matrix": (3, 3), "rotation": (3,), "translation": (3,), "distortions": (-1,), "size": (2,)}
+    cameras = model.each_camera(entries, path, ("matrix", "rotation", "translation"), ("distortions",))
+    for (camera, where), table in zip(cameras, entries, strict=True):
+        fields = {key: model.numbers(camera[key], shapes[key], f"{where}: {key}") for key in shapes if key in camera}
+        size = model.size_of(*fields["size"], where) if "size" in fields else None
+        w2c = model.rigid(Rotation.from_rotvec(fields["rotation"]).as_matrix(), fields["translation"], where)
+        name = take(camera, "name", str, where, default=table[1:-1])
+        rows.append((fields["matrix"], w2c, fields.get("distortions", []), size, name))
     return model.assemble(rows, path, first_pixel=model.PIXEL_CENTRE)
 
 
@@ -154,12 +159,12 @@ def read_opencv_json(path: Path, content: dict) -> Calibration:
     """Reads the project's own {"frames": [{"w", "h", "fx", "fy", "cx", "cy", "w2c", "file_path"?}], "unit"?}."""
     rows = []
     entries = {f"frame {index}": frame for index, frame in enumerate(content["frames"])}
-    for index, frame in enumerate(model.each_camera(entries, path, ("w", "h", "fx", "fy", "cx", "cy", "w2c"))):
-        K = model.pinhole(*map(frame.number, ("fx", "fy", "cx", "cy")))
-        size = model.size_of(frame.number("w"), frame.number("h"), frame.where)
-        w2c = model.posed(frame.values["w2c"], f"{frame.where}: w2c")
-        rows.append((K, w2c, np.zeros(5), size, frame.text("file_path", str(index))))
-    return model.assemble(rows, path, unit=model.Fields(content, str(path)).text("unit"))
+    for index, (frame, where) in enumerate(model.each_camera(entries, path, ("w", "h", *PINHOLE, "w2c"))):
+        width, height, *K = (take(frame, key, float, where) for key in ("w", "h", *PINHOLE))
+        name = take(frame, "file_path", str, where, default=str(index))
+        w2c = model.posed(frame["w2c"], f"{where}: w2c")
+        rows.append((model.pinhole(*K), w2c, np.zeros(5), model.size_of(width, height, where), name))
+    return model.assemble(rows, path, unit=model.unit_of(content, path))
 
 
 def write_opencv_json(path: Path, calibration: Calibration) -> None:

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from multiview.files import take
+
 PIXEL_CENTRE = 0.5  # pixel-index coordinates (first pixel's center is 0) -> outer-corner coordinates
 ROTATION_TOLERANCE = 1e-3  # files rounded to four digits pass; what passes is made exactly orthonormal
 LARGEST = 1e12  # no length, focal length or coefficient comes near it
@@ -37,59 +39,45 @@ UP_ROTATIONS = {  # rotation that turns the named axis of the calibration's worl
 }  # fmt: skip
 
 
-class Fields:
-    """One object of a calibration file, read field by field; every error names file, place and field.
+def known_fields(values: object, where: str, required=(), optional=()) -> dict:
+    """Returns one object of a calibration file, whose fields `take` and `numbers` then read.
 
     A field that says how the camera sees, is neither required nor optional and not at its default, is refused.
     """
-
-    def __init__(self, values: object, where: str, required=(), optional=()) -> None:
-        if not isinstance(values, dict):
-            raise ValueError(f"{where} must be an object of named fields, got {reprlib.repr(values)}")
-        self.values, self.where = values, where
-        missing = [key for key in required if key not in values]
-        if missing:
-            raise ValueError(f"{where} lacks {', '.join(missing)}")
-        for key in set(map(str, values)) - {*required, *optional}:
-            value, model = values.get(key), MODEL_FIELD.fullmatch(key)
-            if not (model or LENS_FIELD.fullmatch(key)):
-                continue
-            try:
-                told = value.upper() not in DEFAULTS if isinstance(value, str) else np.any(np.asarray(value))
-            except ValueError:  # rows of different lengths
-                told = True
-            if told:
-                why = f"expected one of {', '.join(PINHOLES)}" if model else "it says how the camera sees"
-                got = f"{key} = {reprlib.repr(value)} cannot be used here ({why})"
-                raise ValueError(f"{where}: {got}; undistort the images and write the pinhole camera they then have")
-
-    def __contains__(self, key: str) -> bool:
-        return key in self.values
-
-    def number(self, key: str, default: float | None = None) -> float:
-        """Returns one finite number; with a default the field may be missing, but not of another type."""
-        return float(numbers(self.values.get(key, default), (), f"{self.where}: {key}"))
-
-    def array(self, key: str, *shape: int) -> np.ndarray:
-        return numbers(self.values.get(key), shape, f"{self.where}: {key}")
-
-    def text(self, key: str, default: str | None = None) -> str | None:
-        """Returns a string; the default where the field is missing or null."""
-        value = self.values.get(key)
-        if value is not None and not isinstance(value, str):
-            raise ValueError(f"{self.where}: {key} must be text, got {reprlib.repr(value)}")
-        return default if value is None else value
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} must be an object of named fields, got {reprlib.repr(values)}")
+    missing = [key for key in required if key not in values]
+    if missing:
+        raise ValueError(f"{where} lacks {', '.join(missing)}")
+    for key in set(map(str, values)) - {*required, *optional}:
+        value, model = values.get(key), MODEL_FIELD.fullmatch(key)
+        if not (model or LENS_FIELD.fullmatch(key)):
+            continue
+        try:
+            told = value.upper() not in DEFAULTS if isinstance(value, str) else np.any(np.asarray(value))
+        except ValueError:  # rows of different lengths
+            told = True
+        if told:
+            why = f"expected one of {', '.join(PINHOLES)}" if model else "it says how the camera sees"
+            got = f"{key} = {reprlib.repr(value)} cannot be used here ({why})"
+            raise ValueError(f"{where}: {got}; undistort the images and write the pinhole camera they then have")
+    return values
 
 
-def each_camera(entries: dict[str, object], source: object, required=(), optional=()) -> Iterator[Fields]:
-    """Yields the fields of every camera. entries: {its place in the file: its object}."""
+def each_camera(entries: dict[str, object], source: object, required=(), optional=()) -> Iterator[tuple[dict, str]]:
+    """Yields every camera's fields and where they stand. entries: {its place in the file: its object}."""
     check_count(len(entries), source)
     for place, values in entries.items():
-        yield Fields(values, f"{source}: {place}", required, optional)
+        yield known_fields(values, where := f"{source}: {place}", required, optional), where
+
+
+def unit_of(content: dict, path: Path) -> str | None:
+    """Returns the unit that a JSON file states beside its cameras, whose other fields are held against LENS_FIELD."""
+    return take(known_fields(content, str(path)), "unit", str, str(path), default=None)
 
 
 def numbers(values: object, shape: tuple[int, ...], what: str) -> np.ndarray:
-    """Returns `values` as finite float64 of this shape; a vector may also stand as a row or a column."""
+    """Returns `values` as finite float64 of this shape ((-1,): any length); a vector may stand as a row or column."""
     try:
         array = np.array(values)
         array = array.astype(np.float64) if array.dtype.kind in "iuf" else None  # null, text and bool are no numbers
@@ -97,8 +85,8 @@ def numbers(values: object, shape: tuple[int, ...], what: str) -> np.ndarray:
         array = None
     if array is not None and len(shape) == 1 and array.ndim <= 2 and max(array.shape, default=1) == array.size:
         array = array.ravel()
-    if array is None or array.shape != shape:
-        wanted = f"{' x '.join(map(str, shape))} numbers" if shape else "a number"
+    if array is None or (array.shape != shape and (shape != (-1,) or array.ndim != 1)):
+        wanted = f"{' x '.join(map(str, shape))} numbers".replace("-1 ", "") if shape else "a number"
         got = reprlib.repr(values) if array is None else f"shape {array.shape}"
         raise ValueError(f"{what} must be {wanted}, got {got}")
     if not (np.abs(array) < LARGEST).all():

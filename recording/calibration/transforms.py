@@ -20,11 +20,12 @@ import json
 import math
 import os
 import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from multiview.files import write_json
+from multiview.files import damage_explained, take, write_json
 from recording.calibration import model
 from recording.calibration.model import Calibration
 
@@ -62,12 +63,13 @@ def read_transforms(path: Path, content: dict) -> Calibration:
             if text in seen:  # of a camera that did not move there may be 100,000 frames
                 continue
             seen.add(text)
-        frame = model.Fields(values, f"{path}: frame {index}", ("transform_matrix",), LENS)
-        K, size = _intrinsics(frame, path)
-        lens = [frame.number(key, 0.0) for key in LENS]
-        w2c = _from_c2w(values["transform_matrix"], f"{frame.where}: transform_matrix")
+        where = f"{path}: frame {index}"
+        frame = model.known_fields(values, where, ("transform_matrix",), LENS)
+        K, size = _intrinsics(frame, where, path)
+        lens = [take(frame, key, float, where, default=0.0) for key in LENS]
+        w2c = _from_c2w(frame["transform_matrix"], f"{where}: transform_matrix")
         key = np.concatenate([K.ravel(), w2c.ravel(), lens]).round(9).tobytes()
-        cameras.setdefault(key, (K, w2c, lens, size, frame.text("file_path", "")))
+        cameras.setdefault(key, (K, w2c, lens, size, take(frame, "file_path", str, where, default="")))
         model.check_count(len(cameras), f"{path}: of static cameras")
     rows = list(cameras.values())
     # Where only angles are said, K is in fractions of the width.
@@ -84,46 +86,41 @@ def read_transforms(path: Path, content: dict) -> Calibration:
     return model.assemble(rows, path, relative=fractions.pop())
 
 
-def _intrinsics(frame: model.Fields, path: Path) -> tuple[np.ndarray, tuple[int, int] | None]:
+def _intrinsics(frame: dict, where: str, path: Path) -> tuple[np.ndarray, tuple[int, int] | None]:
     """Returns K [3, 3] in pixels and the image size; K in fractions where only an angle is known and no size."""
-    size = None
+    size, number = None, partial(take, frame, kind=float, where=where)
     if "w" in frame or "h" in frame:
-        size = model.size_of(frame.number("w"), frame.number("h"), frame.where)
+        size = model.size_of(number("w"), number("h"), where)
     else:
-        name = frame.text("file_path", "")
+        name = take(frame, "file_path", str, where, default="")
         for candidate in (path.parent / name, path.parent / f"{name}.png"):  # Blender's exporters leave .png out
             if size is None and candidate.suffix.lower() in (".png", ".jpg", ".jpeg") and os.path.isfile(candidate):
                 from PIL import Image
 
-                try:
+                with damage_explained(f"{where}: give w and h in {path.name}; the image {candidate}"):
                     with Image.open(candidate) as image:
                         size = image.size
-                except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-                    what = f"the size of {candidate} cannot be read ({error})"
-                    raise ValueError(f"{frame.where}: {what}; give w and h in {path.name}") from error
-    sides, focal = size or (1, 1), [None, None]
-    for axis, key in enumerate(("camera_angle_x", "camera_angle_y")):
-        radians = frame.number(key, 1.0)
+    (width, height), focal = size or (1, 1), [None, None]
+    for axis, (key, side) in enumerate((("camera_angle_x", width), ("camera_angle_y", height))):
+        radians = number(key, default=1.0)
         if not 0.0 < radians < math.pi:
-            raise ValueError(f"{frame.where}: {key} must be radians between 0 and pi, got {radians:.4g}")
-        focal[axis] = 0.5 * sides[axis] / math.tan(0.5 * radians) if key in frame else None
-    from_angle, centered = focal[0], not ("cx" in frame or "cy" in frame)
+            raise ValueError(f"{where}: {key} must be radians between 0 and pi, got {radians:.4g}")
+        focal[axis] = 0.5 * side / math.tan(0.5 * radians) if key in frame else None
+    fx, fy = focal
     if "fl_x" in frame:
-        fx = frame.number("fl_x")
-        focal = [fx, frame.number("fl_y", fx)]
+        fx = number("fl_x")
+        fy = number("fl_y", default=fx)
         if size is None and not ("cx" in frame and "cy" in frame):
-            raise ValueError(f"{frame.where} needs the picture size w, h, or cx, cy (per frame or for the file)")
-        if size is not None and from_angle is not None and not 0.98 < from_angle / fx < 1.02:
-            what = (
-                f"fl_x {fx:.5g} and camera_angle_x contradict each other ({from_angle:.5g} px at a width of {sides[0]})"
-            )
-            raise ValueError(f"{frame.where}: {what}; take out the one that is wrong")
-    elif from_angle is None:
-        raise ValueError(f"{frame.where} needs fl_x or camera_angle_x (per frame or for the file)")
-    elif size is None and not (centered and focal[1] is None):
-        raise ValueError(f"{frame.where} needs the picture size w, h beside cx, cy or camera_angle_y")
-    principal = (frame.number(key, side / 2) for key, side in zip(("cx", "cy"), sides))
-    return model.pinhole(focal[0], focal[0] if focal[1] is None else focal[1], *principal), size
+            raise ValueError(f"{where} needs the picture size w, h, or cx, cy (per frame or for the file)")
+        if size is not None and focal[0] is not None and not 0.98 < focal[0] / fx < 1.02:
+            what = f"fl_x {fx:.5g} and camera_angle_x contradict each other ({focal[0]:.5g} px at a width of {width})"
+            raise ValueError(f"{where}: {what}; take out the one that is wrong")
+    elif fx is None:
+        raise ValueError(f"{where} needs fl_x or camera_angle_x (per frame or for the file)")
+    elif size is None and ("cx" in frame or "cy" in frame or fy is not None):
+        raise ValueError(f"{where} needs the picture size w, h beside cx, cy or camera_angle_y")
+    center = number("cx", default=width / 2), number("cy", default=height / 2)
+    return model.pinhole(fx, fx if fy is None else fy, *center), size
 
 
 def write_transforms(path: Path, calibration: Calibration) -> None:
@@ -138,40 +135,37 @@ def write_transforms(path: Path, calibration: Calibration) -> None:
 
 def read_blender_json(path: Path, content: dict) -> Calibration:
     """The side of the image that `sensor_fit` names spans the sensor; shifts are fractions of that side."""
-    render = model.Fields(content.get("render", {}), f"{path}: render", (), DEFAULTS).values
+    render = model.known_fields(content.get("render", {}), f"{path}: render", (), DEFAULTS)
     entries = {
         f"camera {index}": {**DEFAULTS, **render, **camera} if isinstance(camera, dict) else camera
         for index, camera in enumerate(content["cameras"])
     }
     rows, required = [], ("matrix_world", "lens", "resolution_x", "resolution_y")
-    for index, camera in enumerate(model.each_camera(entries, path, required, DEFAULTS)):
-        kind, fit = camera.text("type"), camera.text("sensor_fit")
-        if kind != "PERSP":
-            raise ValueError(f"{camera.where}: only perspective cameras (type PERSP) are supported, got {kind!r}")
-        if fit not in ("AUTO", "HORIZONTAL", "VERTICAL"):
-            raise ValueError(f"{camera.where}: sensor_fit must be AUTO, HORIZONTAL or VERTICAL, got {fit!r}")
-        percent = camera.number("resolution_percentage") / 100
-        sides = (float(int(camera.number(f"resolution_{side}") * percent)) for side in "xy")
-        width, height = size = model.size_of(*sides, camera.where)
-        world = camera.array("matrix_world", 4, 4)
+    for index, (camera, where) in enumerate(model.each_camera(entries, path, required, DEFAULTS)):
+        number = partial(take, camera, kind=float, where=where)
+        for key, allowed in (("type", ("PERSP",)), ("sensor_fit", ("AUTO", "HORIZONTAL", "VERTICAL"))):
+            if camera[key] not in allowed:
+                raise ValueError(f"{where}: {key} must be {' or '.join(allowed)}, got {camera[key]!r:.40}")
+        sides = (float(int(number(f"resolution_{side}") * number("resolution_percentage") / 100)) for side in "xy")
+        (width, height), fit = model.size_of(*sides, where), camera["sensor_fit"]
+        world = model.numbers(camera["matrix_world"], (4, 4), f"{where}: matrix_world")
         scale = np.linalg.norm(world[:3, :3], axis=0)
         if (scale < 1e-12).any():
-            raise ValueError(f"{camera.where}: matrix_world has an axis of length 0")
+            raise ValueError(f"{where}: matrix_world has an axis of length 0")
         world[:3, :3] /= scale
         # AUTO fits the longer side of the image, and measures it with sensor_width whichever it is.
         side = "sensor_height" if fit == "VERTICAL" else "sensor_width"
-        positive = {key: camera.number(key) for key in ("pixel_aspect_x", "pixel_aspect_y", "lens", side)}
+        positive = {key: number(key) for key in ("pixel_aspect_x", "pixel_aspect_y", "lens", side)}
         if min(positive.values()) <= 0:
-            raise ValueError(f"{camera.where}: {', '.join(positive)} must be positive, got {list(positive.values())}")
+            raise ValueError(f"{where}: {', '.join(positive)} must be positive, got {list(positive.values())}")
         aspect = positive["pixel_aspect_y"] / positive["pixel_aspect_x"]  # of a pixel, height over width
         horizontal = fit == "HORIZONTAL" or (fit == "AUTO" and width >= height * aspect)
         span = width if horizontal else height * aspect  # the fitted side, in units of a pixel's width
         fx = positive["lens"] / positive[side] * span
-        cx = width / 2 - camera.number("shift_x") * span
-        K = model.pinhole(fx, fx / aspect, cx, height / 2 + camera.number("shift_y") * span / aspect)
-        w2c = _from_c2w(world, f"{camera.where}: matrix_world")
-        rows.append((K, w2c, np.zeros(5), size, camera.text("name", str(index))))
-    return model.assemble(rows, path, unit=model.Fields(content, str(path)).text("unit"))
+        center = width / 2 - number("shift_x") * span, height / 2 + number("shift_y") * span / aspect
+        w2c, name = _from_c2w(world, f"{where}: matrix_world"), take(camera, "name", str, where, default=str(index))
+        rows.append((model.pinhole(fx, fx / aspect, *center), w2c, np.zeros(5), (width, height), name))
+    return model.assemble(rows, path, unit=model.unit_of(content, path))
 
 
 def write_blender_json(path: Path, calibration: Calibration) -> None:

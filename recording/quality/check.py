@@ -17,8 +17,9 @@ from recording.calibration.model import (
     MOST_BYTES,
     UP_ROTATIONS,
     Calibration,
-    Fields,
     distort,
+    known_fields,
+    numbers,
     read_bytes,
     valid_radius,
 )
@@ -127,7 +128,7 @@ def read_points(path: Path | str, num_cameras: int) -> tuple[np.ndarray, np.ndar
         content = content if isinstance(content, dict) else {"points_3d": content}
         frames = content.get("frames")
         if isinstance(frames, list) and frames:
-            content = {"points_3d": [Fields(f, f"{what}: a frame", ("keypoints",)).values["keypoints"] for f in frames]}
+            content = {"points_3d": [known_fields(f, f"{what}: a frame", ("keypoints",))["keypoints"] for f in frames]}
     elif path.suffix in (".npy", ".npz"):
         read_bytes(path)  # refuses what is too large
         try:
@@ -153,7 +154,7 @@ def read_points(path: Path | str, num_cameras: int) -> tuple[np.ndarray, np.ndar
         expected, got = [num_cameras, *xyz.shape[:-1], 2], list(pixels.shape)
         if got != expected:
             raise ValueError(f"{what}: points_2d must be {expected} (cameras, then as points_3d), got {got}")
-        center = Fields({"pixel_centre": content.get("pixel_centre", 0.5)}, what).number("pixel_centre")
+        center = float(numbers(content.get("pixel_centre", 0.5), (), f"{what}: pixel_centre"))
         pixels = (pixels + (0.5 - center)).reshape(num_cameras, -1, 2)
     return xyz.reshape(-1, 3), pixels
 
