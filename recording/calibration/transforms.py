@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from multiview.files import damage_explained, take, write_json
+from multiview.image import check_picture
 from recording.calibration import model
 from recording.calibration.model import Calibration
 
@@ -66,7 +67,7 @@ def read_transforms(path: Path, content: dict) -> Calibration:
         where = f"{path}: frame {index}"
         frame = model.known_fields(values, where, ("transform_matrix",), LENS)
         K, size = _intrinsics(frame, where, path)
-        lens = [take(frame, key, float, where, default=0.0) for key in LENS]
+        lens = [take(frame, key, float, where) if key in frame else 0.0 for key in LENS]
         w2c = _from_c2w(frame["transform_matrix"], f"{where}: transform_matrix")
         key = np.concatenate([K.ravel(), w2c.ravel(), lens]).round(9).tobytes()
         cameras.setdefault(key, (K, w2c, lens, size, take(frame, "file_path", str, where, default="")))
@@ -88,28 +89,28 @@ def read_transforms(path: Path, content: dict) -> Calibration:
 
 def _intrinsics(frame: dict, where: str, path: Path) -> tuple[np.ndarray, tuple[int, int] | None]:
     """Returns K [3, 3] in pixels and the image size; K in fractions where only an angle is known and no size."""
-    size, number = None, partial(take, frame, kind=float, where=where)
+
+    def number(key: str, default: float | None = None) -> float:
+        return take(frame, key, float, where) if key in frame or default is None else default
+
+    size, focal = None, [None, None]
     if "w" in frame or "h" in frame:
         size = model.size_of(number("w"), number("h"), where)
     else:
         name = take(frame, "file_path", str, where, default="")
         for candidate in (path.parent / name, path.parent / f"{name}.png"):  # Blender's exporters leave .png out
             if size is None and candidate.suffix.lower() in (".png", ".jpg", ".jpeg") and os.path.isfile(candidate):
-                from PIL import Image
-
                 with damage_explained(f"{where}: give w and h in {path.name}; the image {candidate}"):
-                    with Image.open(candidate) as image:
-                        size = image.size
-    (width, height), focal = size or (1, 1), [None, None]
+                    size = check_picture(candidate)
+    width, height = size or (1, 1)
     for axis, (key, side) in enumerate((("camera_angle_x", width), ("camera_angle_y", height))):
-        radians = number(key, default=1.0)
-        if not 0.0 < radians < math.pi:
-            raise ValueError(f"{where}: {key} must be radians between 0 and pi, got {radians:.4g}")
-        focal[axis] = 0.5 * side / math.tan(0.5 * radians) if key in frame else None
+        if not 0.0 < number(key, 1.0) < math.pi:
+            raise ValueError(f"{where}: {key} must be radians between 0 and pi, got {number(key):.4g}")
+        focal[axis] = 0.5 * side / math.tan(0.5 * number(key)) if key in frame else None
     fx, fy = focal
     if "fl_x" in frame:
         fx = number("fl_x")
-        fy = number("fl_y", default=fx)
+        fy = number("fl_y", fx)
         if size is None and not ("cx" in frame and "cy" in frame):
             raise ValueError(f"{where} needs the picture size w, h, or cx, cy (per frame or for the file)")
         if size is not None and focal[0] is not None and not 0.98 < focal[0] / fx < 1.02:
@@ -119,7 +120,7 @@ def _intrinsics(frame: dict, where: str, path: Path) -> tuple[np.ndarray, tuple[
         raise ValueError(f"{where} needs fl_x or camera_angle_x (per frame or for the file)")
     elif size is None and ("cx" in frame or "cy" in frame or fy is not None):
         raise ValueError(f"{where} needs the picture size w, h beside cx, cy or camera_angle_y")
-    center = number("cx", default=width / 2), number("cy", default=height / 2)
+    center = number("cx", width / 2), number("cy", height / 2)
     return model.pinhole(fx, fx if fy is None else fy, *center), size
 
 
