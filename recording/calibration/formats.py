@@ -43,11 +43,11 @@ def read_mammal_pickle(path: Path) -> Calibration:
     places = [f"camera {index}" for index in range(len(keyed))]
     if set(cameras) != set(places):
         raise ValueError(f"{path}: a dict of cameras must be keyed 0..n-1 without a gap, got keys {list(keyed)[:8]}")
-    for camera, where in model.each_camera({place: cameras[place] for place in places}, path, ("K", "R", "T")):
+    entries, shapes = {place: cameras[place] for place in places}, {"K": (3, 3), "R": (3, 3), "T": (3,)}
+    for camera, where in model.each_camera(entries, path, shapes):
         shape = getattr(camera.get("mapx"), "shape", ())
         size = model.size_of(*shape[::-1], where) if len(shape) == 2 else None
-        K = model.numbers(camera["K"], (3, 3), f"{where}: K")
-        rows.append((K, model.rigid(camera["R"], camera["T"], where), np.zeros(5), size, ""))
+        rows.append((camera["K"], model.rigid(camera["R"], camera["T"], where), np.zeros(5), size, ""))
     return model.assemble(rows, path, unit="mm", first_pixel=model.PIXEL_CENTRE)
 
 
@@ -66,18 +66,18 @@ def read_dannce_mat(path: Path) -> Calibration:
     if not isinstance(cells, list):
         raise ValueError(f"{path}: the variable 'params' (cell array of K, r, t, RDistort, TDistort) is missing")
     entries = {f"params{{{index}}}": cell for index, cell in enumerate(cells, 1)}
-    shapes, rows = {"K": (3, 3), "r": (3, 3), "RDistort": (-1,), "TDistort": (2,)}, []
+    shapes, rows = {"K": (3, 3), "r": (3, 3), "t": (3,), "RDistort": (-1,), "TDistort": (2,)}, []
     names = load_mat(path, "camnames")
     names = [""] * len(cells) if names is None or not np.size(names) else names
     named = isinstance(names, list) and all(isinstance(name, str) for name in names) and len(names) == len(cells)
     if not named or (any(names) and len(set(names) - {""}) != len(cells)):
         wanted = f"a cell array of {len(cells)} different names, one per camera of params, in its order, or left out"
         raise ValueError(f"{path}: camnames must be {wanted}, got {reprlib.repr(names)}")
-    for (camera, where), name in zip(model.each_camera(entries, path, (*shapes, "t")), names, strict=True):
-        K, r, radial, p = (model.numbers(camera[key], shape, f"{where}: {key}") for key, shape in shapes.items())
+    for (camera, where), name in zip(model.each_camera(entries, path, shapes), names, strict=True):
+        K, r, t, radial, p = (camera[key] for key in shapes)
         if len(radial) not in (2, 3):
             raise ValueError(f"{where}: RDistort must be 2 or 3 numbers, got {len(radial)}")
-        rows.append((K.T, model.rigid(r.T, camera["t"], where), [*radial[:2], *p, *radial[2:]], None, name))
+        rows.append((K.T, model.rigid(r.T, t, where), [*radial[:2], *p, *radial[2:]], None, name))
     return model.assemble(rows, path, unit="mm", first_pixel=model.PIXEL_CENTRE)
 
 
@@ -130,14 +130,12 @@ def read_anipose_toml(path: Path) -> Calibration:
             f"{path} has no cameras; tables [cam_0], [cam_1], ... with matrix, rotation, translation are expected"
         )
     entries, rows = {f"[{key}]": content[key] for key in sorted(tables, key=model.natural_key)}, []
-    shapes = {"matrix": (3, 3), "rotation": (3,), "translation": (3,), "distortions": (-1,), "size": (2,)}
-    cameras = model.each_camera(entries, path, ("matrix", "rotation", "translation"), ("distortions",))
-    for (camera, where), table in zip(cameras, entries, strict=True):
-        fields = {key: model.numbers(camera[key], shapes[key], f"{where}: {key}") for key in shapes if key in camera}
-        size = model.size_of(*fields["size"], where) if "size" in fields else None
-        w2c = model.rigid(Rotation.from_rotvec(fields["rotation"]).as_matrix(), fields["translation"], where)
+    required, optional = {"matrix": (3, 3), "rotation": (3,), "translation": (3,)}, {"distortions": (-1,), "size": (2,)}
+    for (camera, where), table in zip(model.each_camera(entries, path, required, optional), entries, strict=True):
+        size = model.size_of(*camera["size"], where) if "size" in camera else None
+        w2c = model.rigid(Rotation.from_rotvec(camera["rotation"]).as_matrix(), camera["translation"], where)
         name = take(camera, "name", str, where, default=table[1:-1])
-        rows.append((fields["matrix"], w2c, fields.get("distortions", []), size, name))
+        rows.append((camera["matrix"], w2c, camera.get("distortions", []), size, name))
     return model.assemble(rows, path, first_pixel=model.PIXEL_CENTRE)
 
 
@@ -159,11 +157,11 @@ def read_opencv_json(path: Path, content: dict) -> Calibration:
     """Reads the project's own {"frames": [{"w", "h", "fx", "fy", "cx", "cy", "w2c", "file_path"?}], "unit"?}."""
     rows = []
     entries = {f"frame {index}": frame for index, frame in enumerate(content["frames"])}
-    for index, (frame, where) in enumerate(model.each_camera(entries, path, ("w", "h", *PINHOLE, "w2c"))):
-        width, height, *K = (take(frame, key, float, where) for key in ("w", "h", *PINHOLE))
+    shapes = {**dict.fromkeys(("w", "h", *PINHOLE), ()), "w2c": (4, 4)}
+    for index, (frame, where) in enumerate(model.each_camera(entries, path, shapes)):
+        K, size = model.pinhole(*map(frame.get, PINHOLE)), model.size_of(frame["w"], frame["h"], where)
         name = take(frame, "file_path", str, where, default=str(index))
-        w2c = model.posed(frame["w2c"], f"{where}: w2c")
-        rows.append((model.pinhole(*K), w2c, np.zeros(5), model.size_of(width, height, where), name))
+        rows.append((K, model.posed(frame["w2c"], f"{where}: w2c"), np.zeros(5), size, name))
     return model.assemble(rows, path, unit=model.unit_of(content, path))
 
 

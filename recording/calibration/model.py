@@ -64,11 +64,17 @@ def known_fields(values: object, where: str, required=(), optional=()) -> dict:
     return values
 
 
-def each_camera(entries: dict[str, object], source: object, required=(), optional=()) -> Iterator[tuple[dict, str]]:
-    """Yields every camera's fields and where they stand. entries: {its place in the file: its object}."""
+def each_camera(entries: dict, source: object, required: dict, optional: dict | None = None) -> Iterator[tuple]:
+    """Yields every camera's fields and where they stand. entries: {its place in the file: its object}.
+
+    required, optional: {field: shape} of its numbers, which are given out as arrays.
+    """
     check_count(len(entries), source)
+    shapes = {**required, **(optional or {})}
     for place, values in entries.items():
-        yield known_fields(values, where := f"{source}: {place}", required, optional), where
+        fields, where = known_fields(values, f"{source}: {place}", required, shapes), f"{source}: {place}"
+        read = {key: numbers(fields[key], shapes[key], f"{where}: {key}") for key in shapes if key in fields}
+        yield {**fields, **read}, where
 
 
 def unit_of(content: dict, path: Path) -> str | None:

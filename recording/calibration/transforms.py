@@ -20,7 +20,6 @@ import json
 import math
 import os
 import re
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -141,29 +140,29 @@ def read_blender_json(path: Path, content: dict) -> Calibration:
         f"camera {index}": {**DEFAULTS, **render, **camera} if isinstance(camera, dict) else camera
         for index, camera in enumerate(content["cameras"])
     }
-    rows, required = [], ("matrix_world", "lens", "resolution_x", "resolution_y")
-    for index, (camera, where) in enumerate(model.each_camera(entries, path, required, DEFAULTS)):
-        number = partial(take, camera, kind=float, where=where)
+    rows, required = [], {"matrix_world": (4, 4), "lens": (), "resolution_x": (), "resolution_y": ()}
+    optional = {key: () for key, value in DEFAULTS.items() if not isinstance(value, str)}
+    for index, (camera, where) in enumerate(model.each_camera(entries, path, required, optional)):
         for key, allowed in (("type", ("PERSP",)), ("sensor_fit", ("AUTO", "HORIZONTAL", "VERTICAL"))):
             if camera[key] not in allowed:
                 raise ValueError(f"{where}: {key} must be {' or '.join(allowed)}, got {camera[key]!r:.40}")
-        sides = (float(int(number(f"resolution_{side}") * number("resolution_percentage") / 100)) for side in "xy")
+        sides = (float(int(camera[f"resolution_{side}"] * camera["resolution_percentage"] / 100)) for side in "xy")
         (width, height), fit = model.size_of(*sides, where), camera["sensor_fit"]
-        world = model.numbers(camera["matrix_world"], (4, 4), f"{where}: matrix_world")
+        world = camera["matrix_world"]
         scale = np.linalg.norm(world[:3, :3], axis=0)
         if (scale < 1e-12).any():
             raise ValueError(f"{where}: matrix_world has an axis of length 0")
         world[:3, :3] /= scale
         # AUTO fits the longer side of the image, and measures it with sensor_width whichever it is.
         side = "sensor_height" if fit == "VERTICAL" else "sensor_width"
-        positive = {key: number(key) for key in ("pixel_aspect_x", "pixel_aspect_y", "lens", side)}
+        positive = {key: float(camera[key]) for key in ("pixel_aspect_x", "pixel_aspect_y", "lens", side)}
         if min(positive.values()) <= 0:
             raise ValueError(f"{where}: {', '.join(positive)} must be positive, got {list(positive.values())}")
         aspect = positive["pixel_aspect_y"] / positive["pixel_aspect_x"]  # of a pixel, height over width
         horizontal = fit == "HORIZONTAL" or (fit == "AUTO" and width >= height * aspect)
         span = width if horizontal else height * aspect  # the fitted side, in units of a pixel's width
         fx = positive["lens"] / positive[side] * span
-        center = width / 2 - number("shift_x") * span, height / 2 + number("shift_y") * span / aspect
+        center = width / 2 - camera["shift_x"] * span, height / 2 + camera["shift_y"] * span / aspect
         w2c, name = _from_c2w(world, f"{where}: matrix_world"), take(camera, "name", str, where, default=str(index))
         rows.append((model.pinhole(fx, fx / aspect, *center), w2c, np.zeros(5), (width, height), name))
     return model.assemble(rows, path, unit=model.unit_of(content, path))
