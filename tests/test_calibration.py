@@ -173,68 +173,68 @@ def test_frames_of_one_static_camera_are_one_camera_in_the_order_of_their_number
     assert read_calibration(path).close_to(real)
 
 
-def colmap_text(folder, calibration, cameras, *, order=range(6), camera_of=lambda k: k + 1):
-    """images.txt as COLMAP writes it: comments, any order, a line of points after each image, sometimes empty."""
-    from scipy.spatial.transform import Rotation
+COLMAP_IMAGES = """# Image list with two lines of data per image, the second sometimes empty:
+9 0.7071067811865476 0.7071067811865476 0 0 1 2 3 3 cam10.png
+12.5 3.25 -1 700.0 20.5 33
+7 1 0 0 0 4 5 6 3 cam8.png
 
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = ["# Image list with two lines of data per image:", "# Number of images: 6"]
-    for k in order:
-        x, y, z, w = Rotation.from_matrix(calibration.w2c[k, :3, :3]).as_quat()
-        pose = " ".join(map(repr, map(float, (w, x, y, z, *calibration.w2c[k, :3, 3]))))
-        lines += [f"{k + 7} {pose} {camera_of(k)} cam{k + 8}.png", "" if k % 2 else "12.5 3.25 -1 700.0 20.5 33"]
-    (folder / "images.txt").write_text("\n".join(lines) + "\n")
-    (folder / "cameras.txt").write_text("# Camera list\n" + "\n".join(cameras) + "\n")
-    return folder
+"""  # a quarter turn about x, and none
 
 
 @pytest.mark.parametrize(
-    "model, values, places",
+    ("model", "values", "pinhole"),
     [
-        ("SIMPLE_PINHOLE", [1600, 570, 500], "f cx cy"),
-        ("PINHOLE", [1600, 1610, 570, 500], "f fy cx cy"),
-        ("SIMPLE_RADIAL", [1600, 570, 500, -0.1], "f cx cy"),
-        ("RADIAL", [1600, 570, 500, -0.1, 0.2], "f cx cy"),
-        ("OPENCV", [1600, 1610, 570, 500, -0.1, 0.2, 1e-3, 2e-3], "f fy cx cy"),
-        ("FULL_OPENCV", [1600, 1610, 570, 500, *RATIONAL.tolist()], "f fy cx cy"),
+        ("SIMPLE_PINHOLE", [1600, 570, 500], 3), ("PINHOLE", [1600, 1610, 570, 500], 4),
+        ("SIMPLE_RADIAL", [1600, 570, 500, -0.1], 3), ("RADIAL", [1600, 570, 500, -0.1, 0.2], 3),
+        ("OPENCV", [1600, 1610, 570, 500, -0.1, 0.2, 1e-3, 2e-3], 4),
+        ("FULL_OPENCV", [1600, 1610, 570, 500, *RATIONAL.tolist()], 4),
     ],
-)
-def test_colmap_models_and_order(tmp_path, real, model, values, places):
-    one = f"3 {model} 1152 1024 {' '.join(map(str, values))}"
-    folder = colmap_text(tmp_path / "sparse" / "0", real, [one], order=(4, 2, 0, 1, 3, 5), camera_of=lambda k: 3)
-    read = read_calibration(find_calibration(tmp_path))
-    assert find_calibration(tmp_path) == folder and read.names[0] == "cam8.png" and read.names[2] == "cam10.png"
-    np.testing.assert_allclose(read.w2c, real.w2c, atol=1e-9)
-    fy = 1610 if "fy" in places else 1600
-    np.testing.assert_allclose(read.K[4], [[1600, 0, 570], [0, fy, 500], [0, 0, 1]])  # 0.5, 0.5: first pixel
-    coefficients = values[len(places.split()) :]
-    assert read.distortion[1].tolist() == [*coefficients, *[0] * (read.distortion.shape[1] - len(coefficients))]
+)  # fmt: skip
+def test_colmap_models_and_order(tmp_path, model, values, pinhole):
+    folder = tmp_path / "sparse" / "0"
+    folder.mkdir(parents=True)
+    (folder / "images.txt").write_text(COLMAP_IMAGES)
+    (folder / "cameras.txt").write_text(f"# Camera list\n3 {model} 1152 1024 {' '.join(map(str, values))}\n")
+    assert find_calibration(tmp_path) == folder
+    read = read_calibration(folder, check=False)
+    assert read.names == ("cam8.png", "cam10.png") and read.sizes == ((1152, 1024),) * 2
+    np.testing.assert_allclose(read.w2c[0, :3], [[1, 0, 0, 4], [0, 1, 0, 5], [0, 0, 1, 6]], atol=1e-12)
+    np.testing.assert_allclose(read.w2c[1, :3], [[1, 0, 0, 1], [0, 0, -1, 2], [0, 1, 0, 3]], atol=1e-12)
+    np.testing.assert_allclose(read.K[1], [[1600, 0, 570], [0, values[pinhole - 3], 500], [0, 0, 1]])
+    assert read.distortion[1].tolist() == [*values[pinhole:], *[0] * (len(read.distortion[1]) - len(values) + pinhole)]
 
 
 def test_colmap_files_that_are_wrong_are_named(tmp_path, real):
-    folder = colmap_text(tmp_path / "a", real, ["1 FOV 1152 1024 1600 1600 570 500 0.9"])
-    refused(folder, r"cameras.txt: line 2: COLMAP camera model FOV is not supported")
-    folder = colmap_text(tmp_path / "a", real, ["1 SIMPLE_PINHOLE 1152 1024 1600 570 500"])
-    refused(folder, r"images.txt: image cam9.png uses camera 2, which cameras.txt lacks")
-    (folder / "images.txt").unlink()
-    refused(folder, "lacks images.txt")
-    binary = write_calibration(tmp_path / "b", real, "colmap_binary")
-    for name in ("cameras.bin", "images.bin"):
-        whole = (binary / name).read_bytes()
-        for content, message in ((whole[:100], "is truncated"), (b"", "truncated"), (whole + b"0", "1 bytes too many")):
-            (binary / name).write_bytes(content)
-            refused(binary, f"{name} .*{message}")
-        (binary / name).write_bytes(whole)
-    cameras = bytearray((binary / "cameras.bin").read_bytes())
-    struct.pack_into("<i", cameras, 12, 5)
-    (binary / "cameras.bin").write_bytes(cameras)
-    refused(binary, "cameras.bin: camera 1: COLMAP camera model OPENCV_FISHEYE")
+    path = write_calibration(tmp_path, real, "colmap_binary")
+    cameras, images = ((path / name).read_bytes() for name in ("cameras.bin", "images.bin"))
+    fisheye = cameras[:12] + struct.pack("<i", 5) + cameras[16:]
+    for name, content, message in (
+        ("cameras.bin", b"", "is truncated"), ("cameras.bin", cameras[:100], "is truncated"),
+        ("cameras.bin", cameras + b"0", "has 1 bytes too many"), ("images.bin", b"", "is truncated"),
+        ("images.bin", images[:100], "is truncated"), ("images.bin", images + b"0", "has 1 bytes too many"),
+        ("cameras.bin", fisheye, "camera 1: COLMAP camera model OPENCV_FISHEYE"),
+    ):  # fmt: skip
+        write_calibration(tmp_path, real, "colmap_binary")
+        (path / name).write_bytes(content)
+        refused(path, f"{name}:? {message}")
+    text = write_calibration(tmp_path / "text", real, "colmap_text")
+    for camera, message in (
+        (
+            "# List\n1 FOV 1152 1024 1600 1600 570 500 0.9",
+            "cameras.txt: line 2: COLMAP camera model FOV is not supported",
+        ),
+        ("1 SIMPLE_PINHOLE 1152 1024 1600 570 500", "images.txt: image cam_001.png uses camera 2, which cameras.txt"),
+    ):
+        (text / "cameras.txt").write_text(camera)
+        refused(text, message)
+    (text / "images.txt").unlink()
+    refused(text, "lacks images.txt")
 
 
 def test_colmap_text_and_binary_side_by_side_must_agree(tmp_path, real):
-    write_calibration(tmp_path, real, "colmap_text")
     zoomed = replace(real, K=real.K * [[1.01, 1, 1], [1, 1.01, 1], [1, 1, 1]])
-    path = write_calibration(tmp_path, zoomed, "colmap_binary")
+    path = write_calibration(tmp_path, real, "colmap_text")
+    write_calibration(tmp_path, zoomed, "colmap_binary")
     refused(path, "differ")
     assert read_calibration(path / "images.txt").close_to(real)
     write_calibration(tmp_path, real, "colmap_binary")

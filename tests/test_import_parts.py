@@ -190,14 +190,12 @@ def test_png_is_read_as_it_was_and_not_much_larger_than_zlibs():
         content, whole = png_bytes(rgba), io.BytesIO()
         np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(content))), rgba)
         Image.fromarray(rgba).save(whole, "png")
-        assert len(content) < 1.4 * len(whole.getvalue()) + 50 and png_bytes(rgba) == content
+        assert len(content) < 1.4 * len(whole.getvalue()) + 50
 
 
 def test_masks_are_kept_as_they_were(tmp_path):
-    rng = np.random.default_rng(7)
-    images = [np.zeros((30, 40), np.uint8) for _ in range(5)]
-    for image in images[1:]:
-        top, left = rng.integers(0, 15, 2)
+    images = np.zeros((5, 30, 40), np.uint8)
+    for image, (top, left) in zip(images[1:], np.random.default_rng(7).integers(0, 15, (4, 2))):
         image[top : top + 9, left : left + 13] = 255
     masks = [clean_mask(image) for image in images]
     assert len(list(record_track(tmp_path, 2, {"a": 1}, masks))) == len(masks) + 1
@@ -206,8 +204,7 @@ def test_masks_are_kept_as_they_were(tmp_path):
     assert track.area.tolist() == [0, 117, 117, 117, 117] and len(track.hull(0)) == 0
     for index, mask in enumerate(masks):
         np.testing.assert_array_equal(track.silhouette(index).full(), mask.full())
-        if index:
-            np.testing.assert_array_equal(track.hull(index).min(axis=0), [mask.x, mask.y])
+        assert not index or track.hull(index).min(axis=0).tolist() == [mask.x, mask.y]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
