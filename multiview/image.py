@@ -51,9 +51,9 @@ def read_photo(path: Path | str) -> Tensor:
     return _to_tensor(_decode(path, PHOTO_PIXELS, longest=PHOTO_SIDE))
 
 
-def check_picture(path: Path | str) -> None:
-    """Raises ValueError if a file is not there, not an image or too large; reads its header only."""
-    _decode(path, PHOTO_PIXELS, header_only=True)
+def check_picture(path: Path | str) -> tuple[int, int]:
+    """Returns an image's width and height from its header; ValueError if it is not there, no image or too large."""
+    return _decode(path, PHOTO_PIXELS, header_only=True).size
 
 
 def _decode(path: Path | str, most: int, *, longest: int | None = None, header_only: bool = False) -> Image.Image:

@@ -26,9 +26,8 @@ from multiview.rig import ViewRig, load_rig
 from multiview.run import REPOSITORY, resolve_device, stoppable
 from multiview.sample import Sample, is_complete_sample, open_dataset, write_sample, write_split
 from recording.calibration.checks import validate
-from recording.calibration.fields import PIXEL_CENTRE
 from recording.calibration.formats import read_calibration, write_calibration
-from recording.calibration.model import Calibration
+from recording.calibration.model import PIXEL_CENTRE, Calibration
 from recording.video import probe
 from recording.workers import run_lanes
 from synthetic.body_model import BodyModelMice

@@ -7,7 +7,7 @@ from pathlib import Path
 import imageio_ffmpeg
 import numpy as np
 
-from recording.calibration.formats import write_mammal_pickle
+from recording.calibration.formats import write_calibration
 from recording.calibration.model import Calibration
 from recording.masks import Silhouette
 from recording.settings import ImportSettings
@@ -74,7 +74,7 @@ def film(folder: Path, count: int, *, noise: float = 0.0, flicker: float = 0.0, 
         truth.append(masks > 0)
     for writer in (*writers["videos_undist"], *writers["masks"]):
         writer.close()
-    write_mammal_pickle(folder / "new_cam.pkl", calibration)
+    write_calibration(folder, calibration, "mammal")
     return truth
 
 

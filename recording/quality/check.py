@@ -17,10 +17,18 @@ import numpy as np
 
 from multiview.files import damage_explained, read_json
 from multiview.report import Table
-from recording.calibration.checks import READINGS, Layout, field_of_view, layout, validate
-from recording.calibration.fields import MOST_BYTES, Fields, read_bytes
+from recording.calibration.checks import READINGS, Layout, field_of_view, validate
 from recording.calibration.formats import read_calibration, read_dannce_labels
-from recording.calibration.model import UP_ROTATIONS, Calibration, distort, valid_radius
+from recording.calibration.model import (
+    MOST_BYTES,
+    UP_ROTATIONS,
+    Calibration,
+    distort,
+    known_fields,
+    numbers,
+    read_bytes,
+    valid_radius,
+)
 from recording.quality.silhouettes import AGREED, EXPLAINED, Views, disagreement, rms
 from recording.video import find_videos
 
@@ -103,7 +111,7 @@ def check_calibration(
             calibration = calibration.with_sizes([video.size for video in videos])
     except ValueError as error:
         problem = error
-    seen, xyz = layout(calibration.w2c, field_of_view(calibration)), None
+    seen, xyz = Layout(calibration.w2c, field_of_view(calibration)), None
     cameras, reprojected, meant = camera_rows(calibration, seen), [], []
 
     def table(title: str, rows: list[dict], notes: Sequence[str]) -> None:
@@ -154,7 +162,7 @@ def camera_rows(calibration: Calibration, seen: Layout) -> list[dict]:
                 "fx": float(K[0, 0]), "fy": float(K[1, 1]), "cx": float(K[0, 2]), "cy": float(K[1, 2]),
                 "distance": distance, "azimuth": float(np.degrees(np.arctan2(-x, -y)) % 360.0),
                 "elevation": float(np.degrees(np.arcsin(z / distance))), "off axis": float(seen.off_deg[index]),
-                "lens": lens_px, "name": calibration.name(index, "{0}"),
+                "lens": lens_px, "name": calibration.names[index] if calibration.names else f"{index}",
             }
         )  # fmt: skip
     return rows
@@ -176,7 +184,7 @@ def read_points(path: Path | str, num_cameras: int) -> tuple[np.ndarray, np.ndar
         content = read_json(path, object)
         content = content if isinstance(content, dict) else {"points_3d": content}
         if isinstance(frames := content.get("frames"), list) and frames:
-            content = {"points_3d": [Fields(f, f"{what}: a frame", ("keypoints",)).values["keypoints"] for f in frames]}
+            content = {"points_3d": [known_fields(f, f"{what}: a frame", ("keypoints",))["keypoints"] for f in frames]}
     else:
         read_bytes(path)  # refuses what is too large
         with damage_explained(f"{what}, a numpy file of plain numbers,"):
@@ -198,7 +206,7 @@ def read_points(path: Path | str, num_cameras: int) -> tuple[np.ndarray, np.ndar
         expected, got = [num_cameras, *xyz.shape[:-1], 2], list(pixels.shape)
         if got != expected:
             raise ValueError(f"{what}: points_2d must be {expected} (cameras, then as points_3d), got {got}")
-        center = Fields({"pixel_centre": content.get("pixel_centre", 0.5)}, what).number("pixel_centre")
+        center = float(numbers(content.get("pixel_centre", 0.5), (), f"{what}: pixel_centre"))
         pixels = (pixels + (0.5 - center)).reshape(num_cameras, -1, 2)
     return xyz.reshape(-1, 3), pixels
 

@@ -21,8 +21,7 @@ from scipy.optimize import least_squares
 from scipy.spatial.transform import Rotation
 
 from recording.calibration.checks import nearest
-from recording.calibration.fields import OPENGL
-from recording.calibration.model import centers_of
+from recording.calibration.model import OPENGL, centers_of
 
 DIRECTIONS = 72  # support points per outline
 FINE = 256  # outlines are taken from masks enlarged to at least this many pixels, so that soft rims count
