@@ -172,7 +172,8 @@ def predict_hull(posed: PosedViews, sample: Sample, views: list[int]) -> Predict
     if not len(hull.index):
         empty = torch.zeros(len(views), 1, cameras.height, cameras.width)
         return Prediction(views, 1.0 - empty.expand(-1, 3, -1, -1), empty, empty)
-    return Prediction(views, *render_hull(colour_surface(surface(hull), posed.rgb, posed.masks, posed.cameras), cameras))
+    shell = colour_surface(surface(hull), posed.rgb, posed.masks, posed.cameras)
+    return Prediction(views, *render_hull(shell, cameras))
 
 
 class TrainingMice:
@@ -221,7 +222,8 @@ def records_of(
     lpips: torch.nn.Module | None,
 ) -> list[dict]:  # fmt: skip
     """Returns one record per method and view: head, what was compared, and its metrics."""
-    azimuth, split_of = sample.cameras.azimuth_deg.double(), {v: split for split, views in splits.items() for v in views}
+    azimuth = sample.cameras.azimuth_deg.double()
+    split_of = {view: split for split, views in splits.items() for view in views}
     angles = [round(abs((float(a) + 180.0) % 360.0 - 180.0), 1) for a in azimuth - azimuth[reference]]
     return [
         {

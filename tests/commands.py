@@ -64,6 +64,7 @@ def become(command: str, folder: Path) -> None:
 
     def launch_warm(args) -> None:
         args.run_path, args.start_method = True, "fork"  # instead of a new interpreter per process
+        args.rdzv_endpoint = args.rdzv_endpoint and "localhost:0"  # another run of the tests may hold the named port
         launch(args)
 
     launcher.run = launch_warm

@@ -33,8 +33,9 @@ def effects(levels: dict[str, list[str]], values: dict[tuple, float], seeds: lis
     factors = {factor: {name: {} for name in names} for factor, names in levels.items()}
     spec, results = AblationSpec("", "", factors, ["m"], 1, seeds, {}, []), []
     for (seed, *at), value in values.items():
-        result = {"levels": dict(zip(levels, at)), "seed": seed, "seconds": 1.0, "status": "done", "metrics": {"m": value}}
-        results.append(result if value is not None else result | {"status": "failed", "reason": "exit code 1: no luck"})
+        failed = {"status": "failed", "reason": "exit code 1: no luck"}
+        done = {"status": "done", "metrics": {"m": value}} if value is not None else failed
+        results.append({"levels": dict(zip(levels, at)), "seed": seed, "seconds": 1.0, **done})
     return summarise(spec, results), markdown(spec, results)
 
 
@@ -47,9 +48,8 @@ def test_every_combination_is_a_cell_of_its_own_folder(tmp_path):
     name, cell = list(cells.items())[-1]
     assert len(cells) == 2 * 2 * 2 and name == "full_photometric_seed1"
     assert cell["levels"] == {"attention": "full", "augmentation": "photometric"}
-    assert {
-        "max_train_steps=7", "attention=full", "brightness_jitter=0.1", "seed=1", f"output_dir={tmp_path / 'out' / name}"
-    } <= set(as_arguments(cell["overrides"]))  # fmt: skip
+    told, folder = set(as_arguments(cell["overrides"])), f"output_dir={tmp_path / 'out' / name}"
+    assert {"max_train_steps=7", "attention=full", "brightness_jitter=0.1", "seed=1", folder} <= told
     shipped = read_spec(ROOT / "configs/ablation_prompts_cameras_augmentation.yaml")
     assert len(make_cells(shipped)) == 8 * len(shipped.seeds)
     assert list(shipped.factors) == ["prompts", "camera_conditioning", "augmentation"]

@@ -1,13 +1,12 @@
 """The visual hull and the view-consistency score, on solids with known silhouettes and on the example mice."""
 
-import importlib
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from pipeline_tiny import must
 
 from multiview.cameras import Cameras
 from multiview.hull import carve, carve_leave_one_out, colour_surface, render_hull, silhouettes, surface, viewed_cube
@@ -15,16 +14,10 @@ from multiview.image import composite
 from multiview.metrics import foreground_psnr, mask_iou, view_consistency
 from multiview.rig import load_rig
 from multiview.sample import read_sample, read_split
+from scripts import measure_consistency
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = 96
-
-
-@pytest.fixture(scope="module")
-def script():
-    sys.path.insert(0, str(ROOT / "scripts"))
-    yield importlib.import_module("measure_consistency")
-    sys.path.remove(str(ROOT / "scripts"))
 
 
 @pytest.fixture(scope="module")
@@ -161,27 +154,26 @@ def test_score_does_not_depend_on_size_or_on_where_the_animal_faces(mice):
         ("of different mice", 0.1), ("shifted 4/128", 0.05), ("two recoloured", 0.003),
     ],
 )  # fmt: skip
-def test_score_falls_when_views_stop_being_one_animal(mice, true_scores, script, name, drop):
+def test_score_falls_when_views_stop_being_one_animal(mice, true_scores, name, drop):
     damaged = []
     for number in range(len(true_scores)):
-        rgba, cameras = script.damage(name, mice, number)
+        rgba, cameras = measure_consistency.damage(name, mice, number)
         damaged.append(view_consistency(composite(rgba, 1.0), rgba[:, 3:], cameras)["score"])
     assert min(true_scores) > 0.93
     assert all(a > b + drop for a, b in zip(true_scores, damaged)), (true_scores, damaged)
 
 
-def test_every_damage_changes_the_views_and_is_repeatable(mice, script):
-    for name in script.DAMAGES:
-        (rgba, cameras), (again, _) = (script.damage(name, mice, 1) for _ in range(2))
+def test_every_damage_changes_the_views_and_is_repeatable(mice):
+    for name in measure_consistency.DAMAGES:
+        (rgba, cameras), (again, _) = (measure_consistency.damage(name, mice, 1) for _ in range(2))
         assert torch.equal(rgba, again)
         assert not torch.equal(rgba, mice[1].rgba) or not torch.equal(cameras.c2w, mice[1].cameras.c2w), name
 
 
-def test_measured_damages_are_told_from_true_views(script, monkeypatch, capsys):
-    monkeypatch.setattr(script, "DAMAGES", ("all mirrored",))
-    monkeypatch.setattr(sys, "argv", ["measure_consistency.py", "--num_samples", "2", "--device", "cpu"])
-    script.main()
-    rows = {line.split(" | ")[0].strip("| "): line for line in capsys.readouterr().out.splitlines()}
+def test_measured_damages_are_told_from_true_views(monkeypatch):
+    monkeypatch.setattr(measure_consistency, "DAMAGES", ("all mirrored",))
+    told = must("scripts/measure_consistency.py", "--num_samples", 2, "--device", "cpu")
+    rows = {line.split(" | ")[0].strip("| "): line for line in told.splitlines()}
     assert "(0.50)" in rows["true views"] and rows["all mirrored"].count("(1.00)") >= 3
 
 

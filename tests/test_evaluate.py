@@ -223,7 +223,7 @@ def test_autoencoder_is_shown_the_views_themselves():
 
 
 def run_levels(told: list, values: dict, *, sample=None, name="s", seed=0, views=(6, 7), gaussians=None):
-    """Predictions by level; `told` receives every PosedViews that Stage 2 was given, whose answer is always the same."""
+    """Predictions by level; `told` receives the PosedViews that Stage 2 was given, whose answer is always the same."""
     model = SimpleNamespace(rig=RIG, predict=lambda views: told.append(views) or sphere(n=200))
     levels, sample = plan_sweeps(values, RIG, 0.01), sample or ball(2)
     made = predict_levels(model, sample, name, levels, list(views), seed=seed, gaussians=gaussians)
@@ -324,7 +324,7 @@ def records(method: str, quality: float, split: str = NOVEL) -> list[dict]:
 
 
 def test_the_worst_is_the_largest_where_smaller_is_better():
-    records = [{"psnr": float(i), "lpips": float(i), "sample": "s", "view": i, "value": float(i % 2)} for i in range(40)]
+    records = [{"psnr": i, "lpips": i, "sample": "s", "view": i, "value": float(i % 2)} for i in range(40)]
     summary = summarise(records)
     assert summary["psnr"]["worst_5_percent"] == 1 and summary["lpips"]["worst_5_percent"] == 38
     lines = metrics_table("t", records, {"value": "noise"}).markdown().splitlines()
