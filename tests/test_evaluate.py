@@ -14,27 +14,9 @@ import torch
 from pipeline_tiny import must, run, write_gslrm
 from test_mesh import sphere
 
-import evaluation.evaluate
-import evaluation.methods
-from evaluation import BASELINES
-from evaluation.evaluate import measure_cost
-from evaluation.methods import (
-    COPY,
-    DIRECTIONS,
-    NOVEL,
-    OTHER_RIG_VIEWS,
-    RIG_VIEWS,
-    Prediction,
-    TrainingMice,
-    autoencoded,
-    consistency_of,
-    measure,
-    predict_baselines,
-    predict_hull,
-    records_of,
-    side_shown,
-    splits_of,
-)
+from evaluation import BASELINES, methods
+from evaluation import evaluate as evaluating
+from evaluation.methods import COPY, DIRECTIONS, NOVEL, OTHER_RIG_VIEWS, RIG_VIEWS, Prediction, measure, splits_of
 from evaluation.report import Report, margins, metrics_table, summarise
 from evaluation.sweeps import find_world_units_per_mm, plan_sweeps, predict_levels, spread_views
 from multiview.cameras import Cameras
@@ -91,17 +73,17 @@ def test_directions_are_angles_from_the_input_view_and_the_side_shown_follows_fr
     sample, angles = ball(0), {}
     for reference in (0, 2):
         predictions, splits = {"m": truth(sample, list(range(6)))}, {"all": range(6)}
-        records = records_of({}, predictions, sample, splits, reference, None)
+        records = methods.records_of({}, predictions, sample, splits, reference, None)
         angles[reference] = [record["angle_deg"] for record in records]
     assert angles == {0: [0, 60, 120, 180, 120, 60], 2: [120, 60, 0, 60, 120, 180]}
     assert [record["direction"] for record in records] == [side, near, near, near, side, back]
-    assert side_shown(sample, 0) == {}
+    assert methods.side_shown(sample, 0) == {}
     for reference, heading, shown in (
         (0, 350.0, "the head"), (0, 80.0, "its left side"), (0, 200.0, "the hindquarters"), (2, 120.0, "the head"),
         (0, 300.0, "its right side"), (3, 90.0, "its right side"), (3, 0.0, "the hindquarters"),
     ):  # fmt: skip
         heading = replace(sample, extra={"synthetic": {"heading_deg": heading}})
-        assert side_shown(heading, reference) == {"input_shows": shown}
+        assert methods.side_shown(heading, reference) == {"input_shows": shown}
 
 
 def test_measures_see_a_perfect_and_a_wrong_prediction():
@@ -144,21 +126,22 @@ def test_consistency_of_true_views_is_the_measure_of_painted_ones():
     broken = rgb.roll(9, dims=-1)
     broken[0] = rgb[0]
     views = PosedViews(broken, sample.rgba[:, 3:], sample.cameras)
-    found = consistency_of(views, sample, RIG, with_copy=True)
+    found = methods.consistency_of(views, sample, RIG, with_copy=True)
     assert found["true views"]["of_truth"] == 1 and found["true views"]["score"] > 0.97
     assert found["painted views"]["of_truth"] < 0.9  # although the masks that came with them are the true ones
-    assert consistency_of(replace(views, rgb=rgb), sample, RIG, with_copy=False)["painted views"]["of_truth"] == 1
+    true = methods.consistency_of(replace(views, rgb=rgb), sample, RIG, with_copy=False)
+    assert true["painted views"]["of_truth"] == 1
     assert set(found) == {"painted views", "true views", "input copied"}
 
 
 # ---- baselines ------------------------------------------------------------------------------------------------------
 
 
-def baselines(stage: str, sample: Sample, *names: str, training: TrainingMice | None = None):
+def baselines(stage: str, sample: Sample, *names: str, training: methods.TrainingMice | None = None):
     views = PosedViews.of(sample.rgba[:6], sample.cameras[:6])
     model = SimpleNamespace(rig=RIG, predict=lambda views: "gaussians")
     generated = None if stage == "2" else views
-    return predict_baselines(stage, names, sample, model, generated=generated, training=training)
+    return methods.predict_baselines(stage, names, sample, model, generated=generated, training=training)
 
 
 def test_copied_input_is_the_input_everywhere():
@@ -172,11 +155,11 @@ def test_copied_input_is_the_input_everywhere():
 def test_hull_of_a_ball_is_the_ball_and_disagreeing_masks_leave_nothing():
     sample = ball(2)
     views = PosedViews.of(sample.rgba[:6], sample.cameras[:6])
-    record = measure(predict_hull(views, sample, [6, 7]), sample)[0]
+    record = measure(methods.predict_hull(views, sample, [6, 7]), sample)[0]
     assert record["mask_iou"] > 0.85 and record["foreground_psnr"] > 25 and record["depth_error"] < 0.1
     apart = replace(views, masks=torch.zeros_like(views.masks))
     apart.masks[::2, :, :5, :5], apart.masks[1::2, :, -5:, -5:] = 1, 1
-    empty = predict_hull(apart, sample, [6, 7])
+    empty = methods.predict_hull(apart, sample, [6, 7])
     assert empty.rgb.min() == 1 and empty.rgb.shape == (2, 3, SIZE, SIZE)
     assert empty.mask.max() == 0 and empty.depth.max() == 0
 
@@ -184,22 +167,22 @@ def test_hull_of_a_ball_is_the_ball_and_disagreeing_masks_leave_nothing():
 def test_nearest_training_mouse_is_like_the_input_and_held_out(tmp_path):
     mice = {"small": ball(0, 0.3), "grey": ball(0, 0.4, (0.5, 0.5, 0.5)), "like": ball(0, 0.41, (0.6, 0.32, 0.2))}
     listed, sample = dataset(tmp_path / "train", mice), ball(1)
-    found = TrainingMice(listed, RIG, [tmp_path / "test" / "small"]).predict(sample, [6, 1, 2, 3, 4, 5])
+    found = methods.TrainingMice(listed, RIG, [tmp_path / "test" / "small"]).predict(sample, [6, 1, 2, 3, 4, 5])
     shown = composite(mice["like"].rgba[3], 1.0)  # PNG: steps of 1/255
     assert found.views == [6, 1, 2, 3, 4, 5] and torch.allclose(found.rgb[3], shown, atol=0.003)
     novel, *others = measure(found, sample)
     assert novel["mask_iou"] > 0.8 and "depth_error" in novel and not any("depth_error" in one for one in others)
     with pytest.raises(ValueError, match="share 1 samples.*grey.*not held out"):
-        TrainingMice(listed, RIG, [tmp_path / "train" / "grey"])
+        methods.TrainingMice(listed, RIG, [tmp_path / "train" / "grey"])
     with pytest.raises(RigMismatchError):
-        TrainingMice(listed, load_rig("facelift6"), [])
+        methods.TrainingMice(listed, load_rig("facelift6"), [])
 
 
 @pytest.mark.parametrize(("stage", "count"), [("1", 3), ("2", 3), ("full", 5)])
 def test_baselines_say_what_they_were_given_and_keep_to_unseen_views(stage, count, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation.methods, "predict_gaussians", lambda gaussians, _, views: Prediction(views, 0, 0))
-    monkeypatch.setattr(evaluation.methods, "autoencoded", lambda model, images: images)
-    training = TrainingMice(dataset(tmp_path, {"a": ball(0)}), RIG, [])
+    monkeypatch.setattr(methods, "predict_gaussians", lambda gaussians, _, views: Prediction(views, 0, 0))
+    monkeypatch.setattr(methods, "autoencoded", lambda model, images: images)
+    training = methods.TrainingMice(dataset(tmp_path, {"a": ball(0)}), RIG, [])
     found, told = baselines(stage, ball(1), *BASELINES, training=training)
     assert list(found) == list(told) and len(found) == count and all(told.values())
     for label, prediction in found.items():
@@ -215,7 +198,7 @@ def test_autoencoder_is_shown_the_views_themselves():
     vae.decode = lambda latents: SimpleNamespace(sample=latents)
     components = SimpleNamespace(device=CPU, vae=vae, on_device=lambda name: nullcontext(asked.append(name)))
     images = composite(ball(0).rgba[1:6], 1.0)
-    found = autoencoded(SimpleNamespace(components=components), images)
+    found = methods.autoencoded(SimpleNamespace(components=components), images)
     assert torch.allclose(found, (images * 2 - 1) / 2 / 2 + 0.5) and asked == ["vae"]
 
 
@@ -376,17 +359,17 @@ def test_report_of_a_run_is_complete_and_self_contained(tmp_path):
 
 def test_cost_sees_time_and_memory(monkeypatch):
     size = 40 * 2**20
-    with measure_cost(CPU) as cost:
+    with evaluating.measure_cost(CPU) as cost:
         held = mmap.mmap(-1, size)  # straight from the kernel: what malloc is given back may stay with the process
         held.write(b"1" * size)
-    with measure_cost(CPU) as less:
+    with evaluating.measure_cost(CPU) as less:
         held.close()
     assert cost["seconds"] > 0 and less["peak_memory_mib"] > 40
-    with measure_cost(CPU) as later:
+    with evaluating.measure_cost(CPU) as later:
         pass
     assert later["peak_memory_mib"] < less["peak_memory_mib"] - 30  # the mark is reset, not the process's highest ever
-    monkeypatch.setattr(evaluation.evaluate, "reset_peak", lambda: False)
-    with measure_cost(CPU) as unknown:
+    monkeypatch.setattr(evaluating, "reset_peak", lambda: False)
+    with evaluating.measure_cost(CPU) as unknown:
         pass
     assert list(unknown) == ["seconds"]
 
@@ -408,8 +391,8 @@ def test_stage_2_with_every_baseline_from_the_command_line(flags, tmp_path):
     must(*flags, "--train_data", train, "--output_dir", tmp_path / "out")
     content = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert len(content["baselines"]) == 3 and len(content["assets"]) == 2
-    methods = {record["method"] for record in content["views"]}
-    assert methods == {"Stage 2", *content["baselines"]} and len(content["views"]) == 2 * 2 * len(methods)
+    shown = {record["method"] for record in content["views"]}
+    assert shown == {"Stage 2", *content["baselines"]} and len(content["views"]) == 2 * 2 * len(shown)
     assert "depth_error" in content["summary"][0] and content["worst"][0]["sample"] in ("a", "b")
     assert (tmp_path / "out" / "report.html").is_file()
     # A recording, whose only views are inputs: the copied input is not measured against itself.

@@ -159,6 +159,10 @@ def test_heading_size_place_pose_and_cameras_stay_in_their_ranges(render):
     assert not torch.allclose(novel.c2w, others.c2w)
 
 
+def split_lists(folder: Path) -> list[set[Path]]:
+    return [set(read_split(folder / f"data_mouse_{name}.txt")) for name in ("train", "val")]
+
+
 def test_script_writes_the_same_dataset_with_any_workers_and_resumes(script, tmp_path):
     one, common = tmp_path / "one", "--image_size 48 --num_novel_views 1 --depth --val_fraction 0.34".split()
     for name, workers in (("one", "1"), ("two", "2")):
@@ -167,13 +171,13 @@ def test_script_writes_the_same_dataset_with_any_workers_and_resumes(script, tmp
         a, b = (read_sample(tmp_path / n / f"sample_{index:06d}", with_depth=True) for n in ("one", "two"))
         assert torch.equal(a.rgba, b.rgba) and torch.equal(a.depth, b.depth)
     assert read_dataset_info(one)["rig"].name == "mouse6"
-    lists = [set(read_split(one / f"data_mouse_{name}.txt")) for name in ("train", "val")]
+    lists = split_lists(one)
     assert list(map(len, lists)) == [2, 1]
     kept = one / "sample_000000" / "images" / "cam_000.png"
     before = kept.stat().st_mtime_ns
     script.main(["--output_dir", str(one), "--num_samples", "6", *common, "--workers", "1"])
     assert kept.stat().st_mtime_ns == before
-    grown = [set(read_split(one / f"data_mouse_{name}.txt")) for name in ("train", "val")]
+    grown = split_lists(one)
     assert list(map(len, grown)) == [4, 2] and all(old <= new for old, new in zip(lists, grown))
     with pytest.raises(ValueError, match="seed: 0 there, 5 asked for"):
         script.main(["--output_dir", str(one), *common, "--workers", "1", "--seed", "5"])
