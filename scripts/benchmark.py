@@ -24,12 +24,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from evaluation.throughput import measure_import  # noqa: F401 (found by its name)
+from evaluation.throughput import measure_import
 from multiview.config import checked
 from multiview.run import REPOSITORY, git_hash, main_guard, make_generator, resolve_device
 
-MODEL_PARTS = ("rasterizer", "gslrm", "tokens", "training", "rendering", "sampling", "diffusion_training")
-PARTS = (*MODEL_PARTS, "import")
 # Image size, d and layers of GS-LRM; scenes of the rasterizer: Gaussians, image size.
 PRESETS = {"demo": ((128, 256, 6), ((20_000, 128), (100_000, 128), (100_000, 256)))}
 PRESETS["full"] = ((512, 1024, 24), (*PRESETS["demo"][1], (400_000, 512)))
@@ -74,7 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=tuple(PRESETS), default="demo", help="sizes (default: demo)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
-    parser.add_argument("--what", type=parts, default=MODEL_PARTS, metavar="PART[,PART...]", help="all but import")
+    parser.add_argument("--what", type=parts, default=[*PARTS][:-1], metavar="PART[,PART...]", help="all but import")
     parser.add_argument("--compile", action="store_true", help="GS-LRM and the UNet of sampling compiled")
     parser.add_argument("--no_memory", action="store_true", help="leave peak memory out")
     for name, (default, text) in NUMBERS.items():
@@ -94,7 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
     pages, tables = [", ".join(f"{key} {value}" for key, value in header.items()) + "\n"], []
     print(pages[0])
     for part in options.what:
-        title, records, *notes = globals()[f"measure_{part}"](bench)
+        title, records, *notes = PARTS[part](bench)
         notes += [f"Matrix rate, measured in this run: {bench.rate / 1e12:.3g} TFLOP/s."] if bench.rate else []
         pages.append(Table(title, list(records[0]), [list(record.values()) for record in records], notes).markdown())
         tables.append({"title": title, "records": records, "notes": notes})
@@ -389,6 +387,12 @@ def measure_diffusion_training(bench: Bench):
             records.append({**record, **bench.work(operations, seconds, run)})
     return f"Training of Stage 1: {b} objects of {rig.num_views} views of {size} px", records
 
+
+PARTS = {
+    "rasterizer": measure_rasterizer, "gslrm": measure_gslrm, "tokens": measure_tokens, "training": measure_training,
+    "rendering": measure_rendering, "sampling": measure_sampling, "diffusion_training": measure_diffusion_training,
+    "import": measure_import,
+}  # fmt: skip
 
 if __name__ == "__main__":
     main_guard(main)
