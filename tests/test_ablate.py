@@ -3,6 +3,7 @@
 import json
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import commands
 import pytest
@@ -90,7 +91,7 @@ def test_cells_train_resume_and_failures_are_recorded(tmp_path, monkeypatch):
         stdout.write(done.stdout + done.stderr)
         return done
 
-    monkeypatch.setattr("evaluation.ablation.subprocess.run", train)
+    monkeypatch.setattr("evaluation.ablation.subprocess", SimpleNamespace(run=train, STDOUT=None))
     tiny = prepare(tmp_path / "tiny")
     path = write_spec(
         tmp_path / "s.yaml",

@@ -157,7 +157,9 @@ def test_every_promised_command_works_as_written(workspace):
 
 
 def test_without_the_weights_each_command_says_what_is_missing_and_where_it_goes(tmp_path):
-    shutil.copytree(ROOT / "data_mouse", link_code(tmp_path) / "data_mouse")
+    link_code(tmp_path)
+    for tracked in ("data_mouse", "mvdiffusion/data/mouse_prompt_embeds_6view"):
+        shutil.copytree(ROOT / tracked, tmp_path / tracked)
     wanted = {
         TRAIN_DIFFUSION: "checkpoints/mvdiffusion/pipeckpts",
         OVERFIT_GSLRM: "checkpoints/gslrm/ckpt_0000000000021125.pt",
