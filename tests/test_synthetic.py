@@ -64,7 +64,7 @@ def test_poses_stay_inside_every_view(pose, sparse):
         assert uv.min() > 0.5 and uv.max() < SIZE - 0.5
 
 
-def test_normalization_puts_the_body_center_at_the_origin(sparse):
+def test_normalization_puts_the_body_center_at_the_origin():
     for index in range(6):
         cloud = make_mouse(5, index)
         assert np.abs(cloud.center).max() < 1e-6
