@@ -165,4 +165,3 @@ def test_measured_damages_are_told_from_true_views(monkeypatch):
     told = must("scripts/measure_consistency.py", "--num_samples", 2, "--device", "cpu")
     rows = {line.split(" | ")[0].strip("| "): line for line in told.splitlines()}
     assert "(0.50)" in rows["true views"] and rows["all mirrored"].count("(1.00)") >= 3
-

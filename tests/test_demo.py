@@ -22,7 +22,8 @@ def evaluate(stage: str, folder: Path, *more) -> list[dict]:
 def records(tmp_path_factory):
     """Of both stages together, the views between them included, and of Stage 2 on true views."""
     folder = tmp_path_factory.mktemp("demo")
-    return [r for stage in ("2", "full") for r in evaluate(stage, folder / stage, "--baselines", "copy", "hull")]
+    baselines = {"2": ["hull"], "full": ["copy", "hull"]}
+    return [r for stage, names in baselines.items() for r in evaluate(stage, folder / stage, "--baselines", *names)]
 
 
 @pytest.mark.parametrize(
