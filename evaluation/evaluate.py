@@ -102,10 +102,8 @@ def evaluate_sample(
 
 @contextmanager
 def measure_cost(device: torch.device) -> Iterator[dict[str, float]]:
-    """Fills the dict it yields with `seconds` and, where it can be told, `peak_memory_mib`, weights included.
-
-    CUDA: of what torch holds on the card. CPU: of the whole process.
-    """
+    """Fills the dict it yields with `seconds` and, where it can be told, `peak_memory_mib`, weights included. CUDA: of
+    what torch holds on the card. CPU: of the whole process."""
     cost: dict[str, float] = {}
     on_gpu = device.type == "cuda"
     if on_gpu:

@@ -48,9 +48,7 @@ FEATURE_SIZE = 32  # input views are compared at this size by `nearest`
 
 class Prediction(NamedTuple):
     """Images rgb [n, 3, h, w] 0..1 on white and masks [n, 1, h, w] of some of a sample's views, by their numbers.
-
-    depth: [n, 1, h, w] camera-frame z in world units, 0 = no surface; None where the method has none.
-    """
+    depth: [n, 1, h, w] camera-frame z in world units, 0 = no surface; None where the method has none."""
 
     views: list[int]
     rgb: Tensor
@@ -70,10 +68,8 @@ def read(folder: Path, model: MouseFaceLift, stage: str) -> Sample:
 
 
 def splits_of(stage: str, sample: Sample, rig: ViewRig) -> dict[str, list[int]]:
-    """Returns by name the views that a stage ("1", "2" or "full") is compared on; no view is an input.
-
-    A sample without extra views (a real recording) leaves Stage 2 nothing but its inputs, under a name that says so.
-    """
+    """Returns by name the views that a stage ("1", "2" or "full") is compared on; no view is an input. A sample without
+    extra views (a real recording) leaves Stage 2 nothing but its inputs, under a name that says so."""
     others = {OTHER_RIG_VIEWS: [view for view in range(rig.num_views) if view != rig.reference_view]}
     extra = {NOVEL: list(range(rig.num_views, len(sample.rgba)))} if len(sample.rgba) > rig.num_views else {}
     if stage == "2":
@@ -87,10 +83,8 @@ def splits_of(stage: str, sample: Sample, rig: ViewRig) -> dict[str, list[int]]:
 def reconstruct(
     model: MouseFaceLift, sample: Sample, views: Sequence[int] | None = None, noisy: Cameras | None = None
 ) -> Gaussians:
-    """Returns Stage 2's Gaussians of the sample's true rig views, or of those in `views`.
-
-    noisy: cameras [rig views] that the model is told instead of the truth.
-    """
+    """Returns Stage 2's Gaussians of the sample's true rig views, or of those in `views`. noisy: cameras [rig views]
+    that the model is told instead of the truth."""
     chosen = list(range(model.rig.num_views) if views is None else views)
     return model.predict(PosedViews.of(sample.rgba[chosen], (sample.cameras if noisy is None else noisy)[chosen]))
 
@@ -108,10 +102,8 @@ def predict_baselines(
     stage: str, names: Sequence[str], sample: Sample, model: MouseFaceLift, *, generated: PosedViews | None,
     training: TrainingMice | None,
 ) -> tuple[dict[str, Prediction], dict[str, str]]:  # fmt: skip
-    """Returns the predictions by label of the baselines in `names` that apply, and what each was given.
-
-    What was given the true rig views is compared on views outside the rig only, unless the sample has no others.
-    """
+    """Returns the predictions by label of the baselines in `names` that apply, and what each was given. What was given
+    the true rig views is compared on views outside the rig only, unless the sample has no others."""
     rig, splits, true = model.rig, splits_of(stage, sample, model.rig), sample.rgba
     views = sum(splits.values(), [])
     unseen = views if stage == "2" else splits.get(NOVEL, [])
@@ -164,10 +156,8 @@ def autoencoded(model: MouseFaceLift, images: Tensor) -> Tensor:
 
 
 def predict_hull(posed: PosedViews, sample: Sample, views: list[int]) -> Prediction:
-    """Returns the visual hull of posed views in their projected colors as the sample's cameras see it.
-
-    Masks that share no volume leave an empty hull: white images, empty masks.
-    """
+    """Returns the visual hull of posed views in their projected colors as the sample's cameras see it. Masks that share
+    no volume leave an empty hull: white images, empty masks."""
     hull, cameras = carve(posed.masks, posed.cameras), sample.cameras[views]
     if not len(hull.index):
         empty = torch.zeros(len(views), 1, cameras.height, cameras.width)
@@ -178,9 +168,7 @@ def predict_hull(posed: PosedViews, sample: Sample, views: list[int]) -> Predict
 
 class TrainingMice:
     """Input views of a training list, small. folders: [n]; features: [n, d], colors weighted by the mask, and the mask.
-
-    Raises ValueError for another rig, and where a held-out sample is in the training list.
-    """
+    Raises ValueError for another rig, and where a held-out sample is in the training list."""
 
     def __init__(self, list_file: Path, rig: ViewRig, held_out: Sequence[Path]) -> None:
         check_alignment(rig, dataset=read_dataset_info(list_file.parent)["rig"])
@@ -272,9 +260,7 @@ def side_shown(sample: Sample, reference: int) -> dict[str, str]:
 
 def consistency_of(generated: PosedViews, sample: Sample, rig: ViewRig, *, with_copy: bool) -> dict[str, dict]:
     """Returns by whose views score, mask and colour of `view_consistency`, and the score over the true views' own.
-
-    Masks are read off the white: generated and true views alike. with_copy: also of the input view as all views.
-    """
+    Masks are read off the white: generated and true views alike. with_copy: also of the input view as all views."""
     cameras, true = sample.cameras[: rig.num_views], composite(sample.rgba[: rig.num_views], 1.0)
     sets, found = {"painted views": generated.rgb, "true views": true}, {}
     if with_copy:

@@ -45,10 +45,8 @@ def mean(records: Sequence[dict], name: str) -> float:
 
 
 def summarise(records: Sequence[dict], names: Sequence[str] = METRICS) -> dict[str, dict[str, float]]:
-    """Returns per metric the mean, median and the value that the worst 5 % of the records do not exceed.
-
-    A metric that no record holds is left out.
-    """
+    """Returns per metric the mean, median and the value that the worst 5 % of the records do not exceed. A metric that
+    no record holds is left out."""
     summary = {}
     for name in names:
         values = sorted((r[name] for r in records if name in r), reverse=name in SMALLER_IS_BETTER)
@@ -123,10 +121,8 @@ def plot(
     path: Path, title: str, x_label: str, lines: Mapping[str, Mapping[float, list[dict]]], ticks: Iterable[float], *,
     band: bool = False,
 ) -> None:  # fmt: skip
-    """Writes a PNG with a panel per metric in PANELS. lines: label -> x -> records, whose mean is drawn.
-
-    band: also the first to third quartile of the records.
-    """
+    """Writes a PNG with a panel per metric in PANELS. lines: label -> x -> records, whose mean is drawn. band: also the
+    first to third quartile of the records."""
     from matplotlib.figure import Figure as Plot
 
     drawing = Plot(figsize=(11, 4.2), layout="constrained")
@@ -163,10 +159,8 @@ def write_text(path: Path, parts: Sequence[Table | str], notes: Sequence[str]) -
 
 @dataclass
 class Report:
-    """Gathers what a run measures. stage: "1", "2", "full". rows: what the rows of the sheets are, in words.
-
-    records: one per method and view. assets: one per mouse, cost and consistency. told: what each baseline was given.
-    """
+    """Gathers what a run measures. stage: "1", "2", "full". rows: what the rows of the sheets are, in words. records:
+    one per method and view. assets: one per mouse, cost and consistency. told: what each baseline was given."""
 
     stage: str
     num_mice: int

@@ -72,9 +72,7 @@ def spread_views(rig: ViewRig, count: int) -> list[int]:
 
 def find_world_units_per_mm(info: dict, given: float | None, source: str) -> tuple[float, str]:
     """Returns world units per mm of a dataset, and what that rests on. info: its dataset.json. given: by the user.
-
-    Raises ValueError where nothing says it, or the calibration's format does not fix its unit as mm.
-    """
+    Raises ValueError where nothing says it, or the calibration's format does not fix its unit as mm."""
     if given is not None:
         return given, f"{given:.5g} world units per mm, as given"
     if info.get("source") == "synthetic":
@@ -102,10 +100,8 @@ def predict_levels(
     model: MouseFaceLift, sample: Sample, name: str, levels: Sequence[dict], views: list[int], *, seed: int,
     gaussians: Gaussians | None = None,
 ) -> Iterator[tuple[dict, Prediction]]:  # fmt: skip
-    """Yields one sample's `views` at every level. The noise depends on (seed, name, level) alone.
-
-    gaussians: those of the undisturbed model, where they are made already (both stages'); else Stage 2 makes them.
-    """
+    """Yields one sample's `views` at every level. The noise depends on (seed, name, level) alone. gaussians: those of
+    the undisturbed model, where they are made already (both stages'); else Stage 2 makes them."""
     undisturbed = None
     for level in levels:
         noise = {"rotation_deg": level["rotation_deg"], "pixels": level["pixels"]}
