@@ -5,6 +5,7 @@ The import is the user's own command. Decoding is OpenCV's, before and after it,
 
 from __future__ import annotations
 
+import argparse
 import shutil
 import subprocess
 import sys
@@ -16,14 +17,13 @@ from pathlib import Path
 from multiview.run import REPOSITORY
 
 
-def measure_import(bench) -> tuple[str, list[dict], str]:
-    """Returns title, rows and note of a table. bench: of scripts/benchmark.py."""
+def measure_import(options: argparse.Namespace) -> tuple[str, list[dict], str]:
+    """Returns title, rows and note of a table. options: the flags of scripts/benchmark.py."""
     import imageio_ffmpeg
 
     from synthetic.dataset import record_mouse
     from synthetic.settings import MouseSettings
 
-    options = bench.options
     loops, width, workers = -(-options.frames // options.source_frames), options.video_width, options.workers
     frames, seconds = loops * options.source_frames, {}
     with tempfile.TemporaryDirectory(prefix="benchmark_import_") as name:

@@ -136,13 +136,13 @@ def test_stage_1_is_sampled_and_trained_with_the_real_code(benchmark, monkeypatc
     monkeypatch.setattr("mvdiffusion.pipelines.multiview.NUM_STEPS", 4)
     options = benchmark.argparse.Namespace(preset="demo", repeats=1, compile=False, no_memory=True)
     bench = benchmark.Bench(options, torch.device("cpu"))
-    _, (sparse, full), _ = benchmark.measure_sampling(bench)
+    _, (sparse, full), _ = bench.measure_sampling()
     assert (sparse["attention"], full["attention"], sparse["times the first row's"]) == ("sparse", "full", 1.0)
     assert sparse["operations, TFLOP"] == pytest.approx(4 * sparse["of a step, TFLOP"], rel=0.5)  # and the VAE, CLIP
     # Self-attention over all six views instead of two: of 12 images, by the layers' tokens and channels.
     extra = sum(12 * layers * 2 * 2 * n * 4 * n * channels for n, channels, layers in ((64, 16, 3), (16, 32, 4)))
     assert full["of a step, TFLOP"] - sparse["of a step, TFLOP"] == pytest.approx(extra / 1e12)
-    _, rows = benchmark.measure_diffusion_training(bench)
+    _, rows = bench.measure_diffusion_training()
     assert [row["latents"] for row in rows] == 2 * ["from the cache", "encoded"]
     cached, encoded = rows[:2]
     assert encoded["operations, TFLOP"] > cached["operations, TFLOP"] and cached["times the cache's"] == 1.0

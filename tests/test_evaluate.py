@@ -4,7 +4,6 @@ import json
 import math
 import mmap
 import re
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -189,17 +188,6 @@ def test_baselines_say_what_they_were_given_and_keep_to_unseen_views(stage, coun
         if label.startswith("upper bound") and stage == "full":  # given the true rig views: those are no test of it
             assert prediction.views == [6]
     assert baselines(stage, ball(1), "none", training=training) == ({}, {})
-
-
-def test_autoencoder_is_shown_the_views_themselves():
-    asked, vae = [], SimpleNamespace(dtype=torch.float32, config=SimpleNamespace(scaling_factor=2.0))
-    # It halves the contrast.
-    vae.encode = lambda images: SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: images / 2))
-    vae.decode = lambda latents: SimpleNamespace(sample=latents)
-    components = SimpleNamespace(device=CPU, vae=vae, on_device=lambda name: nullcontext(asked.append(name)))
-    images = composite(ball(0).rgba[1:6], 1.0)
-    found = methods.autoencoded(SimpleNamespace(components=components), images)
-    assert torch.allclose(found, (images * 2 - 1) / 2 / 2 + 0.5) and asked == ["vae"]
 
 
 # ---- sweeps ---------------------------------------------------------------------------------------------------------
