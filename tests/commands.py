@@ -16,8 +16,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 WARM = (
-    "torchvision", "mvdiffusion.training", "mvdiffusion.demo", "gslrm.training", "pipeline.model", "synthetic.dataset",
-    "recording.importer", "recording.quality.report",
+    "torchvision", "torchmetrics", "omegaconf", "mvdiffusion.training", "mvdiffusion.demo", "gslrm.training",
+    "gslrm.model.rasterizers.cpu", "pipeline.model", "synthetic.dataset", "recording.importer",
+    "recording.quality.report",
 )  # fmt: skip
 
 
