@@ -166,9 +166,7 @@ def write_dataset(settings: MouseSettings) -> None:
 
 def load_real_rig(*, width: int | None = None, lens: str = "none") -> tuple[Calibration, dict]:
     """Returns the calibration of the real recording that ships with the project, and its arena, {centre [3] mm ...}.
-
-    width: of the images, even; by default as filmed. lens: `none`, or `real` with its distortion and skew.
-    """
+    width: of the images, even; by default as filmed. lens: `none`, or `real` with its distortion and skew."""
     path = REPOSITORY / "configs" / "rigs" / "recordings" / "dannce_mouse1.json"
     calibration, content = read_calibration(path), json.loads(path.read_text())
     if lens == "real":
