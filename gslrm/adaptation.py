@@ -66,9 +66,3 @@ def adapt(model: nn.Module, options: AdaptationConfig) -> None:
         else:
             trains = not (options.freeze_embedder if name.startswith(EMBEDDER) else options.freeze_heads)
         parameter.requires_grad_(trains)
-
-
-def lora_settings(options: AdaptationConfig) -> dict:
-    """What a resumed run with adapters must have in common with its checkpoint; empty without adapters."""
-    names = ("trainable_layers", "lora_rank", "lora_alpha", "lora_targets")
-    return {name: getattr(options, name) for name in names} if options.lora_rank else {}

@@ -52,8 +52,7 @@ def resolve_checkpoint(path: Path | str) -> Path:
 
 
 def model_weights(checkpoint: Mapping, source: Path) -> dict[str, Tensor]:
-    """The network's tensors of a checkpoint (averaged if it keeps such) or state dict, without FaceLift's loss
-    network."""
+    """The network's tensors of a checkpoint (averaged if it keeps such) or state dict, as `network_tensors`."""
     tensors = checkpoint.get("ema") or checkpoint.get("model", checkpoint)
     if tensors and isinstance(tensors, Mapping) and all(isinstance(value, Tensor) for value in tensors.values()):
         return network_tensors(tensors, source)
@@ -89,8 +88,7 @@ def load_gslrm(
     path: Path | str, *, config_file: Path | str | None = None, device: torch.device | str = "cpu"
 ) -> tuple[GSLRM, ViewRig | None, Path]:
     """Returns (network in eval mode, its rig or None, the file it came from). path: checkpoint file or folder.
-    config_file: a training YAML; without it the sidecar's configuration counts, and for files without one
-    FaceLift's."""
+    config_file: a training YAML; without it the sidecar's configuration counts, without one FaceLift's."""
     path = resolve_checkpoint(path)
     if config_file is not None:
         model_config = load_config(GSLRMConfig, config_file, ignored=set(IGNORED_KEYS)).model
@@ -106,12 +104,10 @@ def export_weights(
     source: Path | str, destination: Path | str, *, dtype: torch.dtype = torch.float32, facelift: bool = False,
     vgg_folder: Path | str | None = None,
 ) -> Path:  # fmt: skip
-    """Writes a checkpoint with the network alone (averaged weights if kept), e.g. in half precision, to ship it.
-
-    destination: a .pt file, or a folder for `ckpt_<step>.pt`. facelift: exactly the keys that FaceLift's strict loader
-    wants; the rig is then in the sidecar alone. vgg_folder: with facelift, adds the 32 frozen VGG-19 tensors from there
-    (float32), which FaceLift's loader wants when its config has a perceptual loss, as its shipped one has.
-    """
+    """Writes a checkpoint with the network alone (averaged weights if kept), to ship it: into a .pt file, or a folder
+    as `ckpt_<step>.pt`. facelift: exactly the keys that FaceLift's strict loader wants; the rig is then in the sidecar
+    alone. vgg_folder: with facelift, adds the 32 frozen VGG-19 tensors from there (float32), which that loader wants
+    when its config has a perceptual loss, as its shipped one has."""
     source, destination = resolve_checkpoint(source), Path(destination)
     checkpoint, content = files.load_checkpoint(source), files.read_sidecar(source)
     if "fwdbwd_pass_step" not in checkpoint or not {"config", "rig"} <= set(content or {}):

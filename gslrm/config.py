@@ -249,10 +249,8 @@ class GSLRMConfig:
 
 
 def model_config_from_dict(content: dict, source: str) -> ModelConfig:
-    """Returns the model section of a checkpoint's sidecar as ModelConfig.
-
-    Raises ValueError for keys that do not exist and for values of another type than the default's.
-    """
+    """Returns the model section of a checkpoint's sidecar as ModelConfig. Raises ValueError for unknown keys and for
+    values of another type than the default's."""
 
     def build(default: object, values: object, key: str):
         if not is_dataclass(default):

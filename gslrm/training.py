@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from gslrm import checkpoints
-from gslrm.adaptation import adapt, check_adaptation, lora_settings
+from gslrm.adaptation import adapt, check_adaptation
 from gslrm.config import GSLRMConfig, check_config, size_of
 from gslrm.data.mouse_dataset import build_datasets
 from gslrm.losses import NEEDS_RENDERING, POINTSDIST_WARMUP_STEPS, loss_weights, total_loss
@@ -32,6 +32,7 @@ from multiview.training import Training, run_training
 log = logging.getLogger(__name__)
 
 STATE_KEYS = ("model", "optimizer", "lr_scheduler", "fwdbwd_pass_step", "param_update_step")
+LORA_KEYS = ("trainable_layers", "lora_rank", "lora_alpha", "lora_targets")  # which a resumed run keeps
 
 
 def train(config: GSLRMConfig, overfit: int = 0) -> Path:
@@ -102,7 +103,19 @@ class GSLRMTraining(Training):
         self.networks = load_networks(training.losses, self.device)
         seed_everything("gslrm-init", runtime.seed)
         self.network = GSLRM(config.model, grad_checkpoint_every=runtime.grad_checkpoint_every).to(self.device)
-        self._start_from(path, whole)
+        # Weights that carry no rig (public ones) may start any; weights of another rig only where the config says so
+        # (`allow_rig_change`); a training state never.
+        source = checkpoints.read_checkpoint_rig(path) if path is not None else None
+        if source is not None and (whole or not training.checkpointing.allow_rig_change):
+            check_alignment(self.rig, "" if whole else "training.checkpointing.allow_rig_change", gslrm=source)
+        if path is None:
+            log.info("starting from random weights (training.checkpointing.resume_ckpt is not set)")
+        elif not whole:
+            files.load_strict(self.network, checkpoints.model_weights(files.load_checkpoint(path), path), path)
+            log.info("starting from the weights of %s (rig %s)", path, source.name if source else "not recorded")
+        adapt(self.network, training.adaptation)
+        chosen = asdict(training.adaptation)
+        self.lora = {name: chosen[name] for name in LORA_KEYS} if training.adaptation.lora_rank else {}
         self.schedule_start = 0  # pass at which the learning rate's warm-up began; above 0 after reset_lr
         groups = parameter_groups(self.network, options.weight_decay)
         names = {parameter: name for name, parameter in self.network.named_parameters()}
@@ -120,23 +133,9 @@ class GSLRMTraining(Training):
             compile_blocks(self.network)
         self.is_compiled = runtime.torch_compile
 
-    def _start_from(self, path: Path | None, whole: bool) -> None:
-        """Weights to start from, and what trains. Weights that carry no rig (public ones) may start any; weights of
-        another rig only where the config says so (`allow_rig_change`); a training state never."""
-        source = checkpoints.read_checkpoint_rig(path) if path is not None else None
-        if source is not None and (whole or not self.settings.training.checkpointing.allow_rig_change):
-            check_alignment(self.rig, "" if whole else "training.checkpointing.allow_rig_change", gslrm=source)
-        if path is None:
-            log.info("starting from random weights (training.checkpointing.resume_ckpt is not set)")
-        elif not whole:
-            weights = checkpoints.model_weights(files.load_checkpoint(path), path)
-            files.load_strict(self.network, weights, path)
-            log.info("starting from the weights of %s (rig %s)", path, source.name if source else "not recorded")
-        adapt(self.network, self.settings.training.adaptation)
-
     def _resume(self, path: Path, is_own: bool) -> Mapping[str, Any]:
         """Loads the state of a checkpoint file, which is returned. ValueError for less, or other frozen parameters."""
-        training, checkpoint = self.settings.training, files.load_checkpoint(path)
+        checkpoint = files.load_checkpoint(path)
         weights_only = (
             f"start from its weights: another checkpoint_dir with training.checkpointing.resume_ckpt={path} and "
             "training.optimizer.reset_training_state=true"
@@ -145,11 +144,11 @@ class GSLRMTraining(Training):
         if missing:
             raise ValueError(f"checkpoint {path} lacks {missing} and cannot be resumed; {weights_only}")
         weights = checkpoints.network_tensors(checkpoint["model"], path)
-        expected, lora = lora_settings(training.adaptation), checkpoint.get("lora") or {}
-        if expected != dict(lora.get("settings", {})):
+        lora = checkpoint.get("lora") or {}
+        if self.lora != dict(lora.get("settings", {})):
             raise ValueError(
                 f"checkpoint {path} was trained with training.adaptation {lora.get('settings') or 'without adapters'}, "
-                f"this run has {expected or 'none'}: use the same settings, or {weights_only}, which are merged ones"
+                f"this run has {self.lora or 'none'}: use the same settings, or {weights_only}, which are merged ones"
             )
         if lora:  # merging rounds, so the matrices under the adapters are kept beside the merged ones
             for name in lora["base"]:
@@ -225,24 +224,24 @@ class GSLRMTraining(Training):
                 output.gaussians, batch.target_cameras, batch.background, training.runtime.raster_backend,
                 recompute=training.runtime.recompute_rendering,
             )  # fmt: skip
-        loss, parts = total_loss(weights, losses, output, batch.targets, rgb=rgb, alpha=alpha, networks=self.networks)
+        loss, parts = total_loss(weights, losses, output, batch, rgb=rgb, alpha=alpha, networks=self.networks)
         # 0 that depends on every Gaussian value, so that every parameter has a gradient (DDP demands it); NaN if one is
         # not finite, so that such a pass counts as one whose loss is not finite.
         names = ("xyz", "features", "scaling", "rotation", "opacity")
         zero = 0.0 * sum(getattr(output.gaussians, name).sum() for name in names)
-        return loss + zero, (parts, batch.targets, rgb, alpha)
+        return loss + zero, (parts, batch, rgb, alpha)
 
     def numbers(self, details: tuple) -> dict[str, float]:
-        parts, targets, rgb, alpha = details
+        parts, batch, rgb, alpha = details
         values = {name: self.accelerator.reduce(part.detach(), "mean").item() for name, part in parts.items()}
-        return values if rgb is None else values | image_metrics(rgb, alpha, targets.rgb, targets.alpha)
+        return values if rgb is None else values | image_metrics(rgb, alpha, batch.rgb, batch.alpha)
 
     def image(self, details: tuple) -> Tensor | None:
         """Contact sheet: targets of the first samples above, renderings below."""
-        _, targets, rgb, _ = details
+        _, batch, rgb, _ = details
         if rgb is None:
             return None
-        rows = [row for i in range(min(4, len(rgb))) for row in (targets.rgb[i], rgb[i].detach().clamp(0, 1))]
+        rows = [row for i in range(min(4, len(rgb))) for row in (batch.rgb[i], rgb[i].detach().clamp(0, 1))]
         return grid(torch.cat(rows), rgb.shape[1])
 
     def averaged(self) -> dict[str, Tensor]:
@@ -280,9 +279,9 @@ class GSLRMTraining(Training):
             "scaler": self.scaler.state_dict(), "counts": dict(self.counts), "recent_skips": list(self.recent),
             "trained": list(self.parameters), "rig": rig,
         }  # fmt: skip
-        if adaptation.lora_rank:
+        if self.lora:
             content["lora"] = {
-                "settings": lora_settings(adaptation),
+                "settings": self.lora,
                 "base": {name: tensor for name, tensor in state.items() if ".base_layer." in name},
                 "adapters": {name: tensor for name, tensor in state.items() if files.is_adapter_weight(name)},
             }

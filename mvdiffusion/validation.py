@@ -66,14 +66,13 @@ def evaluate(
     groups = {
         "vae": figures(rebuilt, targets, masks, reference_view, lpips), "truth": consistency(targets, cameras)
     }  # fmt: skip
+    seeds = [seed + number for number in range(len(references))]
     for scale in guidance_scales:
-        parts = []
-        for first in range(0, len(references), BATCH):
-            part = references[first : first + BATCH]
-            seeds = [seed + first + k for k in range(len(part))]
-            options = {"seeds": seeds, "guidance_scale": scale, "num_steps": num_steps}
-            parts.append(generate_views(components, part, embeds, **options))
-        generated = torch.cat(parts)
+        options = {"guidance_scale": scale, "num_steps": num_steps}
+        batches = (slice(first, first + BATCH) for first in range(0, len(references), BATCH))
+        generated = torch.cat(
+            [generate_views(components, references[b], embeds, seeds=seeds[b], **options) for b in batches]
+        )
         rows.append(generated)
         groups[f"guidance_{scale:g}"] = {
             **figures(generated, targets, masks, reference_view, lpips), **consistency(generated, cameras)

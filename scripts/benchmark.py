@@ -307,10 +307,10 @@ def measure_rendering(bench: Bench):
 
 def stage1(bench: Bench, attention: str):
     """Returns the training config, components with a UNet, and prompt embeddings, all of random weights."""
-    from mvdiffusion.components import SD21_UNCLIP, demo_shape, random_components
     from mvdiffusion.facelift_yaml import load_training_config
     from mvdiffusion.models.unet import create_unet
     from mvdiffusion.prompts import TOKENS, PromptEmbeds
+    from tests.random_components import SD21_UNCLIP, demo_shape, random_components
 
     name = {"demo": "demo", "full": "mouse"}[bench.options.preset]
     config, rig = load_training_config(str(REPOSITORY / "configs" / f"{name}_mvdiffusion.yaml"), []), load_rig("mouse6")
@@ -362,7 +362,7 @@ def measure_diffusion_training(bench: Bench):
 
     def batch() -> EncodedBatch:
         encoded = encode(components, images, torch.ones_like(images[:, :, :1]), images[:, :1])
-        encoded |= {"condition": encoded["mean"][:, rig.reference_view], "embedding": encoded["embedding"][:, 0]}
+        encoded["embedding"] = encoded["embedding"][:, 0]
         return EncodedBatch(**encoded, prompts=prompts.expand(b, -1), cameras=cameras)
 
     def update(cached: EncodedBatch | None) -> None:

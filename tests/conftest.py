@@ -47,6 +47,30 @@ def render():
     return make_renderer()
 
 
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A tiny data set of mouse6, Stage 1's components without a UNet, prompt embeddings; not to be changed."""
+    from mvdiffusion_tiny import prepare
+
+    return prepare(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def toys(tmp_path_factory):
+    """Toy animals for Stage 2, not to be changed."""
+    from gslrm_toys import write_toys
+
+    return write_toys(tmp_path_factory.mktemp("toys"))
+
+
+@pytest.fixture
+def empty_yaml(tmp_path):
+    """A training configuration of Stage 2 that says the rig alone."""
+    path = tmp_path / "empty.yaml"
+    path.write_text("rig: mouse6\n")
+    return path
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """As in subprocesses that run with one: sums of several threads differ in the last bit."""

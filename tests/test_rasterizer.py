@@ -92,53 +92,52 @@ def assert_agree(gaussians, cameras, background, slack=1):
 # ---- against the oracle ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("degree", [0, 1, 2, 3])
-def test_cpu_agrees_with_the_oracle_for_every_sh_degree(degree):
-    g = torch.Generator().manual_seed(5)
-    background = torch.rand((2, 2, 3), generator=g)
-    assert_agree(scene(b=2, n=120, degree=degree, seed=degree), cameras_for(b=2, v=2), background)
-
-
-@pytest.mark.parametrize(
-    ("log_scale", "logit"),
-    [(-2.0, 2.0), (-1.5, -1.0), (-4.5, 4.0)],
-    ids=["opaque, compositing stops early", "large and faint", "smaller than a pixel"],
-)
-def test_cpu_agrees_with_the_oracle_for_other_scenes(log_scale, logit):
-    gaussians = scene(n=350, log_scale=log_scale, logit=logit, seed=7)
-    assert_agree(gaussians, cameras_for(v=2), torch.rand(1, 2, 3, generator=torch.Generator().manual_seed(0)))
-
-
-def test_cpu_agrees_with_the_oracle_inside_the_scene():
-    """Cameras among the Gaussians: some behind, some before the near plane, some far outside the picture."""
-    gaussians = scene(n=200, log_scale=-3.5, seed=3)
-    cameras = cameras_for(v=3, distance=0.5, hfov_deg=70)
-    _, z = cameras[0].project(gaussians.xyz.expand(3, -1, -1))
-    assert (z < 0.01).any() and (z > 0.01).any()
-    assert_agree(gaussians, cameras, torch.ones(1, 3, 3))
-
-
-@pytest.mark.parametrize("degree", [0, 3])
-def test_cpu_agrees_with_the_oracle_at_and_beyond_the_border(degree):
-    """Centres on and outside all four sides, beyond the clamp of the Jacobian, some large enough to reach inside."""
-    gaussians, cameras = (
-        scene(n=160, degree=degree, log_scale=-2.0, logit=1.0, seed=4),
-        cameras_for(v=1, shift=(21, -17)),
-    )
+def border_scene(degree):
+    """Centers on and outside all four sides, beyond the clamp of the Jacobian, some large enough to reach inside."""
+    gaussians = scene(n=160, degree=degree, log_scale=-2.0, logit=1.0, seed=4)
+    cameras = cameras_for(v=1, shift=(21, -17))
     angle, distance = torch.linspace(0, 2 * torch.pi, 160), torch.linspace(0.8, 2.0, 160).roll(40)
     right, down = cameras.c2w[0, 0, :3, :2].T
     ring = angle.cos()[:, None] * right + 0.8 * angle.sin()[:, None] * down
     gaussians.xyz[0] = 0.8 * distance[:, None] * ring + 0.1 * gaussians.xyz[0]
     uv = cameras[0].project(gaussians.xyz)[0][0] / torch.tensor([56.0, 40.0])
     assert 30 < ((uv < 0) | (uv > 1)).any(dim=-1).sum() < 130 and uv.min() < -0.15 and uv.max() > 1.15
-    assert_agree(gaussians, cameras, torch.full((1, 1, 3), 0.2))
+    return gaussians, cameras
 
 
-def test_thin_needles_agree_with_the_oracle():
+def inside_scene():
+    """Cameras among the Gaussians: some behind, some before the near plane, some far outside the image."""
+    gaussians, cameras = scene(n=200, log_scale=-3.5, seed=3), cameras_for(v=3, distance=0.5, hfov_deg=70)
+    _, z = cameras[0].project(gaussians.xyz.expand(3, -1, -1))
+    assert (z < 0.01).any() and (z > 0.01).any()
+    return gaussians, cameras
+
+
+def needles():
     gaussians = scene(n=80, seed=11)
     gaussians.scaling[..., 0], gaussians.scaling[..., 1:] = -0.7, -6.0
+    return gaussians, cameras_for(v=2)
+
+
+def other_scene(log_scale, logit):
+    return scene(n=350, log_scale=log_scale, logit=logit, seed=7), cameras_for(v=2)
+
+
+SCENES = {
+    **{f"degree {k}": lambda k=k: (scene(b=2, n=120, degree=k, seed=k), cameras_for(b=2, v=2)) for k in range(4)},
+    "opaque, compositing stops early": lambda: other_scene(-2.0, 2.0),
+    "large and faint": lambda: other_scene(-1.5, -1.0), "smaller than a pixel": lambda: other_scene(-4.5, 4.0),
+    "inside": inside_scene, "border": lambda: border_scene(0), "border, degree 3": lambda: border_scene(3),
+    "needles": needles,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SCENES)
+def test_cpu_agrees_with_the_oracle(name):
+    gaussians, cameras = SCENES[name]()
+    background = torch.rand((*cameras.shape, 3), generator=torch.Generator().manual_seed(5))
     # float32 conics of needles 100 times longer than wide lose a digit
-    assert_agree(gaussians, cameras_for(v=2), torch.zeros(1, 2, 3), slack=10)
+    assert_agree(gaussians, cameras, background, slack=10 if name == "needles" else 1)
 
 
 def test_gradients_match_finite_differences_of_the_picture_itself():
@@ -212,14 +211,11 @@ def test_alpha_is_clamped_and_faint_gaussians_are_skipped():
 # ---- the contract ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("background", [0.25, torch.full((3,), 0.25), torch.full((2, 3), 0.25)])
-def test_backgrounds_of_every_shape_fill_an_empty_scene(background):
-    output = render(scene(b=2, n=0), cameras_for(b=2, v=3), background)
-    assert output.rgb.shape == (2, 3, 3, 40, 56) and (output.rgb == 0.25).all()
-    assert (output.alpha == 0).all() and (output.depth == 0).all()
-
-
-def test_an_empty_scene_passes_gradients_to_the_background():
+def test_backgrounds_of_every_shape_fill_an_empty_scene():
+    for background in (0.25, torch.full((3,), 0.25), torch.full((2, 3), 0.25)):
+        output = render(scene(b=2, n=0), cameras_for(b=2, v=3), background)
+        assert output.rgb.shape == (2, 3, 3, 40, 56) and (output.rgb == 0.25).all()
+        assert (output.alpha == 0).all() and (output.depth == 0).all()
     background = torch.zeros(3, requires_grad=True)
     render(scene(n=0), cameras_for(v=2), background).rgb.sum().backward()
     assert (background.grad == 2 * 40 * 56).all()
@@ -318,15 +314,14 @@ def test_half_precision_inputs_and_autocast_render_in_float32():
 
 def test_wrong_arguments_are_refused_by_name():
     gaussians, cameras = scene(n=5), cameras_for(v=2)
-    with pytest.raises(ValueError, match=r"cameras must have shape \[b, v\] with b = 1"):
-        render(gaussians, cameras[0])
-    with pytest.raises(ValueError, match="backend must be one of auto, gsplat, cpu"):
-        render(gaussians, cameras, backend="inria")
-    with pytest.raises(ValueError, match="background"):
-        render(gaussians, cameras, torch.ones(4))
     moving = Cameras(cameras.c2w.clone().requires_grad_(), cameras.fxfycxcy, 40, 56)
-    with pytest.raises(ValueError, match="no gradients for cameras"):
-        render(gaussians, moving, backend="cpu")
+    for seen, options, message in (
+        (cameras[0], {}, r"cameras must have shape \[b, v\] with b = 1"),
+        (cameras, {"backend": "inria"}, "backend must be one of auto, gsplat, cpu"),
+        (cameras, {"background": torch.ones(4)}, "background"), (moving, {}, "no gradients for cameras"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            render(gaussians, seen, **options)
 
 
 def test_importing_the_renderer_loads_neither_numba_nor_gsplat():
@@ -364,19 +359,15 @@ def test_kernels_work_where_no_cache_can_be_written(monkeypatch):
 # ---- turntable ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("name", "views", "size", "elevation_deg", "every"),
-    [
-        ("render_turntable_8_at_384", 8, 384, 0.0, 1),
-        ("render_turntable_150", 150, 512, 0.0, 30),
-        ("defaults_8", 8, 384, 20.0, 1),
-    ],
-)
-def test_turntable_cameras_are_facelifts(name, views, size, elevation_deg, every):
+def test_turntable_cameras_are_facelifts():
     golden = load_file(ROOT / "tests" / "golden" / "cameras" / "turntable.safetensors")
-    cameras = Cameras.turntable(views, size, elevation_deg=elevation_deg)
-    torch.testing.assert_close(cameras.c2w[::every].double(), golden[f"{name}.c2w"], atol=1e-6, rtol=0)
-    torch.testing.assert_close(cameras.fxfycxcy[::every].double(), golden[f"{name}.fxfycxcy"], atol=1e-4, rtol=0)
+    for name, views, size, elevation_deg, every in (
+        ("render_turntable_8_at_384", 8, 384, 0.0, 1), ("render_turntable_150", 150, 512, 0.0, 30),
+        ("defaults_8", 8, 384, 20.0, 1),
+    ):  # fmt: skip
+        cameras = Cameras.turntable(views, size, elevation_deg=elevation_deg)
+        torch.testing.assert_close(cameras.c2w[::every].double(), golden[f"{name}.c2w"], atol=1e-6, rtol=0)
+        torch.testing.assert_close(cameras.fxfycxcy[::every].double(), golden[f"{name}.fxfycxcy"], atol=1e-4, rtol=0)
 
 
 def test_render_turntable_gives_the_frames_of_its_cameras():

@@ -4,10 +4,8 @@
                           n learned tokens ---+-> LayerNorm -> blocks -> heads -> one Gaussian per pixel + n free
 
 Pre-norm blocks without a single bias, full attention over all tokens of all views. Tokens are packed, the rows of all
-samples one after the other, as with pruning they have different numbers of them: linear layers and norms run over all
-rows, attention over each sample's own.
-
-Parameter names and numbers are those of FaceLift's public weights (docs/conventions.md says which facts that fixes).
+samples one after the other, as pruning leaves different numbers of them: linear layers and norms run over all rows,
+attention over each sample's own. Parameter names are those of FaceLift's public weights (docs/conventions.md).
 """
 
 from __future__ import annotations
@@ -39,20 +37,16 @@ PADDING = {"xyz": 0.0, "features": 0.0, "scaling": SCALING_OFFSET, "rotation": 1
 
 @dataclass(frozen=True)
 class GSLRMOutput:
-    """gaussians: raw values [b, n_free + k]: the free Gaussians first, then k image Gaussians. Without pruning
-        k = v*h*w in the order (view, patch row, patch column, row in patch, column in patch).
-    pixel_index: [b, k] int64, the pixel (view*h + row)*w + column that each image Gaussian belongs to.
-    pixel_valid: [b, k] bool; False marks padding (pruned samples have different numbers of Gaussians): opacity 0.
-    ray_origins, ray_directions: [b, k, 3] world, directions of unit length. shape: (v, h, w) of the input views.
-    """
+    """Raw Gaussians [b, n_free + k]: the free ones first, then k image Gaussians. Without pruning k = v*h*w in the
+    order (view, patch row, patch column, row in patch, column in patch)."""
 
     gaussians: Gaussians
-    pixel_index: Tensor
-    pixel_valid: Tensor
-    ray_origins: Tensor
-    ray_directions: Tensor
+    pixel_index: Tensor  # [b, k] int64, the pixel (view*h + row)*w + column that each image Gaussian belongs to
+    pixel_valid: Tensor  # [b, k] bool; False: padding of opacity 0 (pruned samples have different numbers)
+    ray_origins: Tensor  # [b, k, 3] world
+    ray_directions: Tensor  # [b, k, 3] world, of unit length
     n_free: int
-    shape: tuple[int, int, int]
+    shape: tuple[int, int, int]  # (v, h, w) of the input views
 
     @property
     def pixel_xyz(self) -> Tensor:
@@ -84,11 +78,8 @@ class Attention(nn.Module):
 
 
 def run_linear(layers: nn.Linear | nn.Sequential, tokens: Tensor) -> Tensor:
-    """`layers(tokens)`, tokens [T, d]; inference in float32 on a CPU through oneDNN's layout.
-
-    These are the same products, rounded differently, at up to twice the speed of the default library. Only for torch's
-    own layers: an adapter around one runs as it is.
-    """
+    """`layers(tokens)`, tokens [T, d]; inference in float32 on a CPU through oneDNN's layout: the same products,
+    rounded differently, up to twice as fast. Only torch's own layers: an adapter around one runs as it is."""
     parts = layers if isinstance(layers, nn.Sequential) else (layers,)
     plain = tokens.device.type == "cpu" and tokens.dtype == torch.float32 and len(tokens) > 0
     watched = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
@@ -113,10 +104,8 @@ class TransformerBlock(nn.Module):
 
 
 def run_blocks(blocks: nn.ModuleList, tokens: Tensor, lengths: list[int], checkpoint_every: int) -> Tensor:
-    """Runs the blocks on packed tokens [T, d] whose samples have `lengths` tokens (sum T).
-
-    With `checkpoint_every` k > 0, groups of k blocks are recomputed in the backward pass.
-    """
+    """Runs the blocks on packed tokens [T, d] whose samples have `lengths` tokens (sum T); with `checkpoint_every` k >
+    0 groups of k blocks are recomputed in the backward pass."""
 
     def run_group(start: int, tokens: Tensor) -> Tensor:
         for block in blocks[start : start + step]:
@@ -175,14 +164,12 @@ class GSLRM(nn.Module):
     def forward(
         self, images: Tensor, cameras: Cameras, *, masks: Tensor | None = None, clip_xyz: bool = False
     ) -> GSLRMOutput:
-        """Predicts Gaussians from posed views.
+        """Predicts Gaussians from posed views. Raises ValueError when shapes do not go together.
 
-        images: [b, v, 3, h, w] RGB in 0..1 (composited); h, w multiples of the patch size. Any v.
-        cameras: shape [b, v], OpenCV axes, of images h x w.
-        masks: [b, v, 1, h, w] foreground in 0..1; needed if and only if `config.prune_background_tokens`: tokens and
-            Gaussians of the background (farther than `prune_margin_px` from the mask) are dropped. May be empty.
+        images: [b, v, 3, h, w] RGB in 0..1 (composited); h, w multiples of the patch size. cameras: [b, v], of h x w.
+        masks: [b, v, 1, h, w] foreground in 0..1, may be empty; needed if and only if `config.prune_background_tokens`:
+            tokens and Gaussians of the background (farther than `prune_margin_px` from the mask) are dropped.
         clip_xyz: image Gaussians into [-1, 1] (training with `config.clip_xyz`; never at inference).
-        Raises ValueError when shapes do not go together.
         """
         self._check_inputs(images, cameras, masks)
         selection = select_patches(images, self.config.image_tokenizer.patch_size, masks, self.config.prune_margin_px)

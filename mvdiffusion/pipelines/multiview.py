@@ -40,14 +40,12 @@ def generate_views(
     num_steps: int = NUM_STEPS, guidance_scale: float = GUIDANCE_SCALE, sampler: str = "ddim",
     progress: Callable[[Iterable], Iterable] | None = None,
 ) -> Tensor:  # fmt: skip
-    """Generates the rig's views of each image.
+    """Generates the rig's views of each image: [b, n, 3, s, s], 0..1, float32, on the components' device.
 
     images: [b, 3, h, w] 0..1, RGB on white, square; resized to the UNet's image size.
     embeds: prompt embeddings of the rig; row i describes view i, and a UNet with camera conditioning gets camera i.
     seeds: one per image: its result depends on its own seed, not on its place in a batch or folder.
-    guidance_scale: 1 turns classifier-free guidance (and its second half of the batch) off.
-    sampler: one of SAMPLERS. progress: wraps the iteration over time steps, e.g. tqdm.
-    Returns [b, n, 3, s, s], 0..1, float32, on the components' device. Refuses latents that are not finite.
+    guidance_scale: 1 turns classifier-free guidance off. sampler: one of SAMPLERS. progress: wraps the time steps.
     """
     unet, rig, device = components.unet, embeds.rig, components.device
     check_embeds_fit(embeds, unet, components.unet_folder)
