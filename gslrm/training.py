@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from functools import partial
@@ -14,8 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from gslrm import checkpoints
-from gslrm.adaptation import adapt, check_adaptation
-from gslrm.config import GSLRMConfig, check_config, size_of
+from gslrm.config import AdaptationConfig, GSLRMConfig, check_config, size_of
 from gslrm.data.mouse_dataset import build_datasets
 from gslrm.losses import NEEDS_RENDERING, POINTSDIST_WARMUP_STEPS, loss_weights, total_loss
 from gslrm.model.gaussians_renderer import render
@@ -33,6 +33,9 @@ log = logging.getLogger(__name__)
 
 STATE_KEYS = ("model", "optimizer", "lr_scheduler", "fwdbwd_pass_step", "param_update_step")
 LORA_KEYS = ("trainable_layers", "lora_rank", "lora_alpha", "lora_targets")  # which a resumed run keeps
+# Parts of the network's names: what freeze_embedder freezes, and what takes adapters.
+BLOCKS, TARGETS = "transformer_layers.", ("attn.to_qkv", "attn.fc", "mlp.mlp.0", "mlp.mlp.2")
+EMBEDDER = ("patch_embedder.", "view_type_embeddings", "gaussian_position_embeddings", "input_layer_norm.")
 
 
 def train(config: GSLRMConfig, overfit: int = 0) -> Path:
@@ -308,7 +311,54 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def compile_blocks(model: GSLRM) -> None:
-    """Compiles the transformer blocks in place: parameter names and everything around the blocks stay as they are. With
-    background tokens pruned the number of tokens changes from batch to batch: one graph for all lengths."""
+    """Compiles the transformer blocks in place; parameter names and everything around the blocks stay."""
+    # With background tokens pruned the number of tokens changes from batch to batch: one graph for all lengths.
     for block in model.transformer_layers:
         block.compile(dynamic=True if model.config.prune_background_tokens else None)
+
+
+def check_adaptation(options: AdaptationConfig, num_layers: int) -> list[int]:
+    """Returns the numbers of the blocks that train, ascending: trainable_layers is "20-23", "0,4-7", "none" or None
+    (all). Raises ValueError for whatever cannot be meant."""
+    text, lora, section = options.trainable_layers, options.lora_rank, "training.adaptation"
+    chosen = set(range(num_layers)) if text is None else set()
+    for part in [] if text is None or text.strip().lower() == "none" else text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
+        if match is None:
+            raise ValueError(f"{section}.trainable_layers must look like 20-23 or 0,4-7 or none, got {text!r}")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if first > last or last >= num_layers:
+            raise ValueError(f"{section}.trainable_layers: {part.strip()} is not a range within 0-{num_layers - 1}")
+        chosen.update(range(first, last + 1))
+    frozen_rest = options.freeze_embedder and options.freeze_heads
+    for wrong, told in (
+        (lora < 0 or options.lora_alpha <= 0 or not 0 <= options.lora_dropout < 1,
+         ": lora_rank must be 0 (off) or more, lora_alpha above 0 and lora_dropout in [0, 1), got "
+         f"{lora}, {options.lora_alpha:g}, {options.lora_dropout:g}"),
+        (set(options.lora_targets) - set(TARGETS) or (lora and not options.lora_targets),
+         f".lora_targets must be some of {', '.join(TARGETS)}, got {', '.join(options.lora_targets)}"),
+        (lora and not chosen, f": lora_rank {lora} needs blocks to adapt; trainable_layers names none"),
+        (not chosen and frozen_rest,
+         " freezes everything: trainable_layers none, freeze_embedder and freeze_heads true"),
+        # Adapters on their own are a model only if nothing else has moved.
+        (options.save_adapters and not (lora and frozen_rest),
+         ".save_adapters needs lora_rank above 0, freeze_embedder=true and freeze_heads=true"),
+    ):  # fmt: skip
+        if wrong:
+            raise ValueError(section + told)
+    return sorted(chosen)
+
+
+def adapt(model: nn.Module, options: AdaptationConfig) -> None:
+    """Adds the adapters and freezes what shall not move, in place. The output does not change."""
+    layers = check_adaptation(options, len(model.transformer_layers))
+    blocks = tuple(f"{BLOCKS}{layer}." for layer in layers)
+    if options.lora_rank:
+        targets = [block + target for block in blocks for target in options.lora_targets]
+        files.add_adapters(model, targets, options.lora_rank, options.lora_alpha, options.lora_dropout)
+    for name, parameter in model.named_parameters():
+        if name.startswith(BLOCKS):
+            trains = name.startswith(blocks) and (not options.lora_rank or files.is_adapter_weight(name))
+        else:
+            trains = not (options.freeze_embedder if name.startswith(EMBEDDER) else options.freeze_heads)
+        parameter.requires_grad_(trains)

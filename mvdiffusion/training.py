@@ -142,9 +142,9 @@ class MVDiffusionTraining(Training):
         return training_loss(model, self.components, self.embeds, batch, self.settings, generator), None
 
     def adjust_gradients(self) -> None:
-        """`freeze_encoder`: in the first half of the run the UNet's down blocks stand still. Taking the gradients away
-        (instead of requires_grad) leaves DDP's buckets alone; the optimizer skips a parameter without one, weight decay
-        and moments too."""
+        """`freeze_encoder`: in the first half of the run the UNet's down blocks stand still."""
+        # Taking the gradients away (instead of requires_grad) leaves DDP's buckets alone; the optimizer skips a
+        # parameter without one, weight decay and moments too.
         if self.settings.freeze_encoder and self.tried < self.options.steps // 2:
             for name, parameter in self.parameters.items():
                 # Not conv_in, whose image channels may be new, nor new camera weights.
@@ -231,8 +231,7 @@ def starting_unet(config: MVDiffusionConfig, rig: ViewRig):
 
 def prepared_unet(config: MVDiffusionConfig, rig: ViewRig, found: checkpoints.Checkpoint | None):
     """The UNet to train, and with LoRA the fingerprint of the weights it leaves alone (else None). From a checkpoint:
-    its UNet; with LoRA the run's first weights again, which must be those it was trained on, and its trained tensors.
-    """
+    its UNet; with LoRA the run's first weights again, which must be the same, and its trained tensors."""
     unet = load_unet(found.folder / "unet") if found and not config.lora_rank else starting_unet(config, rig)
     if config.lora_rank:
         seed_everything("mvdiffusion lora", config.seed)
@@ -244,10 +243,11 @@ def prepared_unet(config: MVDiffusionConfig, rig: ViewRig, found: checkpoints.Ch
     base = weights_fingerprint(frozen)
     if found:
         if found.trained["base"] != base:
-            raise ValueError(
-                f"{found.folder} holds adapters of other weights than {config.pretrained_unet_path or 'the UNet'} has "
-                f"now; restore them, or start anew with another output_dir=..., or delete {found.folder.parent}"
+            told = (
+                f"{found.folder} holds adapters of other weights than {config.pretrained_unet_path or 'the UNet'} has"
             )
+            anew = f"start anew with another output_dir=..., or delete {found.folder.parent}"
+            raise ValueError(f"{told} now; restore them, or {anew}")
         differing = sorted(set(trained) ^ set(found.trained["own"]))
         if differing:
             raise ValueError(f"{found.folder}: trained tensors are not those of this config, e.g. {differing[:3]}")

@@ -1,7 +1,9 @@
 """Fixtures that several test files ask for by name."""
 
 import importlib
+import resource
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -97,3 +99,14 @@ def refused(path, match, read=None):
     with pytest.raises(ValueError, match=match) as caught:
         (read or read_calibration)(path)
     assert "\n" not in str(caught.value)
+
+
+@contextmanager
+def file_limit(size):
+    """No file of this process, or of one that it starts, may grow beyond `size` bytes: a disk with that much room."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

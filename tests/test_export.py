@@ -101,7 +101,7 @@ def bits(packed, shift, count):
 def read_compressed(path):
     """SuperSplat's format: chunk bounds, and 16 bytes per Gaussian (four uint32) packed between them."""
     content = PlyData.read(str(path))
-    chunk = {name: content["chunk"][name] for name in content["chunk"].data.dtype.names}
+    chunk = content["chunk"]
     vertex = {name: content["vertex"][name].astype(np.int64) for name in content["vertex"].data.dtype.names}
     of = np.arange(len(content["vertex"])) // 256
 
@@ -112,8 +112,7 @@ def read_compressed(path):
     def packed_111011(values):
         return [bits(values, 21, 11), bits(values, 11, 10), bits(values, 0, 11)]
 
-    color = vertex["packed_color"]
-    rotation = vertex["packed_rotation"]
+    color, rotation = vertex["packed_color"], vertex["packed_rotation"]
     small = np.stack([(bits(rotation, shift, 10) - 0.5) * np.sqrt(2) for shift in (20, 10, 0)], -1)
     largest = np.sqrt(np.clip(1 - (small**2).sum(-1), 0, None))
     wxyz = np.empty((len(rotation), 4))
@@ -174,15 +173,12 @@ def test_wrong_gaussians_are_refused_and_leave_the_old_file(tmp_path, name):
     whole = path.read_bytes()
     broken = soft(n=20)
     broken.scaling[0, 3, 1] = torch.nan
-    with pytest.raises(ValueError, match=r"a\..*must be finite.* 1 of scaling"):
-        export(path, broken, name)
-    with pytest.raises(ValueError, match="one scene, got 2"):
-        export(path, random_gaussians(b=2), name)
-    with pytest.raises(ValueError, match="export format must be one of splat, ply_compressed"):
-        export(path, soft(n=20), "spz")
-    with pytest.raises(ValueError, match="not one Gaussian"):
-        export(path, soft(n=0), name)
     faint = replace(soft(n=20), opacity=torch.full((1, 20, 1), -torch.inf))
-    with pytest.raises(ValueError, match="none of 20 Gaussians can be seen"):
-        export(path, faint, name)
+    for gaussians, form, message in (
+        (broken, name, r"a\..*must be finite.* 1 of scaling"), (random_gaussians(b=2), name, "one scene, got 2"),
+        (soft(n=20), "spz", "export format must be one of splat, ply_compressed"),
+        (soft(n=0), name, "not one Gaussian"), (faint, name, "none of 20 Gaussians can be seen"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            export(path, gaussians, form)
     assert path.read_bytes() == whole and [p.name for p in tmp_path.iterdir()] == [path.name]

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gslrm.adaptation import check_adaptation
 from gslrm.config import IGNORED_KEYS, GSLRMConfig, check_config, model_config_from_dict
+from gslrm.training import check_adaptation
 from multiview.config import load_config
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"

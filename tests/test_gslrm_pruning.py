@@ -68,8 +68,7 @@ def test_selection_keeps_exactly_the_foreground_and_its_margin(margin_px):
 # ---- the pruned model -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch", [1, 2])
-def test_full_masks_give_the_dense_model_and_its_gradients(batch):
+def test_full_masks_give_the_dense_model_and_its_gradients(batch=2):
     dense, pruned = build(prune=False), build()
     pruned.load_state_dict(dense.state_dict(), strict=True)
     images, cameras = posed_views(batch)

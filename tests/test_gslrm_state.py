@@ -7,11 +7,10 @@ import pytest
 import torch
 from gslrm_toys import SIZE, config_of, logged, start
 
-from gslrm.adaptation import adapt, check_adaptation, parse_layers
 from gslrm.checkpoints import load_gslrm
 from gslrm.config import AdaptationConfig
 from gslrm.model.gslrm import GSLRM, TransformerBlock
-from gslrm.training import compile_blocks, train
+from gslrm.training import adapt, check_adaptation, compile_blocks, train
 from multiview.checkpoint import load_checkpoint, merged_weights
 from multiview.rig import load_rig
 from multiview.training import SKIP_WINDOW, TrainingDivergedError, rate_factor
@@ -53,30 +52,32 @@ def test_schedules_warm_up_and_follow_their_form(schedule, warmup, total, rules,
         rate_factor("piecewise_constant", 0, 0, 10, "1:x,2")
 
 
-@pytest.mark.parametrize("case", ["fine", "exploding", "huge", "spoiled", "nan", "partly_nan", "overflow"])
+SKIPPED = {  # every gradient, reason why the update is skipped, whether entries were mended
+    "fine": (1e-3, None, False), "exploding": (1e3, "skipped_gradient", False),
+    "huge": (1e30, "skipped_gradient", False),  # 1e60 is no float32
+    "spoiled": (1e-3, "skipped_nan_loss", False), "nan": (torch.nan, "skipped_gradient", True),
+    "partly_nan": (1e-3, None, True), "overflow": (torch.inf, "skipped_overflow", True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SKIPPED)
 def test_updates_are_skipped_and_counted(toys, tmp_path, case):
-    state = start(config_of(toys, tmp_path))
+    state, (value, reason, is_mended) = start(config_of(toys, tmp_path)), SKIPPED[case]
     if case == "overflow":
         state.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
         state.scaler.scale(torch.zeros(1))  # as a backward pass would
     before = state.network.input_layer_norm.weight.detach().clone()
-    values = {"exploding": 1e3, "huge": 1e30, "nan": float("nan"), "overflow": float("inf")}  # 1e60 is no float32
     for parameter in state.network.parameters():
-        parameter.grad = torch.full_like(parameter, values.get(case, 1e-3))
+        parameter.grad = torch.full_like(parameter, value)
     if case == "partly_nan":
-        state.network.gaussian_position_embeddings.grad[0] = float("nan")
+        state.network.gaussian_position_embeddings.grad[0] = torch.nan
     norm = state.update(spoiled=case == "spoiled")
-    reason = {
-        "spoiled": "skipped_nan_loss", "exploding": "skipped_gradient", "huge": "skipped_gradient",
-        "nan": "skipped_gradient", "overflow": "skipped_overflow",
-    }  # fmt: skip
-    expected = dict.fromkeys(["skipped_nan_loss", "skipped_gradient", "skipped_overflow", "mended_gradient"], 0)
-    expected["mended_gradient"] = int(case in ("nan", "partly_nan", "overflow"))
-    skipped = case in reason
-    assert state.counts == ({**expected, reason[case]: 1} if skipped else expected)
-    assert (not torch.equal(before, state.network.input_layer_norm.weight)) == (not skipped)
+    expected = dict.fromkeys(["skipped_nan_loss", "skipped_gradient", "skipped_overflow"], 0)
+    expected |= {"mended_gradient": int(is_mended), **({reason: 1} if reason else {})}
+    assert state.counts == expected
+    assert torch.equal(before, state.network.input_layer_norm.weight) == bool(reason)
     assert all(bool(parameter.isfinite().all()) for parameter in state.network.parameters())
-    assert list(state.recent) == [skipped] and state.updates == int(not skipped) and state.tried == 1
+    assert list(state.recent) == [bool(reason)] and state.updates == int(not reason) and state.tried == 1
     assert all(parameter.grad is None for parameter in state.network.parameters())
     assert (norm is None) == (case == "spoiled") and (case != "nan" or norm == 0)
 
@@ -158,28 +159,21 @@ def test_scaler_and_averaged_weights_come_back(toys, tmp_path, monkeypatch):
     assert start(config_of(toys, tmp_path)).ema is None
 
 
-def test_layer_ranges():
-    assert parse_layers(None, 3) == [0, 1, 2] and parse_layers("none", 3) == []
-    assert parse_layers("20-23", 24) == [20, 21, 22, 23] and parse_layers("5, 0-1,1", 24) == [0, 1, 5]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
+def test_layer_ranges_and_adaptation_that_cannot_be_meant():
+    for text, layers in ((None, [*range(24)]), ("none", []), ("20-23", [20, 21, 22, 23]), ("5, 0-1,1", [0, 1, 5])):
+        assert check_adaptation(AdaptationConfig(trainable_layers=text), 24) == layers
+    for options, message in (
         ({"trainable_layers": "2-4"}, "2-4 is not a range within 0-3"),
-        ({"trainable_layers": "3-2"}, "3-2 is not a range"),
-        ({"trainable_layers": "last"}, "must look like 20-23"),
+        ({"trainable_layers": "3-2"}, "3-2 is not a range"), ({"trainable_layers": "last"}, "must look like 20-23"),
         ({"lora_rank": -1}, "lora_rank must be 0"),
         ({"lora_rank": 2, "lora_dropout": 1.0}, r"lora_dropout in \[0, 1\)"),
         ({"lora_rank": 2, "lora_targets": ["attn.qkv"]}, "lora_targets must be some of attn.to_qkv"),
         ({"lora_rank": 2, "trainable_layers": "none"}, "needs blocks to adapt"),
         ({"trainable_layers": "none", "freeze_embedder": True, "freeze_heads": True}, "freezes everything"),
         ({"lora_rank": 2, "save_adapters": True}, "save_adapters needs.*freeze_heads=true"),
-    ],
-)
-def test_adaptation_that_cannot_be_meant_is_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        check_adaptation(AdaptationConfig(**options), 4)
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            check_adaptation(AdaptationConfig(**options), 4)
 
 
 LORA = {
@@ -242,11 +236,9 @@ def test_a_resumed_run_with_adapters_takes_the_same_steps(toys, started, adapted
         path.unlink()
     train(config_of(toys, folder, **LORA, **{"training.checkpointing.resume_ckpt": started}))
     assert logged(folder) == logged(whole)
-    one, two = load_checkpoint(whole / LAST), load_checkpoint(folder / LAST)
-    for one, two in ((one[key], two[key]) for key in ("model", "ema")):
-        assert all(torch.equal(one[name], two[name]) for name in one)
-    one, two = (load_checkpoint(path / LAST)["lora"]["adapters"] for path in (whole, folder))
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    contents = [load_checkpoint(path / LAST) for path in (whole, folder)]
+    first, second = ({**c["ema"], **c["lora"]["adapters"], **c["lora"]["base"]} for c in contents)
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_saved_adapters_are_small_and_peft_puts_them_on(adapted, started):
