@@ -56,10 +56,10 @@ def model_weights(checkpoint: Mapping, source: Path) -> dict[str, Tensor]:
     tensors = checkpoint.get("ema") or checkpoint.get("model", checkpoint)
     if tensors and isinstance(tensors, Mapping) and all(isinstance(value, Tensor) for value in tensors.values()):
         return network_tensors(tensors, source)
-    raise ValueError(
-        f"checkpoint {source} has no key 'model' and is no plain dictionary of tensors either (keys: "
-        f"{', '.join(map(str, list(checkpoint)[:5]))}); a GS-LRM checkpoint or state dict is expected"
+    told = (
+        f"has no key 'model' and is no plain dictionary of tensors (keys: {', '.join(map(str, list(checkpoint)[:5]))})"
     )
+    raise ValueError(f"checkpoint {source} {told}; a GS-LRM checkpoint or state dict is expected")
 
 
 def network_tensors(tensors: Mapping[str, Tensor], source: Path) -> dict[str, Tensor]:
@@ -69,10 +69,9 @@ def network_tensors(tensors: Mapping[str, Tensor], source: Path) -> dict[str, Te
     named = {name: tensor for name, tensor in named.items() if not name.startswith(LOSS_NETWORKS)}
     bad = {name: count for name, tensor in named.items() if (count := int((~torch.isfinite(tensor)).sum()))}
     if bad:
-        raise ValueError(
-            f"checkpoint {source}: {sum(bad.values())} weights are not finite, the first in {next(iter(bad))}; the "
-            "training diverged or the file is damaged: take an earlier checkpoint"
-        )
+        told = f"{sum(bad.values())} weights are not finite, the first in {next(iter(bad))}"
+        remedy = "the training diverged or the file is damaged: take an earlier checkpoint"
+        raise ValueError(f"checkpoint {source}: {told}; {remedy}")
     return named
 
 
@@ -129,11 +128,9 @@ def export_weights(
 
         vgg = next((Path(vgg_folder, name) for name in VGG19_FILES if Path(vgg_folder, name).is_file()), None)
         if vgg is None:
-            raise ValueError(
-                f"FaceLift's checkpoints hold VGG-19 and {vgg_folder} has no {' or '.join(VGG19_FILES)}: put "
-                "MatConvNet's file there, or export without it (--no_vgg) for a FaceLift config whose "
-                "perceptual_loss_weight is 0"
-            )
+            told = f"FaceLift's checkpoints hold VGG-19 and {vgg_folder} has no {' or '.join(VGG19_FILES)}"
+            without = "export without it (--no_vgg) for a FaceLift config whose perceptual_loss_weight is 0"
+            raise ValueError(f"{told}: put MatConvNet's file there, or {without}")
         network = load_perceptual(vgg).net.state_dict()
         weights |= {f"{LOSS_NETWORKS}net.{name}": tensor.clone() for name, tensor in network.items()}
     path = checkpoint_path(destination, step) if destination.suffix != ".pt" else destination

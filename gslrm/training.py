@@ -139,20 +139,17 @@ class GSLRMTraining(Training):
     def _resume(self, path: Path, is_own: bool) -> Mapping[str, Any]:
         """Loads the state of a checkpoint file, which is returned. ValueError for less, or other frozen parameters."""
         checkpoint = files.load_checkpoint(path)
-        weights_only = (
-            f"start from its weights: another checkpoint_dir with training.checkpointing.resume_ckpt={path} and "
-            "training.optimizer.reset_training_state=true"
-        )
+        weights_only = f"another checkpoint_dir with training.checkpointing.resume_ckpt={path} and "
+        weights_only = f"start from its weights: {weights_only}training.optimizer.reset_training_state=true"
         missing = ", ".join(sorted(set(STATE_KEYS) - set(checkpoint)))
         if missing:
             raise ValueError(f"checkpoint {path} lacks {missing} and cannot be resumed; {weights_only}")
         weights = checkpoints.network_tensors(checkpoint["model"], path)
         lora = checkpoint.get("lora") or {}
         if self.lora != dict(lora.get("settings", {})):
-            raise ValueError(
-                f"checkpoint {path} was trained with training.adaptation {lora.get('settings') or 'without adapters'}, "
-                f"this run has {self.lora or 'none'}: use the same settings, or {weights_only}, which are merged ones"
-            )
+            told = f"{lora.get('settings') or 'without adapters'}, this run has {self.lora or 'none'}"
+            same = f"use the same settings, or {weights_only}, which are merged ones"
+            raise ValueError(f"checkpoint {path} was trained with training.adaptation {told}: {same}")
         if lora:  # merging rounds, so the matrices under the adapters are kept beside the merged ones
             for name in lora["base"]:
                 weights.pop(name.replace(".base_layer.", "."))
@@ -161,16 +158,12 @@ class GSLRMTraining(Training):
         saved = checkpoint["optimizer"]["param_groups"]
         sizes, own_sizes = ([len(g["params"]) for g in groups] for groups in (saved, self.optimizer.param_groups))
         if sizes != own_sizes or checkpoint.get("trained", list(self.parameters)) != list(self.parameters):
-            raise ValueError(
-                f"checkpoint {path} trained other parameters ({sum(sizes)} tensors, this run {sum(own_sizes)}): "
-                f"training.adaptation must stay as it was, or {weights_only}"
-            )
+            told = f"trained other parameters ({sum(sizes)} tensors, this run {sum(own_sizes)})"
+            raise ValueError(f"checkpoint {path} {told}: training.adaptation must stay as it was, or {weights_only}")
         self.passes, self.updates = int(checkpoint["fwdbwd_pass_step"]), int(checkpoint["param_update_step"])
         if not is_own and self.passes >= self.options.steps:
-            raise ValueError(
-                f"checkpoint {path} is at pass {self.passes}, so training.schedule.max_fwdbwd_passes="
-                f"{self.options.steps} leaves nothing to do: raise it, or {weights_only}"
-            )
+            told = f"training.schedule.max_fwdbwd_passes={self.options.steps} leaves nothing to do"
+            raise ValueError(f"checkpoint {path} is at pass {self.passes}, so {told}: raise it, or {weights_only}")
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         schedule, scheduler = checkpoint.get("schedule", {}), checkpoint["lr_scheduler"]
         self.schedule_start, self.tried = int(schedule.get("start_pass", 0)), int(scheduler["last_epoch"])

@@ -99,11 +99,11 @@ def require_finite(tensors: Mapping[str, Tensor], source: Path) -> None:
     """Refuses weights with NaN or infinity: what they compute looks like an empty image, not like an error."""
     bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if bad:
-        raise ValueError(
-            f"weights {source} hold values that are not finite (NaN or infinity) in {len(bad)} of {len(tensors)} "
-            f"tensors, first in {bad[0]}: the file is damaged or its training diverged; copy it again, or use an "
-            "earlier checkpoint"
+        told = (
+            f"values that are not finite (NaN or infinity) in {len(bad)} of {len(tensors)} tensors, first in {bad[0]}"
         )
+        remedy = "the file is damaged or its training diverged; copy it again, or use an earlier checkpoint"
+        raise ValueError(f"weights {source} hold {told}: {remedy}")
 
 
 def what_is_there(folder: Path) -> str:

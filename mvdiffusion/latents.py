@@ -145,13 +145,12 @@ class LatentCache:
             part, local = self.dataset.part(index)
             entry, arrangement = self.entry(index, part.draw(epoch, local)), part.arrangement(epoch, local)
             cameras = arrangement.cameras(Cameras(entry["c2w"], entry["fxfycxcy"], part.image_size, part.image_size))
-            row = {name: entry[name][arrangement.rows] for name in ("mean", "std", "mask")}
-            row["embedding"] = entry["embedding"][part.input_views().index(int(arrangement.rows[reference]))]
+            row = {name: entry[name][arrangement.rows].float() for name in ("mean", "std", "mask")}
+            row["embedding"] = entry["embedding"][part.input_views().index(int(arrangement.rows[reference]))].float()
             rows.append({**row, "prompts": arrangement.prompts, "c2w": cameras.c2w, "fxfycxcy": cameras.fxfycxcy})
         stacked = {name: tensor.to(self.device) for name, tensor in default_collate(rows).items()}
-        half = {name: stacked[name].float() for name in HALF}
-        cameras = Cameras(stacked["c2w"], stacked["fxfycxcy"], part.image_size, part.image_size)
-        return EncodedBatch(**half, prompts=stacked["prompts"], cameras=cameras)
+        cameras = Cameras(stacked.pop("c2w"), stacked.pop("fxfycxcy"), part.image_size, part.image_size)
+        return EncodedBatch(**stacked, cameras=cameras)
 
     def entry(self, index: int, draw: Draw) -> dict[str, Tensor]:
         """One sample under one draw, in the stored views' order, on the CPU: read, or else encoded and written."""
@@ -164,10 +163,9 @@ class LatentCache:
         if path.is_file():
             try:
                 with safe_open(path, framework="pt") as handle:
-                    stored = handle.metadata() or {}
                     content = {name: handle.get_tensor(name) for name in (*HALF, "c2w", "fxfycxcy")}
-                if stored.get("digest") == weights_fingerprint(content):
-                    return content
+                    if (handle.metadata() or {}).get("digest") == weights_fingerprint(content):
+                        return content
                 problem = "its checksum is not that of its content"
             except (SafetensorError, OSError) as error:
                 problem = error

@@ -134,11 +134,9 @@ def check_embeds_fit(embeds: PromptEmbeds, unet: nn.Module | Path | str, source:
     width, views, name = config["cross_attention_dim"], config.get("num_views"), f"UNet {source}".strip()
     if embeds.tensor.shape[-1] != width:
         folder = "checkpoints/mvdiffusion/pipeckpts" if width == 1024 else "<this UNet's components folder>"
-        raise ValueError(
-            f"prompt embeddings {embeds.source} are {embeds.tensor.shape[-1]} wide, the {name} expects {width}: they "
-            f"come from another text encoder. Make them with the UNet's own: {GENERATE} {embeds.rig.name} --model_name "
-            f"{folder} --output_dir <folder>"
-        )
+        told = f"are {embeds.tensor.shape[-1]} wide, the {name} expects {width}: they come from another text encoder"
+        remedy = f"{GENERATE} {embeds.rig.name} --model_name {folder} --output_dir <folder>"
+        raise ValueError(f"prompt embeddings {embeds.source} {told}. Make them with the UNet's own: {remedy}")
     # A UNet that is given its cameras can be asked for any number of views.
     if config["camera_conditioning"] == "none" and views not in (None, embeds.rig.num_views):
         raise RigMismatchError(

@@ -243,11 +243,9 @@ def prepared_unet(config: MVDiffusionConfig, rig: ViewRig, found: checkpoints.Ch
     base = weights_fingerprint(frozen)
     if found:
         if found.trained["base"] != base:
-            told = (
-                f"{found.folder} holds adapters of other weights than {config.pretrained_unet_path or 'the UNet'} has"
-            )
+            told = f"holds adapters of other weights than {config.pretrained_unet_path or 'the UNet'} has now"
             anew = f"start anew with another output_dir=..., or delete {found.folder.parent}"
-            raise ValueError(f"{told} now; restore them, or {anew}")
+            raise ValueError(f"{found.folder} {told}; restore them, or {anew}")
         differing = sorted(set(trained) ^ set(found.trained["own"]))
         if differing:
             raise ValueError(f"{found.folder}: trained tensors are not those of this config, e.g. {differing[:3]}")

@@ -39,10 +39,9 @@ class MouseViewDataset(Dataset):
         self.augmentation = options.augmentation if options.augmentation.enabled and not every_view else None
         self.num_input_views = options.num_input_views
         if not options.random_view_selection and self.num_input_views > self.rig.num_views:
-            raise ValueError(
-                f"num_input_views is {self.num_input_views}, but rig {self.rig.name} of {list_file} has "
-                f"{self.rig.num_views} views; lower training.dataset.num_input_views or use a rig with more views"
-            )
+            told = f"{self.num_input_views}, but rig {self.rig.name} of {list_file} has {self.rig.num_views} views"
+            remedy = "lower training.dataset.num_input_views or use a rig with more views"
+            raise ValueError(f"num_input_views is {told}; {remedy}")
         self._known_cameras: dict[int, Cameras] = {}
         self.num_skipped = self._drop_bad_samples() if options.on_bad_sample == "skip" else 0
 
@@ -88,10 +87,8 @@ class MouseViewDataset(Dataset):
             cameras = read_cameras(folder / CAMERAS_FILE)
             needed = self.num_input_views if self.every_view else self.options.num_views
             if len(cameras) < needed:
-                raise ValueError(
-                    f"sample {folder} has {len(cameras)} views, {needed} are needed (num_views); lower "
-                    "training.dataset.num_views or write the dataset with more novel views"
-                )
+                remedy = "lower training.dataset.num_views or write the dataset with more novel views"
+                raise ValueError(f"sample {folder} has {len(cameras)} views, {needed} are needed (num_views); {remedy}")
             check_posed_views(self.rig, cameras[: self.rig.num_views], str(folder))  # novel views may stand anywhere
             self._known_cameras[index] = cameras
         return self._known_cameras[index]
@@ -129,10 +126,9 @@ class MouseViewDataset(Dataset):
         if options.maximize_view_overlap and num_others > 0:
             others = others[overlapping(cameras, inputs, options.overlap_rule)[others]]
             if len(others) < num_others:
-                raise ValueError(
-                    f"sample {self.folders[index]}: only {len(others)} cameras stand within 60 degrees of an input "
-                    f"view, {num_others} are needed; set training.dataset.maximize_view_overlap=false"
-                )
+                told = f"only {len(others)} cameras stand within 60 degrees of an input view, {num_others} are needed"
+                remedy = "set training.dataset.maximize_view_overlap=false"
+                raise ValueError(f"sample {self.folders[index]}: {told}; {remedy}")
         return torch.cat([inputs, others[:num_others]])
 
     def _add_camera_noise(

@@ -77,10 +77,8 @@ class Gaussians:
         bad = {name: int((~torch.isfinite(tensor)).sum()) for name, tensor in vars(self).items()}
         bad["opacity"] = int(self.opacity.isnan().sum())  # the logit of 1 and of 0 is infinite
         if any(bad.values()):
-            found = ", ".join(f"{count} of {name}" for name, count in bad.items() if count)
-            raise ValueError(
-                f"{source}: values of the {self.num_gaussians} Gaussians must be finite, got NaN or infinity in {found}"
-            )
+            found = "NaN or infinity in " + ", ".join(f"{count} of {name}" for name, count in bad.items() if count)
+            raise ValueError(f"{source}: values of the {self.num_gaussians} Gaussians must be finite, got {found}")
 
     def map(self, function) -> Gaussians:
         """Applies `function` to every tensor."""

@@ -42,10 +42,8 @@ def render(
     """
     device, (b, v) = gaussians.device, (gaussians.num_scenes, cameras.shape[-1] if cameras.shape else 0)
     if cameras.shape != (b, v) or cameras.c2w.device != device:
-        raise ValueError(
-            f"cameras must have shape [b, v] with b = {b} scenes and be on the Gaussians' device {device}, got "
-            f"{list(cameras.shape)} on {cameras.c2w.device}"
-        )
+        expected = f"shape [b, v] with b = {b} scenes and be on the Gaussians' device {device}"
+        raise ValueError(f"cameras must have {expected}, got {list(cameras.shape)} on {cameras.c2w.device}")
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     on_gpu = device.type == "cuda" if backend == "auto" else backend == "gsplat"

@@ -126,34 +126,29 @@ class GSLRM(nn.Module):
 
     def __init__(self, config: ModelConfig, *, grad_checkpoint_every: int = 0) -> None:
         super().__init__()
-        self.config = config
-        self.grad_checkpoint_every = grad_checkpoint_every
+        self.config, self.grad_checkpoint_every = config, grad_checkpoint_every
         d, p = config.transformer.d, config.image_tokenizer.patch_size
-        expected_channels = 12 if config.use_aug_plucker and not config.use_custom_plucker else 9
-        if config.image_tokenizer.in_channels != expected_channels:
-            raise ValueError(
-                f"model.image_tokenizer.in_channels must be {expected_channels} for the chosen ray input, "
-                f"got {config.image_tokenizer.in_channels}"
-            )
+        channels, given = 12 if config.use_aug_plucker and not config.use_custom_plucker else 9, config.image_tokenizer
+        if given.in_channels != channels:
+            told = f"must be {channels} for the chosen ray input, got {given.in_channels}"
+            raise ValueError(f"model.image_tokenizer.in_channels {told}")
         if config.prune_margin_px < 0:
             raise ValueError(f"model.prune_margin_px must be at least 0, got {config.prune_margin_px}")
         self.sizes = [3, 3 * (config.gaussians.sh_degree + 1) ** 2, 3, 4, 1]  # of the values in PADDING
         num_values = sum(self.sizes)
 
         # A patch is flattened in the order (row, column, channel).
-        self.patch_embedder = nn.Sequential(nn.Flatten(), nn.Linear(expected_channels * p * p, d, bias=False))
+        self.patch_embedder = nn.Sequential(nn.Flatten(), nn.Linear(channels * p * p, d, bias=False))
         if config.add_refsrc_marker:
             self.view_type_embeddings = nn.Parameter(torch.empty(2, d))
         self.gaussian_position_embeddings = nn.Parameter(torch.empty(config.gaussians.n_gaussians, d))
         self.input_layer_norm = nn.LayerNorm(d, bias=False)
-        self.transformer_layers = nn.ModuleList(
-            TransformerBlock(d, config.transformer.d_head) for _ in range(config.transformer.n_layer)
-        )
+        blocks = (TransformerBlock(d, config.transformer.d_head) for _ in range(config.transformer.n_layer))
+        self.transformer_layers = nn.ModuleList(blocks)
         head = {"layernorm": nn.LayerNorm(d, bias=False), "linear": nn.Linear(d, num_values, bias=False)}
         self.gaussian_upsampler = nn.Sequential(OrderedDict(head))
-        self.pixel_gaussian_decoder = nn.Sequential(
-            nn.LayerNorm(d, bias=False), nn.Linear(d, p * p * num_values, bias=False)
-        )
+        pixels = nn.Linear(d, p * p * num_values, bias=False)
+        self.pixel_gaussian_decoder = nn.Sequential(nn.LayerNorm(d, bias=False), pixels)
         for module in self.modules():  # norms are 1 as they come
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=INIT_STD)

@@ -44,10 +44,9 @@ def writable(path: Path | str, gaussians: Gaussians) -> Gaussians:
     if gaussians.num_scenes != 1:
         raise ValueError(f"{path}: a file holds one scene, got {gaussians.num_scenes}")
     if gaussians.num_gaussians == 0:
-        raise ValueError(
-            f"{path}: there is not one Gaussian to write. The reconstruction is empty, or the filter removed all of it "
-            "(--no_filter keeps everything): look at the views, and at how well the cameras fit them"
-        )
+        remedy = "(--no_filter keeps everything): look at the views, and at how well the cameras fit them"
+        told = "there is not one Gaussian to write. The reconstruction is empty, or the filter removed all of it"
+        raise ValueError(f"{path}: {told} {remedy}")
     gaussians.check_finite(path)
     return gaussians.map(lambda tensor: tensor.detach().float().cpu())
 
@@ -68,10 +67,8 @@ def load_ply(path: Path | str) -> Gaussians:
     table = next((element.data for element in content.elements if element.name == "vertex"), np.empty(0, []))
     names = table.dtype.names or ()
     if "packed_position" in names:
-        raise ValueError(
-            f"PLY {path} is a compressed one, for viewers: its values are rounded. Give the gaussians.ply it was made "
-            "from, or export it as a plain PLY from SuperSplat"
-        )
+        remedy = "give the gaussians.ply it was made from, or export it as a plain PLY from SuperSplat"
+        raise ValueError(f"PLY {path} is a compressed one, for viewers: its values are rounded; {remedy}")
 
     def columns(*wanted: str) -> Tensor:
         missing = [name for name in wanted if name not in names or table.dtype[name].kind == "O"]  # O: a list

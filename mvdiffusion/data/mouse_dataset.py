@@ -106,11 +106,10 @@ class MouseMVDiffusionDataset(Dataset):
 
     def pictures(self, index: int, draw: Draw) -> tuple[Tensor, Tensor, Cameras]:
         """Images [n, 3, s, s], masks [n, 1, s, s] and cameras [n] of a draw, in the stored views' order."""
-        folder, whole = self.folders[index], draw.crop[2] == 1.0
+        folder, size = self.folders[index], self.image_size if draw.crop[2] == 1.0 else None
         # A crop is cut out of the stored pixels, before they are resized.
-        sample = read_sample(folder, image_size=self.image_size if whole else None, num_views=self.rig.num_views)
-        height, width = sample.cameras.height, sample.cameras.width
-        if height != width:
+        sample = read_sample(folder, image_size=size, num_views=self.rig.num_views)
+        if (height := sample.cameras.height) != (width := sample.cameras.width):
             raise ValueError(f"sample {folder}: square images are expected, got {height} x {width}")
         return draw.apply(sample.rgba, sample.cameras, self.image_size)
 
