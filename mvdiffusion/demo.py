@@ -128,9 +128,8 @@ def write_untrained_parts(folder: Path, config: DemoComponentsConfig) -> None:
             raise ValueError(f"the text encoder hardly tells views of rig {rig.name} apart: {alike[0]}; another seed")
     scheduler, noising = make_schedulers()
     for part, name in (
-        (tokenizer, "tokenizer"), (text_encoder.half(), "text_encoder"),
-        (make_feature_extractor(config.vision.image_size), "feature_extractor"), (scheduler, "scheduler"),
-        (noising, "image_noising_scheduler"),
+        (tokenizer, "tokenizer"), (text_encoder.half(), "text_encoder"), (scheduler, "scheduler"),
+        (make_feature_extractor(config.vision.image_size), "feature_extractor"), (noising, "image_noising_scheduler"),
     ):  # fmt: skip
         shutil.rmtree(folder / name, ignore_errors=True)  # files of another library version would stay and be read
         part.save_pretrained(folder / name)
@@ -146,10 +145,9 @@ def make_demo_components(config: DemoComponentsConfig, max_minutes: float | None
     write_untrained_parts(output, config)
     folders = read_split(config.data)[: config.max_samples]
     if len(folders) <= config.holdout_samples + 2:
-        raise ValueError(
-            f"{config.data} lists {len(folders)} samples, more than {config.holdout_samples + 2} are needed; make data "
-            "first: python scripts/make_synthetic_mouse.py --output_dir <folder> --num_samples 2000"
-        )
+        told = f"{config.data} lists {len(folders)} samples, more than {config.holdout_samples + 2} are needed"
+        command = "python scripts/make_synthetic_mouse.py --output_dir <folder> --num_samples 2000"
+        raise ValueError(f"{told}; make data first: {command}")
     samples = [(read_sample(path, image_size=config.image_size).rgba * 255).round().byte() for path in folders]
     views = min(len(sample) for sample in samples)
     rgba = torch.stack([sample[:views] for sample in samples])  # [samples, views, 4, s, s]

@@ -139,7 +139,6 @@ def check_embeds_fit(embeds: PromptEmbeds, unet: nn.Module | Path | str, source:
         raise ValueError(f"prompt embeddings {embeds.source} {told}. Make them with the UNet's own: {remedy}")
     # A UNet that is given its cameras can be asked for any number of views.
     if config["camera_conditioning"] == "none" and views not in (None, embeds.rig.num_views):
-        raise RigMismatchError(
-            f"prompt embeddings {embeds.source} describe {embeds.rig.num_views} views (rig {embeds.rig.name}), the "
-            f"{name} was trained with {views}; use embeddings of its rig: {GENERATE} <its rig> --output_dir <folder>"
-        )
+        told = f"{embeds.rig.num_views} views (rig {embeds.rig.name}), the {name} was trained with {views}"
+        remedy = f"use embeddings of its rig: {GENERATE} <its rig> --output_dir <folder>"
+        raise RigMismatchError(f"prompt embeddings {embeds.source} describe {told}; {remedy}")

@@ -36,9 +36,6 @@ def same_rotation(decoded, gaussians, rows):
     return (torch.from_numpy(decoded).float() * gaussians.get_rotation[0, rows]).sum(-1).abs()
 
 
-# ---- the INRIA PLY, as viewers read it ------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("degree", [0, 3])
 def test_ply_holds_the_bytes_gsplat_writes(tmp_path, degree):
     """gsplat's exporter has no normals; every other column must be byte for byte the same, in the same order."""
@@ -72,9 +69,6 @@ def test_ply_holds_the_bytes_of_facelifts_file(tmp_path):
     assert all(ours[name].tobytes() == theirs[name].tobytes() for name in shared)
 
 
-# ---- .splat ---------------------------------------------------------------------------------------------------------
-
-
 def test_splat_records_decode_to_the_gaussians(tmp_path):
     gaussians = soft()
     export(tmp_path / "a.splat", gaussians, "splat")
@@ -89,9 +83,6 @@ def test_splat_records_decode_to_the_gaussians(tmp_path):
     rotation = (table["wxyz"].astype(np.float32) - 128) / 128
     rotation /= np.linalg.norm(rotation, axis=-1, keepdims=True)
     assert same_rotation(rotation, gaussians, rows).min() > 0.9997  # 8 bit: within 3 degrees
-
-
-# ---- compressed PLY -------------------------------------------------------------------------------------------------
 
 
 def bits(packed, shift, count):
@@ -161,9 +152,6 @@ def test_compressed_ply_takes_gaussians_that_are_all_alike(tmp_path):
     matched(seen["xyz"], gaussians, 0.01)
     np.testing.assert_allclose(seen["log_scale"], -2.0)
     np.testing.assert_allclose(seen["rgb"], 0.5)
-
-
-# ---- errors ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", FORMATS)

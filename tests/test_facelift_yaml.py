@@ -17,21 +17,11 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 LAYOUT = """
 profile: true
 debug: true
-model:
-  class_name: gslrm.model.gslrm.GSLRM
-  half_bbx_size: 0.9
-  image_tokenizer: {image_size: 64, patch_size: 16, in_channels: 12}
-  transformer: {d: 96, d_head: 32, n_layer: 3}
-  gaussians: {n_gaussians: 5, sh_degree: 2, scaling_modifier: 0.5, upsampler: {upsample_factor: 1}}
-  add_refsrc_marker: true
-  hard_pixelalign: false
-  use_custom_plucker: false
-  use_aug_plucker: true
-  clip_xyz: true
-  depth_preact_bias: 0.25
-  depth_min: 1.5
-  depth_max: 4.5
-  depth_reference_origin: true
+model: {class_name: gslrm.model.gslrm.GSLRM, half_bbx_size: 0.9, transformer: {d: 96, d_head: 32, n_layer: 3},
+  image_tokenizer: {image_size: 64, patch_size: 16, in_channels: 12},
+  gaussians: {n_gaussians: 5, sh_degree: 2, scaling_modifier: 0.5, upsampler: {upsample_factor: 1}},
+  add_refsrc_marker: true, hard_pixelalign: false, use_custom_plucker: false, use_aug_plucker: true, clip_xyz: true,
+  depth_preact_bias: 0.25, depth_min: 1.5, depth_max: 4.5, depth_reference_origin: true}
 training:
   runtime: {use_tf32: false, use_amp: false, amp_dtype: fp16, torch_compile: true, grad_accum_steps: 2,
     grad_clip_norm: 0.5, allowed_gradnorm_factor: 7, grad_checkpoint_every: 3}
@@ -151,9 +141,6 @@ def test_unknown_keys_and_values_of_the_wrong_type_name_file_and_key(tmp_path, t
         load(path)
 
 
-# ---- the configs that ship ------------------------------------------------------------------------------------------
-
-
 def test_shipped_configs_load_and_can_train():
     for path in (*CONFIGS.glob("*gslrm*.yaml"), *CONFIGS.glob("mouse_config_*.yaml")):
         check_config(config := load(path))
@@ -161,15 +148,15 @@ def test_shipped_configs_load_and_can_train():
             assert check_adaptation(config.training.adaptation, config.model.transformer.n_layer) == list(range(24))
 
 
-@pytest.mark.parametrize(
-    ("name", "steps", "warmup", "lr", "batch"),
-    [
-        ("mouse_config_finetune", 20000, 100, 2e-5, 2),
-        ("mouse_gslrm_v2", 30000, 500, 1e-5, 2),
-        ("mouse_config_debug", 1000, 50, 1e-4, 4),
-    ],
-)
-def test_shipped_configs_hold_the_values_of_the_specification(name, steps, warmup, lr, batch):
+SHIPPED = {  # steps, warm-up, learning rate, batch size
+    "mouse_config_finetune": (20000, 100, 2e-5, 2), "mouse_gslrm_v2": (30000, 500, 1e-5, 2),
+    "mouse_config_debug": (1000, 50, 1e-4, 4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_configs_hold_the_values_of_the_specification(name):
+    steps, warmup, lr, batch = SHIPPED[name]
     training = load(CONFIGS / f"{name}.yaml").training
     assert (training.schedule.max_fwdbwd_passes, training.schedule.warmup) == (steps, warmup)
     assert (training.optimizer.lr, training.dataloader.batch_size_per_gpu) == (lr, batch)

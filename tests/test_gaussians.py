@@ -59,8 +59,6 @@ def test_select():
     assert all(torch.equal(vars(picked)[name], tensor[:1, [4, 2]]) for name, tensor in vars(gaussians).items())
 
 
-# ---- filters --------------------------------------------------------------------------------------------------------
-
 HEAD = (-0.91, 0.91, -0.91, 0.91, -1.0, 1.0)
 FACELIFT = {  # its command line, web demo, training and evaluation, and its method's defaults
     "inference_cli": FilterSettings(max_scaling=0.1, spare_upper_half=True, floater=0.6, crop_box=HEAD),
@@ -93,9 +91,6 @@ def test_values_that_are_not_finite_do_not_look_like_nothing_there():
     ):  # fmt: skip
         assert filter_gaussians(gaussians, settings).num_gaussians == left
     assert filter_gaussians(random_gaussians(n=0)).num_gaussians == 0
-
-
-# ---- PLY ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("degree", [0, 1, 2, 3])

@@ -75,9 +75,6 @@ def rows_of(gaussians) -> torch.Tensor:
     return torch.cat([getattr(gaussians, name).flatten(2) for name in fields], dim=-1)
 
 
-# ---- the golden checkpoint ------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def test_golden_values_are_reproduced(golden):
     model, images, cameras, expected = golden
@@ -102,10 +99,8 @@ def test_golden_values_are_reproduced(golden):
     truth = expected["clip_off.pixelalign_xyz"].permute(0, 1, 3, 4, 2).flatten(1, 3)  # [1, v * h * w, 3]
     assert_same(output.pixel_xyz, truth[0][output.pixel_index])
     assert output.gaussians.xyz.abs().max() > 1  # inference never clips
-    for name, gaussians in (
-        ("clip_off", output.gaussians),
-        ("clip_on", model(images, cameras, clip_xyz=True).gaussians),
-    ):
+    clipped = model(images, cameras, clip_xyz=True).gaussians
+    for name, gaussians in (("clip_off", output.gaussians), ("clip_on", clipped)):
         raw = {key.split(".")[-1]: value for key, value in expected.items() if key.startswith(f"{name}.raw.")}
         assert "xyz" in raw
         for key, value in raw.items():
@@ -114,12 +109,17 @@ def test_golden_values_are_reproduced(golden):
         assert_same(getattr(output.gaussians, f"get_{key}")[0], expected[f"clip_off.act.{key}"], key)
 
 
-def test_checkpoint_keys_are_exactly_facelifts():
-    stored = set(load_checkpoint(CHECKPOINT)["model"])
+def test_weights_and_optimizer_groups_are_exactly_facelifts():
     config = golden_config()
-    assert set(GSLRM(config.model).state_dict()) == stored
+    model, stored = GSLRM(config.model), set(load_checkpoint(CHECKPOINT)["model"])
+    assert set(model.state_dict()) == stored
     marked = replace(config.model, add_refsrc_marker=True)
     assert set(GSLRM(marked).state_dict()) - stored == {"view_type_embeddings"}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = parameter_groups(model, config.training.optimizer.weight_decay)
+    own = [{**group, "params": [names[id(p)] for p in group["params"]]} for group in groups]
+    for group, expected in zip(own, json.loads((GOLDEN / "info.json").read_text())["optimizer_groups"], strict=True):
+        assert all(group[key] == expected[key] for key in ("params", "weight_decay"))
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused_by_name():
@@ -134,45 +134,23 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_name():
             load_strict(model, model_weights({"model": changed}, CHECKPOINT), CHECKPOINT)
 
 
-def test_optimizer_groups_are_facelifts():
-    groups = json.loads((GOLDEN / "info.json").read_text())["optimizer_groups"]
-    config = golden_config()
-    model = GSLRM(config.model)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    own = parameter_groups(model, config.training.optimizer.weight_decay)
-    assert [[names[id(p)] for p in group["params"]] for group in own] == [group["params"] for group in groups]
-    assert [group["weight_decay"] for group in own] == [group["weight_decay"] for group in groups]
-
-
-# ---- input variants -------------------------------------------------------------------------------------------------
-
-
 AUGMENTED = {"use_custom_plucker": False, "use_aug_plucker": True, "in_channels": 12}
 PLAIN = {"use_custom_plucker": False}
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        {},
-        {"use_aug_plucker": True},  # custom takes precedence
-        {"depth_preact_bias": 1.5},
-        {"depth_min": 1.0, "depth_max": 4.0, "depth_reference_origin": True},  # of plain input only
-        {"add_refsrc_marker": True},
-        {"hard_pixelalign": False},
-        {"gaussians": {"sh_degree": 1, "n_gaussians": 0}},
-        {"gaussians": {"sh_degree": 2, "n_gaussians": 5, "scaling_modifier": 0.5}},
-        {"gaussians": {"sh_degree": 3}},
-        AUGMENTED,
-        {**AUGMENTED, "add_refsrc_marker": True, "gaussians": {"n_gaussians": 1}},
-        PLAIN,
-        {**PLAIN, "depth_min": 1.0, "depth_max": 4.0},
-        {**PLAIN, "depth_min": 1.0},  # needs both
-        {**PLAIN, "depth_reference_origin": True, "depth_preact_bias": -0.7},
-        {**PLAIN, "hard_pixelalign": False},
-    ],
-    ids=str,
-)
+FLAGS = (
+    {}, {"use_aug_plucker": True},  # custom takes precedence
+    {"depth_preact_bias": 1.5}, {"add_refsrc_marker": True}, {"hard_pixelalign": False},
+    {"depth_min": 1.0, "depth_max": 4.0, "depth_reference_origin": True},  # of plain input only
+    {"gaussians": {"sh_degree": 1, "n_gaussians": 0}}, {"gaussians": {"sh_degree": 3}},
+    {"gaussians": {"sh_degree": 2, "n_gaussians": 5, "scaling_modifier": 0.5}},
+    AUGMENTED, {**AUGMENTED, "add_refsrc_marker": True, "gaussians": {"n_gaussians": 1}},
+    PLAIN, {**PLAIN, "depth_min": 1.0, "depth_max": 4.0}, {**PLAIN, "depth_min": 1.0},  # needs both
+    {**PLAIN, "depth_reference_origin": True, "depth_preact_bias": -0.7}, {**PLAIN, "hard_pixelalign": False},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", FLAGS, ids=str)
 def test_every_flag_follows_the_formulas(flags):
     torch.manual_seed(0)
     model = spread(GSLRM(tiny(**flags)))
@@ -260,9 +238,6 @@ def test_inputs_that_do_not_go_together_are_refused():
     ):  # fmt: skip
         with pytest.raises(ValueError, match=word):
             GSLRM(tiny())(*arguments[:2], masks=arguments[2])
-
-
-# ---- configuration --------------------------------------------------------------------------------------------------
 
 
 def test_model_config_survives_the_sidecar():

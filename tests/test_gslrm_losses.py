@@ -35,9 +35,6 @@ def soft_mask(size: int = SIZE) -> torch.Tensor:
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-# ---- pictures -------------------------------------------------------------------------------------------------------
-
-
 def test_l2_plain_and_masked():
     a, b, mask = images(0), images(1), soft_mask()
     plain, masked = loss_functions.l2_loss(a, b), loss_functions.l2_loss(a, b, mask)
@@ -90,9 +87,6 @@ def test_ssim_of_flat_areas_stays_within_0_and_1():
                 assert (value >= 0).all() and (value <= 1).all()
     opposite = loss_functions.ssim_loss(noise, 1 - noise)  # SSIM itself is negative here
     assert torch.equal(opposite, torch.ones(B))
-
-
-# ---- Gaussians ------------------------------------------------------------------------------------------------------
 
 
 def output_of(seed: int = 0, b: int = B, v: int = 2, size: int = 8, keep: torch.Tensor | None = None) -> GSLRMOutput:
@@ -182,9 +176,6 @@ def test_losses_on_gaussians_have_finite_gradients_on_the_ray_and_at_the_camera(
             value.sum().backward()
             assert torch.isfinite(value).all() and torch.isfinite(points.grad).all()
             assert mask is None or mask.any() or (value == 0).all()
-
-
-# ---- together -------------------------------------------------------------------------------------------------------
 
 
 def test_every_loss_and_mask_option_reaches_the_total():

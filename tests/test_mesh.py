@@ -107,9 +107,6 @@ def test_a_missing_library_is_named_with_the_command(monkeypatch):
     assert not Path("never.glb").exists()
 
 
-# ---- files ----------------------------------------------------------------------------------------------------------
-
-
 def tetrahedron():
     vertices = np.array([[0, 0, 0], [1, 0, 0], [0, 2, 0], [0, 0, 3]], np.float32)
     faces = np.array([[0, 2, 1], [0, 1, 3], [0, 3, 2], [1, 2, 3]])

@@ -83,9 +83,6 @@ def assert_agree(gaussians, cameras, background, slack=1):
         assert error < GRADIENT_TOLERANCE, f"gradient of {name}: {error:.2g}"
 
 
-# ---- against the oracle ---------------------------------------------------------------------------------------------
-
-
 def border_scene(degree):
     """Centers on and outside all four sides, beyond the clamp of the Jacobian, some large enough to reach inside."""
     gaussians = scene(n=160, degree=degree, log_scale=-2.0, logit=1.0, seed=4)
@@ -157,9 +154,6 @@ def test_gradients_match_finite_differences_of_the_picture_itself():
         assert slope == pytest.approx(direction.double().square().sum().item(), rel=0.02), name
 
 
-# ---- by hand --------------------------------------------------------------------------------------------------------
-
-
 def test_one_gaussian_has_the_colour_alpha_and_depth_of_the_formulas():
     # sigma 0.1 at z = 2, focal 32: 1.6 px, so variance 1.6^2 + 0.3; the centre falls on the corner of four pixels.
     output = render(single(), one_camera(), background=1.0)
@@ -200,9 +194,6 @@ def test_alpha_is_clamped_and_faint_gaussians_are_skipped():
     assert render(opaque, one_camera()).alpha.max().item() == pytest.approx(0.999, abs=1e-6)
     assert render(single(opacity=0.0039), one_camera()).alpha.max() == 0
     assert render(single(opacity=0.0041, sigma=3.0), one_camera()).alpha.max() > 0
-
-
-# ---- the contract ---------------------------------------------------------------------------------------------------
 
 
 def test_backgrounds_of_every_shape_fill_an_empty_scene():
@@ -346,9 +337,6 @@ def test_kernels_work_where_no_cache_can_be_written(monkeypatch):
 
     monkeypatch.setattr(Dispatcher, "enable_caching", enable_caching)
     assert kernel()(lambda x: x + 1)(2) == 3
-
-
-# ---- turntable ------------------------------------------------------------------------------------------------------
 
 
 def test_turntable_cameras_are_facelifts():

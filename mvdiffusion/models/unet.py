@@ -175,19 +175,16 @@ def load_unet(
     stored_cameras = content["camera_conditioning"]
     cameras = camera_conditioning or stored_cameras
     if stored_cameras not in ("none", cameras):
-        raise ValueError(
-            f"the UNet in {folder} was trained with camera_conditioning {stored_cameras}, got {cameras}: leave the "
-            f"option out or set it to {stored_cameras}, or start from a UNet without camera conditioning"
-        )
+        remedy = f"leave the option out or set it to {stored_cameras}, or start from a UNet without camera conditioning"
+        told = f"the UNet in {folder} was trained with camera_conditioning {stored_cameras}, got {cameras}"
+        raise ValueError(f"{told}: {remedy}")
     num_views, attention = num_views or content.get("num_views"), attention or stored_mode
     if num_views is None or attention is None:
         raise ValueError(f"{path} does not say num_views and the attention mode (a 2D UNet?): state both in the config")
     latent_channels, in_channels = stock.get("out_channels") or 4, stock.get("in_channels") or 4
     if in_channels == latent_channels and not widen_conv_in:
-        raise ValueError(
-            f"UNet in {folder}: in_channels must be {2 * latent_channels} (noisy latents + input image), got "
-            f"{in_channels}; a 2D UNet must be fine-tuned first; {TRAIN_FIRST}"
-        )
+        told = f"in_channels must be {2 * latent_channels} (noisy latents + input image), got {in_channels}"
+        raise ValueError(f"UNet in {folder}: {told}; a 2D UNet must be fine-tuned first; {TRAIN_FIRST}")
     state = read_weights(path.parent, WEIGHTS)
     if in_channels == latent_channels and "conv_in.weight" in state:
         weight = state["conv_in.weight"]  # [out, c, kh, kw] -> [out, 2c, kh, kw], the new half zero

@@ -75,10 +75,8 @@ def generate_views(
             fresh = {"eta": DDIM_ETA, "variance_noise": draw(*shape).flatten(0, 1)} if sampler == "ddim" else {}
             x = scheduler.step(prediction, step, x, **fresh).prev_sample
     if not x.isfinite().all():
-        remedy = "its weights are damaged or its training diverged, use another checkpoint; or too large for float16"
-        raise ValueError(
-            f"the UNet {components.unet_folder} gives latents that are not finite in {unet.dtype}: {remedy}"
-        )
+        told = f"the UNet {components.unet_folder} gives latents that are not finite in {unet.dtype}"
+        raise ValueError(f"{told}: it is damaged, diverged or too large for half precision; use another checkpoint")
     with components.on_device("vae"):
         generated = decode_latents(components, x).unflatten(0, (len(images), rig.num_views))
     if not generated.isfinite().all():
