@@ -1,9 +1,6 @@
-"""Stage 2's checkpoints: FaceLift's file layout, strict loading with named rules, resuming, exporting.
-
-`ckpt_<16 digits>.pt` holds FaceLift's keys (`model`, `optimizer`, `lr_scheduler`, `fwdbwd_pass_step`,
-`param_update_step`) plus `rig`, `ema` (averaged weights), `lora` (adapters; `model` is then merged), and has a JSON
-sidecar.
-"""
+"""Stage 2's checkpoints, `ckpt_<16 digits>.pt` with a JSON sidecar: FaceLift's keys (`model`, `optimizer`,
+`lr_scheduler`, `fwdbwd_pass_step`, `param_update_step`) plus `rig`, `ema` (averaged weights), `lora` (adapters; `model`
+is then merged). Loaded strictly, with named rules for foreign ones."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
 """Stage 2's losses: pure functions from predictions and targets to per-sample values.
-
 Every function returns [b], normalized inside its sample, so that one process and several see the same mean. Each exists
 plain and masked by the true alpha of the target views (of the input views for the losses on Gaussians): the
 alpha-weighted mean over the sample's pixels, and 0 where no pixel is foreground.

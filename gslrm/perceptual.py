@@ -1,5 +1,4 @@
 """Losses in the features of frozen networks: GS-LRM's perceptual loss (VGG-19) and LPIPS (VGG-16).
-
 Their weights are found on disk; nothing is ever downloaded. The masked forms weight each layer's map of differences by
 the mask, averaged over the area that a feature stands for (its stride), and divide by the sum of these weights: with a
 mask of ones they are the plain forms, exactly. A feature at the outline also sees some background (its receptive

@@ -1,8 +1,6 @@
 """Training checkpoints: <output_dir>/checkpoint-<step>/{unet, unet_ema, prompt_embeds, optimizer.pt, checkpoint.json}.
-
-With LoRA also lora/ (adapters in peft's form) and trained.pt (what a resumed run needs); unet and unet_ema then hold
-the adapters folded in, and may be left out. A folder appears under its name only when complete.
-"""
+With LoRA also lora/ (adapters in peft's form) and trained.pt (what a resumed run needs); the UNets then hold them
+folded in, and may be left out. A folder appears under its name only when complete."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
-"""The parts of the diffusion pipeline around the UNet, in diffusers' folder layout, loaded strictly and offline.
-
-<folder>/{unet, vae, image_encoder, feature_extractor, image_normalizer, image_noising_scheduler, scheduler,
-text_encoder, tokenizer}: FaceLift's released `pipeckpts`, and the demo components this project makes itself.
-"""
+"""The parts of the diffusion pipeline around the UNet, in diffusers' folder layout (FaceLift's released `pipeckpts`,
+and the demo components this project makes itself), loaded strictly and offline."""
 
 from __future__ import annotations
 
@@ -101,12 +98,9 @@ def load_components(
     folder: Path | str, *, unet: Path | str | None = None, with_unet: bool = True, device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32, offload: bool = False,
 ) -> Components:  # fmt: skip
-    """Loads a components folder (or `hub:...`, see `local_folder`).
-
-    unet: a UNet folder (or training checkpoint) to use instead of `<folder>/unet`. dtype: float16 reproduces FaceLift's
-    inference on a GPU; the CPU wants float32. Raises ValueError for missing folders, configurations that make no model
-    and weights that do not fit.
-    """
+    """Loads a components folder (or `hub:...`). unet: a UNet folder or training checkpoint instead of `<folder>/unet`.
+    dtype: float16 reproduces FaceLift's inference on a GPU; the CPU wants float32. Raises ValueError for missing
+    folders, configurations that make no model and weights that do not fit."""
     folder = local_folder(folder, FROZEN)
     resting = torch.device("cpu") if offload else device
     network, unet_folder = None, None

@@ -1,8 +1,6 @@
-"""The small components this project makes itself: same classes, files and folders as SD 2.1 unCLIP, other sizes.
-
-Tokenizer: byte-pair vocabulary of the rigs' own prompts. Text encoder: random weights, frozen, as prompts only have to
-be distinguishable. Vision encoder and autoencoder: trained on the samples, resumable in pieces.
-"""
+"""The small components this project makes itself: same classes, files and folders as SD 2.1 unCLIP, other sizes. The
+text encoder has random weights, as prompts only have to be distinguishable; vision encoder and autoencoder are trained
+on the samples, resumable in pieces."""
 
 from __future__ import annotations
 

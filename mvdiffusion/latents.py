@@ -80,19 +80,14 @@ def decode_latents(components: Components, latents: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class EncodedBatch:
-    """b objects, n views, latents of c channels and side l; all scaled by the VAE's scaling factor.
+    """b objects, n views, latents of c channels and side l. The input is one of the targets, the reference view."""
 
-    mean, std: [b, n, c, l, l], the targets' posterior. The input is one of them, the reference view: its latents are
-    there already. embedding: [b, d], its CLIP embedding. mask: [b, n, 1, l, l], fraction of animal in each cell.
-    prompts: [b, n] int64, which of the rig's prompts describes a view. cameras: [b, n], of the images.
-    """
-
-    mean: Tensor
+    mean: Tensor  # [b, n, c, l, l], of the targets' posterior, scaled by the VAE's factor as std
     std: Tensor
-    embedding: Tensor
-    mask: Tensor
-    prompts: Tensor
-    cameras: Cameras
+    embedding: Tensor  # [b, d], the input's CLIP embedding
+    mask: Tensor  # [b, n, 1, l, l], fraction of animal in each cell
+    prompts: Tensor  # [b, n] int64, which of the rig's prompts describes a view
+    cameras: Cameras  # [b, n], of the images
 
 
 @torch.no_grad()

@@ -31,13 +31,13 @@ def test_flat_layout_loads_with_its_meaning(caplog):
 
 REFUSED = {
     "drop_type=drop_independent": "drop_type must be 'drop_as_a_whole'", "img_wh=[512,256]": "must be square",
-    "scale_input_latents=false": "scale_input_latents must be True", "cache_variants=0": "cache_variants must be with",
-    "resume_from_checkpoint=checkpoint-500": "pretrained_unet_path", "validation_dataset.bg_color=black": "must be wh",
-    "train_dataset.aug_brightness=[0.5,1.1]": "a range about 1", "pipe_validation_kwargs.eta=0.0": "eta.: 1.0",
+    "scale_input_latents=false": "scale_input_latents must be True", "step_rule=1": "nearest known one is 'step_rules'",
+    "resume_from_checkpoint=checkpoint-500": "pretrained_unet_path", "pipe_validation_kwargs.eta=0.0": "eta.: 1.0",
+    "validation_dataset.bg_color=black": "must be white", "cache_variants=0": "cache_variants must be within",
     "unet_from_pretrained_kwargs.num_views=4": "num_views is 4, num_views 6",
     "unet_from_pretrained_kwargs.mvcd_attention=true": "unknown keys .'mvcd_attention'",
     "train_dataset.root_dir=x": "unknown key 'train_dataset.root_dir'",
-    "step_rule=1": "the nearest known one is 'step_rules'",
+    "train_dataset.aug_brightness=[0.5,1.1]": "a range about 1",
 }  # fmt: skip
 
 

@@ -178,7 +178,7 @@ def test_views_are_seen_from_the_rigs_cameras(own):
     assert changed[5] > 1e-3 and changed[5] > 10 * changed[1:5].max()
 
 
-def test_offloading_slicing_and_layout_change_nothing(own, monkeypatch):
+def test_offloading_changes_nothing(own, monkeypatch):
     arguments = {"embeds": own["prompts"], "num_steps": 2}
     expected = generate_views(own["loaded"], own["image"][None], **arguments)
     loaded = load_components(own["components"], offload=True)
@@ -193,10 +193,6 @@ def test_offloading_slicing_and_layout_change_nothing(own, monkeypatch):
     assert [name for name, where in moves if where == "cpu"] == visits
     # One part at a time: whoever came has left before the next one comes.
     assert all(moves[k][0] == moves[k + 1][0] for k in range(0, len(moves), 2))
-    tuned = load_components(own["components"])
-    tuned.vae.enable_slicing()
-    tuned.unet.to(memory_format=torch.channels_last)
-    assert (generate_views(tuned, own["image"][None], **arguments) - expected).abs().max() < 1e-3
 
 
 def test_only_a_hub_name_downloads(own, tmp_path, monkeypatch):

@@ -43,7 +43,8 @@ class MouseViewDataset(Dataset):
             remedy = "lower training.dataset.num_input_views or use a rig with more views"
             raise ValueError(f"num_input_views is {told}; {remedy}")
         self._known_cameras: dict[int, Cameras] = {}
-        self.num_skipped = self._drop_bad_samples() if options.on_bad_sample == "skip" else 0
+        if options.on_bad_sample == "skip":
+            self._drop_bad_samples()
 
     def __len__(self) -> int:
         return len(self.folders)
@@ -97,7 +98,7 @@ class MouseViewDataset(Dataset):
         options = {"views": views.tolist(), "with_depth": self.with_depth}
         return read_sample(self.folders[index], image_size=self.image_size, **options)
 
-    def _drop_bad_samples(self) -> int:
+    def _drop_bad_samples(self) -> None:
         good = []
         for index, folder in enumerate(self.folders):
             try:
@@ -111,7 +112,6 @@ class MouseViewDataset(Dataset):
         if skipped:
             log.warning("%s: %d of %d samples left out (on_bad_sample: skip)", self.list_file, skipped, len(self))
         self.folders, self._known_cameras = good, {}
-        return skipped
 
     def _choose_views(self, index: int, generator: torch.Generator) -> Tensor:
         """View numbers [num_views], inputs first; from the cameras alone, so that only chosen images are decoded."""

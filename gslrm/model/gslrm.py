@@ -162,12 +162,23 @@ class GSLRM(nn.Module):
         """Predicts Gaussians from posed views. Raises ValueError when shapes do not go together.
 
         images: [b, v, 3, h, w] RGB in 0..1 (composited); h, w multiples of the patch size. cameras: [b, v], of h x w.
-        masks: [b, v, 1, h, w] foreground in 0..1, may be empty; needed if and only if `config.prune_background_tokens`:
-            tokens and Gaussians of the background (farther than `prune_margin_px` from the mask) are dropped.
+        masks: [b, v, 1, h, w] foreground in 0..1, may be empty; needed if and only if background tokens are pruned.
         clip_xyz: image Gaussians into [-1, 1] (training with `config.clip_xyz`; never at inference).
         """
-        self._check_inputs(images, cameras, masks)
-        selection = select_patches(images, self.config.image_tokenizer.patch_size, masks, self.config.prune_margin_px)
+        p = self.config.image_tokenizer.patch_size
+        if images.ndim != 5 or images.shape[2] != 3 or images.shape[3] % p or images.shape[4] % p:
+            raise ValueError(f"images must be [b, v, 3, h, w], h and w multiples of {p}, got {list(images.shape)}")
+        b, v, _, h, w = images.shape
+        if tuple(cameras.shape) != (b, v) or (cameras.height, cameras.width) != (h, w):
+            told = f"shape [{b}, {v}] for images {h} x {w} to go with images {list(images.shape)}"
+            got = f"{list(cameras.shape)} for {cameras.height} x {cameras.width}"
+            raise ValueError(f"cameras must have {told}, got {got}")
+        if (masks is not None) != (prune := self.config.prune_background_tokens):
+            got = "are given" if masks is not None else "are missing"
+            raise ValueError(f"masks {got} but model.prune_background_tokens is {prune}: only pruning needs masks")
+        if masks is not None and masks.shape != (b, v, 1, h, w):
+            raise ValueError(f"masks must be [{b}, {v}, 1, {h}, {w}], got {list(masks.shape)}")
+        selection = select_patches(images, p, masks, self.config.prune_margin_px)
         n_free, counts = self.config.gaussians.n_gaussians, selection.patches_per_sample
         lengths, every = [n_free + count for count in counts], self.grad_checkpoint_every
         tokens = run_blocks(self.transformer_layers, self._embed(images, cameras, selection), lengths, every)
@@ -179,23 +190,6 @@ class GSLRM(nn.Module):
             free, values = self.gaussian_upsampler(torch.stack(parts[::2]).float()), selection.pixels_of(values)
             del tokens, parts, image  # as large as the Gaussians
             return self._decode(free, values, cameras, selection, clip_xyz)
-
-    def _check_inputs(self, images: Tensor, cameras: Cameras, masks: Tensor | None) -> None:
-        p = self.config.image_tokenizer.patch_size
-        if images.ndim != 5 or images.shape[2] != 3 or images.shape[3] % p or images.shape[4] % p:
-            raise ValueError(f"images must be [b, v, 3, h, w], h and w multiples of {p}, got {list(images.shape)}")
-        b, v, _, h, w = images.shape
-        if tuple(cameras.shape) != (b, v) or (cameras.height, cameras.width) != (h, w):
-            raise ValueError(
-                f"cameras must have shape [{b}, {v}] for images {h} x {w} to go with images {list(images.shape)}, "
-                f"got {list(cameras.shape)} for {cameras.height} x {cameras.width}"
-            )
-        prune = self.config.prune_background_tokens
-        if (masks is not None) != prune:
-            got = "are given" if masks is not None else "are missing"
-            raise ValueError(f"masks {got} but model.prune_background_tokens is {prune}: only pruning needs masks")
-        if masks is not None and masks.shape != (b, v, 1, h, w):
-            raise ValueError(f"masks must be [{b}, {v}, 1, {h}, {w}], got {list(masks.shape)}")
 
     def _embed(self, images: Tensor, cameras: Cameras, selection: PatchSelection) -> Tensor:
         """Packed tokens [T', d] after the input norm: of each sample its free tokens, then its patches."""

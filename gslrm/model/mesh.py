@@ -1,7 +1,5 @@
-"""Gaussians to a triangle mesh: depth maps from all around, fused to a signed distance field, then marching cubes.
-
-The fusion is that of Curless and Levoy, "A Volumetric Method for Building Complex Models from Range Images" (1996).
-"""
+"""Gaussians to a triangle mesh: depth maps from all around, fused to a signed distance field (Curless and Levoy, "A
+Volumetric Method for Building Complex Models from Range Images", 1996), then marching cubes."""
 
 from __future__ import annotations
 

@@ -1,7 +1,5 @@
 """Which patches of the input views become tokens, which of their pixels become Gaussians, and the rays through them.
-
-Everything is packed: the rows of all samples stand one after the other, without padding.
-"""
+Everything is packed: the rows of all samples stand one after the other, without padding."""
 
 from __future__ import annotations
 

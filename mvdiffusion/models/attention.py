@@ -1,8 +1,7 @@
-"""Self-attention over several views of one object, as an attention processor of the stock diffusers UNet.
-
-One explicit mode, computed exactly by torch's scaled_dot_product_attention whatever backend is installed. `sparse`: a
-view attends to the reference view and to itself (what FaceLift's released weights run); `full`: to all views of its
-object; `none` (without this processor): to itself. The batch is (object, view) with the view running fastest.
+"""Self-attention over several views of one object, as an attention processor of the stock diffusers UNet: exact,
+whatever backend is installed. `sparse`: a view attends to the reference view and to itself (what FaceLift's released
+weights run); `full`: to all views of its object; `none` (without this processor): to itself. Batches are (object,
+view).
 """
 
 from __future__ import annotations

@@ -39,13 +39,11 @@ def is_camera_weight(name: str) -> bool:
 
 
 def camera_features(cameras: Cameras, reference_view: int) -> Tensor:
-    """Cameras [..., n] -> [..., n, FEATURES]: azimuth relative to the reference view, own pose, the reference's pose.
-
-    The pose, zero for FaceLift's own front camera and of order 1 elsewhere: elevation in radians; log distance and log
-    focal length over FaceLift's; direction of the world origin from the camera (x, y of the unit vector: zero for a
-    camera that looks at it); principal point off the center over the image size; tilt (world z of the camera's x
-    axis: zero for an upright one).
-    """
+    """Cameras [..., n] -> [..., n, FEATURES]: azimuth relative to the reference view, own pose, the reference's
+    pose."""
+    # The pose, zero for FaceLift's own front camera and of order 1 elsewhere: elevation in radians; log distance and
+    # log focal length over FaceLift's; direction of the world origin from the camera (x, y of the unit vector);
+    # principal point off the center over the image size; tilt (world z of the camera's x axis).
     azimuth = torch.deg2rad(cameras.azimuth_deg)
     orders = azimuth.new_tensor(ORDERS)
     multiples = (azimuth - azimuth[..., reference_view, None])[..., None] * orders

@@ -1,8 +1,6 @@
-"""Creating, loading and saving the multi-view UNet: stock diffusers weights under FaceLift's config names.
-
-A UNet folder holds `config.json` (FaceLift loads it too, unless it has camera conditioning: `CameraUNet`),
-`diffusion_pytorch_model.safetensors` and `rig.json` (the view rig it was trained with).
-"""
+"""Creating, loading and saving the multi-view UNet: stock diffusers weights under FaceLift's config names. Its folder
+holds `config.json` (FaceLift loads it too, unless it has camera conditioning: `CameraUNet`), the weights, and
+`rig.json` (the view rig it was trained with)."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
-"""The CPU rasterizer: numba kernels behind a torch.autograd.Function.
-
-Same mathematics as gsplat's `classic` mode, differentiable in everything but the cameras. Deterministic: results do
-not depend on the number of threads, which is torch.get_num_threads().
-"""
+"""The CPU rasterizer: numba kernels behind a torch.autograd.Function, differentiable in everything but the cameras.
+Same mathematics as gsplat's `classic` mode. Results do not depend on the number of threads, torch.get_num_threads()."""
 
 from __future__ import annotations
 
