@@ -11,10 +11,10 @@ from plyfile import PlyData
 from safetensors.torch import load_file
 
 from gslrm.model.gaussians import Gaussians, filter_gaussians
-from gslrm.model.ply import FORMATS, export, save_ply
+from gslrm.model.ply import FORMATS, export, load_ply, save_ply
 from tests.test_gaussians import FACELIFT, random_gaussians
 
-C0 = 0.28209479177387814
+C0, GOLDEN = 0.28209479177387814, Path(__file__).parent / "golden"
 
 
 def soft(n=600, degree=0):
@@ -54,16 +54,20 @@ def test_ply_holds_the_bytes_gsplat_writes(tmp_path, degree):
         assert ours[name].tobytes() == theirs[name].tobytes(), name
 
 
-def test_ply_holds_the_bytes_of_facelifts_file(tmp_path):
+def test_facelifts_file_is_read_and_its_bytes_are_written(tmp_path):
     """Golden file of FaceLift's code: every property that both layouts have, byte for byte, Gaussian for Gaussian."""
-    golden = Path(__file__).parent / "golden"
-    raw = load_file(golden / "gslrm_small" / "outputs.safetensors")
+    raw, path = (
+        load_file(GOLDEN / "gslrm_small" / "outputs.safetensors"),
+        GOLDEN / "gaussians/facelift_filtered_cli.ply",
+    )
     names = ("xyz", "features_dc", "scaling", "rotation", "opacity")
     gaussians = Gaussians(*[raw[f"clip_off.raw.{name}"][None] for name in names])
-    gaussians = filter_gaussians(gaussians, FACELIFT["inference_cli"])
-    theirs = PlyData.read(str(golden / "gaussians" / "facelift_filtered_cli.ply"))["vertex"].data
+    gaussians, loaded = filter_gaussians(gaussians, FACELIFT["inference_cli"]), load_ply(path)
+    assert loaded.sh_degree == 0 and all(
+        torch.equal(vars(loaded)[name], vars(gaussians)[name]) for name in vars(loaded)
+    )
     save_ply(tmp_path / "a.ply", gaussians)
-    ours = PlyData.read(str(tmp_path / "a.ply"))["vertex"].data
+    ours, theirs = (PlyData.read(str(each))["vertex"].data for each in (tmp_path / "a.ply", path))
     shared = [name for name in ours.dtype.names if name in theirs.dtype.names]
     assert len(shared) == 14 and len(ours) == len(theirs) > 0
     assert all(ours[name].tobytes() == theirs[name].tobytes() for name in shared)

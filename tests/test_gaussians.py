@@ -42,11 +42,11 @@ def random_gaussians(n=50, degree=0, b=1, seed=0):
     return Gaussians(*[torch.randn(size, generator=g) for size in sizes])
 
 
-@pytest.mark.parametrize("name", ["scaling", "rotation", "opacity", "features"])
-def test_shapes_that_do_not_belong_together_are_refused_by_name(name):
+def test_shapes_that_do_not_belong_together_are_refused_by_name():
     gaussians = random_gaussians()
-    with pytest.raises(ValueError, match=name):
-        replace(gaussians, **{name: getattr(gaussians, name)[:, :-1]})
+    for name in ("scaling", "rotation", "opacity", "features"):
+        with pytest.raises(ValueError, match=name):
+            replace(gaussians, **{name: getattr(gaussians, name)[:, :-1]})
     with pytest.raises(ValueError, match="features"):
         replace(gaussians, features=torch.zeros(1, 50, 5, 3))
 
@@ -109,19 +109,7 @@ def test_ply_round_trip_is_exact_and_in_the_inria_layout(tmp_path, degree):
         + ["opacity", "scale_0", "scale_1", "scale_2", "rot_0", "rot_1", "rot_2", "rot_3"]
     )
     assert content.byte_order == "<" and not content.text and len(content.elements) == 1
-    if degree:  # channel-major: all red coefficients first
-        table = content["vertex"].data
-        assert np.array_equal(table["f_rest_1"], gaussians.features[0, :, 2, 0].numpy())
-        assert np.array_equal(table[f"f_rest_{rest // 3}"], gaussians.features[0, :, 1, 1].numpy())
     assert [path.name for path in tmp_path.iterdir()] == ["a.ply"]
-
-
-def test_facelift_ply_reads_as_the_recorded_degree_0_gaussians(golden):
-    loaded = load_ply(GOLDEN / "gaussians" / "facelift_filtered_cli.ply")
-    assert loaded.sh_degree == 0
-    expected = filter_gaussians(golden, FACELIFT["inference_cli"])
-    for name in ("xyz", "features", "scaling", "rotation", "opacity"):
-        torch.testing.assert_close(getattr(loaded, name), getattr(expected, name), atol=0, rtol=0)
 
 
 def test_facelift_ply_of_degree_1_unpacks_its_padded_coefficients(tmp_path):

@@ -133,6 +133,8 @@ def test_each_colour_change_is_what_it_says():
     ):  # fmt: skip
         changed = draw_colors(fixed(**options), torch.Generator()).recolored(rgba)
         assert torch.allclose(changed[:, :3], expected, atol=1e-6) and torch.equal(changed[:, 3:], alpha)
+    red = torch.tensor([1.0, 0.0, 0.0, 1.0]).view(1, 4, 1, 1)
+    assert draw_colors(fixed(hue_range_deg=120.0), torch.Generator()).recolored(red)[0, :3, 0, 0].argmax() != 0
 
 
 def test_one_draw_of_colours_serves_all_views():

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import file_limit
-from mvdiffusion_tiny import SIZE, augmentation, config_for, figures, losses, prepare, write_dataset
+from mvdiffusion_tiny import SIZE, augmentation, config_for, figures, losses, prepare
 
 from multiview.checkpoint import read_rig
-from multiview.image import Draw, composite
+from multiview.image import composite
 from multiview.rig import RigMismatchError, load_rig
 from multiview.run import make_generator
 from multiview.sample import read_sample, read_split
@@ -56,14 +56,6 @@ def test_rotated_reference_rotates_the_targets(tiny):
     assert len(seen) > 3
 
 
-def test_fixed_rigs_cannot_rotate(tmp_path):
-    data = write_dataset(tmp_path, load_rig("facelift6"), count=2)
-    with pytest.raises(ValueError, match="facelift6 does not; use reference_view_idx: 0"):
-        MouseMVDiffusionDataset(data, load_rig("facelift6"), SIZE, augmentation(reference_view_idx="random"))
-    with pytest.raises(RigMismatchError, match="requested and dataset"):
-        MouseMVDiffusionDataset(data, load_rig("mouse6"), SIZE)
-
-
 def test_background_and_jitter_are_one_for_all_views(tiny):
     config = MVDiffusionConfig(saturation_jitter=0.2, hue_jitter_deg=10.0)
     dataset = MouseMVDiffusionDataset(tiny["data"], load_rig("mouse6"), SIZE, config)
@@ -75,9 +67,6 @@ def test_background_and_jitter_are_one_for_all_views(tiny):
         assert (item["targets"][:, :, 0, 0] == value).all()  # the corner is background, not brightened
         assert torch.equal(item["targets"], dataset[index]["targets"])  # (seed, epoch, index) decides
     assert len(backgrounds) > 1
-    gray = torch.cat([torch.full((3, 3, 4, 4), 0.5), torch.ones(3, 1, 4, 4)], 1)
-    found = Draw(brightness=1.1, contrast=0.9).recolored(gray)[:, :3]
-    assert found.unique().numel() == 1 and found[0, 0, 0, 0] != 0.5
 
 
 def test_standardised_latents_change_nothing_else():
