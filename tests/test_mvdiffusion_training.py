@@ -166,13 +166,13 @@ def test_checkpoint_holds_all_that_inference_needs(tiny, whole):
 
 def test_overfitting_lowers_the_loss(tiny, tmp_path):
     config = config_for(
-        tiny, tmp_path / "run", overfit_steps=30, checkpointing_steps=30, gradient_accumulation_steps=1,
-        train_batch_size=1, learning_rate=3e-3, condition_drop_rate=0.0, backgrounds=["white"],
+        tiny, tmp_path / "run", overfit_steps=40, checkpointing_steps=40, gradient_accumulation_steps=1,
+        learning_rate=3e-3, condition_drop_rate=0.0, backgrounds=["white"],
     )  # fmt: skip
     folder = train(config, 1)
     found, values = losses(folder), figures(folder)
     assert folder == tmp_path / "run_overfit1"
-    assert sum(found[k] for k in range(26, 31)) < 0.65 * sum(found[k] for k in range(1, 6))
+    assert sum(found[k] for k in range(36, 41)) < 0.6 * sum(found[k] for k in range(1, 6))
     assert values["vae/foreground_psnr"] > 0
 
 
