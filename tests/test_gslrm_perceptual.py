@@ -9,7 +9,7 @@ import torch
 
 from gslrm.config import LossesConfig
 from gslrm.perceptual import VGG16_FILE, VGG19, LPIPSLoss, PerceptualLoss, load_networks, load_perceptual
-from tests.test_gslrm_losses import B, T, images, soft_mask
+from tests.test_gslrm_losses import B, images, soft_mask
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -112,8 +112,8 @@ def test_lpips_formula(vgg, networks, masked):
 
 
 def test_lpips_is_the_librarys_and_a_mask_of_ones_changes_nothing(networks):
-    a, b = images(0, size=16), images(1, size=16)
-    own = networks["lpips"].network(a.flatten(0, 1) * 2 - 1, b.flatten(0, 1) * 2 - 1).view(B, T).mean(1)
+    a, b = images(0, size=16)[:, :2], images(1, size=16)[:, :2]
+    own = networks["lpips"].network(a.flatten(0, 1) * 2 - 1, b.flatten(0, 1) * 2 - 1).view(B, 2).mean(1)
     for name, network in networks.items():
         plain = network(a, b)
         assert torch.allclose(network(a, b, torch.ones_like(a[:, :, :1])), plain, rtol=1e-12)
@@ -127,13 +127,13 @@ def test_network_losses_have_finite_gradients_even_of_dead_features_and_empty_ma
     dead = LPIPSLoss(networks["lpips"].network)
     weights = [p for p in dead.parameters() if p.ndim == 1]
     before = [p.clone() for p in weights]
-    target, mask = images(1, size=16), torch.zeros(B, T, 1, 16, 16, dtype=torch.float64)
+    target, mask = images(1, size=16)[:, :1], torch.zeros(B, 1, 1, 16, 16, dtype=torch.float64)
     mask[0, :, :, 4:10, 5:11] = 1.0
     for bias in (None, -1e3):  # -1e3: every feature is 0, where a length has no derivative
         for parameter, value in zip(weights, before):
             parameter.data.copy_(value if bias is None else torch.full_like(value, bias))
         for network in (dead, networks["perceptual"]):
-            prediction = images(0, size=16).requires_grad_()
+            prediction = images(0, size=16)[:, :1].requires_grad_()
             value = network(prediction, target, mask)
             assert value[1] == 0 and torch.isfinite(value).all()
             (gradient,) = torch.autograd.grad(value.sum(), prediction)

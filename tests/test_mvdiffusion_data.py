@@ -36,9 +36,10 @@ def draw_points(xyz: torch.Tensor, colours: torch.Tensor, cameras: Cameras) -> t
     pictures = torch.zeros(len(cameras), 4, cameras.height, cameras.width)
     uv, depth = cameras.project(xyz.expand(len(cameras), -1, -1))
     for view in range(len(cameras)):
-        for k in depth[view].argsort(descending=True):
-            column, row = uv[view, k].floor().int().tolist()
-            pictures[view, :, row, column] = torch.cat([colours[k], torch.ones(1)])
+        order = depth[view].argsort(descending=True)
+        column, row = uv[view, order].floor().long().T.numpy()
+        values = torch.cat([colours, torch.ones(len(xyz), 1)], dim=1)[order].T
+        pictures[view].numpy()[:, row, column] = values.numpy()  # of several in one pixel numpy keeps the last
     return pictures
 
 
@@ -69,11 +70,12 @@ def test_an_item_is_a_picture_of_the_moved_animal_by_its_own_cameras(tmp_path, n
     xyz, colours = animal()
     seen = set()
     for epoch in range(40):
-        item = dataset[epoch, 0]
-        rotation, mirrored = int(item["rotation"]), bool(item["mirrored"])
+        rotation, mirrored = dataset.draw_rotation(epoch, 0), dataset.draw(epoch, 0).mirrored
         if (rotation, mirrored) in seen:
             continue
         seen.add((rotation, mirrored))
+        item = dataset[epoch, 0]
+        assert (int(item["rotation"]), bool(item["mirrored"])) == (rotation, mirrored)
         moved = xyz * torch.tensor([-1.0, 1.0, 1.0]) if mirrored else xyz
         arrangement = arrange(rig, rotation, mirrored=mirrored)
         cameras = Cameras(item["c2w"], item["fxfycxcy"], SIZE, SIZE).validate()

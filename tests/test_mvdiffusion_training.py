@@ -3,6 +3,7 @@
 import json
 import shutil
 from copy import deepcopy
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from multiview.image import composite
 from multiview.rig import RigMismatchError, load_rig
 from multiview.run import make_generator
 from multiview.sample import read_sample, read_split
-from mvdiffusion.checkpoints import components_folder_of, embeds_of
+from mvdiffusion.checkpoints import components_folder_of, embeds_of, newest_training
 from mvdiffusion.config import MVDiffusionConfig
 from mvdiffusion.data.mouse_dataset import MouseMVDiffusionDataset
 from mvdiffusion.facelift_yaml import load_training_config
@@ -119,34 +120,35 @@ def test_timesteps_lean_to_high_noise_and_an_even_error_keeps_its_scale():
     torch.testing.assert_close(even, torch.tensor(1.0))
 
 
-@pytest.mark.parametrize("damage", ["cut optimizer", "flipped bit", "cut UNet without digests", "missing"])
-def test_killed_run_continues_with_the_same_losses(whole, tmp_path, caplog, damage):
+def test_killed_run_continues_with_the_same_losses(whole, tmp_path, caplog):
     """The checkpoint before takes over from a damaged one, with word of it."""
     folder, configuration = whole
-    output = tmp_path / "run"
-    shutil.copytree(folder, output)
-    values, expected, newest = figures(folder), losses(folder), output / "checkpoint-4"
+    values, expected = figures(folder), losses(folder)
     assert {"vae/foreground_psnr", "guidance_1/foreground_psnr", "guidance_1/unseen_mask_iou"} <= set(values)
     assert sorted(expected) == [1, 2, 3, 4]
-    unet, sidecar = newest / "unet" / WEIGHTS, newest / "checkpoint.json"
-    if damage == "cut optimizer":
-        (newest / "optimizer.pt").write_bytes(b"cut")
-        (output / ".checkpoint-4.0123abcd.tmp").mkdir()  # as after SIGKILL while it was written
-    elif damage == "flipped bit":
+    for damage in ("missing", "flipped bit", "cut UNet without digests", "cut optimizer"):
+        output = tmp_path / damage
+        shutil.copytree(folder, output)
+        unet, sidecar = (output / "checkpoint-4" / name for name in (f"unet/{WEIGHTS}", "checkpoint.json"))
         content = bytearray(unet.read_bytes())
-        content[-50] ^= 1
-        unet.write_bytes(content)
-    elif damage == "missing":
-        unet.unlink()
-    else:  # a checkpoint of the time before digests
-        sidecar.write_text(json.dumps({k: v for k, v in json.loads(sidecar.read_text()).items() if k != "sha256"}))
-        unet.write_bytes(unet.read_bytes()[:-100])
-    train(configuration(output))
-    assert "looking at the one before it" in caplog.text and losses(output) == expected and figures(output) == values
-    assert not [path for path in output.glob(".*") if path.is_dir()]
-    if damage == "missing":  # nothing left to do: answered with figures, not trained again
+        if damage == "missing":
+            unet.unlink()
+        elif damage == "flipped bit":
+            content[-50] ^= 1
+            unet.write_bytes(content)
+        elif damage == "cut optimizer":
+            sidecar.with_name("optimizer.pt").write_bytes(b"cut")
+        else:  # a checkpoint of the time before digests
+            sidecar.write_text(json.dumps({k: v for k, v in json.loads(sidecar.read_text()).items() if k != "sha256"}))
+            unet.write_bytes(content[:-100])
+        caplog.clear()
+        found = newest_training(output, load_rig("mouse6"), asdict(configuration(output)))
+        assert found.folder.name == "checkpoint-3" and "looking at the one before it" in caplog.text, damage
+    (output / ".checkpoint-4.0123abcd.tmp").mkdir()  # as after SIGKILL while it was written
+    for _ in range(2):  # the second finds nothing left to do: answered with figures, not trained again
         train(configuration(output))
-        assert figures(output) == values and losses(output) == expected
+        assert losses(output) == expected and figures(output) == values
+    assert not [path for path in output.glob(".*") if path.is_dir()]
 
 
 def test_checkpoint_holds_all_that_inference_needs(tiny, whole):

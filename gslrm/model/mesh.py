@@ -105,7 +105,7 @@ def save_mesh(path: Path | str, mesh: Mesh) -> None:
         columns = [(axis, "<f4", mesh.vertices[:, k]) for k, axis in enumerate("xyz")]
         columns += [(name, "u1", colors[:, k]) for k, name in enumerate(("red", "green", "blue"))]
         table = np.rec.fromarrays([values for *_, values in columns], [(name, kind) for name, kind, _ in columns])
-        faces = mesh.faces.astype("<i4").view([("vertex_indices", "<i4", (3,))])[:, 0]
+        faces = np.ascontiguousarray(mesh.faces, "<i4").view([("vertex_indices", "<i4", (3,))])[:, 0]
         elements = [PlyElement.describe(table, "vertex"), PlyElement.describe(faces, "face")]
         PlyData(elements, byte_order="<").write(str(temporary))
 
