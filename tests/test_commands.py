@@ -26,15 +26,7 @@ from mvdiffusion.prompts import load_prompt_embeds
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = (
-    "multiview",
-    "mvdiffusion",
-    "gslrm",
-    "pipeline",
-    "evaluation",
-    "recording",
-    "synthetic",
-    "scripts",
-    "configs",
+    "multiview", "mvdiffusion", "gslrm", "pipeline", "evaluation", "recording", "synthetic", "scripts", "configs",
     "examples",
 )
 FILES = (
