@@ -15,10 +15,10 @@ from gslrm.model.gaussians_renderer import render
 from gslrm.model.gslrm import GSLRM
 from multiview.cameras import Cameras
 from multiview.rig import load_rig
-from mvdiffusion.components import SD21_UNCLIP
 from mvdiffusion.models.unet import create_unet
 from tests import peer_rasterizer
 from tests.peer_gslrm import PlainGSLRM
+from tests.random_components import SD21_UNCLIP
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ TINY = {
 
 
 def test_stage_1_is_sampled_and_trained_with_the_real_code(benchmark, monkeypatch):
-    monkeypatch.setattr("mvdiffusion.components.demo_shape", lambda unet: TINY)
+    monkeypatch.setattr("tests.random_components.demo_shape", lambda unet: TINY)
     monkeypatch.setattr("mvdiffusion.pipelines.multiview.NUM_STEPS", 4)
     options = benchmark.argparse.Namespace(preset="demo", repeats=1, compile=False, no_memory=True)
     bench = benchmark.Bench(options, torch.device("cpu"))
