@@ -39,12 +39,13 @@ def main() -> None:
     from multiview.files import full_disk_explained
     from multiview.image import check_picture
     from multiview.run import check_output_folder
-    from pipeline import MouseFaceLift
+    from pipeline import MouseFaceLift, import_stage1
     from pipeline.outputs import start_folder
 
     check_output_folder(arguments.output_dir)
     check_picture(arguments.input_image)
     chosen = {entry.name: getattr(arguments, entry.name) for entry in fields(Checkpoints)}
+    import_stage1()
     model = MouseFaceLift.load(device=arguments.device, options=options, **chosen)
     print(f"rig {model.rig.name}: embeddings, UNet, GS-LRM and cameras agree")
     result = model(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pipeline_tiny import must, run
+from running import must, run
 
 from gslrm.model import mesh
 from gslrm.model.gaussians_renderer import render

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pipeline_tiny import must, prepare_pipeline, run, write_gslrm, write_unet
+from pipeline_tiny import prepare_pipeline, write_gslrm, write_unet
+from running import must, run
 
 import multiview.run
 from gslrm.model.ply import load_ply
