@@ -4,7 +4,6 @@ Only configuration values are appended (sizes, steps), never a flag changed. A s
 inference commands in a folder without those weights: each answers with one sentence that says what is missing.
 """
 
-import contextlib
 import json
 import os
 import shlex
@@ -12,15 +11,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
-from unittest import mock
 
 import pytest
 import torch
 from mvdiffusion_tiny import SIZE, UNET, write_components
-from running import run as run_here
 
-import multiview.run
 from gslrm.config import GaussiansConfig, ImageTokenizerConfig, ModelConfig, TransformerConfig
 from gslrm.model.gslrm import GSLRM
 from multiview.rig import load_rig
@@ -31,15 +26,7 @@ from mvdiffusion.prompts import load_prompt_embeds
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = (
-    "multiview",
-    "mvdiffusion",
-    "gslrm",
-    "pipeline",
-    "evaluation",
-    "recording",
-    "synthetic",
-    "scripts",
-    "configs",
+    "multiview", "mvdiffusion", "gslrm", "pipeline", "evaluation", "recording", "synthetic", "scripts", "configs",
     "examples",
 )
 FILES = (
@@ -88,22 +75,13 @@ SMALL_GSLRM = SMALL_MODEL + (
 )
 
 
-class Done(NamedTuple):
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-def run(command: str, cwd: Path) -> Done | subprocess.CompletedProcess:
-    """Runs a command line in a folder that holds the code: a Python script in this process (importing its libraries
-    takes longer than its work), any other program from this environment first."""
-    program, *rest = shlex.split(command)
-    with mock.patch.object(multiview.run, "REPOSITORY", cwd), contextlib.chdir(cwd):
-        if program == "python":
-            return Done(*run_here(*rest))
-        paths = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        environment = {**os.environ, "PATH": paths, "OMP_NUM_THREADS": "1"}
-        return subprocess.run([program, *rest], env=environment, capture_output=True, text=True, timeout=300)
+def run(command: str, cwd: Path) -> subprocess.CompletedProcess:
+    """Runs a command line with this interpreter's programs first on the PATH."""
+    environment = {
+        **os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    return subprocess.run(shlex.split(command), cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def copy_code(folder: Path) -> Path:

@@ -96,7 +96,8 @@ def test_second_owner_is_refused_and_a_killed_one_is_replaced(tmp_path):
 @pytest.mark.parametrize(
     ("owner", "age_s", "alive"),
     [
-        ({"host": "another", "pid": 1, "start": 0.0}, 0, True), ({"host": "another", "pid": 1, "start": 0.0}, 400, False),
+        ({"host": "another", "pid": 1, "start": 0.0}, 0, True),
+        ({"host": "another", "pid": 1, "start": 0.0}, 400, False),
         ({"host": socket.gethostname(), "pid": os.getpid(), "start": 0.0}, 0, False),  # the number was used again
         ("", 0, True), ("", 400, False),
     ],

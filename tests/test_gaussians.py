@@ -292,5 +292,7 @@ def test_mirrored_gaussians_look_like_the_mirror_image(degree):
     )  # fmt: skip
     cameras = Cameras.orbit(torch.tensor([20.0, 140.0, 250.0]), torch.full((3,), 25.0), 2.7, 1.07, 48)[None]
     seen = render(gaussians, cameras).rgb
-    torch.testing.assert_close(render(gaussians.mirrored(), cameras.mirrored()).rgb, seen.flip(-1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        render(gaussians.mirrored(), cameras.mirrored()).rgb, seen.flip(-1), atol=1e-5, rtol=0
+    )
     assert (render(gaussians, cameras.mirrored()).rgb - seen.flip(-1)).abs().max() > 0.05

@@ -80,7 +80,9 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_script_writes_painted_views_with_the_rigs_cameras_and_continues(tiny, generate, model, tmp_path):
+def test_script_writes_painted_views_with_the_rigs_cameras_and_continues(
+    tiny, generate, model, tmp_path
+):
     generate(tmp_path / "out", "--num_samples", 2)
     info = read_dataset_info(tmp_path / "out")
     assert info["rig"].name == "mouse6" and info["num_steps"] == 2 and info["source"] == "stage1"
