@@ -222,19 +222,10 @@ def grid(pictures: Tensor, columns: int) -> Tensor:
     return rearrange(pictures, "(r k) c h w -> c (r h) (k w)", k=columns)
 
 
-@dataclass(frozen=True)
-class PhotoReport:
-    """What `prepare_photo` did; goes into run.json."""
-
-    segmented: bool  # the file had no alpha, the animal was cut out here
-    cropped: bool  # the image was moved and scaled
-    scale: float  # output pixels per input pixel
-    body_area: float  # of the result
-    centre_offset: float  # of the result, in image widths
-
-
-def prepare_photo(rgba: Tensor, size: int, *, crop: str = "auto", source: str = "image") -> tuple[Tensor, PhotoReport]:
-    """[4, h, w] 0..1 -> [4, size, size] RGBA framed like the training data, and a report of what was done.
+def prepare_photo(rgba: Tensor, size: int, *, crop: str = "auto", source: str = "image") -> tuple[Tensor, dict]:
+    """[4, h, w] 0..1 -> [4, size, size] RGBA framed like the training data, and a report of it, for run.json: whether it
+    was segmented (cut out here) and cropped (moved and scaled), output pixels per input pixel, and of the result the
+    body's area and its offset from the center in image widths.
 
     A photograph is segmented where its alpha is no animal's mask: opaque, or covering nearly the whole image. crop:
     `auto` keeps a square image whose animal already stands as in the training data and crops any other; `always`,
@@ -275,7 +266,8 @@ def prepare_photo(rgba: Tensor, size: int, *, crop: str = "auto", source: str = 
     array = _resize_premultiplied(array, size)
     area, offset, _ = body_placement(array[..., 3] > 0.5)
     result = torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1))).float().clamp(0, 1)
-    return result, PhotoReport(segmented, cropped, size / side, round(area, 4), round(offset, 4))
+    report = {"segmented": segmented, "cropped": cropped, "scale": size / side, "body_area": round(area, 4)}
+    return result, {**report, "centre_offset": round(offset, 4)}
 
 
 def body_placement(mask: np.ndarray) -> tuple[float, float, tuple[float, float]]:

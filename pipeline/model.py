@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,7 @@ class MouseFaceLift:
         views = self.generate(photo, seed=seed, keep_input_view=keep_input_view, progress=progress)
         artifacts = self.artifacts
         record = {
-            "input": name, "photo": asdict(report), "artifacts": artifacts.describe(), "seed": seed,
+            "input": name, "photo": report, "artifacts": artifacts.describe(), "seed": seed,
             "num_steps": artifacts.num_steps, "guidance_scale": artifacts.guidance_scale,
             "keep_input_view": keep_input_view, "seed_scores": views.seed_scores, "mirrored": views.mirrored,
             "mirror_scores": views.mirror_scores, "seconds": {"stage1": round(time.perf_counter() - started, 2)},

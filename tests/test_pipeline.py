@@ -1,10 +1,7 @@
 """Both stages together: what the commands write, what the Python door gives, and what is refused before any work."""
 
 import json
-import os
 import shutil
-import signal
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +16,7 @@ from gslrm.model.ply import load_ply
 from multiview.checkpoint import read_sidecar, save_checkpoint
 from multiview.image import read_rgba, save_video, to_uint8, write_image
 from multiview.rig import RigMismatchError, load_rig
-from multiview.run import choose_numba_cache, shipped, stoppable
+from multiview.run import shipped
 from multiview.sample import read_sample, read_split
 from mvdiffusion.prompts import write_prompt_embeds
 from pipeline import MouseFaceLift, PhotographError
@@ -348,24 +345,3 @@ def test_an_output_folder_that_cannot_be_is_refused_before_the_work(tiny, tmp_pa
     monkeypatch.setenv("NUMBA_CACHE_DIR", "there")
     code, _, err = run("inference_mouse.py", "--input_image", tiny["photo"], "--output_dir", tmp_path / "new")
     assert code == 1 and "cannot be written (read-only, full or not yours)" in err
-
-
-def test_compiled_code_is_kept_elsewhere_where_installation_and_home_are_read_only(monkeypatch, caplog):
-    monkeypatch.setattr(os, "environ", {})
-    choose_numba_cache()
-    assert not os.environ
-    monkeypatch.setattr(multiview.run, "_can_write", lambda folder: False)
-    choose_numba_cache()
-    assert os.environ["NUMBA_CACHE_DIR"].startswith(tempfile.gettempdir()) and "can be written" in caplog.text
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
-def test_a_stop_signal_lets_the_item_in_work_be_finished(number, capsys):
-    done, before = [], signal.getsignal(number)
-    with pytest.raises(SystemExit) as stop:
-        for item in stoppable(range(5)):
-            if item == 1:
-                os.kill(os.getpid(), number)
-            done.append(item)
-    assert stop.value.code == 143 and done == [0, 1] and "finished items are whole" in capsys.readouterr().err
-    assert signal.getsignal(number) == before and list(stoppable("ab")) == ["a", "b"]
