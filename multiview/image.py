@@ -223,8 +223,8 @@ def grid(pictures: Tensor, columns: int) -> Tensor:
 
 
 def prepare_photo(rgba: Tensor, size: int, *, crop: str = "auto", source: str = "image") -> tuple[Tensor, dict]:
-    """[4, h, w] 0..1 -> [4, size, size] RGBA framed like the training data, and a report of it, for run.json: whether it
-    was segmented (cut out here) and cropped (moved and scaled), output pixels per input pixel, and of the result the
+    """[4, h, w] 0..1 -> [4, size, size] RGBA framed like the training data, and a report for run.json: whether it was
+    segmented (cut out here) and cropped (moved and scaled), output pixels per input pixel, and of the result the
     body's area and its offset from the center in image widths.
 
     A photograph is segmented where its alpha is no animal's mask: opaque, or covering nearly the whole image. crop:
