@@ -127,11 +127,10 @@ class ViewRig:
 
     def fingerprint(self) -> str:
         """Returns a short hash of geometry and order, equal for rigs that agree up to rounding."""
+        places = [(v.azimuth_deg, v.elevation_deg, self.view_distance(v)) for v in self.views]
         # Rounded, so that a rig and the same rig read from a file have one fingerprint.
-        content = [self.azimuth_zero, self.reference_view, round(self.focal, 5)]
-        for view in self.views:
-            distance = round(self.view_distance(view), 3)
-            content.append([round(view.azimuth_deg, 2), round(view.elevation_deg, 2), distance])
+        rounded = [[round(azimuth, 2), round(elevation, 2), round(far, 3)] for azimuth, elevation, far in places]
+        content = [self.azimuth_zero, self.reference_view, round(self.focal, 5), *rounded]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
     def differences(self, other: ViewRig) -> list[str]:
@@ -155,8 +154,7 @@ class ViewRig:
         return told
 
     def mirror_order(self) -> list[int]:
-        """Returns per view the index of its mirror image in x (the vertical plane through azimuth 0), else
-        ValueError."""
+        """Returns per view the index of its mirror image in x (the plane through azimuth 0), else ValueError."""
 
         def mirrors(view: View, other: View) -> bool:
             turn = (view.azimuth_deg + other.azimuth_deg + 180.0) % 360.0 - 180.0

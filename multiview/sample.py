@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from multiview.cameras import Cameras
-from multiview.files import atomic_folder, atomic_write, damage_explained, read_json, read_lines, take, write_json
+from multiview.files import DAMAGE, atomic_folder, atomic_write, read_json, read_lines, take, write_json
 from multiview.image import read_rgba, resize_rgba, write_image
 from multiview.rig import ViewRig
 
@@ -222,8 +222,11 @@ def _read_depth(path: Path) -> Tensor:
     """Reads a depth image [1, h, w] in world units."""
     if not path.is_file():
         raise ValueError(f"depth image {path} does not exist: synthetic mice have it (make_synthetic_mouse.py --depth)")
-    with damage_explained(f"depth image {path}"), Image.open(path) as image:
-        steps = np.asarray(image)
+    try:
+        with Image.open(path) as image:
+            steps = np.asarray(image)
+    except DAMAGE as error:
+        raise ValueError(f"depth image {path} cannot be read: {error or type(error).__name__}") from error
     if steps.ndim != 2:  # a colored picture of depth has no unit
         raise ValueError(f"depth image {path} must be gray with 16 bits, got {list(steps.shape)}")
     return torch.from_numpy(steps.astype(np.float32))[None] * DEPTH_UNIT

@@ -83,7 +83,7 @@ def test_extras_are_written_on_request_and_removed_by_the_next_run(tmp_path, mon
 
 
 def test_render_ply_writes_maps_a_sheet_and_a_turntable(tmp_path):
-    gaussians, cameras = sphere(n=500), Cameras.turntable(3, 32)
+    gaussians, cameras = sphere(n=3000), Cameras.turntable(3, 64)
     save_ply(tmp_path / "a.ply", gaussians)
     write_json(tmp_path / "cameras.json", {"id": "x", "frames": cameras.to_frames()})
     must(
@@ -99,7 +99,7 @@ def test_render_ply_writes_maps_a_sheet_and_a_turntable(tmp_path):
         steps = picture(tmp_path / "out" / "depth" / f"cam_{k:03d}.png")[1]
         assert (steps * DEPTH_UNIT - output.mean_depth()[0, k, 0]).abs().max() < 1.1 * DEPTH_UNIT and steps.any()
         assert (tmp_path / "out" / "alpha" / f"cam_{k:03d}.png").is_file()
-    assert read_rgba(tmp_path / "out" / "sheet.png").shape == (4, 96, 96)
+    assert read_rgba(tmp_path / "out" / "sheet.png").shape == (4, 192, 192)
     frames = imageio_ffmpeg.read_frames(str(tmp_path / "video" / "t.mp4"))
     assert next(frames)["size"] == (32, 32) and len(list(frames)) == 4
 
