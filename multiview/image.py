@@ -271,10 +271,10 @@ def prepare_photo(rgba: Tensor, size: int, *, crop: str = "auto", source: str = 
 
 
 def body_placement(mask: np.ndarray) -> tuple[float, float, tuple[float, float]]:
-    """Returns of a mask [h, w]: body area / image area, center offset / width, center (x, y) in pixels. The tail, which
-    would pull the center, goes by opening the mask with a disc of a tenth of its own size."""
+    """Returns of a mask [h, w]: body area / image area, center offset / width, center (x, y) in pixels."""
     import cv2
 
+    # The tail, which would pull the center, goes by opening the mask with a disc of a tenth of its own size.
     radius = max(1, round(0.10 * float(np.sqrt(mask.sum()))))
     disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1, 2 * radius + 1))
     padded = np.pad(mask.astype(np.uint8), radius + 1)
@@ -287,8 +287,7 @@ def body_placement(mask: np.ndarray) -> tuple[float, float, tuple[float, float]]
 
 
 def segment(rgb: np.ndarray, source: str = "image") -> np.ndarray:
-    """[h, w, 3] 0..1 -> soft mask [h, w]: color distance from the border's color, refined by GrabCut, else
-    ValueError."""
+    """[h, w, 3] 0..1 -> soft mask [h, w] or a ValueError: distance from the border's color, refined by GrabCut."""
     import cv2
 
     height, width = rgb.shape[:2]
