@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -56,8 +57,7 @@ class VisualHull:
         return (self.points * (self.coverage / self.coverage.sum())[:, None]).sum(0)
 
 
-@dataclass(frozen=True)
-class Surface:
+class Surface(NamedTuple):
     """The hull's outer voxels. points, normals: [n, 3] (outward, unit). voxel: side. colours: [n, 3] 0..1 or None."""
 
     points: Tensor
@@ -201,7 +201,7 @@ def colour_surface(surface: Surface, rgb: Tensor, masks: Tensor, cameras: Camera
     """The surface with the views' colours, weighted as `observe` says; where no view sees a point, their plain mean."""
     colours, weights = observe(surface, rgb, masks, cameras)
     weights = weights + HIDDEN_WEIGHT
-    return replace(surface, colours=(colours * weights[..., None]).sum(0) / weights.sum(0)[:, None])
+    return surface._replace(colours=(colours * weights[..., None]).sum(0) / weights.sum(0)[:, None])
 
 
 def nearest_points(surface: Surface, cameras: Cameras) -> tuple[Tensor, Tensor]:

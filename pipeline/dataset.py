@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -31,8 +31,7 @@ POSE_TOLERANCE = 2e-3  # world units and image widths: a camera that is the rig'
 REFERENCE_TOLERANCES = {"elevation, degrees": 5.0, "distance, relative": 0.15, "focal length, relative": 0.1}
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(NamedTuple):
     """One sample to generate, under a new name: view `reference` of the sample folder `source` is the photograph."""
 
     source: Path

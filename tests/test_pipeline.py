@@ -1,7 +1,9 @@
 """Both stages together: what the commands write, what the Python door gives, and what is refused before any work."""
 
+import gc
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,7 @@ from multiview.rig import RigMismatchError, load_rig
 from multiview.run import shipped
 from multiview.sample import read_sample, read_split
 from mvdiffusion.prompts import write_prompt_embeds
-from pipeline import MouseFaceLift, PhotographError
+from pipeline import MouseFaceLift, PhotographError, import_stage1
 from pipeline.artifacts import resolve
 from pipeline.options import Checkpoints
 
@@ -189,6 +191,13 @@ def test_shipped_models_are_found_from_any_working_directory(monkeypatch, tmp_pa
     assert shipped("nowhere/at/all") == Path("nowhere/at/all")
     monkeypatch.chdir(ROOT)
     assert shipped("checkpoints/demo") == Path("checkpoints/demo")  # records stay free of machine paths
+
+
+def test_quick_imports_leave_every_library_importable(monkeypatch):
+    for name in ("diffusers", "peft", "torchvision"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    import_stage1()
+    assert None not in sys.modules.values() and gc.isenabled()
 
 
 # ---- what is refused ------------------------------------------------------------------------------------------------
