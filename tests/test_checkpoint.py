@@ -11,17 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from multiview.checkpoint import (
-    load_checkpoint,
-    load_strict,
-    newest_checkpoint,
-    read_rig,
-    read_sidecar,
-    rotate_checkpoints,
-    save_checkpoint,
-    sidecar_path,
-    stamp_rig,
-)
+from multiview import checkpoint
+from multiview.checkpoint import load_checkpoint, load_strict, newest_checkpoint, read_sidecar, save_checkpoint
 from multiview.rig import load_rig
 
 
@@ -45,7 +36,7 @@ def test_newest_is_the_newest_complete_one_found_by_reading(tmp_path):
 def test_rotation_keeps_the_newest_and_never_all_deleted(tmp_path):
     write(tmp_path, 1, 2, 3, 20)
     for keep in (3, 0):
-        rotate_checkpoints(tmp_path, "ckpt_*.pt", keep)
+        checkpoint.rotate_checkpoints(tmp_path, "ckpt_*.pt", keep)
         assert sorted(int(p.name[5:21]) for p in tmp_path.glob("*.pt")) == [2, 3, 20]
         assert len(list(tmp_path.glob("*.json"))) == 3
 
@@ -116,7 +107,7 @@ class Asking:
 @pytest.mark.filterwarnings("ignore")
 def test_a_spoiled_or_foreign_checkpoint_is_one_sentence_and_the_one_before_it_is_taken(tmp_path, spoil, message):
     path = write(tmp_path, 1, 2)
-    sidecar_path(path).unlink()  # as a file from elsewhere; with it the digest tells first (test_training.py)
+    checkpoint.sidecar_path(path).unlink()  # as from elsewhere: else the digest tells first (test_training.py)
     spoil(path)
     with pytest.raises(ValueError, match=f"{path.name} .*({message})") as error:
         load_checkpoint(path)
@@ -136,14 +127,14 @@ def test_what_other_trainings_write_is_loaded(tmp_path):
         load_strict(loaded, load_checkpoint(tmp_path / name)["model"], name)
         assert torch.equal(loaded[0].weight, module[0].weight)
     assert newest_checkpoint(tmp_path).name == "ckpt_1.pt"
-    rotate_checkpoints(tmp_path, "ckpt_*.pt", keep=1)
+    checkpoint.rotate_checkpoints(tmp_path, "ckpt_*.pt", keep=1)
     assert (tmp_path / "ckpt_best.pt").is_file()
 
 
 def test_a_stamped_rig_is_read_back(tmp_path):
-    assert read_rig(tmp_path) is None
-    stamp_rig(tmp_path, load_rig("mouse6"))
-    assert read_rig(tmp_path) == load_rig("mouse6")
+    assert checkpoint.read_rig(tmp_path) is None
+    checkpoint.stamp_rig(tmp_path, load_rig("mouse6"))
+    assert checkpoint.read_rig(tmp_path) == load_rig("mouse6")
 
 
 def test_a_checkpoint_that_the_system_cuts_off_is_one_message_and_no_litter(tmp_path):

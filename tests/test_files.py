@@ -10,18 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from multiview.files import (
-    BEAT_S,
-    LOCK_FILE,
-    STALE_S,
-    atomic_folder,
-    atomic_write,
-    owned_folder,
-    read_json,
-    read_lines,
-    read_text,
-    remove_leftovers,
-)
+from multiview import files
+from multiview.files import LOCK_FILE, atomic_folder, atomic_write, owned_folder, read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 OWNER = "import sys, time; from multiview.files import owned_folder\nwith owned_folder(sys.argv[1]):\n" \
@@ -32,7 +22,7 @@ OWNER = "import sys, time; from multiview.files import owned_folder\nwith owned_
 def test_text_is_read_in_every_usual_encoding(tmp_path, encoding):
     (tmp_path / "list.txt").write_bytes(" Käfig 1 \r\n\r\nb\n".encode(encoding))
     (tmp_path / "a.json").write_bytes('{"ä": 1}'.encode(encoding))
-    assert read_lines(tmp_path / "list.txt") == ["Käfig 1", "b"] and read_json(tmp_path / "a.json") == {"ä": 1}
+    assert files.read_lines(tmp_path / "list.txt") == ["Käfig 1", "b"] and read_json(tmp_path / "a.json") == {"ä": 1}
 
 
 @pytest.mark.parametrize(
@@ -51,9 +41,9 @@ def test_bad_json_is_refused_by_name(tmp_path, content, told):
 
 def test_missing_file_and_folder_are_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match="none.txt does not exist"):
-        read_text(tmp_path / "none.txt")
+        files.read_text(tmp_path / "none.txt")
     with pytest.raises(ValueError, match=f"{tmp_path} cannot be read"):
-        read_text(tmp_path)
+        files.read_text(tmp_path)
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
@@ -103,7 +93,7 @@ def test_second_owner_is_refused_and_a_killed_one_is_replaced(tmp_path):
     ],
 )  # fmt: skip
 def test_stale_locks_are_recognised(tmp_path, owner, age_s, alive):
-    assert BEAT_S * 3 < STALE_S < 400
+    assert files.BEAT_S * 3 < files.STALE_S < 400
     lock = tmp_path / LOCK_FILE
     lock.write_text(json.dumps(owner) if owner else "")
     os.utime(lock, (time.time() - age_s,) * 2)
@@ -120,5 +110,5 @@ def test_leftovers_go_and_a_folder_killed_between_its_renames_comes_back(tmp_pat
         (tmp_path / name).mkdir()
     for name in (".new.01234567.tmp/a", ".other"):
         (tmp_path / name).touch()
-    remove_leftovers(tmp_path)
+    files.remove_leftovers(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".other", "kept", "there"]

@@ -9,19 +9,7 @@ import torch
 from PIL import Image, PngImagePlugin
 
 from multiview import image as images
-from multiview.image import (
-    BODY_AREA,
-    body_placement,
-    check_picture,
-    composite,
-    grid,
-    prepare_photo,
-    read_photo,
-    read_rgba,
-    resize_rgba,
-    save_video,
-    segment,
-)
+from multiview.image import BODY_AREA, composite, prepare_photo, read_photo, read_rgba, save_video
 
 GRAY = np.arange(48 * 40, dtype=np.int64).reshape(48, 40) % 256  # what deep files hold in their own units
 UPRIGHT = {1: (0, 0), 2: (0, 1), 3: (1, 1), 4: (1, 0), 5: (0, 0), 6: (0, 1), 7: (1, 1), 8: (1, 0)}  # EXIF -> corner
@@ -40,7 +28,7 @@ def test_a_photograph_is_turned_as_its_camera_says_and_a_samples_image_is_not(tm
         assert upright.shape[-2:] == ((32, 20) if orientation > 4 else (20, 32))
         row, column = UPRIGHT[orientation]
         assert upright[0, [2, -3][row], [2, -3][column]] > 0.9
-    assert resize_rgba(stored, 8).shape == (4, 8, 8)
+    assert images.resize_rgba(stored, 8).shape == (4, 8, 8)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +74,7 @@ def header(width: int, height: int) -> bytes:
 def test_what_is_no_image_or_too_large_is_refused_by_name(tmp_path, content, message):
     if content is not None:
         (tmp_path / "b.png").write_bytes(content)
-    for read in (read_photo, read_rgba) if content is not None else (read_photo, check_picture):
+    for read in (read_photo, read_rgba) if content is not None else (read_photo, images.check_picture):
         with pytest.raises(ValueError, match=f"b.png.*{message.replace('256', '[0-9]+')}"):
             read(tmp_path / "b.png")
 
@@ -114,7 +102,7 @@ def test_compositing_is_straight_alpha_and_sheets_fill_row_by_row():
     assert torch.allclose(composite(rgba, 1.0).flatten(), torch.tensor([0.8, 0.85, 0.9]))
     with pytest.raises(ValueError, match="4 channels"):
         composite(rgba[:3], 1.0)
-    sheet = grid(torch.arange(3.0).reshape(3, 1, 1, 1).expand(3, 3, 2, 2) / 3, columns=2)
+    sheet = images.grid(torch.arange(3.0).reshape(3, 1, 1, 1).expand(3, 3, 2, 2) / 3, columns=2)
     assert sheet.shape == (3, 4, 4) and sheet[0, 0, 2] == pytest.approx(1 / 3) and sheet[0, 3, 3] == 1
 
 
@@ -155,7 +143,7 @@ def test_any_photograph_ends_centred_and_at_the_usual_size(radius):
 
 def test_a_long_tail_is_never_cut_off_and_does_not_pull_the_centre():
     rgba = blob(300, 600, 150, 150, 50, tail=300)
-    _, _, centre = body_placement(rgba[3].numpy() > 0.5)
+    _, _, centre = images.body_placement(rgba[3].numpy() > 0.5)
     assert abs(centre[0] - 150) < 5 and abs(centre[1] - 150) < 1
     result, report = prepare_photo(rgba, 128)
     alpha = result[3]
@@ -192,7 +180,7 @@ def test_a_photograph_whose_alpha_is_no_mask_is_segmented(name, caplog):
     assert report["segmented"] and 0.5 < result[3].sum() / 128**2 / BODY_AREA < 1.5
     assert (name == "opaque") != ("mouse.png: its alpha covers" in caplog.text)
     if name == "opaque":
-        mask, truth = segment(rgba[:3].permute(1, 2, 0).numpy()) > 0.5, truth.numpy()
+        mask, truth = images.segment(rgba[:3].permute(1, 2, 0).numpy()) > 0.5, truth.numpy()
         assert (mask & truth).sum() / (mask | truth).sum() > 0.95
 
 

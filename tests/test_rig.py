@@ -6,17 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from multiview import rig as rig_module
 from multiview.cameras import read_cameras
-from multiview.rig import (
-    RigMismatchError,
-    View,
-    ViewRig,
-    available_rigs,
-    check_alignment,
-    check_posed_views,
-    check_rig_cameras,
-    load_rig,
-)
+from multiview.rig import RigMismatchError, View, ViewRig, check_alignment, load_rig
 
 GOLDEN = Path(__file__).parent / "golden" / "cameras" / "facelift6_opencv_cameras.json"
 RIG, CAMERAS = load_rig("mouse6"), load_rig("mouse6").cameras(128)
@@ -32,7 +24,7 @@ def test_facelift6_reproduces_the_released_cameras():
 
 
 def test_every_shipped_rig_loads_and_differs_from_the_others():
-    rigs = [load_rig(name) for name in available_rigs()]
+    rigs = [load_rig(name) for name in rig_module.available_rigs()]
     assert {"facelift6", "uniform6", "mouse6", "uniform4", "uniform8"} <= {rig.name for rig in rigs}
     assert len({rig.fingerprint() for rig in rigs}) == len(rigs)
     assert all(rig.focal * 512 == pytest.approx(548.9937744140625) and rig.distance == 2.7 for rig in rigs)
@@ -94,20 +86,20 @@ def test_fill_framing_doubles_distance_and_focal_length():
 
 
 def test_camera_files_are_held_against_the_rig_axes_included():
-    check_rig_cameras(RIG, CAMERAS, "x.json")
+    rig_module.check_rig_cameras(RIG, CAMERAS, "x.json")
     for cameras, message in ((load_rig("facelift6").cameras(128), "azimuth of view 1"), (OPENGL, "OpenGL")):
         with pytest.raises(ValueError, match=message):
-            check_rig_cameras(RIG, cameras, "x.json")
+            rig_module.check_rig_cameras(RIG, cameras, "x.json")
 
 
 def test_posed_views_are_held_against_distance_and_intrinsics_of_training():
-    check_posed_views(RIG, CAMERAS.rotate(17.0)[:4], "x.json")
+    rig_module.check_posed_views(RIG, CAMERAS.rotate(17.0)[:4], "x.json")
     for cameras, message in (
         (CAMERAS.recentre(torch.zeros(3), 2.0), "distance from the origin must be 2.7"),
         (replace(CAMERAS, fxfycxcy=CAMERAS.fxfycxcy * 1.5), "focal length over width"), (OPENGL, "OpenGL"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
-            check_posed_views(RIG, cameras, "x.json")
+            rig_module.check_posed_views(RIG, cameras, "x.json")
 
 
 def test_views_find_their_mirror_images_or_the_rig_is_refused():

@@ -11,30 +11,18 @@ import time
 import pytest
 import torch
 
-import multiview.run
+from multiview import run as runs
 from multiview.report import Figure, Table, write_page
 from multiview.rig import load_rig
-from multiview.run import (
-    RunFolder,
-    Stop,
-    WandbOptions,
-    check_size,
-    choose_numba_cache,
-    main_guard,
-    make_generator,
-    resolve_device,
-    seed_from,
-    start_processes,
-    stoppable,
-)
+from multiview.run import RunFolder, Stop, main_guard, start_processes, stoppable
 
 SIGNALS = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 EVIL = "<script>alert('x')</script>|"
 
 
 def test_seeds_depend_on_every_key_and_nothing_else():
-    assert seed_from(1, 2, "a") == seed_from(1, 2, "a") != seed_from(1, "2a")
-    a, same, other = (torch.rand(3, generator=make_generator(7, key)) for key in (0, 0, 1))
+    assert runs.seed_from(1, 2, "a") == runs.seed_from(1, 2, "a") != runs.seed_from(1, "2a")
+    a, same, other = (torch.rand(3, generator=runs.make_generator(7, key)) for key in (0, 0, 1))
     assert torch.equal(a, same) and not torch.equal(a, other)
 
 
@@ -55,7 +43,7 @@ def test_metrics_are_forgotten_beyond_the_step_that_is_resumed(tmp_path):
 def test_wandb_missing_is_said(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match="requirements-extra.txt"):
-        RunFolder(tmp_path, {}, load_rig("mouse6"), wandb=WandbOptions(mode="offline"))
+        RunFolder(tmp_path, {}, load_rig("mouse6"), wandb=runs.WandbOptions(mode="offline"))
 
 
 @pytest.mark.parametrize(
@@ -78,10 +66,10 @@ def test_a_user_error_exits_1_with_one_message(capsys, error, message):
 
 def test_cuda_without_a_gpu_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert resolve_device("auto").type == "cpu"
+    assert runs.resolve_device("auto").type == "cpu"
     with pytest.raises(ValueError, match="no working GPU"):
-        resolve_device("cuda")
-    check_size(0.9e9, 0.0, 1e6, torch.device("cpu"), "nothing")  # what fits is not refused
+        runs.resolve_device("cuda")
+    runs.check_size(0.9e9, 0.0, 1e6, torch.device("cpu"), "nothing")  # what fits is not refused
 
 
 @SIGNALS
@@ -122,10 +110,10 @@ def test_an_environment_that_is_half_set_is_one_sentence(environment, message, m
 
 def test_compiled_code_is_kept_elsewhere_where_installation_and_home_are_read_only(monkeypatch, caplog):
     monkeypatch.setattr(os, "environ", {})
-    choose_numba_cache()
+    runs.choose_numba_cache()
     assert not os.environ
-    monkeypatch.setattr(multiview.run, "_can_write", lambda folder: False)
-    choose_numba_cache()
+    monkeypatch.setattr(runs, "_can_write", lambda folder: False)
+    runs.choose_numba_cache()
     assert os.environ["NUMBA_CACHE_DIR"].startswith(tempfile.gettempdir()) and "can be written" in caplog.text
 
 

@@ -7,16 +7,9 @@ import pytest
 import torch
 from running import must
 
+from multiview import sample as samples
 from multiview.rig import load_rig
-from multiview.sample import (
-    Sample,
-    read_dataset_info,
-    read_sample,
-    read_split,
-    write_dataset_info,
-    write_sample,
-    write_split,
-)
+from multiview.sample import Sample, read_sample, read_split, write_sample, write_split
 
 
 def make(size=16, views=6):
@@ -141,13 +134,13 @@ def test_split_lists_are_relative_and_refuse_absolute_and_escaping_paths(tmp_pat
 
 def test_the_dataset_carries_its_rig(tmp_path):
     with pytest.raises(ValueError, match="stamp_rig"):
-        read_dataset_info(tmp_path)
-    write_dataset_info(tmp_path, load_rig("mouse6"), seed=3)
-    info = read_dataset_info(tmp_path)
+        samples.read_dataset_info(tmp_path)
+    samples.write_dataset_info(tmp_path, load_rig("mouse6"), seed=3)
+    info = samples.read_dataset_info(tmp_path)
     assert info["rig"] == load_rig("mouse6") and info["seed"] == 3
 
 
 def test_a_folder_that_holds_a_split_list_alone_is_stamped_as_a_dataset(tmp_path):
     (tmp_path / "data_mouse_train.txt").write_text("a/b/sample_000000\n")
     must("scripts/stamp_rig.py", "--rig", "uniform6", "--path", tmp_path)
-    assert read_dataset_info(tmp_path)["rig"].name == "uniform6"
+    assert samples.read_dataset_info(tmp_path)["rig"].name == "uniform6"
