@@ -21,19 +21,14 @@ def test_psnr_and_its_foreground_form():
 def test_mask_iou():
     a, b = torch.zeros(1, 4, 4), torch.zeros(1, 4, 4)
     a[:, :2], b[:, 1:3] = 1, 1
-    assert (
-        metrics.mask_iou(a, b) == pytest.approx(1 / 3)
-        and metrics.mask_iou(a, a) == 1
-        and metrics.mask_iou(a * 0, b * 0) == 1
-    )
+    assert metrics.mask_iou(a, b) == pytest.approx(1 / 3)
+    assert metrics.mask_iou(a, a) == metrics.mask_iou(a * 0, b * 0) == 1
 
 
 def test_ssim_is_that_of_its_paper_and_its_foreground_form_looks_inside_the_mask_only():
     target = torch.rand(2, 3, 48, 48, generator=torch.Generator().manual_seed(0))
-    assert (
-        torch.allclose(metrics.ssim(target, target), torch.ones(2), atol=1e-5)
-        and (metrics.ssim(target, 1 - target) < 0.2).all()
-    )
+    assert torch.allclose(metrics.ssim(target, target), torch.ones(2), atol=1e-5)
+    assert (metrics.ssim(target, 1 - target) < 0.2).all()
     axis = np.exp(-(((np.arange(11) - 5) / 1.5) ** 2) / 2)  # by hand, around pixel (20, 9)
     x, y = (image[1, 2, 15:26, 4:15].double().numpy() for image in (target, target**2))
     window = np.outer(axis, axis) / axis.sum() ** 2
@@ -46,9 +41,8 @@ def test_ssim_is_that_of_its_paper_and_its_foreground_form_looks_inside_the_mask
     prediction[..., 30:, 30:] = 0.5  # more than a window away from the mask
     assert torch.allclose(metrics.foreground_ssim(prediction, target, mask), torch.ones(2), atol=1e-5)
     assert (metrics.ssim(prediction, target) < 0.95).all()
-    assert torch.allclose(
-        metrics.foreground_ssim(prediction, target, torch.ones_like(mask)), metrics.ssim(prediction, target)
-    )
+    everywhere = metrics.foreground_ssim(prediction, target, torch.ones_like(mask))
+    assert torch.allclose(everywhere, metrics.ssim(prediction, target))
     with pytest.raises(ValueError, match="foreground_ssim: a mask is empty"):
         metrics.foreground_ssim(prediction, target, mask * 0)
 
@@ -91,11 +85,7 @@ def test_copies_score_0_the_truth_1_and_a_half_way_picture_half():
     masks = (torch.rand(2, 4, 1, 16, 16, generator=generator) > 0.7).float()
     targets = 1 - masks + masks * torch.rand(2, 4, 3, 16, 16, generator=generator)
     copies = targets[:, 1:2].expand_as(targets)
-    torch.testing.assert_close(metrics.difference_ratio(targets, targets, masks, 1), torch.ones(2))
-    torch.testing.assert_close(metrics.difference_ratio(copies, targets, masks, 1), torch.zeros(2))
-    torch.testing.assert_close(
-        metrics.difference_ratio((targets + copies) / 2, targets, masks, 1), torch.full((2,), 0.5)
-    )
     noisy_reference = targets.clone()
     noisy_reference[:, 1] = 0.3  # the generated reference view itself does not count
-    torch.testing.assert_close(metrics.difference_ratio(noisy_reference, targets, masks, 1), torch.ones(2))
+    for views, ratio in ((targets, 1.0), (copies, 0.0), ((targets + copies) / 2, 0.5), (noisy_reference, 1.0)):
+        torch.testing.assert_close(metrics.difference_ratio(views, targets, masks, 1), torch.full((2,), ratio))
