@@ -68,7 +68,7 @@ def ssim_map(prediction: Tensor, target: Tensor) -> Tensor:
     a, b = (F.pad(images.flatten(0, -4), (5,) * 4, mode="reflect") for images in (prediction, target))
     window = torch.exp(-0.5 * (torch.arange(-5, 6).to(a) / 1.5) ** 2)
     window = window / window.sum()
-    # One axis after the other, a group for every channel of every map: on a CPU ten times as fast as torchmetrics.
+    # One axis after the other: 2-3 times as fast on a CPU as torchmetrics, whose import alone takes 4 s.
     maps = torch.cat([a, b, a * a, b * b, a * b], dim=1)
     for axis in ((1, -1), (-1, 1)):
         maps = F.conv2d(maps, window.view(1, 1, *axis).expand(maps.shape[1], -1, -1, -1), groups=maps.shape[1])

@@ -13,7 +13,6 @@ import torch
 
 from multiview import checkpoint
 from multiview.checkpoint import load_checkpoint, load_strict, newest_checkpoint, read_sidecar, save_checkpoint
-from multiview.rig import load_rig
 
 
 def write(folder, *steps, content=None):
@@ -129,12 +128,6 @@ def test_what_other_trainings_write_is_loaded(tmp_path):
     assert newest_checkpoint(tmp_path).name == "ckpt_1.pt"
     checkpoint.rotate_checkpoints(tmp_path, "ckpt_*.pt", keep=1)
     assert (tmp_path / "ckpt_best.pt").is_file()
-
-
-def test_a_stamped_rig_is_read_back(tmp_path):
-    assert checkpoint.read_rig(tmp_path) is None
-    checkpoint.stamp_rig(tmp_path, load_rig("mouse6"))
-    assert checkpoint.read_rig(tmp_path) == load_rig("mouse6")
 
 
 def test_a_checkpoint_that_the_system_cuts_off_is_one_message_and_no_litter(tmp_path):

@@ -132,15 +132,12 @@ def test_split_lists_are_relative_and_refuse_absolute_and_escaping_paths(tmp_pat
             read_split(path)
 
 
-def test_the_dataset_carries_its_rig(tmp_path):
+def test_the_dataset_carries_its_rig_which_can_be_stamped_beside_a_split_list(tmp_path):
     with pytest.raises(ValueError, match="stamp_rig"):
         samples.read_dataset_info(tmp_path)
-    samples.write_dataset_info(tmp_path, load_rig("mouse6"), seed=3)
-    info = samples.read_dataset_info(tmp_path)
+    samples.write_dataset_info(tmp_path / "a", load_rig("mouse6"), seed=3)
+    info = samples.read_dataset_info(tmp_path / "a")
     assert info["rig"] == load_rig("mouse6") and info["seed"] == 3
-
-
-def test_a_folder_that_holds_a_split_list_alone_is_stamped_as_a_dataset(tmp_path):
     (tmp_path / "data_mouse_train.txt").write_text("a/b/sample_000000\n")
     must("scripts/stamp_rig.py", "--rig", "uniform6", "--path", tmp_path)
     assert samples.read_dataset_info(tmp_path)["rig"].name == "uniform6"
