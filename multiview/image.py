@@ -231,6 +231,8 @@ def prepare_photo(rgba: Tensor, size: int, *, crop: str = "auto", source: str = 
     `auto` keeps a square image whose animal already stands as in the training data and crops any other; `always`,
     `never` (the image must then be square). Raises ValueError when no animal can be told from the background.
     """
+    import cv2
+
     if crop not in ("auto", "always", "never"):
         raise ValueError(f"crop must be auto, always or never, got {crop!r}")
     array = rgba.permute(1, 2, 0).numpy()
@@ -263,7 +265,11 @@ def prepare_photo(rgba: Tensor, size: int, *, crop: str = "auto", source: str = 
         # Padded by one side all around, so that any square lies inside.
         padded = np.pad(array, ((side, side), (side, side), (0, 0)))
         array = padded[top + side : top + 2 * side, left + side : left + 2 * side]
-    array = _resize_premultiplied(array, size)
+    if side != size:  # premultiplied, so that colors of transparent pixels do not bleed into the outline
+        how, alpha = cv2.INTER_AREA if size < side else cv2.INTER_CUBIC, array[..., 3:]
+        resized = cv2.resize(np.concatenate([array[..., :3] * alpha, alpha], axis=-1), (size, size), interpolation=how)
+        alpha = resized[..., 3:].clip(0, 1)
+        array = np.concatenate([(resized[..., :3] / np.maximum(alpha, 1e-4)).clip(0, 1), alpha], axis=-1)
     area, offset, _ = body_placement(array[..., 3] > 0.5)
     result = torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1))).float().clamp(0, 1)
     report = {"segmented": segmented, "cropped": cropped, "scale": size / side, "body_area": round(area, 4)}
@@ -314,16 +320,3 @@ def segment(rgb: np.ndarray, source: str = "image") -> np.ndarray:
         raise ValueError(f"{told}; pass an RGBA image whose alpha is the animal's mask")
     soft = cv2.GaussianBlur(mask.astype(np.float32), (0, 0), 0.7)
     return np.clip(cv2.resize(soft, (width, height), interpolation=cv2.INTER_LINEAR), 0, 1)
-
-
-def _resize_premultiplied(array: np.ndarray, size: int) -> np.ndarray:
-    """Resize without bleeding the colors of transparent pixels into the outline."""
-    import cv2
-
-    if array.shape[:2] == (size, size):
-        return array
-    how = cv2.INTER_AREA if size < array.shape[0] else cv2.INTER_CUBIC
-    alpha = array[..., 3:]
-    resized = cv2.resize(np.concatenate([array[..., :3] * alpha, alpha], axis=-1), (size, size), interpolation=how)
-    alpha = resized[..., 3:].clip(0, 1)
-    return np.concatenate([(resized[..., :3] / np.maximum(alpha, 1e-4)).clip(0, 1), alpha], axis=-1)
