@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from multiview.config import add_fields, checked, from_arguments
-from multiview.run import main_guard
+from multiview.run import leave, main_guard
 from pipeline.options import Checkpoints, Options, parse_with_overrides
 
 EXPORTS = ("splat", "ply_compressed")
@@ -180,3 +180,4 @@ def video_frames(path: Path, stride: int, failed: dict[str, str]) -> Iterator:
 
 if __name__ == "__main__":
     main_guard(main)
+    leave()

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from multiview.config import checked
-from multiview.run import main_guard
+from multiview.run import leave, main_guard
 from pipeline.options import Checkpoints, Options, parse_with_overrides
 
 RENAMED = {"mvdiff_unet": "mvdiffusion_checkpoint", "gslrm_checkpoint": "checkpoint"}  # flag -> field of Checkpoints
@@ -69,3 +69,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main_guard(main)
+    leave()

@@ -338,3 +338,10 @@ def main_guard(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def leave() -> None:
+    """Ends a command that is done: taking the imported modules apart would take more than a second."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

@@ -10,6 +10,7 @@
 Importing this takes no time: torch and the models come with the first name that is asked for.
 """
 
+import atexit
 import gc
 import sys
 
@@ -34,6 +35,8 @@ def import_stage1() -> None:
     try:
         import mvdiffusion.checkpoints  # noqa: F401
     finally:
+        gc.freeze()  # nor later ones look through them, until the process ends
+        atexit.register(gc.unfreeze)
         gc.enable()
         for name in hidden:
             del sys.modules[name]
