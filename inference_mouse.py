@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from multiview.config import add_fields, checked, from_arguments
-from multiview.run import main_guard
+from multiview.run import leave, main_guard
 from pipeline.options import Checkpoints, Options, parse_with_overrides
 
 EXPORTS = ("splat", "ply_compressed")
@@ -63,7 +63,7 @@ def main() -> None:
     from tqdm import tqdm
 
     from multiview.run import check_output_folder, stoppable
-    from pipeline import MouseFaceLift, PhotographError
+    from pipeline import MouseFaceLift, PhotographError, import_stage1
 
     check_output_folder(arguments.output_dir)
     if arguments.mesh is not None:
@@ -73,6 +73,8 @@ def main() -> None:
     failed: dict[str, str] = {}
     # Inputs first: a wrong path is told before models are loaded.
     jobs = [] if arguments.sample_dir else list_jobs(arguments, options.video_stride, failed)
+    if not arguments.sample_dir:
+        import_stage1()
     model = MouseFaceLift.load(
         device=arguments.device, stages="2" if arguments.sample_dir else "full", options=options,
         **vars(from_arguments(Checkpoints, arguments)),
@@ -178,3 +180,4 @@ def video_frames(path: Path, stride: int, failed: dict[str, str]) -> Iterator:
 
 if __name__ == "__main__":
     main_guard(main)
+    leave()

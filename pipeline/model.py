@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +39,8 @@ class MouseFaceLift:
     def load(
         cls, *, device: str = "auto", stages: str = "full", options: Stage1Options | None = None, **checkpoints: Any
     ) -> MouseFaceLift:
-        """Finds the files, compares their rigs, then loads them.
-
-        stages: "full", or "1" or "2" alone. checkpoints: fields of `pipeline.options.Checkpoints`, by name.
-        Raises ValueError for what is missing, RigMismatchError for what does not belong together.
-        """
+        """Finds the files, compares their rigs, then loads them. stages: "full", "1" or "2". checkpoints: fields of
+        `pipeline.options.Checkpoints`. Raises ValueError for what is missing, RigMismatchError for a mismatch."""
         choose_numba_cache()  # here too: a notebook has no main_guard
         where, artifacts = resolve_device(device), resolve(Checkpoints(**checkpoints), options, stages=stages)
         components, network, options = None, None, artifacts.options
@@ -94,7 +91,7 @@ class MouseFaceLift:
         views = self.generate(photo, seed=seed, keep_input_view=keep_input_view, progress=progress)
         artifacts = self.artifacts
         record = {
-            "input": name, "photo": asdict(report), "artifacts": artifacts.describe(), "seed": seed,
+            "input": name, "photo": report, "artifacts": artifacts.describe(), "seed": seed,
             "num_steps": artifacts.num_steps, "guidance_scale": artifacts.guidance_scale,
             "keep_input_view": keep_input_view, "seed_scores": views.seed_scores, "mirrored": views.mirrored,
             "mirror_scores": views.mirror_scores, "seconds": {"stage1": round(time.perf_counter() - started, 2)},
@@ -105,9 +102,7 @@ class MouseFaceLift:
         self, views: Any, masks: Any, cameras: Cameras, *, filtered: bool = True, name: str = "views"
     ) -> Reconstruction:
         """Reconstructs posed views by Stage 2 alone: views [v, 3, h, w] 0..1 on white, masks [v, 1, h, w], cameras [v].
-
-        Raises ValueError where the cameras are none that Stage 2 can take (axes, mirrored, units).
-        """
+        Raises ValueError where the cameras are none that Stage 2 can take (axes, mirrored, units)."""
         check_posed_views(self.rig, cameras, name)  # wrong axes give a plausible, wrong animal
         posed = PosedViews(torch.as_tensor(views).float(), torch.as_tensor(masks).float(), cameras)
         record = {"input": Path(name).name, "artifacts": self.artifacts.describe(), "input_views": len(cameras)}

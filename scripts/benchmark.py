@@ -357,7 +357,7 @@ class Bench:
 
         def batch() -> EncodedBatch:
             encoded = encode(components, images, torch.ones_like(images[:, :, :1]), images[:, :1])
-            encoded |= {"condition": encoded["mean"][:, rig.reference_view], "embedding": encoded["embedding"][:, 0]}
+            encoded["embedding"] = encoded["embedding"][:, 0]
             return EncodedBatch(**encoded, prompts=prompts.expand(b, -1), cameras=cameras)
 
         def update(cached: EncodedBatch | None) -> None:

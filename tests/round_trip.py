@@ -102,9 +102,9 @@ def share_in_hull(sample: Sample, points: np.ndarray, resolution: int = 128) -> 
     A point on the hull's own surface may lie in a voxel whose centre is outside, so one voxel more is allowed.
     """
     hull = carve(sample.rgba[:, 3:], sample.cameras, resolution=resolution)
-    filled = torch.zeros(hull.grid.shape)
+    filled = torch.zeros(hull.shape)
     filled.view(-1)[hull.index] = 1
     near = torch.nn.functional.max_pool3d(filled[None, None], 3, 1, 1)[0, 0] > 0
-    cell = ((moved_to_sample(sample, points) - hull.grid.lower) / hull.grid.voxel).floor().long()
-    within = ((cell >= 0) & (cell < torch.tensor(hull.grid.shape))).all(dim=1)
+    cell = ((moved_to_sample(sample, points) - hull.lower) / hull.voxel).floor().long()
+    within = ((cell >= 0) & (cell < torch.tensor(hull.shape))).all(dim=1)
     return float(near[tuple(cell[within].T)].sum()) / len(points)

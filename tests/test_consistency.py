@@ -54,7 +54,7 @@ def test_hull_of_a_ball_has_its_place_size_and_colours():
     assert 0.97 * ball < hull.volume < 1.25 * ball  # a hull contains its solid; one ring of cameras leaves caps
     inside = torch.nn.functional.normalize(torch.randn(500, 3, generator=torch.Generator().manual_seed(0)), dim=-1)
     gaps = torch.cdist(centre + 0.97 * radius * inside, hull.points).amin(1)
-    assert gaps.max() < hull.grid.voxel
+    assert gaps.max() < hull.voxel
     shell = surface(hull)
     outward = torch.nn.functional.normalize(shell.points - centre, dim=-1)
     assert (shell.normals * outward).sum(-1).mean() > 0.9
@@ -97,7 +97,7 @@ def test_leaving_a_view_out_is_carving_without_it(mice):
     keep = [k for k in range(6) if k != 2]
     alone = carve(masks[keep], cameras[keep], resolution=48, bounds=bounds)
     nearest = torch.cdist(others[2].points, alone.points).amin(1)
-    assert abs(others[2].volume / alone.volume - 1) < 0.1 and nearest.max() < 2 * alone.grid.voxel
+    assert abs(others[2].volume / alone.volume - 1) < 0.1 and nearest.max() < 2 * alone.voxel
     assert set(whole.index.tolist()) <= set(others[2].index.tolist()) and len(others[2].index) > len(whole.index)
 
 

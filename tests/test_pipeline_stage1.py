@@ -78,8 +78,8 @@ def test_options_reach_the_components_and_the_record(tiny):
 
 def test_several_seeds_keep_the_most_consistent_set(tiny):
     single, scores = load(tiny), {}
-    best = changed(single, num_seeds=3).generate(tiny["photo"], seed=5)
-    assert list(best.seed_scores) == [5, 6, 7]
+    best = changed(single, num_seeds=2).generate(tiny["photo"], seed=5)
+    assert list(best.seed_scores) == [5, 6]
     for seed in best.seed_scores:
         views = single.generate(tiny["photo"], seed=seed)
         scores[seed] = view_consistency(views.rgb, views.masks, views.cameras)["score"]
