@@ -11,11 +11,10 @@ from functools import partial
 from pathlib import Path
 
 from multiview.config import add_fields, checked, from_arguments
-from multiview.run import main_guard
+from multiview.run import leave, main_guard
 from pipeline.options import Checkpoints, Options, parse_with_overrides
 
 EXPORTS = ("splat", "ply_compressed")
-MOST_VIEWS = 16  # of a sample
 # Images that no library here can read: named as failed, where a text file in the folder is only mentioned.
 FOREIGN_SUFFIXES = {".heic", ".heif", ".jxl", ".dng", ".raw", ".cr2", ".cr3", ".nef", ".arw"}
 
@@ -77,7 +76,7 @@ def main() -> None:
     from tqdm import tqdm
 
     from multiview.run import check_output_folder, stoppable
-    from pipeline import MouseFaceLift, PhotographError
+    from pipeline import MouseFaceLift, PhotographError, import_stage1
 
     check_output_folder(arguments.output_dir)
     if arguments.mesh is not None:
@@ -87,6 +86,8 @@ def main() -> None:
     failed: dict[str, str] = {}
     # Inputs first: a wrong path is told before models are loaded.
     jobs = [] if arguments.sample_dir else list_jobs(arguments, options.video_stride, failed)
+    if not arguments.sample_dir:
+        import_stage1()
     model = MouseFaceLift.load(
         device=arguments.device, stages="2" if arguments.sample_dir else "full", options=options,
         **vars(from_arguments(Checkpoints, arguments)),
@@ -107,13 +108,12 @@ def main() -> None:
         folder = arguments.sample_dir.resolve()
         sample = read_sample(arguments.sample_dir)
         views = PosedViews.of(sample.rgba, sample.cameras)
-        # Novel views follow the named ones without a name; where none has a name all are inputs.
-        count = sum(name is not None for name in sample.view_names) or min(len(sample.view_names), MOST_VIEWS)
+        count = sample.num_inputs
         print(f"{folder.name}: {count} of {len(sample.view_names)} views are the input")
         given = [part[:count] for part in (views.rgb, views.masks, views.cameras)]
         save(folder.name, model.reconstruct(
-            *given, refine=arguments.refine, start=options.start, refine_size=options.refine_size, seed=arguments.seed,
-            filtered=not arguments.no_filter, name=str(folder), progress=partial(tqdm, desc="refining", disable=None),
+            *given, refine=arguments.refine, name=str(folder), progress=partial(tqdm, desc="refining", disable=None),
+            start=options.start, refine_size=options.refine_size, seed=arguments.seed, filtered=not arguments.no_filter,
         ))  # fmt: skip
         return
     print(f"rig {model.rig.name}: {model.rig.num_views} views; embeddings, UNet and GS-LRM agree")
@@ -198,3 +198,4 @@ def video_frames(path: Path, stride: int, failed: dict[str, str]) -> Iterator:
 
 if __name__ == "__main__":
     main_guard(main)
+    leave()

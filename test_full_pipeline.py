@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from multiview.config import checked
-from multiview.run import main_guard
+from multiview.run import leave, main_guard
 from pipeline.options import Checkpoints, Options, parse_with_overrides
 
 RENAMED = {"mvdiff_unet": "mvdiffusion_checkpoint", "gslrm_checkpoint": "checkpoint"}  # flag -> field of Checkpoints
@@ -39,12 +39,13 @@ def main() -> None:
     from multiview.files import full_disk_explained
     from multiview.image import check_picture
     from multiview.run import check_output_folder
-    from pipeline import MouseFaceLift
+    from pipeline import MouseFaceLift, import_stage1
     from pipeline.outputs import start_folder
 
     check_output_folder(arguments.output_dir)
     check_picture(arguments.input_image)
     chosen = {entry.name: getattr(arguments, entry.name) for entry in fields(Checkpoints)}
+    import_stage1()
     model = MouseFaceLift.load(device=arguments.device, options=options, **chosen)
     print(f"rig {model.rig.name}: embeddings, UNet, GS-LRM and cameras agree")
     result = model(
@@ -68,3 +69,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main_guard(main)
+    leave()

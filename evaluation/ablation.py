@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ TRAINERS = {  # stage: script, key of the output folder, key of the seed
 }
 
 
-@dataclass(frozen=True)
+@dataclass
 class AblationSpec:
     """What a spec YAML holds (docs: the file in configs/).
 
@@ -53,22 +53,13 @@ class AblationSpec:
     prepare: list[str]
 
 
-@dataclass(frozen=True)
-class Cell:
-    """levels: factor -> level name. overrides: all config values that differ from the base, output folder included."""
-
-    levels: dict[str, str]
-    seed: int
-    overrides: dict[str, Any]
-    folder: Path
-
-    def arguments(self) -> list[str]:
-        return [f"{key}={as_yaml(value)}" for key, value in self.overrides.items()]
-
-
 def as_yaml(value: Any) -> str:
     """Returns a config value as it is written on a command line."""
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def as_arguments(overrides: dict[str, Any]) -> list[str]:
+    return [f"{key}={as_yaml(value)}" for key, value in overrides.items()]
 
 
 def read_spec(path: Path | str) -> AblationSpec:
@@ -93,51 +84,49 @@ def read_spec(path: Path | str) -> AblationSpec:
         raise ValueError(f"{path}: stage must be 1 or 2, got {spec.stage!r}")
     if not spec.seeds or len(set(map(str, spec.seeds))) != len(spec.seeds) or {type(s) for s in spec.seeds} != {int}:
         raise ValueError(f"{path}: seeds must be a list of different whole numbers, got {spec.seeds!r}")
-    factors = {}
     for name, given in spec.factors.items():
         if isinstance(given, list):
-            factors[name] = {as_yaml(value): {name: value} for value in given}
-        elif isinstance(given, dict) and all(isinstance(values, dict) for values in given.values()):
-            factors[name] = {str(level): values for level, values in given.items()}
-        else:
+            given = {as_yaml(value): {name: value} for value in given}
+        if not isinstance(given, dict) or not all(isinstance(values, dict) for values in given.values()):
             raise ValueError(f"{path}: factor '{name}' must be a list of values, or a mapping of level names to config "
                              "overrides")  # fmt: skip
-        if len(factors[name]) < 2:
-            raise ValueError(f"{path}: factor '{name}' needs at least two different levels, got {list(factors[name])}")
-    return replace(spec, factors=factors)
+        if len(given) < 2:
+            raise ValueError(f"{path}: factor '{name}' needs at least two different levels, got {list(given)}")
+        spec.factors[name] = {str(level): values for level, values in given.items()}
+    return spec
 
 
-def make_cells(spec: AblationSpec) -> list[Cell]:
-    """Returns all combinations, seeds innermost: an interrupted ablation has whole cells rather than whole seeds.
+def make_cells(spec: AblationSpec) -> dict[str, dict]:
+    """Returns all combinations by the names of their folders, seeds innermost: an interrupted ablation has whole cells.
 
-    Every cell's config is loaded as its training does, so that a wrong value is told before the first run starts.
+    Each is the head of its result: levels (factor -> level name), seed, overrides (all config values that differ from
+    the base, output folder included). Its config is loaded as its training does: a wrong value is told before any run.
     """
     _, folder_key, seed_key = TRAINERS[spec.stage]
-    cells = []
+    cells: dict[str, dict] = {}
     for chosen in itertools.product(*(levels.items() for levels in spec.factors.values())):
-        levels = {factor: level for factor, (level, _) in zip(spec.factors, chosen)}
         varied: dict[str, Any] = {}
         for factor, (_, values) in zip(spec.factors, chosen):
             if clash := set(values) & set(varied):
                 raise ValueError(f"factor '{factor}' sets {', '.join(sorted(clash))}, which another factor sets too")
             varied |= values
+        levels = {factor: level for factor, (level, _) in zip(spec.factors, chosen)}
         for seed in spec.seeds:
-            label = "_".join([*levels.values(), f"seed{seed}"])
-            folder = Path(spec.output_dir) / re.sub(r"[^A-Za-z0-9_.+-]+", "-", label)
-            own = {**spec.overrides, **varied, seed_key: seed, folder_key: str(folder)}
-            cells.append(Cell(levels, seed, own, folder))
-    names = [cell.folder.name for cell in cells]
-    if len(set(names)) != len(names):
-        raise ValueError(f"two cells share a folder name; give the levels plainer names: {sorted(names)}")
-    for cell in cells:
+            name = re.sub(r"[^A-Za-z0-9_.+-]+", "-", "_".join([*levels.values(), f"seed{seed}"]))
+            if name in cells:
+                raise ValueError(f"two cells share the folder name {name}; give the levels plainer names")
+            own = {**spec.overrides, **varied, seed_key: seed, folder_key: str(Path(spec.output_dir) / name)}
+            cells[name] = {"levels": levels, "seed": seed, "overrides": own}
+    for cell in cells.values():
+        arguments = as_arguments(cell["overrides"])
         if spec.stage == 1:
             from mvdiffusion.facelift_yaml import load_training_config
 
-            load_training_config(spec.base, cell.arguments())
+            load_training_config(spec.base, arguments)
         else:
             from gslrm.config import IGNORED_KEYS, GSLRMConfig, check_config
 
-            check_config(load_config(GSLRMConfig, spec.base, cell.arguments(), ignored=set(IGNORED_KEYS)))
+            check_config(load_config(GSLRMConfig, spec.base, arguments, ignored=set(IGNORED_KEYS)))
     return cells
 
 
@@ -160,33 +149,33 @@ def prepare(spec: AblationSpec) -> None:
         write_json(done_file, done)
 
 
-def run_cell(spec: AblationSpec, cell: Cell) -> dict:
+def run_cell(spec: AblationSpec, cell: dict) -> dict:
     """Returns the result of a cell: the stored one if it ran to its end, else it is trained (on from a checkpoint).
 
     In a process of its own: its memory is freed, and its crash is not ours. Raises ValueError for a stored result of
     other values.
     """
-    path = cell.folder / RESULT_FILE
+    trainer, folder_key, _ = TRAINERS[spec.stage]
+    folder = Path(cell["overrides"][folder_key])
+    path, log, recorded = folder / RESULT_FILE, folder / LOG_FILE, folder / "metrics.jsonl"
     if path.is_file():
-        result, now = read_json(path), json.loads(json.dumps(cell.overrides))
+        result, now = read_json(path), json.loads(json.dumps(cell["overrides"]))
         stored = result["overrides"]
         changed = [key for key in sorted(stored.keys() | now.keys()) if stored.get(key) != now.get(key)]
         if changed:
             told = "; ".join(f"{key}: {stored.get(key)!r} there, {now.get(key)!r} now" for key in changed)
             raise ValueError(
                 f"{path} belongs to a run with other values ({told}); name a new output_dir in the spec, or delete "
-                f"{cell.folder}"
+                f"{folder}"
             )
         if result["status"] == "done":
             return result
-    cell.folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(REPOSITORY / TRAINERS[spec.stage][0]), "--config", spec.base, *cell.arguments()]
-    started, log = time.monotonic(), cell.folder / LOG_FILE
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, str(REPOSITORY / trainer), "--config", spec.base, *as_arguments(cell["overrides"])]
+    started = time.monotonic()
     with open(log, "a") as handle:  # appended: a resumed run keeps the story of the first
         code = subprocess.run(command, stdout=handle, stderr=subprocess.STDOUT).returncode
-    seconds = round(time.monotonic() - started, 1)
-    result = {"levels": cell.levels, "seed": cell.seed, "overrides": cell.overrides, "seconds": seconds}
-    recorded = cell.folder / "metrics.jsonl"
+    result = {**cell, "seconds": round(time.monotonic() - started, 1)}
     lines = [json.loads(line) for line in recorded.read_text().splitlines()] if recorded.is_file() else []
     last = ([line for line in lines if line["split"] == "val"] or [{}])[-1]
     values = {name: value for name, value in last.items() if name not in ("step", "split", "time")}
@@ -202,8 +191,7 @@ def run_cell(spec: AblationSpec, cell: Cell) -> dict:
 
 
 def _last_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1][:300] if lines else "no output"
+    return ([line.strip()[:300] for line in text.splitlines() if line.strip()] or ["no output"])[-1]
 
 
 # ---- what the runs say ----------------------------------------------------------------------------------------------

@@ -10,8 +10,10 @@ import torch
 from tqdm import tqdm
 
 from evaluation import SWEEPS, EvaluationSettings, methods
-from evaluation.report import Report, image_rows, mean
+from evaluation.methods import OTHER_RIG_VIEWS, OWN, Prediction
+from evaluation.report import Report, mean
 from evaluation.sweeps import run_sweeps
+from multiview.image import composite
 from multiview.metrics import load_lpips, lpips_backbone_path
 from multiview.rig import check_alignment
 from multiview.run import git_hash, peak_bytes, reset_peak, stoppable
@@ -63,41 +65,45 @@ def evaluate_sample(
     """Measures one mouse: the model, timed, then the baselines; what they give goes into the report."""
     stage, rig, generated = settings.stage, model.rig, None
     splits, reference = methods.splits_of(stage, sample, rig), rig.reference_view
+    views = sum(splits.values(), [])
     with measure_cost(model.device) as cost:  # the model alone: baselines are not what a user runs
         if stage != "2":
             generated = model.generate(sample.rgba[reference], seed=settings.seed)
         if stage == "1":
-            own = methods.predict_images(sample, splits, lambda views: generated.rgb[views])
+            own = Prediction.of(views, generated.rgb[views])
         else:
-            gaussians = methods.reconstruct_sample(model, sample) if generated is None else model.predict(generated)
-            own = methods.predict_gaussians(gaussians, sample, splits)
+            gaussians = methods.reconstruct(model, sample) if generated is None else model.predict(generated)
+            own = methods.predict_gaussians(gaussians, sample, views)
     given = {"generated": generated, "training": training}
     others, report.told = methods.predict_baselines(stage, settings.baselines, sample, model, **given)
     if stage == "full":  # the same views before Stage 2: whether it gains or loses
-        rig_views = {split: views for split, views in splits.items() if split == methods.OTHER_RIG_VIEWS}
-        before = methods.predict_images(sample, rig_views, lambda views: generated.rgb[views])
+        before = Prediction.of(splits[OTHER_RIG_VIEWS], generated.rgb[splits[OTHER_RIG_VIEWS]])
         others = {methods.GENERATED: before, **others}
     head = {"sample": name, **methods.side_shown(sample, reference)}
-    records = methods.records_of(head, {methods.OWN[stage]: own, **others}, sample, reference, lpips)
+    records = methods.records_of(head, {OWN[stage]: own, **others}, sample, splits, reference, lpips)
     report.records += records
     asset = {"sample": name, **cost}
     if generated is not None:
         asset["consistency"] = methods.consistency_of(generated, sample, rig, with_copy="copy" in settings.baselines)
     report.assets.append(asset)
-    shown = next((label for label in methods.SHOWN if label in others), None)
-    between = generated if stage == "full" else None
-    rows = ["truth", *(["painted views"] if between else []), methods.OWN[stage], *([shown] if shown else [])]
-    report.rows = ", ".join(rows)
-    quality = mean([record for record in records if record["method"] == methods.OWN[stage]], "foreground_psnr")
-    report.show(name, quality, image_rows(sample, reference, own, others.get(shown), between))
+    # The sheets' rows, by view; None stands for the input view, which opens each row.
+    truth = composite(sample.rgba, 1.0)
+    rows = {"truth": {None: truth[reference], **dict(enumerate(truth))}}
+    if stage == "full":
+        rows["painted views"] = {None: generated.rgb[reference], **dict(enumerate(generated.rgb))}
+    rows[OWN[stage]] = dict(zip(views, own.rgb))
+    if shown := next((label for label in methods.SHOWN if label in others), None):
+        rows[shown] = dict(zip(others[shown].views, others[shown].rgb))
+    report.rows, white = ", ".join(rows), torch.ones_like(truth[0])
+    images = [torch.stack([row.get(view, white) for view in (None, *views)]) for row in rows.values()]
+    quality = mean([record for record in records if record["method"] == OWN[stage]], "foreground_psnr")
+    report.show(name, quality, torch.stack(images))
 
 
 @contextmanager
 def measure_cost(device: torch.device) -> Iterator[dict[str, float]]:
-    """Fills the dict it yields with `seconds` and, where it can be told, `peak_memory_mib`, weights included.
-
-    CUDA: of what torch holds on the card. CPU: of the whole process.
-    """
+    """Fills the dict it yields with `seconds` and, where it can be told, `peak_memory_mib`, weights included. CUDA: of
+    what torch holds on the card. CPU: of the whole process."""
     cost: dict[str, float] = {}
     on_gpu = device.type == "cuda"
     if on_gpu:

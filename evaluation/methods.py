@@ -8,9 +8,9 @@ upper bound for it: `six_views` for both stages, `autoencoder` for Stage 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,30 +46,19 @@ SURFACE = 0.5  # alpha or mask from here on is animal, where depth is compared
 FEATURE_SIZE = 32  # input views are compared at this size by `nearest`
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """Images rgb [n, 3, h, w] 0..1 on white and masks [n, 1, h, w] of the sample's `views`, beside the truth.
+class Prediction(NamedTuple):
+    """Images rgb [n, 3, h, w] 0..1 on white and masks [n, 1, h, w] of some of a sample's views, by their numbers.
+    depth: [n, 1, h, w] camera-frame z in world units, 0 = no surface; None where the method has none."""
 
-    truth: RGBA [n, 4, h, w]. depth, true_depth: [n, 1, h, w] camera-frame z in world units, 0 = no surface; None where
-    the method or the sample has none.
-    """
-
+    views: list[int]
     rgb: Tensor
     mask: Tensor
-    truth: Tensor
-    views: tuple[int, ...] = ()
     depth: Tensor | None = None
-    true_depth: Tensor | None = None
 
-
-Splits = dict[str, list[int]]  # what is compared: name -> views of the sample
-Predictions = dict[str, Prediction]  # by name of the split
-
-
-def compare(sample: Sample, views: list[int], rgb: Tensor, mask: Tensor, depth: Tensor | None = None) -> Prediction:
-    """Returns images of the sample's `views` beside the truth."""
-    true_depth = None if sample.depth is None else sample.depth[views]
-    return Prediction(rgb, mask, sample.rgba[views], tuple(views), depth, true_depth)
+    @staticmethod
+    def of(views: list[int], rgb: Tensor) -> Prediction:
+        """Returns images whose masks are read off the white."""
+        return Prediction(views, rgb, metrics.mask_from_white(rgb))
 
 
 def read(folder: Path, model: MouseFaceLift, stage: str) -> Sample:
@@ -78,82 +67,65 @@ def read(folder: Path, model: MouseFaceLift, stage: str) -> Sample:
     return read_sample(folder, image_size=size, with_depth=stage != "1" and (folder / "depth").is_dir())
 
 
-def splits_of(stage: str, sample: Sample, rig: ViewRig) -> Splits:
-    """Returns the views that a stage ("1", "2" or "full") is compared on; no view is an input.
-
-    A sample without extra views (a real recording) leaves Stage 2 nothing but its inputs, under a name that says so.
-    """
-    others = [view for view in range(rig.num_views) if view != rig.reference_view]
-    extra = list(range(rig.num_views, len(sample.rgba)))
-    if stage == "1":
-        return {OTHER_RIG_VIEWS: others}
+def splits_of(stage: str, sample: Sample, rig: ViewRig) -> dict[str, list[int]]:
+    """Returns by name the views that a stage ("1", "2" or "full") is compared on; no view is an input. A sample without
+    extra views (a real recording) leaves Stage 2 nothing but its inputs, under a name that says so."""
+    others = {OTHER_RIG_VIEWS: [view for view in range(rig.num_views) if view != rig.reference_view]}
+    extra = {NOVEL: list(range(rig.num_views, len(sample.rgba)))} if len(sample.rgba) > rig.num_views else {}
     if stage == "2":
-        return {NOVEL: extra} if extra else {RIG_VIEWS: list(range(rig.num_views))}
-    return {NOVEL: extra, OTHER_RIG_VIEWS: others} if extra else {OTHER_RIG_VIEWS: others}
+        return extra or {RIG_VIEWS: list(range(rig.num_views))}
+    return others if stage == "1" else {**extra, **others}
 
 
 # ---- the model and its baselines ------------------------------------------------------------------------------------
 
 
-def predict_images(sample: Sample, splits: Splits, images: Callable[[list[int]], Tensor]) -> Predictions:
-    """Returns the images [n, 3, h, w] that `images(views)` gives; their masks are read off the white."""
-    rgb = {split: images(views) for split, views in splits.items()}
-    return {split: compare(sample, splits[split], x, metrics.mask_from_white(x)) for split, x in rgb.items()}
-
-
-def reconstruct_sample(
-    model: MouseFaceLift, sample: Sample, views: Sequence[int] | None = None, noisy_cameras: Cameras | None = None
+def reconstruct(
+    model: MouseFaceLift, sample: Sample, views: Sequence[int] | None = None, noisy: Cameras | None = None
 ) -> Gaussians:
-    """Returns Stage 2's Gaussians of the sample's true rig views, or of those in `views`.
-
-    noisy_cameras: [rig views], what the model is told instead of the truth.
-    """
+    """Returns Stage 2's Gaussians of the sample's true rig views, or of those in `views`. noisy: cameras [rig views]
+    that the model is told instead of the truth."""
     chosen = list(range(model.rig.num_views) if views is None else views)
-    cameras = (sample.cameras if noisy_cameras is None else noisy_cameras)[chosen]
-    return model.predict(PosedViews.of(sample.rgba[chosen], cameras))
+    return model.predict(PosedViews.of(sample.rgba[chosen], (sample.cameras if noisy is None else noisy)[chosen]))
 
 
 @torch.no_grad()
-def predict_gaussians(gaussians: Gaussians, sample: Sample, splits: Splits) -> Predictions:
+def predict_gaussians(gaussians: Gaussians, sample: Sample, views: list[int]) -> Prediction:
     """Returns the Gaussians [1, n] as the sample's own cameras see them, on white."""
-    found = {}
-    for split, views in splits.items():
-        output = render(gaussians, sample.cameras[views][None].to(gaussians.device), background=1.0)
-        # Off the GPU at once: metrics of all methods are compared on the CPU, in float32.
-        rgb, mask, depth = output.rgb[0].cpu().clamp(0, 1), output.alpha[0].cpu(), output.mean_depth(SURFACE)[0].cpu()
-        found[split] = compare(sample, views, rgb, mask, depth)
-    return found
+    output = render(gaussians, sample.cameras[views][None].to(gaussians.device), background=1.0)
+    # Off the GPU at once: metrics of all methods are compared on the CPU, in float32.
+    images = output.rgb.clamp(0, 1), output.alpha, output.mean_depth(SURFACE)
+    return Prediction(views, *(image[0].cpu() for image in images))
 
 
 def predict_baselines(
     stage: str, names: Sequence[str], sample: Sample, model: MouseFaceLift, *, generated: PosedViews | None,
     training: TrainingMice | None,
-) -> tuple[dict[str, Predictions], dict[str, str]]:  # fmt: skip
-    """Returns the predictions by label and split of the baselines in `names` that apply, and what each was given.
-
-    What was given the true rig views is compared on views outside the rig only, unless the sample has no others.
-    """
+) -> tuple[dict[str, Prediction], dict[str, str]]:  # fmt: skip
+    """Returns the predictions by label of the baselines in `names` that apply, and what each was given. What was given
+    the true rig views is compared on views outside the rig only, unless the sample has no others."""
     rig, splits, true = model.rig, splits_of(stage, sample, model.rig), sample.rgba
-    unseen = {split: views for split, views in splits.items() if split == NOVEL or stage == "2"}
-    others = {split: [view for view in views if view != rig.reference_view] for split, views in splits.items()}
+    views = sum(splits.values(), [])
+    unseen = views if stage == "2" else splits.get(NOVEL, [])
+    others = [view for view in views if view != rig.reference_view]
     image, mice = composite(true[rig.reference_view], 1.0), 0 if training is None else len(training.folders)
     rig_views = PosedViews.of(true[: rig.num_views], sample.cameras[: rig.num_views])
     seen = "all true rig views with their true masks; compared on views outside the rig only"
     rows = [  # name, stages it applies to, label, what it was given, prediction
         (  # against itself a copy is perfect, and says nothing
             "copy", "1 2 full", COPY, "the input view; shown unchanged as every other view",
-            lambda: predict_images(sample, others, lambda views: image.expand(len(views), -1, -1, -1)),
+            lambda: Prediction.of(others, image.expand(len(others), -1, -1, -1)),
         ),
         (
             "nearest", "1 2 full" if mice else "", NEAREST,
             f"the input view; of {mice} training mice the one whose input view is "
             "nearest in mask and colour. Rig views: that mouse's own. Novel views: the hull of its true rig views",
-            lambda: training.predict(sample, splits),
+            lambda: training.predict(sample, views),
         ),
         (
             "hull", "full", HULL_OF_GENERATED,
             "what Stage 2 is given: the input with its mask, the painted views with masks read off the white",
-            lambda: predict_hull(generated, sample, splits),
+            lambda: predict_hull(generated, sample, views),
         ),
         (
             "hull", "2 full" if unseen else "", HULL_OF_TRUE.get(stage), seen,
@@ -162,11 +134,11 @@ def predict_baselines(
         (
             "autoencoder", "1", "upper bound: the true views through the autoencoder",
             "the views themselves; only encoded and decoded, as every painted view is",
-            lambda: predict_images(sample, splits, lambda views: autoencoded(model, composite(true[views], 1.0))),
+            lambda: Prediction.of(views, autoencoded(model, composite(true[views], 1.0))),
         ),
         (
             "six_views", "full" if unseen else "", "upper bound: Stage 2 from all true rig views", seen,
-            lambda: predict_gaussians(reconstruct_sample(model, sample), sample, unseen),
+            lambda: predict_gaussians(reconstruct(model, sample), sample, unseen),
         ),
     ]  # fmt: skip
     rows = [row for row in rows if row[0] in names and stage in row[1].split()]
@@ -183,27 +155,20 @@ def autoencoded(model: MouseFaceLift, images: Tensor) -> Tensor:
         return decode_latents(model.components, latents).cpu()
 
 
-def predict_hull(views: PosedViews, sample: Sample, splits: Splits) -> Predictions:
-    """Returns the visual hull of posed views in their projected colors as the sample's cameras of each split see it.
-
-    Masks that share no volume leave an empty hull: white images, empty masks.
-    """
-    # Carved once, seen from all cameras.
-    hull, found = carve(views.masks, views.cameras), {}
-    shell = colour_surface(surface(hull), views.rgb, views.masks, views.cameras) if len(hull.index) else None
-    for split, chosen in splits.items():
-        cameras = sample.cameras[chosen]
-        empty = torch.zeros(len(chosen), 1, cameras.height, cameras.width)
-        seen = render_hull(shell, cameras) if shell else (1.0 - empty.expand(-1, 3, -1, -1), empty, empty)
-        found[split] = compare(sample, chosen, *seen)
-    return found
+def predict_hull(posed: PosedViews, sample: Sample, views: list[int]) -> Prediction:
+    """Returns the visual hull of posed views in their projected colors as the sample's cameras see it. Masks that share
+    no volume leave an empty hull: white images, empty masks."""
+    hull, cameras = carve(posed.masks, posed.cameras), sample.cameras[views]
+    if not len(hull.index):
+        empty = torch.zeros(len(views), 1, cameras.height, cameras.width)
+        return Prediction(views, 1.0 - empty.expand(-1, 3, -1, -1), empty, empty)
+    shell = colour_surface(surface(hull), posed.rgb, posed.masks, posed.cameras)
+    return Prediction(views, *render_hull(shell, cameras))
 
 
 class TrainingMice:
     """Input views of a training list, small. folders: [n]; features: [n, d], colors weighted by the mask, and the mask.
-
-    Raises ValueError for another rig, and where a held-out sample is in the training list.
-    """
+    Raises ValueError for another rig, and where a held-out sample is in the training list."""
 
     def __init__(self, list_file: Path, rig: ViewRig, held_out: Sequence[Path]) -> None:
         check_alignment(rig, dataset=read_dataset_info(list_file.parent)["rig"])
@@ -222,63 +187,66 @@ class TrainingMice:
     def _features(rgba: Tensor) -> Tensor:
         return torch.cat([rgba[:3] * rgba[3:], rgba[3:]]).flatten()
 
-    def predict(self, sample: Sample, splits: Splits) -> Predictions:
+    def predict(self, sample: Sample, views: list[int]) -> Prediction:
         """Returns the own views, where the rig has them, of the mouse whose input is nearest; its hull elsewhere."""
         features = self._features(resize_rgba(sample.rgba[self.rig.reference_view], FEATURE_SIZE))
         nearest = self.folders[int((self.features - features).square().sum(1).argmin())]
         mouse = read_sample(nearest, num_views=self.rig.num_views, image_size=sample.cameras.width)
-        own, found = PosedViews.of(mouse.rgba, mouse.cameras), {}
-        for split, views in splits.items():
-            if split == NOVEL:
-                found |= predict_hull(own, sample, {split: views})
-            else:
-                found[split] = compare(sample, views, own.rgb[views], own.masks[views])
-        return found
+        posed, number = PosedViews.of(mouse.rgba, mouse.cameras), self.rig.num_views
+        novel, known = [view for view in views if view >= number], [view for view in views if view < number]
+        masks = posed.masks[known]
+        own = Prediction(known, posed.rgb[known], masks, torch.zeros_like(masks))  # no depth: not compared
+        if not novel:
+            return own
+        hull = predict_hull(posed, sample, novel)
+        return Prediction(novel + known, *(torch.cat(pair) for pair in zip(hull[1:], own[1:])))
 
 
 # ---- measuring ------------------------------------------------------------------------------------------------------
 
 
 def records_of(
-    head: dict, predictions: dict[str, Predictions], sample: Sample, reference: int, lpips: torch.nn.Module | None
-) -> list[dict]:
-    """Returns one record per method, split and view: head, what was compared, and its metrics."""
+    head: dict, predictions: dict[str, Prediction], sample: Sample, splits: dict[str, list[int]], reference: int,
+    lpips: torch.nn.Module | None,
+) -> list[dict]:  # fmt: skip
+    """Returns one record per method and view: head, what was compared, and its metrics."""
     azimuth = sample.cameras.azimuth_deg.double()
+    split_of = {view: split for split, views in splits.items() for view in views}
     angles = [round(abs((float(a) + 180.0) % 360.0 - 180.0), 1) for a in azimuth - azimuth[reference]]
     return [
         {
-            **head, "method": method, "split": split, "view": view, "angle_deg": angles[view],
+            **head, "method": method, "split": split_of[view], "view": view, "angle_deg": angles[view],
             "direction": next(name for name, limit in DIRECTIONS.items() if angles[view] <= limit), **figures,
         }
-        for method, by_split in predictions.items()
-        for split, prediction in by_split.items()
-        for view, figures in zip(prediction.views, measure(prediction, lpips))
+        for method, prediction in predictions.items()
+        for view, figures in zip(prediction.views, measure(prediction, sample, lpips))
     ]  # fmt: skip
 
 
 @torch.no_grad()
-def measure(prediction: Prediction, lpips: torch.nn.Module | None = None) -> list[dict[str, float]]:
+def measure(prediction: Prediction, sample: Sample, lpips: torch.nn.Module | None = None) -> list[dict[str, float]]:
     """Returns the METRICS of every view. foreground_*: inside the true mask. lpips: with its network (`load_lpips`).
 
     depth_error: mean absolute difference of depth in world units along the optical axis, over the pixels where both
     show a surface (what is missing or too much is the mask's IoU); absent where a depth is, or no such pixel.
     """
-    rgb, target, mask = prediction.rgb, composite(prediction.truth, 1.0), prediction.truth[:, 3:]
+    views, rgb, shown, depth = prediction
+    target, mask = composite(sample.rgba[views], 1.0), sample.rgba[views, 3:]
     columns = {
         "foreground_psnr": metrics.foreground_psnr(rgb, target, mask), "psnr": metrics.psnr(rgb, target),
         "foreground_ssim": metrics.foreground_ssim(rgb, target, mask), "ssim": metrics.ssim(rgb, target),
-        "mask_iou": metrics.mask_iou(prediction.mask, mask),
+        "mask_iou": metrics.mask_iou(shown, mask),
     }  # fmt: skip
-    if prediction.depth is not None and prediction.true_depth is not None:
-        shown = (prediction.mask >= SURFACE) & (prediction.depth > 0)
-        common = (shown & (mask > SURFACE) & (prediction.true_depth > 0)).float()
-        difference = ((prediction.depth - prediction.true_depth).abs() * common).flatten(1).sum(1)
+    if depth is not None and sample.depth is not None:
+        true_depth = sample.depth[views]
+        common = ((shown >= SURFACE) & (depth > 0) & (mask > SURFACE) & (true_depth > 0)).float()
+        difference = ((depth - true_depth).abs() * common).flatten(1).sum(1)
         columns["depth_error"] = difference / common.flatten(1).sum(1)
     if lpips is not None:
         device = next(lpips.parameters()).device
         whole, inside = metrics.lpips_distances(lpips, rgb.to(device), target.to(device), mask.to(device))
         columns["foreground_lpips"], columns["lpips"] = inside.cpu(), whole.cpu()
-    records = [{name: columns[name][view].item() for name in METRICS if name in columns} for view in range(len(rgb))]
+    records = [{name: columns[name][k].item() for name in METRICS if name in columns} for k in range(len(rgb))]
     return [{name: value for name, value in record.items() if not math.isnan(value)} for record in records]
 
 
@@ -292,9 +260,7 @@ def side_shown(sample: Sample, reference: int) -> dict[str, str]:
 
 def consistency_of(generated: PosedViews, sample: Sample, rig: ViewRig, *, with_copy: bool) -> dict[str, dict]:
     """Returns by whose views score, mask and colour of `view_consistency`, and the score over the true views' own.
-
-    Masks are read off the white: generated and true views alike. with_copy: also of the input view as all views.
-    """
+    Masks are read off the white: generated and true views alike. with_copy: also of the input view as all views."""
     cameras, true = sample.cameras[: rig.num_views], composite(sample.rgba[: rig.num_views], 1.0)
     sets, found = {"painted views": generated.rgb, "true views": true}, {}
     if with_copy:

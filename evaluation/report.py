@@ -15,12 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from evaluation.methods import DIRECTIONS, METRICS, OWN, SIDES, Predictions
+from evaluation.methods import DIRECTIONS, METRICS, OWN, SIDES
 from multiview.files import atomic_write, write_json
-from multiview.image import composite, grid, write_image
+from multiview.image import grid, write_image
 from multiview.report import Figure, Table, write_page
-from multiview.sample import Sample
-from pipeline.outputs import PosedViews
 
 FIRST_SHOWN, WORST_SHOWN = 8, 12  # mice on a sheet at most
 WORST_FRACTION = 0.05
@@ -47,10 +45,8 @@ def mean(records: Sequence[dict], name: str) -> float:
 
 
 def summarise(records: Sequence[dict], names: Sequence[str] = METRICS) -> dict[str, dict[str, float]]:
-    """Returns per metric the mean, median and the value that the worst 5 % of the records do not exceed.
-
-    A metric that no record holds is left out.
-    """
+    """Returns per metric the mean, median and the value that the worst 5 % of the records do not exceed. A metric that
+    no record holds is left out."""
     summary = {}
     for name in names:
         values = sorted((r[name] for r in records if name in r), reverse=name in SMALLER_IS_BETTER)
@@ -91,28 +87,26 @@ def margins(records: Sequence[dict], own: str) -> dict[str, list[dict]]:
 # ---- tables and plots -----------------------------------------------------------------------------------------------
 
 
-def metrics_table(
-    title: str, records: Sequence[dict], by: Mapping[str, str], names: Sequence[str] = METRICS, *,
-    with_views: bool = True,
-) -> Table:  # fmt: skip
+def metrics_table(title: str, records: Sequence[dict], by: Mapping[str, str], names: Sequence[str] = METRICS) -> Table:
     """Returns one row per combination of values of the keys in `by` (key -> heading): mean (median, worst 5 %)."""
-    names = [name for name in names if any(name in record for record in records)]
+    names, counts = [name for name in names if any(name in record for record in records)], {"sample": "mice"}
+    if "view" in records[0]:  # else there is one record per mouse
+        counts["view"] = "views"
     rows = []
     for values, group in group_by(records, *by).items():
-        summary = summarise(group, names)
-        row = [f"{value:g}" if isinstance(value, float) else str(value) for value in values]
-        row += [str(len(group_by(group, "sample"))), *([str(len(group))] if with_views else [])]
+        summary, row = summarise(group, names), [f"{v:g}" if isinstance(v, float) else str(v) for v in values]
+        row += [str(len(group_by(group, "sample", key))) for key in counts]
         for name in names:
             figures = [f"{value:.{DECIMALS.get(name, 3)}f}" for value in summary.get(name, {}).values()]
             row.append(f"{figures[0]} ({figures[1]}, {figures[2]})" if figures else "-")
         rows.append(row)
-    counts = ["mice", "views"] if with_views else ["mice"]
-    return Table(title, [*by.values(), *counts, *(f"{name} mean (median, worst 5 %)" for name in names)], rows)
+    headings = [*by.values(), *counts.values(), *(f"{name} mean (median, worst 5 %)" for name in names)]
+    return Table(title, headings, rows)
 
 
 def cross_table(title: str, records: Sequence[dict], key: str, values: Sequence[str]) -> Table:
     """Returns mean foreground PSNR / mask IoU (views) by split and method; one column per value of `key`."""
-    title, rows = f"{title}: foreground_psnr / mask_iou (views)", []
+    rows = []
     for (split, method), group in group_by(records, "split", "method").items():
         parts = [group_by(group, key).get((value,), []) for value in values]
         cells = [
@@ -120,17 +114,15 @@ def cross_table(title: str, records: Sequence[dict], key: str, values: Sequence[
             for part in parts
         ]
         rows.append([split, method, *cells])
-    return Table(title, ["views compared", "method", *values], rows)
+    return Table(f"{title}: foreground_psnr / mask_iou (views)", ["views compared", "method", *values], rows)
 
 
 def plot(
     path: Path, title: str, x_label: str, lines: Mapping[str, Mapping[float, list[dict]]], ticks: Iterable[float], *,
     band: bool = False,
 ) -> None:  # fmt: skip
-    """Writes a PNG with a panel per metric in PANELS. lines: label -> x -> records, whose mean is drawn.
-
-    band: also the first to third quartile of the records.
-    """
+    """Writes a PNG with a panel per metric in PANELS. lines: label -> x -> records, whose mean is drawn. band: also the
+    first to third quartile of the records."""
     from matplotlib.figure import Figure as Plot
 
     drawing = Plot(figsize=(11, 4.2), layout="constrained")
@@ -143,8 +135,7 @@ def plot(
                 low, _, high = zip(*quartiles)
                 axes.fill_between(list(groups), low, high, alpha=0.2, linewidth=0)
             axes.plot(list(groups), [statistics.fmean(column) for column in columns], marker="o", label=name)
-        axes.set_xticks(list(ticks))
-        axes.set_ylabel(label)
+        axes.set(xticks=list(ticks), ylabel=label)
         axes.grid(alpha=0.3)
     if not band:
         drawing.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
@@ -154,31 +145,13 @@ def plot(
         drawing.savefig(temporary, format="png", dpi=100)
 
 
-def write_text(path: Path, parts: Sequence[str], notes: Sequence[str]) -> str:
+def write_text(path: Path, parts: Sequence[Table | str], notes: Sequence[str]) -> str:
     """Writes Markdown and returns it."""
-    text = "\n".join([*parts, *(f"{note}\n" for note in notes)])
+    shown = (part.markdown() if isinstance(part, Table) else part for part in parts)
+    text = "\n".join([*shown, *(f"{note}\n" for note in notes)])
     with atomic_write(path) as temporary:
         temporary.write_text(text)
     return text
-
-
-def image_rows(
-    sample: Sample, reference: int, own: Predictions, other: Predictions | None, generated: PosedViews | None
-) -> Tensor:
-    """Returns [r, n, 3, h, w]: the input view, then every view that the model is compared on, white where none is.
-
-    Rows: truth, the generated views (where there are any), the model, one baseline.
-    """
-    columns = [reference, *(view for prediction in own.values() for view in prediction.views)]
-    truth = composite(sample.rgba[columns], 1.0)
-    rows = [truth, *[torch.ones_like(truth) for part in (generated, own, other) if part is not None]]
-    for place, view in enumerate(columns if generated is not None else ()):
-        rows[1][place] = generated.rgb[view] if view < len(generated.rgb) else 1.0
-    for row, predictions in zip(rows[-1:0:-1], [part for part in (other, own) if part is not None]):
-        shown = {view: rgb for part in predictions.values() for view, rgb in zip(part.views, part.rgb)}
-        for place, view in enumerate(columns[1:], 1):
-            row[place] = shown.get(view, row[place])
-    return torch.stack(rows)
 
 
 # ---- everything of one run ------------------------------------------------------------------------------------------
@@ -186,10 +159,8 @@ def image_rows(
 
 @dataclass
 class Report:
-    """Gathers what a run measures. stage: "1", "2", "full". rows: what the rows of the sheets are, in words.
-
-    records: one per method and view. assets: one per mouse, cost and consistency. told: what each baseline was given.
-    """
+    """Gathers what a run measures. stage: "1", "2", "full". rows: what the rows of the sheets are, in words. records:
+    one per method and view. assets: one per mouse, cost and consistency. told: what each baseline was given."""
 
     stage: str
     num_mice: int
@@ -201,11 +172,10 @@ class Report:
     first: list[Tensor] = field(default_factory=list)  # images of the first mice and of the worst so far, worst first;
     worst: list[tuple[float, str, Tensor]] = field(default_factory=list)  # no others are kept
 
-    def show(self, name: str, quality: float, rows: Tensor) -> None:
+    def show(self, name: str, quality: float, images: Tensor) -> None:
         """Keeps one mouse's images [r, n, 3, h, w] if it is among the first or the worst; quality: larger is better."""
-        small = (rows * 255).round().byte()
-        if len(self.first) < FIRST_SHOWN:
-            self.first.append(small)
+        small = (images * 255).round().byte()
+        self.first = [*self.first, small][:FIRST_SHOWN]
         # Bytes, and only so many: a thousand mice must not be held in memory.
         kept = min(WORST_SHOWN, max(1, math.ceil(WORST_FRACTION * self.num_mice)))
         self.worst = sorted([*self.worst, (quality, name, small)], key=lambda entry: entry[0])[:kept]
@@ -226,18 +196,15 @@ class Report:
         ]  # fmt: skip
         if rows:
             title = "The model above each baseline, mouse by mouse: mean ± standard error (share of mice on which it is"
-            tables.append(Table(title + " better)", ["views compared", "than", "foreground_psnr", "mask_iou"], rows))
+            tables.append(Table(title + " better)", ["views compared", "than", *PANELS], rows))
         tables.append(cross_table("By the angle between view and input", self.records, "direction", tuple(DIRECTIONS)))
         if any("input_shows" in record for record in self.records):
             title = "By what the input view shows of the animal"
             tables.append(cross_table(title, self.records, "input_shows", tuple(SIDES.values())))
-        for title, rows, names in (
-            ("View consistency, input view included", self.consistency(), CONSISTENCY),
-            ("Cost per mouse", [{"label": OWN[self.stage], **asset} for asset in self.assets], COSTS),
-        ):
-            if rows:
-                tables.append(metrics_table(title, rows, {"label": ""}, names, with_views=False))
-        return tables
+        if rows := self.consistency():
+            tables.append(metrics_table("View consistency, input view included", rows, {"label": ""}, CONSISTENCY))
+        rows = [{"label": OWN[self.stage], **asset} for asset in self.assets]
+        return [*tables, metrics_table("Cost per mouse", rows, {"label": ""}, COSTS)]
 
     def to_dict(self) -> dict:
         """Returns JSON values: summaries first, then every mouse and every view."""
@@ -261,20 +228,20 @@ class Report:
 
     def write(self, folder: Path, head: dict, facts: dict[str, str]) -> str:
         """Writes all files; returns the Markdown."""
-        tables, methods = self.tables(), {record["method"] for record in self.records}
-        told = {method: text for method, text in self.told.items() if method in methods}
+        tables, methods = self.tables(), group_by(self.records, "method")
+        told = {method: text for method, text in self.told.items() if (method,) in methods}
         write_json(folder / "metrics.json", head | {"baselines": told} | self.to_dict())
         given = "".join(f"- {method}: given {text}\n" for method, text in told.items())
-        text = write_text(folder / "table.md", [*(table.markdown() for table in tables), given], self.notes)
-        sheets = {"sheet.png": self.first, "worst.png": [rows for _, _, rows in self.worst]}
+        text = write_text(folder / "table.md", [*tables, given], self.notes)
+        sheets = {"sheet.png": self.first, "worst.png": [images for *_, images in self.worst]}
         for name, mice in sheets.items():
-            columns = max(rows.shape[1] for rows in mice)
-            lines = [grid(row.float() / 255, columns) for rows in mice for row in rows]  # shorter rows end in white
+            columns = max(images.shape[1] for images in mice)
+            lines = [grid(row.float() / 255, columns) for images in mice for row in images]  # shorter rows end in white
             sheets[name] = torch.cat(lines, dim=1)
             write_image(folder / name, sheets[name])
         # Calibrated rigs have as many angles as views: steps make lines that can be read.
         lines = {}
-        for (method,), group in group_by(self.records, "method").items():
+        for (method,), group in methods.items():
             stepped = [{**record, "step": int(record["angle_deg"] // ANGLE_STEP_DEG)} for record in group]
             lines[method] = {mean(p, "angle_deg"): p for _, p in sorted(group_by(stepped, "step").items())}
         x_label = "angle between the view and the input view, degrees"
@@ -286,8 +253,7 @@ class Report:
             Figure("Means by the angle between a view and the input view, all splits", folder / "directions.png"),
             Figure(f"The first mice. {rows}", sheets["sheet.png"]),
             Figure(f"The worst mice by their mean foreground PSNR: {names}. {rows}", sheets["worst.png"]),
-            *(f"{method}: given {text}." for method, text in told.items()),
-            *self.notes,
-        ]
+            *(f"{method}: given {text}." for method, text in told.items()), *self.notes,
+        ]  # fmt: skip
         write_page(folder / "report.html", f"Evaluation: {OWN[self.stage]}", blocks, facts=facts)
         return text

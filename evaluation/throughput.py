@@ -1,10 +1,11 @@
 """The import of a recording beside pure decoding of its videos: a short synthetic one, looped without encoding.
 
-Both commands are the user's own. Decoding is OpenCV's, before and after the import, on as many threads.
+The import is the user's own command. Decoding is OpenCV's, before and after it, on as many threads.
 """
 
 from __future__ import annotations
 
+import argparse
 import shutil
 import subprocess
 import sys
@@ -16,22 +17,18 @@ from pathlib import Path
 from multiview.run import REPOSITORY
 
 
-def command(script: str, *flags: str, **values: object) -> list[str]:
-    given = [str(word) for name, value in values.items() for word in (f"--{name}", value)]
-    return [sys.executable, str(REPOSITORY / "scripts" / script), *flags, *given]
-
-
-def measure_import(bench) -> tuple[str, list[dict], str]:
-    """Returns title, rows and note of a table. bench: of scripts/benchmark.py."""
+def measure_import(options: argparse.Namespace) -> tuple[str, list[dict], str]:
+    """Returns title, rows and note of a table. options: the flags of scripts/benchmark.py."""
     import imageio_ffmpeg
 
-    options = bench.options
+    from synthetic.dataset import record_mouse
+    from synthetic.settings import MouseSettings
+
     loops, width, workers = -(-options.frames // options.source_frames), options.video_width, options.workers
     frames, seconds = loops * options.source_frames, {}
     with tempfile.TemporaryDirectory(prefix="benchmark_import_") as name:
         short, recording = Path(name, "short"), Path(name, "recording")
-        film = {"output_dir": short, "num_samples": options.source_frames, "video_width": width}
-        subprocess.run(command("make_synthetic_mouse.py", "--as_recording", **film), check=True, capture_output=True)
+        record_mouse(MouseSettings(short, options.source_frames, as_recording=True, video_width=width))
         for path in sorted(short.rglob("*.mp4")):
             copy = recording / path.relative_to(short)
             copy.parent.mkdir(parents=True, exist_ok=True)
@@ -79,7 +76,8 @@ def run_import(recording: Path, output: Path, frames: int, workers: int) -> tupl
     cpu, started, memory = {}, time.time(), 0  # CPU seconds by process: its workers are no children that it waits for
     values = {"video_dir": recording / "videos_undist", "meta_dir": recording, "output_dir": output}
     values |= {"num_samples": frames, "image_size": 512, "workers": workers}
-    child = psutil.Popen(command("process_mouse_data.py", **values))
+    given = [str(word) for name, value in values.items() for word in (f"--{name}", value)]
+    child = psutil.Popen([sys.executable, str(REPOSITORY / "scripts" / "process_mouse_data.py"), *given])
     while child.poll() is None:
         try:
             family = [child, *child.children(recursive=True)]

@@ -1,9 +1,6 @@
-"""Stage 2's checkpoints: FaceLift's file layout, strict loading with named rules, resuming, exporting.
-
-`ckpt_<16 digits>.pt` holds FaceLift's keys (`model`, `optimizer`, `lr_scheduler`, `fwdbwd_pass_step`,
-`param_update_step`) plus `rig`, `ema` (averaged weights), `lora` (adapters; `model` is then merged), and has a JSON
-sidecar.
-"""
+"""Stage 2's checkpoints, `ckpt_<16 digits>.pt` with a JSON sidecar: FaceLift's keys (`model`, `optimizer`,
+`lr_scheduler`, `fwdbwd_pass_step`, `param_update_step`) plus `rig`, `ema` (averaged weights), `lora` (adapters; `model`
+is then merged). Loaded strictly, with named rules for foreign ones."""
 
 from __future__ import annotations
 
@@ -52,15 +49,14 @@ def resolve_checkpoint(path: Path | str) -> Path:
 
 
 def model_weights(checkpoint: Mapping, source: Path) -> dict[str, Tensor]:
-    """The network's tensors of a checkpoint (averaged if it keeps such) or state dict, without FaceLift's loss
-    network."""
+    """The network's tensors of a checkpoint (averaged if it keeps such) or state dict, as `network_tensors`."""
     tensors = checkpoint.get("ema") or checkpoint.get("model", checkpoint)
     if tensors and isinstance(tensors, Mapping) and all(isinstance(value, Tensor) for value in tensors.values()):
         return network_tensors(tensors, source)
-    raise ValueError(
-        f"checkpoint {source} has no key 'model' and is no plain dictionary of tensors either (keys: "
-        f"{', '.join(map(str, list(checkpoint)[:5]))}); a GS-LRM checkpoint or state dict is expected"
+    told = (
+        f"has no key 'model' and is no plain dictionary of tensors (keys: {', '.join(map(str, list(checkpoint)[:5]))})"
     )
+    raise ValueError(f"checkpoint {source} {told}; a GS-LRM checkpoint or state dict is expected")
 
 
 def network_tensors(tensors: Mapping[str, Tensor], source: Path) -> dict[str, Tensor]:
@@ -70,10 +66,9 @@ def network_tensors(tensors: Mapping[str, Tensor], source: Path) -> dict[str, Te
     named = {name: tensor for name, tensor in named.items() if not name.startswith(LOSS_NETWORKS)}
     bad = {name: count for name, tensor in named.items() if (count := int((~torch.isfinite(tensor)).sum()))}
     if bad:
-        raise ValueError(
-            f"checkpoint {source}: {sum(bad.values())} weights are not finite, the first in {next(iter(bad))}; the "
-            "training diverged or the file is damaged: take an earlier checkpoint"
-        )
+        told = f"{sum(bad.values())} weights are not finite, the first in {next(iter(bad))}"
+        remedy = "the training diverged or the file is damaged: take an earlier checkpoint"
+        raise ValueError(f"checkpoint {source}: {told}; {remedy}")
     return named
 
 
@@ -89,8 +84,7 @@ def load_gslrm(
     path: Path | str, *, config_file: Path | str | None = None, device: torch.device | str = "cpu"
 ) -> tuple[GSLRM, ViewRig | None, Path]:
     """Returns (network in eval mode, its rig or None, the file it came from). path: checkpoint file or folder.
-    config_file: a training YAML; without it the sidecar's configuration counts, and for files without one
-    FaceLift's."""
+    config_file: a training YAML; without it the sidecar's configuration counts, without one FaceLift's."""
     path = resolve_checkpoint(path)
     if config_file is not None:
         model_config = load_config(GSLRMConfig, config_file, ignored=set(IGNORED_KEYS)).model
@@ -106,12 +100,10 @@ def export_weights(
     source: Path | str, destination: Path | str, *, dtype: torch.dtype = torch.float32, facelift: bool = False,
     vgg_folder: Path | str | None = None,
 ) -> Path:  # fmt: skip
-    """Writes a checkpoint with the network alone (averaged weights if kept), e.g. in half precision, to ship it.
-
-    destination: a .pt file, or a folder for `ckpt_<step>.pt`. facelift: exactly the keys that FaceLift's strict loader
-    wants; the rig is then in the sidecar alone. vgg_folder: with facelift, adds the 32 frozen VGG-19 tensors from there
-    (float32), which FaceLift's loader wants when its config has a perceptual loss, as its shipped one has.
-    """
+    """Writes a checkpoint with the network alone (averaged weights if kept), to ship it: into a .pt file, or a folder
+    as `ckpt_<step>.pt`. facelift: exactly the keys that FaceLift's strict loader wants; the rig is then in the sidecar
+    alone. vgg_folder: with facelift, adds the 32 frozen VGG-19 tensors from there (float32), which that loader wants
+    when its config has a perceptual loss, as its shipped one has."""
     source, destination = resolve_checkpoint(source), Path(destination)
     checkpoint, content = files.load_checkpoint(source), files.read_sidecar(source)
     if "fwdbwd_pass_step" not in checkpoint or not {"config", "rig"} <= set(content or {}):
@@ -133,11 +125,9 @@ def export_weights(
 
         vgg = next((Path(vgg_folder, name) for name in VGG19_FILES if Path(vgg_folder, name).is_file()), None)
         if vgg is None:
-            raise ValueError(
-                f"FaceLift's checkpoints hold VGG-19 and {vgg_folder} has no {' or '.join(VGG19_FILES)}: put "
-                "MatConvNet's file there, or export without it (--no_vgg) for a FaceLift config whose "
-                "perceptual_loss_weight is 0"
-            )
+            told = f"FaceLift's checkpoints hold VGG-19 and {vgg_folder} has no {' or '.join(VGG19_FILES)}"
+            without = "export without it (--no_vgg) for a FaceLift config whose perceptual_loss_weight is 0"
+            raise ValueError(f"{told}: put MatConvNet's file there, or {without}")
         network = load_perceptual(vgg).net.state_dict()
         weights |= {f"{LOSS_NETWORKS}net.{name}": tensor.clone() for name, tensor in network.items()}
     path = checkpoint_path(destination, step) if destination.suffix != ".pt" else destination

@@ -1,7 +1,5 @@
-"""Stage 2's configuration: FaceLift's YAML layout as typed dataclasses. Experiments in `configs/` are deltas over it.
-
-Keys that FaceLift's own files hold and that change nothing here are listed in `IGNORED_KEYS`.
-"""
+"""Stage 2's configuration: FaceLift's YAML layout as typed dataclasses. Experiments in `configs/` are deltas over
+it."""
 
 from __future__ import annotations
 
@@ -12,7 +10,7 @@ from typing import Literal
 
 from multiview.sampler import mixed_lists
 
-IGNORED_KEYS = (
+IGNORED_KEYS = (  # of FaceLift's own files; they change nothing here
     "profile", "debug", "model.class_name", "model.half_bbx_size", "training.dataset.normalize_distance_to",
     "training.dataset.remove_alpha", "training.dataloader.num_threads", "training.losses.distill_loss_weight",
     "training.schedule.num_epochs", "training.schedule.early_stop_after_epochs", "training.logging.wandb.job_type",
@@ -249,10 +247,8 @@ class GSLRMConfig:
 
 
 def model_config_from_dict(content: dict, source: str) -> ModelConfig:
-    """Returns the model section of a checkpoint's sidecar as ModelConfig.
-
-    Raises ValueError for keys that do not exist and for values of another type than the default's.
-    """
+    """Returns the model section of a checkpoint's sidecar as ModelConfig. Raises ValueError for unknown keys and for
+    values of another type than the default's."""
 
     def build(default: object, values: object, key: str):
         if not is_dataclass(default):

@@ -1,16 +1,13 @@
 """Stage 2's losses: pure functions from predictions and targets to per-sample values.
-
-Every function returns [b], normalized inside its sample. The mean over samples is then the same whether a batch is seen
-by one process or split over several, which a normalization over the batch would break.
-
-Each exists plain and foreground-masked. A mask is the true alpha of the target views (of the input views for the losses
-on Gaussians); a masked loss is the alpha-weighted mean over the sample's pixels, and 0 where no pixel is foreground.
+Every function returns [b], normalized inside its sample, so that one process and several see the same mean. Each exists
+plain and masked by the true alpha of the target views (of the input views for the losses on Gaussians): the
+alpha-weighted mean over the sample's pixels, and 0 where no pixel is foreground.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +16,7 @@ from torch.nn import functional
 from gslrm.config import LossesConfig
 from gslrm.model.gaussians import C0
 from gslrm.model.gslrm import GSLRMOutput
+from multiview.cameras import Cameras
 
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
 POINTSDIST_WARMUP_STEPS, POINTSDIST_WARMUP_WEIGHT = 1000, 0.1
@@ -31,22 +29,17 @@ POINTSDIST_SPREAD = 0.5  # world units of target standard deviation
 DIRECT_PARTS = {"xyz": 4.0, "colour": 2.0, "opacity": 0.2, "scale": 0.1}
 
 
-@dataclass(frozen=True)
-class Targets:
-    """What a batch holds besides the prediction.
+class Batch(NamedTuple):
+    """A collated batch on the device: what the model sees (b samples of v views), and what it is measured by."""
 
-    rgb, alpha: [b, t, 3|1, h, w] of the rendered views, 0..1, composited like the rendering.
-    input_rgb, input_alpha, input_depth: [b, v, 3|1|1, h, w] of the input views; depth is camera-frame z, 0 = none.
-    input_forward: [b, v, 3] viewing directions of the input cameras; input_focal_px: [b, v].
-    """
-
-    rgb: Tensor
-    alpha: Tensor
-    input_rgb: Tensor
+    cameras: Cameras  # [b, v] of the inputs, as the model is told them
+    input_rgb: Tensor  # [b, v, 3, h, w], 0..1, as the next one
     input_alpha: Tensor
-    input_forward: Tensor
-    input_focal_px: Tensor
-    input_depth: Tensor | None = None
+    input_depth: Tensor | None  # [b, v, 1, h, w] camera-frame z, 0 = none
+    target_cameras: Cameras  # [b, t]
+    rgb: Tensor  # [b, t, 3, h, w] of the rendered views, 0..1, composited like the rendering
+    alpha: Tensor  # [b, t, 1, h, w]
+    background: Tensor  # [b, 3]
 
 
 def loss_weights(losses: LossesConfig, step: int, *, l2_warmup_steps: int = 0) -> dict[str, float]:
@@ -63,14 +56,11 @@ def loss_weights(losses: LossesConfig, step: int, *, l2_warmup_steps: int = 0) -
 
 
 def total_loss(
-    weights: dict[str, float], losses: LossesConfig, output: GSLRMOutput, targets: Targets, *,
+    weights: dict[str, float], losses: LossesConfig, output: GSLRMOutput, targets: Batch, *,
     rgb: Tensor | None, alpha: Tensor | None, networks: dict[str, nn.Module],
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-    """Weighted sum (scalar) and the parts (scalars, unweighted).
-
-    rgb, alpha: [b, t, 3|1, h, w] rendered; None when no loss of `weights` needs them. networks: `lpips`, `perceptual`
-    (gslrm.perceptual.load_networks).
-    """
+    """Weighted sum and the parts, unweighted (scalars). rgb, alpha: [b, t, 3|1, h, w] rendered; None when no loss of
+    `weights` needs them. networks: `lpips`, `perceptual` (gslrm.perceptual.load_networks)."""
     compute = {
         "l2": lambda mask, _: l2_loss(rgb, targets.rgb, mask),
         "ssim": lambda mask, _: ssim_loss(rgb, targets.rgb, mask),
@@ -130,12 +120,10 @@ def ssim_loss(prediction: Tensor, target: Tensor, mask: Tensor | None = None) ->
 
 
 def pixelalign_loss(output: GSLRMOutput, input_alpha: Tensor | None = None, normalisation: str = "upstream") -> Tensor:
-    """Mean distance [b] of each image Gaussian from its pixel's ray.
-
-    The point on the ray is held fixed, so the gradient points straight at the ray (zero on it).
-    input_alpha: [b, v, 1, h, w] weights. normalisation of the weighted form: `upstream` divides by the number of all
-    pixels of the input views (FaceLift's: a small animal has a small loss), `foreground` by the sum of the weights.
-    """
+    """Mean distance [b] of each image Gaussian from its pixel's ray. input_alpha: [b, v, 1, h, w] weights.
+    normalisation of the weighted form: `upstream` divides by the number of all pixels of the input views (FaceLift's: a
+    small animal has a small loss), `foreground` by the sum of the weights."""
+    # The point on the ray is held fixed, so the gradient points straight at the ray (zero on it).
     offset = output.pixel_xyz - output.ray_origins
     along = (offset.detach() * output.ray_directions).sum(-1, keepdim=True)
     distance = (offset - along * output.ray_directions).norm(dim=-1)
@@ -149,13 +137,10 @@ def pixelalign_loss(output: GSLRMOutput, input_alpha: Tensor | None = None, norm
 
 
 def pointsdist_loss(output: GSLRMOutput, input_alpha: Tensor | None = None) -> Tensor:
-    """Spreads the points of each view around the camera's distance to the origin (mean squared error [b]).
-
-    The target of a point is its distance from the camera, standardized over its view (corrected standard deviation),
-    times POINTSDIST_SPREAD, plus the camera's distance from the origin; no gradient passes through it.
-    input_alpha: [b, v, 1, h, w]: statistics and mean over the pixels with alpha above 0.5 alone. Only this form means
-    the same for a model that prunes the background, whose kept pixels are no fair sample of a view.
-    """
+    """Spreads the points of each view around the camera's distance to the origin (mean squared error [b]): the target
+    of a point is its distance from the camera, standardized over its view (corrected standard deviation), times
+    POINTSDIST_SPREAD, plus the camera's distance from the origin. input_alpha: [b, v, 1, h, w]: over the pixels with
+    alpha above 0.5 alone, as a model must that prunes the background: its pixels are no fair sample of a view."""
     distance = (output.pixel_xyz - output.ray_origins).norm(dim=-1)
     chosen = output.pixel_valid
     if input_alpha is not None:
@@ -176,17 +161,15 @@ def pointsdist_loss(output: GSLRMOutput, input_alpha: Tensor | None = None) -> T
     return weighted_mean((distance - target).square(), weight.to(distance))
 
 
-def direct_losses(output: GSLRMOutput, targets: Targets, scale_px: float) -> dict[str, Tensor]:
-    """Image Gaussians against the surface that depth maps show, without rendering; each value [b].
-
-    xyz: L1 to the true point; color: MSE; scale: L1 of the log-scale to `scale_px` pixel footprints, all over
-    foreground pixels; opacity: cross-entropy to the mask over all pixels that have a Gaussian.
-    """
+def direct_losses(output: GSLRMOutput, targets: Batch, scale_px: float) -> dict[str, Tensor]:
+    """Image Gaussians against the surface that depth maps show, without rendering; each value [b]. Over foreground
+    pixels xyz: L1 to the true point; color: MSE; scale: L1 of the log-scale to `scale_px` pixel footprints; over all
+    that have a Gaussian opacity: cross-entropy to the mask."""
     gaussians, n = output.gaussians, output.n_free
     v, h, w = output.shape
     view = (output.pixel_index // (h * w))[..., None]
-    forward = targets.input_forward.gather(1, view.expand(-1, -1, 3))
-    focal = targets.input_focal_px.gather(1, view[..., 0])[..., None]
+    forward = targets.cameras.c2w[..., :3, 2].gather(1, view.expand(-1, -1, 3))
+    focal = targets.cameras.fxfycxcy[..., 0].gather(1, view[..., 0])[..., None]
     rgb, alpha, depth = (pixels_of(x, output) for x in (targets.input_rgb, targets.input_alpha, targets.input_depth))
     present = output.pixel_valid[..., None].to(rgb)
     surface = present * (alpha > FOREGROUND_ALPHA) * (depth > 0)

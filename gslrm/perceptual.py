@@ -1,10 +1,8 @@
 """Losses in the features of frozen networks: GS-LRM's perceptual loss (VGG-19) and LPIPS (VGG-16).
-
-Their weights are found on disk; nothing is ever downloaded.
-
-The masked forms weight each layer's map of differences by the mask, averaged over the area that a feature stands for
-(its stride), and divide by the sum of these weights: with a mask of ones they are the plain forms, exactly. A feature
-at the outline also sees some background (its receptive field), so a halo around the animal still costs.
+Their weights are found on disk; nothing is ever downloaded. The masked forms weight each layer's map of differences by
+the mask, averaged over the area that a feature stands for (its stride), and divide by the sum of these weights: with a
+mask of ones they are the plain forms, exactly. A feature at the outline also sees some background (its receptive
+field).
 """
 
 from __future__ import annotations
@@ -80,25 +78,22 @@ class LPIPSLoss(nn.Module):
 
     def forward(self, prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
         """[b, (t,) 3, h, w] in 0..1, twice; mask [b, (t,) 1, h, w] in 0..1 -> [b]."""
-        features = self._features(prediction)
+        import lpips
+
+        def unit_features(images: Tensor) -> list[Tensor]:  # per layer [n, c, h', w'], unit length over c
+            images = self.network.scaling_layer(images.flatten(0, -4) * 2.0 - 1.0)
+            return [lpips.normalize_tensor(features) for features in self.network.net(images)]
+
+        features = unit_features(prediction)
         with torch.no_grad():
-            true_features = self._features(target)
+            true_features = unit_features(target)
         layers = zip(self.network.lins, features, true_features)
         return sum(map_mean(linear((x - truth).square()), mask, len(prediction)) for linear, x, truth in layers)
 
-    def _features(self, images: Tensor) -> list[Tensor]:
-        """[b, (t,) 3, h, w] in 0..1 -> per layer [n, c, h', w'], unit length over c."""
-        import lpips
-
-        images = self.network.scaling_layer(images.flatten(0, -4) * 2.0 - 1.0)
-        return [lpips.normalize_tensor(features) for features in self.network.net(images)]
-
 
 def map_mean(maps: Tensor, mask: Tensor | None, num_samples: int) -> Tensor:
-    """Mean of maps [n, c, h', w'] over each sample's images: [num_samples]; n is a multiple of num_samples.
-
-    mask: [..., 1, h, w], n images; averaged down to h' x w' as weights.
-    """
+    """Mean of maps [n, c, h', w'] over each sample's images: [num_samples]; n is a multiple of num_samples. mask:
+    [..., 1, h, w], n images; averaged down to h' x w' as weights."""
     maps = maps.mean(1, keepdim=True)
     if mask is None:
         return maps.reshape(num_samples, -1).mean(1)

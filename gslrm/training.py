@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from functools import partial
@@ -14,8 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from gslrm import checkpoints
-from gslrm.adaptation import adapt, check_adaptation, lora_settings
-from gslrm.config import GSLRMConfig, check_config, size_of
+from gslrm.config import AdaptationConfig, GSLRMConfig, check_config, size_of
 from gslrm.data.mouse_dataset import build_datasets
 from gslrm.losses import NEEDS_RENDERING, POINTSDIST_WARMUP_STEPS, loss_weights, total_loss
 from gslrm.model.gaussians_renderer import render
@@ -32,6 +32,10 @@ from multiview.training import Training, run_training
 log = logging.getLogger(__name__)
 
 STATE_KEYS = ("model", "optimizer", "lr_scheduler", "fwdbwd_pass_step", "param_update_step")
+LORA_KEYS = ("trainable_layers", "lora_rank", "lora_alpha", "lora_targets")  # which a resumed run keeps
+# Parts of the network's names: what freeze_embedder freezes, and what takes adapters.
+BLOCKS, TARGETS = "transformer_layers.", ("attn.to_qkv", "attn.fc", "mlp.mlp.0", "mlp.mlp.2")
+EMBEDDER = ("patch_embedder.", "view_type_embeddings", "gaussian_position_embeddings", "input_layer_norm.")
 
 
 def train(config: GSLRMConfig, overfit: int = 0) -> Path:
@@ -102,7 +106,19 @@ class GSLRMTraining(Training):
         self.networks = load_networks(training.losses, self.device)
         seed_everything("gslrm-init", runtime.seed)
         self.network = GSLRM(config.model, grad_checkpoint_every=runtime.grad_checkpoint_every).to(self.device)
-        self._start_from(path, whole)
+        # Weights that carry no rig (public ones) may start any; weights of another rig only where the config says so
+        # (`allow_rig_change`); a training state never.
+        source = checkpoints.read_checkpoint_rig(path) if path is not None else None
+        if source is not None and (whole or not training.checkpointing.allow_rig_change):
+            check_alignment(self.rig, "" if whole else "training.checkpointing.allow_rig_change", gslrm=source)
+        if path is None:
+            log.info("starting from random weights (training.checkpointing.resume_ckpt is not set)")
+        elif not whole:
+            files.load_strict(self.network, checkpoints.model_weights(files.load_checkpoint(path), path), path)
+            log.info("starting from the weights of %s (rig %s)", path, source.name if source else "not recorded")
+        adapt(self.network, training.adaptation)
+        chosen = asdict(training.adaptation)
+        self.lora = {name: chosen[name] for name in LORA_KEYS} if training.adaptation.lora_rank else {}
         self.schedule_start = 0  # pass at which the learning rate's warm-up began; above 0 after reset_lr
         groups = parameter_groups(self.network, options.weight_decay)
         names = {parameter: name for name, parameter in self.network.named_parameters()}
@@ -120,37 +136,20 @@ class GSLRMTraining(Training):
             compile_blocks(self.network)
         self.is_compiled = runtime.torch_compile
 
-    def _start_from(self, path: Path | None, whole: bool) -> None:
-        """Weights to start from, and what trains. Weights that carry no rig (public ones) may start any; weights of
-        another rig only where the config says so (`allow_rig_change`); a training state never."""
-        source = checkpoints.read_checkpoint_rig(path) if path is not None else None
-        if source is not None and (whole or not self.settings.training.checkpointing.allow_rig_change):
-            check_alignment(self.rig, "" if whole else "training.checkpointing.allow_rig_change", gslrm=source)
-        if path is None:
-            log.info("starting from random weights (training.checkpointing.resume_ckpt is not set)")
-        elif not whole:
-            weights = checkpoints.model_weights(files.load_checkpoint(path), path)
-            files.load_strict(self.network, weights, path)
-            log.info("starting from the weights of %s (rig %s)", path, source.name if source else "not recorded")
-        adapt(self.network, self.settings.training.adaptation)
-
     def _resume(self, path: Path, is_own: bool) -> Mapping[str, Any]:
         """Loads the state of a checkpoint file, which is returned. ValueError for less, or other frozen parameters."""
-        training, checkpoint = self.settings.training, files.load_checkpoint(path)
-        weights_only = (
-            f"start from its weights: another checkpoint_dir with training.checkpointing.resume_ckpt={path} and "
-            "training.optimizer.reset_training_state=true"
-        )
+        checkpoint = files.load_checkpoint(path)
+        weights_only = f"another checkpoint_dir with training.checkpointing.resume_ckpt={path} and "
+        weights_only = f"start from its weights: {weights_only}training.optimizer.reset_training_state=true"
         missing = ", ".join(sorted(set(STATE_KEYS) - set(checkpoint)))
         if missing:
             raise ValueError(f"checkpoint {path} lacks {missing} and cannot be resumed; {weights_only}")
         weights = checkpoints.network_tensors(checkpoint["model"], path)
-        expected, lora = lora_settings(training.adaptation), checkpoint.get("lora") or {}
-        if expected != dict(lora.get("settings", {})):
-            raise ValueError(
-                f"checkpoint {path} was trained with training.adaptation {lora.get('settings') or 'without adapters'}, "
-                f"this run has {expected or 'none'}: use the same settings, or {weights_only}, which are merged ones"
-            )
+        lora = checkpoint.get("lora") or {}
+        if self.lora != dict(lora.get("settings", {})):
+            told = f"{lora.get('settings') or 'without adapters'}, this run has {self.lora or 'none'}"
+            same = f"use the same settings, or {weights_only}, which are merged ones"
+            raise ValueError(f"checkpoint {path} was trained with training.adaptation {told}: {same}")
         if lora:  # merging rounds, so the matrices under the adapters are kept beside the merged ones
             for name in lora["base"]:
                 weights.pop(name.replace(".base_layer.", "."))
@@ -159,16 +158,12 @@ class GSLRMTraining(Training):
         saved = checkpoint["optimizer"]["param_groups"]
         sizes, own_sizes = ([len(g["params"]) for g in groups] for groups in (saved, self.optimizer.param_groups))
         if sizes != own_sizes or checkpoint.get("trained", list(self.parameters)) != list(self.parameters):
-            raise ValueError(
-                f"checkpoint {path} trained other parameters ({sum(sizes)} tensors, this run {sum(own_sizes)}): "
-                f"training.adaptation must stay as it was, or {weights_only}"
-            )
+            told = f"trained other parameters ({sum(sizes)} tensors, this run {sum(own_sizes)})"
+            raise ValueError(f"checkpoint {path} {told}: training.adaptation must stay as it was, or {weights_only}")
         self.passes, self.updates = int(checkpoint["fwdbwd_pass_step"]), int(checkpoint["param_update_step"])
         if not is_own and self.passes >= self.options.steps:
-            raise ValueError(
-                f"checkpoint {path} is at pass {self.passes}, so training.schedule.max_fwdbwd_passes="
-                f"{self.options.steps} leaves nothing to do: raise it, or {weights_only}"
-            )
+            told = f"training.schedule.max_fwdbwd_passes={self.options.steps} leaves nothing to do"
+            raise ValueError(f"checkpoint {path} is at pass {self.passes}, so {told}: raise it, or {weights_only}")
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         schedule, scheduler = checkpoint.get("schedule", {}), checkpoint["lr_scheduler"]
         self.schedule_start, self.tried = int(schedule.get("start_pass", 0)), int(scheduler["last_epoch"])
@@ -225,24 +220,24 @@ class GSLRMTraining(Training):
                 output.gaussians, batch.target_cameras, batch.background, training.runtime.raster_backend,
                 recompute=training.runtime.recompute_rendering,
             )  # fmt: skip
-        loss, parts = total_loss(weights, losses, output, batch.targets, rgb=rgb, alpha=alpha, networks=self.networks)
+        loss, parts = total_loss(weights, losses, output, batch, rgb=rgb, alpha=alpha, networks=self.networks)
         # 0 that depends on every Gaussian value, so that every parameter has a gradient (DDP demands it); NaN if one is
         # not finite, so that such a pass counts as one whose loss is not finite.
         names = ("xyz", "features", "scaling", "rotation", "opacity")
         zero = 0.0 * sum(getattr(output.gaussians, name).sum() for name in names)
-        return loss + zero, (parts, batch.targets, rgb, alpha)
+        return loss + zero, (parts, batch, rgb, alpha)
 
     def numbers(self, details: tuple) -> dict[str, float]:
-        parts, targets, rgb, alpha = details
+        parts, batch, rgb, alpha = details
         values = {name: self.accelerator.reduce(part.detach(), "mean").item() for name, part in parts.items()}
-        return values if rgb is None else values | image_metrics(rgb, alpha, targets.rgb, targets.alpha)
+        return values if rgb is None else values | image_metrics(rgb, alpha, batch.rgb, batch.alpha)
 
     def image(self, details: tuple) -> Tensor | None:
         """Contact sheet: targets of the first samples above, renderings below."""
-        _, targets, rgb, _ = details
+        _, batch, rgb, _ = details
         if rgb is None:
             return None
-        rows = [row for i in range(min(4, len(rgb))) for row in (targets.rgb[i], rgb[i].detach().clamp(0, 1))]
+        rows = [row for i in range(min(4, len(rgb))) for row in (batch.rgb[i], rgb[i].detach().clamp(0, 1))]
         return grid(torch.cat(rows), rgb.shape[1])
 
     def averaged(self) -> dict[str, Tensor]:
@@ -280,9 +275,9 @@ class GSLRMTraining(Training):
             "scaler": self.scaler.state_dict(), "counts": dict(self.counts), "recent_skips": list(self.recent),
             "trained": list(self.parameters), "rig": rig,
         }  # fmt: skip
-        if adaptation.lora_rank:
+        if self.lora:
             content["lora"] = {
-                "settings": lora_settings(adaptation),
+                "settings": self.lora,
                 "base": {name: tensor for name, tensor in state.items() if ".base_layer." in name},
                 "adapters": {name: tensor for name, tensor in state.items() if files.is_adapter_weight(name)},
             }
@@ -309,7 +304,54 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def compile_blocks(model: GSLRM) -> None:
-    """Compiles the transformer blocks in place: parameter names and everything around the blocks stay as they are. With
-    background tokens pruned the number of tokens changes from batch to batch: one graph for all lengths."""
+    """Compiles the transformer blocks in place; parameter names and everything around the blocks stay."""
+    # With background tokens pruned the number of tokens changes from batch to batch: one graph for all lengths.
     for block in model.transformer_layers:
         block.compile(dynamic=True if model.config.prune_background_tokens else None)
+
+
+def check_adaptation(options: AdaptationConfig, num_layers: int) -> list[int]:
+    """Returns the numbers of the blocks that train, ascending: trainable_layers is "20-23", "0,4-7", "none" or None
+    (all). Raises ValueError for whatever cannot be meant."""
+    text, lora, section = options.trainable_layers, options.lora_rank, "training.adaptation"
+    chosen = set(range(num_layers)) if text is None else set()
+    for part in [] if text is None or text.strip().lower() == "none" else text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
+        if match is None:
+            raise ValueError(f"{section}.trainable_layers must look like 20-23 or 0,4-7 or none, got {text!r}")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if first > last or last >= num_layers:
+            raise ValueError(f"{section}.trainable_layers: {part.strip()} is not a range within 0-{num_layers - 1}")
+        chosen.update(range(first, last + 1))
+    frozen_rest = options.freeze_embedder and options.freeze_heads
+    for wrong, told in (
+        (lora < 0 or options.lora_alpha <= 0 or not 0 <= options.lora_dropout < 1,
+         ": lora_rank must be 0 (off) or more, lora_alpha above 0 and lora_dropout in [0, 1), got "
+         f"{lora}, {options.lora_alpha:g}, {options.lora_dropout:g}"),
+        (set(options.lora_targets) - set(TARGETS) or (lora and not options.lora_targets),
+         f".lora_targets must be some of {', '.join(TARGETS)}, got {', '.join(options.lora_targets)}"),
+        (lora and not chosen, f": lora_rank {lora} needs blocks to adapt; trainable_layers names none"),
+        (not chosen and frozen_rest,
+         " freezes everything: trainable_layers none, freeze_embedder and freeze_heads true"),
+        # Adapters on their own are a model only if nothing else has moved.
+        (options.save_adapters and not (lora and frozen_rest),
+         ".save_adapters needs lora_rank above 0, freeze_embedder=true and freeze_heads=true"),
+    ):  # fmt: skip
+        if wrong:
+            raise ValueError(section + told)
+    return sorted(chosen)
+
+
+def adapt(model: nn.Module, options: AdaptationConfig) -> None:
+    """Adds the adapters and freezes what shall not move, in place. The output does not change."""
+    layers = check_adaptation(options, len(model.transformer_layers))
+    blocks = tuple(f"{BLOCKS}{layer}." for layer in layers)
+    if options.lora_rank:
+        targets = [block + target for block in blocks for target in options.lora_targets]
+        files.add_adapters(model, targets, options.lora_rank, options.lora_alpha, options.lora_dropout)
+    for name, parameter in model.named_parameters():
+        if name.startswith(BLOCKS):
+            trains = name.startswith(blocks) and (not options.lora_rank or files.is_adapter_weight(name))
+        else:
+            trains = not (options.freeze_embedder if name.startswith(EMBEDDER) else options.freeze_heads)
+        parameter.requires_grad_(trains)

@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from gslrm.data.mouse_dataset import MouseViewDataset
-from gslrm.losses import Targets
+from gslrm.losses import Batch
 from gslrm.model.gaussians_renderer import render
 from gslrm.model.gslrm import GSLRM, GSLRMOutput
 from multiview import metrics
 from multiview.cameras import Cameras
 from multiview.image import grid
-
-
-class Batch(NamedTuple):
-    """A collated batch on the device: cameras [b, v] of the inputs, and [b, t] of the targets; background [b, 3]."""
-
-    cameras: Cameras
-    target_cameras: Cameras
-    background: Tensor
-    targets: Targets  # the input images too
 
 
 def prepare(batch: dict[str, Tensor], num_inputs: int, device: torch.device) -> Batch:
@@ -32,18 +22,15 @@ def prepare(batch: dict[str, Tensor], num_inputs: int, device: torch.device) -> 
     cameras = Cameras(batch["c2w"], batch["fxfycxcy"], *batch["image"].shape[-2:])
     inputs, chosen = slice(0, num_inputs), batch["targets"]
     rows = torch.arange(len(chosen), device=device)[:, None]
-    targets = Targets(
-        rgb=batch["image"][rows, chosen], alpha=batch["alpha"][rows, chosen],
-        input_rgb=batch["image"][:, inputs], input_alpha=batch["alpha"][:, inputs],
-        input_forward=batch["c2w"][:, inputs, :3, 2], input_focal_px=batch["fxfycxcy"][:, inputs, 0],
-        input_depth=batch["depth"][:, inputs] if "depth" in batch else None,
+    return Batch(
+        cameras[:, inputs], batch["image"][:, inputs], batch["alpha"][:, inputs],
+        batch["depth"][:, inputs] if "depth" in batch else None,
+        cameras[rows, chosen], batch["image"][rows, chosen], batch["alpha"][rows, chosen], batch["background"],
     )  # fmt: skip
-    return Batch(cameras[:, inputs], cameras[rows, chosen], batch["background"], targets)
 
 
 def run_model(model: torch.nn.Module, prune: bool, batch: Batch, *, clip_xyz: bool = False) -> GSLRMOutput:
-    masks = batch.targets.input_alpha if prune else None
-    return model(batch.targets.input_rgb, batch.cameras, masks=masks, clip_xyz=clip_xyz)
+    return model(batch.input_rgb, batch.cameras, masks=batch.input_alpha if prune else None, clip_xyz=clip_xyz)
 
 
 @torch.no_grad()
@@ -74,16 +61,16 @@ def validate(
             output = run_model(model, model.config.prune_background_tokens, batch)
         rendered = render(output.gaussians, batch.target_cameras, batch.background, backend)
         for part, views in (("input", slice(0, num_inputs)), ("novel", slice(num_inputs, None))):
-            rgb, truth = rendered.rgb[0, views].clamp(0.0, 1.0), batch.targets.rgb[0, views]
+            rgb, truth = rendered.rgb[0, views].clamp(0.0, 1.0), batch.rgb[0, views]
             if not len(truth):
                 continue
-            measured = image_metrics(rgb, rendered.alpha[0, views], truth, batch.targets.alpha[0, views])
+            measured = image_metrics(rgb, rendered.alpha[0, views], truth, batch.alpha[0, views])
             measured["ssim"] = metrics.ssim(rgb, truth).mean().item()
             if lpips is not None:
                 measured["lpips"] = lpips(rgb, truth).mean().item()
             for name, value in measured.items():
                 values[f"{part}_{name}"].append(value)
         if number < num_pictures:
-            rows += [batch.targets.rgb[0], rendered.rgb[0].clamp(0.0, 1.0)]
+            rows += [batch.rgb[0], rendered.rgb[0].clamp(0.0, 1.0)]
     model.train(was_training)
     return {name: sum(each) / len(each) for name, each in values.items()}, grid(torch.cat(rows), len(rows[0]))

@@ -19,14 +19,12 @@ from multiview.files import read_json, take
 # Nerfstudio's and COLMAP's names; FaceLift's files have none of them.
 LENS_TERMS = ("k1", "k2", "k3", "k4", "k5", "k6", "p1", "p2", "skew")
 LARGEST_SIDE = 1 << 15  # pixels; no camera file is believed beyond it
-TURNTABLE_DISTANCE = 2.7  # FaceLift's, as the rigs'
-TURNTABLE_HFOV_DEG = 50.0
+TURNTABLE_HFOV_DEG = 50.0  # FaceLift's
 
 
 @dataclass(frozen=True)
 class Cameras:
-    """Pinhole cameras of one image size in pixels. c2w: [..., 4, 4] camera to world, rigid. fxfycxcy: [..., 4]
-    pixels."""
+    """Pinhole cameras of one image size. c2w: [..., 4, 4] camera to world, rigid. fxfycxcy: [..., 4] pixels."""
 
     c2w: Tensor
     fxfycxcy: Tensor
@@ -77,25 +75,20 @@ class Cameras:
     def orbit(
         azimuth_deg: Tensor, elevation_deg: Tensor, distance: Tensor | float, focal_over_width: float, size: int
     ) -> Cameras:
-        """Returns square-image cameras around the origin, at azimuths and elevations [...] and distances (scalar or
-        [...]). Azimuth 0 is at -y, 90 at -x. Computed in float64, returned as float32."""
+        """Returns cameras of square images around the origin; azimuths, elevations, distances (or one): [...]."""
         eye = direction(azimuth_deg.double(), elevation_deg.double())
         eye = eye * torch.as_tensor(distance, dtype=torch.float64)[..., None]
         focal = focal_over_width * size
         fxfycxcy = torch.tensor([focal, focal, size / 2, size / 2], dtype=torch.float64)
-        cameras = Cameras.look_at(eye, torch.zeros(3, dtype=torch.float64), fxfycxcy, size, size)
-        return cameras.to(torch.float32)  # as every other camera, whatever it was computed in
+        return Cameras.look_at(eye, torch.zeros(3, dtype=torch.float64), fxfycxcy, size, size).to(torch.float32)
 
     @staticmethod
-    def turntable(
-        num_views: int, size: int, *, elevation_deg: float = 0.0, distance: float = TURNTABLE_DISTANCE,
-        hfov_deg: float = TURNTABLE_HFOV_DEG,
-    ) -> Cameras:  # fmt: skip
+    def turntable(num_views: int, size: int, *, elevation_deg: float = 0.0) -> Cameras:
         """FaceLift's turntable: from -y counter-clockwise over 360 degrees, end point excluded. Shape [num_views]."""
-        # Azimuth runs clockwise, the turntable counter-clockwise.
+        # Azimuth runs clockwise. The distance is FaceLift's, as the rigs'.
         azimuth_deg = -torch.arange(num_views, dtype=torch.float64) * 360.0 / num_views
-        focal_over_width = 0.5 / math.tan(math.radians(hfov_deg) / 2)
-        return Cameras.orbit(azimuth_deg, torch.full_like(azimuth_deg, elevation_deg), distance, focal_over_width, size)
+        focal = 0.5 / math.tan(math.radians(TURNTABLE_HFOV_DEG) / 2)
+        return Cameras.orbit(azimuth_deg, torch.full_like(azimuth_deg, elevation_deg), 2.7, focal, size)
 
     @property
     def shape(self) -> torch.Size:
@@ -126,6 +119,11 @@ class Cameras:
 
     def __len__(self) -> int:
         return self.c2w.shape[0]
+
+    def joined(self, others: Cameras) -> Cameras:
+        """These cameras [v] and others [w] of the same image size, [v + w]."""
+        c2w, fxfycxcy = torch.cat([self.c2w, others.c2w]), torch.cat([self.fxfycxcy, others.fxfycxcy])
+        return Cameras(c2w, fxfycxcy, self.height, self.width)
 
     def to(self, target) -> Cameras:
         return replace(self, c2w=self.c2w.to(target), fxfycxcy=self.fxfycxcy.to(target))
@@ -257,9 +255,9 @@ def perturb(
 ) -> Cameras:
     """Returns cameras [...] with independent Gaussian calibration errors, to train against them and to measure them.
 
-    rotation_deg: standard deviation of the angle turned about a uniformly random axis through the camera center.
-    translation: of the center along each world axis, world units. pixels: of the principal point. generator: gives the
-    same unit draws whatever the sizes are: a sweep compares like with like. Zero sizes return the very same values.
+    Standard deviations: rotation_deg of the angle about a random axis through the camera center, translation of the
+    center along each world axis, pixels of the principal point. The generator's unit draws are the same whatever the
+    sizes are, so that a sweep compares like with like.
     """
     for name, value in (("rotation_deg", rotation_deg), ("translation", translation), ("pixels", pixels)):
         if not (math.isfinite(value) and value >= 0):

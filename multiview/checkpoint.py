@@ -79,9 +79,8 @@ def read_sidecar(path: Path | str) -> dict | None:
 
 
 def load_checkpoint(path: Path | str, kind: type = dict):
-    """Loads on the CPU with weights_only; a missing, cut, altered or foreign file is an error that names it. The digest
-    in the sidecar is compared, or without one the checksum that torch's zip files carry per tensor. kind: of the
-    content."""
+    """Loads on the CPU with weights_only; what is missing, cut, altered, foreign or not of `kind` is an error that
+    names it. The sidecar's digest is compared, or else the checksums of torch's zip files."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"checkpoint {path} does not exist")
@@ -160,8 +159,7 @@ def load_strict(
     module: torch.nn.Module, state_dict: Mapping[str, Tensor], source: Path | str,
     renames: Sequence[tuple[str, str]] = (),
 ) -> None:  # fmt: skip
-    """Loads every tensor or raises ValueError with the names. renames: (regular expression, replacement) of foreign
-    names."""
+    """Loads every tensor or raises ValueError with the names. renames: (regular expression, its replacement)."""
     renamed = {}
     for name, tensor in state_dict.items():
         if not isinstance(name, str) or not hasattr(tensor, "shape"):
@@ -171,14 +169,11 @@ def load_strict(
         renamed[name] = tensor
     own = module.state_dict()  # torch's own strict loading speaks of one kind of problem at a time
     groups = {"missing": sorted(set(own) - set(renamed)), "unexpected": sorted(set(renamed) - set(own))}
-    groups["wrong shape"] = [
-        f"{name} {list(renamed[name].shape)} instead of {list(own[name].shape)}"
-        for name in sorted(set(own) & set(renamed))
-        if own[name].shape != renamed[name].shape
-    ]
+    differing = [name for name in sorted(set(own) & set(renamed)) if own[name].shape != renamed[name].shape]
+    shapes = [f"{name} {list(renamed[name].shape)} instead of {list(own[name].shape)}" for name in differing]
     problems = [
-        f"{title}: {', '.join(names[:5])}" + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-        for title, names in groups.items()
+        f"{title}: {', '.join(names[:5])}" + f" and {len(names) - 5} more" * (len(names) > 5)
+        for title, names in {**groups, "wrong shape": shapes}.items()
         if names
     ]
     if problems:

@@ -24,11 +24,9 @@ Config = TypeVar("Config")
 def load_config(
     schema: type[Config], path: Path | str | None = None, overrides: list[str] = (), *, ignored: set[str] = frozenset()
 ) -> Config:
-    """Typed defaults (schema, a dataclass type) <- YAML (with its `base:` chain) <- `a.b=c` overrides.
-
-    ignored: dotted keys of other people's files that have no effect here, logged and dropped. Text stays as it was
-    typed where the schema says str: YAML would read 2024_06_01 as a number. Raises ValueError naming the file.
-    """
+    """Typed defaults (schema, a dataclass type) <- YAML (with its `base:` chain) <- `a.b=c` overrides. ignored: dotted
+    keys that have no effect here, logged and dropped. Text stays as typed where the schema says str: YAML would read
+    2024_06_01 as a number. Raises ValueError naming the file."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError

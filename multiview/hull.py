@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,36 +31,23 @@ RIM_WEIGHT = 0.01  # what a pixel at a mask's rim counts: only where the animal 
 
 
 @dataclass(frozen=True)
-class Grid:
-    """Voxel centers lower + (i + 0.5) * voxel. lower: [3]; voxel: side, world units; shape: voxels along x, y, z."""
+class VisualHull:
+    """Voxels of a grid that lie inside every mask. lower: [3] its corner; voxel: side, world units; shape: voxels along
+    x, y, z. index: [n] linear, rising. coverage: [n], the least mask value over the views."""
 
     lower: Tensor
     voxel: float
     shape: tuple[int, int, int]
-
-    def points(self, index: Tensor) -> Tensor:
-        """Linear indices [n] -> centers [n, 3]."""
-        return self.lower + (torch.stack(torch.unravel_index(index, self.shape), dim=-1) + 0.5) * self.voxel
-
-    def __len__(self) -> int:
-        return math.prod(self.shape)
-
-
-@dataclass(frozen=True)
-class VisualHull:
-    """Voxels inside every mask. index: [n] linear, rising. coverage: [n], the least mask value over the views."""
-
-    grid: Grid
     index: Tensor
     coverage: Tensor
 
     @property
     def points(self) -> Tensor:  # [n, 3] voxel centers
-        return self.grid.points(self.index)
+        return self.lower + (torch.stack(torch.unravel_index(self.index, self.shape), dim=-1) + 0.5) * self.voxel
 
     @property
     def volume(self) -> float:  # cubic world units
-        return len(self.index) * self.grid.voxel**3
+        return len(self.index) * self.voxel**3
 
     @property
     def centre(self) -> Tensor:
@@ -69,8 +57,7 @@ class VisualHull:
         return (self.points * (self.coverage / self.coverage.sum())[:, None]).sum(0)
 
 
-@dataclass(frozen=True)
-class Surface:
+class Surface(NamedTuple):
     """The hull's outer voxels. points, normals: [n, 3] (outward, unit). voxel: side. colours: [n, 3] 0..1 or None."""
 
     points: Tensor
@@ -94,10 +81,8 @@ def carve(
     masks: Tensor, cameras: Cameras, *, resolution: int = RESOLUTION, bounds: tuple[Tensor, Tensor] | None = None
 ) -> VisualHull:
     """masks: [v, 1, h, w] 0..1 (soft rims are read between pixels), cameras: [v] -> the hull, perhaps empty. bounds:
-    opposite corners [3] of the box to search (default `viewed_cube`). resolution: voxels, at least, along its longest
-    side."""
-    grid, index, coverage, _ = _carve(masks, cameras, resolution, bounds, misses=0)
-    return VisualHull(grid, index, coverage)
+    opposite corners [3] of the searched box (`viewed_cube`). resolution: voxels, at least, along its longest side."""
+    return _carve(masks, cameras, resolution, bounds, misses=0)[0]
 
 
 def carve_leave_one_out(
@@ -106,23 +91,24 @@ def carve_leave_one_out(
     """The hull of all views, and per view the hull of all the others; arguments as `carve`, one pass for all."""
     if len(masks) < 3:
         raise ValueError(f"carve_leave_one_out needs at least 3 views, got {len(masks)}")
-    grid, index, coverage, missed_by = _carve(masks, cameras, resolution, bounds, misses=1)
+    found, missed_by = _carve(masks, cameras, resolution, bounds, misses=1)
     chosen = [missed_by < 0, *((missed_by < 0) | (missed_by == view) for view in range(len(masks)))]
-    hull, *others = (VisualHull(grid, index[part], coverage[part]) for part in chosen)
+    hull, *others = (replace(found, index=found.index[part], coverage=found.coverage[part]) for part in chosen)
     return hull, others
 
 
 def _carve(
     masks: Tensor, cameras: Cameras, resolution: int, bounds: tuple[Tensor, Tensor] | None, misses: int
-) -> tuple[Grid, Tensor, Tensor, Tensor]:
-    """Grid, indices [n], coverage [n] and the one view that rejects a voxel [n] (-1: none) with at most `misses`."""
+) -> tuple[VisualHull, Tensor]:
+    """Voxels outside at most `misses` (0 or 1) masks, and the view that rejects each of them [n] (-1: none)."""
     wanted = [len(cameras), 1, cameras.height, cameras.width]
     if list(masks.shape) != wanted:
         raise ValueError(f"masks must be {wanted} (h, w last) to go with the cameras, got {list(masks.shape)}")
     masks = masks.float()
     lower, upper = (corner.to(masks) for corner in (bounds or viewed_cube(cameras)))
     voxel = float((upper - lower).max()) / COARSE
-    coarse = Grid(lower, voxel, tuple(max(1, round(side / voxel)) for side in (upper - lower).tolist()))
+    shape = tuple(max(1, round(side / voxel)) for side in (upper - lower).tolist())
+    coarse = VisualHull(lower, voxel, shape, torch.arange(math.prod(shape), device=masks.device), masks[:0])
     # Masks grown by half a voxel's diagonal where it is nearest: no voxel that holds a piece of the hull is lost.
     nearest = (cameras.origins - (lower + upper) / 2).norm(dim=-1) - (upper - lower).norm() / 2
     scale = float((cameras.fxfycxcy[:, 0] / nearest.clamp_min(0.1 * float((upper - lower).norm()))).max())
@@ -130,32 +116,31 @@ def _carve(
     # One axis after the other: the same, sooner.
     grown = F.max_pool2d(masks, (2 * margin + 1, 1), stride=1, padding=(margin, 0))
     grown = F.max_pool2d(grown, (1, 2 * margin + 1), stride=1, padding=(0, margin))
-    index, _, _ = _test(coarse, torch.arange(len(coarse), device=masks.device), grown, cameras, misses)
-    if not len(index):
-        return coarse, index, masks.new_zeros(0), index
+    coarse, missed_by = _test(coarse, grown, cameras, misses)
+    if not len(coarse.index):
+        return coarse, missed_by
     # The grid of the box around these coarse voxels, at least `resolution` long, and all its voxels within them.
-    cells = torch.stack(torch.unravel_index(index, coarse.shape), dim=-1)
+    cells = torch.stack(torch.unravel_index(coarse.index, shape), dim=-1)
     first = cells.amin(0)
     sides = (cells.amax(0) - first + 1).tolist()
     parts = -(-resolution // max(sides))
     nx, ny, nz = (side * parts for side in sides)
-    part = torch.arange(parts, device=index.device)
+    part = torch.arange(parts, device=cells.device)
     x, y, z = (((cells - first) * parts)[:, None] + torch.cartesian_prod(part, part, part)).flatten(0, 1).unbind(-1)
-    grid = Grid(coarse.lower + first * coarse.voxel, coarse.voxel / parts, (nx, ny, nz))
-    return grid, *_test(grid, ((x * ny + y) * nz + z).sort().values, masks, cameras, misses)
+    candidates = ((x * ny + y) * nz + z).sort().values
+    fine = VisualHull(lower + first * voxel, voxel / parts, (nx, ny, nz), candidates, masks[:0])
+    return _test(fine, masks, cameras, misses)
 
 
-def _test(
-    grid: Grid, candidates: Tensor, masks: Tensor, cameras: Cameras, misses: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Which voxels lie outside at most `misses` (0 or 1) masks: index, coverage, the view that misses it (-1: none)."""
+def _test(candidates: VisualHull, masks: Tensor, cameras: Cameras, misses: int) -> tuple[VisualHull, Tensor]:
+    """Those of the candidates that `_carve` returns."""
     height, width = 2 * cameras.height, 2 * cameras.width
     # Doubled once, then read at the nearest pixel: between bilinear and nearest in precision, one gather per voxel.
     doubled = F.interpolate(masks, scale_factor=2, mode="bilinear", align_corners=False).flatten(1)
     w2c, (fx, fy, cx, cy) = cameras.w2c, (2 * cameras.fxfycxcy).unbind(-1)
     found = []
-    for index in candidates.split(CHUNK):
-        points = grid.points(index)
+    for index in candidates.index.split(CHUNK):
+        points = replace(candidates, index=index).points
         coverage, missed_by = points.new_ones(len(index)), torch.full_like(index, -1)
         for view in range(len(cameras)):
             x, y, z = (points @ w2c[view, :3, :3].T + w2c[view, :3, 3]).unbind(-1)
@@ -170,28 +155,29 @@ def _test(
             coverage = torch.where(inside, torch.minimum(coverage, value), coverage)[keep]
             points, index = points[keep], index[keep]
         found.append((index, coverage, missed_by))
-    return tuple(torch.cat(parts) for parts in zip(*found))
+    index, coverage, missed_by = (torch.cat(parts) for parts in zip(*found))
+    return replace(candidates, index=index, coverage=coverage), missed_by
 
 
 def surface(hull: VisualHull) -> Surface:
     """Voxels with a free side, and normals from the fraction of filled voxels around them (5 x 5 x 5)."""
-    grid, reach = hull.grid, 2
-    filled = torch.zeros(len(grid), dtype=torch.bool, device=hull.index.device)
+    reach = 2
+    filled = torch.zeros(math.prod(hull.shape), dtype=torch.bool, device=hull.index.device)
     filled[hull.index] = True
-    padded = F.pad(filled.reshape(grid.shape), (reach,) * 6)
+    padded = F.pad(filled.reshape(hull.shape), (reach,) * 6)
     _, ny, nz = padded.shape
-    x, y, z = (axis + reach for axis in torch.unravel_index(hull.index, grid.shape))
+    x, y, z = (axis + reach for axis in torch.unravel_index(hull.index, hull.shape))
     place, flat = (x * ny + y) * nz + z, padded.flatten()
     steps = torch.tensor([ny * nz, nz, 1], device=place.device)
     free = torch.zeros_like(place, dtype=torch.bool)
     for step in steps.tolist():
         free |= ~flat[place + step] | ~flat[place - step]
-    place, index = place[free], hull.index[free]
+    place = place[free]
     axis = torch.arange(-reach, reach + 1, device=place.device)
     offsets = torch.cartesian_prod(axis, axis, axis)
     around = flat[place[:, None] + (offsets * steps).sum(-1)]
-    normals = F.normalize(-(around.to(grid.lower.dtype) @ offsets.to(grid.lower.dtype)), dim=-1)
-    return Surface(grid.points(index), normals, grid.voxel)
+    normals = F.normalize(-(around.to(hull.lower) @ offsets.to(hull.lower)), dim=-1)
+    return Surface(hull.points[free], normals, hull.voxel)
 
 
 def observe(surface: Surface, rgb: Tensor, masks: Tensor, cameras: Cameras) -> tuple[Tensor, Tensor]:
@@ -215,12 +201,11 @@ def colour_surface(surface: Surface, rgb: Tensor, masks: Tensor, cameras: Camera
     """The surface with the views' colours, weighted as `observe` says; where no view sees a point, their plain mean."""
     colours, weights = observe(surface, rgb, masks, cameras)
     weights = weights + HIDDEN_WEIGHT
-    return replace(surface, colours=(colours * weights[..., None]).sum(0) / weights.sum(0)[:, None])
+    return surface._replace(colours=(colours * weights[..., None]).sum(0) / weights.sum(0)[:, None])
 
 
 def nearest_points(surface: Surface, cameras: Cameras) -> tuple[Tensor, Tensor]:
-    """Returns the index [v, h, w] of the point each pixel shows (-1: none; ties: the lower) and its depth z (0:
-    none)."""
+    """Returns the index [v, h, w] of the point each pixel shows (-1: none; ties: the lower), its depth z (0: none)."""
     key = torch.where(silhouettes(surface, cameras)[:, 0], _splat(surface, cameras, WIDE), EMPTY)
     empty = key == EMPTY
     depth = (key >> 32).to(torch.int32).view(torch.float32).masked_fill(empty, 0)

@@ -51,9 +51,9 @@ def read_photo(path: Path | str) -> Tensor:
     return _to_tensor(_decode(path, PHOTO_PIXELS, longest=PHOTO_SIDE))
 
 
-def check_picture(path: Path | str) -> None:
-    """Raises ValueError if a file is not there, not an image or too large; reads its header only."""
-    _decode(path, PHOTO_PIXELS, header_only=True)
+def check_picture(path: Path | str) -> tuple[int, int]:
+    """Returns an image's width and height from its header; ValueError if it is not there, no image or too large."""
+    return _decode(path, PHOTO_PIXELS, header_only=True).size
 
 
 def _decode(path: Path | str, most: int, *, longest: int | None = None, header_only: bool = False) -> Image.Image:
@@ -222,24 +222,17 @@ def grid(pictures: Tensor, columns: int) -> Tensor:
     return rearrange(pictures, "(r k) c h w -> c (r h) (k w)", k=columns)
 
 
-@dataclass(frozen=True)
-class PhotoReport:
-    """What `prepare_photo` did; goes into run.json."""
-
-    segmented: bool  # the file had no alpha, the animal was cut out here
-    cropped: bool  # the image was moved and scaled
-    scale: float  # output pixels per input pixel
-    body_area: float  # of the result
-    centre_offset: float  # of the result, in image widths
-
-
-def prepare_photo(rgba: Tensor, size: int, *, crop: str = "auto", source: str = "image") -> tuple[Tensor, PhotoReport]:
-    """[4, h, w] 0..1 -> [4, size, size] RGBA framed like the training data, and a report of what was done.
+def prepare_photo(rgba: Tensor, size: int, *, crop: str = "auto", source: str = "image") -> tuple[Tensor, dict]:
+    """[4, h, w] 0..1 -> [4, size, size] RGBA framed like the training data, and a report for run.json: whether it was
+    segmented (cut out here) and cropped (moved and scaled), output pixels per input pixel, and of the result the
+    body's area and its offset from the center in image widths.
 
     A photograph is segmented where its alpha is no animal's mask: opaque, or covering nearly the whole image. crop:
     `auto` keeps a square image whose animal already stands as in the training data and crops any other; `always`,
     `never` (the image must then be square). Raises ValueError when no animal can be told from the background.
     """
+    import cv2
+
     if crop not in ("auto", "always", "never"):
         raise ValueError(f"crop must be auto, always or never, got {crop!r}")
     array = rgba.permute(1, 2, 0).numpy()
@@ -272,17 +265,22 @@ def prepare_photo(rgba: Tensor, size: int, *, crop: str = "auto", source: str = 
         # Padded by one side all around, so that any square lies inside.
         padded = np.pad(array, ((side, side), (side, side), (0, 0)))
         array = padded[top + side : top + 2 * side, left + side : left + 2 * side]
-    array = _resize_premultiplied(array, size)
+    if side != size:  # premultiplied, so that colors of transparent pixels do not bleed into the outline
+        how, alpha = cv2.INTER_AREA if size < side else cv2.INTER_CUBIC, array[..., 3:]
+        resized = cv2.resize(np.concatenate([array[..., :3] * alpha, alpha], axis=-1), (size, size), interpolation=how)
+        alpha = resized[..., 3:].clip(0, 1)
+        array = np.concatenate([(resized[..., :3] / np.maximum(alpha, 1e-4)).clip(0, 1), alpha], axis=-1)
     area, offset, _ = body_placement(array[..., 3] > 0.5)
     result = torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1))).float().clamp(0, 1)
-    return result, PhotoReport(segmented, cropped, size / side, round(area, 4), round(offset, 4))
+    report = {"segmented": segmented, "cropped": cropped, "scale": size / side, "body_area": round(area, 4)}
+    return result, {**report, "centre_offset": round(offset, 4)}
 
 
 def body_placement(mask: np.ndarray) -> tuple[float, float, tuple[float, float]]:
-    """Returns of a mask [h, w]: body area / image area, center offset / width, center (x, y) in pixels. The tail, which
-    would pull the center, goes by opening the mask with a disc of a tenth of its own size."""
+    """Returns of a mask [h, w]: body area / image area, center offset / width, center (x, y) in pixels."""
     import cv2
 
+    # The tail, which would pull the center, goes by opening the mask with a disc of a tenth of its own size.
     radius = max(1, round(0.10 * float(np.sqrt(mask.sum()))))
     disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1, 2 * radius + 1))
     padded = np.pad(mask.astype(np.uint8), radius + 1)
@@ -295,8 +293,7 @@ def body_placement(mask: np.ndarray) -> tuple[float, float, tuple[float, float]]
 
 
 def segment(rgb: np.ndarray, source: str = "image") -> np.ndarray:
-    """[h, w, 3] 0..1 -> soft mask [h, w]: color distance from the border's color, refined by GrabCut, else
-    ValueError."""
+    """[h, w, 3] 0..1 -> soft mask [h, w] or a ValueError: distance from the border's color, refined by GrabCut."""
     import cv2
 
     height, width = rgb.shape[:2]
@@ -323,16 +320,3 @@ def segment(rgb: np.ndarray, source: str = "image") -> np.ndarray:
         raise ValueError(f"{told}; pass an RGBA image whose alpha is the animal's mask")
     soft = cv2.GaussianBlur(mask.astype(np.float32), (0, 0), 0.7)
     return np.clip(cv2.resize(soft, (width, height), interpolation=cv2.INTER_LINEAR), 0, 1)
-
-
-def _resize_premultiplied(array: np.ndarray, size: int) -> np.ndarray:
-    """Resize without bleeding the colors of transparent pixels into the outline."""
-    import cv2
-
-    if array.shape[:2] == (size, size):
-        return array
-    how = cv2.INTER_AREA if size < array.shape[0] else cv2.INTER_CUBIC
-    alpha = array[..., 3:]
-    resized = cv2.resize(np.concatenate([array[..., :3] * alpha, alpha], axis=-1), (size, size), interpolation=how)
-    alpha = resized[..., 3:].clip(0, 1)
-    return np.concatenate([(resized[..., :3] / np.maximum(alpha, 1e-4)).clip(0, 1), alpha], axis=-1)

@@ -9,6 +9,7 @@ from dataclasses import MISSING, asdict, dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from multiview.cameras import Cameras
@@ -127,11 +128,10 @@ class ViewRig:
 
     def fingerprint(self) -> str:
         """Returns a short hash of geometry and order, equal for rigs that agree up to rounding."""
+        places = [(v.azimuth_deg, v.elevation_deg, self.view_distance(v)) for v in self.views]
         # Rounded, so that a rig and the same rig read from a file have one fingerprint.
-        content = [self.azimuth_zero, self.reference_view, round(self.focal, 5)]
-        for view in self.views:
-            distance = round(self.view_distance(view), 3)
-            content.append([round(view.azimuth_deg, 2), round(view.elevation_deg, 2), distance])
+        rounded = [[round(azimuth, 2), round(elevation, 2), round(far, 3)] for azimuth, elevation, far in places]
+        content = [self.azimuth_zero, self.reference_view, round(self.focal, 5), *rounded]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
     def differences(self, other: ViewRig) -> list[str]:
@@ -155,8 +155,7 @@ class ViewRig:
         return told
 
     def mirror_order(self) -> list[int]:
-        """Returns per view the index of its mirror image in x (the vertical plane through azimuth 0), else
-        ValueError."""
+        """Returns per view the index of its mirror image in x (the plane through azimuth 0), else ValueError."""
 
         def mirrors(view: View, other: View) -> bool:
             turn = (view.azimuth_deg + other.azimuth_deg + 180.0) % 360.0 - 180.0
@@ -199,6 +198,12 @@ class ViewRig:
             return _from_row(ViewRig, {**content, "views": views}, where)
         except ValueError as error:  # the rig's own checks name the rig alone
             raise ValueError(str(error) if source in str(error) else f"{source}: {error}") from None
+
+    def novel_cameras(self, count: int, size: int, rng: np.random.Generator) -> Cameras:
+        """Returns random cameras [count] around the rig: elevation -5 to 60 degrees, distance within 11 %."""
+        azimuth, elevation = rng.uniform(0, 360, count), rng.uniform(-5.0, 60.0, count)
+        distance = self.distance * rng.uniform(2.4 / 2.7, 3.0 / 2.7, count)
+        return Cameras.orbit(*map(torch.from_numpy, (azimuth, elevation, distance)), self.focal, size)
 
     @staticmethod
     def from_cameras(cameras: Cameras, name: str, view_names: list[str] | None = None) -> ViewRig:
@@ -243,12 +248,29 @@ def check_alignment(expected: ViewRig | None = None, allow: str = "", /, **artif
     # What the user named counts first; without it the first artifact does, and the message names both roles.
     base_role = "requested" if expected is not None else next(iter(artifacts))
     base = expected if expected is not None else artifacts[base_role]
-    for role, rig in artifacts.items():
-        if differences := base.differences(rig):
-            told = mismatch_message(base_role, base, role, rig, differences)
-            instead = f"\n  or, to fine-tune these weights to the other rig: {allow}=true" if allow else ""
-            raise RigMismatchError(told + instead)
-    return base
+    role, rig = next(((role, rig) for role, rig in artifacts.items() if base.differences(rig)), (base_role, base))
+    if not (differences := base.differences(rig)):
+        return base
+    columns = []
+    for name, one in ((base_role, base), (role, rig)):
+        lines = [f"{name}: rig {one.name}", f"{one.num_views} views, azimuth 0 = {one.azimuth_zero}"]
+        lines.append(f"focal / width {one.focal:.5g}, fingerprint {one.fingerprint()}")
+        for index, view in enumerate(one.views):
+            place = f"az {view.azimuth_deg:6.1f}  el {view.elevation_deg:5.1f}  d {one.view_distance(view):.3g}"
+            lines.append(f"{index} {view.name:<16} {place}")
+        columns.append(lines)
+    width = max(map(len, columns[0])) + 4  # of the left column
+    table = "\n".join(f"  {x:<{width}}{y}".rstrip() for x, y in zip_longest(*columns, fillvalue=""))
+    shown = differences[:4] + ([f"and {len(differences) - 4} more"] if len(differences) > 4 else [])
+    # What to type for a rig: its name if it ships with the project, else the file of the dataset that measured it.
+    ships = (RIGS_FOLDER / f"{base.name}.yaml").is_file() and not load_rig(base.name).differences(base)
+    typed = base.name if ships else "<dataset>/dataset.json"
+    mend = MENDING[role if role in MENDING else base_role].format(rig=typed)
+    raise RigMismatchError(
+        f"{base_role} and {role} describe different views, so the 3D result would be garbage:\n{table}\n"
+        f"  differs: {'; '.join(shown)}\n  to mend: {mend}"
+        + (f"\n  or, to fine-tune these weights to the other rig: {allow}=true" if allow else "")
+    )
 
 
 def check_rig_cameras(rig: ViewRig, cameras: Cameras, source: str) -> None:
@@ -299,23 +321,3 @@ def _check_axes(expected: Cameras, cameras: Cameras, source: str, tolerance_deg:
     if (cosine[..., 0] > 0.5).all() and (cosine[..., 1:] < -0.5).all():
         hint = "they look like OpenGL axes (y up, z backward): negate columns 1 and 2 of c2w"
     raise ValueError(f"{source}: the cameras stand in the right places but look elsewhere; {hint}")
-
-
-def mismatch_message(role_a: str, a: ViewRig, role_b: str, b: ViewRig, differences: list[str]) -> str:
-    """Returns both rigs side by side, what differs, and the command that mends it."""
-    columns = []
-    for role, rig in ((role_a, a), (role_b, b)):
-        lines = [f"{role}: rig {rig.name}", f"{rig.num_views} views, azimuth 0 = {rig.azimuth_zero}"]
-        lines.append(f"focal / width {rig.focal:.5g}, fingerprint {rig.fingerprint()}")
-        for index, view in enumerate(rig.views):
-            place = f"az {view.azimuth_deg:6.1f}  el {view.elevation_deg:5.1f}  d {rig.view_distance(view):.3g}"
-            lines.append(f"{index} {view.name:<16} {place}")
-        columns.append(lines)
-    width = max(map(len, columns[0])) + 4  # of the left column
-    table = "\n".join(f"  {x:<{width}}{y}".rstrip() for x, y in zip_longest(*columns, fillvalue=""))
-    shown = differences[:4] + ([f"and {len(differences) - 4} more"] if len(differences) > 4 else [])
-    # What to type for a rig: its name if it ships with the project, else the file of the dataset that measured it.
-    shipped = (RIGS_FOLDER / f"{a.name}.yaml").is_file() and not load_rig(a.name).differences(a)
-    mend = MENDING[role_b if role_b in MENDING else role_a].format(rig=a.name if shipped else "<dataset>/dataset.json")
-    told = f"{role_a} and {role_b} describe different views, so the 3D result would be garbage"
-    return f"{told}:\n{table}\n  differs: {'; '.join(shown)}\n  to mend: {mend}"

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from multiview.cameras import Cameras
-from multiview.files import atomic_folder, atomic_write, damage_explained, read_json, read_lines, take, write_json
+from multiview.files import DAMAGE, atomic_folder, atomic_write, read_json, read_lines, take, write_json
 from multiview.image import read_rgba, resize_rgba, write_image
 from multiview.rig import ViewRig
 
@@ -31,6 +31,8 @@ CAMERAS_FILE = "opencv_cameras.json"  # FaceLift's name and layout
 DATASET_FILE = "dataset.json"
 MASK_MOST = 0.95  # of an image: alpha that covers more is no mask, and would make the background part of the animal
 DEPTH_UNIT = 1e-4  # world units per step of the 16-bit depth images: up to 6.55 units
+
+MOST_INPUTS = 16  # of views without names
 
 
 @dataclass(frozen=True)
@@ -52,14 +54,20 @@ class Sample:
             told = f"images are {[count, *size]} (views, h, w), cameras expect {wanted}"
             raise ValueError(f"sample {self.id}: {told}, view names are {len(self.view_names)}; one each per view")
 
+    @property
+    def num_inputs(self) -> int:
+        """Posed views to reconstruct from: those with a name, which novel views lack; the first MOST_INPUTS where none
+        has one."""
+        return sum(name is not None for name in self.view_names) or min(len(self.view_names), MOST_INPUTS)
+
 
 def read_sample(
     folder: Path | str, *, image_size: int | None = None, num_views: int | None = None,
     views: Sequence[int] | None = None, with_depth: bool = False,
 ) -> Sample:  # fmt: skip
-    """Reads a sample folder (FaceLift's included); images and cameras resized together to image_size if given.
-    num_views: read the first so many views only. views: read these only, in this order. with_depth: depth images are
-    required. Raises ValueError naming the file, also where a view has no mask."""
+    """Reads a sample folder (FaceLift's included), or its first `num_views`, or these `views` in this order; images and
+    cameras resized together to image_size if given. with_depth: depth images are required. Raises ValueError naming the
+    file, also where a view has no mask."""
     folder = Path(folder)
     path = folder / CAMERAS_FILE
     if not path.is_file():
@@ -169,10 +177,7 @@ def read_dataset_info(folder: Path | str) -> dict:
 
 def open_dataset(folder: Path, rig: ViewRig, parameters: dict) -> None:
     """Starts a dataset folder, or continues one made with the same rig and parameters (JSON values); refuses any other.
-
-    The example dataset that ships with the project is moved aside to <folder>_example: the README's commands work in a
-    clone.
-    """
+    The example dataset is moved aside to <folder>_example, so that the README's commands work in a clone."""
     has_info = (folder / DATASET_FILE).is_file()
     # Hidden names are locks and halves of writes: another process may be about to start the very same dataset.
     if not has_info and folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
@@ -189,11 +194,9 @@ def open_dataset(folder: Path, rig: ViewRig, parameters: dict) -> None:
         return
     # Two halves of a dataset made differently would look like one.
     differences = rig.differences(present.pop("rig"))
-    differences += [
-        f"{key}: {present.get(key)} there, {parameters.get(key)} asked for"
-        for key in sorted({*parameters, *present})
-        if parameters.get(key) != present.get(key)
-    ]
+    for key in sorted({*parameters, *present}):
+        there, wanted = present.get(key), parameters.get(key)
+        differences += [f"{key}: {there} there, {wanted} asked for"] if there != wanted else []
     if differences:
         raise ValueError(
             f"{folder} holds a dataset made with other parameters ({'; '.join(differences)}); "
@@ -222,8 +225,11 @@ def _read_depth(path: Path) -> Tensor:
     """Reads a depth image [1, h, w] in world units."""
     if not path.is_file():
         raise ValueError(f"depth image {path} does not exist: synthetic mice have it (make_synthetic_mouse.py --depth)")
-    with damage_explained(f"depth image {path}"), Image.open(path) as image:
-        steps = np.asarray(image)
+    try:
+        with Image.open(path) as image:
+            steps = np.asarray(image)
+    except DAMAGE as error:
+        raise ValueError(f"depth image {path} cannot be read: {error or type(error).__name__}") from error
     if steps.ndim != 2:  # a colored picture of depth has no unit
         raise ValueError(f"depth image {path} must be gray with 16 bits, got {list(steps.shape)}")
     return torch.from_numpy(steps.astype(np.float32))[None] * DEPTH_UNIT

@@ -27,10 +27,9 @@ from multiview.run import STOP_SIGNALS, make_generator
 class StepSampler(Sampler):
     """Batches of (epoch, sample), one process's share: a DataLoader's batch_sampler, or asked by `batch(number)`.
 
-    lengths: samples of each data set; sample numbers run through the first, then the second, and so on.
-    percents: of 100 items how many come from each, exact in every window of items, the shortest in which they are whole
-    numbers (10 for 70 and 30), in random order. Every data set has epochs of its own, each a permutation.
-    start, stop: the first batch, and the one before which iterating ends (None: it does not end).
+    lengths: samples of each data set, numbered one after the other. percents: of 100 items how many come from each,
+    exact in every shortest window of items in which they are whole numbers (10 for 70 and 30), in random order. Every
+    data set has epochs of its own, each a permutation. start, stop: the first batch, and the one before the end.
     """
 
     def __init__(
@@ -69,9 +68,8 @@ class StepSampler(Sampler):
 
 
 def mixed_lists(main: str, others: Sequence[tuple[str, float]]) -> tuple[list[str], list[int]]:
-    """Returns the split lists that are trained on and how many of 100 items come from each; the sum is 100. others:
-    further lists and their shares. What they leave of 1 comes from `main`. Shares become whole hundredths (the largest
-    remainders round up), so that proportions hold exactly."""
+    """Returns the split lists that are trained on and how many of 100 items come from each. others: further lists and
+    their shares, which become whole hundredths (the largest remainders round up); `main` gives what they leave of 1."""
     lists, shares = [name for name, _ in others], [share for _, share in others]
     left = 1.0 - sum(shares)
     if any(share <= 0 for share in shares) or left < -1e-6:

@@ -279,9 +279,8 @@ def measure(training: Training, run: RunFolder, step: int) -> dict[str, float]:
 
 
 def rate_factor(schedule: str, done: int, warmup: int, total: int, rules: str = "1") -> float:
-    """Learning rate over its base value at update `done` (from 0): linear warm-up, then constant, or linear or cosine
-    to 0 at update `total`; or piecewise_constant, diffusers' `rules` without warm-up: "1:200000,0.5" is 0.5 from
-    200,000 on."""
+    """Learning rate over its base value at update `done` (from 0): linear warm-up, then constant, linear or cosine to 0
+    at update `total`; or piecewise_constant by diffusers' `rules`: "1:200000,0.5" is 0.5 from 200,000 on."""
     if schedule == "piecewise_constant":
         *pieces, last = rules.split(",")
         try:

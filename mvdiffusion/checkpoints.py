@@ -1,16 +1,14 @@
 """Training checkpoints: <output_dir>/checkpoint-<step>/{unet, unet_ema, prompt_embeds, optimizer.pt, checkpoint.json}.
-
-With LoRA also lora/ (adapters in peft's form) and trained.pt (what a resumed run needs); unet and unet_ema then hold
-the adapters folded in, and may be left out. A folder appears under its name only when complete.
-"""
+With LoRA also lora/ (adapters in peft's form) and trained.pt (what a resumed run needs); the UNets then hold them
+folded in, and may be left out. A folder appears under its name only when complete."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -34,8 +32,7 @@ SAME_KEYS = (
 OPTIMIZER_FILE, TRAINED_FILE, SAMPLING_FILE = "optimizer.pt", "trained.pt", "sampling.json"
 
 
-@dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(NamedTuple):
     """A whole training checkpoint found on disk. trained: with LoRA, {own, ema: tensors by name, base}."""
 
     folder: Path
@@ -66,19 +63,13 @@ def save_embeds(folder: Path, embeds: PromptEmbeds) -> None:
     write_json(folder / METADATA_FILE, {**embeds.metadata, "rig": embeds.rig.to_dict()})
 
 
-@dataclass(frozen=True)
-class Sampling:
+class Sampling(NamedTuple):
     """What suits a UNet; the defaults are FaceLift's. mirror: `auto` for one that was trained on animals that face one
     way, `never` for one that takes them as they come (pipeline.MouseFaceLift.generate)."""
 
     num_steps: int = NUM_STEPS
     guidance_scale: float = GUIDANCE_SCALE
     mirror: str = "never"
-
-
-def save_sampling(folder: Path | str, sampling: Sampling) -> None:
-    """Writes sampling.json into a components folder."""
-    write_json(Path(folder) / SAMPLING_FILE, asdict(sampling))
 
 
 def sampling_of(unet_path: Path | str) -> Sampling:
@@ -109,13 +100,11 @@ def newest_training(output_dir: Path | str, rig: ViewRig, config: dict) -> Check
             log.warning("%s is not whole (%s); looking at the one before it", folder, error)
             continue
         check_alignment(rig, unet=ViewRig.from_dict(sidecar["rig"], str(folder / SIDECAR)))
-        differing = [
-            f"{key}: {stored[key]!r} there, {config[key]!r} now"
-            for key in SAME_KEYS
-            if key in stored and stored[key] != config[key]  # a key younger than the checkpoint had no effect on it
-        ]
+        # A key younger than the checkpoint had no effect on it.
+        differing = [key for key in SAME_KEYS if key in stored and stored[key] != config[key]]
         if differing:
-            told = f"{folder} belongs to a run of another model ({'; '.join(differing)})"
+            differences = "; ".join(f"{key}: {stored[key]!r} there, {config[key]!r} now" for key in differing)
+            told = f"{folder} belongs to a run of another model ({differences})"
             raise ValueError(f"{told}; start anew with another output_dir=..., or delete {folder.parent}")
         return Checkpoint(folder, optimizer, sidecar, trained)
     return None

@@ -24,7 +24,7 @@ LIBRARY_ERRORS = (*DAMAGE, ImportError, SafetensorError, StrictDataclassError)
 
 @contextmanager
 def failure_told(what: str) -> Iterator[None]:
-    """Turns a library's exception into a ValueError of one line: `what`, then the first line of the library's."""
+    """Turns a library's exception into a ValueError of one line: `what`, then its first line."""
     try:
         yield
     except LIBRARY_ERRORS as error:
@@ -33,11 +33,8 @@ def failure_told(what: str) -> Iterator[None]:
 
 
 def read_config(path: Path, fields: Mapping[str, type | tuple], required: tuple = (), largest: int = LARGEST) -> dict:
-    """Returns a component's JSON configuration, its sizes and the named fields checked.
-
-    fields: what this project reads itself, each with its type (whole numbers are positive) or its allowed values.
-    Raises ValueError naming the file and the key, before anything is allocated from these numbers.
-    """
+    """Returns a component's JSON configuration, its sizes and the named fields (each with its type, whole numbers are
+    positive, or its allowed values) checked before anything is allocated. Raises ValueError naming file and key."""
     content = read_json(path)
     check_sizes(content, str(path), largest)
     for name, allowed in fields.items():
@@ -61,11 +58,8 @@ def check_sizes(content: dict | list, source: str, largest: int = LARGEST, depth
 
 
 def read_weights(folder: Path, stem: str) -> dict[str, Tensor]:
-    """Returns all tensors of `<stem>.safetensors`, else of its shards, its half-precision variant or torch's .bin.
-
-    Prefixes that torch.compile and DataParallel leave in names are taken off. Raises ValueError for missing, cut and
-    non-finite weights, naming the file.
-    """
+    """Returns all tensors of `<stem>.safetensors`, else of its shards, its half-precision variant or torch's .bin,
+    without the prefixes of torch.compile and DataParallel. Raises ValueError for missing, cut, non-finite weights."""
     named = re.compile(rf"{stem}(\.fp16)?(?:-\d+-of-(\d+))?(\.fp16)?\.(safetensors|bin)")
     groups: dict[tuple[bool, bool, int], list[Path]] = {}
     for path in sorted(folder.glob(f"{stem}*")):
@@ -73,10 +67,8 @@ def read_weights(folder: Path, stem: str) -> dict[str, Tensor]:
             key = (match[4] == "bin", bool(match[1] or match[3]), int(match[2] or 0))
             groups.setdefault(key, []).append(path)
     if not groups:
-        raise ValueError(
-            f"{folder} holds no weights: expected {stem}.safetensors (whole, in shards or .fp16) or .bin; "
-            f"{what_is_there(folder)}"
-        )
+        expected = f"expected {stem}.safetensors (whole, in shards or .fp16) or .bin"
+        raise ValueError(f"{folder} holds no weights: {expected}; {what_is_there(folder)}")
     first = min(groups)  # safetensors before .bin, full precision before half, whole before shards
     if first[2] and len(groups[first]) != first[2]:
         raise ValueError(f"{folder} holds {len(groups[first])} of the {first[2]} shards of {stem}; copy all of them")
@@ -107,11 +99,11 @@ def require_finite(tensors: Mapping[str, Tensor], source: Path) -> None:
     """Refuses weights with NaN or infinity: what they compute looks like an empty image, not like an error."""
     bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if bad:
-        raise ValueError(
-            f"weights {source} hold values that are not finite (NaN or infinity) in {len(bad)} of {len(tensors)} "
-            f"tensors, first in {bad[0]}: the file is damaged or its training diverged; copy it again, or use an "
-            "earlier checkpoint"
+        told = (
+            f"values that are not finite (NaN or infinity) in {len(bad)} of {len(tensors)} tensors, first in {bad[0]}"
         )
+        remedy = "the file is damaged or its training diverged; copy it again, or use an earlier checkpoint"
+        raise ValueError(f"weights {source} hold {told}: {remedy}")
 
 
 def what_is_there(folder: Path) -> str:

@@ -1,8 +1,5 @@
-"""The parts of the diffusion pipeline around the UNet, in diffusers' folder layout, loaded strictly and offline.
-
-<folder>/{unet, vae, image_encoder, feature_extractor, image_normalizer, image_noising_scheduler, scheduler,
-text_encoder, tokenizer}: FaceLift's released `pipeckpts`, and the demo components this project makes itself.
-"""
+"""The parts of the diffusion pipeline around the UNet, in diffusers' folder layout (FaceLift's released `pipeckpts`,
+and the demo components this project makes itself), loaded strictly and offline."""
 
 from __future__ import annotations
 
@@ -17,11 +14,11 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
 from PIL import Image
-from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.utils import logging as transformers_logging
 
-from multiview.files import read_json, take
+from multiview.files import take
 from mvdiffusion.component_files import check_weights, failure_told, read_config, read_weights, require_finite
 from mvdiffusion.models.unet import WEIGHTS, fill_empty, load_unet, resolve_unet_folder
 
@@ -33,10 +30,8 @@ HUB_PREFIX = "hub:"  # asks for a download: nothing else does
 
 @dataclass(frozen=True)
 class Components:
-    """Frozen parts (eval mode, no gradients) and, unless left out, the UNet.
-
-    All on `device`; with `offload` the UNet, the VAE and the image encoder wait on the CPU and are there only in use.
-    """
+    """Frozen parts (eval mode, no gradients) and, unless left out, the UNet, on `device`; with `offload` the UNet, the
+    VAE and the image encoder wait on the CPU and are there only in use."""
 
     vae: AutoencoderKL
     image_encoder: CLIPVisionModelWithProjection
@@ -74,9 +69,7 @@ class Components:
 
 def local_folder(name: Path | str, parts: tuple[str, ...] = ()) -> Path:
     """Returns a folder on disk; `hub:<owner>/<repository>[/<folder>]` is downloaded from the Hugging Face hub (cached).
-
-    parts: component folders that it must hold. Raises ValueError for missing ones, a malformed name, a failed download.
-    """
+    Raises ValueError for a malformed name, a failed download, and where one of the component folders `parts` lacks."""
     folder = Path(name)
     if str(name).startswith(HUB_PREFIX):
         owner, _, rest = str(name).removeprefix(HUB_PREFIX).strip("/").partition("/")
@@ -105,12 +98,9 @@ def load_components(
     folder: Path | str, *, unet: Path | str | None = None, with_unet: bool = True, device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32, offload: bool = False,
 ) -> Components:  # fmt: skip
-    """Loads a components folder (or `hub:...`, see `local_folder`).
-
-    unet: a UNet folder (or training checkpoint) to use instead of `<folder>/unet`. dtype: float16 reproduces FaceLift's
-    inference on a GPU; the CPU wants float32. offload: UNet, VAE and image encoder stay on the CPU but while they work.
-    Raises ValueError for missing folders, for configurations that make no model and for weights that do not fit.
-    """
+    """Loads a components folder (or `hub:...`). unet: a UNet folder or training checkpoint instead of `<folder>/unet`.
+    dtype: float16 reproduces FaceLift's inference on a GPU; the CPU wants float32. Raises ValueError for missing
+    folders, configurations that make no model and weights that do not fit."""
     folder = local_folder(folder, FROZEN)
     resting = torch.device("cpu") if offload else device
     network, unet_folder = None, None
@@ -121,8 +111,7 @@ def load_components(
     image_encoder = _load_clip(CLIPVisionModelWithProjection, folder / "image_encoder", dtype)
     normalizer = _load_diffusers(StableUnCLIPImageNormalizer, folder / "image_normalizer", dtype).to(device)
     return Components(
-        vae=_load_diffusers(AutoencoderKL, folder / "vae", dtype).to(resting),
-        image_encoder=image_encoder.to(resting),
+        vae=_load_diffusers(AutoencoderKL, folder / "vae", dtype).to(resting), image_encoder=image_encoder.to(resting),
         feature_extractor=load_feature_extractor(folder / "feature_extractor", image_encoder.config.image_size),
         image_normalizer=normalizer.requires_grad_(False),  # its own `to` makes new parameters, which want gradients
         image_noising_scheduler=_load_scheduler(DDPMScheduler, folder / "image_noising_scheduler"),
@@ -180,7 +169,7 @@ def _load_scheduler(kind: type, folder: Path) -> Any:
     content = read_config(path, fields, required=tuple(fields))  # left out, another one would be taken
     with failure_told(f"{path} makes no {kind.__name__}"):
         scheduler = kind.from_config(content)
-        fits = bool(((scheduler.betas > 0) & (scheduler.betas <= 1)).all()) and len(scheduler.betas) == 1000
+        fits = len(scheduler.betas) == 1000 and ((scheduler.betas > 0) & (scheduler.betas <= 1)).all()
     if not fits:
         raise ValueError(f"{path} must make a noise schedule of 1000 steps with betas within 0..1; copy it again")
     return scheduler
@@ -221,48 +210,3 @@ def make_schedulers() -> tuple[DDIMScheduler, DDPMScheduler]:
 def make_feature_extractor(size: int) -> CLIPImageProcessorPil:
     """CLIP's image processor for a vision encoder of images of `size` px."""
     return CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
-
-
-# Stable Diffusion 2.1 unCLIP as FaceLift fine-tunes it: 8 input channels, 64 x 64 latents; CLIP is ViT-H/14. What is
-# not named has this size by the classes' own defaults.
-SD21_UNCLIP: dict[str, dict] = {
-    "unet": {
-        "sample_size": 64, "in_channels": 8, "attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024,
-        "use_linear_projection": True, "class_embed_type": "projection", "projection_class_embeddings_input_dim": 2048,
-    },
-    "vae": {
-        "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "sample_size": 768,
-        "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
-    },
-    "vision": {
-        "hidden_size": 1280, "intermediate_size": 5120, "projection_dim": 1024, "num_hidden_layers": 32,
-        "num_attention_heads": 16, "image_size": 224, "patch_size": 14, "hidden_act": "gelu",
-    },
-}  # fmt: skip
-
-
-def demo_shape(unet: dict) -> dict[str, dict]:
-    """Returns the sizes of the components that ship with the project, around a UNet of the given arguments."""
-    root = Path(__file__).resolve().parent.parent / DEMO_FOLDER
-    vae, vision = (read_json(root / name / "config.json") for name in ("vae", "image_encoder"))
-    return {"unet": unet, "vae": vae, "vision": vision}
-
-
-def random_components(shape: dict[str, dict], *, device: torch.device | str, dtype: torch.dtype) -> Components:
-    """Returns frozen parts with random weights, as `load_components` would; shape: see SD21_UNCLIP."""
-    torch.manual_seed(0)
-    with torch.device(device):
-        vae = AutoencoderKL.from_config(shape["vae"])
-        image_encoder = CLIPVisionModelWithProjection(CLIPVisionConfig.from_dict(shape["vision"]))
-        normalizer = StableUnCLIPImageNormalizer(shape["vision"]["projection_dim"])
-    scheduler, noising = make_schedulers()
-    # In this order: the image normalizer's own `to` makes new parameters.
-    vae, image_encoder, normalizer = (
-        (part if dtype == torch.float32 else part.to(dtype)).eval().requires_grad_(False)
-        for part in (vae, image_encoder, normalizer)
-    )
-    return Components(
-        vae=vae, image_encoder=image_encoder, image_normalizer=normalizer,
-        feature_extractor=make_feature_extractor(shape["vision"]["image_size"]), image_noising_scheduler=noising,
-        scheduler=scheduler, unet=None, unet_folder=None, folder=Path("random weights"), device=torch.device(device),
-    )  # fmt: skip

@@ -127,10 +127,8 @@ class MVDiffusionConfig:
             if "range" in entry.metadata and not low <= value <= high:
                 raise ValueError(f"{entry.name} must be within {low:g}..{high:g}, got {value}")
         if self.unet and self.pretrained_unet_path:
-            raise ValueError(
-                f"unet (a fresh UNet's shape) and pretrained_unet_path={self.pretrained_unet_path} are both set, but a "
-                "run starts from one of them: set unet=null to start from the pretrained one"
-            )
+            told = f"unet (a fresh UNet's shape) and pretrained_unet_path={self.pretrained_unet_path} are both set"
+            raise ValueError(f"{told}, but a run starts from one: set unet=null to start from the pretrained one")
         if not self.backgrounds or set(self.backgrounds) - set(BACKGROUNDS):
             raise ValueError(f"backgrounds must be a list out of {sorted(BACKGROUNDS)}, got {self.backgrounds}")
         if len(self.high_noise_range) != 2 or not 0 <= self.high_noise_range[0] < self.high_noise_range[1] <= 999:

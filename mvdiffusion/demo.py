@@ -1,8 +1,6 @@
-"""The small components this project makes itself: same classes, files and folders as SD 2.1 unCLIP, other sizes.
-
-Tokenizer: byte-pair vocabulary of the rigs' own prompts. Text encoder: random weights, frozen, as prompts only have to
-be distinguishable. Vision encoder and autoencoder: trained on the samples, resumable in pieces.
-"""
+"""The small components this project makes itself: same classes, files and folders as SD 2.1 unCLIP, other sizes. The
+text encoder has random weights, as prompts only have to be distinguishable; vision encoder and autoencoder are trained
+on the samples, resumable in pieces."""
 
 from __future__ import annotations
 
@@ -33,6 +31,7 @@ from multiview.metrics import foreground_psnr, psnr
 from multiview.rig import PROMPT_STYLES, available_rigs, load_rig
 from multiview.run import make_generator, seed_everything
 from multiview.sample import read_sample, read_split
+from multiview.training import rate_factor
 from mvdiffusion.components import make_feature_extractor, make_schedulers
 from mvdiffusion.latents import image_embeddings
 from mvdiffusion.prompts import alike_views, encode_prompts, view_similarity
@@ -93,7 +92,7 @@ def make_tokenizer() -> CLIPTokenizer:
 
     # An untrained tokenizer of the same class splits text into words exactly as the finished one will. Naming all
     # symbols beforehand gives them fixed numbers, by which the trainer breaks ties: else each run gives another order.
-    # The vocabulary is then made of all symbols and merges, so that any other text has its bytes too.
+    # The vocabulary is then all symbols and merges, so that any other text has its bytes too.
     trained = tokenizer(symbols, []).train_new_from_iterator(
         sorted(prompts), vocab_size=10000, new_special_tokens=symbols, show_progress=False
     )
@@ -127,9 +126,8 @@ def write_untrained_parts(folder: Path, config: DemoComponentsConfig) -> None:
             raise ValueError(f"the text encoder hardly tells views of rig {rig.name} apart: {alike[0]}; another seed")
     scheduler, noising = make_schedulers()
     for part, name in (
-        (tokenizer, "tokenizer"), (text_encoder.half(), "text_encoder"),
-        (make_feature_extractor(config.vision.image_size), "feature_extractor"), (scheduler, "scheduler"),
-        (noising, "image_noising_scheduler"),
+        (tokenizer, "tokenizer"), (text_encoder.half(), "text_encoder"), (scheduler, "scheduler"),
+        (make_feature_extractor(config.vision.image_size), "feature_extractor"), (noising, "image_noising_scheduler"),
     ):  # fmt: skip
         shutil.rmtree(folder / name, ignore_errors=True)  # files of another library version would stay and be read
         part.save_pretrained(folder / name)
@@ -145,10 +143,9 @@ def make_demo_components(config: DemoComponentsConfig, max_minutes: float | None
     write_untrained_parts(output, config)
     folders = read_split(config.data)[: config.max_samples]
     if len(folders) <= config.holdout_samples + 2:
-        raise ValueError(
-            f"{config.data} lists {len(folders)} samples, more than {config.holdout_samples + 2} are needed; make data "
-            "first: python scripts/make_synthetic_mouse.py --output_dir <folder> --num_samples 2000"
-        )
+        told = f"{config.data} lists {len(folders)} samples, more than {config.holdout_samples + 2} are needed"
+        command = "python scripts/make_synthetic_mouse.py --output_dir <folder> --num_samples 2000"
+        raise ValueError(f"{told}; make data first: {command}")
     samples = [(read_sample(path, image_size=config.image_size).rgba * 255).round().byte() for path in folders]
     views = min(len(sample) for sample in samples)
     rgba = torch.stack([sample[:views] for sample in samples])  # [samples, views, 4, s, s]
@@ -161,11 +158,8 @@ def fit(
     part: str, model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss_of: Callable[[int], Tensor],
     config: DemoComponentsConfig, end: float, max_norm: float = math.inf,
 ) -> tuple[dict[str, Tensor], bool]:  # fmt: skip
-    """Trains a model by `loss_of(step)` and keeps its state on disk; continues with the state that is there.
-
-    part: `vision` or `vae`, whose section of the config says steps, lr and warmup_steps. end: time.monotonic() at which
-    to stop. Returns the averaged weights and whether all steps are done.
-    """
+    """Trains a model by `loss_of(step)`, from the state on disk if there is one; returns the averaged weights and
+    whether all steps are done. part: `vision` or `vae`, the section of the config. end: time.monotonic() to stop at."""
     options, start, saved = getattr(config, part), 0, time.monotonic()
     path = Path(config.output_dir + "_training") / part / "training_state.pt"
     average = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -184,11 +178,8 @@ def fit(
             saved = now
         if is_over:
             break
-        # Linear warm-up, then cosine to 0.
-        done = (step - options.warmup_steps) / max(1, options.steps - options.warmup_steps)
-        factor = (step + 1) / options.warmup_steps if done < 0 else 0.5 * (1 + math.cos(math.pi * done))
         for group in optimizer.param_groups:
-            group["lr"] = options.lr * factor
+            group["lr"] = options.lr * rate_factor("cosine", step, options.warmup_steps, options.steps)
         loss = loss_of(step)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -205,11 +196,9 @@ def fit(
 
 
 def train_vision(config: DemoComponentsConfig, train: Tensor, end: float) -> bool:
-    """Trains the vision encoder to know an animal again in another view; writes it and the normalizer. False: time up.
-
-    Two views of one animal are pulled together, other animals pushed away (InfoNCE): the embedding comes to hold coat,
-    build and pose, whatever the direction. train: uint8 [n, v, 4, h, w].
-    """
+    """Trains the vision encoder on uint8 [n, v, 4, h, w]; writes it and the normalizer. False: time up. Two views of
+    one animal are pulled together, other animals pushed away (InfoNCE): the embedding comes to hold coat, build and
+    pose, whatever the direction."""
     options, output = config.vision, Path(config.output_dir)
     seed_everything("demo vision encoder", config.seed)
     sizes = CLIPVisionConfig(
@@ -220,8 +209,7 @@ def train_vision(config: DemoComponentsConfig, train: Tensor, end: float) -> boo
     model = CLIPVisionModelWithProjection(sizes)
     parts = SimpleNamespace(feature_extractor=make_feature_extractor(options.image_size), image_encoder=model)
 
-    def embed(rgba: Tensor) -> Tensor:
-        """Embeddings of uint8 [n, 4, h, w], on white as at inference."""
+    def embed(rgba: Tensor) -> Tensor:  # of uint8 [n, 4, h, w], on white as at inference
         return image_embeddings(parts, composite(rgba.float() / 255, 1.0), exact=False)
 
     def loss_of(step: int) -> Tensor:
@@ -291,7 +279,14 @@ def train_vae(config: DemoComponentsConfig, train: Tensor, held_out: Tensor, end
     average, done = fit("vae", vae, optimizer, loss_of, config, end, max_norm=1.0)
     vae.load_state_dict(average)
     standardize_latents(vae.eval(), held_out)
-    figures = measure_vae(vae, held_out)
+    rgba = held_out.flatten(0, 1).float() / 255
+    rgba = rgba[rgba[:, 3].sum((1, 2)) > 0]
+    images, latents = latents_on_white(vae, rgba)
+    with torch.no_grad():
+        rebuilt = torch.cat([(vae.decode(batch).sample / 2 + 0.5).clamp(0, 1) for batch in latents.split(16)])
+    foreground = foreground_psnr(rebuilt, images, rgba[:, 3:])
+    values = {"psnr": psnr(rebuilt, images).mean(), "foreground_psnr": foreground.mean(), "latent_std": latents.std()}
+    figures = {name: float(value) for name, value in values.items()}
     vae.register_to_config(scaling_factor=1.0)
     with atomic_folder(Path(config.output_dir) / "vae") as temporary:
         vae.half().save_pretrained(temporary)
@@ -306,28 +301,15 @@ def animal_crops(rgba: Tensor, size: int, generator: torch.Generator) -> Tensor:
     corners = []
     for along, length, move in zip((mass.sum(2), mass.sum(1)), rgba.shape[-2:], shift):
         center = (along * torch.arange(length)).sum(1) / total
-        first = (center + move * size * 0.75 - size / 2).round().long().clamp(0, length - size)
-        corners.append(first.tolist())
+        corners.append((center + move * size * 0.75 - size / 2).round().long().clamp(0, length - size).tolist())
     return torch.stack([image[:, y : y + size, x : x + size] for image, y, x in zip(rgba, *corners)])
 
 
 @torch.no_grad()
-def mean_latents(vae: AutoencoderKL, images: Tensor) -> Tensor:
-    """Modes of the latents of images [n, 3, h, w], 0..1, in batches that fit any memory."""
-    return torch.cat([vae.encode(batch * 2 - 1).latent_dist.mode() for batch in images.split(16)])
-
-
-@torch.no_grad()
-def measure_vae(vae: AutoencoderKL, held_out: Tensor) -> dict[str, float]:
-    """Reconstruction on white of uint8 [n, v, 4, h, w]: dB, foreground dB; and the latents' standard deviation."""
-    rgba = held_out.flatten(0, 1).float() / 255
-    rgba = rgba[rgba[:, 3].sum((1, 2)) > 0]
+def latents_on_white(vae: AutoencoderKL, rgba: Tensor) -> tuple[Tensor, Tensor]:
+    """Images [n, 3, h, w] on white of [n, 4, h, w], 0..1, and the modes of their latents, in batches of 16."""
     images = composite(rgba, 1.0)
-    latents = mean_latents(vae, images)
-    result = torch.cat([(vae.decode(batch).sample / 2 + 0.5).clamp(0, 1) for batch in latents.split(16)])
-    foreground = foreground_psnr(result, images, rgba[:, 3:])
-    values = {"psnr": psnr(result, images).mean(), "foreground_psnr": foreground.mean(), "latent_std": latents.std()}
-    return {name: float(value) for name, value in values.items()}
+    return images, torch.cat([vae.encode(batch * 2 - 1).latent_dist.mode() for batch in images.split(16)])
 
 
 @torch.no_grad()
@@ -335,7 +317,7 @@ def standardize_latents(vae: AutoencoderKL, rgba: Tensor) -> None:
     """Gives every latent channel mean 0 and deviation 1 on images uint8 [n, v, 4, h, w] on white; changes no image."""
     # The map is folded into the 1x1 convolutions around the latents. One scaling factor cannot do it: channels whose
     # mean is far from 0 (a constant background sees to that) would drown the rest.
-    latents = mean_latents(vae, composite(rgba.flatten(0, 1).float() / 255, 1.0))
+    _, latents = latents_on_white(vae, rgba.flatten(0, 1).float() / 255)
     mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
     inwards, outwards, channels = vae.quant_conv, vae.post_quant_conv, len(mean)
     # quant_conv gives means, then log variances: z' = (z - mean) / std.

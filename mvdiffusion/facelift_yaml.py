@@ -1,7 +1,5 @@
-"""FaceLift's flat training YAML: its keys are folded into this project's own where the file is read.
-
-Switches without a meaning here are ignored with a line in the log; values without a counterpart are refused.
-"""
+"""FaceLift's flat training YAML: its keys are folded into this project's own where the file is read. Switches without a
+meaning here are ignored with a line in the log; values without a counterpart are refused."""
 
 from __future__ import annotations
 
@@ -66,10 +64,7 @@ class FlatConfig(MVDiffusionConfig):
 
 
 def load_training_config(path: Path | str | None, overrides: list[str] = ()) -> MVDiffusionConfig:
-    """Typed defaults <- YAML of this project or FaceLift's <- `key=value` overrides, checked.
-
-    Raises ValueError for unknown keys, and for values of FaceLift's that have no counterpart here.
-    """
+    """Typed defaults <- YAML of this project or FaceLift's <- `key=value` overrides, checked. Raises ValueError."""
     flat = load_config(FlatConfig, path, overrides, ignored=IGNORED_KEYS)
     try:
         _fold(flat)

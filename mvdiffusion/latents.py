@@ -1,8 +1,8 @@
 """Latents and conditions: what the frozen encoders make of images, for sampling and, encoded or cached, for training.
 
 The cache holds one safetensors file per sample and augmentation variant, <folder>/<2 digits>/<key>.safetensors, in half
-precision (the posterior's own deviation is far larger than the rounding). The key is a hash over everything the content
-depends on, so nothing stale is read, and runs, ranks and nodes may share a folder: files appear only when complete.
+precision (the posterior's own deviation is far larger than the rounding). The key is a hash over all that the content
+depends on: nothing stale is read, and runs, ranks and nodes may share a folder, as files appear only when complete.
 """
 
 from __future__ import annotations
@@ -37,10 +37,8 @@ HALF = ("mean", "std", "embedding", "mask")  # tensors of a cache entry in half 
 
 
 def clip_pixels(components: Components, images: Tensor, *, exact: bool) -> Tensor:
-    """Images [b, 3, h, w] 0..1 -> CLIP's input [b, 3, s, s].
-
-    exact: through the PIL image processor (inference; FaceLift's numbers exactly), else the same in tensors (training).
-    """
+    """Images [b, 3, h, w] 0..1 -> CLIP's input [b, 3, s, s]. exact: through the PIL image processor (inference;
+    FaceLift's numbers exactly), else the same in tensors (training)."""
     own = components.feature_extractor
     if exact:
         pil_images = [Image.fromarray(to_uint8(image)) for image in images]
@@ -82,29 +80,20 @@ def decode_latents(components: Components, latents: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class EncodedBatch:
-    """b objects, n views, latents of c channels and side l; all scaled by the VAE's scaling factor.
+    """b objects, n views, latents of c channels and side l. The input is one of the targets, the reference view."""
 
-    mean, std: [b, n, c, l, l], the targets' posterior. condition: [b, c, l, l], the input image's mode.
-    embedding: [b, d], the input image's CLIP embedding. mask: [b, n, 1, l, l], fraction of animal in each cell.
-    prompts: [b, n] int64, which of the rig's prompts describes a view. cameras: [b, n], of the images.
-    """
-
-    mean: Tensor
+    mean: Tensor  # [b, n, c, l, l], of the targets' posterior, scaled by the VAE's factor as std
     std: Tensor
-    condition: Tensor
-    embedding: Tensor
-    mask: Tensor
-    prompts: Tensor
-    cameras: Cameras
+    embedding: Tensor  # [b, d], the input's CLIP embedding
+    mask: Tensor  # [b, n, 1, l, l], fraction of animal in each cell
+    prompts: Tensor  # [b, n] int64, which of the rig's prompts describes a view
+    cameras: Cameras  # [b, n], of the images
 
 
 @torch.no_grad()
 def encode(components: Components, images: Tensor, masks: Tensor, inputs: Tensor) -> dict[str, Tensor]:
-    """Encodes b objects' views; every image passes the VAE once, every input CLIP once.
-
-    images [b, n, 3, s, s], masks [b, n, 1, s, s], inputs [b, m, 3, s, s] (images among them that serve as input),
-    all 0..1, on the components' device. Returns mean, std [b, n, c, l, l], embedding [b, m, d], mask [b, n, 1, l, l].
-    """
+    """Encodes images [b, n, 3, s, s], masks [b, n, 1, s, s] and inputs [b, m, 3, s, s] (images that serve as input),
+    all 0..1, each once. Returns mean, std [b, n, c, l, l], embedding [b, m, d], mask [b, n, 1, l, l]."""
     vae, objects, scale = components.vae, len(images), components.vae.config.scaling_factor
     posterior = vae.encode(images.flatten(0, 1).to(vae.dtype) * 2 - 1).latent_dist
     embedding = image_embeddings(components, inputs.flatten(0, 1), exact=False)
@@ -127,16 +116,12 @@ def live_batches(
         )
         encoded = encode(components, targets, masks, targets[:, reference, None])
         encoded["embedding"] = encoded["embedding"][:, 0]
-        condition = encoded["mean"][:, reference]  # the input is one of the targets: its latents are there already
-        cameras = Cameras(c2w, fxfycxcy, *targets.shape[-2:])
-        yield EncodedBatch(**encoded, condition=condition, prompts=prompts, cameras=cameras)
+        yield EncodedBatch(**encoded, prompts=prompts, cameras=Cameras(c2w, fxfycxcy, *targets.shape[-2:]))
 
 
 class LatentCache:
-    """Batches out of the cache; what is missing or damaged there is encoded and stored on the way.
-
-    dataset: with `variants` >= 1, so that a sample's augmentations come back.
-    """
+    """Batches out of the cache; what is missing or damaged there is encoded and stored on the way. dataset: with
+    `variants` >= 1, so that a sample's augmentations come back."""
 
     def __init__(self, components: Components, dataset: MixedDataset, device: torch.device, folder: Path | str) -> None:
         self.components, self.dataset, self.device, self.folder = components, dataset, device, Path(folder)
@@ -155,13 +140,12 @@ class LatentCache:
             part, local = self.dataset.part(index)
             entry, arrangement = self.entry(index, part.draw(epoch, local)), part.arrangement(epoch, local)
             cameras = arrangement.cameras(Cameras(entry["c2w"], entry["fxfycxcy"], part.image_size, part.image_size))
-            row = {name: entry[name][arrangement.rows] for name in ("mean", "std", "mask")}
-            row["embedding"] = entry["embedding"][part.input_views().index(int(arrangement.rows[reference]))]
+            row = {name: entry[name][arrangement.rows].float() for name in ("mean", "std", "mask")}
+            row["embedding"] = entry["embedding"][part.input_views().index(int(arrangement.rows[reference]))].float()
             rows.append({**row, "prompts": arrangement.prompts, "c2w": cameras.c2w, "fxfycxcy": cameras.fxfycxcy})
         stacked = {name: tensor.to(self.device) for name, tensor in default_collate(rows).items()}
-        half = {name: stacked[name].float() for name in HALF}
-        cameras = Cameras(stacked["c2w"], stacked["fxfycxcy"], part.image_size, part.image_size)
-        return EncodedBatch(**half, condition=half["mean"][:, reference], prompts=stacked["prompts"], cameras=cameras)
+        cameras = Cameras(stacked.pop("c2w"), stacked.pop("fxfycxcy"), part.image_size, part.image_size)
+        return EncodedBatch(**stacked, cameras=cameras)
 
     def entry(self, index: int, draw: Draw) -> dict[str, Tensor]:
         """One sample under one draw, in the stored views' order, on the CPU: read, or else encoded and written."""
@@ -174,10 +158,9 @@ class LatentCache:
         if path.is_file():
             try:
                 with safe_open(path, framework="pt") as handle:
-                    stored = handle.metadata() or {}
                     content = {name: handle.get_tensor(name) for name in (*HALF, "c2w", "fxfycxcy")}
-                if stored.get("digest") == weights_fingerprint(content):
-                    return content
+                    if (handle.metadata() or {}).get("digest") == weights_fingerprint(content):
+                        return content
                 problem = "its checksum is not that of its content"
             except (SafetensorError, OSError) as error:
                 problem = error

@@ -15,21 +15,17 @@ from mvdiffusion.prompts import PromptEmbeds
 def noise_and_target(
     clean: Tensor, noise: Tensor, alphas_cumprod: Tensor, timesteps: Tensor, kind: str
 ) -> tuple[Tensor, Tensor]:
-    """Noisy latents and what the UNet has to predict, each shaped like clean [b, ...]; timesteps: [b].
-
-    kind: `v_prediction` (v = sqrt(a) noise - sqrt(1 - a) clean) or `epsilon`.
-    """
+    """Noisy latents and what the UNet has to predict, each shaped like clean [b, ...]; timesteps: [b]. kind:
+    `v_prediction` (v = sqrt(a) noise - sqrt(1 - a) clean) or `epsilon`."""
     alpha = alphas_cumprod.to(clean.device)[timesteps].view(-1, *[1] * (clean.ndim - 1))
     noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
     return noisy, alpha.sqrt() * noise - (1 - alpha).sqrt() * clean if kind == "v_prediction" else noise
 
 
 def snr_weights(alphas_cumprod: Tensor, timesteps: Tensor, gamma: float | None, kind: str, form: str) -> Tensor:
-    """Min-SNR loss weights [b] (Hang et al. 2023). snr = a / (1 - a). gamma None: ones.
-
-    form `prediction`: min(snr, gamma) / snr for epsilon, min(snr, gamma) / (snr + 1) for v (one effective weight on the
-    clean latents, whatever is predicted). form `upstream`: FaceLift's, the epsilon form always.
-    """
+    """Min-SNR loss weights [b] (Hang et al. 2023), snr = a / (1 - a); gamma None: ones. form `prediction`: min(snr,
+    gamma) / snr for epsilon, / (snr + 1) for v (one weight on the clean latents, whatever is predicted); `upstream`:
+    FaceLift's, the epsilon form always."""
     alpha = alphas_cumprod.to(timesteps.device)[timesteps].double()
     if gamma is None:
         return torch.ones_like(alpha).float()
@@ -44,11 +40,6 @@ def diffusion_loss(prediction: Tensor, target: Tensor, weights: Tensor, foregrou
     if foreground is not None:
         error = error * foreground / foreground.mean(dim=(1, 2, 3), keepdim=True)
     return (error.flatten(1).mean(1) * weights).mean()
-
-
-def drop_masks(uniform: Tensor, rate: float) -> tuple[Tensor, Tensor]:
-    """Which objects lose their class labels, and which their image latents: two masks [b]. uniform: [b] in 0..1."""
-    return uniform < 2 * rate, (uniform >= rate) & (uniform < 3 * rate)  # both in the overlap
 
 
 def draw_timesteps(count: int, generator: torch.Generator, high_share: float, high_range: list[int]) -> Tensor:
@@ -72,10 +63,12 @@ def training_loss(
     posterior_noise, noise = normal(*batch.mean.shape), normal(*batch.mean.shape)
     # One time step per object: its views must be equally far along to agree with each other.
     steps = draw_timesteps(objects, generator, config.high_noise_share, config.high_noise_range)
-    no_labels, no_latents = drop_masks(torch.rand(objects, generator=generator), config.condition_drop_rate)
+    # Which objects lose their class labels, and which their image latents: both in the overlap.
+    uniform, rate = torch.rand(objects, generator=generator), config.condition_drop_rate
+    no_labels, no_latents = uniform < 2 * rate, (uniform >= rate) & (uniform < 3 * rate)
 
     labels = class_labels(components, batch.embedding, clip_noise).masked_fill(no_labels.to(device)[:, None], 0)
-    condition = batch.condition.masked_fill(no_latents.to(device)[:, None, None, None], 0)
+    condition = batch.mean[:, embeds.rig.reference_view].masked_fill(no_latents.to(device)[:, None, None, None], 0)
     labels, condition, steps = (x.repeat_interleave(views, dim=0) for x in (labels, condition, steps.to(device)))
     clean = (batch.mean + batch.std * posterior_noise).flatten(0, 1)
     kind, alphas = components.scheduler.config.prediction_type, components.scheduler.alphas_cumprod

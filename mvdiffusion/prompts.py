@@ -39,9 +39,7 @@ def encode_prompts(prompts: list[str], tokenizer: Callable, text_encoder: nn.Mod
 
 def view_similarity(tensor: Tensor) -> Tensor:
     """[n, 77, width] -> [n, n]: cosine between two views' whole token sequences, which is what cross-attention gets.
-
-    Its scale is set by what the prompts share: the words around the view's name and the padding make 0.7 to 0.9.
-    """
+    What the prompts share (the words around the view's name, the padding) makes 0.7 to 0.9."""
     flat = nn.functional.normalize(tensor.double().flatten(1), dim=-1)
     return (flat @ flat.T).float()
 
@@ -56,10 +54,8 @@ def alike_views(similarity: Tensor, names: list[str], threshold: float = 0.975) 
 def write_prompt_embeds(
     folder: Path | str, components_folder: Path | str, rig: ViewRig, style: str, *, angles: bool
 ) -> dict:
-    """Encodes the rig's prompts and writes clr_embeds.pt, normal_embeds.pt (styles that have it), metadata.json.
-
-    Computed in float32 on one thread and stored as float16: repeating gives the same bytes. Returns the metadata.
-    """
+    """Encodes the rig's prompts (float32, one thread: repeating gives the same bytes) and writes clr_embeds.pt,
+    normal_embeds.pt (styles that have it), both float16, and metadata.json, which it returns."""
     from mvdiffusion.components import load_text, local_folder
 
     folder, source = Path(folder), local_folder(components_folder)
@@ -96,12 +92,9 @@ def write_prompt_embeds(
 
 
 def load_prompt_embeds(path: Path | str, rig: ViewRig | None = None) -> PromptEmbeds:
-    """Reads prompt embeddings with their rig.
-
-    path: clr_embeds.pt, or the folder that holds it. rig: what the user states; required where no metadata.json lies
-    beside the file (FaceLift's own), and otherwise compared with it.
-    Raises ValueError for a missing file, a wrong shape, a missing rig; RigMismatchError for another rig's embeddings.
-    """
+    """Reads prompt embeddings (clr_embeds.pt, or its folder) with their rig. rig: what the user states; required where
+    no metadata.json lies beside the file (FaceLift's own), and otherwise compared with it. Raises ValueError for a
+    missing file, a wrong shape, a missing rig; RigMismatchError for another rig's embeddings."""
     path = Path(path) / COLOUR_FILE if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise ValueError(f"prompt embeddings {path} do not exist; make them: {GENERATE} <rig> --output_dir <folder>")
@@ -130,10 +123,8 @@ def load_prompt_embeds(path: Path | str, rig: ViewRig | None = None) -> PromptEm
 
 
 def check_embeds_fit(embeds: PromptEmbeds, unet: nn.Module | Path | str, source: Path | str = "") -> None:
-    """Refuses embeddings whose width or number of views is not the UNet's, naming the command that mends it.
-
-    unet: a loaded UNet, or its folder (only config.json is read: cheap, before any weights are loaded).
-    """
+    """Refuses embeddings whose width or number of views is not the UNet's, naming the command that mends it. unet: a
+    loaded UNet, or its folder (only config.json is read: cheap, before any weights are loaded)."""
     if isinstance(unet, Path | str):
         from mvdiffusion.models.unet import read_unet_config
 
@@ -143,14 +134,11 @@ def check_embeds_fit(embeds: PromptEmbeds, unet: nn.Module | Path | str, source:
     width, views, name = config["cross_attention_dim"], config.get("num_views"), f"UNet {source}".strip()
     if embeds.tensor.shape[-1] != width:
         folder = "checkpoints/mvdiffusion/pipeckpts" if width == 1024 else "<this UNet's components folder>"
-        raise ValueError(
-            f"prompt embeddings {embeds.source} are {embeds.tensor.shape[-1]} wide, the {name} expects {width}: they "
-            f"come from another text encoder. Make them with the UNet's own: {GENERATE} {embeds.rig.name} --model_name "
-            f"{folder} --output_dir <folder>"
-        )
+        told = f"are {embeds.tensor.shape[-1]} wide, the {name} expects {width}: they come from another text encoder"
+        remedy = f"{GENERATE} {embeds.rig.name} --model_name {folder} --output_dir <folder>"
+        raise ValueError(f"prompt embeddings {embeds.source} {told}. Make them with the UNet's own: {remedy}")
     # A UNet that is given its cameras can be asked for any number of views.
     if config["camera_conditioning"] == "none" and views not in (None, embeds.rig.num_views):
-        raise RigMismatchError(
-            f"prompt embeddings {embeds.source} describe {embeds.rig.num_views} views (rig {embeds.rig.name}), the "
-            f"{name} was trained with {views}; use embeddings of its rig: {GENERATE} <its rig> --output_dir <folder>"
-        )
+        told = f"{embeds.rig.num_views} views (rig {embeds.rig.name}), the {name} was trained with {views}"
+        remedy = f"use embeddings of its rig: {GENERATE} <its rig> --output_dir <folder>"
+        raise RigMismatchError(f"prompt embeddings {embeds.source} describe {told}; {remedy}")

@@ -15,7 +15,7 @@ from accelerate.utils import convert_outputs_to_fp32
 from torch import Tensor, nn
 
 from multiview.checkpoint import Ema, add_adapters, is_adapter_weight, merged_weights, read_rig, save_adapters
-from multiview.files import atomic_folder
+from multiview.files import atomic_folder, write_json
 from multiview.rig import ViewRig, check_alignment, load_rig
 from multiview.run import PRECISIONS, LoopOptions, autocast, check_size, seed_everything
 from multiview.sample import read_dataset_info
@@ -41,18 +41,14 @@ CLASS_EMBEDDING = r"^class_embedding\."
 def train(config: MVDiffusionConfig, overfit: int = 0) -> Path:
     """Trains to `max_train_steps`, continuing whatever the output folder holds. Returns that folder. overfit: N > 0
     trains and validates on the first N samples, in a folder of its own. Raises ValueError."""
-    config = overfit_config(config, overfit) if overfit else config
+    if overfit:  # the same run, validated on the training samples and without export
+        samples = lists_of(config)[0][0]
+        config = replace(
+            config, output_dir=f"{config.output_dir}_overfit{overfit}", max_train_steps=config.overfit_steps, mix=[],
+            train_data=samples, validation_data=samples, validation_samples=overfit, export_dir=None,
+        )  # fmt: skip
     config.validate()
     return run_training(partial(MVDiffusionTraining, config, overfit), loop_options(config))
-
-
-def overfit_config(config: MVDiffusionConfig, num_samples: int) -> MVDiffusionConfig:
-    """The same run on few samples: validation on the training samples, its own folder, no export."""
-    samples = lists_of(config)[0][0]
-    return replace(
-        config, output_dir=f"{config.output_dir}_overfit{num_samples}", max_train_steps=config.overfit_steps, mix=[],
-        train_data=samples, validation_data=samples, validation_samples=num_samples, export_dir=None,
-    )  # fmt: skip
 
 
 def lists_of(config: MVDiffusionConfig) -> tuple[list[str], list[int]]:
@@ -117,27 +113,23 @@ class MVDiffusionTraining(Training):
         if config.use_ema and accelerator.is_main_process:
             self.ema = Ema(self.parameters, config.ema_decay)
         if found:
-            self._restore(found)
+            if self.ema is not None:
+                average = found.trained["ema"] if found.trained else load_unet(found.folder / "unet_ema").state_dict()
+                self.ema.load(average)
+            self.optimizer.load_state_dict(found.optimizer["optimizer"])
+            if found.optimizer.get("scaler"):
+                self.scaler.load_state_dict(found.optimizer["scaler"])
+            self.tried = found.sidecar["step"]
+            self.passes = self.tried * self.options.accumulate
+            self.updates = found.sidecar.get("updates", self.tried)  # none in checkpoints older than skipped updates
+            self.counts.update(found.sidecar.get("counts", {}))
+            self.recent.extend(found.sidecar.get("recent_skips", []))
+            log.info("continuing %s at step %d of %d", found.folder, self.tried, self.options.steps)
         size = self.network.config.sample_size * self.components.vae_factor
         if config.image_size not in (None, size):
             raise ValueError(f"image_size is {config.image_size}, but this UNet generates {size} px; leave it out")
         cameras = self.network.config.camera_conditioning != "none"
         self.dataset, self.check_set = build_datasets(config, self.rig, size, overfit, with_cameras=cameras)
-
-    def _restore(self, found: checkpoints.Checkpoint) -> None:
-        """The average, the optimizer's moments, the gradient scaler and the counters of a checkpoint."""
-        if self.ema is not None:
-            trained = found.trained
-            self.ema.load(trained["ema"] if trained else load_unet(found.folder / "unet_ema").state_dict())
-        self.optimizer.load_state_dict(found.optimizer["optimizer"])
-        if found.optimizer.get("scaler"):
-            self.scaler.load_state_dict(found.optimizer["scaler"])
-        self.tried = found.sidecar["step"]
-        self.passes = self.tried * self.options.accumulate
-        self.updates = found.sidecar.get("updates", self.tried)  # checkpoints older than skipped updates hold none
-        self.counts.update(found.sidecar.get("counts", {}))
-        self.recent.extend(found.sidecar.get("recent_skips", []))
-        log.info("continuing %s at step %d of %d", found.folder, self.tried, self.options.steps)
 
     def batches(self, sampler: StepSampler) -> Iterator[EncodedBatch]:
         config = self.settings
@@ -150,12 +142,13 @@ class MVDiffusionTraining(Training):
         return training_loss(model, self.components, self.embeds, batch, self.settings, generator), None
 
     def adjust_gradients(self) -> None:
-        """`freeze_encoder`: in the first half of the run the UNet's down blocks stand still. Taking the gradients away
-        (instead of requires_grad) leaves DDP's buckets alone; the optimizer skips a parameter without one, weight decay
-        and moments too."""
+        """`freeze_encoder`: in the first half of the run the UNet's down blocks stand still."""
+        # Taking the gradients away (instead of requires_grad) leaves DDP's buckets alone; the optimizer skips a
+        # parameter without one, weight decay and moments too.
         if self.settings.freeze_encoder and self.tried < self.options.steps // 2:
             for name, parameter in self.parameters.items():
-                if is_encoder(name):
+                # Not conv_in, whose image channels may be new, nor new camera weights.
+                if name.startswith("down_blocks.") and not is_camera_weight(name):
                     parameter.grad = None
 
     def validate(self) -> tuple[dict[str, float], Tensor]:
@@ -205,12 +198,12 @@ class MVDiffusionTraining(Training):
             save_unet(self.network, temporary, self.rig, state=state, half=True)
         checkpoints.save_embeds(folder / "prompt_embeds", self.embeds)
         suits = checkpoints.Sampling(config.export_num_steps, config.export_guidance_scale, config.export_mirror)
-        checkpoints.save_sampling(folder, suits)
+        write_json(folder / checkpoints.SAMPLING_FILE, suits._asdict())
         log.info("exported to %s", folder)
 
 
 def aligned_rig(config: MVDiffusionConfig) -> tuple[ViewRig, PromptEmbeds]:
-    """The rig of this run, and its prompt embeddings, after comparing everything that carries one."""
+    """The rig of this run and its prompt embeddings, after comparing everything that carries one."""
     dataset = read_dataset_info(Path(lists_of(config)[0][0]).parent)["rig"]
     stated = load_rig(config.rig) if config.rig else None
     rig, embeds = stated or dataset, load_prompt_embeds(config.prompt_embeds, stated)
@@ -238,8 +231,7 @@ def starting_unet(config: MVDiffusionConfig, rig: ViewRig):
 
 def prepared_unet(config: MVDiffusionConfig, rig: ViewRig, found: checkpoints.Checkpoint | None):
     """The UNet to train, and with LoRA the fingerprint of the weights it leaves alone (else None). From a checkpoint:
-    its UNet; with LoRA the run's first weights again, which must be those it was trained on, and its trained tensors.
-    """
+    its UNet; with LoRA the run's first weights again, which must be the same, and its trained tensors."""
     unet = load_unet(found.folder / "unet") if found and not config.lora_rank else starting_unet(config, rig)
     if config.lora_rank:
         seed_everything("mvdiffusion lora", config.seed)
@@ -251,10 +243,9 @@ def prepared_unet(config: MVDiffusionConfig, rig: ViewRig, found: checkpoints.Ch
     base = weights_fingerprint(frozen)
     if found:
         if found.trained["base"] != base:
-            raise ValueError(
-                f"{found.folder} holds adapters of other weights than {config.pretrained_unet_path or 'the UNet'} has "
-                f"now; restore them, or start anew with another output_dir=..., or delete {found.folder.parent}"
-            )
+            told = f"holds adapters of other weights than {config.pretrained_unet_path or 'the UNet'} has now"
+            anew = f"start anew with another output_dir=..., or delete {found.folder.parent}"
+            raise ValueError(f"{found.folder} {told}; restore them, or {anew}")
         differing = sorted(set(trained) ^ set(found.trained["own"]))
         if differing:
             raise ValueError(f"{found.folder}: trained tensors are not those of this config, e.g. {differing[:3]}")
@@ -285,14 +276,9 @@ def fill(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None
         parameters[name].copy_(value)
 
 
-def is_encoder(name: str) -> bool:
-    """The contracting half of the UNet. Not conv_in, whose image channels may be new, nor new camera weights."""
-    return name.startswith("down_blocks.") and not is_camera_weight(name)
-
-
-def parameter_groups(parameters: dict[str, nn.Parameter], config: MVDiffusionConfig) -> list[dict]:
-    """Groups of equal learning rate; `multiplier` is what multiplies the schedule's. lr_multipliers: the first pattern
-    (regular expression) found in a name decides, 1 where none is; each must match some name."""
+def make_optimizer(parameters: dict[str, nn.Parameter], config: MVDiffusionConfig, device: torch.device):
+    """AdamW, with use_8bit_adam bitsandbytes', over groups whose `multiplier` multiplies the schedule's rate: the first
+    pattern of lr_multipliers (regular expression) found in a name decides, 1 where none is; each must match a name."""
     patterns = {**config.lr_multipliers, CLASS_EMBEDDING: config.camera_embedding_lr_mult}
     groups: dict[float, dict] = {}
     used = {CLASS_EMBEDDING}
@@ -304,11 +290,6 @@ def parameter_groups(parameters: dict[str, nn.Parameter], config: MVDiffusionCon
     if unused := [pattern for pattern in patterns if pattern not in used]:
         examples = list(parameters)[:3]
         raise ValueError(f"lr_multipliers: no trained parameter's name matches {unused}; examples: {examples}")
-    return list(groups.values())
-
-
-def make_optimizer(parameters: dict[str, nn.Parameter], config: MVDiffusionConfig, device: torch.device):
-    """AdamW over `parameter_groups`; with use_8bit_adam bitsandbytes' 8-bit one, which needs CUDA."""
     kind = torch.optim.AdamW
     if config.use_8bit_adam:
         if device.type != "cuda":
@@ -319,7 +300,7 @@ def make_optimizer(parameters: dict[str, nn.Parameter], config: MVDiffusionConfi
             told = "use_8bit_adam needs the package bitsandbytes, which cannot be imported"
             raise ValueError(f"{told}: pip install bitsandbytes, or set use_8bit_adam: false") from error
     return kind(
-        parameter_groups(parameters, config), lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2),
+        list(groups.values()), lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2),
         weight_decay=config.adam_weight_decay, eps=config.adam_epsilon,
     )  # fmt: skip
 

@@ -20,7 +20,7 @@ BATCH = 2  # objects generated at once
 
 
 def figures(
-    images: Tensor, targets: Tensor, masks: Tensor, reference_view: int, lpips: torch.nn.Module | None = None
+    images: Tensor, targets: Tensor, masks: Tensor, reference_view: int, lpips: torch.nn.Module | None
 ) -> dict[str, float]:
     """Means over objects and views of images [b, n, 3, s, s]; `unseen_*` leaves the reference view out."""
     values = {
@@ -37,8 +37,7 @@ def figures(
 
 
 def consistency(images: Tensor, cameras: list[Cameras]) -> dict[str, float]:
-    """Mean view consistency of images [b, n, 3, s, s] on white, seen by cameras [n]; none for rigs of fewer than 3
-    views."""
+    """Mean view consistency of images [b, n, 3, s, s] on white, seen by cameras [n]; none for fewer than 3 views."""
     if images.shape[1] < 3:
         return {}
     rows = [metrics.view_consistency(views, metrics.mask_from_white(views), own) for views, own in zip(images, cameras)]
@@ -63,21 +62,17 @@ def evaluate(
     rebuilt = torch.stack([decode_latents(components, condition_latents(components, views_)) for views_ in targets])
     rows = [targets, rebuilt]
     cameras = [Cameras(item["c2w"], item["fxfycxcy"], *targets.shape[-2:]).to(unet.device) for item in items]
-    groups = {
-        "vae": figures(rebuilt, targets, masks, reference_view, lpips), "truth": consistency(targets, cameras)
-    }  # fmt: skip
+    known = (targets, masks, reference_view, lpips)
+    groups = {"vae": figures(rebuilt, *known), "truth": consistency(targets, cameras)}
+    seeds = [seed + number for number in range(len(references))]
     for scale in guidance_scales:
-        parts = []
-        for first in range(0, len(references), BATCH):
-            part = references[first : first + BATCH]
-            seeds = [seed + first + k for k in range(len(part))]
-            options = {"seeds": seeds, "guidance_scale": scale, "num_steps": num_steps}
-            parts.append(generate_views(components, part, embeds, **options))
-        generated = torch.cat(parts)
+        options = {"guidance_scale": scale, "num_steps": num_steps}
+        batches = (slice(first, first + BATCH) for first in range(0, len(references), BATCH))
+        generated = torch.cat(
+            [generate_views(components, references[b], embeds, seeds=seeds[b], **options) for b in batches]
+        )
         rows.append(generated)
-        groups[f"guidance_{scale:g}"] = {
-            **figures(generated, targets, masks, reference_view, lpips), **consistency(generated, cameras)
-        }  # fmt: skip
+        groups[f"guidance_{scale:g}"] = figures(generated, *known) | consistency(generated, cameras)
     sheet = torch.stack(rows, dim=1).flatten(0, 2)  # (sample, row, view)
     result = {f"{group}/{name}": value for group, values in groups.items() for name, value in values.items()}
     return result, grid(sheet.cpu(), views)

@@ -41,11 +41,9 @@ class Artifacts:
 
 
 def resolve(chosen: Checkpoints, options: Stage1Options | None = None, *, stages: str = "full") -> Artifacts:
-    """Finds every file that `stages` ("1", "2" or "full") need and compares their rigs, before weights are loaded.
-
-    Neither checkpoint given: the demo models. A UNet with camera conditioning may be asked for another rig than it was
-    trained on, by stating it. Raises ValueError for what is missing, RigMismatchError for a mismatch.
-    """
+    """Finds every file that `stages` ("1", "2", "full") need and compares their rigs, before weights are read. Neither
+    checkpoint given: the demo models. A UNet with camera conditioning may be asked for another rig than it was trained
+    on, by stating it. Raises ValueError for what is missing, RigMismatchError for a mismatch."""
     if stages == "full" and (chosen.mvdiffusion_checkpoint is None) != (chosen.checkpoint is None):
         # A user's model beside a demo model would share no rig, image size or training data with it.
         given, other = ("Stage 2", "Stage 1") if chosen.checkpoint else ("Stage 1", "Stage 2")

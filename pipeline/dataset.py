@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -31,8 +31,7 @@ POSE_TOLERANCE = 2e-3  # world units and image widths: a camera that is the rig'
 REFERENCE_TOLERANCES = {"elevation, degrees": 5.0, "distance, relative": 0.15, "focal length, relative": 0.1}
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(NamedTuple):
     """One sample to generate, under a new name: view `reference` of the sample folder `source` is the photograph."""
 
     source: Path
@@ -45,10 +44,8 @@ def make_jobs(
     lists: Sequence[Path], rig: ViewRig, references: str, num_samples: int | None, seed: int
 ) -> dict[Path, list[Job]]:
     """By split list: what is to be generated. references: `reference` (the rig's) or `all` (each rig view in turn).
-
     Raises ValueError for lists of several datasets, and for photographs that are not taken as the rig's reference view
-    is (elevation, distance, focal length). The other views may stand anywhere: they are generated anew.
-    """
+    is (elevation, distance, focal length); the other views may stand anywhere, as they are generated anew."""
     folders = {path.parent.resolve() for path in lists}
     # One dataset.json describes all lists, and each list is written under its own name.
     if len(folders) != 1 or len({path.name for path in lists}) != len(lists):
@@ -80,10 +77,8 @@ def make_jobs(
 def generate_samples(
     model: MouseFaceLift, jobs: Sequence[Job], *, keep_input_view: bool = True, true_views: str = "none"
 ) -> list[Sample]:
-    """Generates a few samples together: each is what `model.generate` gives with the sample's own seed.
-
-    true_views: which of the source's own images follow, for Stage 2 to aim at, see `with_true_views`.
-    """
+    """Generates a few samples together: each is what `model.generate` gives with its own seed. true_views: which of
+    the source's own images follow, for Stage 2 to aim at, see `with_true_views`."""
     artifacts, size, rig = model.artifacts, model.image_size, model.rig
     sources = [read_sample(job.source, image_size=size, with_depth=(job.source / "depth").is_dir()) for job in jobs]
     photos = [source.rgba[job.reference] for source, job in zip(sources, jobs)]
@@ -108,10 +103,9 @@ def generate_samples(
 def with_true_views(sample: Sample, rig: ViewRig, source: Sample, reference: int, which: str) -> Sample:
     """Returns the sample with views of its source appended: `none`, `novel` ones (in no rig view), `all` but the input.
 
-    They are turned into the world where the photograph's camera is the rig's. A source whose reference
-    camera is not the rig's own (another elevation, distance or lens) gives none: its world cannot be turned so.
-    Depth comes along where the source has it and has seen every view of the rig: the true animal's, in generated views
-    too, which is what Stage 2 shall make of them.
+    They are turned into the world where the photograph's camera is the rig's; a source whose reference camera is not
+    the rig's own (elevation, distance, lens) gives none. Depth comes along where the source has it and has seen every
+    view of the rig: the true animal's, in generated views too, which is what Stage 2 shall make of them.
     """
     extra = [
         index for index, name in enumerate(source.view_names)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from multiview.run import choose_numba_cache, resolve_device
 from pipeline.artifacts import Artifacts, resolve
 from pipeline.options import Checkpoints, Stage1Options
 from pipeline.outputs import PARTS, PosedViews, Reconstruction
-from pipeline.posed import Placement, fit, locate, reduced, to_rig
+from pipeline.posed import FitOptions, Placement, fit, locate, reduced, to_rig
 
 MIRRORINGS = {None: (False,), "never": (False,), "always": (True,), "auto": (False, True)}  # by Stage1Options.mirror
 
@@ -41,11 +41,8 @@ class MouseFaceLift:
     def load(
         cls, *, device: str = "auto", stages: str = "full", options: Stage1Options | None = None, **checkpoints: Any
     ) -> MouseFaceLift:
-        """Finds the files, compares their rigs, then loads them.
-
-        stages: "full", or "1" or "2" alone. checkpoints: fields of `pipeline.options.Checkpoints`, by name.
-        Raises ValueError for what is missing, RigMismatchError for what does not belong together.
-        """
+        """Finds the files, compares their rigs, then loads them. stages: "full", "1" or "2". checkpoints: fields of
+        `pipeline.options.Checkpoints`. Raises ValueError for what is missing, RigMismatchError for a mismatch."""
         choose_numba_cache()  # here too: a notebook has no main_guard
         where, artifacts = resolve_device(device), resolve(Checkpoints(**checkpoints), options, stages=stages)
         components, network, options = None, None, artifacts.options
@@ -97,7 +94,7 @@ class MouseFaceLift:
         views = self.generate(photo, seed=seed, keep_input_view=keep_input_view, progress=progress)
         artifacts = self.artifacts
         record = {
-            "input": name, "photo": asdict(report), "artifacts": artifacts.describe(), "seed": seed,
+            "input": name, "photo": report, "artifacts": artifacts.describe(), "seed": seed,
             "num_steps": artifacts.num_steps, "guidance_scale": artifacts.guidance_scale,
             "keep_input_view": keep_input_view, "seed_scores": views.seed_scores, "mirrored": views.mirrored,
             "mirror_scores": views.mirror_scores, "seconds": {"stage1": round(time.perf_counter() - started, 2)},
@@ -112,45 +109,46 @@ class MouseFaceLift:
         return result
 
     def reconstruct(
-        self, views: Any, masks: Any, cameras: Cameras, *, refine: int | str = "auto", start: str | Gaussians = "auto",
-        refine_size: int = 256, filtered: bool = True, name: str = "views", seed: int = 0,
-        progress: Callable[[Iterable], Iterable] | None = None,
+        self, views: Any, masks: Any, cameras: Cameras, *, refine: int | str = "auto", name: str = "views",
+        progress: Callable[[Iterable], Iterable] | None = None, **options: Any,
     ) -> Reconstruction:  # fmt: skip
         """Reconstructs posed views: rgb [v, 3, h, w] 0..1 on white, masks [v, 1, h, w], cameras [v] that may stand
         anywhere, v >= 2. The Gaussians come back in the cameras' world.
 
-        refine: iterations of the fit to the views; "auto" for as many as the start needs, "off" for none.
-        start: of the fit: "stage2", "hull", "auto" for the one that explains the views better after a short fit, or the
-            Gaussians of a frame before, whose number and order are kept.
-        refine_size: larger images are reduced to this many pixels for the fit.
+        refine: iterations of the fit to the views; "auto" for as many as its start needs, "off" for Stage 2 alone.
+        options: fields of `pipeline.posed.FitOptions`.
         Raises ValueError where masks and cameras cannot be of one animal (axes, mirrored, units, order).
         """
+        wanted = FitOptions(**options)
         posed = PosedViews(torch.as_tensor(views).float(), torch.as_tensor(masks).float(), cameras)
-        placement = locate(posed.masks, cameras, name)  # wrong axes give a plausible, wrong animal
+        # Wrong axes give a plausible, wrong animal.
+        placement = wanted.placement or locate(posed.masks, cameras, name)
         record = {
             "input": Path(name).name, "artifacts": self.artifacts.describe(), "input_views": len(cameras),
             "agreement_of_masks": round(placement.agreement, 4), "seconds": {},
         }  # fmt: skip
         if refine == "off":
-            return self._finish(posed, lambda: self.predict_anywhere(posed, placement), filtered, record, None)
-        started, small = time.perf_counter(), reduced(posed, refine_size)
-        given = [part.to(self.device) for part in (small.rgb, small.masks, small.cameras)]
+            result = self._finish(posed, lambda: self.predict_anywhere(posed, placement), wanted.filtered, record, None)
+            return replace(result, to_rig=placement.to_rig)
+        started, small = time.perf_counter(), reduced(posed, wanted.refine_size)
         starts = {
             "stage2": lambda: self.predict_anywhere(posed, placement, FilterSettings()),
-            "hull": lambda: hull_start(placement.hull, small.rgb, small.masks, small.cameras).to(self.device),
+            "hull": lambda: hull_start(placement.hull, small.rgb, small.masks, small.cameras),
         }
-        if isinstance(start, Gaussians):
-            starts = {"previous": lambda: start.to(self.device)}
-        elif start != "auto":
-            starts = {start: starts[start]}
-        gaussians, told = fit(starts, *given, iterations=None if refine == "auto" else refine, seed=seed, progress=progress)
-        counts = {"predicted": gaussians.num_gaussians, "kept": gaussians.num_gaussians}
-        if filtered and "previous" not in starts:
+        if isinstance(wanted.start, Gaussians):
+            starts = {"previous": lambda: wanted.start}
+        elif wanted.start != "auto":
+            starts = {wanted.start: starts[wanted.start]}
+        given = [part.to(self.device) for part in (small.rgb, small.masks, small.cameras)]
+        count = None if refine == "auto" else int(refine)
+        gaussians, told = fit(starts, *given, iterations=count, seed=wanted.seed, progress=progress)
+        counts = {"predicted": gaussians.num_gaussians}
+        if wanted.filtered and "previous" not in starts:
             gaussians = filter_gaussians(gaussians, FilterSettings(crop_box=None))  # the views have shaped the rest
-            counts["kept"] = gaussians.num_gaussians
+        counts["kept"] = gaussians.num_gaussians
         record["seconds"]["refinement"] = round(time.perf_counter() - started, 2)
-        record |= {"refinement": told, "filtered": filtered, "gaussians": counts}
-        return Reconstruction(gaussians, posed, self.rig, record)
+        record |= {"refinement": told, "filtered": wanted.filtered, "gaussians": counts}
+        return Reconstruction(gaussians, posed, self.rig, record, to_rig=placement.to_rig)
 
     def predict_anywhere(
         self, views: PosedViews, placement: Placement, keep: FilterSettings | None = None
@@ -163,11 +161,7 @@ class MouseFaceLift:
         size = self.network.config.image_tokenizer.image_size
         gaussians = self.predict(views if at_home else to_rig(views, self.rig, placement, size))
         gaussians = gaussians if keep is None else filter_gaussians(gaussians, keep)
-        if at_home:
-            return gaussians
-        back = torch.diag(torch.tensor([1 / placement.scale] * 3 + [1.0]))
-        back[:3, 3] = placement.centre
-        return gaussians.moved(back)
+        return gaussians if at_home else gaussians.moved(torch.linalg.inv(placement.to_rig))
 
     def _finish(
         self, views: PosedViews, predict: Callable[[], Gaussians], filtered: bool, record: dict, photo: Tensor | None

@@ -32,19 +32,14 @@ OPTIONAL_FILES = ("gaussians.splat", "gaussians.compressed.ply", "mesh.ply", "me
 
 @dataclass(frozen=True)
 class PosedViews:
-    """What passes between the stages. rgb: [v, 3, h, w] on white. masks: [v, 1, h, w]. cameras: [v].
-
-    seed_scores: consistency by seed, where several were generated; these views are the best one's.
-    mirrored: generated from the photograph's mirror image and mirrored back; Stage 2 sees them as they were generated.
-    mirror_scores: consistency as it is and mirrored, where both were generated; these views are the better one's.
-    """
+    """What passes between the stages. rgb: [v, 3, h, w] on white. masks: [v, 1, h, w]. cameras: [v]."""
 
     rgb: Tensor
     masks: Tensor
     cameras: Cameras
-    seed_scores: dict[int, float] | None = None
-    mirrored: bool = False
-    mirror_scores: tuple[float, float] | None = None
+    seed_scores: dict[int, float] | None = None  # consistency of all generated sets, of which this is the best
+    mirrored: bool = False  # from the photograph's mirror image and mirrored back; Stage 2 sees them as generated
+    mirror_scores: tuple[float, float] | None = None  # consistency as it is and mirrored: this is the better set
 
     @staticmethod
     def of(rgba: Tensor, cameras: Cameras) -> PosedViews:
@@ -58,13 +53,17 @@ class PosedViews:
 
 @dataclass
 class Reconstruction:
-    """Gaussians [1, n] and what they were made from. record: for run.json. photo: [4, s, s], None for posed views."""
+    """Gaussians [1, n] and what they were made from. record: for run.json. photo: [4, s, s], None for posed views.
+
+    to_rig: [4, 4], brings the animal of posed views to the place and size of the training data, for the turntable.
+    """
 
     gaussians: Gaussians
     views: PosedViews
     rig: ViewRig
     record: dict
     photo: Tensor | None = None
+    to_rig: Tensor | None = None
 
     def numpy(self) -> dict[str, np.ndarray]:
         """Returns xyz [n, 3], features [n, k, 3], log scaling [n, 3], rotation wxyz [n, 4], opacity logits [n, 1]."""
@@ -79,11 +78,9 @@ class Reconstruction:
         self, folder: Path | str, *, turntable_views: int = 120, turntable_size: int = 256,
         export: Sequence[str] = (), mesh: str | None = None, maps: bool = False, sheet: bool = False,
     ) -> None:  # fmt: skip
-        """Writes everything into `folder`; run.json comes last.
-
-        export: of "splat", "ply_compressed". mesh: "ply" or "glb". maps: depth/ and alpha/ as the views' cameras see
-        the Gaussians. sheet: sheet.png, the photograph (if there is one) and the views above their renderings.
-        """
+        """Writes everything into `folder`; run.json comes last. export: of "splat", "ply_compressed". mesh: "ply" or
+        "glb". maps: depth/ and alpha/ as the views' cameras see the Gaussians. sheet: sheet.png, the photograph (if
+        there is one) and the views above their renderings."""
         folder, started = Path(folder), time.perf_counter()
         with full_disk_explained(folder / "gaussians.ply"):
             start_folder(folder)
@@ -112,10 +109,8 @@ class Reconstruction:
             self.write_run(folder)
 
     def write_views(self, folder: Path) -> None:
-        """Writes views/view_00.png ..., multiview.png, opencv_cameras.json; input.png, the photograph as models saw it.
-
-        Views of a photograph are the rig's and carry its names.
-        """
+        """Writes views/view_00.png ..., multiview.png, opencv_cameras.json; input.png, the photograph as models saw it,
+        whose views are the rig's and carry its names."""
         views, frames = self.views.rgb, self.views.cameras.to_frames()
         stale = set((folder / "views").glob("view_*.png"))  # an earlier run may have had more views
         if self.photo is not None:
@@ -137,7 +132,7 @@ class Reconstruction:
             elevation_deg = float(self.views.cameras.elevation_deg.mean())
             with tqdm(total=turntable_views, desc=f"{folder.name}: turntable", unit="frame", disable=None) as bar:
                 frames = render_turntable(
-                    self.gaussians, turntable_views, turntable_size, elevation_deg=elevation_deg,
+                    self.gaussians if self.to_rig is None else self.gaussians.moved(self.to_rig), turntable_views, turntable_size, elevation_deg=elevation_deg,
                     on_frame=lambda done, _: bar.update(1),
                 )  # fmt: skip
             save_video(folder / "turntable.mp4", frames.cpu(), TURNTABLE_FPS)
@@ -172,10 +167,8 @@ def depth_images(depth: Tensor) -> Tensor:
 
 
 def write_depth(path: Path, depth: Tensor) -> None:
-    """Writes [1, h, w] camera-frame z as a sample's depth: 16-bit PNG in steps of DEPTH_UNIT, 0 = no surface.
-
-    Raises ValueError for depths that 16 bits cannot hold.
-    """
+    """Writes [1, h, w] camera-frame z as a sample's depth: 16-bit PNG in steps of DEPTH_UNIT, 0 = no surface. Raises
+    ValueError for depths that 16 bits cannot hold."""
     steps = (depth[0].double() / DEPTH_UNIT).round()  # float32 would be off by a step at 6 world units
     if steps.max() > 65535:
         raise ValueError(f"{path}: depth must be at most {65535 * DEPTH_UNIT:.2f} world units, got {depth.max():.2f}")

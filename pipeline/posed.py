@@ -41,6 +41,29 @@ class Placement:
     def scale(self) -> float:  # from the sample's world to that of the training data
         return TRAINED_SIZE / self.hull.volume ** (1 / 3)
 
+    @property
+    def to_rig(self) -> Tensor:  # [4, 4] from the sample's world to that of the training data
+        matrix = torch.diag(self.centre.new_tensor([self.scale] * 3 + [1.0]))
+        matrix[:3, 3] = -self.scale * self.centre
+        return matrix
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """How posed views are reconstructed.
+
+    start: of the fit: "stage2", "hull", "auto" for the one that explains the views better after a short fit, or the
+        Gaussians [1, n] of a frame before, whose number and order are kept.
+    refine_size: larger images are reduced to this many pixels for the fit. filtered: leave out faint Gaussians.
+    placement: of `locate`, where it is known.
+    """
+
+    start: str | Gaussians = "auto"
+    refine_size: int = 256
+    filtered: bool = True
+    seed: int = 0
+    placement: Placement | None = None
+
 
 def locate(masks: Tensor, cameras: Cameras, source: str) -> Placement:
     """Finds the animal in the world. masks: [v, 1, h, w] 0..1, cameras: [v], v >= 2.
@@ -158,7 +181,7 @@ def fit(
     iterations: None for what the chosen start needs. A fit that explains the given views less than its start is
     dropped: the start is returned.
     """
-    made = {name: refinement.limit(start()) for name, start in starts.items()}
+    made = {name: refinement.limit(start().to(rgb.device)) for name, start in starts.items()}
     name, tried = next(iter(made)), {}
     if len(made) > 1:
         name, tried = refinement.choose_start(made, rgb, masks, cameras, seed=seed)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from gslrm.model.gaussians_renderer import render
 from gslrm.refinement import agreement
 from multiview.rig import ViewRig, fits_rig
-from multiview.run import make_generator
+from multiview.run import seed_from
 from multiview.sample import Sample, read_sample
 from pipeline.model import MouseFaceLift
 from pipeline.outputs import PosedViews
@@ -29,8 +30,8 @@ def reshoot(
     source = read_sample(folder)
     views = PosedViews.of(source.rgba[: source.num_inputs], source.cameras[: source.num_inputs])
     parts = views.rgb, views.masks, views.cameras
-    generator = make_generator("reshoot", seed, folder.name)
-    left = int(torch.randint(len(views.rgb), (), generator=generator))
+    rng = np.random.default_rng(seed_from("reshoot", seed, folder.name))
+    left = int(rng.integers(len(views.rgb)))
     others = [view for view in range(len(views.rgb)) if view != left]
     fitted = model.reconstruct(*(part[others] for part in parts), name=str(folder), seed=seed, **settings)
     asked = [part[[left]].to(model.device) for part in parts]
@@ -39,13 +40,10 @@ def reshoot(
         return None, psnr
     gaussians = model.reconstruct(*parts, name=str(folder), seed=seed, **settings).gaussians
     if not fits_rig(rig, views.cameras):  # a world of another size or place becomes the training data's
-        placement = locate(views.masks, views.cameras, str(folder))
-        there = torch.diag(torch.tensor([placement.scale] * 3 + [1.0]))
-        there[:3, 3] = -placement.scale * placement.centre
-        gaussians = gaussians.moved(there)
+        gaussians = gaussians.moved(locate(views.masks, views.cameras, str(folder)).to_rig)
     cameras = rig.cameras(image_size)
     if num_novel_views:
-        cameras = cameras.joined(rig.novel_cameras(num_novel_views, image_size, generator))
+        cameras = cameras.joined(rig.novel_cameras(num_novel_views, image_size, rng))
     rgba, depth = [], []
     for view in range(len(cameras)):
         seen = render(gaussians, cameras[view : view + 1][None].to(model.device), background=0.0)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from scipy.spatial.transform import Rotation
@@ -19,9 +20,9 @@ from recording.calibration.formats import find_calibration, read_calibration
 from recording.calibration.model import UP_ROTATIONS, Calibration
 from recording.center import find_up, headings_deg, locate, smooth, tail_sides, trunk_hulls
 from recording.geometry import directions_from
-from recording.masks import MaskTrack, read_track
-from recording.quality.belongs import check_belongs, check_silhouettes
-from recording.segment import record_camera
+from recording.masks import MaskTrack, read_track, record_camera
+from recording.quality.check import check_belongs
+from recording.quality.silhouettes import evenly, support
 from recording.settings import ImportSettings
 from recording.video import MASK_FOLDERS, Video, find_videos, frame_number
 from recording.workers import run_lanes
@@ -29,11 +30,10 @@ from recording.workers import run_lanes
 STRETCHED = 90  # percentile of the lengths seen in single frames that counts as the stretched animal
 MAX_RESIDUAL = 0.10  # of the camera distance: beyond it videos and calibration do not belong together
 RATE_TOLERANCE = 1e-3  # relative
-MIRROR_CHECKS = 3  # instants whose silhouettes are asked whether images are mirrored
+BELONG_CHECKS = 4  # instants whose silhouettes are asked whether the calibration belongs to the videos
 
 
-@dataclass(frozen=True)
-class Recording:
+class Recording(NamedTuple):
     """masks: the mask videos; none where the masks are to be found (`--segment`)."""
 
     calibration: Calibration
@@ -43,36 +43,31 @@ class Recording:
 
 @dataclass(frozen=True)
 class Analysis:
-    """What the masks say, per frame kept. frames: numbers in the videos. tracks: [v]. places: of the frames in them.
+    """What the masks say, per frame kept [t], in the calibration's unit."""
 
-    centres: [t, 3]. residuals: [t, v] distance of the center from each mask's ray. Unit: the calibration's.
-    headings_deg: [t] azimuth of the nose, None if not asked for.
-    """
-
-    frames: list[int]
-    tracks: list[MaskTrack]
-    places: list[int]
-    centres: np.ndarray
-    residuals: np.ndarray
+    frames: list[int]  # their numbers in the videos
+    tracks: list[MaskTrack]  # [v]
+    places: list[int]  # of the frames in the tracks
+    centres: np.ndarray  # [t, 3]
+    residuals: np.ndarray  # [t, v] distance of the center from each mask's ray
     body_length: float
     skipped: dict[int, str]
-    headings_deg: np.ndarray | None = None
+    headings_deg: np.ndarray | None = None  # [t] azimuth of the nose, None if not asked for
 
 
 def open_recording(settings: ImportSettings) -> Recording:
     """Finds and checks calibration, videos and mask videos."""
     path, up = settings.calibration or find_calibration(settings.meta_dir), settings.up
     calibration = read_calibration(path, up=up if up in UP_ROTATIONS else "z")
-    most = settings.max_megapixels * 1_000_000
-    videos = find_videos(settings.video_dir, len(calibration), "--video_dir", most, calibration.names)
+    options = {"max_pixels": settings.max_megapixels * 1_000_000, "names": calibration.names}
+    videos, masks = find_videos(settings.video_dir, len(calibration), "--video_dir", **options), []
     if settings.segment == "rembg" and importlib.util.find_spec("rembg") is None:
         raise ValueError(
             "--segment rembg needs the package rembg, which is not installed: pip install rembg onnxruntime (it "
             "fetches its network when first used), or use --segment median"
         )
-    masks = []
     if settings.mask_dir is not None:
-        masks = find_videos(settings.mask_dir, len(calibration), "--mask_dir", most, calibration.names)
+        masks = find_videos(settings.mask_dir, len(calibration), "--mask_dir", **options)
     elif settings.segment == "none":
         found = [settings.meta_dir / name for name in MASK_FOLDERS if (settings.meta_dir / name).is_dir()]
         if len(found) != 1:
@@ -81,28 +76,27 @@ def open_recording(settings: ImportSettings) -> Recording:
                 f"{' or '.join(MASK_FOLDERS)} (0.mp4 ..., white animal on black), found {len(found)}; name it with "
                 "--mask_dir, or find the masks with --segment median"
             )
-        masks = find_videos(found[0], len(calibration), "--meta_dir", most, calibration.names)
+        masks = find_videos(found[0], len(calibration), "--meta_dir", **options)
     check_videos(videos, masks)
     return Recording(calibration.with_sizes([video.size for video in videos]), videos, masks)
 
 
 def check_videos(videos: list[Video], masks: list[Video]) -> None:
     """All videos show the same instants: equal frame counts and rates; masks as large as their images."""
-    first, numbered = videos[0], [video.files[0] for video in (*videos, *masks) if video.is_images]
+    first, starts = videos[0], [video.files[0] for video in (*videos, *masks) if video.is_images]
     for video in (*videos, *masks):
         if video.num_frames != first.num_frames:
             counts = f"{video.name} has {video.num_frames} frames, {first.name} has {first.num_frames}"
             raise ValueError(f"{counts}; frame n must be the same instant in every video, so these must be equal")
         if video.rate and first.rate and abs(video.rate - first.rate) > RATE_TOLERANCE * first.rate:
             raise ValueError(f"{video.name} runs at {video.rate:g} frames/s, {first.name} at {first.rate:g}")
-    for path in numbered:
-        if frame_number(path) != frame_number(numbered[0]):
-            firsts = f"{path} is the first image of its folder, {numbered[0]} that of another"
+    for path in starts:
+        if frame_number(path) != frame_number(starts[0]):
+            firsts = f"{path} is the first image of its folder, {starts[0]} that of another"
             raise ValueError(f"{firsts}; images of one number must show the same instant: start all with the same one")
     for video, mask in zip(videos, masks):  # no masks where they are still to be found
         if video.size != mask.size:
-            (width, height), (own_width, own_height) = mask.size, video.size
-            sizes = f"{mask.name} is {width} x {height}, its video {video.name} {own_width} x {own_height}"
+            sizes = "{} is {} x {}, its video {} {} x {}".format(mask.name, *mask.size, video.name, *video.size)
             raise ValueError(f"{sizes}; masks must be of the same (undistorted or raw) images")
 
 
@@ -135,9 +129,10 @@ def analyse(
     kept, skipped = _usable_frames(recording, frames, tracks, settings)
     numbers = [frames[index] for index in kept]
     centers, residuals, lengths = locate(calibration, tracks, kept)
-    asked = [kept[int(place)] for place in np.unique(np.linspace(0, len(kept) - 1, MIRROR_CHECKS).round())]
-    check_belongs(calibration, np.stack([track.centre[kept] for track in tracks], axis=1))
-    check_silhouettes(calibration, [np.stack([track.silhouette(index).full() for track in tracks]) for index in asked])
+    # Masks cut by the photograph's edge end where the animal does not.
+    whole = [place for place in kept if not any(track.touches_border[place] for track in tracks)]
+    asked = [whole[index] for index in evenly(len(whole), BELONG_CHECKS)]
+    check_belongs(calibration, np.array([[support(track.hull(place))[0] for track in tracks] for place in asked]))
     distance, miss = directions_from(centers, calibration.centres)[2].mean(), np.median(residuals)
     if miss > MAX_RESIDUAL * distance:
         raise ValueError(
@@ -174,7 +169,7 @@ def analyse(
         rate = recording.videos[0].rate
         headings = headings_deg(axes, tails, centers, numbers, settings, rate=rate, body_length=length)
     analysis = Analysis(numbers, tracks, kept, centers, residuals, length, skipped, headings)
-    return replace(recording, calibration=calibration), analysis
+    return recording._replace(calibration=calibration), analysis
 
 
 def _usable_frames(
@@ -183,19 +178,17 @@ def _usable_frames(
     """Indices of the frames whose masks show an animal everywhere, and why others do not count."""
     names = [video.name for video in recording.masks or recording.videos]
     what = "the mask" if recording.masks else f"the mask that --segment {settings.segment} finds"
-    kept, skipped = [], {}
-    for index, frame in enumerate(frames):
-        empty = [name for name, track in zip(names, tracks, strict=True) if not track.area[index]]
-        if not empty:
-            kept.append(index)
-            continue
-        if settings.on_bad_frame == "error":
-            which = f"{empty[0]}: {what} of frame {frame}"
+    shown = np.stack([track.area for track in tracks], axis=1) > 0  # [t, v]
+    skipped = {}
+    for frame, seen in zip(frames, shown):
+        if not seen.all() and settings.on_bad_frame == "error":
+            which = f"{names[int(seen.argmin())]}: {what} of frame {frame}"
             raise ValueError(f"{which} is empty; mend it, or leave such frames out with --on_bad_frame skip")
-        skipped[frame] = f"empty mask in {', '.join(Path(name).name for name in empty)}"
-    if not kept:
+        if not seen.all():
+            skipped[frame] = f"empty mask in {', '.join(Path(names[k]).name for k in np.flatnonzero(~seen))}"
+    if len(skipped) == len(frames):
         raise ValueError(
             f"every frame has an empty mask in at least one view (frame {frames[0]}: {skipped[frames[0]]}); nothing "
             "can be imported: masks must be white where the animal is"
         )
-    return kept, skipped
+    return np.flatnonzero(shown.all(axis=1)).tolist(), skipped

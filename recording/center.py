@@ -30,40 +30,30 @@ def robust_weights(residuals: np.ndarray, least: np.ndarray | float) -> np.ndarr
     return (1.0 / (1.0 + (residuals / scale) ** 2)) ** 2
 
 
-def triangulate(origins: np.ndarray, directions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Finds the points [..., 3] nearest to rays [..., v, 3] (unit) from origins [v, 3], and their distances [..., v].
+def locate(
+    calibration: Calibration, tracks: list[MaskTrack], places: list[int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Finds the animal's centers [t, 3] from the masks' centers of mass, each ray's distance from them [t, v], and
+    lengths [t] in the view that shows the body longest; places: [t] of the masks in their tracks.
 
     Few wrong rays are outvoted: iteratively reweighted least squares on the perpendicular distances, weighted by
     1 / distance to the camera (what a pixel is worth) and by robust weights.
     """
+    directions = np.stack([calibration.rays(k, track.centre[places]) for k, track in enumerate(tracks)], axis=1)
     projectors = np.eye(3) - directions[..., :, None] * directions[..., None, :]
-    pulled = np.einsum("...vij,vj->...vi", projectors, origins)
+    pulled = np.einsum("...vij,vj->...vi", projectors, calibration.centres)
     weights = np.ones(directions.shape[:-1])
     for _ in range(30):
         total = np.einsum("...v,...vij->...ij", weights, projectors)
         right = np.einsum("...v,...vi->...i", weights, pulled)
-        point = np.linalg.solve(total, right[..., None])[..., 0]
-        offset = point[..., None, :] - origins
+        centers = np.linalg.solve(total, right[..., None])[..., 0]
+        offset = centers[:, None] - calibration.centres
         distances = np.linalg.norm(offset, axis=-1)
         residuals = np.linalg.norm(offset - (offset * directions).sum(-1, keepdims=True) * directions, axis=-1)
         far = distances.mean(axis=-1, keepdims=True)
         weights = robust_weights(residuals, 1e-3 * far) * (far / distances) ** 2
-    return point, residuals
-
-
-def locate(
-    calibration: Calibration, tracks: list[MaskTrack], places: list[int]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Finds the animal's centers [t, 3] from the masks' centers of mass, each ray's distance from them [t, v], lengths.
-
-    places: [t] of the masks in their tracks. A length [t] is that of the view that shows the body longest: it belongs
-    to the pose of its frame.
-    """
-    directions = np.stack([calibration.rays(k, track.centre[places]) for k, track in enumerate(tracks)], axis=1)
-    centers, residuals = triangulate(calibration.centres, directions)
-    distance = np.linalg.norm(calibration.centres - centers[:, None], axis=-1)
     focal = np.sqrt(calibration.K[:, 0, 0] * calibration.K[:, 1, 1])
-    lengths = np.stack([track.axis_length[places] for track in tracks], axis=1) * distance / focal
+    lengths = np.stack([track.axis_length[places] for track in tracks], axis=1) * distances / focal
     return centers, residuals, lengths.max(axis=1)
 
 
@@ -107,11 +97,9 @@ def _carve(projections, used, bits, starts, shapes, middles, half):
     projections: [t, v, 3, 4] world -> pixels of the masks, homogeneous. used: [t, v]. bits: packed pixels of all masks,
     mask (t, v) from byte starts[t, v] on, with shapes[t, v] rows and columns.
     """
-    frames, views = used.shape
-    points = TRUNK_POINTS
+    (frames, views), points = used.shape, TRUNK_POINTS
     centers, spreads = middles.copy(), np.zeros((frames, 3, 3))
-    step = 2.0 * half / points
-    inner = np.empty((points**3, 3))
+    step, inner = 2.0 * half / points, np.empty((points**3, 3))
     for frame in range(frames):
         sums, count = np.zeros(3), 0
         lower = middles[frame] - half + 0.5 * step
@@ -128,12 +116,11 @@ def _carve(projections, used, bits, starts, shapes, middles, half):
                 column = (p[0, 0] * x + p[0, 1] * y + p[0, 2] * z + p[0, 3]) / depth
                 row = (p[1, 0] * x + p[1, 1] * y + p[1, 2] * z + p[1, 3]) / depth
                 height, width = shapes[frame, view, 0], shapes[frame, view, 1]
-                if depth <= 0 or column < 0 or row < 0 or column >= width or row >= height:
-                    inside = False
-                    break
-                pixel = int(row) * width + int(column)
-                if not bits[starts[frame, view] + (pixel >> 3)] >> (7 - (pixel & 7)) & 1:
-                    inside = False
+                inside = depth > 0 and column >= 0 and row >= 0 and column < width and row < height
+                if inside:
+                    pixel = int(row) * width + int(column)
+                    inside = bits[starts[frame, view] + (pixel >> 3)] >> (7 - (pixel & 7)) & 1 == 1
+                if not inside:
                     break
             if inside:
                 inner[count] = (x, y, z)
@@ -155,14 +142,12 @@ def tail_sides(
 
     Mean over the views, of lengths in the image along the axis as it is seen.
     """
-    tails = np.zeros((len(tracks), len(places)))
-    middles = calibration.project(centers)
+    tails, middles = np.zeros((len(tracks), len(places))), calibration.project(centers)
     along = calibration.project(centers + 0.1 * body_length * axes) - middles  # [v, t, 2] pixels
     along /= 10.0 * (along**2).sum(axis=-1, keepdims=True)
-    for camera, track in enumerate(tracks):
-        for index, place in enumerate(places):
-            reach = (track.hull(place) - middles[camera, index]) @ along[camera, index]
-            tails[camera, index] = -reach.max() - reach.min()
+    for view, index in np.ndindex(tails.shape):
+        reach = (tracks[view].hull(places[index]) - middles[view, index]) @ along[view, index]
+        tails[view, index] = -reach.max() - reach.min()
     return tails.mean(axis=0)
 
 
@@ -174,13 +159,13 @@ def segments(frames: list[int], jumps: tuple[int, ...]) -> list[slice]:
 
 def smooth(centers: np.ndarray, frames: list[int], num_frames: int, jumps: tuple[int, ...]) -> np.ndarray:
     """Averages centers [t, 3] over num_frames frames of the video, weighted by a triangle; never across a jump."""
-    result = centers.copy()
+    result, half = centers.copy(), num_frames / 2
     for part in segments(frames, jumps) if num_frames >= 2 else []:
         times = np.array(frames[part], dtype=np.float64)
         for index, time in enumerate(times):
             # A window of the frames near enough: the weights elsewhere are 0.
-            low, high = np.searchsorted(times, [time - num_frames / 2, time + num_frames / 2], side="left")
-            weight = 1.0 - np.abs(times[low:high] - time) / (num_frames / 2 + 0.5)
+            low, high = np.searchsorted(times, [time - half, time + half], side="left")
+            weight = 1.0 - np.abs(times[low:high] - time) / (half + 0.5)
             result[part][index] = weight @ centers[part][low:high] / weight.sum()
     return result
 
@@ -195,10 +180,8 @@ def find_up(calibration: Calibration, centers: np.ndarray, rule: str, body_lengt
     mean = -calibration.w2c[:, 1, :3].mean(axis=0)
     length = float(np.linalg.norm(mean))
     if length < 0.3:
-        raise ValueError(
-            f"{calibration.source}: the cameras do not agree on what is up (mean of their up directions {length:.2f} "
-            "long); give --up an axis"
-        )
+        found = f"the cameras do not agree on what is up (mean of their up directions {length:.2f} long)"
+        raise ValueError(f"{calibration.source}: {found}; give --up an axis")
     if rule == "rig":
         return mean / length
     weights = np.ones(len(centers))
@@ -206,12 +189,11 @@ def find_up(calibration: Calibration, centers: np.ndarray, rule: str, body_lengt
         offset = centers - weights @ centers / weights.sum()
         values, vectors = np.linalg.eigh((offset * weights[:, None]).T @ offset / weights.sum())
         weights = robust_weights(np.abs(offset @ vectors[:, 0]), 1e-6 * body_length)
-    walked = math.sqrt(max(values[1], 0.0))
-    if len(centers) < 3 or walked < MIN_SPREAD * body_length:
-        raise ValueError(
-            f"{calibration.source}: --up floor needs an animal that walks about; its centers spread by {walked:.3g} "
-            f"across the direction it moves in most, {MIN_SPREAD * body_length:.3g} are needed; give --up rig or axis"
-        )
+    walked, needed = math.sqrt(max(values[1], 0.0)), MIN_SPREAD * body_length
+    if len(centers) < 3 or walked < needed:
+        spread = f"its centers spread by {walked:.3g} across the direction it moves in most, {needed:.3g} are needed"
+        wanted = f"{calibration.source}: --up floor needs an animal that walks about"
+        raise ValueError(f"{wanted}; {spread}; give --up rig or axis")
     return vectors[:, 0] * (1.0 if vectors[:, 0] @ mean > 0 else -1.0)
 
 

@@ -56,8 +56,7 @@ def assign_views(
     count (the one with which the others fit best is taken); None: azimuths count from the animal's front, as the rig's.
     Returns the camera of each view and the angle each is off, degrees.
     """
-    best: tuple[float, list[int], np.ndarray] | None = None
-    wanted, reference = rig_angles(rig)[..., None], rig.reference_view
+    best, wanted, reference = (math.inf, [], np.zeros(0)), rig_angles(rig)[..., None], rig.reference_view
     for camera in [None] if references is None else references:
         turned = azimuth if camera is None else azimuth - azimuth[camera] + wanted[0, reference]
         off = angular_distance(*wanted, turned[None], elevation[None])
@@ -66,7 +65,7 @@ def assign_views(
             cost[reference, np.arange(len(azimuth)) != camera] = 1e9
         rows, columns = linear_sum_assignment(cost)
         total = float(cost[rows, columns].sum())
-        if best is None or total < best[0] - 1e-9:
+        if total < best[0] - 1e-9:
             best = (total, columns.tolist(), off[rows, columns])
     return best[1], best[2]
 
@@ -78,34 +77,22 @@ def rig_angles(rig: ViewRig) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Plan:
-    """The framing of a whole dataset, and the cameras of its t frames, in view order.
+    """The framing of a whole dataset, and the cameras of its t frames, in view order."""
 
-    rig: what the dataset's views amount to (label cameras, mean over the frames). requested: the rig the views are
-    named after, None for `calibrated`. scale: world units per unit of the calibration, on average. focal: label focal
-    length over width. body_length: in the calibration's unit. zoom: at most 1, see `make_plan`. view_off_deg: [v] how
-    far each view's mean direction is from the requested rig's.
-    orders: [t, v] camera of each view. true_rotation: [t, v, 3, 3] world (of the calibration) to the true cameras'
-    axes. true_focal: [t, v] over width. label: Cameras [t, v] float64 (unit image, width 1) in the sample's world.
-    to_sample: [t, 4, 4] similarity, calibration's world -> sample's world. deviation_deg: [t, v] of each frame's
-    directions from the dataset's. extents: [t, v] from `mask_extents`, where there are masks.
-    """
-
-    rig: ViewRig
-    requested: ViewRig | None
-    scale: float
-    focal: float
-    framing: str
-    poses: str
-    body_length: float
-    zoom: float
-    view_off_deg: np.ndarray
-    orders: np.ndarray
-    true_rotation: np.ndarray
-    true_focal: np.ndarray
-    label: Cameras
-    to_sample: np.ndarray
-    deviation_deg: np.ndarray
-    extents: np.ndarray | None = None
+    rig: ViewRig  # what the dataset's views amount to: label cameras, mean over the frames
+    requested: ViewRig | None  # the rig the views are named after, None for `calibrated`
+    scale: float  # world units per unit of the calibration, on average
+    focal: float  # label focal length over width
+    body_length: float  # in the calibration's unit
+    zoom: float  # at most 1, see `make_plan`
+    view_off_deg: np.ndarray  # [v] how far each view's mean direction is from the requested rig's
+    orders: np.ndarray  # [t, v] camera of each view
+    true_rotation: np.ndarray  # [t, v, 3, 3] world (of the calibration) to the true cameras' axes
+    true_focal: np.ndarray  # [t, v] over width
+    label: Cameras  # [t, v] float64 (unit image, width 1) in the sample's world
+    to_sample: np.ndarray  # [t, 4, 4] similarity, calibration's world -> sample's world
+    deviation_deg: np.ndarray  # [t, v] of each frame's directions from the dataset's
+    extents: np.ndarray | None = None  # [t, v] from `mask_extents`, where there are masks
 
 
 def make_plan(
@@ -120,63 +107,51 @@ def make_plan(
     """
     seen = directions_from(centers, calibration.centres)  # azimuth, elevation, distance, each [t, camera]
     named, orders, turn, off = _named_views(calibration, rig, seen, settings.reference_camera, headings_deg)
-    mean_distance = float(seen[2].mean())
-    named, scale, focal, label_distance = _framed(named, settings, mean_distance, body_length, zoom)
+    mean_distance, exact_poses = float(seen[2].mean()), settings.poses == "exact"
+    scale, focal = zoom * STANDARD_BODY_LENGTH / body_length, named.focal
+    if settings.framing == "exact":
+        scale = named.distance / mean_distance * (1.0 if exact_poses else zoom)
+        focal = focal * (zoom if exact_poses else 1.0)
+    elif settings.framing == "fill" and exact_poses:
+        focal = named.focal / named.distance * mean_distance * scale
+    elif settings.framing == "fill":
+        named = named.with_framing("fill")
+        focal = named.focal
+    named, label_distance = replace(named, framing=settings.framing), None  # None: the true distances
+    if settings.framing == "facelift" or not exact_poses:
+        label_distance = np.array([named.view_distance(view) for view in named.views])
     scales = np.full((len(centers), 1), scale)
     if settings.scale == "sample":
         scales = scale * mean_distance / seen[2].mean(axis=1, keepdims=True)
     azimuth, elevation, distance = (np.take_along_axis(one, orders, axis=1) for one in seen)  # [t, view]
-    azimuth = azimuth + turn[:, None]
-    dataset_rig = named
-    if settings.poses == "exact":
+    azimuth, dataset_rig = azimuth + turn[:, None], named
+    if exact_poses:
         means, far = circular_mean_deg(azimuth), label_distance
         if headings_deg is None:  # the reference view's azimuth is the rig's in every frame
             means[named.reference_view] = named.views[named.reference_view].azimuth_deg
         if far is None:
             far = (distance * scale).mean(0)
-        views = zip(named.view_names, means.tolist(), elevation.mean(0).tolist(), far.tolist(), strict=True)
-        name = named.name if named.name == CALIBRATED else f"{named.name}-measured"
-        views = tuple(View(*view) for view in views)
+        columns = zip(named.view_names, means.tolist(), elevation.mean(0).tolist(), far.tolist(), strict=True)
+        name, views = f"{named.name}-measured", tuple(View(*view) for view in columns)
+        name = CALIBRATED if named.name == CALIBRATED else name
         measured = replace(named, name=name, views=views, distance=float(far.mean()), focal=focal)
         dataset_rig = named if rig is not None and not measured.differences(named) else measured
     angles, far = rig_angles(dataset_rig), distance * scales if label_distance is None else label_distance
-    stand = angles if settings.poses == "nearest" else (azimuth, elevation)
+    stand = (azimuth, elevation) if exact_poses else angles
     eyes = direction(*map(torch.from_numpy, stand)) * torch.from_numpy(far)[..., None]
-    unit = torch.tensor([focal, focal, 0.5, 0.5], dtype=torch.float64)
+    unit, origin = torch.tensor([focal, focal, 0.5, 0.5], dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
     looked_at = torch.from_numpy(centers)[:, None]
     true = Cameras.look_at(torch.from_numpy(calibration.centres[orders]), looked_at, unit, 1, 1)
     to_sample = np.tile(np.eye(4), (len(centers), 1, 1))
-    for matrix, center, angle, own in zip(to_sample, centers, turn, scales, strict=True):
-        angle = math.radians(-angle)  # azimuth runs clockwise
-        matrix[:2, :2] = [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]
-        matrix[:3, :3] *= own
+    for matrix, center, angle, own in zip(to_sample, centers, np.radians(-turn), scales, strict=True):
+        cos, sin = math.cos(angle), math.sin(angle)  # azimuth runs clockwise
+        matrix[:3, :3] = np.array([[cos, -sin, 0.0], [sin, cos, 0.0], [0.0, 0.0, 1.0]]) * own
         matrix[:3, 3] = -matrix[:3, :3] @ center
     return Plan(
-        dataset_rig, rig, scale, focal, settings.framing, settings.poses, body_length, zoom, off, orders,
-        true.w2c[..., :3, :3].numpy(), focal * distance * scales / far,
-        Cameras.look_at(eyes.expand(*orders.shape, 3), torch.zeros(3, dtype=torch.float64), unit, 1, 1), to_sample,
+        dataset_rig, rig, scale, focal, body_length, zoom, off, orders, true.w2c[..., :3, :3].numpy(),
+        focal * distance * scales / far, Cameras.look_at(eyes.expand(*orders.shape, 3), origin, unit, 1, 1), to_sample,
         angular_distance(azimuth, elevation, *angles),
     )  # fmt: skip
-
-
-def _framed(
-    named: ViewRig, settings: ImportSettings, mean_distance: float, body_length: float, zoom: float
-) -> tuple[ViewRig, float, float, np.ndarray | None]:
-    """The rig as the framing has it, world scale, label focal length and distances [v] (None: the true ones)."""
-    framing, exact_poses = settings.framing, settings.poses == "exact"
-    scale, focal = zoom * STANDARD_BODY_LENGTH / body_length, named.focal
-    if framing == "exact":
-        scale = named.distance / mean_distance * (1.0 if exact_poses else zoom)
-        focal = focal * (zoom if exact_poses else 1.0)
-    elif framing == "fill" and exact_poses:
-        focal = named.focal / named.distance * mean_distance * scale
-    elif framing == "fill":
-        named = named.with_framing("fill")
-        focal = named.focal
-    label_distance = None
-    if framing == "facelift" or not exact_poses:
-        label_distance = np.array([named.view_distance(view) for view in named.views])
-    return replace(named, framing=framing), scale, focal, label_distance
 
 
 def _named_views(
@@ -186,8 +161,7 @@ def _named_views(
     """The rig whose names the views take, the camera of each view [t, v], how far azimuths are turned to be the rig's
     [t], degrees the views are off [v]. Raises ValueError for a rig that the recording cannot have.
     """
-    azimuth, elevation, _ = seen
-    by_heading = headings_deg is not None
+    (azimuth, elevation, _), by_heading = seen, headings_deg is not None
     if elevation.mean() < -5.0:
         stand = f"{calibration.source}: the cameras stand {-elevation.mean():.0f} degrees below the animal on average"
         raise ValueError(f"{stand}, so the world's +z does not point up; name the axis that does with --up")
@@ -206,10 +180,11 @@ def _named_views(
             f"of {len(calibration)} views, or --rig {CALIBRATED} to name the views by their measured directions"
         )
     if (rig.azimuth_zero == "heading") != by_heading:
-        counts = "the animal's own front" if not by_heading else "the reference view"
+        counts = "the reference view" if by_heading else "the animal's own front"
         raise ValueError(
-            f"rig {rig.name} counts azimuth from {counts}: rigs that count from the front (--rig facelift6) need "
-            "--heading motion or pca, rigs that count from the reference view (--rig mouse6) need --heading none"
+            f"rig {rig.name} counts azimuth from {counts}: "
+            "rigs that count from the front (--rig facelift6) need --heading motion or pca, rigs that count from the "
+            "reference view (--rig mouse6) need --heading none"
         )
     if by_heading:
         each = [assign_views(a - h, e, rig, None) for a, e, h in zip(azimuth, elevation, headings_deg, strict=True)]

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
@@ -57,7 +58,11 @@ def process_recording(settings: ImportSettings, say: Callable[[str], None] = lam
             start_server()  # beside what follows, so that it is there when it is needed
         with full_disk_explained(settings.output_dir):
             recording = open_recording(settings)  # before anything is written
-            with _owned(settings):
+            (shard, count), folder = settings.part, settings.mask_folder
+            folders = [folder, *folder.glob("shard_*")] if count == 1 else [folder / f"shard_{shard}_of_{count}"]
+            with ExitStack() as stack:  # a second run of the same is refused at once
+                for path in folders:
+                    stack.enter_context(owned_folder(path))
                 return _process(recording, settings, say)
     finally:
         torch.set_num_threads(before)
@@ -80,7 +85,7 @@ def _process(recording: Recording, settings: ImportSettings, say: Callable[[str]
     recording, analysis = analyse(recording, frames, tracks, settings, say)
     plan = plan_dataset(recording.calibration, analysis, rig, settings)
     body = f"body {plan.body_length:.3g} long in the calibration's unit"
-    say(f"{body} = {plan.body_length * plan.scale:.3g} world units; {plan.framing} framing")
+    say(f"{body} = {plan.body_length * plan.scale:.3g} world units; {settings.framing} framing")
     if plan.zoom < 1.0:
         worst = analysis.frames[int(plan.extents.max(axis=1).argmax())]
         say(f"all images made smaller by {plan.zoom:.3f} so that nothing is clipped (frame {worst} decides)")
@@ -98,23 +103,9 @@ def _process(recording: Recording, settings: ImportSettings, say: Callable[[str]
     if not all(is_complete_sample(settings.sample(index)) for index in range(len(analysis.frames))):
         say(f"shard {settings.shard} is complete; the last shard writes split lists and report")
         return None
-    return _conclude(recording, analysis, plan, settings, say)
-
-
-def _conclude(
-    recording: Recording, analysis: Analysis, plan: Plan, settings: ImportSettings, say: Callable[[str], None]
-) -> dict:
-    """Writes split lists and report of a dataset whose samples are all there."""
-    count, rate = len(analysis.frames), recording.videos[0].rate
-    seconds = [frame / rate for frame in analysis.frames] if rate else None
-    train, val = split_samples(count, seconds, settings.split_seed if settings.split == "random" else None)
     with _alone(settings):
-        os.sync()  # the lists must not reach the disk before what they list
-        for name, chosen in (("train", train), ("val", val)):
-            write_split(settings.output_dir / f"data_mouse_{name}.txt", [settings.sample(index) for index in chosen])
-        report = write_report(
-            settings.output_dir, recording.calibration, analysis, plan, settings.image_size, workers=settings.workers
-        )
+        train, val = write_splits(recording, analysis, settings)
+        report = write_report(settings, recording.calibration, analysis, plan)
         for path in settings.mask_folder.iterdir():
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
@@ -122,21 +113,10 @@ def _conclude(
                 path.unlink()
     for frame, reason in list(analysis.skipped.items())[:LISTED]:
         say(f"frame {frame} was left out: {reason}")
-    say(f"{len(train)} training and {len(val)} validation samples in {settings.output_dir}")
-    if left_out := count - len(train) - len(val):
+    say(f"{train} training and {val} validation samples in {settings.output_dir}")
+    if left_out := len(analysis.frames) - train - val:
         say(f"{left_out} samples are in neither list: they lie within {GAP_SECONDS} s of the border between the two")
     return report
-
-
-@contextmanager
-def _owned(settings: ImportSettings) -> Iterator[None]:
-    """Owns the dataset, or this shard of it; a second run of the same is refused at once."""
-    (shard, count), folder = settings.part, settings.mask_folder
-    folders = [folder, *folder.glob("shard_*")] if count == 1 else [folder / f"shard_{shard}_of_{count}"]
-    with ExitStack() as stack:
-        for path in folders:
-            stack.enter_context(owned_folder(path))
-        yield
 
 
 @contextmanager
@@ -154,24 +134,19 @@ def _alone(settings: ImportSettings) -> Iterator[None]:
 
 def plan_dataset(calibration: Calibration, analysis: Analysis, rig: ViewRig | None, settings: ImportSettings) -> Plan:
     """Makes the plan with the largest zoom (at most the standard size) at which no mask reaches the border."""
-    make = partial(
-        make_plan, calibration, analysis.centres, settings, rig=rig, body_length=analysis.body_length,
-        headings_deg=analysis.headings_deg,
-    )  # fmt: skip
-    plan = make()
+    options = {"rig": rig, "body_length": analysis.body_length, "headings_deg": analysis.headings_deg}
+    plan, size = make_plan(calibration, analysis.centres, settings, **options), settings.image_size
     hulls = [[track.hull(place) for place in analysis.places] for track in analysis.tracks]
     extents = mask_extents(calibration, plan, hulls)
     if not np.isfinite(extents).all():
         bad = analysis.frames[int(np.argwhere(~np.isfinite(extents))[0, 0])]
         raise ValueError(f"frame {bad}: a mask reaches behind its camera; the mask or the calibration is wrong")
     # How far a mask may reach from the center, over half the width, so that the border's pixels stay empty.
-    size = settings.image_size
-    focal_px = float(plan.true_focal.max()) * size
-    magnification = focal_px / float(calibration.K[:, 0, 0].min())
+    magnification = float(plan.true_focal.max()) * size / float(calibration.K[:, 0, 0].min())
     largest = 1.0 - 2.0 * max(MARGIN_PX, 0.6 + FILTER_REACH * magnification) / size
     zoom = min(1.0, largest / float(extents.max()))
-    if zoom < 1.0:
-        plan, extents = make(zoom=zoom), extents * zoom  # every true focal length is so much shorter
+    if zoom < 1.0:  # every true focal length is so much shorter
+        plan, extents = make_plan(calibration, analysis.centres, settings, zoom=zoom, **options), extents * zoom
     return replace(plan, extents=extents)
 
 
@@ -201,34 +176,32 @@ def write_samples(recording: Recording, analysis: Analysis, plan: Plan, settings
     """Decodes all videos in order and writes this shard's samples that are not there yet."""
     size, (shard, shards), count = settings.image_size, settings.part, len(plan.orders)
     mine = range(count * shard // shards, count * (shard + 1) // shards)
-    todo = [index for index in mine if not is_complete_sample(settings.sample(index))]
-    parts = {index: settings.output_dir / f".{settings.sample(index).name}.part" for index in todo}
-    for index in todo:  # what a killed import left of them
-        for leftover in (parts[index], settings.sample(index)):
+    todo = np.array([index for index in mine if not is_complete_sample(settings.sample(index))], dtype=int)
+    parts = [settings.output_dir / f".{settings.sample(index).name}.part" for index in todo]
+    for index, part in zip(todo, parts):  # what a killed import left of them
+        for leftover in (part, settings.sample(index)):
             shutil.rmtree(leftover, ignore_errors=True)
-    cameras, cuts, frames = range(len(recording.videos)), {}, np.array(todo, dtype=int)
+    cameras, cuts = range(len(recording.videos)), {}
     for camera in cameras:
-        slots = (plan.orders[frames] == camera).argmax(axis=1)
+        slots = (plan.orders[todo] == camera).argmax(axis=1)
         cuts[camera] = {
             "frame": [analysis.frames[index] for index in todo],
             "mask": [analysis.places[index] for index in todo],
-            "path": [f"{parts[index].name}/images/cam_{slot:03d}.png" for index, slot in zip(todo, slots)],
-            "rotation": plan.true_rotation[frames, slots],
-            "focal_px": plan.true_focal[frames, slots] * size,
+            "path": [f"{part.name}/images/cam_{slot:03d}.png" for part, slot in zip(parts, slots)],
+            "rotation": plan.true_rotation[todo, slots],
+            "focal_px": plan.true_focal[todo, slots] * size,
         }
-    folder = settings.output_dir
-    make = partial(cut_camera, recording.calibration, recording.videos, cuts, settings.mask_folder, folder, size)
+    folders = settings.mask_folder, settings.output_dir
+    make = partial(cut_camera, recording.calibration, recording.videos, cuts, *folders, size)
     costs = [DECODED + float(track.area[analysis.places].mean()) for track in analysis.tracks]
-    arrived = dict.fromkeys(range(len(todo)), 0)
-    with tqdm(total=len(todo), desc="samples", unit="sample", disable=None if todo else True) as bar:
+    arrived = Counter()
+    with tqdm(total=len(todo), desc="samples", unit="sample", disable=None if len(todo) else True) as bar:
         for _, step, _ in run_lanes(make, cameras, len(todo), workers=settings.workers, costs=costs):
             arrived[step] += 1
             if arrived[step] == len(cameras):
-                del arrived[step]
-                index = todo[step]
-                content = sample_cameras(settings.sample(index).name, index, analysis, plan, size)
-                (parts[index] / CAMERAS_FILE).write_text(content)
-                os.replace(parts[index], settings.sample(index))
+                sample = settings.sample(todo[step])
+                (parts[step] / CAMERAS_FILE).write_text(sample_cameras(sample.name, todo[step], analysis, plan, size))
+                os.replace(parts[step], sample)
                 bar.update()
 
 
@@ -243,6 +216,18 @@ def sample_cameras(name: str, index: int, analysis: Analysis, plan: Plan, size: 
     cameras = ",\n".join(json.dumps(frame) for frame in frames)  # Python's encoder is several times slower at indenting
     head = json.dumps({"id": name, **extra})
     return f'{head[:-1]}, "frames": [\n{cameras}\n]}}\n'
+
+
+def write_splits(recording: Recording, analysis: Analysis, settings: ImportSettings) -> tuple[int, int]:
+    """Writes the split lists of a dataset whose samples are all there; returns how many each has."""
+    rate = recording.videos[0].rate
+    seconds = [frame / rate for frame in analysis.frames] if rate else None
+    seed = settings.split_seed if settings.split == "random" else None
+    splits = split_samples(len(analysis.frames), seconds, seed)
+    os.sync()  # the lists must not reach the disk before what they list
+    for name, chosen in zip(("train", "val"), splits):
+        write_split(settings.output_dir / f"data_mouse_{name}.txt", [settings.sample(index) for index in chosen])
+    return len(splits[0]), len(splits[1])
 
 
 def split_samples(count: int, seconds: list[float] | None, seed: int | None) -> tuple[list[int], list[int]]:

@@ -26,6 +26,7 @@ from recording.video import Video, VideoReader
 MAX_OVERSAMPLING = 4
 TAP_STEP = 1.5
 RIM = 6  # image pixels around the mask: the filter's reach, and that of the color carried over the rim
+BORDER = np.array([(x, y) for x in np.linspace(0, 1, 5) for y in np.linspace(0, 1, 5) if x in (0, 1) or y in (0, 1)])
 SOURCE_RIM = 4  # photograph pixels around the mask that the filter may read
 MAP_STEP = 8  # fine pixels between the points at which the lens model is evaluated; between them the map is straight
 TRANSPARENT_WHITE = np.array([255, 255, 255, 0], np.uint8).view(np.uint32)[0]  # a pixel at once
@@ -42,16 +43,12 @@ def cut_camera(
     the track), path (of the image in `folder`), rotation [3, 3], focal_px. size: of the images.
     """
     cut, track = cuts[camera], read_track(masks, camera)
-    boxes = image_boxes(calibration, camera, track.boxes[cut["mask"]], cut["rotation"], cut["focal_px"], size)
     with VideoReader(videos[camera]) as reader:
-        for index, frame in enumerate(cut["frame"]):
-            mask = track.silhouette(cut["mask"][index])
+        for frame, place, path, rotation, focal_px in zip(*cut.values(), strict=True):
+            mask = track.silhouette(place)
             colors = reader.read_part(frame, mask.x, mask.y, *mask.window.shape[::-1])
-            image = rectify(
-                calibration, camera, colors, mask, rotation=cut["rotation"][index],
-                focal_px=float(cut["focal_px"][index]), size=size, box=boxes[index],
-            )  # fmt: skip
-            path = f"{folder}/{cut['path'][index]}"
+            image = rectify(calibration, camera, colors, mask, rotation=rotation, focal_px=float(focal_px), size=size)
+            path = f"{folder}/{path}"
             os.makedirs(os.path.dirname(path), exist_ok=True)
             with open(path, "wb", buffering=0) as handle:
                 handle.write(png_bytes(image))
@@ -79,13 +76,13 @@ def png_bytes(rgba: np.ndarray) -> bytes:
 
 def rectify(
     calibration: Calibration, camera: int, colors: np.ndarray, mask: Silhouette, *, rotation: np.ndarray,
-    focal_px: float, size: int, box: np.ndarray | None = None,
+    focal_px: float, size: int,
 ) -> np.ndarray:  # fmt: skip
     """Warps the photograph's colors in its mask's window to a square image of the animal, [size, size, 4], straight.
 
     colors: [h, w, 3] uint8 BGR; the image is RGBA. rotation: [3, 3] world to the new camera's axes. focal_px: its
-    focal length; its principal point is the center. Only the part around the mask is computed: box [4], one of
-    `image_boxes`, found here if left out. Raises ValueError for colors of another size than the window.
+    focal length; its principal point is the center. Only the part around the mask is computed. Raises ValueError for
+    colors of another size than the window.
     """
     if colors.shape != (*mask.window.shape, 3):
         raise ValueError(f"colors must be the mask's window, {[*mask.window.shape, 3]}, got {list(colors.shape)}")
@@ -93,12 +90,16 @@ def rectify(
     # TAP_STEP apart, avoid aliasing. They are read by straight interpolation, which reaches two pixels far: a cubic
     # filter rings at the mask's rim, and costs 1 dB and twice the time.
     over = min(max(math.ceil(float(calibration.K[camera, 0, 0]) / focal_px / TAP_STEP), 1), MAX_OVERSAMPLING)
-    if box is None:
-        window = np.array([[mask.x, mask.y, *mask.window.shape[::-1]]])
-        box = image_boxes(calibration, camera, window, rotation[None], np.array([focal_px]), size)[0]
-    left, top, width, height = (int(value) for value in box)
     result = np.full((size, size), TRANSPARENT_WHITE, np.uint32).view(np.uint8).reshape(size, size, 4)
-    if width == 0 or not mask.window.size:
+    # What the mask can reach: along the border of its box, not its corners alone, since a lens bends straight lines.
+    points = calibration.rays(camera, [mask.x, mask.y] + BORDER * mask.window.shape[::-1]) @ rotation.T
+    left, top, right, bottom = 0, 0, size, size
+    if (points[:, 2] > 0).all():  # before the camera
+        seen = points[:, :2] / points[:, 2:] * focal_px + size / 2
+        left, top = np.clip(np.floor(seen.min(axis=0)).astype(int) - RIM, 0, size).tolist()
+        right, bottom = np.clip(np.ceil(seen.max(axis=0)).astype(int) + RIM, 0, size).tolist()
+    width, height = right - left, bottom - top
+    if width <= 0 or height <= 0 or not mask.window.size:
         return result
     cut_out = cv2.cvtColor(np.ascontiguousarray(colors), cv2.COLOR_BGR2RGBA)
     cut_out = cv2.bitwise_and(cut_out, cut_out, mask=mask.window.view(np.uint8))
@@ -122,33 +123,9 @@ def rectify(
         warped = cv2.warpPerspective(cut_out, to_photo, fine, flags=flags, borderMode=cv2.BORDER_CONSTANT)
     if over > 1:
         warped = cv2.resize(warped, (width, height), interpolation=cv2.INTER_AREA)
-    straight, blurred = np.empty_like(warped), cv2.blur(warped, (9, 9), borderType=cv2.BORDER_CONSTANT)
-    _straighten(warped, blurred, straight)
-    result[top : top + height, left : left + width] = straight
+    blurred = cv2.blur(warped, (9, 9), borderType=cv2.BORDER_CONSTANT)
+    _straighten(warped, blurred, result[top:bottom, left:right])
     return result
-
-
-def image_boxes(
-    calibration: Calibration, camera: int, windows: np.ndarray, rotations: np.ndarray, focal_px: np.ndarray, size: int
-) -> np.ndarray:
-    """[t, 4] left, top, width, height of the parts of the images that masks can reach; width 0 if they reach none.
-
-    windows: [t, 4] x, y, width, height of the masks in the photographs. rotations, focal_px: as for `rectify`, [t].
-    """
-    # Along the border of the mask's box, not its corners alone: a lens bends straight lines.
-    along = np.linspace(0.0, 1.0, 5)
-    around = np.array([(s, t) for s in along for t in along if s in (0.0, 1.0) or t in (0.0, 1.0)])
-    border = windows[:, None, :2] + around * windows[:, None, 2:]
-    rays = calibration.rays(camera, border.reshape(-1, 2)).reshape(*border.shape[:2], 3)
-    points = np.einsum("tij,tnj->tni", rotations, rays)
-    behind = (points[..., 2] <= 0).any(axis=1)
-    points[behind] = [0.0, 0.0, 1.0]
-    seen = points[..., :2] / points[..., 2:] * focal_px[:, None, None] + size / 2
-    low = np.clip(np.floor(seen.min(axis=1)).astype(int) - RIM, 0, size)
-    high = np.clip(np.ceil(seen.max(axis=1)).astype(int) + RIM, 0, size)
-    low[behind], high[behind] = 0, size
-    sides = (high - low) * (high > low).all(axis=1, keepdims=True)
-    return np.concatenate([low, sides], axis=1)
 
 
 def lens_maps(calibration: Calibration, camera: int, pixel_to_photo: np.ndarray, width: int, height: int):
@@ -170,27 +147,20 @@ def lens_maps(calibration: Calibration, camera: int, pixel_to_photo: np.ndarray,
 
 @numba.njit(cache=True)  # with NumPy this took four times as long as all the rest of an image
 def _straighten(premultiplied, blurred, out):
-    """Premultiplied RGBA [h, w, 4] uint8 -> straight, into `out`.
+    """Premultiplied RGBA [h, w, 4] uint8 -> straight, into `out`, which is white.
 
     Where alpha is 0 the color is that of `blurred`, the same image's mean around each pixel, so that a later resize
     mixes in no dark rim; white where that is empty too.
     """
-    full, largest = np.float32(255.0), np.float32(255)
-    height, width = premultiplied.shape[:2]
-    for row in range(height):
-        for column in range(width):
+    full = np.float32(255.0)
+    for row in range(premultiplied.shape[0]):
+        for column in range(premultiplied.shape[1]):
             alpha = premultiplied[row, column, 3]
-            if alpha == 255:
-                for channel in range(4):
-                    out[row, column, channel] = premultiplied[row, column, channel]
-                continue
-            out[row, column, 3] = alpha
             source = premultiplied if alpha else blurred
-            if source[row, column, 3] == 0:
+            weight = source[row, column, 3]
+            out[row, column, 3] = alpha
+            if weight:
+                scale = full / np.float32(weight)
                 for channel in range(3):
-                    out[row, column, channel] = 255
-                continue
-            scale = full / np.float32(source[row, column, 3])
-            for channel in range(3):
-                value = np.rint(np.float32(source[row, column, channel]) * scale)
-                out[row, column, channel] = np.uint8(min(value, largest))
+                    value = np.rint(np.float32(source[row, column, channel]) * scale)
+                    out[row, column, channel] = np.uint8(min(value, full))

@@ -36,9 +36,7 @@ class ImportSettings:
     smooth_frames: int = option(0, "frames of video over which centers are averaged", least=0)
     time_jumps: tuple[int, ...] = option((), "first frames after a gap in time; never smoothed across", metavar="FRAME")
     heading: str = option(
-        "none",
-        "turn samples by the animal's way of walking, or by its tail",
-        choices=("none", "motion", "pca"),
+        "none", "turn samples by the animal's way of walking, or by its tail", choices=("none", "motion", "pca")
     )
     reference_camera: int | None = option(None, "camera that is the rig's reference view; left out: the best fit")
     body_length: float | None = option(None, "nose to tail base, in the calibration's unit; left out: measured")
@@ -60,9 +58,8 @@ class ImportSettings:
         if not re.fullmatch(r"\d{1,6}/\d{1,6}", self.shard) or not self.part[0] < self.part[1]:
             raise ValueError(f"--shard must be i/n with 0 <= i < n, got {self.shard}")
         if self.segment != "none" and self.mask_dir is not None:
-            raise ValueError(
-                f"--segment {self.segment} makes masks, --mask_dir {self.mask_dir} gives them; leave one of them out"
-            )
+            both = f"--segment {self.segment} makes masks, --mask_dir {self.mask_dir} gives them"
+            raise ValueError(f"{both}; leave one of them out")
         if self.output_dir.exists() and not self.output_dir.is_dir():
             raise ValueError(f"--output_dir {self.output_dir} is a file; name a folder, new or to be continued")
 

@@ -32,17 +32,13 @@ FULL_RANGE, LIMITED_RANGE = (0, 255), (16, 235)  # black and white, as brightnes
 
 @dataclass(frozen=True)
 class Video:
-    """One camera's video: one file, consecutive chunks, or one image file per frame. size: (width, height).
-
-    counts: frames of each file. rate: frames/s, 0 where it is not known (images). white: largest value of an image
-    file's pixels.
-    """
+    """One camera's video: one file, consecutive chunks, or one image file per frame."""
 
     files: tuple[Path, ...]
-    counts: tuple[int, ...]
-    size: tuple[int, int]
-    rate: float
-    white: int = 255
+    counts: tuple[int, ...]  # frames of each file
+    size: tuple[int, int]  # (width, height)
+    rate: float  # frames/s, 0 where it is not known (images)
+    white: int = 255  # largest value of an image file's pixels
 
     @property
     def num_frames(self) -> int:
@@ -112,15 +108,13 @@ class VideoReader:
     def _image(self, index: int) -> np.ndarray:
         """Reads image file `index`, [h, w, 1, 3 or 4] uint8 as OpenCV orders its channels."""
         self._check_order(index)
-        self._next = index + 1
-        path, white = self.video.files[index], self.video.white
+        self._next, path, white = index + 1, self.video.files[index], self.video.white
         image = _read_image(path, self.video.size)
         if image.dtype == np.uint8:
             return image
         if image.max() > white:
-            raise ValueError(
-                f"{path} holds {image.max()}, images before end at {white}; save all with 8, or full 16 bits"
-            )
+            before = f"{path} holds {image.max()}, images before end at {white}"
+            raise ValueError(f"{before}; save all with 8, or full 16 bits")
         return (image * (255.0 / white)).round().astype(np.uint8)
 
     def _frame(self, index: int) -> av.VideoFrame:
@@ -140,19 +134,16 @@ class VideoReader:
             except av.FFmpegError:
                 frame = None
             if frame is None:
-                raise ValueError(
-                    f"{path}: frame {self._next} cannot be decoded although the file says it holds "
-                    f"{self.video.counts[self._chunk]} frames; it is truncated or damaged: copy it anew, or cut all "
-                    f"videos (ffmpeg -i {path.name} -frames:v {self._next} -crf 12 cut.mp4)"
-                )
+                held = f"although the file says it holds {self.video.counts[self._chunk]} frames"
+                remedy = f"cut all videos (ffmpeg -i {path.name} -frames:v {self._next} -crf 12 cut.mp4)"
+                broken = f"{path}: frame {self._next} cannot be decoded {held}"
+                raise ValueError(f"{broken}; it is truncated or damaged: copy it anew, or {remedy}")
             self._next += 1
         if (frame.width, frame.height) != size:
             raise ValueError(f"{path}: frame {index} is {frame.width} x {frame.height}, not {size[0]} x {size[1]}")
         if frame.rotation:
-            raise ValueError(
-                f"{path} is stored lying and to be shown turned by {frame.rotation} degrees; store it upright: "
-                f"ffmpeg -i {path.name} -crf 12 upright.mp4"
-            )
+            turned = f"{path} is stored lying and to be shown turned by {frame.rotation} degrees"
+            raise ValueError(f"{turned}; store it upright: ffmpeg -i {path.name} -crf 12 upright.mp4")
         return frame
 
     def _check_order(self, index: int) -> None:
@@ -188,13 +179,11 @@ def find_videos(
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{flag} {folder} is not a folder; 0.mp4 ... {num_cameras - 1}.mp4 are expected in it")
-    numbers = range(num_cameras + 1)  # one more, which must not be there
     if {path.name for path in folder.iterdir() if path.is_dir()} & set(names):
         names = [*names, ""]
-    elif (folder / "Camera1").is_dir():
-        names = [f"Camera{index + 1}" for index in numbers]
-    else:
-        names = [f"{index}" if (folder / "0").is_dir() else f"{index}.mp4" for index in numbers]
+    else:  # one more, which must not be there
+        template = "Camera{1}" if (folder / "Camera1").is_dir() else "{0}" if (folder / "0").is_dir() else "{0}.mp4"
+        names = [template.format(index, index + 1) for index in range(num_cameras + 1)]
     missing = [name for name in names[:-1] if not (folder / name).exists()]
     if missing:
         raise ValueError(f"{flag} {folder} lacks {', '.join(missing)} of {num_cameras} cameras{_hint(folder)}")
@@ -208,24 +197,21 @@ def find_videos(
             continue
         for file, number, start in zip(videos[-1].files, chunks, np.cumsum([0, *videos[-1].counts])):
             if number != start:
-                raise ValueError(
-                    f"{file} is named by its first frame, but the chunks before it hold {start} frames: a chunk before "
-                    "it is missing or cut; put it back, since frame n must be the same instant in every video"
-                )
+                held = f"{file} is named by its first frame, but the chunks before it hold {start} frames"
+                remedy = "put it back, since frame n must be the same instant in every video"
+                raise ValueError(f"{held}: a chunk before it is missing or cut; {remedy}")
     # One camera may film darkness: how many bits count is one number for all of them.
     return [replace(video, white=max(video.white for video in videos)) for video in videos]
 
 
 def _files_in(folder: Path) -> list[Path]:
     """The video chunks of a camera's folder, or its images, in order."""
-    files = [path for path in folder.glob("*.mp4") if path.stem.isdecimal()]
-    if files:
+    if files := [path for path in folder.glob("*.mp4") if path.stem.isdecimal()]:
         return sorted(files, key=frame_number)
     images = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
     if not images:
-        raise ValueError(
-            f"{folder} holds neither chunks named by their first frame (0.mp4, 3000.mp4) nor images{_hint(folder)}"
-        )
+        expected = "chunks named by their first frame (0.mp4, 3000.mp4) nor images"
+        raise ValueError(f"{folder} holds neither {expected}{_hint(folder)}")
     for path in images:
         if not re.search(r"\d", path.stem):
             raise ValueError(f"{path}: images are named by frame numbers (000000.png, frame_12.jpg)")
@@ -272,23 +258,22 @@ def probe(files: list[Path], max_pixels: int = MAX_PIXELS) -> Video:
     for path in files:
         with _open(path) as container:
             stream = container.streams.video[0]
-            rates.append(float(stream.guessed_rate or 0.0))
-            sizes.add((stream.codec_context.width, stream.codec_context.height))
-            _check_size(path, (stream.codec_context.width, stream.codec_context.height), max_pixels)
+            size = stream.codec_context.width, stream.codec_context.height
+            _check_size(path, size, max_pixels)
             # An index (mp4) knows more than the header's count: what an edit cut off stays in the file.
             entries = list(stream.index_entries) if "mp4" in container.format.name else []
             held, shown = path.stat().st_size, sum(not entry.is_discard for entry in entries)
             whole = sum(entry.pos + entry.size <= held for entry in entries)
             if whole < len(entries):
-                raise ValueError(
-                    f"video {path} is truncated: {whole} of its {len(entries)} frames are there; copy it anew, or cut "
-                    f"all videos and masks to what it holds (ffmpeg -i {path.name} -frames:v {whole} -crf 12 cut.mp4)"
-                )
+                remedy = f"cut all videos and masks to what it holds (ffmpeg -i {path.name} -frames:v {whole} -crf 12"
+                found = f"video {path} is truncated: {whole} of its {len(entries)} frames are there"
+                raise ValueError(f"{found}; copy it anew, or {remedy} cut.mp4)")
             # Where a header does not count its frames, it says how long they last.
-            seconds = float((stream.duration or 0) * (stream.time_base or 0))
-            counts.append(shown or stream.frames or round(seconds * rates[-1]))
-        if counts[-1] <= 0:
-            raise ValueError(f"video {path} says that it holds {counts[-1]} frames; it is damaged or no video")
+            rate, seconds = float(stream.guessed_rate or 0.0), float((stream.duration or 0) * (stream.time_base or 0))
+            count = shown or stream.frames or round(seconds * rate)
+        if count <= 0:
+            raise ValueError(f"video {path} says that it holds {count} frames; it is damaged or no video")
+        counts, sizes, rates = [*counts, count], sizes | {size}, [*rates, rate]
     if len(sizes) != 1:
         raise ValueError(f"the chunks in {files[0].parent} have different image sizes: {sorted(sizes)}")
     return Video(tuple(files), tuple(counts), sizes.pop(), rates[0])

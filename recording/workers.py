@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing
+from heapq import heappop, heappush
 from multiprocessing import forkserver
 from typing import Any
 
@@ -24,7 +25,7 @@ from multiview.run import STOP_SIGNALS
 KEPT = 2**24  # bytes: blocks of memory up to this size stay with a process instead of going back and forth
 BLOCK = 6  # steps a lane takes before the next one has its turn: its decoder's frames are still in the cache
 AHEAD = 4  # blocks by which a process may be ahead of the slowest: what is unfinished stays bounded
-PRELOADED = ["recording.rectify", "recording.segment", "cv2", "numba"]
+PRELOADED = ["recording.rectify", "recording.masks", "cv2", "numba"]
 
 _lanes: dict[int, Iterator[Any]] = {}  # of this worker process
 
@@ -46,14 +47,12 @@ def run_lanes(
                 for lane, stream in streams.items():
                     yield lane, step, next(stream)
         return
-    parts: list[list[int]] = [[] for _ in range(min(workers, len(lanes)))]
-    load = [0.0] * len(parts)
+    parts = [(0.0, number, []) for number in range(min(workers, len(lanes)))]  # load, number, lanes
     for cost, lane in sorted(zip(costs or [1.0] * len(lanes), lanes), reverse=True):  # the dearest first
-        least = load.index(min(load))
-        parts[least].append(lane)
-        load[least] += cost
+        load, number, part = heappop(parts)
+        heappush(parts, (load + cost, number, [*part, lane]))
     # One pool per process: a lane's decoder is in one process, so its steps must go there.
-    pools = [ProcessPoolExecutor(1, start_server(), _start, (make, part)) for part in parts]
+    pools = [ProcessPoolExecutor(1, start_server(), _start, (make, part)) for _, _, part in parts]
     blocks = [range(first, min(first + BLOCK, steps)) for first in range(0, steps, BLOCK)]
     begun, done = [0] * len(pools), [0] * len(pools)  # blocks of each process
     pending: dict[Future, int] = {}
@@ -68,10 +67,8 @@ def run_lanes(
                 done[pending.pop(future)] += 1
                 yield from future.result()
     except BrokenProcessPool:
-        raise ChildProcessError(
-            "a worker process ended unexpectedly (was it killed for want of memory?); repeat the command to continue, "
-            "with fewer --workers"
-        ) from None
+        ended = "a worker process ended unexpectedly (was it killed for want of memory?)"
+        raise ChildProcessError(f"{ended}; repeat the command to continue, with fewer --workers") from None
     finally:
         for pool in pools:
             pool.shutdown(wait=False, cancel_futures=True)

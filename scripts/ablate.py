@@ -8,7 +8,6 @@ runs are skipped, an interrupted one continues from its last checkpoint, a faile
 
 import argparse
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -22,18 +21,18 @@ def main() -> None:
     parser.add_argument("--dry_run", action="store_true", help="print the cells and their overrides, and stop")
     parser.add_argument("--only", default="", help="run only cells whose names hold this text (default: all)")
     arguments = parser.parse_args()
-    from evaluation.ablation import make_cells, markdown, prepare, read_spec, run_cell, summarise
+    from evaluation.ablation import as_arguments, make_cells, markdown, prepare, read_spec, run_cell, summarise
     from multiview.files import atomic_write, write_json
     from multiview.run import git_hash
 
     spec, results = read_spec(arguments.spec), []
-    cells = {cell.folder.name: cell for cell in make_cells(spec)}
+    cells = make_cells(spec)
     chosen = {name: cell for name, cell in cells.items() if arguments.only in name}
     if not chosen:
         raise ValueError(f"--only {arguments.only!r} fits none of {', '.join(cells)}")
     if arguments.dry_run:
         for name, cell in chosen.items():
-            print(f"{name}: {' '.join(cell.arguments())}")
+            print(f"{name}: {' '.join(as_arguments(cell['overrides']))}")
         print(f"{len(chosen)} runs of {spec.base}")
         return
     prepare(spec)
@@ -48,7 +47,7 @@ def main() -> None:
         # After every run: an ablation of days can be read while it goes on.
         with atomic_write(table) as temporary:
             temporary.write_text(markdown(spec, results))
-        summary = {"spec": asdict(spec), **summarise(spec, results), "runs": results, "git": git_hash()}
+        summary = {"spec": vars(spec), **summarise(spec, results), "runs": results, "git": git_hash()}
         write_json(table.with_name("summary.json"), summary)
     print(table.read_text())
     failed = sum(result["status"] != "done" for result in results)

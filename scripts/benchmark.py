@@ -24,15 +24,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from evaluation.throughput import measure_import  # noqa: F401 (found by its name)
+from evaluation.throughput import measure_import
 from multiview.config import checked
 from multiview.run import REPOSITORY, git_hash, main_guard, make_generator, resolve_device
 
-MODEL_PARTS = ("rasterizer", "gslrm", "tokens", "training", "rendering", "sampling", "diffusion_training")
-PARTS = (*MODEL_PARTS, "import")
 # Image size, d and layers of GS-LRM; scenes of the rasterizer: Gaussians, image size.
 PRESETS = {"demo": ((128, 256, 6), ((20_000, 128), (100_000, 128), (100_000, 256)))}
 PRESETS["full"] = ((512, 1024, 24), (*PRESETS["demo"][1], (400_000, 512)))
+MODEL_PARTS = ("rasterizer", "gslrm", "tokens", "training", "rendering", "sampling", "diffusion_training")
+PARTS = (*MODEL_PARTS, "import")
 COVERAGES = (0.05, 0.15, 0.30, 0.60, 1.0)  # fractions of each view that the animal covers
 MATRIX_SIDE = {"cpu": 1536, "cuda": 8192}  # large enough to reach the machine's rate, small enough for a second
 TOO_LARGE, STORAGE = "out of memory", ("all activations kept", "gradient checkpointing")
@@ -94,7 +94,7 @@ def main(arguments: list[str] | None = None) -> None:
     pages, tables = [", ".join(f"{key} {value}" for key, value in header.items()) + "\n"], []
     print(pages[0])
     for part in options.what:
-        title, records, *notes = globals()[f"measure_{part}"](bench)
+        title, records, *notes = getattr(bench, f"measure_{part}")()
         notes += [f"Matrix rate, measured in this run: {bench.rate / 1e12:.3g} TFLOP/s."] if bench.rate else []
         pages.append(Table(title, list(records[0]), [list(record.values()) for record in records], notes).markdown())
         tables.append({"title": title, "records": records, "notes": notes})
@@ -113,8 +113,29 @@ class Times(tuple):
         return f"{1e3 * statistics.median(self):.3g} ({1e3 * first:.3g}-{1e3 * third:.3g})"
 
 
+def count_flops(run: Callable[[], object]) -> float:
+    """Returns the operations of matrix products, convolutions and attention in `run()`."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return float(counter.get_total_flops())
+
+
+def random_gaussians(kind: str, count: int, device):
+    """trained-like: a shell of mostly opaque splats of about one point spacing. untrained: as before any training."""
+    generator = torch.Generator().manual_seed(0)
+    a, b, c, d = (torch.randn(1, count, 3, generator=generator) for _ in range(4))
+    rotation, opacity = torch.randn(1, count, 5, generator=generator).split([4, 1], dim=-1)
+    if kind == "trained-like":
+        xyz = torch.nn.functional.normalize(a, dim=-1) * torch.tensor([0.3, 0.6, 0.3]) + 0.005 * b
+        scaling, opacity = 0.4 * c + torch.tensor((1.8 / count) ** 0.5).log(), 1.5 + 1.5 * opacity
+    else:
+        xyz = torch.rand(1, count, 3, generator=generator) * 1.2 - 0.6
+        scaling, opacity = torch.full_like(c, 0.1).log(), torch.full_like(opacity, -2.0)
+    return Gaussians(xyz, d[:, :, None], scaling, rotation, opacity).to(device)
+
+
 class Bench:
-    """One device and how things are measured on it; what is too large for it is named so."""
+    """One device, how things are measured on it (what is too large for it is named so), and what is measured."""
 
     def __init__(self, options: argparse.Namespace, device) -> None:
         self.options, self.device, self.on_gpu = options, device, device.type == "cuda"
@@ -175,219 +196,196 @@ class Bench:
         library.mallopt(-3, 2**25)
         return max(0.0, peak_bytes() - before) / 2**20
 
+    def measure_rasterizer(self):
+        records, names = [], ("forward", "forward + backward")
+        for kind, (count, size) in [(kind, scene) for kind in ("trained-like", "untrained") for scene in self.scenes]:
+            leaves = random_gaussians(kind, count, self.device).map(lambda tensor: tensor.requires_grad_())
+            camera = Cameras.turntable(6, size)[:1].to(self.device)
+            draws = [partial(render, leaves, camera[None]), partial(peer_rasterizer.rasterize, leaves, camera)]
 
-def count_flops(run: Callable[[], object]) -> float:
-    """Returns the operations of matrix products, convolutions and attention in `run()`."""
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return float(counter.get_total_flops())
+            def both(draw, leaves=leaves):
+                return torch.autograd.grad(sum(x.sum() for x in draw()[:2]), [*vars(leaves).values()])
 
+            record = {"scene": f"{kind}, {count} at {size} px"}
+            runs = [map(torch.no_grad(), draws), (partial(both, draw) for draw in draws)]
+            for name, (own, plain) in zip(names, (self.time(*pair) for pair in runs)):
+                record |= {name: own, f"plain {name}": plain, f"{name}, times faster": self.faster(plain, own)}
+            records.append(record)
+        return "Rasterizer, one view, ms", records
 
-def random_gaussians(kind: str, count: int, device):
-    """trained-like: a shell of mostly opaque splats of about one point spacing. untrained: as before any training."""
-    generator = torch.Generator().manual_seed(0)
-    a, b, c, d = (torch.randn(1, count, 3, generator=generator) for _ in range(4))
-    rotation, opacity = torch.randn(1, count, 5, generator=generator).split([4, 1], dim=-1)
-    if kind == "trained-like":
-        xyz = torch.nn.functional.normalize(a, dim=-1) * torch.tensor([0.3, 0.6, 0.3]) + 0.005 * b
-        scaling, opacity = 0.4 * c + torch.tensor((1.8 / count) ** 0.5).log(), 1.5 + 1.5 * opacity
-    else:
-        xyz = torch.rand(1, count, 3, generator=generator) * 1.2 - 0.6
-        scaling, opacity = torch.full_like(c, 0.1).log(), torch.full_like(opacity, -2.0)
-    return Gaussians(xyz, d[:, :, None], scaling, rotation, opacity).to(device)
+    def gslrm_run(self, passes: str, *, plain=None, coverage=None, checkpoint=0):
+        """Returns a pass of GS-LRM over one scene, its useful operations (a backward pass counts twice) and its tokens.
 
+        passes: forward, forward + backward, or training step (forward, rendering of the input views, L2, backward,
+        clipping, AdamW; no VGG losses). coverage: of each view by a disc, whose network prunes; None: dense.
+        """
+        torch.manual_seed(0)
+        size, device, rig = self.size, self.device, load_rig("mouse6")
+        config = ModelConfig(ImageTokenizerConfig(size), TransformerConfig(self.d, n_layer=self.layers))
+        config.prune_background_tokens = coverage is not None
+        model = (plain(config) if plain else GSLRM(config, grad_checkpoint_every=checkpoint)).to(device)
+        model.requires_grad_(passes != "forward")
+        images, cameras = torch.rand(1, rig.num_views, 3, size, size, device=device), rig.cameras(size)[None].to(device)
+        patch, free, inputs = config.image_tokenizer.patch_size, config.gaussians.n_gaussians, {}
+        tokens = free + rig.num_views * (size // patch) ** 2
+        if coverage is not None:
+            offset, disc = (torch.arange(size) + 0.5 - size / 2).square(), torch.zeros(size * size)
+            disc[(offset[:, None] + offset).flatten().argsort(stable=True)[: round(coverage * size**2)]] = 1.0
+            masks = inputs["masks"] = disc.view(size, size).to(device).expand(1, rig.num_views, 1, -1, -1).contiguous()
+            selection = select_patches(images, patch, masks, config.prune_margin_px)
+            tokens = free + selection.patches_per_sample[0]
 
-def measure_rasterizer(bench: Bench):
-    records, names = [], ("forward", "forward + backward")
-    for kind, (count, size) in [(kind, scene) for kind in ("trained-like", "untrained") for scene in bench.scenes]:
-        leaves = random_gaussians(kind, count, bench.device).map(lambda tensor: tensor.requires_grad_())
-        camera = Cameras.turntable(6, size)[:1].to(bench.device)
-        draws = [partial(render, leaves, camera[None]), partial(peer_rasterizer.rasterize, leaves, camera)]
+        def predict():
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+                output = model(images, cameras, **inputs)
+            return output if plain else output.gaussians
 
-        def both(draw, leaves=leaves):
-            return torch.autograd.grad(sum(x.sum() for x in draw()[:2]), [*vars(leaves).values()])
+        with torch.set_grad_enabled(not self.on_gpu):  # on a CPU what inference does in oneDNN's layout is not counted
+            flops = 0.0 if plain else count_flops(predict) * (1 if passes == "forward" else 3)
+        if self.options.compile:
+            torch.compiler.reset()  # graphs of earlier cases are forgotten
+            for module in [model] if plain else model.transformer_layers:
+                module.compile()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5) if passes == "training step" else None
 
-        record = {"scene": f"{kind}, {count} at {size} px"}
-        runs = [map(torch.no_grad(), draws), (partial(both, draw) for draw in draws)]
-        for name, (own, plain) in zip(names, (bench.time(*pair) for pair in runs)):
-            record |= {name: own, f"plain {name}": plain, f"{name}, times faster": bench.faster(plain, own)}
-        records.append(record)
-    return "Rasterizer, one view, ms", records
+        def step() -> None:
+            model.zero_grad(set_to_none=True)
+            gaussians = predict()
+            if optimizer is None:
+                return sum(tensor.square().mean() for tensor in vars(gaussians).values()).backward()
+            torch.nn.functional.mse_loss(render(gaussians, cameras).rgb, images).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
 
+        return torch.no_grad()(predict) if passes == "forward" else step, flops, tokens
 
-def gslrm_run(bench: Bench, passes: str, *, plain=None, coverage=None, checkpoint=0):
-    """Returns a pass of GS-LRM over one scene, its useful operations (a backward pass counts twice) and its tokens.
-
-    passes: forward, forward + backward, or training step (forward, rendering of the input views, L2, backward,
-    clipping, AdamW; no VGG losses). coverage: of each view by a disc, whose network prunes; None: dense.
-    """
-    torch.manual_seed(0)
-    size, device, rig = bench.size, bench.device, load_rig("mouse6")
-    config = ModelConfig(ImageTokenizerConfig(size), TransformerConfig(bench.d, n_layer=bench.layers))
-    config.prune_background_tokens = coverage is not None
-    model = (plain(config) if plain else GSLRM(config, grad_checkpoint_every=checkpoint)).to(device)
-    model.requires_grad_(passes != "forward")
-    images, cameras = torch.rand(1, rig.num_views, 3, size, size, device=device), rig.cameras(size)[None].to(device)
-    inputs, tokens = {}, config.gaussians.n_gaussians + rig.num_views * (size // config.image_tokenizer.patch_size) ** 2
-    if coverage is not None:
-        offset, disc = (torch.arange(size) + 0.5 - size / 2).square(), torch.zeros(size * size)
-        disc[(offset[:, None] + offset).flatten().argsort(stable=True)[: round(coverage * size**2)]] = 1.0
-        masks = inputs["masks"] = disc.view(size, size).to(device).expand(1, rig.num_views, 1, -1, -1).contiguous()
-        selection = select_patches(images, config.image_tokenizer.patch_size, masks, config.prune_margin_px)
-        tokens = config.gaussians.n_gaussians + selection.patches_per_sample[0]
-
-    def predict():
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
-            output = model(images, cameras, **inputs)
-        return output if plain else output.gaussians
-
-    with torch.set_grad_enabled(not bench.on_gpu):  # on a CPU what inference does in oneDNN's layout is not counted
-        flops = 0.0 if plain else count_flops(predict) * (1 if passes == "forward" else 3)
-    if bench.options.compile:
-        torch.compiler.reset()  # graphs of earlier cases are forgotten
-        for module in [model] if plain else model.transformer_layers:
-            module.compile()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5) if passes == "training step" else None
-
-    def step() -> None:
-        model.zero_grad(set_to_none=True)
-        gaussians = predict()
-        if optimizer is None:
-            return sum(tensor.square().mean() for tensor in vars(gaussians).values()).backward()
-        torch.nn.functional.mse_loss(render(gaussians, cameras).rgb, images).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-
-    return torch.no_grad()(predict) if passes == "forward" else step, flops, tokens
-
-
-def measure_gslrm(bench: Bench):
-    records = []
-    for passes in ("forward", "forward + backward"):
-        run, flops, _ = gslrm_run(bench, passes)
-        peer, _, _ = gslrm_run(bench, passes, plain=PlainGSLRM)
-        own, plain = bench.time(run, peer)
-        record = {"pass": passes, "ms": own, **bench.work(flops, own, run), "plain torch modules, ms": plain}
-        record |= {"times faster": bench.faster(plain, own), "plain peak memory, MiB": bench.peak(peer)}
-        records.append(record)
-    return f"Network: d {bench.d}, {bench.layers} layers, six views of {bench.size} px", records
-
-
-def measure_tokens(bench: Bench):
-    records = []
-    for coverage in COVERAGES:
-        record: dict = {"coverage, %": 100 * coverage}
+    def measure_gslrm(self):
+        records = []
         for passes in ("forward", "forward + backward"):
-            dense, work, all_tokens = gslrm_run(bench, passes)
-            pruned, less, tokens = gslrm_run(bench, passes, coverage=coverage)
-            times = bench.time(dense, pruned)
-            record |= {"tokens": tokens, "of": all_tokens, "operations, times fewer": work / less}
-            record |= {f"{passes}: dense, ms": times[0], f"{passes}: pruned, ms": times[1]}
-            record |= {f"{passes}: times faster": bench.faster(*times)}
-            record |= {f"{passes}: dense, MiB": bench.peak(dense), f"{passes}: pruned, MiB": bench.peak(pruned)}
-        records.append(record)
-    return "Foreground tokens", records, "Masks: a disc in the middle of every view."
+            run, flops, _ = self.gslrm_run(passes)
+            peer, _, _ = self.gslrm_run(passes, plain=PlainGSLRM)
+            own, plain = self.time(run, peer)
+            record = {"pass": passes, "ms": own, **self.work(flops, own, run), "plain torch modules, ms": plain}
+            record |= {"times faster": self.faster(plain, own), "plain peak memory, MiB": self.peak(peer)}
+            records.append(record)
+        return f"Network: d {self.d}, {self.layers} layers, six views of {self.size} px", records
 
+    def measure_tokens(self):
+        records = []
+        for coverage in COVERAGES:
+            record: dict = {"coverage, %": 100 * coverage}
+            for passes in ("forward", "forward + backward"):
+                dense, work, all_tokens = self.gslrm_run(passes)
+                pruned, less, tokens = self.gslrm_run(passes, coverage=coverage)
+                times = self.time(dense, pruned)
+                record |= {"tokens": tokens, "of": all_tokens, "operations, times fewer": work / less}
+                record |= {f"{passes}: dense, ms": times[0], f"{passes}: pruned, ms": times[1]}
+                record |= {f"{passes}: times faster": self.faster(*times)}
+                record |= {f"{passes}: dense, MiB": self.peak(dense), f"{passes}: pruned, MiB": self.peak(pruned)}
+            records.append(record)
+        return "Foreground tokens", records, "Masks: a disc in the middle of every view."
 
-def measure_training(bench: Bench):
-    records = []
-    for every, name in enumerate(STORAGE):
-        run, flops, _ = gslrm_run(bench, "training step", checkpoint=every)
-        records.append({"step": name, "ms": (times := bench.time(run)[0]), **bench.work(flops, times, run)})
-    return "Training step of Stage 2", records, "Operations: three forward passes; what is recomputed does not count."
+    def measure_training(self):
+        records = []
+        for every, name in enumerate(STORAGE):
+            run, flops, _ = self.gslrm_run("training step", checkpoint=every)
+            records.append({"step": name, "ms": (times := self.time(run)[0]), **self.work(flops, times, run)})
+        note = "Operations: three forward passes; what is recomputed does not count."
+        return "Training step of Stage 2", records, note
 
+    def measure_rendering(self):
+        cameras = load_rig("mouse6").cameras(self.size)[None].to(self.device)
+        gaussians = random_gaussians("trained-like", cameras.shape[1] * self.size**2, self.device)
+        runs = [partial(render, gaussians, cameras), partial(render, gaussians, cameras[:, :1])]
+        whole, one = self.time(*runs)
+        record = {"Gaussians": gaussians.num_gaussians, "all views, ms": whole, "one view, ms": one}
+        return f"Rendering, six views of {self.size} px", [{**record, "peak memory, MiB": self.peak(runs[0])}]
 
-def measure_rendering(bench: Bench):
-    cameras = load_rig("mouse6").cameras(bench.size)[None].to(bench.device)
-    gaussians = random_gaussians("trained-like", cameras.shape[1] * bench.size**2, bench.device)
-    runs = [partial(render, gaussians, cameras), partial(render, gaussians, cameras[:, :1])]
-    record = {"Gaussians": gaussians.num_gaussians, **dict(zip(("all views, ms", "one view, ms"), bench.time(*runs)))}
-    return f"Rendering, six views of {bench.size} px", [{**record, "peak memory, MiB": bench.peak(runs[0])}]
+    def stage1(self, attention: str):
+        """Returns the training config, components with a UNet, and prompt embeddings, all of random weights."""
+        from tests.random_components import SD21_UNCLIP, demo_shape, random_components
+        from mvdiffusion.facelift_yaml import load_training_config
+        from mvdiffusion.models.unet import create_unet
+        from mvdiffusion.prompts import TOKENS, PromptEmbeds
 
+        name = {"demo": "demo", "full": "mouse"}[self.options.preset]
+        config = load_training_config(str(REPOSITORY / "configs" / f"{name}_mvdiffusion.yaml"), [])
+        rig = load_rig("mouse6")
+        shape = SD21_UNCLIP if self.options.preset == "full" else demo_shape(config.unet)
+        with self.device:
+            unet, dtype = create_unet(shape["unet"], rig.num_views, attention), torch.float16 if self.on_gpu else None
+        components = random_components(shape, device=self.device, dtype=dtype or torch.float32)
+        prompts = torch.randn(rig.num_views, TOKENS, shape["unet"]["cross_attention_dim"])
+        return config, replace(components, unet=unet), PromptEmbeds(prompts, rig, "random prompt embeddings")
 
-def stage1(bench: Bench, attention: str):
-    """Returns the training config, components with a UNet, and prompt embeddings, all of random weights."""
-    from mvdiffusion.components import SD21_UNCLIP, demo_shape, random_components
-    from mvdiffusion.facelift_yaml import load_training_config
-    from mvdiffusion.models.unet import create_unet
-    from mvdiffusion.prompts import TOKENS, PromptEmbeds
+    def measure_sampling(self):
+        from mvdiffusion.pipelines.multiview import GUIDANCE_SCALE, NUM_STEPS, generate_views
 
-    name = {"demo": "demo", "full": "mouse"}[bench.options.preset]
-    config, rig = load_training_config(str(REPOSITORY / "configs" / f"{name}_mvdiffusion.yaml"), []), load_rig("mouse6")
-    shape = SD21_UNCLIP if bench.options.preset == "full" else demo_shape(config.unet)
-    with bench.device:
-        unet, dtype = create_unet(shape["unet"], rig.num_views, attention), torch.float16 if bench.on_gpu else None
-    components = random_components(shape, device=bench.device, dtype=dtype or torch.float32)
-    prompts = torch.randn(rig.num_views, TOKENS, shape["unet"]["cross_attention_dim"])
-    return config, replace(components, unet=unet), PromptEmbeds(prompts, rig, "random prompt embeddings")
+        image, runs, flops = torch.rand(1, 3, self.size, self.size), {}, {}
+        for attention in ("sparse", "full"):
+            _, components, embeds = self.stage1(attention)
+            components.unet.to(components.vae.dtype).eval().requires_grad_(False)
 
+            def run(num_steps: int = NUM_STEPS, components=components, embeds=embeds):
+                return generate_views(components, image, embeds, num_steps=num_steps, guidance_scale=GUIDANCE_SCALE)
 
-def measure_sampling(bench: Bench):
-    from mvdiffusion.pipelines.multiview import GUIDANCE_SCALE, NUM_STEPS, generate_views
+            one, two = (count_flops(lambda n=n, run=run: run(n)) for n in (1, 2))
+            flops[attention], runs[attention] = (one + (NUM_STEPS - 1) * (two - one), two - one), run
+            if self.options.compile:
+                components.unet.compile()
+        records, times = [], self.time(*runs.values())
+        for (attention, run), whole in zip(runs.items(), times):
+            short, long = self.time(lambda run=run: run(1), lambda run=run: run(3))
+            step = TOO_LARGE if TOO_LARGE in (short, long) else Times((b - a) / 2 for a, b in zip(short, long))
+            record = {"attention": attention, "whole, ms": whole, "times the first row's": self.faster(whole, times[0])}
+            work = self.work(flops[attention][0], whole, lambda run=run: run(2))  # more steps need no more memory
+            records.append({**record, "one step, ms": step, "of a step, TFLOP": flops[attention][1] / 1e12, **work})
+        return "Sampling, 50 steps with guidance", records, "A step: the UNet on both guidance halves, and the sampler."
 
-    image, runs, flops = torch.rand(1, 3, bench.size, bench.size), {}, {}
-    for attention in ("sparse", "full"):
-        _, components, embeds = stage1(bench, attention)
-        components.unet.to(components.vae.dtype).eval().requires_grad_(False)
+    def measure_diffusion_training(self):
+        from mvdiffusion.latents import EncodedBatch, encode
+        from mvdiffusion.losses import training_loss
 
-        def run(num_steps: int = NUM_STEPS, components=components, embeds=embeds):
-            return generate_views(components, image, embeds, num_steps=num_steps, guidance_scale=GUIDANCE_SCALE)
+        (config, components, embeds), rig = self.stage1("sparse"), load_rig("mouse6")
+        unet, b, size = components.unet.train(), config.train_batch_size, components.image_size
+        average = [parameter.detach().clone() for parameter in unet.parameters()]
+        optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-5)
+        half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(config.mixed_precision)
+        images = torch.rand(b, rig.num_views, 3, size, size, device=self.device)
+        one, prompts = rig.cameras(size).to(self.device), torch.arange(rig.num_views, device=self.device)
+        cameras = Cameras(one.c2w.expand(b, -1, -1, -1), one.fxfycxcy.expand(b, -1, -1), size, size)
 
-        one, two = (count_flops(lambda n=n, run=run: run(n)) for n in (1, 2))
-        flops[attention], runs[attention] = (one + (NUM_STEPS - 1) * (two - one), two - one), run
-        if bench.options.compile:
-            components.unet.compile()
-    records, times = [], bench.time(*runs.values())
-    for (attention, run), whole in zip(runs.items(), times):
-        short, long = bench.time(lambda run=run: run(1), lambda run=run: run(3))
-        step = TOO_LARGE if TOO_LARGE in (short, long) else Times((b - a) / 2 for a, b in zip(short, long))
-        record = {"attention": attention, "whole, ms": whole, "times the first row's": bench.faster(whole, times[0])}
-        work = bench.work(flops[attention][0], whole, lambda run=run: run(2))  # more steps need no more memory
-        records.append({**record, "one step, ms": step, "of a step, TFLOP": flops[attention][1] / 1e12, **work})
-    return "Sampling, 50 steps with guidance", records, "A step: the UNet on both guidance halves, and the sampler."
+        def batch() -> EncodedBatch:
+            encoded = encode(components, images, torch.ones_like(images[:, :, :1]), images[:, :1])
+            encoded["embedding"] = encoded["embedding"][:, 0]
+            return EncodedBatch(**encoded, prompts=prompts.expand(b, -1), cameras=cameras)
 
+        def update(cached: EncodedBatch | None) -> None:
+            for part in range(config.gradient_accumulation_steps):
+                current = cached or batch()
+                with torch.autocast(self.device.type, dtype=half, enabled=half is not None):
+                    loss = training_loss(unet, components, embeds, current, config, make_generator("benchmark", part))
+                loss.backward()
+            torch.nn.utils.clip_grad_norm_(unet.parameters(), config.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            torch._foreach_lerp_(average, [parameter.detach() for parameter in unet.parameters()], 1e-3)
 
-def measure_diffusion_training(bench: Bench):
-    from mvdiffusion.latents import EncodedBatch, encode
-    from mvdiffusion.losses import training_loss
+        records, runs = [], {"from the cache": partial(update, batch()), "encoded": partial(update, None)}
+        flops, count = [count_flops(run) for run in runs.values()], b * config.gradient_accumulation_steps
+        for name in STORAGE:
+            if name == STORAGE[1]:
+                unet.enable_gradient_checkpointing()
+            times = self.time(*runs.values())
+            for (latents, run), operations, seconds in zip(runs.items(), flops, times):
+                rate = None if seconds == TOO_LARGE else count / statistics.median(seconds)
+                record = {"update": name, "latents": latents, "ms": seconds, "samples per second": rate}
+                record["times the cache's"] = self.faster(seconds, times[0])
+                records.append({**record, **self.work(operations, seconds, run)})
+        return f"Training of Stage 1: {b} objects of {rig.num_views} views of {size} px", records
 
-    (config, components, embeds), rig = stage1(bench, "sparse"), load_rig("mouse6")
-    unet, b, size = components.unet.train(), config.train_batch_size, components.image_size
-    average = [parameter.detach().clone() for parameter in unet.parameters()]
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-5)
-    half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(config.mixed_precision)
-    images = torch.rand(b, rig.num_views, 3, size, size, device=bench.device)
-    one, prompts = rig.cameras(size).to(bench.device), torch.arange(rig.num_views, device=bench.device)
-    cameras = Cameras(one.c2w.expand(b, -1, -1, -1), one.fxfycxcy.expand(b, -1, -1), size, size)
-
-    def batch() -> EncodedBatch:
-        encoded = encode(components, images, torch.ones_like(images[:, :, :1]), images[:, :1])
-        encoded |= {"condition": encoded["mean"][:, rig.reference_view], "embedding": encoded["embedding"][:, 0]}
-        return EncodedBatch(**encoded, prompts=prompts.expand(b, -1), cameras=cameras)
-
-    def update(cached: EncodedBatch | None) -> None:
-        for part in range(config.gradient_accumulation_steps):
-            current = cached or batch()
-            with torch.autocast(bench.device.type, dtype=half, enabled=half is not None):
-                loss = training_loss(unet, components, embeds, current, config, make_generator("benchmark", part))
-            loss.backward()
-        torch.nn.utils.clip_grad_norm_(unet.parameters(), config.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        torch._foreach_lerp_(average, [parameter.detach() for parameter in unet.parameters()], 1e-3)
-
-    records, runs = [], {"from the cache": partial(update, batch()), "encoded": partial(update, None)}
-    flops, count = [count_flops(run) for run in runs.values()], b * config.gradient_accumulation_steps
-    for name in STORAGE:
-        if name == STORAGE[1]:
-            unet.enable_gradient_checkpointing()
-        times = bench.time(*runs.values())
-        for (latents, run), operations, seconds in zip(runs.items(), flops, times):
-            rate = None if seconds == TOO_LARGE else count / statistics.median(seconds)
-            record = {"update": name, "latents": latents, "ms": seconds, "samples per second": rate}
-            record["times the cache's"] = bench.faster(seconds, times[0])
-            records.append({**record, **bench.work(operations, seconds, run)})
-    return f"Training of Stage 1: {b} objects of {rig.num_views} views of {size} px", records
+    def measure_import(self):
+        return measure_import(self.options)
 
 
 if __name__ == "__main__":

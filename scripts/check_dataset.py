@@ -26,7 +26,7 @@ class CheckSettings:
     rig: str | None = option(None, "rig the views should be; left out: what dataset.json says")
     num_samples: int = option(200, "looked at, evenly spaced over the dataset", least=1)
     num_views: int | None = option(None, "first views of each sample; left out: the rig's, or at most 12", least=1)
-    workers: int = option(2, "processes; the result does not depend on it", least=1)
+    workers: int = option(2, "threads; the result does not depend on it", least=1)
     fail_below: str | None = option(None, "exit with 1 when the grade is worse", choices=("usable", "good"))
 
 

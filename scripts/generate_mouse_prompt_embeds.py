@@ -13,8 +13,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from multiview.run import main_guard
 
-def parse_arguments() -> argparse.Namespace:
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     styles = ("facelift", "mouse", "laboratory")
     parser.add_argument("--rig", default="mouse6", help="name in configs/rigs, or a rig file")
@@ -24,11 +26,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output_dir", default="mvdiffusion/data/mouse_prompt_embeds_6view")
     parser.add_argument("--elevation", type=float, help="degrees; replaces the elevation of the rig's views")
     parser.add_argument("--angles", action="store_true", help="append elevation and azimuth as numbers to every prompt")
-    return parser.parse_args()
-
-
-def main() -> None:
-    arguments = parse_arguments()
+    arguments = parser.parse_args()
     import torch
 
     from multiview.rig import load_rig
@@ -54,6 +52,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from multiview.run import main_guard
-
     main_guard(main)

@@ -11,19 +11,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from multiview.run import main_guard
 
-def parse_arguments() -> argparse.Namespace:
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--config", default="configs/demo_components.yaml", help="sizes and training options")
     parser.add_argument("--data", help="split list of samples (default: the config's)")
     parser.add_argument("--output_dir", help="components folder (default: the config's)")
     parser.add_argument("--max_minutes", type=float, help="stop after so many minutes; no limit if not given")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config values, e.g. vae.steps=2000")
-    return parser.parse_args()
-
-
-def main() -> None:
-    arguments = parse_arguments()
+    arguments = parser.parse_args()
     from multiview.config import load_config
     from mvdiffusion.demo import DemoComponentsConfig, make_demo_components
 
@@ -38,6 +36,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from multiview.run import main_guard
-
     main_guard(main)

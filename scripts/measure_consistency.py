@@ -35,10 +35,7 @@ class Settings:
 
 # Each damage is one that a Stage 1 could do: wrong order, wrong side, another animal, pixels off, colors off.
 def damage(name: str, samples: list, number: int):
-    """Views of samples[number] ([v, 4, h, w] each), damaged: RGBA [v, 4, h, w] and the cameras [v] they claim.
-
-    Depends on its arguments only. Raises KeyError for an unknown name.
-    """
+    """Views of samples[number] ([v, 4, h, w] each), damaged: RGBA [v, 4, h, w] and the cameras [v] they claim."""
     import torch
 
     from multiview.run import make_generator
@@ -80,8 +77,6 @@ def damage(name: str, samples: list, number: int):
         rgba[:, :3] = (rgba[:, :3] * (0.85 + 0.3 * draw).view(-1, 1, 1, 1)).clamp(0, 1)
     elif name == "two recoloured":
         rgba[[1, views - 2], :3] = rgba[[1, views - 2], :3][:, [2, 0, 1]]
-    else:
-        raise KeyError(name)
     return rgba, cameras
 
 
@@ -102,11 +97,10 @@ def main() -> None:
 
     rig = read_dataset_info(settings.data.parent)["rig"]
     samples = [read_sample(f, num_views=rig.num_views) for f in read_split(settings.data)[: settings.num_samples]]
-    rows: dict[str, list[dict]] = {name: [] for name in ("true views", *DAMAGES)}
-    for name in tqdm(rows, unit="damage", disable=None):
-        for number, sample in enumerate(samples):
-            rgba, cameras = damage(name, samples, number) if name in DAMAGES else (sample.rgba, sample.cameras)
-            rows[name].append(view_consistency(composite(rgba, 1.0), rgba[:, 3:], cameras))
+    rows: dict[str, list[dict]] = {}
+    for name in tqdm(("true views", *DAMAGES), unit="damage", disable=None):
+        sets = (damage(name, samples, number) for number in range(len(samples)))  # the first one damages nothing
+        rows[name] = [view_consistency(composite(rgba, 1.0), rgba[:, 3:], cameras) for rgba, cameras in sets]
     if settings.painted:
         from pipeline import MouseFaceLift
 

@@ -19,10 +19,8 @@ _COLORS = {
 
 
 class Coat(SimpleNamespace):
-    """Linear colors back, belly, skin, eye [3]; name; contrast of the strands; ticking: share of pale hairs.
-
-    patches: [k, 4] center (station, left, up) and radius, unused for solid coats.
-    """
+    """Linear colors back, belly, skin, eye [3]; name; contrast of the strands; ticking: share of pale hairs. patches:
+    [k, 4] center (station, left, up) and radius, unused for solid coats."""
 
 
 def random_coat(rng: np.random.Generator, name: str | None = None) -> Coat:

@@ -26,9 +26,8 @@ from multiview.rig import ViewRig, load_rig
 from multiview.run import REPOSITORY, resolve_device, stoppable
 from multiview.sample import Sample, is_complete_sample, open_dataset, write_sample, write_split
 from recording.calibration.checks import validate
-from recording.calibration.fields import PIXEL_CENTRE
 from recording.calibration.formats import read_calibration, write_calibration
-from recording.calibration.model import Calibration
+from recording.calibration.model import PIXEL_CENTRE, Calibration
 from recording.video import probe
 from recording.workers import run_lanes
 from synthetic.body_model import BodyModelMice
@@ -80,10 +79,7 @@ def sample_cameras(rig: ViewRig, settings: MouseSettings, index: int) -> Cameras
         cameras.c2w[view] = Cameras.orbit(azimuth, raised, rig.distance, rig.focal, size).c2w
     if not count:
         return cameras
-    azimuth, elevation = rng.uniform(0, 360, count), rng.uniform(-5.0, 60.0, count)
-    distance = rig.distance * rng.uniform(2.4 / 2.7, 3.0 / 2.7, count)
-    novel = Cameras.orbit(*(torch.from_numpy(values) for values in (azimuth, elevation, distance)), rig.focal, size)
-    return Cameras(torch.cat([cameras.c2w, novel.c2w]), torch.cat([cameras.fxfycxcy, novel.fxfycxcy]), size, size)
+    return cameras.joined(rig.novel_cameras(count, size, rng))
 
 
 def make_sample(
@@ -167,9 +163,7 @@ def write_dataset(settings: MouseSettings) -> None:
 
 def load_real_rig(*, width: int | None = None, lens: str = "none") -> tuple[Calibration, dict]:
     """Returns the calibration of the real recording that ships with the project, and its arena, {centre [3] mm ...}.
-
-    width: of the images, even; by default as filmed. lens: `none`, or `real` with its distortion and skew.
-    """
+    width: of the images, even; by default as filmed. lens: `none`, or `real` with its distortion and skew."""
     path = REPOSITORY / "configs" / "rigs" / "recordings" / "dannce_mouse1.json"
     calibration, content = read_calibration(path), json.loads(path.read_text())
     if lens == "real":

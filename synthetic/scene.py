@@ -178,10 +178,8 @@ def make_mouse(
     seed: int, index: int, *, coat: str | None = None, pose: str | None = None, heading_deg: float | None = None,
     light: Light | None = None,
 ) -> SplatCloud:  # fmt: skip
-    """Mouse number `index` of the series `seed`, normalized: body's center at the origin, z up.
-
-    heading_deg: azimuth of the nose (0 = -y, 90 = -x, as for cameras). What is None is drawn; the rest stays the same.
-    """
+    """Mouse number `index` of the series `seed`, normalized: body's center at the origin, z up. heading_deg: azimuth of
+    the nose (0 = -y, 90 = -x, as for cameras). What is None is drawn; the rest stays the same."""
     rng = np.random.default_rng(np.random.SeedSequence([seed, index]))
     shape = random_shape(rng)
     drawn_pose = MousePose() if pose == "rest" else random_pose(rng, pose)
@@ -194,10 +192,8 @@ def mouse_sequence(
     seed: int, num_frames: int, *, fps: float, arena_radius: float, coat: str | None = None,
     poses: tuple[str, ...] = POSES,
 ) -> Iterator[SplatCloud]:  # fmt: skip
-    """Yields num_frames clouds of one animal moving: floor at z = 0, arena center at the origin, z up.
-
-    The body's center stays within arena_radius (world units) of the origin. meta: pose, coat, heading_deg, frame.
-    """
+    """Yields num_frames clouds of one animal moving: floor at z = 0, arena center at the origin, z up. The body's
+    center stays within arena_radius (world units) of the origin. meta: pose, coat, heading_deg, frame."""
     rng = np.random.default_rng(np.random.SeedSequence([seed, 3]))
     shape, drawn_coat, light = random_shape(rng), random_coat(rng, coat), random_light(rng)
     track = pose_track(rng, num_frames / fps, poses)

@@ -1,7 +1,9 @@
 """Fixtures that several test files ask for by name."""
 
 import importlib
+import resource
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,30 @@ def render():
     return make_renderer()
 
 
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A tiny data set of mouse6, Stage 1's components without a UNet, prompt embeddings; not to be changed."""
+    from mvdiffusion_tiny import prepare
+
+    return prepare(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def toys(tmp_path_factory):
+    """Toy animals for Stage 2, not to be changed."""
+    from gslrm_toys import write_toys
+
+    return write_toys(tmp_path_factory.mktemp("toys"))
+
+
+@pytest.fixture
+def empty_yaml(tmp_path):
+    """A training configuration of Stage 2 that says the rig alone."""
+    path = tmp_path / "empty.yaml"
+    path.write_text("rig: mouse6\n")
+    return path
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """As in subprocesses that run with one: sums of several threads differ in the last bit."""
@@ -73,3 +99,14 @@ def refused(path, match, read=None):
     with pytest.raises(ValueError, match=match) as caught:
         (read or read_calibration)(path)
     assert "\n" not in str(caught.value)
+
+
+@contextmanager
+def file_limit(size):
+    """No file of this process, or of one that it starts, may grow beyond `size` bytes: a disk with that much room."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -1,12 +1,15 @@
 """A mouse made of spheres, filmed by the real rig: recordings for the tests of the import, in a moment."""
 
 import math
+import subprocess
 from pathlib import Path
 
+import imageio_ffmpeg
 import numpy as np
 
-from recording.calibration.formats import write_mammal_pickle
+from recording.calibration.formats import write_calibration
 from recording.calibration.model import Calibration
+from recording.masks import Silhouette
 from recording.settings import ImportSettings
 from synthetic.dataset import load_real_rig, video_writer
 
@@ -71,7 +74,7 @@ def film(folder: Path, count: int, *, noise: float = 0.0, flicker: float = 0.0, 
         truth.append(masks > 0)
     for writer in (*writers["videos_undist"], *writers["masks"]):
         writer.close()
-    write_mammal_pickle(folder / "new_cam.pkl", calibration)
+    write_calibration(folder, calibration, "mammal")
     return truth
 
 
@@ -86,6 +89,19 @@ def command(folder: Path, output: Path, *more: str) -> list[str]:
         "--video_dir", str(folder / "videos_undist"), "--meta_dir", str(folder), "--output_dir", str(output),
         "--image_size", str(SIZE), "--framing", "fill", *more,
     ]  # fmt: skip
+
+
+def ffmpeg(*arguments, content: bytes = b"") -> None:
+    words = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-v", "error", *map(str, arguments)]
+    subprocess.run(words, input=content, check=True)
+
+
+def full(mask: Silhouette) -> np.ndarray:
+    """[height, width] bool, as large as the photograph."""
+    y, x = (slice(corner, corner + side) for corner, side in zip((mask.y, mask.x), mask.window.shape))
+    whole = np.zeros(mask.size[::-1], dtype=bool)
+    whole[y, x] = mask.window
+    return whole
 
 
 def contents(folder: Path) -> dict[str, bytes]:

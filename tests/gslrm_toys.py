@@ -33,12 +33,10 @@ def toy_sample(number: int, rig, size: int = SIZE) -> Sample:
     points = torch.nn.functional.normalize(points, dim=-1) * torch.tensor([0.5, 0.25, 0.25])
     colour = torch.rand(3, generator=generator) + 0.3 * points / 0.5
     gaussians = Gaussians(
-        xyz=points,
-        features=((colour.clamp(0.05, 0.95) - 0.5) / C0)[:, :, None],
-        scaling=torch.full((1, 600, 3), -2.8),
-        rotation=torch.tensor([1.0, 0, 0, 0]).expand(1, 600, 4),
+        xyz=points, features=((colour.clamp(0.05, 0.95) - 0.5) / C0)[:, :, None],
+        scaling=torch.full((1, 600, 3), -2.8), rotation=torch.tensor([1.0, 0, 0, 0]).expand(1, 600, 4),
         opacity=torch.full((1, 600, 1), 6.0),
-    )
+    )  # fmt: skip
     rgb, alpha, depth = (value[0] for value in render(gaussians, cameras[None], 0.0))
     rgba = torch.cat([rgb / alpha.clamp_min(1e-3), alpha], dim=1).clamp(0, 1)
     names = rig.view_names + [None, None]
@@ -58,29 +56,16 @@ def write_toys(folder: Path) -> Path:
 
 def settings(data, folder, **overrides) -> list[str]:
     values = {
-        "model.image_tokenizer.image_size": SIZE,
-        "model.transformer.d": 32,
-        "model.transformer.d_head": 16,
-        "model.transformer.n_layer": 2,
-        "training.runtime.device": "cpu",
-        "training.runtime.grad_checkpoint_every": 0,
-        "training.dataset.dataset_path": data / "train.txt",
-        "training.dataset.num_views": 8,
-        "training.dataloader.num_workers": 0,
-        "training.losses.lpips_loss_weight": 0,
-        "training.losses.perceptual_loss_weight": 0,
-        "training.losses.ssim_loss_weight": 0.1,
-        "training.losses.alpha_loss_weight": 0.2,
-        "training.optimizer.lr": 1e-3,
-        "training.schedule.max_fwdbwd_passes": 6,
-        "training.schedule.warmup": 2,
-        "training.checkpointing.checkpoint_dir": folder,
-        "training.checkpointing.checkpoint_every": 2,
-        "training.logging.print_every": 1,
-        "validation.dataset_path": data / "val.txt",
-        "validation.val_every": 1000,
-        **overrides,
-    }
+        "model.image_tokenizer.image_size": SIZE, "model.transformer.d": 32, "model.transformer.d_head": 16,
+        "model.transformer.n_layer": 2, "training.runtime.device": "cpu", "training.runtime.grad_checkpoint_every": 0,
+        "training.dataset.dataset_path": data / "train.txt", "training.dataset.num_views": 8,
+        "training.dataloader.num_workers": 0, "training.losses.lpips_loss_weight": 0,
+        "training.losses.perceptual_loss_weight": 0, "training.losses.ssim_loss_weight": 0.1,
+        "training.losses.alpha_loss_weight": 0.2, "training.optimizer.lr": 1e-3, "training.schedule.warmup": 2,
+        "training.schedule.max_fwdbwd_passes": 6, "training.checkpointing.checkpoint_dir": folder,
+        "training.checkpointing.checkpoint_every": 2, "training.logging.print_every": 1,
+        "validation.dataset_path": data / "val.txt", "validation.val_every": 1000, **overrides,
+    }  # fmt: skip
     return [f"{key}={value}" for key, value in values.items()]
 
 
@@ -104,20 +89,11 @@ def logged(folder, name="loss", split="train") -> list[float]:
     return [line[name] for line in lines if line["split"] == split]
 
 
-def run_script(
-    *arguments: str, torchrun: int = 0, script: str = "train_gslrm.py", file_limit_bytes: int | None = None
-) -> subprocess.Popen:
-    """The training command (or a script around it) in a process of its own, or `torchrun` of them.
-
-    file_limit_bytes: no file may grow beyond this, as if the disk were full.
-    """
+def run_script(*arguments: str, torchrun: int = 0, script: str = "train_gslrm.py") -> subprocess.Popen:
+    """The training command (or a script around it) in a process of its own, or `torchrun` of them."""
     launcher = [sys.executable, script]
     if torchrun:
-        launcher = [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(torchrun), script
-        ]  # fmt: skip
-    if file_limit_bytes is not None:
-        launcher = ["bash", "-c", f'ulimit -f {file_limit_bytes // 1024}; exec "$@"', "limited", *launcher]
+        launcher[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(torchrun)]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     return subprocess.Popen(

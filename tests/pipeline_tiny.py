@@ -1,22 +1,17 @@
 """Both stages in tiny weights: Stage 1 components and UNet, embeddings, a GS-LRM, all of one rig."""
 
-import importlib
-import io
-import sys
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, replace
 from pathlib import Path
-from unittest import mock
 
 import torch
 from mvdiffusion_tiny import SIZE, UNET, prepare
+from running import must, run  # noqa: F401 (other tests have them from here)
 
 from gslrm.checkpoints import checkpoint_path
 from gslrm.config import GaussiansConfig, GSLRMConfig, ImageTokenizerConfig, ModelConfig, TransformerConfig
 from gslrm.model.gslrm import GSLRM
 from multiview.checkpoint import save_checkpoint
 from multiview.rig import ViewRig, load_rig
-from multiview.run import main_guard
 from mvdiffusion.models.unet import create_unet, save_unet
 
 
@@ -48,23 +43,3 @@ def prepare_pipeline(folder: Path, rig_name: str = "mouse6") -> dict[str, Path]:
     paths["unet"] = write_unet(folder / "unet", rig)
     paths["gslrm"] = write_gslrm(folder / "gslrm", rig)
     return paths
-
-
-def run(script: str, *arguments) -> tuple[int, str, str]:
-    """Runs a script of the project in this process: (exit code, stdout, stderr)."""
-    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
-    out, err = io.StringIO(), io.StringIO()
-    with mock.patch.object(sys, "argv", [script, *map(str, arguments)]), redirect_stdout(out), redirect_stderr(err):
-        try:
-            main_guard(module.main)
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-    return code, out.getvalue(), err.getvalue()
-
-
-def must(script: str, *arguments) -> str:
-    """The same, and it must succeed: stdout."""
-    code, out, err = run(script, *arguments)
-    assert code == 0, err
-    return out

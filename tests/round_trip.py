@@ -36,14 +36,11 @@ def moved_to_sample(sample: Sample, points: np.ndarray) -> Tensor:
 
 def recording_cameras(sample: Sample) -> Cameras:
     """A sample's cameras [v], moved back into the recording's world."""
-    matrix = to_sample(sample)
-    scale = np.linalg.norm(matrix[:3, 0])
-    rotation = torch.from_numpy(matrix[:3, :3] / scale)
-    c2w = sample.cameras.c2w.double()
-    moved = c2w.clone()
-    moved[:, :3, :3] = rotation.T @ c2w[:, :3, :3]
-    moved[:, :3, 3] = (c2w[:, :3, 3] - torch.from_numpy(matrix[:3, 3])) @ rotation / scale
-    return replace(sample.cameras, c2w=moved.float())
+    matrix, c2w = torch.from_numpy(to_sample(sample)), sample.cameras.c2w.double()
+    scale = matrix[:3, 0].norm()
+    c2w[:, :3, :3] = (matrix[:3, :3] / scale).T @ c2w[:, :3, :3]
+    c2w[:, :3, 3] = (c2w[:, :3, 3] - matrix[:3, 3]) @ matrix[:3, :3] / scale**2
+    return replace(sample.cameras, c2w=c2w.float())
 
 
 def direct_rendering(cloud, sample: Sample, render: Callable, calibration: Calibration) -> tuple[Tensor, Tensor]:
@@ -64,13 +61,10 @@ def marked(cloud):
     """Small opaque balls at the cloud's keypoints, in the three pure colours by turns; nothing else of it."""
     count = len(cloud.keypoints)
     return replace(
-        cloud,
-        means=cloud.keypoints.astype(np.float32),
+        cloud, means=cloud.keypoints.astype(np.float32), opacity=np.full(count, 0.99, np.float32),
         log_scales=np.full((count, 3), np.log(MARKER_MM), np.float32),
-        quats=np.tile(np.float32([1, 0, 0, 0]), (count, 1)),
-        opacity=np.full(count, 0.99, np.float32),
-        rgb=np.eye(3, dtype=np.float32)[np.arange(count) % 3],
-    )
+        quats=np.tile(np.float32([1, 0, 0, 0]), (count, 1)), rgb=np.eye(3, dtype=np.float32)[np.arange(count) % 3],
+    )  # fmt: skip
 
 
 def marker_errors(sample: Sample, keypoints: np.ndarray) -> np.ndarray:
@@ -108,9 +102,9 @@ def share_in_hull(sample: Sample, points: np.ndarray, resolution: int = 128) -> 
     A point on the hull's own surface may lie in a voxel whose centre is outside, so one voxel more is allowed.
     """
     hull = carve(sample.rgba[:, 3:], sample.cameras, resolution=resolution)
-    filled = torch.zeros(hull.grid.shape)
+    filled = torch.zeros(hull.shape)
     filled.view(-1)[hull.index] = 1
     near = torch.nn.functional.max_pool3d(filled[None, None], 3, 1, 1)[0, 0] > 0
-    cell = ((moved_to_sample(sample, points) - hull.grid.lower) / hull.grid.voxel).floor().long()
-    within = ((cell >= 0) & (cell < torch.tensor(hull.grid.shape))).all(dim=1)
+    cell = ((moved_to_sample(sample, points) - hull.lower) / hull.voxel).floor().long()
+    within = ((cell >= 0) & (cell < torch.tensor(hull.shape))).all(dim=1)
     return float(near[tuple(cell[within].T)].sum()) / len(points)

@@ -5,8 +5,6 @@ inference commands in a folder without those weights: each answers with one sent
 """
 
 import json
-import os
-import shlex
 import shutil
 import subprocess
 import sys
@@ -14,24 +12,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from mvdiffusion_tiny import SIZE, UNET, write_components
+from commands import ROOT, run
+from mvdiffusion_tiny import SIZE, UNET, write_components, write_dataset
 
 from gslrm.config import GaussiansConfig, ImageTokenizerConfig, ModelConfig, TransformerConfig
 from gslrm.model.gslrm import GSLRM
 from multiview.rig import load_rig
-from multiview.sample import read_dataset_info, read_split
+from multiview.sample import open_dataset, read_dataset_info, read_split
 from mvdiffusion.checkpoints import save_training
 from mvdiffusion.models.unet import create_unet, save_unet
 from mvdiffusion.prompts import load_prompt_embeds
 
-ROOT = Path(__file__).resolve().parent.parent
-CODE = (
-    "multiview", "mvdiffusion", "gslrm", "pipeline", "evaluation", "recording", "synthetic", "scripts", "configs",
-    "examples",
-)
-FILES = (
-    "train_diffusion.py", "train_gslrm.py", "inference_mouse.py", "test_full_pipeline.py", "setup_mouse_env.sh",
-    "requirements.txt", "requirements-extra.txt",
+LINKED = (
+    "scripts", "configs", "examples", "train_diffusion.py", "train_gslrm.py", "inference_mouse.py",
+    "test_full_pipeline.py", "setup_mouse_env.sh", "requirements.txt",
 )  # fmt: skip
 
 SETUP = "bash setup_mouse_env.sh"
@@ -65,73 +59,52 @@ SMALL_DIFFUSION = (
     " max_train_steps=1 train_batch_size=1 gradient_accumulation_steps=1 validation_samples=1 validation_num_steps=1"
     " mixed_precision=no dataloader_num_workers=0 output_dir=checkpoints/mvdiffusion/tried"
 )
-SMALL_MODEL = (
+SMALL_GSLRM = (
     f" model.image_tokenizer.image_size={SIZE} model.transformer.d=32 model.transformer.d_head=16"
     " model.transformer.n_layer=1"
-)
-SMALL_GSLRM = SMALL_MODEL + (
     " training.losses.lpips_loss_weight=0 training.losses.perceptual_loss_weight=0 training.dataloader.num_workers=0"
     " training.dataloader.batch_size_per_gpu=1 validation.num_samples=1 training.schedule.max_fwdbwd_passes=2"
 )
+SHORT = " --num_steps 2 --turntable_views 4"
 
 
-def run(command: str, cwd: Path) -> subprocess.CompletedProcess:
-    """Runs a command line with this interpreter's programs first on the PATH."""
-    environment = {
-        **os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
-    return subprocess.run(shlex.split(command), cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
-
-
-def copy_code(folder: Path) -> Path:
-    """The repository's code in a folder of its own, with this environment as its .venv."""
-    for name in CODE:
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in FILES:
-        shutil.copy(ROOT / name, folder / name)
-    (folder / ".venv").mkdir()
-    for entry in Path(sys.prefix).iterdir():
-        if not entry.name.startswith(".installed"):
-            (folder / ".venv" / entry.name).symlink_to(entry)
-    for name in ("requirements.txt", "requirements-extra.txt"):
-        shutil.copy(ROOT / name, folder / ".venv" / f".installed-{name}")
+def link_code(folder: Path) -> Path:
+    """The commands of the repository in a folder of its own."""
+    for name in LINKED:
+        (folder / name).symlink_to(ROOT / name)
     return folder
+
+
+def must(folder: Path, command: str, product: str = "*") -> subprocess.CompletedProcess:
+    done = run(command, folder)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    assert list(folder.glob(product)), f"{command} did not write {product}"
+    return done
 
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
     """Code, a raw recording in V and M, tiny weights where FaceLift's and the user's own would lie."""
-    folder = copy_code(tmp_path_factory.mktemp("workspace"))
-    rig = load_rig("mouse6")
-    make = "python scripts/make_synthetic_mouse.py"
-    done = run(f"{make} --output_dir R --num_samples 12 --as_recording --video_width 256", folder)
-    assert done.returncode == 0, done.stderr
+    folder, rig = link_code(tmp_path_factory.mktemp("workspace")), load_rig("mouse6")
+    record = "python scripts/make_synthetic_mouse.py --output_dir R --num_samples 12 --as_recording --video_width 160"
+    must(folder, record, "R/new_cam.pkl")
     (folder / "R" / "videos_undist").rename(folder / "V")
     (folder / "R").rename(folder / "M")
-
     # The text encoder's width is the demo's, which `generate_mouse_prompt_embeds.py` without arguments uses.
-    done = run(f"{make} --output_dir D --num_samples 6 --image_size 32 --workers 1", folder)
-    assert done.returncode == 0, done.stderr
-    pipeckpts = write_components(folder / "checkpoints/mvdiffusion/pipeckpts", folder / "D/data_mouse_train.txt")
-    demo = folder / "checkpoints/demo/mvdiffusion"
-    demo.mkdir(parents=True)
+    pipeckpts = write_components(folder / "checkpoints/mvdiffusion/pipeckpts", write_dataset(folder / "D", rig))
     for part in ("text_encoder", "tokenizer"):
-        shutil.copytree(pipeckpts / part, demo / part)
+        shutil.copytree(pipeckpts / part, folder / "checkpoints/demo/mvdiffusion" / part)
     torch.manual_seed(0)
     unet = create_unet(UNET, rig.num_views, "sparse")
     save_unet(unet, pipeckpts / "unet", rig)
     (pipeckpts / "unet" / "rig.json").unlink()  # public weights carry no rig
-
-    done = run(EMBEDS, folder)
-    assert done.returncode == 0, done.stderr
+    must(folder, EMBEDS, "mvdiffusion/data/mouse_prompt_embeds_6view/clr_embeds.pt")
     embeds = load_prompt_embeds(folder / "mvdiffusion/data/mouse_prompt_embeds_6view")
     config = {"pretrained_model_name_or_path": "checkpoints/mvdiffusion/pipeckpts"}
     for name in ("mouse", "mouse/original_facelift_embeds"):
         sidecar = {"step": 6000, "rig": embeds.rig.to_dict(), "config": config}
         with save_training(folder / "checkpoints/mvdiffusion" / name, sidecar, embeds, {}) as checkpoint:
             save_unet(unet, checkpoint / "unet", embeds.rig)
-
     model = ModelConfig(
         image_tokenizer=ImageTokenizerConfig(image_size=SIZE),
         transformer=TransformerConfig(d=32, d_head=16, n_layer=1), gaussians=GaussiansConfig(),
@@ -142,17 +115,19 @@ def workspace(tmp_path_factory):
     return folder
 
 
-def must(workspace: Path, command: str, product: str) -> subprocess.CompletedProcess:
-    done = run(command, workspace)
-    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-    assert list(workspace.glob(product)), f"{command} did not write {product}"
-    return done
+def test_the_set_up_finds_what_is_installed(tmp_path):
+    """With this environment as its .venv."""
+    (link_code(tmp_path) / ".venv").mkdir()
+    for entry in Path(sys.prefix).iterdir():
+        if not entry.name.startswith(".installed"):
+            (tmp_path / ".venv" / entry.name).symlink_to(entry)
+    shutil.copy(ROOT / "requirements.txt", tmp_path / ".venv/.installed-requirements.txt")
+    done = subprocess.run(SETUP.split(), cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "already installed" in done.stdout, done.stderr
 
 
 def test_every_promised_command_works_as_written(workspace):
     """In the order a user would run them; each leaves what the next one needs."""
-    must(workspace, SETUP, ".venv/.installed-requirements.txt")
-    must(workspace, EMBEDS, "mvdiffusion/data/mouse_prompt_embeds_6view/clr_embeds.pt")
     done = must(workspace, PROCESS, "data_mouse/quality_report.html")
     assert "12 samples instead of 2000" in done.stdout
     imported = read_dataset_info(workspace / "data_mouse")
@@ -162,30 +137,29 @@ def test_every_promised_command_works_as_written(workspace):
     done = run(TRAIN_DIFFUSION + SMALL_DIFFUSION, workspace)
     assert done.returncode == 1 and "mouse6-measured" in done.stderr and "to mend:" in done.stderr
     must(workspace, EMBEDS + " --rig data_mouse/dataset.json --output_dir E", "E/clr_embeds.pt")
-    small = SMALL_DIFFUSION + " prompt_embeds=E/clr_embeds.pt"
+    small, tried = SMALL_DIFFUSION + " prompt_embeds=E/clr_embeds.pt", workspace / "checkpoints/mvdiffusion/tried"
     must(workspace, TRAIN_DIFFUSION + small, "checkpoints/mvdiffusion/tried/checkpoint-1")
     must(workspace, OVERFIT_GSLRM + SMALL_GSLRM, "checkpoints/gslrm/mouse_finetune_overfit10/ckpt_*.pt")
 
     # From here on with the samples that ship with the project.
     shutil.rmtree(workspace / "data_mouse")
     shutil.copytree(ROOT / "data_mouse", workspace / "data_mouse")
-    for folder in ("mvdiffusion/tried", "gslrm/mouse_finetune_overfit10"):
-        shutil.rmtree(workspace / "checkpoints" / folder)
-    must(workspace, TRAIN_DIFFUSION + SMALL_DIFFUSION, "checkpoints/mvdiffusion/tried/checkpoint-1/unet/rig.json")
-    shutil.rmtree(workspace / "checkpoints/mvdiffusion/tried")
-    must(workspace, LAUNCH_DIFFUSION + SMALL_DIFFUSION, "checkpoints/mvdiffusion/tried/checkpoint-1/unet/rig.json")
+    shutil.rmtree(workspace / "checkpoints/gslrm/mouse_finetune_overfit10")
+    for command in (TRAIN_DIFFUSION, LAUNCH_DIFFUSION):
+        shutil.rmtree(tried)
+        must(workspace, command + SMALL_DIFFUSION, "checkpoints/mvdiffusion/tried/checkpoint-1/unet/rig.json")
     must(workspace, TORCHRUN_GSLRM + SMALL_GSLRM, "checkpoints/gslrm/mouse_finetune/ckpt_0000000000000002.pt")
     must(workspace, GSLRM_V2 + SMALL_GSLRM, "checkpoints/gslrm/mouse_gslrm_v2/ckpt_0000000000000002.pt")
-    must(workspace, INFERENCE + " --num_steps 2 --turntable_views 4", "outputs/mouse/gaussians.ply")
+    must(workspace, INFERENCE + SHORT, "outputs/mouse/gaussians.ply")
     result = "outputs/pipeline_v1/cam_000/stage2_gslrm"
-    must(workspace, FULL_PIPELINE + " --num_steps 2 --turntable_views 4", f"{result}/gaussians.ply")
-    record = json.loads((workspace / result / "run.json").read_text())
-    assert record["rig"]["name"] == "mouse6"
+    must(workspace, FULL_PIPELINE + SHORT, f"{result}/gaussians.ply")
+    assert json.loads((workspace / result / "run.json").read_text())["rig"]["name"] == "mouse6"
 
 
 def test_without_the_weights_each_command_says_what_is_missing_and_where_it_goes(tmp_path):
-    folder = copy_code(tmp_path)
-    shutil.copytree(ROOT / "data_mouse", folder / "data_mouse")
+    link_code(tmp_path)
+    for tracked in ("data_mouse", "mvdiffusion/data/mouse_prompt_embeds_6view"):
+        shutil.copytree(ROOT / tracked, tmp_path / tracked)
     wanted = {
         TRAIN_DIFFUSION: "checkpoints/mvdiffusion/pipeckpts",
         OVERFIT_GSLRM: "checkpoints/gslrm/ckpt_0000000000021125.pt",
@@ -196,15 +170,13 @@ def test_without_the_weights_each_command_says_what_is_missing_and_where_it_goes
         PROCESS: "--meta_dir M",
     }
     for command, name in wanted.items():
-        done = run(command, folder)
+        done = run(command, tmp_path)
         lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
         assert done.returncode != 0 and len(lines) == 1 and name in lines[0], f"{command}\n{done.stderr[-3000:]}"
         assert "Traceback" not in done.stderr or command.startswith("torchrun")
 
 
 def test_importing_into_the_example_dataset_moves_it_aside(tmp_path):
-    from multiview.sample import open_dataset
-
     shutil.copytree(ROOT / "data_mouse", tmp_path / "data_mouse")
     open_dataset(tmp_path / "data_mouse", load_rig("mouse6"), {"seed": 1})
     assert read_split(tmp_path / "data_mouse_example" / "data_mouse_train.txt")[0].is_dir()

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from mvdiffusion_tiny import SIZE, UNET, prepare
+from mvdiffusion_tiny import SIZE, UNET
 from safetensors.torch import load_file, save_file
 
 from multiview.rig import load_rig
@@ -18,12 +18,13 @@ WEIGHTS = "diffusion_pytorch_model"
 
 
 @pytest.fixture(scope="module")
-def original(tmp_path_factory):
-    paths = prepare(tmp_path_factory.mktemp("tiny"))
+def original(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("original") / "components"
+    shutil.copytree(tiny["components"], folder)
     torch.manual_seed(0)
-    save_unet(create_unet(UNET, 6, "sparse", "adaln"), paths["components"] / "unet", load_rig("mouse6"))
-    shutil.copytree(paths["embeds"].parent, paths["components"] / "prompt_embeds")
-    return paths["components"]
+    save_unet(create_unet(UNET, 6, "sparse", "adaln"), folder / "unet", load_rig("mouse6"))
+    shutil.copytree(tiny["embeds"].parent, folder / "prompt_embeds")
+    return folder
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ from plyfile import PlyData
 from safetensors.torch import load_file
 
 from gslrm.model.gaussians import Gaussians, filter_gaussians
-from gslrm.model.ply import FORMATS, export, save_ply
+from gslrm.model.ply import FORMATS, export, load_ply, save_ply
 from tests.test_gaussians import FACELIFT, random_gaussians
 
-C0 = 0.28209479177387814
+C0, GOLDEN = 0.28209479177387814, Path(__file__).parent / "golden"
 
 
 def soft(n=600, degree=0):
@@ -36,9 +36,6 @@ def same_rotation(decoded, gaussians, rows):
     return (torch.from_numpy(decoded).float() * gaussians.get_rotation[0, rows]).sum(-1).abs()
 
 
-# ---- the INRIA PLY, as viewers read it ------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("degree", [0, 3])
 def test_ply_holds_the_bytes_gsplat_writes(tmp_path, degree):
     """gsplat's exporter has no normals; every other column must be byte for byte the same, in the same order."""
@@ -57,22 +54,23 @@ def test_ply_holds_the_bytes_gsplat_writes(tmp_path, degree):
         assert ours[name].tobytes() == theirs[name].tobytes(), name
 
 
-def test_ply_holds_the_bytes_of_facelifts_file(tmp_path):
+def test_facelifts_file_is_read_and_its_bytes_are_written(tmp_path):
     """Golden file of FaceLift's code: every property that both layouts have, byte for byte, Gaussian for Gaussian."""
-    golden = Path(__file__).parent / "golden"
-    raw = load_file(golden / "gslrm_small" / "outputs.safetensors")
+    raw, path = (
+        load_file(GOLDEN / "gslrm_small" / "outputs.safetensors"),
+        GOLDEN / "gaussians/facelift_filtered_cli.ply",
+    )
     names = ("xyz", "features_dc", "scaling", "rotation", "opacity")
     gaussians = Gaussians(*[raw[f"clip_off.raw.{name}"][None] for name in names])
-    gaussians = filter_gaussians(gaussians, FACELIFT["inference_cli"])
-    theirs = PlyData.read(str(golden / "gaussians" / "facelift_filtered_cli.ply"))["vertex"].data
+    gaussians, loaded = filter_gaussians(gaussians, FACELIFT["inference_cli"]), load_ply(path)
+    assert loaded.sh_degree == 0 and all(
+        torch.equal(vars(loaded)[name], vars(gaussians)[name]) for name in vars(loaded)
+    )
     save_ply(tmp_path / "a.ply", gaussians)
-    ours = PlyData.read(str(tmp_path / "a.ply"))["vertex"].data
+    ours, theirs = (PlyData.read(str(each))["vertex"].data for each in (tmp_path / "a.ply", path))
     shared = [name for name in ours.dtype.names if name in theirs.dtype.names]
     assert len(shared) == 14 and len(ours) == len(theirs) > 0
     assert all(ours[name].tobytes() == theirs[name].tobytes() for name in shared)
-
-
-# ---- .splat ---------------------------------------------------------------------------------------------------------
 
 
 def test_splat_records_decode_to_the_gaussians(tmp_path):
@@ -91,9 +89,6 @@ def test_splat_records_decode_to_the_gaussians(tmp_path):
     assert same_rotation(rotation, gaussians, rows).min() > 0.9997  # 8 bit: within 3 degrees
 
 
-# ---- compressed PLY -------------------------------------------------------------------------------------------------
-
-
 def bits(packed, shift, count):
     return ((packed >> shift) & ((1 << count) - 1)) / ((1 << count) - 1)
 
@@ -101,7 +96,7 @@ def bits(packed, shift, count):
 def read_compressed(path):
     """SuperSplat's format: chunk bounds, and 16 bytes per Gaussian (four uint32) packed between them."""
     content = PlyData.read(str(path))
-    chunk = {name: content["chunk"][name] for name in content["chunk"].data.dtype.names}
+    chunk = content["chunk"]
     vertex = {name: content["vertex"][name].astype(np.int64) for name in content["vertex"].data.dtype.names}
     of = np.arange(len(content["vertex"])) // 256
 
@@ -112,8 +107,7 @@ def read_compressed(path):
     def packed_111011(values):
         return [bits(values, 21, 11), bits(values, 11, 10), bits(values, 0, 11)]
 
-    color = vertex["packed_color"]
-    rotation = vertex["packed_rotation"]
+    color, rotation = vertex["packed_color"], vertex["packed_rotation"]
     small = np.stack([(bits(rotation, shift, 10) - 0.5) * np.sqrt(2) for shift in (20, 10, 0)], -1)
     largest = np.sqrt(np.clip(1 - (small**2).sum(-1), 0, None))
     wxyz = np.empty((len(rotation), 4))
@@ -164,9 +158,6 @@ def test_compressed_ply_takes_gaussians_that_are_all_alike(tmp_path):
     np.testing.assert_allclose(seen["rgb"], 0.5)
 
 
-# ---- errors ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", FORMATS)
 def test_wrong_gaussians_are_refused_and_leave_the_old_file(tmp_path, name):
     path = tmp_path / f"a{FORMATS[name]}"
@@ -174,15 +165,12 @@ def test_wrong_gaussians_are_refused_and_leave_the_old_file(tmp_path, name):
     whole = path.read_bytes()
     broken = soft(n=20)
     broken.scaling[0, 3, 1] = torch.nan
-    with pytest.raises(ValueError, match=r"a\..*must be finite.* 1 of scaling"):
-        export(path, broken, name)
-    with pytest.raises(ValueError, match="one scene, got 2"):
-        export(path, random_gaussians(b=2), name)
-    with pytest.raises(ValueError, match="export format must be one of splat, ply_compressed"):
-        export(path, soft(n=20), "spz")
-    with pytest.raises(ValueError, match="not one Gaussian"):
-        export(path, soft(n=0), name)
     faint = replace(soft(n=20), opacity=torch.full((1, 20, 1), -torch.inf))
-    with pytest.raises(ValueError, match="none of 20 Gaussians can be seen"):
-        export(path, faint, name)
+    for gaussians, form, message in (
+        (broken, name, r"a\..*must be finite.* 1 of scaling"), (random_gaussians(b=2), name, "one scene, got 2"),
+        (soft(n=20), "spz", "export format must be one of splat, ply_compressed"),
+        (soft(n=0), name, "not one Gaussian"), (faint, name, "none of 20 Gaussians can be seen"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            export(path, gaussians, form)
     assert path.read_bytes() == whole and [p.name for p in tmp_path.iterdir()] == [path.name]

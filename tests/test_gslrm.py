@@ -1,8 +1,6 @@
 """GS-LRM: FaceLift's numbers and names, its input variants, and pruning of the background."""
 
-import argparse
 import json
-import re
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -11,7 +9,7 @@ import torch
 from einops import rearrange
 from safetensors.torch import load_file
 
-from gslrm.checkpoints import export_weights, load_gslrm, model_weights, resolve_checkpoint
+from gslrm.checkpoints import load_gslrm, model_weights
 from gslrm.config import IGNORED_KEYS, GSLRMConfig, ModelConfig, model_config_from_dict
 from gslrm.model.gslrm import GSLRM
 from gslrm.training import parameter_groups
@@ -32,6 +30,10 @@ def golden():
     inputs = load_file(GOLDEN / "inputs.safetensors")
     cameras = Cameras(inputs["c2w"], inputs["fxfycxcy"], 32, 32)
     return model, inputs["image"], cameras, load_file(GOLDEN / "outputs.safetensors")
+
+
+def golden_config() -> GSLRMConfig:
+    return load_config(GSLRMConfig, GOLDEN / "config.yaml", ignored=set(IGNORED_KEYS))
 
 
 def tiny(**changes) -> ModelConfig:
@@ -73,163 +75,82 @@ def rows_of(gaussians) -> torch.Tensor:
     return torch.cat([getattr(gaussians, name).flatten(2) for name in fields], dim=-1)
 
 
-# ---- the golden checkpoint ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name, clip_xyz", [("clip_off", False), ("clip_on", True)])
 @torch.no_grad()
-def test_golden_gaussians_are_reproduced(golden, name, clip_xyz):
-    model, images, cameras, expected = golden
-    gaussians = model(images, cameras, clip_xyz=clip_xyz).gaussians
-    raw = {key.removeprefix(f"{name}.raw."): value for key, value in expected.items() if key.startswith(f"{name}.raw.")}
-    assert "xyz" in raw
-    for key, value in raw.items():
-        assert_same(getattr(gaussians, "features" if key == "features_dc" else key)[0], value, key)
-    if name == "clip_off":
-        assert gaussians.xyz.abs().max() > 1  # inference never clips
-        for key in ("scaling", "rotation", "opacity"):
-            assert_same(getattr(gaussians, f"get_{key}")[0], expected[f"{name}.act.{key}"], key)
-
-
-@torch.no_grad()
-def test_golden_points_lie_at_their_pixels(golden):
-    model, images, cameras, expected = golden
-    output = model(images, cameras)
-    truth = expected["clip_off.pixelalign_xyz"].permute(0, 1, 3, 4, 2).flatten(1, 3)  # [1, v * h * w, 3]
-    assert_same(output.pixel_xyz, truth[0][output.pixel_index])
-
-
-@torch.no_grad()
-def test_golden_intermediates_are_reproduced(golden):
+def test_golden_values_are_reproduced(golden):
     model, images, cameras, expected = golden
     seen = {}
+
+    def note(name, of_input=False):
+        return lambda _, inputs, output: seen.update({name: inputs[0] if of_input else output})
+
     hooks = [
-        model.patch_embedder[0].register_forward_hook(lambda _m, args, _o: seen.update(posed_images=args[0])),
-        model.input_layer_norm.register_forward_hook(lambda _m, _a, out: seen.update(tokens_after_input_norm=out)),
-        model.transformer_layers[0].register_forward_hook(lambda _m, _a, out: seen.update(layer0_out=out)),
-        model.transformer_layers[2].register_forward_hook(lambda _m, _a, out: seen.update(layer2_out=out)),
-        model.gaussian_upsampler.register_forward_hook(lambda _m, _a, out: seen.update(free_gaussian_params=out)),
+        model.patch_embedder[0].register_forward_hook(note("posed_images", of_input=True)),
+        model.input_layer_norm.register_forward_hook(note("tokens_after_input_norm")),
+        model.transformer_layers[0].register_forward_hook(note("layer0_out")),
+        model.transformer_layers[2].register_forward_hook(note("layer2_out")),
+        model.gaussian_upsampler.register_forward_hook(note("free_gaussian_params")),
     ]
-    model(images, cameras)
+    output = model(images, cameras)
     for hook in hooks:
         hook.remove()
-    assert len(seen) == 5
-    seen["posed_images"] = rearrange(
-        seen["posed_images"], "(b v hh ww) ph pw c -> b v c (hh ph) (ww pw)", b=1, hh=4, ww=4
-    )
-    for name, value in seen.items():
+    posed = rearrange(seen["posed_images"], "(b v hh ww) ph pw c -> b v c (hh ph) (ww pw)", b=1, hh=4, ww=4)
+    for name, value in {**seen, "posed_images": posed}.items():
         assert_same(value, expected[f"tap.{name}"], name)
+    truth = expected["clip_off.pixelalign_xyz"].permute(0, 1, 3, 4, 2).flatten(1, 3)  # [1, v * h * w, 3]
+    assert_same(output.pixel_xyz, truth[0][output.pixel_index])
+    assert output.gaussians.xyz.abs().max() > 1  # inference never clips
+    clipped = model(images, cameras, clip_xyz=True).gaussians
+    for name, gaussians in (("clip_off", output.gaussians), ("clip_on", clipped)):
+        raw = {key.split(".")[-1]: value for key, value in expected.items() if key.startswith(f"{name}.raw.")}
+        assert "xyz" in raw
+        for key, value in raw.items():
+            assert_same(getattr(gaussians, "features" if key == "features_dc" else key)[0], value, key)
+    for key in ("scaling", "rotation", "opacity"):
+        assert_same(getattr(output.gaussians, f"get_{key}")[0], expected[f"clip_off.act.{key}"], key)
 
 
-def test_checkpoint_keys_are_exactly_facelifts():
-    stored = set(load_checkpoint(CHECKPOINT)["model"])
-    config = load_config(GSLRMConfig, GOLDEN / "config.yaml", ignored=set(IGNORED_KEYS))
-    assert set(GSLRM(config.model).state_dict()) == stored
+def test_weights_and_optimizer_groups_are_exactly_facelifts():
+    config = golden_config()
+    model, stored = GSLRM(config.model), set(load_checkpoint(CHECKPOINT)["model"])
+    assert set(model.state_dict()) == stored
     marked = replace(config.model, add_refsrc_marker=True)
     assert set(GSLRM(marked).state_dict()) - stored == {"view_type_embeddings"}
-
-
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "blocks"])
-def test_loss_network_and_wrappers_prefixes_fall_under_named_rules(tmp_path, prefix):
-    content = load_checkpoint(CHECKPOINT)
-    extra = json.loads((GOLDEN / "state_dict_keys_extra_when_perceptual_on.json").read_text())
-    assert len(extra) == 32
-    names = {name: prefix + name for name in content["model"]}
-    if prefix == "blocks":  # each compiled by itself
-        names = {name: re.sub(r"^(transformer_layers\.\d+)", r"\1._orig_mod", name) for name in content["model"]}
-    weights = {names[name]: tensor for name, tensor in content["model"].items()}
-    front = "" if prefix == "blocks" else prefix
-    loss = {front + entry["name"].removeprefix("module."): torch.zeros(1) for entry in extra}
-    path = tmp_path / "ckpt_0000000000000009.pt"
-    legacy = {"_use_new_zipfile_serialization": False} if prefix == "module." else {}
-    torch.save({"model": {**weights, **loss}, "args": argparse.Namespace(lr=1e-4)}, path, **legacy)
-    model, _, found = load_gslrm(tmp_path, config_file=GOLDEN / "config.yaml")
-    assert found == path
-    assert all(torch.equal(tensor, content["model"][name]) for name, tensor in model.state_dict().items())
-
-
-def test_weights_that_are_not_finite_are_refused_with_their_number(tmp_path):
-    weights = dict(load_checkpoint(CHECKPOINT)["model"])
-    weights["input_layer_norm.weight"] = weights["input_layer_norm.weight"].clone()
-    weights["input_layer_norm.weight"][:3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
-    path = tmp_path / "ckpt_0000000000000009.pt"
-    torch.save({"model": weights}, path)
-    with pytest.raises(ValueError, match="ckpt_0000000000000009.pt: 3 weights are not finite.*input_layer_norm.weight"):
-        load_gslrm(path, config_file=GOLDEN / "config.yaml")
-
-
-def test_a_foreign_checkpoint_is_not_exported(tmp_path):
-    path = tmp_path / "ckpt_0000000000000007.pt"
-    torch.save({"model": load_checkpoint(CHECKPOINT)["model"]}, path)
-    for sidecar in (None, {"config": {}}, {"config": {}, "rig": {}}):
-        if sidecar is not None:
-            path.with_suffix(".pt.json").write_text(json.dumps(sidecar))
-        with pytest.raises(ValueError, match="lacks its step, or a sidecar ckpt_0000000000000007.pt.json with config"):
-            export_weights(path, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("change, word", [("missing", "missing"), ("unexpected", "unexpected"), ("shape", "shape")])
-def test_a_checkpoint_that_does_not_fit_is_refused_by_name(change, word):
-    weights = dict(load_checkpoint(CHECKPOINT)["model"])
-    if change == "missing":
-        del weights["input_layer_norm.weight"]
-    elif change == "unexpected":
-        weights["loss_calculator.something_else"] = torch.zeros(1)
-    else:
-        weights["input_layer_norm.weight"] = torch.zeros(3)
-    config = load_config(GSLRMConfig, GOLDEN / "config.yaml", ignored=set(IGNORED_KEYS))
-    name = "loss_calculator.something_else" if change == "unexpected" else "input_layer_norm.weight"
-    with pytest.raises(ValueError, match=f"(?s){word}.*{name}"):
-        load_strict(GSLRM(config.model), model_weights({"model": weights}, CHECKPOINT), CHECKPOINT)
-
-
-def test_a_checkpoint_path_that_does_not_exist_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="ckpt_0000000000021125.pt does not exist.*FaceLift"):
-        resolve_checkpoint(tmp_path / "ckpt_0000000000021125.pt")
-    with pytest.raises(ValueError, match="no complete"):
-        resolve_checkpoint(tmp_path)
-
-
-def test_optimizer_groups_are_facelifts():
-    groups = json.loads((GOLDEN / "info.json").read_text())["optimizer_groups"]
-    config = load_config(GSLRMConfig, GOLDEN / "config.yaml", ignored=set(IGNORED_KEYS))
-    model = GSLRM(config.model)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    own = parameter_groups(model, config.training.optimizer.weight_decay)
-    assert [[names[id(p)] for p in group["params"]] for group in own] == [group["params"] for group in groups]
-    assert [group["weight_decay"] for group in own] == [group["weight_decay"] for group in groups]
+    groups = parameter_groups(model, config.training.optimizer.weight_decay)
+    own = [{**group, "params": [names[id(p)] for p in group["params"]]} for group in groups]
+    for group, expected in zip(own, json.loads((GOLDEN / "info.json").read_text())["optimizer_groups"], strict=True):
+        assert all(group[key] == expected[key] for key in ("params", "weight_decay"))
 
 
-# ---- input variants -------------------------------------------------------------------------------------------------
+def test_a_checkpoint_that_does_not_fit_is_refused_by_name():
+    weights, model = load_checkpoint(CHECKPOINT)["model"], GSLRM(golden_config().model)
+    name = "input_layer_norm.weight"
+    for changed, message in (
+        ({key: value for key, value in weights.items() if key != name}, f"missing.*{name}"),
+        ({**weights, "loss_calculator.other": torch.zeros(1)}, "unexpected.*loss_calculator.other"),
+        ({**weights, name: torch.zeros(3)}, f"shape.*{name}"),
+    ):
+        with pytest.raises(ValueError, match=f"(?s){message}"):
+            load_strict(model, model_weights({"model": changed}, CHECKPOINT), CHECKPOINT)
 
 
 AUGMENTED = {"use_custom_plucker": False, "use_aug_plucker": True, "in_channels": 12}
 PLAIN = {"use_custom_plucker": False}
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        {},
-        {"use_aug_plucker": True},  # custom takes precedence
-        {"depth_preact_bias": 1.5},
-        {"depth_min": 1.0, "depth_max": 4.0, "depth_reference_origin": True},  # of plain input only
-        {"add_refsrc_marker": True},
-        {"hard_pixelalign": False},
-        {"gaussians": {"sh_degree": 1, "n_gaussians": 0}},
-        {"gaussians": {"sh_degree": 2, "n_gaussians": 5, "scaling_modifier": 0.5}},
-        {"gaussians": {"sh_degree": 3}},
-        AUGMENTED,
-        {**AUGMENTED, "add_refsrc_marker": True, "gaussians": {"n_gaussians": 1}},
-        PLAIN,
-        {**PLAIN, "depth_min": 1.0, "depth_max": 4.0},
-        {**PLAIN, "depth_min": 1.0},  # needs both
-        {**PLAIN, "depth_reference_origin": True, "depth_preact_bias": -0.7},
-        {**PLAIN, "hard_pixelalign": False},
-    ],
-    ids=str,
-)
+FLAGS = (
+    {}, {"use_aug_plucker": True},  # custom takes precedence
+    {"depth_preact_bias": 1.5}, {"add_refsrc_marker": True}, {"hard_pixelalign": False},
+    {"depth_min": 1.0, "depth_max": 4.0, "depth_reference_origin": True},  # of plain input only
+    {"gaussians": {"sh_degree": 1, "n_gaussians": 0}}, {"gaussians": {"sh_degree": 3}},
+    {"gaussians": {"sh_degree": 2, "n_gaussians": 5, "scaling_modifier": 0.5}},
+    AUGMENTED, {**AUGMENTED, "add_refsrc_marker": True, "gaussians": {"n_gaussians": 1}},
+    PLAIN, {**PLAIN, "depth_min": 1.0, "depth_max": 4.0}, {**PLAIN, "depth_min": 1.0},  # needs both
+    {**PLAIN, "depth_reference_origin": True, "depth_preact_bias": -0.7}, {**PLAIN, "hard_pixelalign": False},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", FLAGS, ids=str)
 def test_every_flag_follows_the_formulas(flags):
     torch.manual_seed(0)
     model = spread(GSLRM(tiny(**flags)))
@@ -240,41 +161,22 @@ def test_every_flag_follows_the_formulas(flags):
     assert rows.shape == expected.shape and output.n_free == model.config.gaussians.n_gaussians
     assert expected.std(0).min() > 0.01
     assert_same(rows, expected)
-
-
-@pytest.mark.parametrize("flags", [{}, {"hard_pixelalign": False}], ids=str)
-def test_clipping_moves_image_gaussians_that_lie_on_their_rays_alone(flags):
-    torch.manual_seed(0)
-    model = spread(GSLRM(tiny(clip_xyz=True, **flags)))
     with torch.no_grad():
-        model.gaussian_upsampler.linear.weight *= 20.0
-    images, cameras = posed_views()
-    free, clipped, whole = 2, model(images, cameras, clip_xyz=True), model(images, cameras)
-    assert whole.gaussians.xyz[:, :free].abs().max() > 1 and whole.pixel_xyz.abs().max() > 1
-    assert torch.equal(clipped.gaussians.xyz[:, :free], whole.gaussians.xyz[:, :free])
-    expected = whole.pixel_xyz if flags else whole.pixel_xyz.clamp(-1, 1)
-    assert torch.equal(clipped.pixel_xyz, expected)
+        model.gaussian_upsampler.linear.weight *= 20.0  # so that free Gaussians lie beyond the borders too
+    clipped = rows_of(model(images, cameras, clip_xyz=True).gaussians)[0]
+    assert_same(clipped, oracle_gslrm.gaussians(model, images[0], cameras[0], clip_xyz=True))
 
 
-@pytest.mark.parametrize("num_views", [1, 2, 4, 6, 9])
-def test_any_number_of_views_follows_the_formulas(num_views):
+def test_any_number_of_views_of_any_shape_follows_the_formulas():
     torch.manual_seed(0)
     model = spread(GSLRM(tiny(add_refsrc_marker=True)))
-    images, cameras = posed_views(num_views)
-    rows = rows_of(model(images, cameras).gaussians)[0]
-    assert rows.shape[0] == 2 + num_views * 256
-    assert_same(rows, oracle_gslrm.gaussians(model, images[0], cameras[0]))
-
-
-def test_pictures_need_not_be_square_nor_cameras_centred():
-    torch.manual_seed(0)
-    model = spread(GSLRM(tiny()))
-    _, square = posed_views()
-    shift = torch.tensor([1.3, -2.1, 3.7, 0.4])
-    cameras = Cameras(square.c2w, square.fxfycxcy + shift, 16, 24)
-    images = torch.rand(1, 3, 3, 16, 24)
-    rows = rows_of(model(images, cameras).gaussians)[0]
-    assert_same(rows, oracle_gslrm.gaussians(model, images[0], cameras[0]))
+    cases = [posed_views(num_views) for num_views in (1, 2, 4, 6, 9)]
+    square, shift = cases[2][1], torch.tensor([1.3, -2.1, 3.7, 0.4])
+    cases.append((torch.rand(1, 4, 3, 16, 24), Cameras(square.c2w, square.fxfycxcy + shift, 16, 24)))  # off-center
+    for images, cameras in cases:
+        rows = rows_of(model(images, cameras).gaussians)[0]
+        assert rows.shape[0] == 2 + images[:, :, 0].numel()
+        assert_same(rows, oracle_gslrm.gaussians(model, images[0], cameras[0]))
 
 
 def test_inference_gives_the_numbers_of_training(monkeypatch):
@@ -318,23 +220,14 @@ def test_autocast_leaves_rays_and_heads_in_full_precision():
     assert torch.equal(output.ray_directions, model(images, cameras).ray_directions)
 
 
-@pytest.mark.parametrize("wrong", ["channels", "size", "cameras", "mask"])
-def test_inputs_that_do_not_go_together_are_refused(wrong):
-    images, cameras = posed_views()
-    masks = None
-    if wrong == "channels":
-        images = images[:, :, :2]
-    elif wrong == "size":
-        images = images[..., :12]
-    elif wrong == "cameras":
-        cameras = cameras[:, :2]
-    else:
-        masks = torch.ones(1, 3, 1, 16, 16)
-    with pytest.raises(ValueError, match=r"images|cameras|masks"):
-        GSLRM(tiny())(images, cameras, masks=masks)
-
-
-# ---- configuration --------------------------------------------------------------------------------------------------
+def test_inputs_that_do_not_go_together_are_refused():
+    (images, cameras), masks = posed_views(), torch.ones(1, 3, 1, 16, 16)
+    for arguments, word in (
+        ((images[:, :, :2], cameras, None), "images"), ((images[..., :12], cameras, None), "images"),
+        ((images, cameras[:, :2], None), "cameras"), ((images, cameras, masks), "masks"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=word):
+            GSLRM(tiny())(*arguments[:2], masks=arguments[2])
 
 
 def test_model_config_survives_the_sidecar():
@@ -349,11 +242,8 @@ def test_model_config_survives_the_sidecar():
             model_config_from_dict(wrong, "sidecar")
 
 
-def test_wrong_channel_count_is_refused():
+def test_models_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match="in_channels must be 12"):
         GSLRM(tiny(use_custom_plucker=False, use_aug_plucker=True))
-
-
-def test_negative_margin_is_refused():
     with pytest.raises(ValueError, match="prune_margin_px must be at least 0, got -1"):
         GSLRM(tiny(prune_margin_px=-1))

@@ -1,6 +1,8 @@
 """Stage 2's files against FaceLift's: what it wrote loads here, what is written here loads there."""
 
+import argparse
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -9,7 +11,7 @@ import pytest
 import torch
 from gslrm_toys import start, toy_sample
 
-from gslrm.checkpoints import export_weights, load_gslrm
+from gslrm.checkpoints import export_weights, load_gslrm, resolve_checkpoint
 from gslrm.config import IGNORED_KEYS, GSLRMConfig
 from multiview.checkpoint import load_checkpoint, read_sidecar, sidecar_path
 from multiview.config import load_config
@@ -76,28 +78,57 @@ def test_facelifts_training_state_is_resumed_and_written_back(resumed, facelift)
             assert torch.equal(tensor, content["optimizer"]["state"][index][name]), (index, name)
 
 
-@pytest.mark.parametrize("layout", ["facelift", "with_vgg", "ddp", "bare", "bare_ddp_with_vgg"])
+LAYOUTS = {  # prefix of names, whether VGG's tensors are among them, whether a state dict alone
+    "facelift": ("", False, False), "with_vgg": ("", True, False), "ddp": ("module.", True, False),
+    "compiled": ("_orig_mod.", True, False), "ddp of compiled": ("module._orig_mod.", True, False),
+    "compiled ddp": ("_orig_mod.module.", True, False), "blocks": ("blocks", True, False), "bare": ("", False, True),
+    "bare_ddp_with_vgg": ("module.", True, True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_of_weights_loads_strictly(facelift, vgg, tmp_path, layout):
-    tensors = dict(facelift["model"])
-    if "vgg" in layout:
-        tensors.update(vgg)
-    if "ddp" in layout:
-        tensors = {f"module.{name}": tensor for name, tensor in tensors.items()}
-    path = tmp_path / "ckpt_0000000000000001.pt"
-    torch.save(tensors if "bare" in layout else {**facelift, "model": tensors}, path)
-    model, rig, _ = load_gslrm(path, config_file=GOLDEN / "config.yaml")
-    assert rig is None
+    prefix, with_vgg, is_bare = LAYOUTS[layout]
+    names, path = {name: prefix + name for name in (*facelift["model"], *vgg)}, tmp_path / "ckpt_0000000000000001.pt"
+    if layout == "blocks":  # each compiled by itself
+        names = {name: re.sub(r"^(transformer_layers\.\d+)", r"\1._orig_mod", name) for name in names}
+    tensors = {names[name]: tensor for name, tensor in {**facelift["model"], **(vgg if with_vgg else {})}.items()}
+
+    def write():
+        content = tensors if is_bare else {**facelift, "model": tensors, "args": argparse.Namespace(lr=1e-4)}
+        torch.save(content, path, _use_new_zipfile_serialization=layout != "ddp")
+
+    write()
+    model, rig, found = load_gslrm(tmp_path, config_file=GOLDEN / "config.yaml")
+    assert rig is None and found == path
     assert all(torch.equal(tensor, facelift["model"][name]) for name, tensor in model.state_dict().items())
-    del tensors[next(name for name in tensors if name.endswith("input_layer_norm.weight"))]
-    torch.save(tensors if "bare" in layout else {**facelift, "model": tensors}, path)
+    del tensors[names["input_layer_norm.weight"]]
+    write()
     with pytest.raises(ValueError, match="missing: input_layer_norm.weight"):
         load_gslrm(path, config_file=GOLDEN / "config.yaml")
 
 
-def test_a_file_without_weights_is_refused_by_name(tmp_path):
-    torch.save({"epoch": 3, "args": {}}, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match="other.pt has no key 'model'.*keys: epoch, args"):
-        load_gslrm(tmp_path / "other.pt", config_file=GOLDEN / "config.yaml")
+def test_files_that_cannot_be_used_are_refused_by_name(facelift, tmp_path):
+    weights = {**facelift["model"], "input_layer_norm.weight": facelift["model"]["input_layer_norm.weight"].clone()}
+    weights["input_layer_norm.weight"][:3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    for content, message in (
+        ({"epoch": 3, "args": {}}, "other.pt has no key 'model'.*keys: epoch, args"),
+        ({"model": weights}, "other.pt: 3 weights are not finite.*input_layer_norm.weight"),
+    ):
+        torch.save(content, tmp_path / "other.pt")
+        with pytest.raises(ValueError, match=message):
+            load_gslrm(tmp_path / "other.pt", config_file=GOLDEN / "config.yaml")
+    with pytest.raises(ValueError, match="ckpt_0000000000021125.pt does not exist.*FaceLift"):
+        resolve_checkpoint(tmp_path / "ckpt_0000000000021125.pt")
+    with pytest.raises(ValueError, match="no complete"):
+        resolve_checkpoint(tmp_path)
+    torch.save({"model": facelift["model"]}, path := tmp_path / CHECKPOINT.name)
+    for sidecar in (None, {"config": {}}, {"config": {}, "rig": {}}):
+        if sidecar is not None:
+            write_json(sidecar_path(path), sidecar)
+        with pytest.raises(ValueError, match="lacks its step, or a sidecar ckpt_0000000000000007.pt.json with config"):
+            export_weights(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_checkpoint_whose_sidecar_is_a_stamped_rig_alone_loads(facelift, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Stage 2's data: views read, mixtures, augmentation, what depends on what. Random pictures of 16 pixels."""
+"""Stage 2's data: views read, mixtures, augmentation, what depends on what. Random images of 16 pixels."""
 
 import json
 from collections import Counter
@@ -48,39 +48,26 @@ def data(tmp_path_factory):
 OPTIONS = {"num_input_views": 3, "num_views": 5}
 
 
-def test_only_the_chosen_pictures_are_decoded(data, monkeypatch):
+def test_items_hold_the_views_they_name_and_nothing_else_is_read(data, monkeypatch):
+    from gslrm.data import mouse_dataset
+
     dataset = dataset_of(data[0], random_view_selection=True, with_depth=True, **OPTIONS)
-    read = []
-    for name in ("read_rgba", "_read_depth"):
-        plain = getattr(samples, name)
-        monkeypatch.setattr(samples, name, lambda path, plain=plain: read.append(path.stem) or plain(path))
+    whole, read = samples.read_sample(dataset.folders[1], with_depth=True), []
+    for module, name in ((samples, "read_rgba"), (samples, "_read_depth"), (mouse_dataset, "read_cameras")):
+        plain = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda path, plain=plain: read.append(path.stem) or plain(path))
     for epoch in range(3):
         read.clear()
         item = dataset[epoch, 1]
-        chosen = [f"cam_{view:03d}" for view in item["index"][:, 0].tolist()]
-        assert read == [view for view in chosen for _ in range(2)]  # color, then depth
-
-
-def test_an_item_holds_the_views_it_names(data):
-    dataset = dataset_of(data[0], random_view_selection=True, with_depth=True, **OPTIONS)
-    item = dataset[4, 2]
-    whole = samples.read_sample(dataset.folders[2], with_depth=True)
-    views = item["index"][:, 0]
-    assert torch.equal(item["alpha"], whole.rgba[views, 3:]) and torch.equal(item["depth"], whole.depth[views])
-    assert torch.equal(item["c2w"], whole.cameras.c2w[views])
-    shown = item["alpha"].expand(-1, 3, -1, -1) == 1
-    assert torch.equal(item["image"][shown], whole.rgba[views, :3][shown]) and (item["image"][~shown] == 1).all()
-
-
-def test_cameras_are_read_once(data, monkeypatch):
-    from gslrm.data import mouse_dataset
-
-    calls, plain = [], mouse_dataset.read_cameras
-    monkeypatch.setattr(mouse_dataset, "read_cameras", lambda path: calls.append(path) or plain(path))
-    dataset = dataset_of(data[0], **OPTIONS)
-    for epoch in range(3):
-        dataset[epoch, 0]
-    assert len(calls) == 1
+        views = item["index"][:, 0]
+        colors_then_depth = [f"cam_{view:03d}" for view in views.tolist() for _ in range(2)]
+        cameras_too = [name for name in read if not name.startswith("cam_")]
+        assert [name for name in read if name.startswith("cam_")] == colors_then_depth
+        assert len(cameras_too) == (epoch == 0)  # from memory after the first time
+        assert torch.equal(item["alpha"], whole.rgba[views, 3:]) and torch.equal(item["depth"], whole.depth[views])
+        assert torch.equal(item["c2w"], whole.cameras.c2w[views])
+        shown = item["alpha"].expand(-1, 3, -1, -1) == 1
+        assert torch.equal(item["image"][shown], whole.rgba[views, :3][shown]) and (item["image"][~shown] == 1).all()
 
 
 def test_too_few_views_are_refused(data):
@@ -146,6 +133,8 @@ def test_each_colour_change_is_what_it_says():
     ):  # fmt: skip
         changed = draw_colors(fixed(**options), torch.Generator()).recolored(rgba)
         assert torch.allclose(changed[:, :3], expected, atol=1e-6) and torch.equal(changed[:, 3:], alpha)
+    red = torch.tensor([1.0, 0.0, 0.0, 1.0]).view(1, 4, 1, 1)
+    assert draw_colors(fixed(hue_range_deg=120.0), torch.Generator()).recolored(red)[0, :3, 0, 0].argmax() != 0
 
 
 def test_one_draw_of_colours_serves_all_views():
@@ -169,7 +158,7 @@ def test_noisy_cameras_are_told_and_true_ones_rendered(data, target_has_input):
     item = noisy_dataset(data[0], **options)[3, 1]
     told, true = (prepare({k: v[None] for k, v in x.items()}, 3, torch.device("cpu")) for x in (item, plain))
     for name in ("rgb", "alpha", "input_rgb", "input_alpha"):
-        assert torch.allclose(getattr(told.targets, name), getattr(true.targets, name), atol=1e-6)
+        assert torch.allclose(getattr(told, name), getattr(true, name), atol=1e-6)
     assert torch.equal(told.target_cameras.c2w, true.target_cameras.c2w)
     assert torch.equal(told.target_cameras.fxfycxcy, true.target_cameras.fxfycxcy)
     shift = (told.cameras.origins - true.cameras.origins).norm(dim=-1)
@@ -189,17 +178,14 @@ def test_camera_noise_depends_on_seed_epoch_and_index_and_is_off_without_augment
     assert len(dataset_of(data[0], augmentation=off, **OPTIONS)[3, 1]["image"]) == 5
 
 
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
+def test_augmentation_that_makes_no_sense_is_refused():
+    for override, message in (
         ("camera_noise.rotation_deg=-1", "camera_noise.rotation_deg is a standard deviation"),
         ("brightness_range=[1.1,0.9]", r"brightness_range must be \[low, high\]"),
         ("hue_range_deg=[1.0]", r"hue_range_deg must be \[low, high\]"),
-    ],
-)
-def test_augmentation_that_makes_no_sense_is_refused(override, message):
-    with pytest.raises(ValueError, match=message):
-        check_config(load_config(GSLRMConfig, None, [f"training.dataset.augmentation.{override}"]))
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_config(load_config(GSLRMConfig, None, [f"training.dataset.augmentation.{override}"]))
 
 
 def test_random_views_with_overlap_stay_near_an_input(data):
@@ -215,12 +201,11 @@ def test_random_views_with_overlap_stay_near_an_input(data):
     assert len(seen) > 3
 
 
-@pytest.mark.parametrize("name", ["white", "gray", "black"])
-def test_backgrounds(data, name):
-    item = dataset_of(data[0], background_color=name, **OPTIONS)[0]
-    value = {"white": 1.0, "gray": 0.5, "black": 0.0}[name]
-    assert (item["background"] == value).all()
-    assert (item["image"][item["alpha"].expand(-1, 3, -1, -1) == 0] == value).all()
+def test_backgrounds(data):
+    for name, value in (("white", 1.0), ("gray", 0.5), ("black", 0.0)):
+        item = dataset_of(data[0], background_color=name, **OPTIONS)[0]
+        assert (item["background"] == value).all()
+        assert (item["image"][item["alpha"].expand(-1, 3, -1, -1) == 0] == value).all()
 
 
 def test_a_resumed_run_on_a_mixture_with_noisy_cameras_and_masked_losses_takes_the_same_steps(data, tmp_path):

@@ -7,16 +7,16 @@ import pytest
 import torch
 
 from gslrm import losses as loss_functions
-from gslrm.config import GSLRMConfig, LossesConfig, ModelConfig, check_config
+from gslrm.config import GSLRMConfig, LossesConfig, check_config
 from gslrm.model.gaussians import Gaussians
-from gslrm.model.gslrm import GSLRM, GSLRMOutput
+from gslrm.model.gslrm import GSLRMOutput
 from multiview.config import load_config
 from multiview.rig import load_rig
 
 B, T, SIZE = 2, 3, 24
 
 
-def pictures(seed: int, channels: int = 3, size: int = SIZE) -> torch.Tensor:
+def images(seed: int, channels: int = 3, size: int = SIZE) -> torch.Tensor:
     return torch.rand(B, T, channels, size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
@@ -35,11 +35,8 @@ def soft_mask(size: int = SIZE) -> torch.Tensor:
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-# ---- pictures -------------------------------------------------------------------------------------------------------
-
-
 def test_l2_plain_and_masked():
-    a, b, mask = pictures(0), pictures(1), soft_mask()
+    a, b, mask = images(0), images(1), soft_mask()
     plain, masked = loss_functions.l2_loss(a, b), loss_functions.l2_loss(a, b, mask)
     x, y, m = a.numpy(), b.numpy(), mask.numpy()
     for i in range(B):
@@ -62,8 +59,8 @@ def ssim_at(x: np.ndarray, y: np.ndarray) -> float:
 
 def test_ssim_plain_and_masked():
     size = 14
-    a, mask = pictures(0, size=size), soft_mask(SIZE)[..., 2:16, 2:16]
-    b = 0.6 * a + 0.4 * pictures(1, size=size)
+    a, mask = images(0, size=size), soft_mask(SIZE)[..., 2:16, 2:16]
+    b = 0.6 * a + 0.4 * images(1, size=size)
     plain, masked = loss_functions.ssim_loss(a, b), loss_functions.ssim_loss(a, b, mask)
     x, y, m = a.numpy(), b.numpy(), mask.numpy()
     centres = [(r, c) for r in range(5, size - 5) for c in range(5, size - 5)]
@@ -79,21 +76,17 @@ def test_ssim_plain_and_masked():
         assert masked[i].item() == pytest.approx(1 - top / bottom, abs=1e-9)
 
 
-@pytest.mark.parametrize("grey", [0.0, 0.3, 0.7, 1.0])
-def test_ssim_of_flat_areas_stays_within_0_and_1(grey):
+def test_ssim_of_flat_areas_stays_within_0_and_1():
     """Rounding in float32 made it negative once."""
-    noise = pictures(3).float()
-    mask = soft_mask().float()
-    for scale in (0.0, 1e-8, 1e-7, 1e-5):
-        a, b = grey + scale * noise, grey + scale * noise.flip(-1)
-        for weight in (None, mask, torch.zeros_like(mask)):
-            value = loss_functions.ssim_loss(a, b, weight)
-            assert (value >= 0).all() and (value <= 1).all()
+    noise, mask = images(3).float(), soft_mask().float()
+    for gray in (0.0, 0.3, 0.7, 1.0):
+        for scale in (0.0, 1e-8, 1e-7, 1e-5):
+            a, b = gray + scale * noise, gray + scale * noise.flip(-1)
+            for weight in (None, mask, torch.zeros_like(mask)):
+                value = loss_functions.ssim_loss(a, b, weight)
+                assert (value >= 0).all() and (value <= 1).all()
     opposite = loss_functions.ssim_loss(noise, 1 - noise)  # SSIM itself is negative here
     assert torch.equal(opposite, torch.ones(B))
-
-
-# ---- Gaussians ------------------------------------------------------------------------------------------------------
 
 
 def output_of(seed: int = 0, b: int = B, v: int = 2, size: int = 8, keep: torch.Tensor | None = None) -> GSLRMOutput:
@@ -170,20 +163,6 @@ def test_masked_losses_on_gaussians_do_not_depend_on_pruning():
         assert torch.allclose(function(dense, mask, *options), function(pruned, mask, *options), rtol=1e-12)
 
 
-def test_points_distance_trains_a_model_that_prunes():
-    config = ModelConfig(prune_background_tokens=True)
-    config.image_tokenizer.image_size = 16
-    config.transformer = replace(config.transformer, d=16, d_head=8, n_layer=1)
-    torch.manual_seed(0)
-    model, mask = GSLRM(config), torch.zeros(1, 2, 1, 16, 16)
-    mask[..., 4:9, 3:12] = 1.0
-    cameras = load_rig("mouse6").cameras(16)[None, :2]
-    loss = loss_functions.pointsdist_loss(model(torch.rand(1, 2, 3, 16, 16), cameras, masks=mask), mask)
-    loss.sum().backward()
-    gradient = model.pixel_gaussian_decoder[1].weight.grad
-    assert loss > 0 and torch.isfinite(gradient).all() and gradient.abs().max() > 0
-
-
 def test_losses_on_gaussians_have_finite_gradients_on_the_ray_and_at_the_camera():
     """Where a length is 0 it has no derivative; points on their ray are the rule with hard pixel alignment."""
     output = output_of()
@@ -199,19 +178,23 @@ def test_losses_on_gaussians_have_finite_gradients_on_the_ray_and_at_the_camera(
             assert mask is None or mask.any() or (value == 0).all()
 
 
-# ---- together -------------------------------------------------------------------------------------------------------
-
-
-def test_every_mask_option_reaches_its_loss():
+def test_every_loss_and_mask_option_reaches_the_total():
     """total_loss with one loss at a time, its mask off and on, against the function itself."""
-    rgb, truth, alpha, mask = pictures(0), pictures(1), pictures(2, 1), soft_mask()
+    rgb, truth, alpha, mask = images(0), images(1), images(2, 1), soft_mask()
     networks = {
         "lpips": lambda a, b, m: 3 * loss_functions.l2_loss(a, b, m),
         "perceptual": lambda a, b, m: 5 * loss_functions.l2_loss(a, b, m),
     }
-    output, seen = output_of(), input_mask()
-    blank = torch.zeros(1)
-    targets = loss_functions.Targets(truth, mask, blank, seen, blank, blank)
+    output, seen, unused = output_of(), input_mask(), None
+    batch = loss_functions.Batch(unused, unused, seen, unused, unused, truth, mask, unused)
+
+    def one(name, losses):
+        total, parts = loss_functions.total_loss(
+            {name: 2.0}, losses, output, batch, rgb=rgb, alpha=alpha, networks=networks
+        )
+        assert total.ndim == 0 and list(parts) == [name] and torch.allclose(total, 2 * parts[name])
+        return parts[name]
+
     direct = {
         "l2": lambda m, _: loss_functions.l2_loss(rgb, truth, m),
         "ssim": lambda m, _: loss_functions.ssim_loss(rgb, truth, m),
@@ -224,29 +207,19 @@ def test_every_mask_option_reaches_its_loss():
     for name, function in direct.items():
         values = []
         for on in (False, True):
-            losses = replace(LossesConfig(masked_pixelalign_loss=False), **{f"masked_{name}_loss": on})
-            total, parts = loss_functions.total_loss(
-                {name: 2.0}, losses, output, targets, rgb=rgb, alpha=alpha, networks=networks
-            )
+            options = replace(LossesConfig(masked_pixelalign_loss=False), **{f"masked_{name}_loss": on})
             expected = function(mask if on else None, seen if on else None).mean()
-            assert torch.allclose(total, 2 * expected) and torch.allclose(parts[name], expected)
-            assert total.ndim == 0 and list(parts) == [name]
+            assert torch.allclose(one(name, options), expected)
             values.append(expected)
         assert not torch.allclose(*values)
-    losses = LossesConfig(pixelalign_normalisation="foreground")
-    _, parts = loss_functions.total_loss(
-        {"pixelalign": 1.0}, losses, output, targets, rgb=None, alpha=None, networks={}
-    )
-    assert torch.allclose(parts["pixelalign"], loss_functions.pixelalign_loss(output, seen, "foreground").mean())
-    _, parts = loss_functions.total_loss(
-        {"alpha": 1.0, "background": 1.0}, losses, output, targets, rgb=rgb, alpha=alpha, networks={}
-    )
-    assert torch.allclose(parts["alpha"], (alpha - mask).square().mean())
-    assert torch.allclose(parts["background"], loss_functions.l2_loss(rgb, truth, 1 - mask).mean())
+    expected = loss_functions.pixelalign_loss(output, seen, "foreground").mean()
+    assert torch.allclose(one("pixelalign", LossesConfig(pixelalign_normalisation="foreground")), expected)
+    assert torch.allclose(one("alpha", LossesConfig()), (alpha - mask).square().mean())
+    assert torch.allclose(one("background", LossesConfig()), loss_functions.l2_loss(rgb, truth, 1 - mask).mean())
 
 
 def test_masked_losses_do_not_see_the_background_and_are_0_without_foreground():
-    a, b, mask = pictures(0), pictures(1), torch.zeros(B, T, 1, SIZE, SIZE, dtype=torch.float64)
+    a, b, mask = images(0), images(1), torch.zeros(B, T, 1, SIZE, SIZE, dtype=torch.float64)
     mask[0, :, :, 3:7, 2:9] = 1.0
     value = loss_functions.l2_loss(a, b, mask)
     assert torch.equal(loss_functions.l2_loss(torch.where(mask > 0, a, 0.5), b, mask), value)

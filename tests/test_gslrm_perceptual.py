@@ -9,7 +9,7 @@ import torch
 
 from gslrm.config import LossesConfig
 from gslrm.perceptual import VGG16_FILE, VGG19, LPIPSLoss, PerceptualLoss, load_networks, load_perceptual
-from tests.test_gslrm_losses import B, T, pictures, soft_mask
+from tests.test_gslrm_losses import B, images, soft_mask
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -49,21 +49,14 @@ def networks(vgg):
     return {name: network.double() for name, network in loaded.items()}
 
 
-def pooled(mask: torch.Tensor, size: int) -> np.ndarray:
-    """[1, h, w] averaged over blocks down to size x size."""
-    block = mask.shape[-1] // size
-    return np.array([
-        [mask[0, r * block : (r + 1) * block, c * block : (c + 1) * block].mean().item() for c in range(size)]
-        for r in range(size)
-    ])  # fmt: skip
-
-
 def layer_means(maps: list[torch.Tensor], mask: torch.Tensor | None) -> float:
     """Mean over one sample's maps [h', w'], one per view; weighted by the pooled masks [t, 1, h, w]."""
     values = np.stack([m.numpy() for m in maps])
     if mask is None:
         return values.mean()
-    weights = np.stack([pooled(m, values.shape[-1]) for m in mask])
+    size = values.shape[-1]
+    blocks = mask[:, 0].numpy().reshape(len(mask), size, mask.shape[-1] // size, size, -1)
+    weights = blocks.mean(axis=(2, 4))
     return (values * weights).sum() / weights.sum()
 
 
@@ -71,7 +64,7 @@ def layer_means(maps: list[torch.Tensor], mask: torch.Tensor | None) -> float:
 def test_perceptual_loss_formula(vgg, networks, masked):
     """UPSTREAM: average pooling, L1 on the picture and after five ReLUs, sum / 255."""
     size = 16
-    a, b, mask = pictures(0, size=size), pictures(1, size=size), soft_mask(size) if masked else None
+    a, b, mask = images(0, size=size), images(1, size=size), soft_mask(size) if masked else None
     value = networks["perceptual"](a, b, mask)
     weights = {2: 1 / 2.6, 4: 1 / 4.8, 6: 1 / 3.7, 10: 1 / 5.6, 14: 10 / 1.5}
     state = {name: tensor.double() for name, tensor in vgg[1].items()}
@@ -95,7 +88,7 @@ def test_perceptual_loss_formula(vgg, networks, masked):
 def test_lpips_formula(vgg, networks, masked):
     """Zhang et al. 2018: unit-length features, squared differences, learned channel weights, summed over 5 layers."""
     size = 16
-    a, b, mask = pictures(0, size=size), pictures(1, size=size), soft_mask(size) if masked else None
+    a, b, mask = images(0, size=size), images(1, size=size), soft_mask(size) if masked else None
     value = networks["lpips"](a, b, mask)
     state = {k: v.double() for k, v in torch.load(vgg[0] / VGG16_FILE, weights_only=True).items()}
     linear = [layer.weight.double() for layer in networks["lpips"].network.lins.modules() if hasattr(layer, "weight")]
@@ -119,8 +112,8 @@ def test_lpips_formula(vgg, networks, masked):
 
 
 def test_lpips_is_the_librarys_and_a_mask_of_ones_changes_nothing(networks):
-    a, b = pictures(0, size=16), pictures(1, size=16)
-    own = networks["lpips"].network(a.flatten(0, 1) * 2 - 1, b.flatten(0, 1) * 2 - 1).view(B, T).mean(1)
+    a, b = images(0, size=16)[:, :2], images(1, size=16)[:, :2]
+    own = networks["lpips"].network(a.flatten(0, 1) * 2 - 1, b.flatten(0, 1) * 2 - 1).view(B, 2).mean(1)
     for name, network in networks.items():
         plain = network(a, b)
         assert torch.allclose(network(a, b, torch.ones_like(a[:, :, :1])), plain, rtol=1e-12)
@@ -134,13 +127,13 @@ def test_network_losses_have_finite_gradients_even_of_dead_features_and_empty_ma
     dead = LPIPSLoss(networks["lpips"].network)
     weights = [p for p in dead.parameters() if p.ndim == 1]
     before = [p.clone() for p in weights]
-    target, mask = pictures(1, size=16), torch.zeros(B, T, 1, 16, 16, dtype=torch.float64)
+    target, mask = images(1, size=16)[:, :1], torch.zeros(B, 1, 1, 16, 16, dtype=torch.float64)
     mask[0, :, :, 4:10, 5:11] = 1.0
     for bias in (None, -1e3):  # -1e3: every feature is 0, where a length has no derivative
         for parameter, value in zip(weights, before):
             parameter.data.copy_(value if bias is None else torch.full_like(value, bias))
         for network in (dead, networks["perceptual"]):
-            prediction = pictures(0, size=16).requires_grad_()
+            prediction = images(0, size=16)[:, :1].requires_grad_()
             value = network(prediction, target, mask)
             assert value[1] == 0 and torch.isfinite(value).all()
             (gradient,) = torch.autograd.grad(value.sum(), prediction)
@@ -165,16 +158,13 @@ def test_vgg19_weights_come_from_mat_pt_and_gslrm_checkpoints(vgg, tmp_path):
     assert isinstance(load_networks(only_pt, torch.device("cpu"))["perceptual"], PerceptualLoss)
 
 
-@pytest.mark.parametrize(
-    ("key", "file"),
-    [("lpips_loss_weight", "vgg16-397923af.pth"), ("perceptual_loss_weight", "imagenet-vgg-verydeep-19")],
-)
-def test_missing_vgg_weights_name_key_folder_and_file(tmp_path, key, file):
-    weights = {"lpips_loss_weight": 0.0, "perceptual_loss_weight": 0.0}
-    off = LossesConfig(vgg_folder=str(tmp_path), **weights)
+def test_missing_vgg_weights_name_key_folder_and_file(tmp_path):
+    off = LossesConfig(vgg_folder=str(tmp_path), lpips_loss_weight=0.0, perceptual_loss_weight=0.0)
     assert load_networks(off, torch.device("cpu")) == {}
-    with pytest.raises(ValueError, match=f"{key}.*{tmp_path}.*{file}.*{key}=0"):
-        load_networks(replace(off, **{key: 0.5}), torch.device("cpu"))
+    for key, file in (("lpips", "vgg16-397923af.pth"), ("perceptual", "imagenet-vgg-verydeep-19")):
+        key = f"{key}_loss_weight"
+        with pytest.raises(ValueError, match=f"{key}.*{tmp_path}.*{file}.*{key}=0"):
+            load_networks(replace(off, **{key: 0.5}), torch.device("cpu"))
 
 
 def test_a_file_that_is_not_matconvnets_is_named(tmp_path):

@@ -43,9 +43,6 @@ def grown(masks, margin_px):
     return kept
 
 
-# ---- what is kept ---------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("margin_px", [0, 1, 4])
 def test_selection_keeps_exactly_the_foreground_and_its_margin(margin_px):
     masks = torch.zeros(2, 2, 1, 16, 24)
@@ -65,11 +62,7 @@ def test_selection_keeps_exactly_the_foreground_and_its_margin(margin_px):
     assert selection.patches_per_sample == patches.flatten(1).sum(1).tolist()
 
 
-# ---- the pruned model -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("batch", [1, 2])
-def test_full_masks_give_the_dense_model_and_its_gradients(batch):
+def test_full_masks_give_the_dense_model_and_its_gradients(batch=2):
     dense, pruned = build(prune=False), build()
     pruned.load_state_dict(dense.state_dict(), strict=True)
     images, cameras = posed_views(batch)
@@ -157,9 +150,6 @@ def test_gradient_checkpointing_changes_no_gradient_of_a_pruned_batch():
         rows_of(model(images, cameras, masks=blobs()).gaussians).sin().sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert torch.equal(gradients[0], gradients[1]) and torch.equal(gradients[0], gradients[2])
-
-
-# ---- memory ---------------------------------------------------------------------------------------------------------
 
 
 def test_attention_needs_no_mask_of_all_pairs():

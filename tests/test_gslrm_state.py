@@ -1,16 +1,16 @@
 """What a Stage 2 run keeps: skipped updates, schedules, what trains, and what a resumed run gets back."""
 
 import json
+import shutil
 
 import pytest
 import torch
-from gslrm_toys import SIZE, config_of, logged, start, write_toys
+from gslrm_toys import SIZE, config_of, logged, start
 
-from gslrm.adaptation import adapt, check_adaptation, parse_layers
 from gslrm.checkpoints import load_gslrm
 from gslrm.config import AdaptationConfig
 from gslrm.model.gslrm import GSLRM, TransformerBlock
-from gslrm.training import compile_blocks, train
+from gslrm.training import adapt, check_adaptation, compile_blocks, train
 from multiview.checkpoint import load_checkpoint, merged_weights
 from multiview.rig import load_rig
 from multiview.training import SKIP_WINDOW, TrainingDivergedError, rate_factor
@@ -23,14 +23,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_toys(tmp_path_factory.mktemp("toys"))
-
-
-@pytest.fixture(scope="module")
-def started(data, tmp_path_factory):
+def started(toys, tmp_path_factory):
     """A checkpoint to start from."""
-    return train(config_of(data, tmp_path_factory.mktemp("started"), **{"validation.enabled": "false"})) / LAST
+    return train(config_of(toys, tmp_path_factory.mktemp("started"), **{"validation.enabled": "false"})) / LAST
 
 
 def weights_of(path) -> dict[str, torch.Tensor]:
@@ -57,36 +52,38 @@ def test_schedules_warm_up_and_follow_their_form(schedule, warmup, total, rules,
         rate_factor("piecewise_constant", 0, 0, 10, "1:x,2")
 
 
-@pytest.mark.parametrize("case", ["fine", "exploding", "huge", "spoiled", "nan", "partly_nan", "overflow"])
-def test_updates_are_skipped_and_counted(data, tmp_path, case):
-    state = start(config_of(data, tmp_path))
+SKIPPED = {  # every gradient, reason why the update is skipped, whether entries were mended
+    "fine": (1e-3, None, False), "exploding": (1e3, "skipped_gradient", False),
+    "huge": (1e30, "skipped_gradient", False),  # 1e60 is no float32
+    "spoiled": (1e-3, "skipped_nan_loss", False), "nan": (torch.nan, "skipped_gradient", True),
+    "partly_nan": (1e-3, None, True), "overflow": (torch.inf, "skipped_overflow", True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SKIPPED)
+def test_updates_are_skipped_and_counted(toys, tmp_path, case):
+    state, (value, reason, is_mended) = start(config_of(toys, tmp_path)), SKIPPED[case]
     if case == "overflow":
         state.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
         state.scaler.scale(torch.zeros(1))  # as a backward pass would
     before = state.network.input_layer_norm.weight.detach().clone()
-    values = {"exploding": 1e3, "huge": 1e30, "nan": float("nan"), "overflow": float("inf")}  # 1e60 is no float32
     for parameter in state.network.parameters():
-        parameter.grad = torch.full_like(parameter, values.get(case, 1e-3))
+        parameter.grad = torch.full_like(parameter, value)
     if case == "partly_nan":
-        state.network.gaussian_position_embeddings.grad[0] = float("nan")
+        state.network.gaussian_position_embeddings.grad[0] = torch.nan
     norm = state.update(spoiled=case == "spoiled")
-    reason = {
-        "spoiled": "skipped_nan_loss", "exploding": "skipped_gradient", "huge": "skipped_gradient",
-        "nan": "skipped_gradient", "overflow": "skipped_overflow",
-    }  # fmt: skip
-    expected = dict.fromkeys(["skipped_nan_loss", "skipped_gradient", "skipped_overflow", "mended_gradient"], 0)
-    expected["mended_gradient"] = int(case in ("nan", "partly_nan", "overflow"))
-    skipped = case in reason
-    assert state.counts == ({**expected, reason[case]: 1} if skipped else expected)
-    assert (not torch.equal(before, state.network.input_layer_norm.weight)) == (not skipped)
+    expected = dict.fromkeys(["skipped_nan_loss", "skipped_gradient", "skipped_overflow"], 0)
+    expected |= {"mended_gradient": int(is_mended), **({reason: 1} if reason else {})}
+    assert state.counts == expected
+    assert torch.equal(before, state.network.input_layer_norm.weight) == bool(reason)
     assert all(bool(parameter.isfinite().all()) for parameter in state.network.parameters())
-    assert list(state.recent) == [skipped] and state.updates == int(not skipped) and state.tried == 1
+    assert list(state.recent) == [bool(reason)] and state.updates == int(not reason) and state.tried == 1
     assert all(parameter.grad is None for parameter in state.network.parameters())
     assert (norm is None) == (case == "spoiled") and (case != "nan" or norm == 0)
 
 
-def test_fp16_scaler_is_updated_after_a_skipped_step(data, tmp_path):
-    state = start(config_of(data, tmp_path))
+def test_fp16_scaler_is_updated_after_a_skipped_step(toys, tmp_path):
+    state = start(config_of(toys, tmp_path))
     state.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     for size in (1e4, 1e-3):  # skipped, then taken: unscale_ twice without update() would raise
         loss = sum(parameter.sum() for parameter in state.network.parameters()) * size
@@ -95,13 +92,13 @@ def test_fp16_scaler_is_updated_after_a_skipped_step(data, tmp_path):
     assert state.updates == 1 and state.counts["skipped_gradient"] == 1
 
 
-def test_more_than_half_of_the_last_200_updates_skipped_is_the_end_and_survives_a_resume(data, tmp_path):
-    state = start(config_of(data, tmp_path))
+def test_more_than_half_of_the_last_200_updates_skipped_is_the_end_and_survives_a_resume(toys, tmp_path):
+    state = start(config_of(toys, tmp_path))
     state.recent.extend([True] * 300 + [False] * 100 + [True] * 100)  # half of the last 200, whatever was before
     assert len(state.recent) == SKIP_WINDOW
     state.counts["skipped_gradient"] = 100
     state.save(False)
-    resumed = start(config_of(data, tmp_path))
+    resumed = start(config_of(toys, tmp_path))
     assert resumed.recent == state.recent and resumed.counts == state.counts
     resumed.recent.appendleft(True)  # the oldest, so that the next one makes no difference
     resumed.update(spoiled=True)
@@ -109,43 +106,43 @@ def test_more_than_half_of_the_last_200_updates_skipped_is_the_end_and_survives_
         resumed.update(spoiled=True)
 
 
-def test_reset_lr_starts_warm_up_and_cosine_again_once(data, started, tmp_path):
+def test_reset_lr_starts_warm_up_and_cosine_again_once(toys, started, tmp_path):
     changes = {
         "training.checkpointing.resume_ckpt": started, "training.optimizer.reset_training_state": "false",
         "training.optimizer.lr": 4e-4, "training.schedule.max_fwdbwd_passes": 12, "validation.enabled": "false",
     }  # fmt: skip
     with pytest.raises(ValueError, match="is at pass 6.*max_fwdbwd_passes=6 leaves nothing to do"):
-        train(config_of(data, tmp_path / "no", **{**changes, "training.schedule.max_fwdbwd_passes": 6}))
+        train(config_of(toys, tmp_path / "no", **{**changes, "training.schedule.max_fwdbwd_passes": 6}))
     reset = {**changes, "training.optimizer.reset_lr": "true"}
-    whole = train(config_of(data, tmp_path / "whole", **reset))
+    whole = train(config_of(toys, tmp_path / "whole", **reset))
     # two updates of warm-up, then the cosine over the six passes that are left
     assert logged(whole, "lr") == pytest.approx(
         [2e-4, 4e-4, *(2e-4 * (1 + torch.cos(torch.tensor(torch.pi * k / 4))).item() for k in (0, 1, 2, 3))]
     )
-    train(config_of(data, tmp_path / "part", **reset))
+    shutil.copytree(whole, tmp_path / "part")
     for path in (tmp_path / "part").glob("ckpt_*0012.pt*"):
         path.unlink()
-    train(config_of(data, tmp_path / "part", **reset))  # repeated: goes on, does not start again
+    train(config_of(toys, tmp_path / "part", **reset))  # repeated: goes on, does not start again
     assert logged(tmp_path / "part", "lr") == logged(whole, "lr") and logged(tmp_path / "part") == logged(whole)
 
 
-def test_without_reset_the_checkpoints_lr_and_decay_count_and_the_log_says_so(data, started, tmp_path, caplog):
+def test_without_reset_the_checkpoints_lr_and_decay_count_and_the_log_says_so(toys, started, tmp_path, caplog):
     changes = {
         "training.checkpointing.resume_ckpt": started, "training.optimizer.reset_training_state": "false",
         "training.schedule.max_fwdbwd_passes": 60, "training.optimizer.lr": 5e-4,
         "training.optimizer.weight_decay": 0.2,
     }  # fmt: skip
-    state = start(config_of(data, tmp_path, **changes))
+    state = start(config_of(toys, tmp_path, **changes))
     assert state.passes == 6 and state.schedule_start == 0
     assert [group["initial_lr"] for group in state.optimizer.param_groups] == [1e-3, 1e-3]
     assert [group["weight_decay"] for group in state.optimizer.param_groups] == [0.05, 0.0]
     assert "reset_lr=true" in caplog.text and "reset_weight_decay=true" in caplog.text
-    state = start(config_of(data, tmp_path, **changes, **{"training.optimizer.reset_weight_decay": "true"}))
+    state = start(config_of(toys, tmp_path, **changes, **{"training.optimizer.reset_weight_decay": "true"}))
     assert [group["weight_decay"] for group in state.optimizer.param_groups] == [0.2, 0.0]
 
 
-def test_scaler_and_averaged_weights_come_back(data, tmp_path, monkeypatch):
-    config = config_of(data, tmp_path, **{"training.runtime.ema_decay": 0.5})
+def test_scaler_and_averaged_weights_come_back(toys, tmp_path, monkeypatch):
+    config = config_of(toys, tmp_path, **{"training.runtime.ema_decay": 0.5})
     state = start(config)
     state.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     for parameter in state.network.parameters():
@@ -159,31 +156,24 @@ def test_scaler_and_averaged_weights_come_back(data, tmp_path, monkeypatch):
     name = "input_layer_norm.weight"
     assert torch.equal(resumed.ema.weights[name], state.ema.weights[name])
     assert not torch.equal(resumed.ema.weights[name], resumed.network.state_dict()[name])
-    assert start(config_of(data, tmp_path)).ema is None
+    assert start(config_of(toys, tmp_path)).ema is None
 
 
-def test_layer_ranges():
-    assert parse_layers(None, 3) == [0, 1, 2] and parse_layers("none", 3) == []
-    assert parse_layers("20-23", 24) == [20, 21, 22, 23] and parse_layers("5, 0-1,1", 24) == [0, 1, 5]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
+def test_layer_ranges_and_adaptation_that_cannot_be_meant():
+    for text, layers in ((None, [*range(24)]), ("none", []), ("20-23", [20, 21, 22, 23]), ("5, 0-1,1", [0, 1, 5])):
+        assert check_adaptation(AdaptationConfig(trainable_layers=text), 24) == layers
+    for options, message in (
         ({"trainable_layers": "2-4"}, "2-4 is not a range within 0-3"),
-        ({"trainable_layers": "3-2"}, "3-2 is not a range"),
-        ({"trainable_layers": "last"}, "must look like 20-23"),
+        ({"trainable_layers": "3-2"}, "3-2 is not a range"), ({"trainable_layers": "last"}, "must look like 20-23"),
         ({"lora_rank": -1}, "lora_rank must be 0"),
         ({"lora_rank": 2, "lora_dropout": 1.0}, r"lora_dropout in \[0, 1\)"),
         ({"lora_rank": 2, "lora_targets": ["attn.qkv"]}, "lora_targets must be some of attn.to_qkv"),
         ({"lora_rank": 2, "trainable_layers": "none"}, "needs blocks to adapt"),
         ({"trainable_layers": "none", "freeze_embedder": True, "freeze_heads": True}, "freezes everything"),
         ({"lora_rank": 2, "save_adapters": True}, "save_adapters needs.*freeze_heads=true"),
-    ],
-)
-def test_adaptation_that_cannot_be_meant_is_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        check_adaptation(AdaptationConfig(**options), 4)
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            check_adaptation(AdaptationConfig(**options), 4)
 
 
 LORA = {
@@ -198,15 +188,15 @@ ADAPTED = ("transformer_layers.1.attn.to_qkv.weight", "transformer_layers.1.mlp.
 
 
 @pytest.fixture(scope="module")
-def adapted(data, started, tmp_path_factory):
+def adapted(toys, started, tmp_path_factory):
     """A finished run with adapters, and its configuration."""
     options = {**LORA, "training.checkpointing.resume_ckpt": started}
-    config = config_of(data, tmp_path_factory.mktemp("adapted"), **options)
+    config = config_of(toys, tmp_path_factory.mktemp("adapted"), **options)
     return train(config), config
 
 
-def test_adapters_change_nothing_at_first_and_count_as_soon_as_they_move(data, tmp_path):
-    config = config_of(data, tmp_path, **LORA)
+def test_adapters_change_nothing_at_first_and_count_as_soon_as_they_move(toys, tmp_path):
+    config = config_of(toys, tmp_path, **LORA)
     torch.manual_seed(0)
     model = GSLRM(config.model).eval()
     before, weights = model(*views()), {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -239,19 +229,16 @@ def test_a_run_with_adapters_moves_only_them_and_writes_plain_weights(adapted, s
     assert not torch.equal(content["ema"][ADAPTED[0]], content["model"][ADAPTED[0]])
 
 
-def test_a_resumed_run_with_adapters_takes_the_same_steps(data, started, adapted, tmp_path):
-    whole, _ = adapted
-    options = {**LORA, "training.checkpointing.resume_ckpt": started}
-    train(config_of(data, tmp_path, **options))
-    for path in tmp_path.glob("ckpt_*0006.pt*"):
+def test_a_resumed_run_with_adapters_takes_the_same_steps(toys, started, adapted, tmp_path):
+    (whole, _), folder = adapted, tmp_path / "run"
+    shutil.copytree(whole, folder)
+    for path in folder.glob("ckpt_*0006.pt*"):
         path.unlink()
-    train(config_of(data, tmp_path, **options))
-    assert logged(tmp_path) == logged(whole)
-    one, two = load_checkpoint(whole / LAST), load_checkpoint(tmp_path / LAST)
-    for key in ("model", "ema"):
-        assert all(torch.equal(one[key][name], two[key][name]) for name in one[key])
-    for name, tensor in one["lora"]["adapters"].items():
-        assert torch.equal(tensor, two["lora"]["adapters"][name]), name
+    train(config_of(toys, folder, **LORA, **{"training.checkpointing.resume_ckpt": started}))
+    assert logged(folder) == logged(whole)
+    contents = [load_checkpoint(path / LAST) for path in (whole, folder)]
+    first, second = ({**c["ema"], **c["lora"]["adapters"], **c["lora"]["base"]} for c in contents)
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_saved_adapters_are_small_and_peft_puts_them_on(adapted, started):
@@ -270,7 +257,7 @@ def test_saved_adapters_are_small_and_peft_puts_them_on(adapted, started):
     assert (got.xyz - plain.xyz).abs().max() < 1e-5
 
 
-def test_other_adaptation_than_the_checkpoints_is_refused(data, started, adapted, tmp_path):
+def test_other_adaptation_than_the_checkpoints_is_refused(toys, started, adapted, tmp_path):
     folder, _ = adapted
     whole = {"training.optimizer.reset_training_state": "false", "training.schedule.max_fwdbwd_passes": 9}
     for resume, options, message in (
@@ -280,17 +267,17 @@ def test_other_adaptation_than_the_checkpoints_is_refused(data, started, adapted
         (started, {"training.adaptation.freeze_heads": "true"}, "trained other parameters"),
     ):
         with pytest.raises(ValueError, match=message):
-            start(config_of(data, tmp_path, **whole, **options, **{"training.checkpointing.resume_ckpt": resume}))
-    state = start(config_of(data, tmp_path, **{"training.checkpointing.resume_ckpt": folder}))  # merged: start any run
+            start(config_of(toys, tmp_path, **whole, **options, **{"training.checkpointing.resume_ckpt": resume}))
+    state = start(config_of(toys, tmp_path, **{"training.checkpointing.resume_ckpt": folder}))  # merged: start any run
     assert torch.equal(state.network.state_dict()[ADAPTED[0]], load_checkpoint(folder / LAST)["ema"][ADAPTED[0]])
 
 
-def test_freezing_by_layer_range_moves_the_rest_alone(data, started, tmp_path):
+def test_freezing_by_layer_range_moves_the_rest_alone(toys, started, tmp_path):
     options = {
         "training.checkpointing.resume_ckpt": started, "training.adaptation.trainable_layers": "0",
         "training.adaptation.freeze_embedder": "true", "training.schedule.max_fwdbwd_passes": 2,
     }  # fmt: skip
-    folder = train(config_of(data, tmp_path, **options))
+    folder = train(config_of(toys, tmp_path, **options))
     before, after = weights_of(started), weights_of(folder / "ckpt_0000000000000002.pt")
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     heads = ("gaussian_upsampler.", "pixel_gaussian_decoder.")
@@ -299,7 +286,7 @@ def test_freezing_by_layer_range_moves_the_rest_alone(data, started, tmp_path):
 
 
 @pytest.mark.parametrize("prune", [False, True])
-def test_compiled_blocks_keep_names_and_numbers(data, tmp_path, monkeypatch, prune):
+def test_compiled_blocks_keep_names_and_numbers(toys, tmp_path, monkeypatch, prune):
     """Traced by torch.compile; the code generator is left out, which would take a C++ compiler and minutes."""
     seen = []
 
@@ -308,7 +295,7 @@ def test_compiled_blocks_keep_names_and_numbers(data, tmp_path, monkeypatch, pru
         torch.nn.Module.compile(self, backend="eager", **options)
 
     monkeypatch.setattr(TransformerBlock, "compile", compile_eagerly)
-    config = config_of(data, tmp_path, **{"model.prune_background_tokens": str(prune).lower()})
+    config = config_of(toys, tmp_path, **{"model.prune_background_tokens": str(prune).lower()})
     model = GSLRM(config.model).eval()
     images, cameras = views()
     masks = (images[:, :, :1] > 0.9).float() if prune else None

@@ -4,7 +4,6 @@ gsplat ships PyTorch versions of its projection, tiling and spherical harmonics;
 CUDA as well) is written out here. What this cannot show is that the CUDA kernels themselves agree: test_gsplat_backend.
 """
 
-
 import pytest
 import torch
 

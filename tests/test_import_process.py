@@ -11,18 +11,12 @@ import time
 import cv2
 import numpy as np
 import pytest
-from filmed_spheres import COUNT, SCRIPT, SIZE, command, contents, film, settings_for
+from filmed_spheres import COUNT, SCRIPT, SIZE, command, contents, film, full, settings_for
 
 from multiview.sample import read_sample, read_split
 from recording.importer import process_recording
-from recording.segment import segment
+from recording.masks import segment
 from recording.video import VideoReader, find_videos
-
-
-def started(*arguments, **options) -> subprocess.Popen:
-    """The import as a command: a fork of a process with threads would deadlock."""
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    return subprocess.Popen([sys.executable, str(SCRIPT), *command(*arguments)], **{**quiet, **options})
 
 
 def wait_for(moment, process=None) -> None:
@@ -32,59 +26,46 @@ def wait_for(moment, process=None) -> None:
         time.sleep(0.001)
 
 
-def test_killed_at_any_moment_and_repeated_gives_the_same_files(filmed, whole, tmp_path):
+def all_gone(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return True  # decoders and their server have ended by themselves
+    return False
+
+
+def test_stopped_at_any_moment_and_repeated_gives_the_same_files(filmed, whole, tmp_path):
+    """One import, begun again and again: nothing half written has a name, and no process is left behind."""
     output, masks = tmp_path / "data", tmp_path / ".data.masks"
-    moments = [
-        (masks, ".1.bits.*.tmp", 1), (masks, "*.npz", 6), (output, "dataset.json", 1),
-        (output, ".sample_*.part/images/*", 2), (output, "sample_*/images/cam_003.png", 4), (output, "sample_*", COUNT),
+    moments = [  # where, what must be there, how often; who is stopped then: a process or several, by which signal
+        (masks, ".*.bits.*.tmp", 1, "1", signal.SIGTERM), (masks, "*.npz", 6, "1", signal.SIGKILL),
+        (output, ".sample_*.part/images/*", 2, "2", signal.SIGKILL), (output, "sample_*", COUNT, "1", signal.SIGKILL),
     ]  # fmt: skip
-    killed = 0
-    for folder, pattern, number in moments:
-        process = started(filmed, output, "--workers", "1")
+    stopped = 0
+    for folder, pattern, number, workers, how in moments:
+        # As a command: a fork of a process with threads would deadlock.
+        process = subprocess.Popen(
+            [sys.executable, str(SCRIPT), *command(filmed, output, "--workers", workers)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        )  # fmt: skip
         wait_for(lambda: len(list(folder.glob(pattern))) >= number, process)  # noqa: B023
-        killed += process.poll() is None
-        process.kill()
-        process.wait()
+        stopped += process.poll() is None
+        process.send_signal(how)
+        out, err = process.communicate(timeout=60)
+        if how == signal.SIGTERM:
+            assert process.returncode == 143 and "repeat the command to continue" in out and "Traceback" not in err
+        wait_for(lambda: all_gone(process.pid))  # noqa: B023
         listed = [line for name in ("train", "val") if (path := output / f"data_mouse_{name}.txt").is_file()
                   for line in read_split(path)]  # fmt: skip
         for sample in {*listed, *output.glob("sample_*")}:
-            assert read_sample(sample).rgba.shape == (6, 4, SIZE, SIZE)  # nothing half written has a name
-    assert killed >= 4
-    process_recording(settings_for(filmed, output))
-    assert contents(output) == contents(whole) and not masks.exists()
-
-
-def test_several_processes_killed_leave_nobody_behind(filmed, whole, tmp_path):
-    output = tmp_path / "data"
-    process = started(filmed, output, start_new_session=True)
-    wait_for(lambda: list(output.glob("sample_*")), process)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-
-    def all_gone() -> bool:
-        try:
-            os.killpg(process.pid, 0)
-        except ProcessLookupError:
-            return True  # decoders and their server have ended by themselves
-        return False
-
-    wait_for(all_gone)
-    process_recording(settings_for(filmed, output, workers=2))
-    assert contents(output) == contents(whole)
-
-
-def test_a_signal_stops_between_items_and_the_next_start_removes_what_is_left(filmed, tmp_path):
-    output, masks = tmp_path / "data", tmp_path / ".data.masks"
-    process = started(filmed, output, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: list(masks.glob("*.bits*")) or list(masks.glob(".*.bits*")), process)
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 143 and "repeat the command to continue" in out and "Traceback" not in err
-    assert not list(output.glob("data_mouse_*"))
+            assert read_sample(sample).rgba.shape == (6, 4, SIZE, SIZE)
+    assert stopped >= 3
     masks.mkdir(exist_ok=True)
     (masks / ".1.bits.01234567.tmp").touch()
-    assert process_recording(settings_for(filmed, output))["num_samples"] == COUNT
-    assert not list(output.glob(".*")) and not masks.exists()
+    image = output / "sample_000000" / "images" / "cam_000.png"
+    kept = image.stat().st_mtime_ns
+    process_recording(settings_for(filmed, output, workers=2))
+    assert contents(output) == contents(whole) and not masks.exists() and image.stat().st_mtime_ns == kept
 
 
 def test_shards_together_are_one_run(filmed, whole, tmp_path):
@@ -97,25 +78,15 @@ def test_shards_together_are_one_run(filmed, whole, tmp_path):
         process_recording(settings_for(filmed, output, split="random"))
 
 
-@pytest.fixture(scope="module")
-def noisy(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("noisy") / "recording"
+def test_animals_are_found_where_there_are_no_masks(tmp_path):
+    folder = tmp_path / "recording"
     truth = film(folder, 20, noise=4.0, flicker=0.04, radius=55.0, step_deg=137.5)
     shutil.rmtree(folder / "masks")
-    return folder, truth
-
-
-@pytest.mark.parametrize("method", ["median", "mog2"])
-def test_background_models_find_the_animal(noisy, method):
-    folder, truth = noisy
     video = find_videos(folder / "videos_undist", 6, "--video_dir")[2]
-    for frame, mask in zip((0, 7, 14), segment(video, [0, 7, 14], method), strict=True):
-        true = truth[frame][2]
-        assert (mask.full() & true).sum() > 0.9 * (mask.full() | true).sum()
-
-
-def test_import_without_mask_videos(noisy, tmp_path):
-    folder, _ = noisy
+    for method in ("median", "mog2"):
+        for frame, mask in zip((0, 7, 14), segment(video, [0, 7, 14], method), strict=True):
+            true = truth[frame][2]
+            assert (full(mask) & true).sum() > 0.9 * (full(mask) | true).sum()
     report = process_recording(settings_for(folder, tmp_path / "data", segment="median", num_samples=3))
     assert report["num_samples"] == 3
     assert json.loads((tmp_path / "data" / "dataset.json").read_text())["segment"] == "median"
@@ -135,8 +106,9 @@ def test_folders_of_pictures_give_what_the_videos_give(filmed, whole, tmp_path):
                     cv2.imwrite(str(folder / f"frame_{frame:04d}.png"), reader.read_bgr(frame))
     shutil.copy(filmed / "new_cam.pkl", pictures)
     process_recording(settings_for(pictures, tmp_path / "data"))
-    same = [name for name in contents(whole) if name.startswith("sample")]
-    assert len(same) == 7 * COUNT and all(contents(whole)[name] == contents(tmp_path / "data")[name] for name in same)
+    expected, made = contents(whole), contents(tmp_path / "data")
+    same = [name for name in expected if name.startswith("sample")]
+    assert len(same) == 7 * COUNT and all(expected[name] == made[name] for name in same)
     camera = pictures / "masks" / "Camera2"
     cv2.imwrite(str(camera / "frame_0001.png"), np.zeros((10, 10, 3), np.uint8))
     with pytest.raises(ValueError, match=r"Camera2/frame_0001.png: the image of frame 1 is 10 x 10"):

@@ -2,8 +2,8 @@
 
 import importlib
 import math
+import runpy
 import struct
-import subprocess
 import sys
 from pathlib import Path
 
@@ -107,9 +107,6 @@ def test_a_missing_library_is_named_with_the_command(monkeypatch):
     assert not Path("never.glb").exists()
 
 
-# ---- files ----------------------------------------------------------------------------------------------------------
-
-
 def tetrahedron():
     vertices = np.array([[0, 0, 0], [1, 0, 0], [0, 2, 0], [0, 0, 3]], np.float32)
     faces = np.array([[0, 2, 1], [0, 1, 3], [0, 3, 2], [1, 2, 3]])
@@ -141,14 +138,18 @@ def test_glb_is_gltf_2_with_y_up(tmp_path):
     np.testing.assert_array_equal(loaded.visual.vertex_colors[3, :3], [51, 102, 255])
 
 
-def test_export_mesh_script(tmp_path):
+def test_export_mesh_script(tmp_path, monkeypatch, capsys):
     pytest.importorskip("skimage")
     save_ply(tmp_path / "gaussians.ply", sphere(n=1000))
-    command = [sys.executable, ROOT / "scripts" / "export_mesh.py", "--ply", tmp_path / "gaussians.ply"]
-    command += ["--resolution", "24", "--views", "8", "--view_size", "64", "--device", "cpu"]
-    done = subprocess.run([*command, "--output", tmp_path / "mesh.ply"], capture_output=True, text=True)
-    assert done.returncode == 0 and "triangles" in done.stdout, done.stderr
+    main = runpy.run_path(str(ROOT / "scripts" / "export_mesh.py"))["main"]
+    options = ["--resolution", "24", "--views", "8", "--view_size", "64", "--device", "cpu"]
+    command = ["export_mesh.py", "--ply", str(tmp_path / "gaussians.ply"), *options, "--output"]
+    monkeypatch.setattr(sys, "argv", [*command, str(tmp_path / "mesh.ply")])
+    main()
+    assert "triangles" in capsys.readouterr().out
     assert len(PlyData.read(str(tmp_path / "mesh.ply"))["face"]) > 100
-    for wrong in (tmp_path / "mesh.stl", tmp_path / "gaussians.ply"):
-        done = subprocess.run([*command, "--output", wrong], capture_output=True, text=True)
-        assert done.returncode == 2 and "--output" in done.stderr
+    for wrong in ("mesh.stl", "gaussians.ply"):
+        monkeypatch.setattr(sys, "argv", [*command, str(tmp_path / wrong)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert stop.value.code == 2 and "--output" in capsys.readouterr().err

@@ -38,38 +38,28 @@ from recording.calibration.model import Calibration
 from recording.video import VideoReader, probe
 
 ROOT = Path(__file__).resolve().parent.parent
-DEMO = ROOT / "checkpoints/demo/mvdiffusion"
+DEMO = "checkpoints/demo/mvdiffusion"
 SECONDS = 60  # for one file, on a busy machine; nothing hangs
 
 
-def copied(source: str):
-    """Makes a good file by copying one (with its folder) that ships with the project."""
-
-    def make(folder: Path) -> Path:
-        path = ROOT / source
-        shutil.copytree(path.parent, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("sample_*", "*.mp4"))
-        return folder / path.name
-
-    return make
+def copied(folder: Path, source: str) -> Path:
+    """A file (with its folder) that ships with the project."""
+    path = ROOT / source
+    shutil.copytree(path.parent, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("sample_*", "*.mp4"))
+    return folder / path.name
 
 
-def calibration(kind: str, file: str = ""):
-    def make(folder: Path) -> Path:
-        cameras = Cameras.orbit(torch.tensor([0.0, 60.0, 200.0]), torch.full((3,), 20.0), 300.0, 1.1, 256)
-        K = cameras.intrinsic_matrix().double().numpy()
-        known = Calibration(K, cameras.w2c.double().numpy(), np.zeros((3, 5)), ((256, 256),) * 3, "made here")
-        path = write_calibration(folder, known, kind)
-        return path / file if file else path
-
-    return make
+def calibration(folder: Path, kind: str, file: str = "") -> Path:
+    cameras = Cameras.orbit(torch.tensor([0.0, 60.0, 200.0]), torch.full((3,), 20.0), 300.0, 1.1, 256)
+    K = cameras.intrinsic_matrix().double().numpy()
+    known = Calibration(K, cameras.w2c.double().numpy(), np.zeros((3, 5)), ((256, 256),) * 3, "made here")
+    path = write_calibration(folder, known, kind)
+    return path / file if file else path
 
 
-def made(name: str, write):
-    def make(folder: Path) -> Path:
-        write(folder / name)
-        return folder / name
-
-    return make
+def made(folder: Path, name: str, write) -> Path:
+    write(folder / name)
+    return folder / name
 
 
 def gaussians(path: Path) -> None:
@@ -92,47 +82,40 @@ def film(path: Path) -> None:
         reader.read_bgr(0)
 
 
-def read_config(path: Path) -> None:
-    load_config(GSLRMConfig, path)
-
-
-CASES = {  # format: (what makes a good file, its reader)
-    "opencv_cameras.json": (copied("data_mouse/sample_000000/opencv_cameras.json"), read_cameras),
-    "sample folder": (copied("data_mouse/sample_000000/opencv_cameras.json"), lambda p: read_sample(p.parent)),
-    "dataset.json": (copied("data_mouse/dataset.json"), lambda p: read_dataset_info(p.parent)),
-    "split list": (copied("data_mouse/data_mouse_train.txt"), read_split),
-    "rig YAML": (copied("configs/rigs/mouse6.yaml"), load_rig),
-    "rig.json": (copied("checkpoints/demo/mvdiffusion/unet/rig.json"), lambda p: read_rig(p.parent)),
-    "training YAML 1": (copied("configs/mouse_mvdiffusion.yaml"), load_training_config),
-    "training YAML 2": (copied("configs/mouse_gslrm_v2.yaml"), read_config),
-    "checkpoint": (made("ckpt_1.pt", weights), load_checkpoint),
-    "sidecar": (lambda f: Path(f"{made('ckpt_1.pt', weights)(f)}.json"), lambda p: read_sidecar(p.with_suffix(""))),
-    "PNG": (made("a.png", lambda p: write_image(p, torch.rand(4, 40, 48))), read_photo),
-    "JPEG": (made("a.jpg", jpeg), lambda p: (read_photo(p), read_rgba(p))),
-    "mp4": (made("0.mp4", lambda p: save_video(p, torch.rand(4, 3, 64, 64))), film),
-    "PLY": (made("a.ply", gaussians), load_ply),
-    "prompt metadata": (copied("checkpoints/demo/mvdiffusion/prompt_embeds/metadata.json"),
-                        lambda p: load_prompt_embeds(p.parent)),
-    "prompt embeddings": (copied("checkpoints/demo/mvdiffusion/prompt_embeds/clr_embeds.pt"), load_prompt_embeds),
-    "VAE config.json": (copied("checkpoints/demo/mvdiffusion/vae/config.json"),
+CASES = {  # format: (what makes a good file, and its arguments), its reader
+    "opencv_cameras.json": ((copied, "data_mouse/sample_000000/opencv_cameras.json"), read_cameras),
+    "sample folder": ((copied, "data_mouse/sample_000000/opencv_cameras.json"), lambda p: read_sample(p.parent)),
+    "dataset.json": ((copied, "data_mouse/dataset.json"), lambda p: read_dataset_info(p.parent)),
+    "split list": ((copied, "data_mouse/data_mouse_train.txt"), read_split),
+    "rig YAML": ((copied, "configs/rigs/mouse6.yaml"), load_rig),
+    "rig.json": ((copied, f"{DEMO}/unet/rig.json"), lambda p: read_rig(p.parent)),
+    "training YAML 1": ((copied, "configs/mouse_mvdiffusion.yaml"), load_training_config),
+    "training YAML 2": ((copied, "configs/mouse_gslrm_v2.yaml"), lambda p: load_config(GSLRMConfig, p)),
+    "checkpoint": ((made, "ckpt_1.pt", weights), load_checkpoint),
+    "sidecar": ((made, "ckpt_1.pt.json", lambda p: weights(p.with_suffix(""))),
+                lambda p: read_sidecar(p.with_suffix(""))),
+    "PNG": ((made, "a.png", lambda p: write_image(p, torch.rand(4, 40, 48))), read_photo),
+    "JPEG": ((made, "a.jpg", jpeg), lambda p: (read_photo(p), read_rgba(p))),
+    "mp4": ((made, "0.mp4", lambda p: save_video(p, torch.rand(4, 3, 64, 64))), film),
+    "PLY": ((made, "a.ply", gaussians), load_ply),
+    "prompt metadata": ((copied, f"{DEMO}/prompt_embeds/metadata.json"), lambda p: load_prompt_embeds(p.parent)),
+    "prompt embeddings": ((copied, f"{DEMO}/prompt_embeds/clr_embeds.pt"), load_prompt_embeds),
+    "VAE config.json": ((copied, f"{DEMO}/vae/config.json"),
                         lambda p: components._load_diffusers(AutoencoderKL, p.parent, torch.float32)),
-    "CLIP config.json": (copied("checkpoints/demo/mvdiffusion/image_encoder/config.json"),
+    "CLIP config.json": ((copied, f"{DEMO}/image_encoder/config.json"),
                          lambda p: components._load_clip(CLIPVisionModelWithProjection, p.parent, torch.float32)),
-    "scheduler config": (copied("checkpoints/demo/mvdiffusion/scheduler/scheduler_config.json"),
+    "scheduler config": ((copied, f"{DEMO}/scheduler/scheduler_config.json"),
                          lambda p: components._load_scheduler(DDIMScheduler, p.parent)),
-    "UNet config.json": (copied("checkpoints/demo/mvdiffusion/unet/config.json"), lambda p: load_unet(p.parent)),
-    "preprocessor config": (copied("checkpoints/demo/mvdiffusion/feature_extractor/preprocessor_config.json"),
+    "UNet config.json": ((copied, f"{DEMO}/unet/config.json"),
+                         lambda p: load_unet(p.parent)),
+    "preprocessor config": ((copied, f"{DEMO}/feature_extractor/preprocessor_config.json"),
                             lambda p: components.load_feature_extractor(p.parent)),
-    "calibration opencv": (calibration("opencv"), read_calibration),
-    "calibration transforms": (calibration("transforms"), read_calibration),
-    "calibration blender": (calibration("blender"), read_calibration),
-    "calibration COLMAP text": (calibration("colmap_text", "images.txt"), lambda p: read_calibration(p.parent)),
-    "calibration COLMAP binary": (calibration("colmap_binary", "images.bin"), lambda p: read_calibration(p.parent)),
-    "COLMAP cameras, text": (calibration("colmap_text", "cameras.txt"), lambda p: read_calibration(p.parent)),
-    "COLMAP cameras, binary": (calibration("colmap_binary", "cameras.bin"), lambda p: read_calibration(p.parent)),
-    "calibration DANNCE": (calibration("dannce"), read_calibration),
-    "calibration MAMMAL": (calibration("mammal"), read_calibration),
-    "calibration Anipose": (calibration("anipose"), read_calibration),
+    "COLMAP cameras, text": ((calibration, "colmap_text", "cameras.txt"), lambda p: read_calibration(p.parent)),
+    "COLMAP cameras, binary": ((calibration, "colmap_binary", "cameras.bin"), lambda p: read_calibration(p.parent)),
+    "calibration COLMAP text": ((calibration, "colmap_text", "images.txt"), lambda p: read_calibration(p.parent)),
+    "calibration COLMAP binary": ((calibration, "colmap_binary", "images.bin"), lambda p: read_calibration(p.parent)),
+    **{f"calibration {name}": ((calibration, name.lower()), read_calibration)
+       for name in ("opencv", "transforms", "blender", "DANNCE", "MAMMAL", "Anipose")},
 }  # fmt: skip
 LEAVES = (None, "text", -1, 0, True, [], {}, [[1, 2], [3]], float("nan"), float("inf"), 10**30, "../../x", "a" * 5000)
 
@@ -174,9 +157,9 @@ def mutations(path: Path, good: bytes, draw: random.Random):
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_mutated_file_is_one_sentence_that_names_it(name, tmp_path):
-    make, read = CASES[name]
+    (make, *arguments), read = CASES[name]
     (tmp_path / "good").mkdir()
-    path = make(tmp_path / "good")
+    path = make(tmp_path / "good", *arguments)
     read(path)
     good, listed = path.read_bytes(), sorted(tmp_path.rglob("*"))
     failed, tried = [], 0

@@ -1,6 +1,5 @@
 """Stage 1's samples: what moves with the reference, the mirror and the crop; several data sets by ratio."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,8 +7,7 @@ import torch
 from mvdiffusion_tiny import augmentation, write_dataset
 
 from multiview.cameras import Cameras
-from multiview.image import Draw
-from multiview.rig import View, ViewRig, load_rig
+from multiview.rig import RigMismatchError, View, ViewRig, load_rig
 from multiview.sample import Sample, write_dataset_info, write_sample, write_split
 from mvdiffusion.config import MixEntry
 from mvdiffusion.data.mouse_dataset import MouseMVDiffusionDataset
@@ -38,9 +36,10 @@ def draw_points(xyz: torch.Tensor, colours: torch.Tensor, cameras: Cameras) -> t
     pictures = torch.zeros(len(cameras), 4, cameras.height, cameras.width)
     uv, depth = cameras.project(xyz.expand(len(cameras), -1, -1))
     for view in range(len(cameras)):
-        for k in depth[view].argsort(descending=True):
-            column, row = uv[view, k].floor().int().tolist()
-            pictures[view, :, row, column] = torch.cat([colours[k], torch.ones(1)])
+        order = depth[view].argsort(descending=True)
+        column, row = uv[view, order].floor().long().T.numpy()
+        values = torch.cat([colours, torch.ones(len(xyz), 1)], dim=1)[order].T
+        pictures[view].numpy()[:, row, column] = values.numpy()  # of several in one pixel numpy keeps the last
     return pictures
 
 
@@ -59,7 +58,7 @@ def turned(xyz: torch.Tensor, turn_deg: float) -> torch.Tensor:
     return point.rotate(turn_deg).origins
 
 
-@pytest.mark.parametrize("name", ["mouse6", "facelift6", "uniform4", "irregular"])
+@pytest.mark.parametrize("name", ["mouse6", "facelift6", "irregular"])
 def test_an_item_is_a_picture_of_the_moved_animal_by_its_own_cameras(tmp_path, name):
     """Every rotation and mirroring: rendering the mirrored, turned animal with the item's cameras gives its pixels."""
     rig = irregular_rig() if name == "irregular" else load_rig(name)
@@ -71,11 +70,12 @@ def test_an_item_is_a_picture_of_the_moved_animal_by_its_own_cameras(tmp_path, n
     xyz, colours = animal()
     seen = set()
     for epoch in range(40):
-        item = dataset[epoch, 0]
-        rotation, mirrored = int(item["rotation"]), bool(item["mirrored"])
+        rotation, mirrored = dataset.draw_rotation(epoch, 0), dataset.draw(epoch, 0).mirrored
         if (rotation, mirrored) in seen:
             continue
         seen.add((rotation, mirrored))
+        item = dataset[epoch, 0]
+        assert (int(item["rotation"]), bool(item["mirrored"])) == (rotation, mirrored)
         moved = xyz * torch.tensor([-1.0, 1.0, 1.0]) if mirrored else xyz
         arrangement = arrange(rig, rotation, mirrored=mirrored)
         cameras = Cameras(item["c2w"], item["fxfycxcy"], SIZE, SIZE).validate()
@@ -86,20 +86,10 @@ def test_an_item_is_a_picture_of_the_moved_animal_by_its_own_cameras(tmp_path, n
         if arrangement.is_rig:
             assert item["prompts"].tolist() == list(range(rig.num_views))
             torch.testing.assert_close(cameras.c2w, rig.cameras(SIZE).c2w, atol=1e-4, rtol=0)
+        if mirrored:  # and not the animal as it stands
+            plain = draw_points(turned(xyz, arrangement.turn_deg), colours, cameras)
+            assert ((item["targets"] - plain[:, :3]).abs().amax(1) > 1e-3).sum() > 100
     assert len(seen) == 2 * rig.num_views
-
-
-@pytest.mark.parametrize("name", ["mouse6", "facelift6", "uniform8"])
-def test_a_mirrored_sample_is_the_mirrored_mouse_on_the_same_rig(tmp_path, name):
-    rig = load_rig(name)
-    always = augmentation(backgrounds=["black"], mirror_probability=1.0)
-    item = MouseMVDiffusionDataset(write_animal(tmp_path, rig), rig, SIZE, always)[0]
-    xyz, colours = animal()
-    expected = draw_points(xyz * torch.tensor([-1.0, 1.0, 1.0]), colours, rig.cameras(SIZE))
-    assert bool(item["mirrored"]) and item["prompts"].tolist() == list(range(rig.num_views))
-    assert ((item["targets"] - expected[:, :3]).abs().amax(1) > 1e-3).sum() <= 6
-    plain = draw_points(xyz, colours, rig.cameras(SIZE))
-    assert ((item["targets"] - plain[:, :3]).abs().amax(1) > 1e-3).sum() > 100
 
 
 def test_only_cameras_can_tell_what_an_irregular_rig_shows(tmp_path):
@@ -109,6 +99,8 @@ def test_only_cameras_can_tell_what_an_irregular_rig_shows(tmp_path):
         MouseMVDiffusionDataset(data, rig, SIZE, augmentation(mirror_probability=0.5))
     with pytest.raises(ValueError, match="irregular does not; use reference_view_idx: 0"):
         MouseMVDiffusionDataset(data, rig, SIZE, augmentation(reference_view_idx="random"))
+    with pytest.raises(RigMismatchError, match="requested and dataset"):
+        MouseMVDiffusionDataset(data, load_rig("mouse6"), SIZE)
 
 
 def test_a_turned_heading_rig_keeps_the_names_of_its_views():
@@ -116,15 +108,6 @@ def test_a_turned_heading_rig_keeps_the_names_of_its_views():
     found = arrange(load_rig("facelift6"), 2)
     assert found.rows.tolist() == [2, 3, 4, 5, 0, 1] == found.prompts.tolist()
     assert found.turn_deg == 0.0 and not found.is_rig
-
-
-def test_mirroring_twice_is_nothing():
-    cameras = replace(load_rig("mouse6").cameras(SIZE).crop(3, 1, 20, 20))
-    again = cameras.mirrored().mirrored()
-    assert torch.equal(again.c2w, cameras.c2w)
-    torch.testing.assert_close(again.fxfycxcy, cameras.fxfycxcy)
-    mirrored_deg = cameras.mirrored().azimuth_deg
-    torch.testing.assert_close(mirrored_deg % 360, (-cameras.azimuth_deg) % 360, atol=1e-3, rtol=0)
 
 
 def test_a_crop_takes_its_cameras_along(tmp_path):
@@ -153,14 +136,6 @@ def test_a_crop_takes_its_cameras_along(tmp_path):
         assert found.fxfycxcy[:, 0].unique().numel() == 1  # one crop for all views
         sides.add(round(float(cameras.fxfycxcy[0, 0] / 2 / found.fxfycxcy[0, 0]), 3))
     assert len(sides) > 4 and min(sides) >= 0.59 and max(sides) <= 1.0
-
-
-def test_hue_and_saturation_leave_greys_alone():
-    rgba = torch.ones(1, 4, 1, 2, dtype=torch.float64)
-    rgba[0, :3] = torch.tensor([[0.4, 1.0], [0.4, 0.0], [0.4, 0.0]], dtype=torch.float64)[:, None]  # gray, red
-    torch.testing.assert_close(Draw(saturation=1.7, hue_deg=40).recolored(rgba)[..., 0], rgba[..., 0])
-    assert (Draw(saturation=0.0).recolored(rgba)[0, :3, 0, 1] - 0.299).abs().max() < 2e-3
-    assert Draw(hue_deg=120.0).recolored(rgba)[0, :3, 0, 1].argmax() != 0
 
 
 def test_variants_come_back_and_differ(tmp_path):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pipeline_tiny import must, run
+from running import must, run
 
 from gslrm.model import mesh
 from gslrm.model.gaussians_renderer import render
@@ -29,15 +29,6 @@ def picture(path):
         return opened.mode, torch.from_numpy(np.asarray(opened).astype(np.int64))
 
 
-def test_mean_depth_is_the_distance_of_the_surface_and_zero_beside_it():
-    cameras = Cameras.turntable(1, 64)[None]
-    depth = render(sphere(n=3000), cameras).mean_depth()[0, 0, 0]
-    front = 2.7 + torch.tensor((0.2, -0.1, 0.3)) @ torch.tensor([0.0, 1.0, 0.0]) - 0.5  # camera at -y, looking along +y
-    uv, _ = cameras[0].project(torch.tensor([[[0.2, -0.1, 0.3]]]))
-    column, row = uv[0, 0].long().tolist()
-    assert depth[row, column].item() == pytest.approx(front.item(), abs=0.1) and depth[0, 0] == 0
-
-
 def test_depth_maps_are_a_samples(tmp_path):
     depth = torch.tensor([[0.0, 2.70004, 6.5535], [0.00006, 1.0, 3.14159]])
     write_depth(tmp_path / "depth" / "a.png", depth[None])
@@ -54,19 +45,9 @@ def test_contact_sheet_puts_kinds_under_each_other_and_wraps():
     assert sheet.shape == (3, 8, 9)
     expected = torch.tensor([[0.0, 0.1, 0.2], [0.5, 0.6, 0.7], [0.3, 0.4, 1.0], [0.8, 0.9, 1.0]])
     torch.testing.assert_close(sheet[0, ::2, ::3], expected)
-
-
-def test_depth_images_are_dark_near_and_white_without_surface():
-    depth = torch.tensor([0.0, 2.0, 3.0, 4.0]).view(1, 1, 2, 2)
+    depth = torch.tensor([0.0, 2.0, 3.0, 4.0]).view(1, 1, 2, 2)  # near is dark, no surface white
     assert depth_images(depth)[0, 1].flatten().tolist() == pytest.approx([1.0, 0.0, 0.4, 0.8])
     assert (depth_images(torch.zeros(2, 1, 4, 4)) == 1).all()
-
-
-def result_of(gaussians, count=2, size=32, photo=None):
-    cameras = Cameras.turntable(count, size)
-    output = render(gaussians, cameras[None])
-    record = {"seconds": {}}
-    return Reconstruction(gaussians, PosedViews(output.rgb[0], output.alpha[0], cameras), RIG, record, photo)
 
 
 def files(folder):
@@ -76,7 +57,9 @@ def files(folder):
 def test_extras_are_written_on_request_and_removed_by_the_next_run(tmp_path, monkeypatch):
     small = functools.partial(mesh.extract_mesh, resolution=24, num_views=8, size=64)
     monkeypatch.setattr(mesh, "extract_mesh", small)
-    result = result_of(sphere(n=500), photo=torch.rand(4, 48, 48, generator=torch.Generator().manual_seed(0)))
+    gaussians, cameras = sphere(n=500), Cameras.turntable(2, 32)
+    seen, photo = render(gaussians, cameras[None]), torch.rand(4, 48, 48, generator=torch.Generator().manual_seed(0))
+    result = Reconstruction(gaussians, PosedViews(seen.rgb[0], seen.alpha[0], cameras), RIG, {"seconds": {}}, photo)
     result.save(tmp_path, turntable_views=0)
     usual = files(tmp_path)
     with_mesh = "ply" if importlib.util.find_spec("skimage") else None
@@ -100,7 +83,7 @@ def test_extras_are_written_on_request_and_removed_by_the_next_run(tmp_path, mon
 
 
 def test_render_ply_writes_maps_a_sheet_and_a_turntable(tmp_path):
-    gaussians, cameras = sphere(n=500), Cameras.turntable(3, 32)
+    gaussians, cameras = sphere(n=3000), Cameras.turntable(3, 64)
     save_ply(tmp_path / "a.ply", gaussians)
     write_json(tmp_path / "cameras.json", {"id": "x", "frames": cameras.to_frames()})
     must(
@@ -109,11 +92,14 @@ def test_render_ply_writes_maps_a_sheet_and_a_turntable(tmp_path):
         "--turntable_views", 4, "--turntable_size", 32,
     )  # fmt: skip
     output = render(gaussians, cameras[None])
+    depth, (uv, _) = output.mean_depth()[0, 0, 0], cameras[:1].project(torch.tensor([[[0.2, -0.1, 0.3]]]))
+    column, row = uv[0, 0].long().tolist()  # of the sphere's center, whose front is a radius nearer
+    assert depth[row, column].item() == pytest.approx(2.7 - 0.1 - 0.5, abs=0.1) and depth[0, 0] == 0
     for k in range(3):
         steps = picture(tmp_path / "out" / "depth" / f"cam_{k:03d}.png")[1]
         assert (steps * DEPTH_UNIT - output.mean_depth()[0, k, 0]).abs().max() < 1.1 * DEPTH_UNIT and steps.any()
         assert (tmp_path / "out" / "alpha" / f"cam_{k:03d}.png").is_file()
-    assert read_rgba(tmp_path / "out" / "sheet.png").shape == (4, 96, 96)
+    assert read_rgba(tmp_path / "out" / "sheet.png").shape == (4, 192, 192)
     frames = imageio_ffmpeg.read_frames(str(tmp_path / "video" / "t.mp4"))
     assert next(frames)["size"] == (32, 32) and len(list(frames)) == 4
 

@@ -1,27 +1,27 @@
 """Both stages together: what the commands write, what the Python door gives, and what is refused before any work."""
 
+import gc
 import json
-import os
 import shutil
-import signal
-import tempfile
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pipeline_tiny import must, prepare_pipeline, run, write_gslrm, write_unet
+from pipeline_tiny import prepare_pipeline, write_gslrm, write_unet
+from running import must, run
 
 import multiview.run
 from gslrm.model.ply import load_ply
 from multiview.checkpoint import read_sidecar, save_checkpoint
 from multiview.image import read_rgba, save_video, to_uint8, write_image
 from multiview.rig import RigMismatchError, load_rig
-from multiview.run import choose_numba_cache, shipped, stoppable
+from multiview.run import shipped
 from multiview.sample import read_sample, read_split
 from mvdiffusion.prompts import write_prompt_embeds
-from pipeline import MouseFaceLift, PhotographError
+from pipeline import MouseFaceLift, PhotographError, import_stage1
 from pipeline.artifacts import resolve
 from pipeline.options import Checkpoints
 
@@ -47,7 +47,7 @@ def chosen(tiny, **changes) -> dict:
 
 def flags(tiny, **changes) -> list:
     """inference_mouse.py's, but for the input."""
-    given = {**chosen(tiny), "num_steps": 2, "turntable_views": 4, "device": "cpu", **changes}
+    given = {**chosen(tiny), "num_steps": 2, "turntable_views": 0, "device": "cpu", **changes}
     return [part for flag, value in given.items() for part in (f"--{flag}", value)]
 
 
@@ -61,8 +61,8 @@ def model(tiny):
 
 def test_a_photograph_becomes_views_gaussians_and_a_turntable(tiny, tmp_path):
     out = must(
-        "inference_mouse.py", "--input_image", tiny["photo"], *flags(tiny), "--output_dir", tmp_path, "--crop", "never",
-        "turntable_size=32",
+        "inference_mouse.py", "--input_image", tiny["photo"], *flags(tiny, turntable_views=4), "--output_dir", tmp_path,
+        "--crop", "never", "turntable_size=32",
     )  # fmt: skip
     assert "embeddings, UNet and GS-LRM agree" in out
     folder = tmp_path / "photo"
@@ -88,7 +88,7 @@ def test_a_photograph_becomes_views_gaussians_and_a_turntable(tiny, tmp_path):
         "test_full_pipeline.py", "--input_image", tiny["photo"], "--mvdiff_pretrained", tiny["components"],
         "--mvdiff_unet", tiny["unet"], "--prompt_embeds", tiny["embeds"], "--gslrm_checkpoint", tiny["gslrm"],
         "--camera_json", cameras, "--num_steps", 2, "--turntable_views", 4, "--device", "cpu",
-        "--output_dir", tmp_path / "full", "crop=never",
+        "--output_dir", tmp_path / "full", "crop=never", "turntable_size=32",
     )  # fmt: skip
     full = tmp_path / "full" / "photo"
     assert (full / "stage2_gslrm" / "gaussians.ply").read_bytes() == (folder / "gaussians.ply").read_bytes()
@@ -122,9 +122,7 @@ def test_a_photographs_result_depends_on_its_seed_not_on_its_place(tiny, tmp_pat
     assert "4 done, 2 failed" in last and "phone.heic" in last and "empty" in last and "notes.txt" in err
     a, b = (read_rgba(tmp_path / "out" / name / "views" / "view_03.png") for name in "ab")
     assert torch.equal(a, b)
-    must(
-        "inference_mouse.py", "--input_image", tiny["photo"], *flags(tiny), "--seed", 1, "--output_dir", tmp_path,
-    )  # fmt: skip
+    must("inference_mouse.py", "--input_image", tiny["photo"], *flags(tiny), "--seed", 1, "--output_dir", tmp_path)
     assert not torch.equal(a, read_rgba(tmp_path / "photo" / "views" / "view_03.png"))
 
 
@@ -145,7 +143,7 @@ def test_a_video_is_reconstructed_frame_by_frame_and_a_cut_one_is_named(tiny, tm
     save_video(tmp_path / "clip.mp4", (frame + noise).clamp(0, 1), fps=10)
     whole = (tmp_path / "clip.mp4").read_bytes()
     (tmp_path / "clip.mp4").write_bytes(whole[: len(whole) // 2])
-    given = [*flags(tiny, turntable_views=0), "--input_video", tmp_path / "clip.mp4", "video_stride=20"]
+    given = [*flags(tiny), "--input_video", tmp_path / "clip.mp4", "video_stride=20"]
     code, _, err = run("inference_mouse.py", *given, "--output_dir", tmp_path / "out")
     assert code == 1 and "clip.mp4 is cut" in err and "of 60 frames can be decoded" in err
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
@@ -195,6 +193,13 @@ def test_shipped_models_are_found_from_any_working_directory(monkeypatch, tmp_pa
     assert shipped("checkpoints/demo") == Path("checkpoints/demo")  # records stay free of machine paths
 
 
+def test_quick_imports_leave_every_library_importable(monkeypatch):
+    for name in ("diffusers", "peft", "torchvision"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    import_stage1()
+    assert None not in sys.modules.values() and gc.isenabled()
+
+
 # ---- what is refused ------------------------------------------------------------------------------------------------
 
 
@@ -233,21 +238,15 @@ def test_an_artifact_of_another_rig_is_refused(tiny, foreign, change, file, role
     assert role in text and "to mend: " in text
 
 
-def test_a_wrong_number_of_views_is_refused(tiny, foreign):
-    for change in ({"prompt_embeds": foreign["embeds4"]}, {"mvdiffusion_checkpoint": foreign["unet4"]}):
-        with pytest.raises(RigMismatchError, match="views"):
-            resolve(Checkpoints(**chosen(tiny, **change)))
+@pytest.mark.parametrize(("change", "file"), [("prompt_embeds", "embeds4"), ("mvdiffusion_checkpoint", "unet4")])
+def test_a_wrong_number_of_views_is_refused(tiny, foreign, change, file):
+    with pytest.raises(RigMismatchError, match="views"):
+        resolve(Checkpoints(**chosen(tiny, **{change: foreign[file]})))
 
 
 def test_embeddings_of_the_wrong_width_are_refused_with_the_command(tiny, foreign):
     with pytest.raises(ValueError, match="16 wide.*expects 24.*generate_mouse_prompt_embeds.py"):
         resolve(Checkpoints(**chosen(tiny, mvdiffusion_checkpoint=foreign["wide_unet"])))
-
-
-def test_a_stated_rig_is_held_against_all(tiny):
-    assert resolve(Checkpoints(**chosen(tiny), rig="mouse6")).rig.name == "mouse6"
-    with pytest.raises(RigMismatchError, match="facelift6"):
-        resolve(Checkpoints(**chosen(tiny), rig="facelift6"))
 
 
 def test_weights_without_a_rig_need_it_stated(tiny, tmp_path):
@@ -257,6 +256,8 @@ def test_weights_without_a_rig_need_it_stated(tiny, tmp_path):
     with pytest.raises(ValueError, match="carries no view rig.*--rig.*stamp_rig.py"):
         resolve(Checkpoints(**given))
     assert resolve(Checkpoints(**given, rig="mouse6")).rig.name == "mouse6"
+    with pytest.raises(RigMismatchError, match="facelift6"):  # a stated rig is held against all
+        resolve(Checkpoints(**given, rig="facelift6"))
     assert "mouse6" in must("scripts/stamp_rig.py", "--rig", "mouse6", "--path", unet)
     assert resolve(Checkpoints(**given)).rig.name == "mouse6"
     code, _, err = run("scripts/stamp_rig.py", "--rig", "facelift6", "--path", unet)
@@ -266,44 +267,30 @@ def test_weights_without_a_rig_need_it_stated(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"mvdiffusion_checkpoint": Path("checkpoints/nowhere/checkpoint-6000")}, "nowhere/checkpoint-6000"),
-        ({"checkpoint": Path("checkpoints/nowhere/ckpt_1.pt")}, "nowhere/ckpt_1.pt"),
-        ({"prompt_embeds": Path("nowhere/clr_embeds.pt")}, "nowhere/clr_embeds.pt"),
-        ({"camera_json": Path("nowhere/cameras.json")}, "nowhere/cameras.json"),
-        ({"checkpoint": None}, "Stage 1 checkpoint without a Stage 2 one"),
+        ("mvdiffusion_checkpoint", "nowhere/checkpoint-6000"), ("checkpoint", "nowhere/ckpt_1.pt"),
+        ("prompt_embeds", "nowhere/clr_embeds.pt"), ("camera_json", "nowhere/cameras.json"),
+        ("checkpoint", "Stage 1 checkpoint without a Stage 2 one"),
     ],
-)
+)  # fmt: skip
 def test_what_does_not_exist_is_an_error_and_nothing_takes_its_place(tiny, change, message):
     with pytest.raises(ValueError, match=message):
-        resolve(Checkpoints(**chosen(tiny, **change)))
-
-
-def test_a_mismatch_ends_the_command_with_exit_code_1_and_both_rigs(tiny, foreign, tmp_path):
-    given = flags(tiny, checkpoint=foreign["gslrm"])
-    code, _, err = run("inference_mouse.py", "--input_image", tiny["photo"], *given, "--output_dir", tmp_path)
-    assert code == 1 and not list(tmp_path.iterdir())
-    assert any("rig mouse6" in line and "rig facelift6" in line for line in err.splitlines())  # side by side
-
-
-def spoiled(tiny, folder: Path, name: str, change) -> Path:
-    """A copy of the GS-LRM whose tensor `name` went through `change`; None drops it for another name."""
-    folder.mkdir()
-    path = folder / tiny["gslrm"].name
-    state = torch.load(tiny["gslrm"], weights_only=True)["model"]
-    tensor = state.pop(name)
-    state[name if change else "surprise.weight"] = change(tensor) if change else tensor
-    save_checkpoint(path, {"model": state}, read_sidecar(tiny["gslrm"]))
-    return path
+        resolve(Checkpoints(**chosen(tiny, **{change: Path(message) if message.startswith("nowhere") else None})))
 
 
 def test_weights_that_do_not_fit_or_are_not_finite_are_refused(tiny, model, tmp_path):
-    path = spoiled(tiny, tmp_path / "a", "input_layer_norm.weight", None)
-    given = ["--input_image", tiny["photo"], "--output_dir", tmp_path / "out", "crop=never"]
-    code, _, err = run("inference_mouse.py", *flags(tiny, checkpoint=path), *given)
-    assert code == 1 and "missing: input_layer_norm.weight" in err and "unexpected: surprise.weight" in err
-    path = spoiled(tiny, tmp_path / "b", "input_layer_norm.weight", lambda tensor: tensor * float("nan"))
-    code, _, err = run("inference_mouse.py", *flags(tiny, checkpoint=path), *given)
-    assert code == 1 and "not finite" in err and path.name in err and not (tmp_path / "out").exists()
+    state, path = torch.load(tiny["gslrm"], weights_only=True)["model"], tmp_path / "a.pt"
+    name = "input_layer_norm.weight"
+    tensor, given = state.pop(name), ["--input_image", tiny["photo"], "--output_dir", tmp_path / "out", "crop=never"]
+    for added, messages in (
+        ({"surprise.weight": tensor}, (f"missing: {name}", "unexpected: surprise.weight")),
+        ({name: tensor * float("nan")}, ("not finite", path.name)),
+    ):
+        save_checkpoint(path, {"model": {**state, **added}}, read_sidecar(tiny["gslrm"]))
+        code, _, err = run("inference_mouse.py", *flags(tiny, checkpoint=path), *given)
+        assert code == 1 and all(message in err for message in messages) and not (tmp_path / "out").exists()
+    given = [*flags(tiny, rig="facelift6"), *given]  # a mismatch is told with both rigs side by side
+    code, _, err = run("inference_mouse.py", *given)
+    assert code == 1 and any("rig mouse6" in line and "rig facelift6" in line for line in err.splitlines())
     # Weights that are finite may still overflow on the way: no result is better than an empty one.
     for message, weight in (
         ("UNet", model.components.unet.conv_in.weight), ("Gaussians", next(model.network.parameters())),
@@ -347,24 +334,3 @@ def test_an_output_folder_that_cannot_be_is_refused_before_the_work(tiny, tmp_pa
     monkeypatch.setenv("NUMBA_CACHE_DIR", "there")
     code, _, err = run("inference_mouse.py", "--input_image", tiny["photo"], "--output_dir", tmp_path / "new")
     assert code == 1 and "cannot be written (read-only, full or not yours)" in err
-
-
-def test_compiled_code_is_kept_elsewhere_where_installation_and_home_are_read_only(monkeypatch, caplog):
-    monkeypatch.setattr(os, "environ", {})
-    choose_numba_cache()
-    assert not os.environ
-    monkeypatch.setattr(multiview.run, "_can_write", lambda folder: False)
-    choose_numba_cache()
-    assert os.environ["NUMBA_CACHE_DIR"].startswith(tempfile.gettempdir()) and "can be written" in caplog.text
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
-def test_a_stop_signal_lets_the_item_in_work_be_finished(number, capsys):
-    done, before = [], signal.getsignal(number)
-    with pytest.raises(SystemExit) as stop:
-        for item in stoppable(range(5)):
-            if item == 1:
-                os.kill(os.getpid(), number)
-            done.append(item)
-    assert stop.value.code == 143 and done == [0, 1] and "finished items are whole" in capsys.readouterr().err
-    assert signal.getsignal(number) == before and list(stoppable("ab")) == ["a", "b"]

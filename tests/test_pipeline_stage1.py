@@ -11,10 +11,11 @@ from pipeline_tiny import prepare_pipeline, write_gslrm
 
 from gslrm.model.gaussians_renderer import render
 from multiview.cameras import Cameras
+from multiview.files import write_json
 from multiview.metrics import view_consistency
 from multiview.rig import RigMismatchError, load_rig
 from multiview.sample import read_sample, read_split
-from mvdiffusion.checkpoints import Sampling, save_sampling
+from mvdiffusion.checkpoints import SAMPLING_FILE, Sampling
 from mvdiffusion.models.unet import create_unet, save_unet
 from mvdiffusion.prompts import write_prompt_embeds
 from pipeline import MouseFaceLift
@@ -59,7 +60,7 @@ def test_a_mirrored_photograph_gives_the_mirrored_animal(tiny):
 
 def test_a_unet_says_whether_photographs_are_mirrored(tiny, tmp_path):
     shutil.copytree(tiny["unet"], tmp_path / "unet")
-    save_sampling(tmp_path / "unet", Sampling(mirror="auto"))
+    write_json(tmp_path / "unet" / SAMPLING_FILE, Sampling(mirror="auto")._asdict())
     for options, mirror in ((None, "auto"), (Stage1Options(mirror="never"), "never")):
         assert load(tiny, options, mvdiffusion_checkpoint=tmp_path / "unet").artifacts.options.mirror == mirror
 
@@ -77,8 +78,8 @@ def test_options_reach_the_components_and_the_record(tiny):
 
 def test_several_seeds_keep_the_most_consistent_set(tiny):
     single, scores = load(tiny), {}
-    best = changed(single, num_seeds=3).generate(tiny["photo"], seed=5)
-    assert list(best.seed_scores) == [5, 6, 7]
+    best = changed(single, num_seeds=2).generate(tiny["photo"], seed=5)
+    assert list(best.seed_scores) == [5, 6]
     for seed in best.seed_scores:
         views = single.generate(tiny["photo"], seed=seed)
         scores[seed] = view_consistency(views.rgb, views.masks, views.cameras)["score"]

@@ -1,11 +1,9 @@
 """Frames decoded for the import are OpenCV's, bit by bit, whatever the video's format; parts are parts of the whole."""
 
-import subprocess
-
 import cv2
-import imageio_ffmpeg
 import numpy as np
 import pytest
+from filmed_spheres import ffmpeg
 
 from recording.video import PLANAR_FORMATS, VideoReader, probe
 
@@ -21,11 +19,6 @@ FORMATS = {
     "yuv420p10le": (),
     "rgb24": ("-c:v", "libx264rgb"),
 }
-
-
-def ffmpeg(*arguments, content: bytes = b"") -> None:
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *map(str, arguments)]
-    subprocess.run(command, input=content, check=True)
 
 
 def write(path, pictures, *options) -> None:
@@ -56,26 +49,21 @@ def video(request, tmp_path_factory):
     return path, frames, request.param
 
 
-def test_frames_are_opencvs(video):
-    path, frames, _ = video
-    found = probe([path])
+def test_frames_and_their_parts_are_opencvs(video):
+    path, frames, name = video
+    found, rng = probe([path]), np.random.default_rng(5)
     assert (found.counts, found.size, found.rate) == ((COUNT,), (WIDTH, HEIGHT), 25.0)
     with VideoReader(found) as reader:
         for index, frame in enumerate(frames):
             np.testing.assert_array_equal(reader.read_bgr(index), frame)
-
-
-def test_parts_are_parts_of_the_whole_frame(video):
-    path, frames, name = video
-    rng = np.random.default_rng(5)
     for _ in range(12):
         width, height = (int(rng.integers(1, side + 1)) for side in (WIDTH, HEIGHT))
         x, y = int(rng.integers(0, WIDTH - width + 1)), int(rng.integers(0, HEIGHT - height + 1))
-        with VideoReader(probe([path])) as reader:
+        with VideoReader(found) as reader:
             for index, frame in enumerate(frames):
                 part = reader.read_part(index, x, y, width, height)
                 np.testing.assert_array_equal(part, frame[y : y + height, x : x + width], f"{x} {y} {width} {height}")
-    with VideoReader(probe([path])) as reader:
+    with VideoReader(found) as reader:
         assert reader.read_part(0, 3, 3, 0, 0).shape == (0, 0, 3)
         assert (reader._frame(1).format.name in PLANAR_FORMATS) == (not name.startswith(("yuv420p10", "rgb")))
 
@@ -85,7 +73,7 @@ def test_masks_are_halves_of_every_format(tmp_path):
     pictures = np.repeat(np.arange(256, dtype=np.uint8)[None, None, :, None], 3, axis=3).repeat(16, axis=1)
     for name, options in FORMATS.items():
         path = tmp_path / "0.mp4"
-        write(path, pictures, "-y", "-pix_fmt", name.split()[0], *options)
+        write(path, pictures, "-pix_fmt", name.split()[0], *options)
         with VideoReader(probe([path])) as reader:
             image, (black, white) = reader.read_mask(0)
         mask = image > (black + white) // 2
@@ -94,16 +82,11 @@ def test_masks_are_halves_of_every_format(tmp_path):
         assert 120 < mask.any(axis=0).argmax() < 136 and mask[:, 140:].all(), name
 
 
-def test_videos_stored_lying_are_refused(tmp_path):
-    pictures = np.zeros((COUNT, 32, 48, 3), np.uint8)
-    write(tmp_path / "0.mp4", pictures, "-pix_fmt", "yuv420p")
+def test_videos_stored_lying_are_refused_and_frames_are_counted_where_the_header_does_not(tmp_path):
+    write(tmp_path / "0.mp4", np.zeros((COUNT, 32, 48, 3), np.uint8), "-pix_fmt", "yuv420p")
     ffmpeg("-display_rotation", "90", "-i", tmp_path / "0.mp4", "-c", "copy", tmp_path / "1.mp4")
     for read in (lambda r: r.read_bgr(0), lambda r: r.read_mask(0), lambda r: r.read_part(0, 0, 0, 4, 4)):
         with VideoReader(probe([tmp_path / "1.mp4"])) as reader, pytest.raises(ValueError, match=r"1.mp4 .* upright"):
             read(reader)
-
-
-def test_frames_are_counted_where_the_header_does_not_say(tmp_path):
-    write(tmp_path / "0.mp4", np.zeros((COUNT, 32, 48, 3), np.uint8), "-pix_fmt", "yuv420p")
     ffmpeg("-i", tmp_path / "0.mp4", "-c", "copy", "-f", "matroska", tmp_path / "1.mp4")
     assert probe([tmp_path / "1.mp4"]).counts == (COUNT,)

@@ -1,21 +1,29 @@
-"""Seeds, the run folder, and the exit codes of entry scripts."""
+"""Seeds, devices, stop signals, the run folder, HTML reports, and the exit codes of entry scripts."""
 
 import errno
 import json
+import os
+import signal
 import sys
+import tempfile
+import time
 
 import pytest
 import torch
 
+from multiview import run as runs
+from multiview.report import Figure, Table, write_page
 from multiview.rig import load_rig
-from multiview.run import RunFolder, WandbOptions, main_guard, make_generator, resolve_device, seed_from
+from multiview.run import RunFolder, Stop, main_guard, start_processes, stoppable
+
+SIGNALS = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
+EVIL = "<script>alert('x')</script>|"
 
 
 def test_seeds_depend_on_every_key_and_nothing_else():
-    assert seed_from(1, 2, "a") == seed_from(1, 2, "a") != seed_from(1, "2a")
-    a = torch.rand(3, generator=make_generator(7, 0))
-    assert torch.equal(a, torch.rand(3, generator=make_generator(7, 0)))
-    assert not torch.equal(a, torch.rand(3, generator=make_generator(7, 1)))
+    assert runs.seed_from(1, 2, "a") == runs.seed_from(1, 2, "a") != runs.seed_from(1, "2a")
+    a, same, other = (torch.rand(3, generator=runs.make_generator(7, key)) for key in (0, 0, 1))
+    assert torch.equal(a, same) and not torch.equal(a, other)
 
 
 def test_metrics_are_forgotten_beyond_the_step_that_is_resumed(tmp_path):
@@ -28,18 +36,14 @@ def test_metrics_are_forgotten_beyond_the_step_that_is_resumed(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(line["step"], line["loss"], line["split"]) for line in lines] == [(1, 0.5, "train"), (2, 1.0, "train")]
     assert json.loads((tmp_path / "config.json").read_text())["rig"]["name"] == "mouse6"
-
-
-def test_only_the_main_process_writes(tmp_path):
-    run = RunFolder(tmp_path / "x", {}, None, is_main=False)
-    run.log(1, {"loss": 1.0})
-    assert not (tmp_path / "x").exists()
+    RunFolder(tmp_path / "x", {}, None, is_main=False).log(1, {"loss": 1.0})
+    assert not (tmp_path / "x").exists()  # only the main process writes
 
 
 def test_wandb_missing_is_said(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match="requirements-extra.txt"):
-        RunFolder(tmp_path, {}, load_rig("mouse6"), wandb=WandbOptions(mode="offline"))
+        RunFolder(tmp_path, {}, load_rig("mouse6"), wandb=runs.WandbOptions(mode="offline"))
 
 
 @pytest.mark.parametrize(
@@ -62,6 +66,70 @@ def test_a_user_error_exits_1_with_one_message(capsys, error, message):
 
 def test_cuda_without_a_gpu_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert resolve_device("auto").type == "cpu"
+    assert runs.resolve_device("auto").type == "cpu"
     with pytest.raises(ValueError, match="no working GPU"):
-        resolve_device("cuda")
+        runs.resolve_device("cuda")
+    runs.check_size(0.9e9, 0.0, 1e6, torch.device("cpu"), "nothing")  # what fits is not refused
+
+
+@SIGNALS
+def test_every_signal_of_a_scheduler_asks_the_loop_to_stop(number, capsys):
+    handler, done = signal.getsignal(number), []
+    with pytest.raises(SystemExit) as caught, Stop(None):
+        os.kill(os.getpid(), number)  # before the first step
+        time.sleep(1)
+    assert caught.value.code == 143 and signal.getsignal(number) == handler
+    with Stop(None) as stop:
+        stop.in_loop = True
+        os.kill(os.getpid(), number)
+        assert stop.is_due() and stop.signal == number
+    # A folder's item in work is finished, the rest is left.
+    with pytest.raises(SystemExit) as caught:
+        for item in stoppable(range(5)):
+            if item == 1:
+                os.kill(os.getpid(), number)
+            done.append(item)
+    assert caught.value.code == 143 and done == [0, 1] and "finished items are whole" in capsys.readouterr().err
+    assert signal.getsignal(number) == handler and list(stoppable("ab")) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"RANK": "0"}, "has RANK but not WORLD_SIZE, LOCAL_RANK"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "has RANK, WORLD_SIZE but not LOCAL_RANK"),
+        ({"LOCAL_RANK": "1"}, "torchrun --nproc_per_node"),
+    ],
+)
+def test_an_environment_that_is_half_set_is_one_sentence(environment, message, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        start_processes("cpu")
+
+
+def test_compiled_code_is_kept_elsewhere_where_installation_and_home_are_read_only(monkeypatch, caplog):
+    monkeypatch.setattr(os, "environ", {})
+    runs.choose_numba_cache()
+    assert not os.environ
+    monkeypatch.setattr(runs, "_can_write", lambda folder: False)
+    runs.choose_numba_cache()
+    assert os.environ["NUMBA_CACHE_DIR"].startswith(tempfile.gettempdir()) and "can be written" in caplog.text
+
+
+# ---- tables and pages -----------------------------------------------------------------------------------------------
+
+
+def test_tables_read_in_a_terminal_and_in_markdown():
+    table = Table("Quality", ["method", "dB"], [["hull", 21.4321], ["model|b", None]], notes=["64 mice"])
+    assert table.text() == "Quality\nmethod   dB\nhull     21.4\nmodel|b  –\n64 mice\n"
+    assert "| hull | 21.4 |" in table.markdown() and "| model\\|b | – |" in table.markdown()
+
+
+def test_page_is_one_file_with_names_escaped(tmp_path):
+    figures = [Figure(EVIL, torch.rand(3, 8, 8)), Figure("plot", svg="<svg/>")]
+    blocks = [Table(EVIL, [EVIL], [[EVIL]], [EVIL]), *figures, EVIL]
+    write_page(tmp_path / "report.html", EVIL, blocks, facts={EVIL: EVIL}, badge="poor")
+    page = (tmp_path / "report.html").read_text()
+    assert "<script" not in page and page.count("&lt;script&gt;") == 11 and "<svg/>" in page
+    assert "data:image/jpeg;base64," in page and "http" not in page

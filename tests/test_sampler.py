@@ -11,10 +11,7 @@ from multiview.rig import load_rig
 from multiview.sampler import MixedDataset, StepSampler, load_batches, mixed_lists
 
 LENGTHS, PERCENTS = [30, 7, 50], [30, 45, 25]
-
-
-def owner(index: int) -> int:
-    return [part for part, length in enumerate(LENGTHS) for _ in range(length)][index]
+OWNERS = [part for part, length in enumerate(LENGTHS) for _ in range(length)]  # data set of a sample
 
 
 def mixture(batch_size: int = 6, **options) -> StepSampler:
@@ -29,19 +26,16 @@ def test_one_data_set_is_visited_whole_before_it_is_visited_again():
 
 
 def test_every_window_has_the_exact_proportions_in_an_order_of_its_own():
-    windows = []
-    for window in range(6):
-        windows.append(tuple(owner(index) for _, index in mixture(20).batch(window)))
-        assert Counter(windows[-1]) == {0: 6, 1: 9, 2: 5}
-    assert len(set(windows)) == 6
-    assert StepSampler([5, 5], 1, seed=0, percents=[70, 30]).window == 10
-    assert StepSampler([5, 5], 1, seed=0, percents=[67, 33]).window == 100
+    windows = [tuple(OWNERS[index] for _, index in mixture(20).batch(window)) for window in range(6)]
+    assert all(Counter(window) == {0: 6, 1: 9, 2: 5} for window in windows) and len(set(windows)) == 6
+    for percents, window in (([70, 30], 10), ([67, 33], 100)):
+        assert StepSampler([5, 5], 1, seed=0, percents=percents).window == window
 
 
 def test_every_data_set_of_a_mixture_has_epochs_of_its_own():
     keys, start = mixture(2000).batch(0), 0
     for part, (length, percent) in enumerate(zip(LENGTHS, PERCENTS)):
-        own = [(epoch, index - start) for epoch, index in keys if owner(index) == part]
+        own = [(epoch, index - start) for epoch, index in keys if OWNERS[index] == part]
         for epoch in range(len(own) // length):
             visit = own[epoch * length : (epoch + 1) * length]
             assert sorted(visit) == [(epoch, index) for index in range(length)]
@@ -51,10 +45,8 @@ def test_every_data_set_of_a_mixture_has_epochs_of_its_own():
 
 def test_global_batches_depend_on_seed_and_number_only():
     def batches(start: int, world_size: int, batch_size: int, seed: int = 5) -> list[list[tuple[int, int]]]:
-        ranks = [
-            list(mixture(batch_size, seed=seed, rank=rank, world_size=world_size, start=start, stop=30))
-            for rank in range(world_size)
-        ]
+        options = {"seed": seed, "world_size": world_size, "start": start, "stop": 30}
+        ranks = [list(mixture(batch_size, rank=rank, **options)) for rank in range(world_size)]
         return [sum(keys, []) for keys in zip(*ranks)]
 
     whole = batches(0, 1, 6)
@@ -105,22 +97,19 @@ def test_a_mixture_finds_the_data_set_of_a_sample():
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_samples_own_error_comes_out_of_the_loader_workers(workers):
     """One sentence, as raised; not the worker's traceback around it."""
-    sampler = StepSampler([4], 2, seed=0, stop=4)
-    batches = list(load_batches(Numbers(4), sampler, workers, torch.device("cpu")))
+    sampler, device = StepSampler([4], 2, seed=0, stop=4), torch.device("cpu")
+    batches = list(load_batches(Numbers(4), sampler, workers, device))
     assert [batch["key"].tolist() for batch in batches] == [[list(key) for key in batch] for batch in sampler]
     with pytest.raises(ValueError) as caught:
-        list(load_batches(Numbers(4, ValueError("sample 2 is damaged")), sampler, workers, torch.device("cpu")))
+        list(load_batches(Numbers(4, ValueError("sample 2 is damaged")), sampler, workers, device))
     assert str(caught.value) == "sample 2 is damaged"
 
 
 def test_small_shared_memory_is_one_sentence(monkeypatch):
-    class Loader:
-        def __init__(self, *_, **__):
-            pass
+    def loader(*_, **__):
+        yield from ()
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that ...")
 
-        def __iter__(self):
-            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that ...")
-
-    monkeypatch.setattr("multiview.sampler.DataLoader", Loader)
+    monkeypatch.setattr("multiview.sampler.DataLoader", loader)
     with pytest.raises(ValueError, match="/dev/shm.*too small.*--shm-size"):
         next(load_batches(Numbers(4), StepSampler([4], 2, seed=0), 2, torch.device("cpu")))

@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -36,22 +37,29 @@ def test_make_mouse_depends_on_seed_and_index_only():
     first = make_mouse(3, 7)
     other, again = make_mouse(3, 8), make_mouse(3, 7)
     assert np.array_equal(first.means, again.means) and np.array_equal(first.rgb, again.rgb)
+    assert 8_000 <= len(first.means) <= 20_000
     assert len(other.means) != len(first.means) or not np.allclose(other.means, first.means)
     # Numbers of the first release: older datasets can be continued.
     assert first.rgb.mean() == pytest.approx(0.4468135, abs=1e-5)
-    assert np.allclose(first.rgb[1234], [0.4837958, 0.5037234, 0.50093323], atol=1e-5)
-    assert np.allclose(first.means[1234], [-0.1459996, 0.2653536, -0.1662421], atol=1e-5)
-    assert np.allclose(first.quats[1234], [-0.4561494, 0.3282103, -0.3809142, -0.7342411], atol=1e-5)
-    assert np.allclose(first.log_scales[1234], [-4.0656085, -4.9926419, -6.1072783], atol=1e-5)
+    for name, values in {
+        "rgb": [0.4837958, 0.5037234, 0.50093323], "means": [-0.1459996, 0.2653536, -0.1662421],
+        "quats": [-0.4561494, 0.3282103, -0.3809142, -0.7342411], "log_scales": [-4.0656085, -4.9926419, -6.1072783],
+    }.items():  # fmt: skip
+        assert np.allclose(getattr(first, name)[1234], values, atol=1e-5)
+
+
+@pytest.fixture
+def sparse(monkeypatch):
+    """Mice of a seventh as many splats, which stand where they always do."""
+    monkeypatch.setattr("synthetic.surface.SPACING", 0.03)
 
 
 @pytest.mark.parametrize("pose", [*ALL_POSES, "rest"])
-def test_poses_stay_inside_every_view(pose):
+def test_poses_stay_inside_every_view(pose, sparse):
     cameras = RIG.cameras(SIZE)
     for index in range(4):
         cloud = make_mouse(11, index, pose=pose)
         assert np.isfinite(cloud.means).all() and np.isfinite(cloud.rgb).all()
-        assert 8_000 <= len(cloud.means) <= 20_000
         uv, _ = cameras.project(torch.from_numpy(cloud.means)[None].expand(len(cameras), -1, -1))
         assert uv.min() > 0.5 and uv.max() < SIZE - 0.5
 
@@ -70,7 +78,7 @@ def test_normalization_puts_the_body_center_at_the_origin():
 
 
 @pytest.mark.parametrize(("heading", "axis"), [(0.0, (0, -1)), (90.0, (-1, 0)), (180.0, (0, 1))])
-def test_heading_points_the_nose_at_the_azimuth(heading, axis):
+def test_heading_points_the_nose_at_the_azimuth(heading, axis, sparse):
     points = make_mouse(2, 1, pose="rest", heading_deg=heading).keypoints
     nose, left = points[SNOUT][:2], points[EAR_L] - points[EAR_R]
     assert np.dot(nose / np.linalg.norm(nose), axis) > 0.99
@@ -90,15 +98,14 @@ def test_rest_mouse_is_left_right_symmetric():
 
 
 @pytest.mark.parametrize("coat", COATS)
-def test_coats_have_their_brightness(coat):
+def test_coats_have_their_brightness(coat, sparse):
     low, high = {"black": (0.05, 0.35), "white": (0.5, 1.0), "piebald": (0.2, 0.95)}.get(coat, (0.15, 0.75))
     cloud = make_mouse(1, 0, coat=coat, pose="stand")
     assert cloud.meta["coat"] == coat and low < np.median(cloud.rgb) < high
     assert cloud.rgb.min() >= 0 and cloud.rgb.max() <= 1
 
 
-def test_sequence_moves_smoothly_and_keeps_its_coat(monkeypatch):
-    monkeypatch.setattr("synthetic.surface.SPACING", 0.03)
+def test_sequence_moves_smoothly_and_keeps_its_coat(sparse):
     clouds = list(mouse_sequence(1, 12, fps=25.0, arena_radius=1.0, coat="piebald"))
     steps = [np.abs(b.keypoints - a.keypoints).max() for a, b in zip(clouds, clouds[1:])]
     assert max(steps) < 0.25 and sum(steps) > 0
@@ -152,6 +159,10 @@ def test_heading_size_place_pose_and_cameras_stay_in_their_ranges(render):
     assert not torch.allclose(novel.c2w, others.c2w)
 
 
+def split_lists(folder: Path) -> list[set[Path]]:
+    return [set(read_split(folder / f"data_mouse_{name}.txt")) for name in ("train", "val")]
+
+
 def test_script_writes_the_same_dataset_with_any_workers_and_resumes(script, tmp_path):
     one, common = tmp_path / "one", "--image_size 48 --num_novel_views 1 --depth --val_fraction 0.34".split()
     for name, workers in (("one", "1"), ("two", "2")):
@@ -160,13 +171,13 @@ def test_script_writes_the_same_dataset_with_any_workers_and_resumes(script, tmp
         a, b = (read_sample(tmp_path / n / f"sample_{index:06d}", with_depth=True) for n in ("one", "two"))
         assert torch.equal(a.rgba, b.rgba) and torch.equal(a.depth, b.depth)
     assert read_dataset_info(one)["rig"].name == "mouse6"
-    lists = [set(read_split(one / f"data_mouse_{name}.txt")) for name in ("train", "val")]
+    lists = split_lists(one)
     assert list(map(len, lists)) == [2, 1]
     kept = one / "sample_000000" / "images" / "cam_000.png"
     before = kept.stat().st_mtime_ns
     script.main(["--output_dir", str(one), "--num_samples", "6", *common, "--workers", "1"])
     assert kept.stat().st_mtime_ns == before
-    grown = [set(read_split(one / f"data_mouse_{name}.txt")) for name in ("train", "val")]
+    grown = split_lists(one)
     assert list(map(len, grown)) == [4, 2] and all(old <= new for old, new in zip(lists, grown))
     with pytest.raises(ValueError, match="seed: 0 there, 5 asked for"):
         script.main(["--output_dir", str(one), *common, "--workers", "1", "--seed", "5"])
@@ -196,11 +207,10 @@ def test_arguments_are_refused_before_any_work(script, capsys, arguments, messag
 
 def test_script_refuses_folders_that_are_not_its_own(script, tmp_path):
     common = ["--num_samples", "1", "--workers", "1", "--image_size", "16"]
-    foreign, file, used = tmp_path / "foreign", tmp_path / "file", tmp_path / "used"
+    foreign, file = tmp_path / "foreign", tmp_path / "file"
     foreign.mkdir()
-    (foreign / "notes.txt").write_text("mine")
-    file.write_text("")
-    script.main(["--output_dir", str(used), *common])
+    for path in (foreign / "notes.txt", file):
+        path.write_text("mine")
     for folder, more, message in (
         (foreign, [], "not empty and has no dataset.json"),
         (foreign, ["--as_recording"], "not empty; a recording is written into a new folder"),
@@ -209,18 +219,14 @@ def test_script_refuses_folders_that_are_not_its_own(script, tmp_path):
         with pytest.raises(ValueError, match=message):
             script.main(["--output_dir", str(folder), *common, *more])
     assert [path.name for path in foreign.iterdir()] == ["notes.txt"]
+    # A full disk is one sentence, and lists nothing.
+    used, full = tmp_path / "used", mock.Mock(side_effect=OSError(28, "No space left on device"))
+    with mock.patch("multiview.sample.write_image", full):
+        with pytest.raises(ValueError, match="cannot write .*No space left on device"):
+            script.main(["--output_dir", str(used), *common])
+    assert [path.name for path in used.iterdir()] == ["dataset.json"]
     with owned_folder(used), pytest.raises(ValueError, match="is in use by process"):
         script.main(["--output_dir", str(used), *common])
-
-
-def test_full_disk_is_one_sentence_and_lists_nothing(script, tmp_path, monkeypatch):
-    def full(self, *_, **__):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("multiview.sample.write_image", full)
-    with pytest.raises(ValueError, match="cannot write .*No space left on device"):
-        script.main(["--output_dir", str(tmp_path), "--num_samples", "1", "--workers", "1", "--image_size", "16"])
-    assert [path.name for path in tmp_path.iterdir()] == ["dataset.json"]
 
 
 def test_sigterm_keeps_whole_samples_and_the_command_continues(script, tmp_path):

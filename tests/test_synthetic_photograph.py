@@ -39,15 +39,12 @@ def disc(size: int, radius: float, color: tuple[float, float, float]) -> np.ndar
     return np.concatenate([np.array(color) * (alpha > 0), alpha], 2).astype(np.float32)
 
 
-def test_photographs_depend_on_seed_and_index_only(render):
+def test_photographs_depend_on_seed_and_index_only_and_shares_nest(render):
     settings = replace(SMALL, photographic=1.0)
     first, _, again = (make_sample(RIG, settings, index, render) for index in (2, 3, 2))
     assert torch.equal(first.rgba, again.rgba) and first.extra == again.extra
     other = make_sample(RIG, replace(settings, seed=5), 2, render).extra["photograph"]
     assert other["noise"] != first.extra["photograph"]["noise"]
-
-
-def test_share_leaves_the_other_samples_alone_and_nests(render):
     cloud = make_mouse(0, 0)
 
     def photographs(share: float) -> set[int]:
@@ -146,10 +143,10 @@ def test_laboratory_light_keeps_the_animal_and_darkens_bellies():
 
 
 def test_script_writes_photographs_and_refuses_another_share(script, tmp_path):
-    common = ["--output_dir", str(tmp_path), "--num_samples", "2", "--image_size", "48", "--workers", "1"]
+    common = ["--output_dir", str(tmp_path), "--num_samples", "1", "--image_size", "32", "--workers", "1"]
     script.main([*common, "--photographic", "1"])
     assert read_dataset_info(tmp_path)["photographic"] == 1.0
-    done = read_sample(tmp_path / "sample_000001").extra["photograph"]
+    done = read_sample(tmp_path / "sample_000000").extra["photograph"]
     assert len(done["views"]) == 6 and {"scale", "shift", "gain", "gamma", "noise"} <= set(done)
     for other in ([], ["--photographic", "0.5"]):
         with pytest.raises(ValueError, match="photographic: 1.0 there"):

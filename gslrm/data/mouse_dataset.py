@@ -24,13 +24,9 @@ OVERLAP_COSINE = 0.5  # cameras within 60 degrees of an input see what it sees
 
 
 class MouseViewDataset(Dataset):
-    """Items of a split list, as the `training.dataset` section says.
-
-    every_view: every view of the sample, in order, on one background (validation). Else inputs come first (the rig's
-    first views in its order, or with `random_view_selection` any); the others are drawn at random, with
-    `maximize_view_overlap` among the cameras within 60 degrees of an input.
-    limit: only the first samples. first_index: what the sample's number in `index` counts from, in a mixture.
-    """
+    """Items of a split list, as the `training.dataset` section says: inputs first (the rig's first views in its order,
+    or with `random_view_selection` any), then others at random. every_view: every view of the sample, in order, on one
+    background (validation). limit: only the first samples. first_index: of the first sample, in a mixture."""
 
     def __init__(
         self, list_file: Path | str, options: DatasetConfig, image_size: int, *, every_view: bool = False,
@@ -43,12 +39,12 @@ class MouseViewDataset(Dataset):
         self.augmentation = options.augmentation if options.augmentation.enabled and not every_view else None
         self.num_input_views = options.num_input_views
         if not options.random_view_selection and self.num_input_views > self.rig.num_views:
-            raise ValueError(
-                f"num_input_views is {self.num_input_views}, but rig {self.rig.name} of {list_file} has "
-                f"{self.rig.num_views} views; lower training.dataset.num_input_views or use a rig with more views"
-            )
+            told = f"{self.num_input_views}, but rig {self.rig.name} of {list_file} has {self.rig.num_views} views"
+            remedy = "lower training.dataset.num_input_views or use a rig with more views"
+            raise ValueError(f"num_input_views is {told}; {remedy}")
         self._known_cameras: dict[int, Cameras] = {}
-        self.num_skipped = self._drop_bad_samples() if options.on_bad_sample == "skip" else 0
+        if options.on_bad_sample == "skip":
+            self._drop_bad_samples()
 
     def __len__(self) -> int:
         return len(self.folders)
@@ -58,9 +54,8 @@ class MouseViewDataset(Dataset):
 
         Returns, with n views of which the first num_input_views are inputs: image [n, 3, h, w] and alpha [n, 1, h, w]
         in 0..1, composited on `background` [3]; c2w [n, 4, 4]; fxfycxcy [n, 4] pixels; index [n, 2] int64 as
-        [view_idx, scene_idx]; targets [t] int64, the views to render; depth [n, 1, h, w] if asked for.
-        With camera noise c2w and fxfycxcy of the inputs are what the model is told; inputs that are targets too then
-        follow a second time behind the others, with their true cameras, and `targets` points at those.
+        [view_idx, scene_idx]; targets [t] int64, the views to render; depth [n, 1, h, w] if asked for. With camera
+        noise the inputs' cameras are what the model is told; inputs that are targets too then follow a second time.
         """
         epoch, index = key if isinstance(key, tuple) else (0, key)
         generator = make_generator("gslrm-item", self.seed, epoch, index)
@@ -79,24 +74,22 @@ class MouseViewDataset(Dataset):
             if any(noise.values()):
                 cameras, rows, targets = self._add_camera_noise(cameras, targets, noise, generator)
                 views, rgba, depth = views[rows], rgba[rows], depth[rows] if self.with_depth else None
-        item = {
+        return {
             "image": composite(rgba, background[:, None, None]), "alpha": rgba[:, 3:], "background": background,
             "c2w": cameras.c2w, "fxfycxcy": cameras.fxfycxcy, "targets": targets,
             "index": torch.stack([views, torch.full_like(views, self.first_index + index)], dim=-1),
+            **({"depth": depth} if self.with_depth else {}),
         }  # fmt: skip
-        return {**item, "depth": depth} if self.with_depth else item
 
     def _cameras(self, index: int) -> Cameras:
-        """The cameras [v] of a sample's file, checked; from memory after the first time. Images are not touched."""
+        """The cameras [v] of a sample's file, checked; from memory after the first time."""
         if index not in self._known_cameras:
             folder = self.folders[index]
             cameras = read_cameras(folder / CAMERAS_FILE)
             needed = self.num_input_views if self.every_view else self.options.num_views
             if len(cameras) < needed:
-                raise ValueError(
-                    f"sample {folder} has {len(cameras)} views, {needed} are needed (num_views); lower "
-                    "training.dataset.num_views or write the dataset with more novel views"
-                )
+                remedy = "lower training.dataset.num_views or write the dataset with more novel views"
+                raise ValueError(f"sample {folder} has {len(cameras)} views, {needed} are needed (num_views); {remedy}")
             check_posed_views(self.rig, cameras[: self.rig.num_views], str(folder))  # novel views may stand anywhere
             self._known_cameras[index] = cameras
         return self._known_cameras[index]
@@ -105,7 +98,7 @@ class MouseViewDataset(Dataset):
         options = {"views": views.tolist(), "with_depth": self.with_depth}
         return read_sample(self.folders[index], image_size=self.image_size, **options)
 
-    def _drop_bad_samples(self) -> int:
+    def _drop_bad_samples(self) -> None:
         good = []
         for index, folder in enumerate(self.folders):
             try:
@@ -119,7 +112,6 @@ class MouseViewDataset(Dataset):
         if skipped:
             log.warning("%s: %d of %d samples left out (on_bad_sample: skip)", self.list_file, skipped, len(self))
         self.folders, self._known_cameras = good, {}
-        return skipped
 
     def _choose_views(self, index: int, generator: torch.Generator) -> Tensor:
         """View numbers [num_views], inputs first; from the cameras alone, so that only chosen images are decoded."""
@@ -134,18 +126,16 @@ class MouseViewDataset(Dataset):
         if options.maximize_view_overlap and num_others > 0:
             others = others[overlapping(cameras, inputs, options.overlap_rule)[others]]
             if len(others) < num_others:
-                raise ValueError(
-                    f"sample {self.folders[index]}: only {len(others)} cameras stand within 60 degrees of an input "
-                    f"view, {num_others} are needed; set training.dataset.maximize_view_overlap=false"
-                )
+                told = f"only {len(others)} cameras stand within 60 degrees of an input view, {num_others} are needed"
+                remedy = "set training.dataset.maximize_view_overlap=false"
+                raise ValueError(f"sample {self.folders[index]}: {told}; {remedy}")
         return torch.cat([inputs, others[:num_others]])
 
     def _add_camera_noise(
         self, cameras: Cameras, targets: Tensor, noise: dict[str, float], generator: torch.Generator
     ) -> tuple[Cameras, Tensor, Tensor]:
-        """Returns cameras [m] as the model is told them, which of the n views each one shows [m], and the targets.
-        Images are rendered with true cameras, so an input that is also a target comes a second time; losses on rays go
-        with told ones."""
+        """Returns cameras [m] as the model is told them, which of the n views each one shows [m], and the targets: an
+        input that is also one comes a second time with its true camera. Losses on rays go with told ones."""
         n, num_inputs = len(cameras), self.num_input_views
         noisy = perturb(cameras[:num_inputs], **noise, generator=generator)
         rows = torch.arange(n)
@@ -168,8 +158,7 @@ def draw_colors(augmentation: AugmentationConfig, generator: torch.Generator) ->
 
 
 def overlapping(cameras: Cameras, inputs: Tensor, rule: str) -> Tensor:
-    """[v] bool: cameras within 60 degrees of an input's. rule: `normalised`, or FaceLift's `upstream`, on raw
-    positions."""
+    """[v] bool: cameras within 60 degrees of an input's. rule: `normalised`, or FaceLift's, on raw positions."""
     positions = cameras.origins
     positions = torch.nn.functional.normalize(positions, dim=-1) if rule == "normalised" else positions
     return (positions @ positions[inputs].mT >= OVERLAP_COSINE).any(-1)

@@ -21,22 +21,13 @@ ODD_IN_X = (3, 4, 7, 10, 13, 15)  # x, xy, xz, xyz, x(..), x(..)
 
 @dataclass(frozen=True)
 class Gaussians:
-    """3D Gaussians of `b` scenes with `n` Gaussians each, as raw values (what a network predicts, what a PLY holds).
+    """3D Gaussians of `b` scenes with `n` Gaussians each, as raw values (what a network predicts, what a PLY holds)."""
 
-    xyz: [b, n, 3] centers, world frame.
-    features: [b, n, (degree + 1)^2, 3] spherical-harmonics coefficients, degree 0 to 3; at degree 0 the color is
-        0.28209479 * features + 0.5.
-    scaling: [b, n, 3] natural logarithm of the standard deviations, world units.
-    rotation: [b, n, 4] quaternions (w, x, y, z), need not be normalized.
-    opacity: [b, n, 1] logits; +-infinity is a legal one.
-    Raises ValueError if the shapes do not belong together.
-    """
-
-    xyz: Tensor
-    features: Tensor
-    scaling: Tensor
-    rotation: Tensor
-    opacity: Tensor
+    xyz: Tensor  # [b, n, 3] centers, world frame
+    features: Tensor  # [b, n, (degree + 1)^2, 3] spherical harmonics, degree 0 to 3; degree 0: 0.28209479 f + 0.5
+    scaling: Tensor  # [b, n, 3] natural logarithm of the standard deviations, world units
+    rotation: Tensor  # [b, n, 4] quaternions (w, x, y, z), need not be normalized
+    opacity: Tensor  # [b, n, 1] logits; +-infinity is a legal one
 
     def __post_init__(self) -> None:
         if self.xyz.ndim != 3 or self.xyz.shape[-1] != 3:
@@ -46,9 +37,8 @@ class Gaussians:
         for name, allowed in ends.items():
             shape = list(getattr(self, name).shape)
             if shape not in [[*self.xyz.shape[:2], *end] for end in allowed]:
-                raise ValueError(
-                    f"{name} must have shape [b, n] as xyz {list(self.xyz.shape)}, then one of {allowed}, got {shape}"
-                )
+                expected = f"[b, n] as xyz {list(self.xyz.shape)}, then one of {allowed}"
+                raise ValueError(f"{name} must have shape {expected}, got {shape}")
 
     @property
     def num_scenes(self) -> int:
@@ -87,10 +77,8 @@ class Gaussians:
         bad = {name: int((~torch.isfinite(tensor)).sum()) for name, tensor in vars(self).items()}
         bad["opacity"] = int(self.opacity.isnan().sum())  # the logit of 1 and of 0 is infinite
         if any(bad.values()):
-            found = ", ".join(f"{count} of {name}" for name, count in bad.items() if count)
-            raise ValueError(
-                f"{source}: values of the {self.num_gaussians} Gaussians must be finite, got NaN or infinity in {found}"
-            )
+            found = "NaN or infinity in " + ", ".join(f"{count} of {name}" for name, count in bad.items() if count)
+            raise ValueError(f"{source}: values of the {self.num_gaussians} Gaussians must be finite, got {found}")
 
     def map(self, function) -> Gaussians:
         """Applies `function` to every tensor."""
@@ -106,10 +94,8 @@ class Gaussians:
         return self.map(lambda tensor: tensor[:, index])
 
     def colors_seen(self, cameras: Cameras) -> Tensor:
-        """Colors max(SH + 0.5, 0) of float32 Gaussians seen from cameras [b, v]: [b, v, n, 3].
-
-        [b, 1, n, 3] at degree 0, where the color is the same from everywhere.
-        """
+        """Colors max(SH + 0.5, 0) of float32 Gaussians seen from cameras [b, v]: [b, v, n, 3]; at degree 0, the same
+        from everywhere, [b, 1, n, 3]."""
         if self.sh_degree == 0:
             colors = C0 * self.features[:, None, :, 0]
         else:
@@ -138,11 +124,9 @@ class Gaussians:
         return replace(self, xyz=xyz, scaling=self.scaling + float(scale.log()), rotation=rotation)
 
     def mirrored(self) -> Gaussians:
-        """Returns the scenes mirrored in x, as `Cameras.mirrored` sees them.
-
-        A covariance R S^2 R^T becomes (M R M) S^2 (M R M)^T with M = diag(-1, 1, 1): the rotation's axis is a
-        pseudo-vector. Of the spherical harmonics those odd in x change sign.
-        """
+        """Returns the scenes mirrored in x, as `Cameras.mirrored` sees them."""
+        # A covariance R S^2 R^T becomes (M R M) S^2 (M R M)^T with M = diag(-1, 1, 1): the rotation's axis is a
+        # pseudo-vector. Of the spherical harmonics those odd in x change sign.
         sign_xyz, sign_wxyz = self.xyz.new_tensor([-1.0, 1.0, 1.0]), self.xyz.new_tensor([1.0, 1.0, -1.0, -1.0])
         features = self.features.clone()
         features[:, :, [index for index in ODD_IN_X if index < features.shape[2]]] *= -1
@@ -170,15 +154,9 @@ def sh_basis(directions: Tensor, degree: int) -> Tensor:
         xx, yy, zz = x * x, y * y, z * z
         basis += [C2[0] * x * y, -C2[0] * y * z, C2[1] * (2 * zz - xx - yy), -C2[0] * x * z, C2[2] * (xx - yy)]
     if degree >= 3:
-        basis += [
-            -C3[0] * y * (3 * xx - yy),
-            C3[1] * x * y * z,
-            -C3[2] * y * (4 * zz - xx - yy),
-            C3[3] * z * (2 * zz - 3 * xx - 3 * yy),
-            -C3[2] * x * (4 * zz - xx - yy),
-            C3[4] * z * (xx - yy),
-            -C3[0] * x * (xx - 3 * yy),
-        ]
+        basis += [-C3[0] * y * (3 * xx - yy), C3[1] * x * y * z, -C3[2] * y * (4 * zz - xx - yy)]
+        basis += [C3[3] * z * (2 * zz - 3 * xx - 3 * yy), -C3[2] * x * (4 * zz - xx - yy)]
+        basis += [C3[4] * z * (xx - yy), -C3[0] * x * (xx - 3 * yy)]
     return torch.stack(basis, dim=-1)
 
 
@@ -196,12 +174,10 @@ class FilterSettings:
 
 @torch.no_grad()
 def filter_gaussians(gaussians: Gaussians, settings: FilterSettings | None = None) -> Gaussians:
-    """Returns the Gaussians of one scene (b = 1) that pass, in their order; possibly none.
-
-    Raises ValueError for more than one scene and, with their number, for values that are not finite: every comparison
-    with NaN fails, so that a broken network would look like one that sees nothing.
-    """
+    """Returns the Gaussians of one scene (b = 1) that pass, in their order; possibly none. Raises ValueError for more
+    than one scene, and for values that are not finite."""
     settings = settings or FilterSettings()
+    # Every comparison with NaN fails: a broken network would look like one that sees nothing.
     gaussians.check_finite("Stage 2")
     xyz = gaussians.xyz[0].float()
     keep = gaussians.get_opacity[0, :, 0].float() > settings.min_opacity

@@ -15,12 +15,9 @@ BACKENDS = ("auto", "gsplat", "cpu")
 
 
 class RenderOutput(NamedTuple):
-    """rgb: [b, v, 3, h, w], 0 or more, over the background (values above 1 are possible: nothing is clipped).
-
-    alpha: [b, v, 1, h, w], 0..1.
-    depth: [b, v, 1, h, w], world units along the optical axis, accumulated: sum of weight * z. The mean depth of what
-        a pixel shows is depth / alpha, where alpha is not 0.
-    """
+    """rgb: [b, v, 3, h, w], 0 or more, over the background (values above 1 are possible: nothing is clipped). alpha:
+    [b, v, 1, h, w], 0..1. depth: [b, v, 1, h, w], world units along the optical axis, accumulated: sum of weight *
+    z."""
 
     rgb: Tensor
     alpha: Tensor
@@ -37,20 +34,16 @@ def render(
 ) -> RenderOutput:  # fmt: skip
     """Renders b scenes from v cameras each, differentiable in the Gaussians and the background.
 
-    cameras: [b, v]. background: a number, [3], [b, 3] or [b, v, 3], 0..1.
-    backend: "gsplat" (CUDA), "cpu", or "auto": gsplat for tensors on a CUDA device, cpu for tensors on the CPU. Both
-        compute the same mathematics (gsplat's classic mode) in float32, under autocast too.
-    recompute: render view by view, keep of each only the image and draw it again in the backward pass, so that
-        memory grows with the images alone and not with views x Gaussians (training at 512 px). The images are the
-        same bits; gradients are summed over the views in another order, so they are the same to rounding.
+    cameras: [b, v]. background: a number, [3], [b, 3] or [b, v, 3], 0..1. backend: "gsplat" (CUDA), "cpu", or "auto" by
+    the tensors' device; both compute gsplat's classic mode in float32, under autocast too. recompute: render view by
+    view, keep the images alone and draw them again in the backward pass, so that memory does not grow with views x
+    Gaussians (training at 512 px): the images are the same bits, gradients (another order of views) equal to rounding.
     Raises ValueError for shapes, devices or backends that do not fit.
     """
     device, (b, v) = gaussians.device, (gaussians.num_scenes, cameras.shape[-1] if cameras.shape else 0)
     if cameras.shape != (b, v) or cameras.c2w.device != device:
-        raise ValueError(
-            f"cameras must have shape [b, v] with b = {b} scenes and be on the Gaussians' device {device}, got "
-            f"{list(cameras.shape)} on {cameras.c2w.device}"
-        )
+        expected = f"shape [b, v] with b = {b} scenes and be on the Gaussians' device {device}"
+        raise ValueError(f"cameras must have {expected}, got {list(cameras.shape)} on {cameras.c2w.device}")
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     on_gpu = device.type == "cuda" if backend == "auto" else backend == "gsplat"
@@ -80,12 +73,9 @@ def render_turntable(
     gaussians: Gaussians, num_views: int = 120, size: int = 384, *, elevation_deg: float = 0.0,
     background: Tensor | float = 1.0, on_frame=None,
 ) -> Tensor:  # fmt: skip
-    """Renders the frames [num_views, 3, size, size], 0..1, of a camera going once around one scene (b = 1).
-
-    The camera starts at -y and goes counter-clockwise seen from above in steps of 360 / num_views degrees, end point
-    excluded, looking at the origin, world z up (120 views: steps of 3 degrees). FaceLift's turntable is
-    num_views=8, size=384, elevation_deg=0. `on_frame(done, total)` is called after every frame, for progress bars.
-    """
+    """Renders the frames [num_views, 3, size, size], 0..1, of a camera going once around one scene (b = 1), from -y
+    counter-clockwise seen from above in steps of 360 / num_views degrees. FaceLift's turntable is num_views=8,
+    size=384, elevation_deg=0. `on_frame(done, total)` is called after every frame, for progress bars."""
     cameras, frames = Cameras.turntable(num_views, size, elevation_deg=elevation_deg).to(gaussians.device)[None], []
     for number in range(num_views):
         frames.append(render(gaussians, cameras[:, number : number + 1], background).rgb[0, 0].clamp(0, 1))

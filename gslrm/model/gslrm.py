@@ -4,10 +4,8 @@
                           n learned tokens ---+-> LayerNorm -> blocks -> heads -> one Gaussian per pixel + n free
 
 Pre-norm blocks without a single bias, full attention over all tokens of all views. Tokens are packed, the rows of all
-samples one after the other, as with pruning they have different numbers of them: linear layers and norms run over all
-rows, attention over each sample's own.
-
-Parameter names and numbers are those of FaceLift's public weights (docs/conventions.md says which facts that fixes).
+samples one after the other, as pruning leaves different numbers of them: linear layers and norms run over all rows,
+attention over each sample's own. Parameter names are those of FaceLift's public weights (docs/conventions.md).
 """
 
 from __future__ import annotations
@@ -39,20 +37,16 @@ PADDING = {"xyz": 0.0, "features": 0.0, "scaling": SCALING_OFFSET, "rotation": 1
 
 @dataclass(frozen=True)
 class GSLRMOutput:
-    """gaussians: raw values [b, n_free + k]: the free Gaussians first, then k image Gaussians. Without pruning
-        k = v*h*w in the order (view, patch row, patch column, row in patch, column in patch).
-    pixel_index: [b, k] int64, the pixel (view*h + row)*w + column that each image Gaussian belongs to.
-    pixel_valid: [b, k] bool; False marks padding (pruned samples have different numbers of Gaussians): opacity 0.
-    ray_origins, ray_directions: [b, k, 3] world, directions of unit length. shape: (v, h, w) of the input views.
-    """
+    """Raw Gaussians [b, n_free + k]: the free ones first, then k image Gaussians. Without pruning k = v*h*w in the
+    order (view, patch row, patch column, row in patch, column in patch)."""
 
     gaussians: Gaussians
-    pixel_index: Tensor
-    pixel_valid: Tensor
-    ray_origins: Tensor
-    ray_directions: Tensor
+    pixel_index: Tensor  # [b, k] int64, the pixel (view*h + row)*w + column that each image Gaussian belongs to
+    pixel_valid: Tensor  # [b, k] bool; False: padding of opacity 0 (pruned samples have different numbers)
+    ray_origins: Tensor  # [b, k, 3] world
+    ray_directions: Tensor  # [b, k, 3] world, of unit length
     n_free: int
-    shape: tuple[int, int, int]
+    shape: tuple[int, int, int]  # (v, h, w) of the input views
 
     @property
     def pixel_xyz(self) -> Tensor:
@@ -84,11 +78,8 @@ class Attention(nn.Module):
 
 
 def run_linear(layers: nn.Linear | nn.Sequential, tokens: Tensor) -> Tensor:
-    """`layers(tokens)`, tokens [T, d]; inference in float32 on a CPU through oneDNN's layout.
-
-    These are the same products, rounded differently, at up to twice the speed of the default library. Only for torch's
-    own layers: an adapter around one runs as it is.
-    """
+    """`layers(tokens)`, tokens [T, d]; inference in float32 on a CPU through oneDNN's layout: the same products,
+    rounded differently, up to twice as fast. Only torch's own layers: an adapter around one runs as it is."""
     parts = layers if isinstance(layers, nn.Sequential) else (layers,)
     plain = tokens.device.type == "cpu" and tokens.dtype == torch.float32 and len(tokens) > 0
     watched = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
@@ -113,10 +104,8 @@ class TransformerBlock(nn.Module):
 
 
 def run_blocks(blocks: nn.ModuleList, tokens: Tensor, lengths: list[int], checkpoint_every: int) -> Tensor:
-    """Runs the blocks on packed tokens [T, d] whose samples have `lengths` tokens (sum T).
-
-    With `checkpoint_every` k > 0, groups of k blocks are recomputed in the backward pass.
-    """
+    """Runs the blocks on packed tokens [T, d] whose samples have `lengths` tokens (sum T); with `checkpoint_every` k >
+    0 groups of k blocks are recomputed in the backward pass."""
 
     def run_group(start: int, tokens: Tensor) -> Tensor:
         for block in blocks[start : start + step]:
@@ -137,34 +126,29 @@ class GSLRM(nn.Module):
 
     def __init__(self, config: ModelConfig, *, grad_checkpoint_every: int = 0) -> None:
         super().__init__()
-        self.config = config
-        self.grad_checkpoint_every = grad_checkpoint_every
+        self.config, self.grad_checkpoint_every = config, grad_checkpoint_every
         d, p = config.transformer.d, config.image_tokenizer.patch_size
-        expected_channels = 12 if config.use_aug_plucker and not config.use_custom_plucker else 9
-        if config.image_tokenizer.in_channels != expected_channels:
-            raise ValueError(
-                f"model.image_tokenizer.in_channels must be {expected_channels} for the chosen ray input, "
-                f"got {config.image_tokenizer.in_channels}"
-            )
+        channels, given = 12 if config.use_aug_plucker and not config.use_custom_plucker else 9, config.image_tokenizer
+        if given.in_channels != channels:
+            told = f"must be {channels} for the chosen ray input, got {given.in_channels}"
+            raise ValueError(f"model.image_tokenizer.in_channels {told}")
         if config.prune_margin_px < 0:
             raise ValueError(f"model.prune_margin_px must be at least 0, got {config.prune_margin_px}")
         self.sizes = [3, 3 * (config.gaussians.sh_degree + 1) ** 2, 3, 4, 1]  # of the values in PADDING
         num_values = sum(self.sizes)
 
         # A patch is flattened in the order (row, column, channel).
-        self.patch_embedder = nn.Sequential(nn.Flatten(), nn.Linear(expected_channels * p * p, d, bias=False))
+        self.patch_embedder = nn.Sequential(nn.Flatten(), nn.Linear(channels * p * p, d, bias=False))
         if config.add_refsrc_marker:
             self.view_type_embeddings = nn.Parameter(torch.empty(2, d))
         self.gaussian_position_embeddings = nn.Parameter(torch.empty(config.gaussians.n_gaussians, d))
         self.input_layer_norm = nn.LayerNorm(d, bias=False)
-        self.transformer_layers = nn.ModuleList(
-            TransformerBlock(d, config.transformer.d_head) for _ in range(config.transformer.n_layer)
-        )
+        blocks = (TransformerBlock(d, config.transformer.d_head) for _ in range(config.transformer.n_layer))
+        self.transformer_layers = nn.ModuleList(blocks)
         head = {"layernorm": nn.LayerNorm(d, bias=False), "linear": nn.Linear(d, num_values, bias=False)}
         self.gaussian_upsampler = nn.Sequential(OrderedDict(head))
-        self.pixel_gaussian_decoder = nn.Sequential(
-            nn.LayerNorm(d, bias=False), nn.Linear(d, p * p * num_values, bias=False)
-        )
+        pixels = nn.Linear(d, p * p * num_values, bias=False)
+        self.pixel_gaussian_decoder = nn.Sequential(nn.LayerNorm(d, bias=False), pixels)
         for module in self.modules():  # norms are 1 as they come
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=INIT_STD)
@@ -175,17 +159,26 @@ class GSLRM(nn.Module):
     def forward(
         self, images: Tensor, cameras: Cameras, *, masks: Tensor | None = None, clip_xyz: bool = False
     ) -> GSLRMOutput:
-        """Predicts Gaussians from posed views.
+        """Predicts Gaussians from posed views. Raises ValueError when shapes do not go together.
 
-        images: [b, v, 3, h, w] RGB in 0..1 (composited); h, w multiples of the patch size. Any v.
-        cameras: shape [b, v], OpenCV axes, of images h x w.
-        masks: [b, v, 1, h, w] foreground in 0..1; needed if and only if `config.prune_background_tokens`: tokens and
-            Gaussians of the background (farther than `prune_margin_px` from the mask) are dropped. May be empty.
+        images: [b, v, 3, h, w] RGB in 0..1 (composited); h, w multiples of the patch size. cameras: [b, v], of h x w.
+        masks: [b, v, 1, h, w] foreground in 0..1, may be empty; needed if and only if background tokens are pruned.
         clip_xyz: image Gaussians into [-1, 1] (training with `config.clip_xyz`; never at inference).
-        Raises ValueError when shapes do not go together.
         """
-        self._check_inputs(images, cameras, masks)
-        selection = select_patches(images, self.config.image_tokenizer.patch_size, masks, self.config.prune_margin_px)
+        p = self.config.image_tokenizer.patch_size
+        if images.ndim != 5 or images.shape[2] != 3 or images.shape[3] % p or images.shape[4] % p:
+            raise ValueError(f"images must be [b, v, 3, h, w], h and w multiples of {p}, got {list(images.shape)}")
+        b, v, _, h, w = images.shape
+        if tuple(cameras.shape) != (b, v) or (cameras.height, cameras.width) != (h, w):
+            told = f"shape [{b}, {v}] for images {h} x {w} to go with images {list(images.shape)}"
+            got = f"{list(cameras.shape)} for {cameras.height} x {cameras.width}"
+            raise ValueError(f"cameras must have {told}, got {got}")
+        if (masks is not None) != (prune := self.config.prune_background_tokens):
+            got = "are given" if masks is not None else "are missing"
+            raise ValueError(f"masks {got} but model.prune_background_tokens is {prune}: only pruning needs masks")
+        if masks is not None and masks.shape != (b, v, 1, h, w):
+            raise ValueError(f"masks must be [{b}, {v}, 1, {h}, {w}], got {list(masks.shape)}")
+        selection = select_patches(images, p, masks, self.config.prune_margin_px)
         n_free, counts = self.config.gaussians.n_gaussians, selection.patches_per_sample
         lengths, every = [n_free + count for count in counts], self.grad_checkpoint_every
         tokens = run_blocks(self.transformer_layers, self._embed(images, cameras, selection), lengths, every)
@@ -197,23 +190,6 @@ class GSLRM(nn.Module):
             free, values = self.gaussian_upsampler(torch.stack(parts[::2]).float()), selection.pixels_of(values)
             del tokens, parts, image  # as large as the Gaussians
             return self._decode(free, values, cameras, selection, clip_xyz)
-
-    def _check_inputs(self, images: Tensor, cameras: Cameras, masks: Tensor | None) -> None:
-        p = self.config.image_tokenizer.patch_size
-        if images.ndim != 5 or images.shape[2] != 3 or images.shape[3] % p or images.shape[4] % p:
-            raise ValueError(f"images must be [b, v, 3, h, w], h and w multiples of {p}, got {list(images.shape)}")
-        b, v, _, h, w = images.shape
-        if tuple(cameras.shape) != (b, v) or (cameras.height, cameras.width) != (h, w):
-            raise ValueError(
-                f"cameras must have shape [{b}, {v}] for images {h} x {w} to go with images {list(images.shape)}, "
-                f"got {list(cameras.shape)} for {cameras.height} x {cameras.width}"
-            )
-        prune = self.config.prune_background_tokens
-        if (masks is not None) != prune:
-            got = "are given" if masks is not None else "are missing"
-            raise ValueError(f"masks {got} but model.prune_background_tokens is {prune}: only pruning needs masks")
-        if masks is not None and masks.shape != (b, v, 1, h, w):
-            raise ValueError(f"masks must be [{b}, {v}, 1, {h}, {w}], got {list(masks.shape)}")
 
     def _embed(self, images: Tensor, cameras: Cameras, selection: PatchSelection) -> Tensor:
         """Packed tokens [T', d] after the input norm: of each sample its free tokens, then its patches."""

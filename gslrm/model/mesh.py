@@ -1,13 +1,11 @@
-"""Gaussians to a triangle mesh: depth maps from all around, fused to a signed distance field, then marching cubes.
-
-The fusion is that of Curless and Levoy, "A Volumetric Method for Building Complex Models from Range Images" (1996).
-"""
+"""Gaussians to a triangle mesh: depth maps from all around, fused to a signed distance field (Curless and Levoy, "A
+Volumetric Method for Building Complex Models from Range Images", 1996), then marching cubes."""
 
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,8 +25,7 @@ SUFFIXES = (".ply", ".glb")
 LIBRARIES = {"skimage.measure": "scikit-image", "trimesh": "trimesh"}  # the second for .glb alone
 
 
-@dataclass(frozen=True)
-class Mesh:
+class Mesh(NamedTuple):
     """vertices: [n, 3] float32, world. faces: [m, 3] int64, counter-clockwise from outside. colors: [n, 3], 0..1."""
 
     vertices: np.ndarray
@@ -52,12 +49,9 @@ def _library(module: str):
 
 @torch.no_grad()
 def extract_mesh(gaussians: Gaussians, *, resolution: int = 128, num_views: int = 48, size: int = 384) -> Mesh:
-    """Returns the surface of one scene (b = 1).
-
+    """Returns the surface of one scene (b = 1), closed behind what is seen, without parts thinner than two voxels.
     resolution: voxels along the longest side. num_views: depth maps of size x size pixels, on four rings.
-    Parts thinner than about two voxels are lost. A surface that no view sees is closed behind what is seen.
-    Raises ValueError for more than one scene, without scikit-image, and where there is no surface.
-    """
+    Raises ValueError for more than one scene, without scikit-image, and where there is no surface."""
     marching_cubes = _library("skimage.measure").marching_cubes
     # A box around what can be seen, three standard deviations and a small margin included.
     seen = gaussians.select((gaussians.get_opacity > MIN_OPACITY)[0, :, 0]).to(torch.float32)
@@ -93,10 +87,8 @@ def extract_mesh(gaussians: Gaussians, *, resolution: int = 128, num_views: int 
 
 
 def save_mesh(path: Path | str, mesh: Mesh) -> None:
-    """Writes `.ply` (binary; vertices with 8-bit colors, z up) or `.glb` (glTF's own axes, y up), atomically.
-
-    Raises ValueError for another suffix, and for `.glb` without trimesh.
-    """
+    """Writes `.ply` (binary; vertices with 8-bit colors, z up) or `.glb` (glTF's own axes, y up), atomically. Raises
+    ValueError for another suffix, and for `.glb` without trimesh."""
     path = Path(path)
     if path.suffix not in SUFFIXES:
         raise ValueError(f"a mesh is written as {' or '.join(SUFFIXES)}, got {path}")
@@ -112,21 +104,16 @@ def save_mesh(path: Path | str, mesh: Mesh) -> None:
 
         columns = [(axis, "<f4", mesh.vertices[:, k]) for k, axis in enumerate("xyz")]
         columns += [(name, "u1", colors[:, k]) for k, name in enumerate(("red", "green", "blue"))]
-        table = np.empty(len(mesh.vertices), [(name, kind) for name, kind, _ in columns])
-        for name, _, values in columns:
-            table[name] = values
-        faces = np.empty(len(mesh.faces), [("vertex_indices", "<i4", (3,))])
-        faces["vertex_indices"] = mesh.faces
+        table = np.rec.fromarrays([values for *_, values in columns], [(name, kind) for name, kind, _ in columns])
+        faces = np.ascontiguousarray(mesh.faces, "<i4").view([("vertex_indices", "<i4", (3,))])[:, 0]
         elements = [PlyElement.describe(table, "vertex"), PlyElement.describe(faces, "face")]
         PlyData(elements, byte_order="<").write(str(temporary))
 
 
 def _depth_maps(gaussians: Gaussians, lowest: Tensor, highest: Tensor, num_views: int, size: int) -> list[tuple]:
-    """Renders from rings of cameras far enough to see the whole box: per view camera, depth [h, w], image [3, h, w].
-
-    A surface lets through a few per cent of the light, and the far side then pulls the mean depth back by centimeters.
-    So Gaussians behind the mean depth are left out and the rest drawn again.
-    """
+    """Renders from rings of cameras far enough to see the whole box: per view camera, depth [h, w], image [3, h, w]."""
+    # A surface lets through a few per cent of the light, and the far side then pulls the mean depth back by
+    # centimeters. So Gaussians behind the mean depth are left out and the rest drawn again.
     center, radius = (lowest + highest) / 2, float((highest - lowest).norm()) / 2
     half = np.radians(TURNTABLE_HFOV_DEG / 2)
     number = torch.arange(num_views)
@@ -154,10 +141,8 @@ def _look_up(images: Tensor, uv: Tensor) -> Tensor:
 
 def _fuse(views: list, lowest: Tensor, highest: Tensor, voxel: float) -> tuple[Tensor, Tensor]:
     """Signed distance in units of the truncation, [x, y, z], positive outside; and the position of its first sample.
-
-    Every view sees the whole box. Where it sees nothing, the ray is empty along its length. What no view has seen in
-    front of a surface, or close behind one, is inside. The outermost samples are outside, which closes the surface.
-    """
+    Where a view sees nothing, the ray is empty along its length. What no view has seen in front of a surface, or close
+    behind one, is inside. The outermost samples are outside, which closes the surface."""
     from scipy import ndimage
 
     shape = [int(n) + 3 for n in ((highest - lowest) / voxel).ceil()]

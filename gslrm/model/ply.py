@@ -20,26 +20,17 @@ MAX_LOGIT = 30.0  # opacity 1 to float32's last bit: gsplat leaves infinite logi
 
 
 def save_ply(path: Path | str, gaussians: Gaussians) -> None:
-    """Writes one scene (b = 1): binary little-endian, one element `vertex`, all properties float32, atomically.
-
-    x y z, nx ny nz (zeros), f_dc_0..2, f_rest_* (channel-major, only above degree 0), opacity (logit), scale_0..2
-    (log), rot_0..3 (w x y z): raw values, so that what is read back is what was saved.
-    Raises ValueError for more than one scene, an empty one, and values that are not finite.
-    """
+    """Writes one scene (b = 1): binary little-endian, one element `vertex`, all properties float32 and raw (opacity is
+    a logit, scale a logarithm, f_rest channel-major, normals 0), atomically. Raises ValueError for more than one scene,
+    an empty one, and values that are not finite."""
     gaussians = writable(path, gaussians)
     rest = gaussians.features[0, :, 1:].transpose(1, 2).flatten(1)  # [n, k-1, 3] -> channel-major [n, 3 (k-1)]
-    groups = [
-        (["x", "y", "z"], gaussians.xyz[0]),
-        (["nx", "ny", "nz"], torch.zeros_like(gaussians.xyz[0])),
-        (numbered("f_dc", 3), gaussians.features[0, :, 0]),
-        (numbered("f_rest", rest.shape[1]), rest),
-        (["opacity"], gaussians.opacity[0]),
-        (numbered("scale", 3), gaussians.scaling[0]),
-        (numbered("rot", 4), gaussians.rotation[0]),
-    ]
-    properties = [f"property float {name}" for names, _ in groups for name in names]
+    names = ["x", "y", "z", "nx", "ny", "nz", *numbered("f_dc", 3), *numbered("f_rest", rest.shape[1]), "opacity"]
+    properties = [f"property float {name}" for name in (*names, *numbered("scale", 3), *numbered("rot", 4))]
     header = ["ply", "format binary_little_endian 1.0", f"element vertex {gaussians.num_gaussians}", *properties]
-    table = torch.cat([values for _, values in groups], dim=1).numpy().astype("<f4")
+    xyz, shapes = gaussians.xyz[0], (gaussians.opacity[0], gaussians.scaling[0], gaussians.rotation[0])
+    columns = (xyz, torch.zeros_like(xyz), gaussians.features[0, :, 0], rest, *shapes)
+    table = torch.cat(columns, dim=1).numpy().astype("<f4")
     with atomic_write(Path(path)) as temporary:
         temporary.write_bytes("\n".join([*header, "end_header\n"]).encode() + table.tobytes())
 
@@ -53,20 +44,16 @@ def writable(path: Path | str, gaussians: Gaussians) -> Gaussians:
     if gaussians.num_scenes != 1:
         raise ValueError(f"{path}: a file holds one scene, got {gaussians.num_scenes}")
     if gaussians.num_gaussians == 0:
-        raise ValueError(
-            f"{path}: there is not one Gaussian to write. The reconstruction is empty, or the filter removed all of it "
-            "(--no_filter keeps everything): look at the views, and at how well the cameras fit them"
-        )
+        remedy = "(--no_filter keeps everything): look at the views, and at how well the cameras fit them"
+        told = "there is not one Gaussian to write. The reconstruction is empty, or the filter removed all of it"
+        raise ValueError(f"{path}: {told} {remedy}")
     gaussians.check_finite(path)
     return gaussians.map(lambda tensor: tensor.detach().float().cpu())
 
 
 def load_ply(path: Path | str) -> Gaussians:
     """Reads one scene (b = 1, float32): the INRIA layout of SH degree 0 to 3, or FaceLift's (59 floats and a color).
-
-    f_rest that is zero everywhere reads as degree 0.
-    Raises ValueError for a file that is missing, cut off, not of this layout, or holds values that are not finite.
-    """
+    Raises ValueError for a file that is missing, cut off, not of this layout, or holds values that are not finite."""
     from plyfile import PlyData, PlyParseError
 
     if not Path(path).is_file():
@@ -80,10 +67,8 @@ def load_ply(path: Path | str) -> Gaussians:
     table = next((element.data for element in content.elements if element.name == "vertex"), np.empty(0, []))
     names = table.dtype.names or ()
     if "packed_position" in names:
-        raise ValueError(
-            f"PLY {path} is a compressed one, for viewers: its values are rounded. Give the gaussians.ply it was made "
-            "from, or export it as a plain PLY from SuperSplat"
-        )
+        remedy = "give the gaussians.ply it was made from, or export it as a plain PLY from SuperSplat"
+        raise ValueError(f"PLY {path} is a compressed one, for viewers: its values are rounded; {remedy}")
 
     def columns(*wanted: str) -> Tensor:
         missing = [name for name in wanted if name not in names or table.dtype[name].kind == "O"]  # O: a list
@@ -101,7 +86,7 @@ def load_ply(path: Path | str) -> Gaussians:
         raise ValueError(f"PLY {path} must have {REST_COUNTS} f_rest properties, got {num_rest}")
     if num_rest:
         rest = columns(*numbered("f_rest", num_rest))
-        if not rest.any():
+        if not rest.any():  # degree 0
             rest = rest[..., :0]
         elif "red" in names:
             # FaceLift always writes 45 columns, those of a lower degree packed at the front and padded with zeros.
@@ -114,14 +99,9 @@ def load_ply(path: Path | str) -> Gaussians:
 
 
 def export(path: Path | str, gaussians: Gaussians, format: str) -> None:
-    """Writes one scene (b = 1) atomically, ordered along a Morton curve.
-
-    format: "splat": 32 bytes per Gaussian (position and scale float32, color and opacity 8 bit, rotation 8 bit);
-            spherical harmonics above degree 0 are left out.
-        "ply_compressed": chunks of 256 (position and log scale 11-10-11 bit between the chunk's bounds, rotation
-            2-10-10-10, color and opacity 8 bit, spherical harmonics 8 bit in -4..4), without opacity up to 1/255.
-    Raises ValueError for an unknown format, more than one scene, values that are not finite, and nothing to write.
-    """
+    """Writes one scene (b = 1) atomically, ordered along a Morton curve. format: "splat", 32 bytes per Gaussian,
+    without spherical harmonics above degree 0; "ply_compressed", SuperSplat's, without opacity up to 1/255. Raises
+    ValueError for an unknown format, more than one scene, values that are not finite, and nothing to write."""
     from gsplat.exporter import export_splats
 
     if format not in FORMATS:

@@ -1,9 +1,5 @@
 """Which patches of the input views become tokens, which of their pixels become Gaussians, and the rays through them.
-
-Everything is packed: the rows of all samples stand one after the other, without padding.
-
-    masks --grow by the margin--> pixels --any in a patch--> patches -> rows [T, ...] (T kept patches of the batch)
-"""
+Everything is packed: the rows of all samples stand one after the other, without padding."""
 
 from __future__ import annotations
 
@@ -21,22 +17,17 @@ FOREGROUND_ALPHA = 0.1  # a pixel whose mask exceeds it is foreground
 
 @dataclass(frozen=True)
 class PatchSelection:
-    """T kept patches of a batch, ordered by (sample, view, patch row, patch column), and their pixels.
+    """T kept patches of a batch, ordered by (sample, view, patch row, patch column), and their pixels."""
 
-    sample, view, top, left: [T] int64; top and left are the patch's first pixel. shape: (v, h, w) of the input views.
-    patches_per_sample, pixels_per_sample: how many of the patches, and of the pixels that become Gaussians.
-    pixel_rows: [K] int64, which of the T * p * p pixels (row by row) become Gaussians; None: all of them.
-    """
-
-    sample: Tensor
+    sample: Tensor  # [T] int64, as the next three
     view: Tensor
-    top: Tensor
+    top: Tensor  # of the patch's first pixel
     left: Tensor
     patch_size: int
-    shape: tuple[int, int, int]
+    shape: tuple[int, int, int]  # (v, h, w) of the input views
     patches_per_sample: list[int]
-    pixels_per_sample: list[int]
-    pixel_rows: Tensor | None
+    pixels_per_sample: list[int]  # of those that become Gaussians
+    pixel_rows: Tensor | None  # [K] int64, which of the T * p * p pixels become Gaussians; None: all of them
 
     def patches_of(self, maps: Tensor) -> Tensor:
         """[b, v, c, h, w] -> [T, p, p, c]."""
@@ -56,9 +47,7 @@ class PatchSelection:
 
     def rays(self, cameras: Cameras) -> tuple[Tensor, Tensor]:
         """World rays of cameras [b, v] through the kept patches' pixels: origins [T, 3], unit directions [T, p, p, 3].
-
-        A patch is a crop of its image, so its rays are those of the cropped camera.
-        """
+        A patch is a crop of its image, so its rays are those of the cropped camera."""
         where, zero = (self.sample, self.view), torch.zeros_like(self.left)
         corner = torch.stack([zero, zero, self.left, self.top], dim=-1)
         patches = Cameras(cameras.c2w[where], cameras.fxfycxcy[where] - corner, self.patch_size, self.patch_size)
@@ -67,11 +56,8 @@ class PatchSelection:
 
 @torch.no_grad()
 def select_patches(images: Tensor, patch_size: int, masks: Tensor | None = None, margin_px: int = 0) -> PatchSelection:
-    """Every patch and pixel of views [b, v, c, h, w], or those at most `margin_px` from the foreground of the masks.
-
-    masks: [b, v, 1, h, w] in 0..1; distances count rows and columns alike, and a patch is kept for any pixel in it.
-    Masks cost one device synchronisation: lengths are numbers.
-    """
+    """Every patch and pixel of views [b, v, c, h, w], or those at most `margin_px` (rows and columns alike) from the
+    foreground of masks [b, v, 1, h, w] in 0..1, with any patch that has one. Masks cost one device synchronisation."""
     b, v, _, h, w = images.shape
     rows, columns, pixel_rows = h // patch_size, w // patch_size, None
     if masks is None:

@@ -20,13 +20,11 @@ from mvdiffusion.data.views import Arrangement, arrange
 
 
 class MouseMVDiffusionDataset(Dataset):
-    """The rig's views of each sample of a split list; an item, asked for by (epoch, index), depends on (seed, epoch,
-    index) only.
+    """The rig's views of each sample of a split list; an item depends on (seed, epoch, index) only.
 
-    config: what is drawn once per sample, and whether the reference view moves (`reference_view_idx`; targets, prompts
-    and cameras move with it). None: samples as they are, on white (validation). with_cameras: the UNet is told the
-    cameras; else a moved reference or a mirrored animal must give the rig's own directions again, or is refused.
-    first_index: what the sample's number counts from where several data sets are mixed.
+    config: what is drawn once per sample, and whether the reference view moves (targets, prompts and cameras with it);
+    None: samples as they are, on white (validation). with_cameras: the UNet is told the cameras; else a moved reference
+    or a mirrored animal must give the rig's own directions again, or is refused. first_index: of the first sample.
     """
 
     def __init__(
@@ -42,8 +40,19 @@ class MouseMVDiffusionDataset(Dataset):
         rotations = range(rig.num_views) if self.moves_reference else (0,)
         mirrorings = (False, True) if config is not None and config.mirror_probability > 0 else (False,)
         self.arrangements = {(k, m): arrange(rig, k, mirrored=m) for k in rotations for m in mirrorings}
-        if not with_cameras:
-            self._check_prompts_suffice()
+        for (rotation, _), arrangement in self.arrangements.items():
+            if with_cameras or arrangement.is_rig:
+                continue
+            key, must = "mirror_probability", "has the same directions in the mirror"
+            if rotation:
+                key, must = (
+                    "reference_view_idx",
+                    "looks the same from every view (equal steps, azimuth_zero 'reference')",
+                )
+            raise ValueError(
+                f"{key}{': random' if rotation else ''} needs a rig that {must}, rig {rig.name} does not; use {key}: "
+                "0, or tell the UNet the cameras (camera_conditioning: adaln), which say what no prompt can"
+            )
 
     def __len__(self) -> int:
         return len(self.folders)
@@ -93,16 +102,14 @@ class MouseMVDiffusionDataset(Dataset):
         return int(torch.randint(self.rig.num_views, (), generator=generator))
 
     def arrangement(self, epoch: int, index: int) -> Arrangement:
-        """Which stored view stands in which row."""
         return self.arrangements[self.draw_rotation(epoch, index), self.draw(epoch, index).mirrored]
 
     def pictures(self, index: int, draw: Draw) -> tuple[Tensor, Tensor, Cameras]:
         """Images [n, 3, s, s], masks [n, 1, s, s] and cameras [n] of a draw, in the stored views' order."""
-        folder, whole = self.folders[index], draw.crop[2] == 1.0
+        folder, size = self.folders[index], self.image_size if draw.crop[2] == 1.0 else None
         # A crop is cut out of the stored pixels, before they are resized.
-        sample = read_sample(folder, image_size=self.image_size if whole else None, num_views=self.rig.num_views)
-        height, width = sample.cameras.height, sample.cameras.width
-        if height != width:
+        sample = read_sample(folder, image_size=size, num_views=self.rig.num_views)
+        if (height := sample.cameras.height) != (width := sample.cameras.width):
             raise ValueError(f"sample {folder}: square images are expected, got {height} x {width}")
         return draw.apply(sample.rgba, sample.cameras, self.image_size)
 
@@ -117,18 +124,3 @@ class MouseMVDiffusionDataset(Dataset):
         for frame in read_json(path)["frames"][: self.rig.num_views]:
             digest.update((self.folders[index] / frame["file_path"]).read_bytes())
         return digest.hexdigest()
-
-    def _check_prompts_suffice(self) -> None:
-        for (rotation, _), arrangement in self.arrangements.items():
-            if arrangement.is_rig:
-                continue
-            if rotation:
-                key, must, value = "reference_view_idx: random", "looks the same from every view", "reference_view_idx"
-                must += " (equal steps, azimuth_zero 'reference')"
-            else:
-                key = value = "mirror_probability"
-                must = "has the same directions in the mirror"
-            raise ValueError(
-                f"{key} needs a rig that {must}, rig {self.rig.name} does not; use {value}: 0, or tell the UNet the "
-                "cameras (camera_conditioning: adaln), which say what no prompt can"
-            )

@@ -1,9 +1,7 @@
 """Which view stands where when the reference moves or the animal is mirrored: targets, prompts and cameras together.
-
 Rotating the reference by k takes the stored view k as the input. With `azimuth_zero: reference` the world turns with
-it, so that the input stands at the rig's reference direction again; with `heading` the world stays and view k keeps its
-name. Mirroring puts what stood at azimuth a to -a. Where the result is the rig again, its views are put into the rig's
-order; where it is not, only cameras can say what each view shows.
+it, so that the input stands at the rig's reference direction again; with `heading` view k keeps its place and name.
+Mirroring puts what stood at azimuth a to -a. Where the result is the rig again, views are put into the rig's order.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""Self-attention over several views of one object, as an attention processor of the stock diffusers UNet.
-
-One explicit mode, computed exactly by torch's scaled_dot_product_attention whatever backend is installed. `sparse`: a
-view attends to the reference view and to itself (what FaceLift's released weights run); `full`: to all views of its
-object; `none` (without this processor): to itself. The batch is (object, view) with the view running fastest.
+"""Self-attention over several views of one object, as an attention processor of the stock diffusers UNet: exact,
+whatever backend is installed. `sparse`: a view attends to the reference view and to itself (what FaceLift's released
+weights run); `full`: to all views of its object; `none` (without this processor): to itself. Batches are (object,
+view).
 """
 
 from __future__ import annotations
@@ -14,10 +13,7 @@ from torch import Tensor
 
 
 class MultiViewAttnProcessor:
-    """Self-attention processor for a batch of views.
-
-    num_views: views per object. mode: `sparse` or `full`. reference_view: index of the view every view sees if sparse.
-    """
+    """num_views: views per object. mode: `sparse` or `full`. reference_view: which view every view sees if sparse."""
 
     def __init__(self, num_views: int, mode: str) -> None:
         self.mode, self.num_views, self.reference_view = mode, num_views, 0
@@ -38,15 +34,11 @@ class MultiViewAttnProcessor:
             # One long sequence per object: the view axis moves into the token axis, nothing is copied.
             query, key, value = (x.reshape(batch // self.num_views, -1, *x.shape[2:]) for x in (query, key, value))
         else:
-            key, value = (self._with_reference(x) for x in (key, value))
+            # The reference view's tokens first. The copy costs 2 to 6 % of the layer's time at SD's sizes (CPU); doing
+            # without would take two softmaxes and their log-sum-exp, which torch's attention does not return.
+            per_view = [x.unflatten(0, (-1, self.num_views)) for x in (key, value)]
+            shown = [x[:, self.reference_view, None].expand_as(x) for x in per_view]
+            key, value = (torch.cat(pair, dim=2).flatten(0, 1) for pair in zip(shown, per_view))
         mixed = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
         mixed = mixed.transpose(1, 2).reshape(batch, tokens, -1)
         return attn.to_out[1](attn.to_out[0](mixed)) / attn.rescale_output_factor
-
-    def _with_reference(self, x: Tensor) -> Tensor:
-        """[objects * views, tokens, ...] -> [objects * views, 2 * tokens, ...]: the reference view's tokens first."""
-        # The copy costs 2 to 6 % of the layer's time at SD's sizes (CPU); doing without would take two softmaxes and
-        # their log-sum-exp, which torch's attention does not return.
-        per_view = x.unflatten(0, (-1, self.num_views))
-        reference = per_view[:, self.reference_view, None].expand_as(per_view)
-        return torch.cat([reference, per_view], dim=2).flatten(0, 1)

@@ -1,7 +1,6 @@
 """Camera poses as inputs of the UNet: prompts can only name a view, numbers say where its camera stands.
 
-Three ways, each exactly without effect until trained (zero-initialized output, added to what the pretrained layers
-compute rather than mixed into it, so that not even rounding changes):
+Three ways, each exactly without effect until trained (zero-initialized output, added to what pretrained layers give):
 
 - `adaln`: an embedding [b * n, time width] added to the time step's.
 - `cross_attention`: TOKENS camera tokens beside the prompt's, with a softmax of their own (in the prompt's even a zero
@@ -9,8 +8,7 @@ compute rather than mixed into it, so that not even rounding changes):
   value projections: these have no bias, so zero tokens add exactly nothing.
 - `concat`: Pluecker-ray channels beside the latents: conv_in keeps its weights, a second, zero convolution is added.
 
-Everything is relative to the reference view's azimuth: turning the whole world about its z axis changes nothing. All
-weights made here have names with the part `camera` (`is_camera_weight`).
+All is relative to the reference view's azimuth: turning the world about its z axis changes nothing.
 """
 
 from __future__ import annotations
@@ -36,18 +34,16 @@ TOKENS = 4
 
 
 def is_camera_weight(name: str) -> bool:
-    """True for the state-dict names that camera conditioning adds to a stock UNet."""
+    """Says whether camera conditioning added a state-dict name to a stock UNet's."""
     return "camera" in name.split(".")
 
 
 def camera_features(cameras: Cameras, reference_view: int) -> Tensor:
-    """Cameras [..., n] -> [..., n, FEATURES]: azimuth relative to the reference view, own pose, the reference's pose.
-
-    The pose, zero for FaceLift's own front camera and of order 1 elsewhere: elevation in radians; log distance and log
-    focal length over FaceLift's; direction of the world origin from the camera (x, y of the unit vector: zero for a
-    camera that looks at it); principal point off the center over the image size; tilt (world z of the camera's x
-    axis: zero for an upright one).
-    """
+    """Cameras [..., n] -> [..., n, FEATURES]: azimuth relative to the reference view, own pose, the reference's
+    pose."""
+    # The pose, zero for FaceLift's own front camera and of order 1 elsewhere: elevation in radians; log distance and
+    # log focal length over FaceLift's; direction of the world origin from the camera (x, y of the unit vector);
+    # principal point off the center over the image size; tilt (world z of the camera's x axis).
     azimuth = torch.deg2rad(cameras.azimuth_deg)
     orders = azimuth.new_tensor(ORDERS)
     multiples = (azimuth - azimuth[..., reference_view, None])[..., None] * orders
@@ -63,10 +59,8 @@ def camera_features(cameras: Cameras, reference_view: int) -> Tensor:
 
 
 def camera_rays(cameras: Cameras, reference_view: int, side: int) -> Tensor:
-    """Cameras [..., n] -> Pluecker rays [..., n, 6, side, side]: direction, then origin x direction.
-
-    World turned about z so that the reference view stands at azimuth 0; the moment is in units of FaceLift's distance.
-    """
+    """Cameras [..., n] -> Pluecker rays [..., n, 6, side, side]: direction, then origin x direction in FaceLift's
+    distances, in the world turned about z so that the reference view stands at azimuth 0."""
     angle = torch.deg2rad(cameras.azimuth_deg[..., reference_view])
     turn = torch.eye(4, dtype=angle.dtype, device=angle.device).repeat(*angle.shape, 1, 1)
     # Azimuth runs clockwise seen from above, so taking it away turns counter-clockwise.
@@ -91,11 +85,8 @@ def camera_inputs(mode: str, cameras: Cameras, reference_view: int, side: int, b
 
 
 class CameraEmbedding(nn.Module):
-    """Camera features -> embedding [b, width], and its zero-initialized projection into the UNet.
-
-    outputs: the time embedding's width (`adaln`) or the prompt tokens' width (`cross_attention`). The weights are drawn
-    from a generator of their own: the same on every process and in every run.
-    """
+    """Camera features [b, FEATURES] -> zero-initialized projection of an embedding: [b, outputs] for the time embedding
+    (`adaln`), [b, TOKENS, outputs] for the prompt's tokens (`cross_attention`)."""
 
     def __init__(self, mode: str, width: int, outputs: int) -> None:
         super().__init__()
@@ -105,7 +96,7 @@ class CameraEmbedding(nn.Module):
             raise ValueError(f"the time embedding's width must be a multiple of {TOKENS}, got {width}")
         self.mlp = nn.Sequential(nn.Linear(FEATURES, width), nn.SiLU(), nn.Linear(width, width))
         self.output = nn.Linear(width // self.tokens, outputs)
-        generator = make_generator("camera conditioning")
+        generator = make_generator("camera conditioning")  # its own: the same on every process and in every run
         # Few features differ between the views of a rig, so the usual 1 / sqrt(inputs) would make all views alike.
         nn.init.normal_(self.mlp[0].weight, generator=generator)
         nn.init.kaiming_normal_(self.mlp[2].weight, generator=generator)
@@ -113,7 +104,6 @@ class CameraEmbedding(nn.Module):
             nn.init.zeros_(zero)
 
     def forward(self, features: Tensor) -> Tensor:
-        """[b, FEATURES] -> [b, outputs], or [b, TOKENS, outputs]."""
         embedding = self.mlp(features.to(self.mlp[0].weight.dtype))
         return self.output(embedding if self.tokens == 1 else embedding.unflatten(-1, (self.tokens, -1)))
 

@@ -1,9 +1,6 @@
-"""Creating, loading and saving the multi-view UNet: stock diffusers weights under FaceLift's config names.
-
-A UNet folder holds `config.json` (with FaceLift's names, so that FaceLift loads it too), `diffusion_pytorch_model.
-safetensors` and `rig.json` (the view rig it was trained with). One with camera conditioning (`CameraUNet`) has more
-weights (`is_camera_weight`) and is this project's alone.
-"""
+"""Creating, loading and saving the multi-view UNet: stock diffusers weights under FaceLift's config names. Its folder
+holds `config.json` (FaceLift loads it too, unless it has camera conditioning: `CameraUNet`), the weights, and
+`rig.json` (the view rig it was trained with)."""
 
 from __future__ import annotations
 
@@ -108,8 +105,7 @@ def to_stock_config(config: dict, source: str) -> tuple[dict, str | None]:
         text = text.replace(f'"{name}"', f'"{stock_name}"')
     mode = None
     if "multiview_attention" in config:
-        sparse = "sparse" if config.get("sparse_mv_attention", False) else "full"
-        mode = sparse if config["multiview_attention"] else "none"
+        mode = ("sparse" if config.get("sparse_mv_attention") else "full") if config["multiview_attention"] else "none"
     return json.loads(text), mode
 
 
@@ -118,27 +114,23 @@ def to_facelift_config(unet: MultiViewUNet) -> dict:
     text = unet.to_json_string()
     for stock_name, name in MULTIVIEW_BLOCKS:
         text = text.replace(f'"{stock_name}"', f'"{name}"')
-    config = {
-        key: value
-        for key, value in json.loads(text).items()
-        if (key == "_diffusers_version" or not key.startswith("_")) and (key, value) not in UNKNOWN_TO_FACELIFT.items()
-    }
-    name = "CameraUNet"
+    config = {"_class_name": "CameraUNet"}
+    for key, value in json.loads(text).items():
+        if key == "_diffusers_version" or (key[0] != "_" and (key, value) not in UNKNOWN_TO_FACELIFT.items()):
+            config[key] = value
     if config["camera_conditioning"] == "none":
         del config["camera_conditioning"]
-        name = "UNetMV2DConditionModel"
-    return {**config, **FACELIFT_UNUSED, "_class_name": name}
+        config["_class_name"] = "UNetMV2DConditionModel"
+    return {**config, **FACELIFT_UNUSED}
 
 
 def configure_views(unet: MultiViewUNet, num_views: int, attention: str) -> MultiViewUNet:
     """Puts multi-view attention into every self-attention layer (attn1), or takes it out (`none`); tells the config."""
     if attention not in ("sparse", "full", "none"):
         raise ValueError(f"attention must be one of sparse, full, none, got {attention!r}")
-    own = cross = AttnProcessor2_0()  # cross-attention (attn2) stays stock but for camera tokens
-    if attention != "none":
-        own = MultiViewAttnProcessor(num_views, attention)
-    if unet.config.camera_conditioning == "cross_attention":
-        cross = conditioning.CameraAttnProcessor()
+    stock, has_tokens = AttnProcessor2_0(), unet.config.camera_conditioning == "cross_attention"
+    own = stock if attention == "none" else MultiViewAttnProcessor(num_views, attention)
+    cross = conditioning.CameraAttnProcessor() if has_tokens else stock
     unet.set_attn_processor({name: own if ".attn1." in name else cross for name in unet.attn_processors})
     unet.register_to_config(
         num_views=num_views, multiview_attention=attention != "none", sparse_mv_attention=attention == "sparse"
@@ -170,11 +162,9 @@ def load_unet(
     folder: Path | str, *, num_views: int | None = None, attention: str | None = None,
     camera_conditioning: str | None = None, widen_conv_in: bool = False, dtype: torch.dtype = torch.float32,
 ) -> MultiViewUNet:  # fmt: skip
-    """Loads a UNet folder of this project, of FaceLift, or (widen_conv_in) a stock 2D one.
-
-    num_views, attention: override what the config says; needed where it says nothing. camera_conditioning: adds it,
-    without effect until trained, to a UNet that has none (one that has another refuses). widen_conv_in: where the
-    source has only the noisy latents' input channels, the conditioning image's are added with zero weights.
+    """Loads a UNet folder of this project, of FaceLift, or (widen_conv_in: the conditioning image's input channels are
+    added with zero weights) a stock 2D one. num_views, attention: override the config; needed where it says nothing.
+    camera_conditioning: adds it, without effect until trained, to a UNet that has none.
     Raises ValueError for a missing folder or config, unknown keys, weights that do not fit or are not finite.
     """
     path = Path(folder) / "config.json"
@@ -183,19 +173,16 @@ def load_unet(
     stored_cameras = content["camera_conditioning"]
     cameras = camera_conditioning or stored_cameras
     if stored_cameras not in ("none", cameras):
-        raise ValueError(
-            f"the UNet in {folder} was trained with camera_conditioning {stored_cameras}, got {cameras}: leave the "
-            f"option out or set it to {stored_cameras}, or start from a UNet without camera conditioning"
-        )
+        remedy = f"leave the option out or set it to {stored_cameras}, or start from a UNet without camera conditioning"
+        told = f"the UNet in {folder} was trained with camera_conditioning {stored_cameras}, got {cameras}"
+        raise ValueError(f"{told}: {remedy}")
     num_views, attention = num_views or content.get("num_views"), attention or stored_mode
     if num_views is None or attention is None:
         raise ValueError(f"{path} does not say num_views and the attention mode (a 2D UNet?): state both in the config")
     latent_channels, in_channels = stock.get("out_channels") or 4, stock.get("in_channels") or 4
     if in_channels == latent_channels and not widen_conv_in:
-        raise ValueError(
-            f"UNet in {folder}: in_channels must be {2 * latent_channels} (noisy latents + input image), got "
-            f"{in_channels}; a 2D UNet must be fine-tuned first; {TRAIN_FIRST}"
-        )
+        told = f"in_channels must be {2 * latent_channels} (noisy latents + input image), got {in_channels}"
+        raise ValueError(f"UNet in {folder}: {told}; a 2D UNet must be fine-tuned first; {TRAIN_FIRST}")
     state = read_weights(path.parent, WEIGHTS)
     if in_channels == latent_channels and "conv_in.weight" in state:
         weight = state["conv_in.weight"]  # [out, c, kh, kw] -> [out, 2c, kh, kw], the new half zero
@@ -227,10 +214,8 @@ def fill_empty(
 def save_unet(
     unet: MultiViewUNet, folder: Path | str, rig: ViewRig, *, state: dict | None = None, half: bool = False
 ) -> None:
-    """Writes a UNet folder (FaceLift's config.json, safetensors weights, rig.json); the caller makes it atomic.
-
-    state: weights to write instead of the module's own (an EMA copy). half: float16 on disk (for shipping).
-    """
+    """Writes a UNet folder; the caller makes it atomic. state: weights to write instead of the module's own (an EMA
+    copy). half: float16 on disk (for shipping)."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(to_facelift_config(unet), indent=2, sort_keys=True) + "\n")
@@ -260,8 +245,7 @@ def run_unet(
     inputs: [k * b * n, 2 * c, l, l], noisy latents and the input image's. step: one for all, or [k * b * n].
     prompts: [k * b * n, tokens, width]. labels: [k * b * n, d].
     cameras: [b, n], of images of any size in any world frame: only where they stand relative to the reference view
-    and the world's z axis counts. Needed with camera conditioning, where n may be any number; otherwise None or the n
-    views that the UNet was made for (their poses are not used).
+    and the z axis counts. With camera conditioning needed, n any number; else None or the UNet's n views (not used).
     """
     config = unet.module.config if hasattr(unet, "module") else unet.config
     mode, views, conditions = config.camera_conditioning, config.num_views, {}

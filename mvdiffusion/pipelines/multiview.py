@@ -40,14 +40,12 @@ def generate_views(
     num_steps: int = NUM_STEPS, guidance_scale: float = GUIDANCE_SCALE, sampler: str = "ddim",
     progress: Callable[[Iterable], Iterable] | None = None,
 ) -> Tensor:  # fmt: skip
-    """Generates the rig's views of each image.
+    """Generates the rig's views of each image: [b, n, 3, s, s], 0..1, float32, on the components' device.
 
     images: [b, 3, h, w] 0..1, RGB on white, square; resized to the UNet's image size.
     embeds: prompt embeddings of the rig; row i describes view i, and a UNet with camera conditioning gets camera i.
     seeds: one per image: its result depends on its own seed, not on its place in a batch or folder.
-    guidance_scale: 1 turns classifier-free guidance (and its second half of the batch) off.
-    sampler: one of SAMPLERS. progress: wraps the iteration over time steps, e.g. tqdm.
-    Returns [b, n, 3, s, s], 0..1, float32, on the components' device. Refuses latents that are not finite.
+    guidance_scale: 1 turns classifier-free guidance off. sampler: one of SAMPLERS. progress: wraps the time steps.
     """
     unet, rig, device = components.unet, embeds.rig, components.device
     check_embeds_fit(embeds, unet, components.unet_folder)
@@ -77,10 +75,8 @@ def generate_views(
             fresh = {"eta": DDIM_ETA, "variance_noise": draw(*shape).flatten(0, 1)} if sampler == "ddim" else {}
             x = scheduler.step(prediction, step, x, **fresh).prev_sample
     if not x.isfinite().all():
-        raise ValueError(
-            f"the UNet {components.unet_folder} gives latents that are not finite in {unet.dtype}: its weights are "
-            "damaged or its training diverged, use another checkpoint; in half precision they may be too large for it"
-        )
+        told = f"the UNet {components.unet_folder} gives latents that are not finite in {unet.dtype}"
+        raise ValueError(f"{told}: it is damaged, diverged or too large for half precision; use another checkpoint")
     with components.on_device("vae"):
         generated = decode_latents(components, x).unflatten(0, (len(images), rig.num_views))
     if not generated.isfinite().all():

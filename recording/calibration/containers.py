@@ -18,12 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from recording.calibration.fields import MOST_BYTES, read_bytes
+from multiview.files import damage_explained
+from recording.calibration.model import MOST_BYTES, read_bytes
 
-UNPICKLING_ERRORS = (
-    pickle.UnpicklingError, EOFError, AttributeError, IndexError, KeyError, TypeError, ValueError, OverflowError,
-    MemoryError, RecursionError, struct.error,
-)  # fmt: skip
 # Numbers of MATLAB's file format: types of elements, classes of arrays, levels of cells within cells.
 TYPES = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
 INT8, UINT16, MATRIX, COMPRESSED, UTF16 = 1, 4, 14, 15, 17
@@ -31,39 +28,33 @@ CELL, STRUCT, CHAR, NUMERIC, COMPLEX, DEEPEST = 1, 2, 4, range(6, 16), 0x800, 16
 
 
 class NumpyUnpickler(pickle._Unpickler):
-    """Loads plain containers, numbers, strings and numpy arrays; anything else in the file is refused, not run.
+    """Loads plain containers, numbers, strings and numpy arrays; anything else in the file is refused, not run."""
 
-    What a pickle of arrays calls is answered by stand-ins, made anew for each file, so that no file changes another's.
-    """
+    made_bytes = 0
 
-    def __init__(self, data: bytes) -> None:
-        super().__init__(io.BytesIO(data))
-        self.made_bytes = 0
-        self.answers = {
+    def find_class(self, module: str, name: str):
+        answers = {  # stand-ins for what a pickle of arrays calls, made anew, so that no file changes another's
             ("numpy", "ndarray"): "ndarray",  # only named, as what _reconstruct is to make
-            ("numpy", "dtype"): lambda text, *_: _Dtype(text, self.count),
+            ("numpy", "dtype"): lambda text, *_: _Dtype(text),
             ("_codecs", "encode"): lambda text, encoding: self.encode(text, encoding),  # no method a file could change
             ("numpy.core.multiarray", "_reconstruct"): lambda *_: _Array(),
             ("numpy.core.multiarray", "scalar"): lambda dtype, raw: dtype.array(raw, (1,), False)[0].item(),
-            ("numpy.core.numeric", "_frombuffer"): lambda raw, dtype, *rest: dtype.array(raw, rest[0], rest[1] == "F"),
+            ("numpy.core.numeric", "_frombuffer"): lambda raw, dtype, shape, order: dtype.array(
+                raw, shape, order == "F"
+            ),
         }
-
-    def count(self, data: bytes) -> bytes:
-        self.made_bytes += len(data)  # one piece of a small file may be asked for again and again
-        if self.made_bytes > MOST_BYTES:
-            raise pickle.UnpicklingError(f"it unfolds to more than {MOST_BYTES / 1e6:.0f} MB")
-        return data
-
-    def encode(self, text: str, encoding: str) -> bytes:  # protocol 2 keeps bytes as text
-        if encoding not in ("latin1", "latin-1"):
-            raise pickle.UnpicklingError(f"codec {encoding!r:.40} is not allowed")
-        return self.count(text.encode("latin1"))
-
-    def find_class(self, module: str, name: str):
-        answer = self.answers.get((module.replace("numpy._core", "numpy.core"), name))
+        answer = answers.get((module.replace("numpy._core", "numpy.core"), name))
         if answer is None:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}; only arrays and plain containers are allowed")
         return answer
+
+    def encode(self, text: str, encoding: str) -> bytes:
+        """Protocol 2 keeps bytes as text; one piece of a small file may be asked for again and again."""
+        self.made_bytes += len(text)
+        if self.made_bytes > MOST_BYTES or encoding not in ("latin1", "latin-1"):
+            got = f"{self.made_bytes / 1e6:.0f} MB in codec {encoding!r:.40}"
+            raise pickle.UnpicklingError(f"latin1 of at most {MOST_BYTES / 1e6:.0f} MB is expected, got {got}")
+        return text.encode("latin1")
 
     def load_bytearray8(self) -> None:
         """Takes bytes that are there; Python's own makes room for as many as the file claims."""
@@ -73,69 +64,50 @@ class NumpyUnpickler(pickle._Unpickler):
     dispatch = {**pickle._Unpickler.dispatch, pickle.BYTEARRAY8[0]: load_bytearray8}
 
 
-class _Dtype:
-    """A numpy.dtype of numbers; its state holds the byte order."""
+class _Dtype(str):
+    """A numpy.dtype of numbers, by its text; its state holds the byte order."""
 
-    def __init__(self, text, count) -> None:
-        if not isinstance(text, str) or not re.fullmatch(r"[fiub][1248]", text):
-            raise pickle.UnpicklingError(f"arrays of dtype {text!r:.40} are not allowed; numbers only")
-        self.text, self.order, self.count = text, "=", count
+    order = "="
 
     def __setstate__(self, state: tuple) -> None:
         self.order = state[1] if state[1] in ("<", ">") else "="
 
-    def array(self, raw, shape: tuple, fortran: bool) -> np.ndarray:
-        data = self.count(raw.encode("latin1") if isinstance(raw, str) else bytes(raw))
-        values = np.frombuffer(data, dtype=np.dtype(self.order + self.text))
-        return values.reshape(shape, order="F" if fortran else "C").astype(values.dtype.newbyteorder("="))
+    def array(self, raw: bytes, shape: tuple, fortran: bool) -> np.ndarray:
+        if not re.fullmatch(r"[fiub][1248]", self):
+            raise pickle.UnpicklingError(f"arrays of dtype {self!r:.40} are not allowed; numbers only")
+        return np.frombuffer(raw, self.order + self).reshape(shape, order="F" if fortran else "C")
 
 
 class _Array:
-    """A numpy.ndarray, empty until its state comes."""
+    """A numpy.ndarray, empty until its state comes; numpy takes it for one."""
 
-    value: np.ndarray | None = None
+    values, shape = None, ()
 
     def __setstate__(self, state: tuple) -> None:
         _, shape, dtype, fortran, raw = state
-        self.value = dtype.array(raw, shape, bool(fortran))
+        self.values = dtype.array(raw, shape, fortran)
+        self.shape = self.values.shape
 
-
-def _plain(content, done: dict):
-    """Returns the content with every stand-in array replaced by its ndarray. done: by id, what was replaced before."""
-    if id(content) in done:
-        return done[id(content)]
-    if isinstance(content, dict):
-        result = {key: _plain(value, done) for key, value in content.items()}
-    elif isinstance(content, (list, tuple)):
-        result = [_plain(value, done) for value in content]
-    elif isinstance(content, _Array) and content.value is not None:
-        result = content.value
-    elif content is None or isinstance(content, (str, bytes, int, float, complex, np.ndarray, set, frozenset)):
-        result = content
-    else:
-        raise pickle.UnpicklingError(f"it holds a {type(content).__name__}; only arrays and containers are allowed")
-    done[id(content)] = result
-    return result
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        return self.values
 
 
 def load_numpy_pickle(path: Path | str):
-    """Returns the content of a pickle of numpy arrays and plain containers. Raises ValueError for any other content."""
-    try:
-        return _plain(NumpyUnpickler(read_bytes(path)).load(), {})
-    except UNPICKLING_ERRORS as error:
-        raise ValueError(f"pickle {path} refused: {' '.join(str(error).split()) or type(error).__name__}") from error
+    """Returns the content of a pickle of plain containers and of what numpy reads as arrays; else a ValueError."""
+    with damage_explained(f"pickle {path}"):
+        return NumpyUnpickler(io.BytesIO(read_bytes(path))).load()
 
 
 def load_mat(path: Path | str, name: str) -> object:
     """Returns variable `name` of a MATLAB file of version 5 to 7.2, None without it.
 
-    Numbers are arrays, text is str, cells are lists, structs lists of dicts.
+    Numbers are arrays, text is str, cells are lists, structs dicts, arrays of structs lists of dicts.
     """
     data = read_bytes(path)
     if data.startswith((b"MATLAB 7.3", b"\x89HDF")):
         remedy = f"s = load('{Path(path).name}'); save('{Path(path).name}', '-struct', 's', '-v7')"
         raise ValueError(f"{path} is a MATLAB 7.3 file (HDF5), which is not read; save it in MATLAB as 7: {remedy}")
-    try:
+    with damage_explained(f"MATLAB file {path} (of version 5 to 7.2)"):
         if data[124:128] not in (b"\x00\x01IM", b"\x01\x00MI"):
             raise ValueError("its header does not say version 5")
         order = "<" if data[126:128] == b"IM" else ">"
@@ -150,8 +122,6 @@ def load_mat(path: Path | str, name: str) -> object:
                 found, value = _matrix(content, order, 0, name)
                 if found == name:
                     return value
-    except (ValueError, KeyError, TypeError, OverflowError, struct.error, zlib.error) as error:
-        raise ValueError(f"{path}: not a MATLAB file this reader understands (version 5 to 7.2): {error}") from error
     return None
 
 
@@ -186,14 +156,15 @@ def _matrix(content: bytes, order: str, depth: int, wanted: str = "") -> tuple[s
         fields = [""]
         if array_class == STRUCT:
             (length,) = struct.unpack_from(f"{order}i", next(parts, (0, b""))[1])
-            names = next(parts, (0, b""))[1]
-            starts = range(0, len(names), max(length, 1))
-            fields = [names[at : at + length].split(b"\0")[0].decode(errors="replace") for at in starts]
+            fields = np.frombuffer(next(parts, (0, b""))[1], f"S{length}").astype(str).tolist()
         values = [_matrix(part, order, depth + 1)[1] for _, part in islice(parts, count * len(fields))]
         if len(values) != count * len(fields):
             raise ValueError(f"{name or 'a cell'} is truncated")
-        rows = [values[at : at + len(fields)] for at in range(0, len(values), len(fields))] if fields else []
-        return name, values if array_class == CELL else [dict(zip(fields, row)) for row in rows]
+        if array_class == CELL:
+            return name, values
+        rows = [values[at : at + len(fields)] for at in range(0, len(values), max(len(fields), 1))]
+        structs = [dict(zip(fields, row)) for row in rows]
+        return name, structs[0] if len(structs) == 1 else structs
     kind, raw = next(parts, (INT8, b""))
     if array_class == CHAR:
         utf16 = "utf-16-le" if order == "<" else "utf-16-be"

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from multiview.rig import FACELIFT_DISTANCE, FACELIFT_FOCAL, ViewRig
-from recording.quality.silhouettes import Diagnosis
+from recording.quality.silhouettes import AMOUNTS, Diagnosis
 
 GRADES = ("poor", "usable", "good")
 MANY = 0.02  # share of images from which a fault is the dataset's, not a slip
@@ -25,62 +25,51 @@ USABLE_CENTER, POOR_CENTER = 0.02, 0.05  # of the image's size: rays of an impor
 TOLERATED_LABEL_ERROR = 0.07  # of the half length: what facelift framing costs with exact poses
 SMALL_ZOOM = 0.6
 # Findings that follow from labels which are not the true cameras (facelift framing, nearest poses).
-LABEL_ERRORS = ("silhouettes_disagree", "focal", "principal_point", "camera_off", "cameras_off", "views_scaled",
-                "views_moved", "views_scaled_and_moved", "view_scale", "view_shift", "view_roll", "each_scaled",
-                "each_moved", "each_scaled_and_moved")  # fmt: skip
+LABEL_ERRORS = {"silhouettes_disagree", *(code for group in AMOUNTS for code, *_ in group)}
 REPROCESS = "make the samples again with scripts/process_mouse_data.py, which writes every change into the cameras"
+OPENGL = "negate the second and third row of their w2c, or import them as transforms.json"
+AGAIN = "calibrate it again"
 FAULTS = {  # code of a fault that silhouettes show: (what, remedy); {views}, {scale}, {degrees}, {pixels} are filled in
-    "opengl_axes": ("all cameras look away from the animal: their axes are OpenGL's (y up, z backward)",
-                    "negate the second and third row of every w2c, or import them as transforms.json"),
-    "view_looks_away": ("the cameras of {views} look away from the animal",
-                        "their axes are OpenGL's, or R and T are wrong; negate rows y and z of these w2c"),
+    "opengl_axes": ("all cameras look away from the animal: their axes are OpenGL's (y up, z backward)", OPENGL),
+    "view_looks_away": ("the cameras of {views} look away from the animal: OpenGL axes, or R and T are wrong", OPENGL),
     "views_swapped": ("the pictures of {views} are swapped", "exchange the two, or their cameras"),
     # On a rig that is its own mirror image these two look the same.
     "views_reversed": ("the views run the other way round than their cameras, or all pictures are mirrored",
                        "list the pictures in the cameras' order (azimuth grows clockwise), or flip them"),
-    "views_shifted": ("the pictures are {step} places off in the cameras' order", "list them in the cameras' order"),
-    "view_mirrored": ("the picture of {views} is mirrored", "flip it left to right"),
     "all_mirrored": ("all pictures are mirrored, or the views run the other way round than their cameras",
                      "flip them, or look for a left-handed world in the calibration"),
+    "views_shifted": ("the pictures are {step} places off in the cameras' order", "list them in the cameras' order"),
+    "view_mirrored": ("the picture of {views} is mirrored", "flip it left to right"),
     "view_upside_down": ("the picture of {views} is upside down", "flip it"),
     "all_upside_down": ("all pictures are upside down", "flip them, or the cameras' y axes"),
-    "focal": ("the focal length written is {scale} of the one the silhouettes fit",
-              "use the focal length of the pictures as they are: every resize scales it, a crop does not"),
-    "principal_point": ("all pictures are moved by about {pixels} px against their cameras",
-                        "a crop or shift was not written into cx, cy"),
-    "view_scale": ("{views} is scaled: its focal length is {scale} of the one that fits",
-                   "one zoom for all views, or write it into this view's fx, fy"),
+    "focal": ("the focal length written is {scale} of the one that fits", "every resize scales it, a crop does not"),
+    "principal_point": ("all pictures are moved by about {pixels} px", "write every crop or shift into cx, cy"),
+    "view_scale": ("{views} is scaled: its focal length is {scale} of the one that fits", "write its zoom into fx, fy"),
     "view_shift": ("{views} is moved by {pixels} px against its camera, or the camera turned by {turn} deg",
                    "write the crop's offset into cx, cy, or calibrate this camera again"),
-    "view_roll": ("{views} is turned by {degrees} deg about its optical axis", "calibrate this camera again"),
-    "camera_off": ("the camera of {views} stands about {degrees} deg from where it is said to",
-                   "it was moved after the calibration, or R and T are another's: calibrate it again"),
+    "view_roll": ("{views} is turned by {degrees} deg about its optical axis", AGAIN),
+    "camera_off": ("the camera of {views} stands about {degrees} deg from where it is said to: it was moved", AGAIN),
+    "cameras_off": ("several cameras stand up to {degrees} deg from where they are said to",
+                    "poses of an ideal rig were written for real cameras, or the calibration is old"),
     "views_scaled": ("views are scaled differently (factors {scale}) than their cameras say", REPROCESS),
     "views_moved": ("views are moved differently (up to {pixels} px) against their cameras", REPROCESS),
     "views_scaled_and_moved": ("views are scaled (factors {scale}) and moved against their cameras", REPROCESS),
-    "cameras_off": ("several cameras stand up to {degrees} deg from where they are said to",
-                    "poses of an ideal rig were written for real cameras, or the calibration is old"),
     "each_scaled": ("every picture is scaled on its own, which its camera does not say", REPROCESS),
-    "each_moved": ("every picture is centred on its own, which its camera does not say", REPROCESS),
-    "each_scaled_and_moved": ("every picture is scaled and centred on its own, which its camera does not say",
-                              REPROCESS),
+    "each_moved": ("every picture is moved on its own, which its camera does not say", REPROCESS),
+    "each_scaled_and_moved": ("every picture is scaled and moved, which its camera does not say", REPROCESS),
 }  # fmt: skip
 VIEW_RULES = (  # code, severity, a view's number, its limit, what ({views}: beyond it, view: the worst one), remedy
     ("mask_variation", "usable", lambda v: v["mask_area_variation"] or 0, 0.6,
-     "the mask's area jumps from frame to frame in {views}",
-     "look for frames in which the segmentation lost the animal or took the floor with it"),
+     "the mask's area jumps from frame to frame in {views}", "look for frames with the floor in it, or no animal"),
     ("principal_point_stated", "usable", lambda v: max(abs(v["cx"] - 0.5), abs(v["cy"] - 0.5) * v["aspect"]), 0.02,
-     "the principal point is not the picture's centre in {views}",
-     "stage 1 assumes that it is; the import turns cameras to the animal and centres it exactly"),
+     "the principal point is not the picture's centre in {views}, as stage 1 assumes", REPROCESS),
     ("directions", "poor", lambda v: v.get("off_rig_deg", 0.0), 3.0,
      "cameras of {views} are up to {view[off_rig_deg]:.1f} deg from where rig {rig} has them",
      "state the rig they really have, or import with --poses nearest"),
     ("not_at_origin", "usable", lambda v: v["look_off_deg"], 3.0,
-     "cameras of {views} do not look at the origin (up to {view[look_off_deg]:.1f} deg off)",
-     "the import turns every camera to the animal's centre and puts it at the origin"),
+     "cameras of {views} do not look at the origin (up to {view[look_off_deg]:.1f} deg off)", REPROCESS),
     ("centre", "usable", lambda v: v["centre_off_rms"] or 0, 0.15,
-     "the animal stands far from the picture's centre in {views}",
-     "move the world's origin to the animal; never the pictures alone"),
+     "the animal stands far from the picture's centre in {views}", "move the world's origin to it, not the pictures"),
     ("blur", "compared", lambda v: 1.0 - (v["sharpness_relative"] or 1.0), 0.25,
      "{views}: less sharp than the others ({view[sharpness_relative]:.2f} of the views' median)",
      "clean or focus these lenses; check the video's bit rate"),
@@ -90,14 +79,17 @@ VIEW_RULES = (  # code, severity, a view's number, its limit, what ({views}: bey
     ("overexposed", "usable", lambda v: v["bright_share"] or 0, 0.1, "much of the animal is pure white in {views}",
      "lower the exposure: what is white carries no texture"),
 )  # fmt: skip
+COUNT_RULES = (  # a view's count of images, code, what they are, remedy
+    ("empty", "empty_masks", "masks are empty", "segment these pictures again, or leave their frames out"),
+    ("without_mask", "no_masks", "pictures have no mask (alpha is 1 all over)", "write the animal's mask into alpha"),
+    ("clipped", "clipped", "masks touch the border: the animal is clipped", "make it smaller in all views alike"),
+)  # fmt: skip
 
 
 class Finding(NamedTuple):
-    """severity: poor, usable or note. what: the reason, with numbers. remedy: what to do."""
-
     code: str
-    severity: str
-    what: str
+    severity: str  # poor, usable or note
+    what: str  # the reason, with numbers
     remedy: str
 
 
@@ -125,8 +117,7 @@ def dataset_findings(
 
     summary, diagnosis: of `measure.summarise`. broken: unreadable samples and why. notes: of `report.find_samples`.
     """
-    views, area, iou = summary["views"], summary["mask_area_mean"], summary["silhouette_iou_mean"]
-    num_samples, total = summary["num_samples"], summary["num_samples"] * summary["num_views"]
+    num_samples, area, iou = summary["num_samples"], summary["mask_area_mean"], summary["silhouette_iou_mean"]
     found = _applying(
         (broken, "unreadable", "poor" if len(broken) > MANY * (len(broken) + num_samples) else "usable",
          f"{len(broken)} samples cannot be read, the first: {next(iter(broken.values()), '')}",
@@ -144,26 +135,7 @@ def dataset_findings(
          f"the animal covers {100 * (area or 0):.1f} % of the pictures on average",
          "5 to 20 % are usual; choose another framing when importing"),
     )  # fmt: skip
-    for key, code, what, remedy in (
-        ("empty", "empty_masks", "masks are empty", "segment these pictures again, or leave their frames out"),
-        ("without_mask", "no_masks", "pictures have no mask (alpha is 1 all over)",
-         "write the animal's mask into the alpha channel; every loss and the silhouettes need it"),
-        ("clipped", "clipped", "masks touch the border: the animal is clipped",
-         "make it smaller in all views alike (process_mouse_data.py chooses the largest zoom that clips nothing)"),
-    ):  # fmt: skip
-        count = sum(view[key] for view in views)
-        where = _names(summary, [slot for slot, view in enumerate(views) if view[key]])
-        severity = "poor" if count > MANY * total or key == "clipped" else "usable"
-        found += _applying((count, code, severity, f"{count} of {total} {what} ({where})", remedy))
-    width, height = summary["sizes"][0]
-    for code, severity, number, limit, what, remedy in VIEW_RULES:
-        numbers = [number({**view, "aspect": height / width}) for view in views]
-        if max(numbers) > limit:
-            severity = severity if severity != "compared" else "usable" if num_samples >= ENOUGH else "note"
-            where = _names(summary, [slot for slot, one in enumerate(numbers) if one > limit])
-            what = what.format(views=where, view=views[int(np.argmax(numbers))], rig=rig.name if rig else "?")
-            found.append(Finding(code, severity, what, remedy))
-    found += [*_silhouette_findings(summary, diagnosis), *_stated(summary, rig)]
+    found += [*_view_findings(summary, rig), *_silhouette_findings(summary, diagnosis)]
     return [finding for finding in found if true_labels or finding.code not in LABEL_ERRORS]
 
 
@@ -172,13 +144,27 @@ def _names(summary: dict, slots) -> str:
     return "all views" if len(slots) == summary["num_views"] else ", ".join(summary["views"][k]["name"] for k in slots)
 
 
-def _stated(summary: dict, rig: ViewRig | None) -> list[Finding]:
-    """Distance and focal length as written, against the rig's; against what released weights expect without one."""
+def _view_findings(summary: dict, rig: ViewRig | None) -> list[Finding]:
+    views, num_samples, total = summary["views"], summary["num_samples"], summary["num_samples"] * summary["num_views"]
+    (width, height), found = summary["sizes"][0], []
+    for key, code, what, remedy in COUNT_RULES:
+        count = sum(view[key] for view in views)
+        where = _names(summary, [slot for slot, view in enumerate(views) if view[key]])
+        severity = "poor" if count > MANY * total or key == "clipped" else "usable"
+        found += _applying((count, code, severity, f"{count} of {total} {what} ({where})", remedy))
+    for code, severity, number, limit, what, remedy in VIEW_RULES:
+        numbers = [number({**view, "aspect": height / width}) for view in views]
+        if max(numbers) > limit:
+            severity = severity if severity != "compared" else "usable" if num_samples >= ENOUGH else "note"
+            where = _names(summary, [slot for slot, one in enumerate(numbers) if one > limit])
+            what = what.format(views=where, view=views[int(np.argmax(numbers))], rig=rig.name if rig else "?")
+            found.append(Finding(code, severity, what, remedy))
+    # Distance and focal length as written, against the rig's, or what released weights expect.
     expected, severity = (f"rig {rig.name}", "poor") if rig is not None else ("FaceLift's released weights", "note")
     focal, distance = (rig.focal, rig.distance) if rig is not None else (FACELIFT_FOCAL, FACELIFT_DISTANCE)
-    width, mean_distance = summary["sizes"][0][0], summary["distance_mean"]
-    mean_focal, metric = float(np.mean([view["focal"] for view in summary["views"]])), mean_distance > METRIC_DISTANCE
-    return _applying(
+    mean_focal, mean_distance = float(np.mean([view["focal"] for view in views])), summary["distance_mean"]
+    metric = mean_distance > METRIC_DISTANCE
+    return found + _applying(
         (metric, "units", "poor", f"cameras stand {mean_distance:.0f} from the origin: millimetres, not world units",
          f"scale the world so that the mean distance is {distance:g}; {REPROCESS}"),
         (not metric and abs(mean_distance / distance - 1) > DISTANCE_TOLERANCE, "distance", severity,
@@ -195,20 +181,19 @@ def _silhouette_findings(summary: dict, diagnosis: Diagnosis | None) -> list[Fin
         return []
     width, focal = summary["sizes"][0][0], float(np.mean([view["focal"] for view in summary["views"]]))
     found, zero = [], np.zeros(summary["num_views"])
-    for fault in diagnosis.faults:
-        slots = list(fault.views) or list(range(summary["num_views"]))
-        amount = {name: fault.amounts.get(name, zero)[slots] for name in ("scale", "shift_x", "shift_y")}
-        shift = float(np.hypot(amount["shift_x"], amount["shift_y"]).max())
-        angles = np.stack([fault.amounts.get(name, zero) for name in ("azimuth", "elevation", "roll")])
-        scales = np.exp(-amount["scale"])  # the focal length written, over the one that fits
-        what, remedy = FAULTS[fault.code]
+    for code, views, amounts, _ in diagnosis.faults:
+        slots = list(views) or list(range(summary["num_views"]))
+        shift = float(np.hypot(*(amounts.get(name, zero)[slots] for name in ("shift_x", "shift_y"))).max())
+        angles = np.stack([amounts.get(name, zero) for name in ("azimuth", "elevation", "roll")])
+        scales = np.exp(-amounts.get("scale", zero)[slots])  # the focal length written, over the one that fits
+        what, remedy = FAULTS[code]
         filled = what.format(
-            views=_names(summary, fault.views), pixels=f"{shift * width:.1f}",
+            views=_names(summary, views), pixels=f"{shift * width:.1f}", step=views[0] if views else 0,
             scale=" ".join(f"{scale:.2f}" for scale in (scales if np.ptp(scales) >= 1e-9 else scales[:1])),
             degrees=f"{np.degrees(np.linalg.norm(angles, axis=0).max()):.1f}",
-            turn=f"{np.degrees(np.arctan(shift / focal)):.1f}", step=fault.views[0] if fault.views else 0,
+            turn=f"{np.degrees(np.arctan(shift / focal)):.1f}",
         )  # fmt: skip
-        found.append(Finding(fault.code, "poor", filled, remedy))
+        found.append(Finding(code, "poor", filled, remedy))
     if not diagnosis.explained:
         odd = ""
         if diagnosis.odd_view is not None and diagnosis.others < 0.5 * diagnosis.left:
@@ -219,16 +204,6 @@ def _silhouette_findings(summary: dict, diagnosis: Diagnosis | None) -> list[Fin
         remedy = "check masks, synchronisation (frame n must be the same instant in every view) and the calibration"
         found.append(Finding("silhouettes_disagree", "poor", what, remedy))
     return found
-
-
-def label_finding(framing: str | None, poses: str | None, diagnosis: Diagnosis | None) -> list[Finding]:
-    """A note where dataset.json says that the cameras written are not the true ones."""
-    return _applying(
-        ((framing == "facelift" or poses == "nearest") and diagnosis is not None, "labels", "note",
-         f"the cameras written ({framing} framing, {poses} poses) are not the true ones, as dataset.json says: "
-         f"silhouettes disagree by {100 * diagnosis.rms if diagnosis else 0:.1f} % of the width",
-         "import with --framing fill --poses exact for cameras without this error"),
-    )  # fmt: skip
 
 
 def import_findings(report: dict) -> list[Finding]:

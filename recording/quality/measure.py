@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
-from multiprocessing import get_context
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from multiview.cameras import Cameras
 from multiview.metrics import view_consistency
@@ -26,7 +25,6 @@ RIM_ALPHA = 0.02  # more of the animal than this in the outermost row or column:
 OPAQUE_SHARE = 0.999  # a "mask" that covers so much of the image is none
 EMPTY_SHARE = 1e-5
 BRIGHT = 0.98  # luminance beyond which a pixel holds no detail
-MEANS = ("mask_area", "silhouette_iou", "silhouette_filled")  # over the views
 LUMA = (0.299, 0.587, 0.114)
 MOST_TURNED_DEG = 60.0  # cameras that look elsewhere carve nothing
 
@@ -42,32 +40,29 @@ class Measured(NamedTuple):
 
 
 def measure_folders(
-    folders: list[Path], *, num_views: int | None, workers: int, progress: bool = False
-) -> tuple[list[Measured], dict[str, str]]:
-    """Returns figures of all readable samples in order, and per unreadable one why. num_views: None takes all."""
-    from tqdm import tqdm
+    folders: list[Path], *, num_views: int | None, workers: int, carved: Collection[Path] | None = None,
+    progress: bool = False,
+) -> tuple[list[Measured], dict[str, str]]:  # fmt: skip
+    """Returns figures of all readable samples in order, and per unreadable one why: that is a finding, not the end.
 
-    options = {"total": len(folders), "desc": "samples", "unit": "sample", "disable": None if progress else True}
-    measure = partial(_measure, num_views=num_views)
-    if workers == 1:
-        results = list(tqdm(map(measure, folders), **options))
-    else:
-        os.environ.setdefault("OMP_NUM_THREADS", "1")  # inherited by the workers, before they import torch
-        with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-            results = list(tqdm(pool.map(measure, folders, chunksize=4), **options))
-    broken = {str(folder): result for folder, result in zip(folders, results) if isinstance(result, str)}
-    return [result for result in results if isinstance(result, Measured)], broken
+    num_views: None takes all. carved: the samples whose hulls are carved, by default all.
+    """
 
+    def measure(folder: Path) -> Measured | str:
+        try:
+            sample = read_sample(folder, num_views=num_views)
+            if num_views is None and len(sample.view_names) > MOST_VIEWS:
+                sample = read_sample(folder, num_views=MOST_VIEWS)
+            return measure_sample(sample, hulls=carved is None or folder in carved)
+        except (ValueError, OSError) as error:
+            return str(error)
 
-def _measure(folder: Path, num_views: int | None) -> Measured | str:
-    """Returns the figures, or what keeps the sample from being read: a broken sample is a finding, not the end."""
-    try:
-        sample = read_sample(folder, num_views=num_views)
-        if num_views is None and len(sample.view_names) > MOST_VIEWS:
-            sample = read_sample(folder, num_views=MOST_VIEWS)
-        return measure_sample(sample)
-    except (ValueError, OSError) as error:
-        return str(error)
+    # Threads will do, with one of torch's each: decoding and carving leave Python's lock alone.
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as threads:
+        bar = tqdm(threads.map(measure, folders), "samples", len(folders), unit="sample", disable=not progress or None)
+        results = dict(zip(folders, bar))
+    broken = {str(folder): result for folder, result in results.items() if isinstance(result, str)}
+    return [result for result in results.values() if isinstance(result, Measured)], broken
 
 
 def measure_sample(sample: Sample, *, hulls: bool = True) -> Measured:
@@ -143,6 +138,7 @@ def summarise(measured: list[Measured], rig: ViewRig | None) -> tuple[dict, Diag
     count = counts[0]
     names = [name or f"view {slot}" for slot, name in enumerate(first.view_names[:count])]
     views = [{"name": names[slot], **_view_summary([one.views[slot] for one in measured])} for slot in range(count)]
+    diagnosis = diagnose(outlines(measured, count)) if count >= 3 else None
     for key in ("brightness", "sharpness"):
         # Within a sample the animal and its light are the same: against its views' median remain the camera and the
         # side it sees.
@@ -153,7 +149,6 @@ def summarise(measured: list[Measured], rig: ViewRig | None) -> tuple[dict, Diag
     for view, stated in zip(views, rig.views if rig is not None else ()):
         where = (view["azimuth_deg"], view["elevation_deg"], stated.azimuth_deg, stated.elevation_deg)
         view["off_rig_deg"] = float(angular_distance(*where))
-    diagnosis = diagnose(outlines(measured, count)) if count >= 3 else None
     for view, off in zip(views, diagnosis.per_view if diagnosis else ()):
         view["tangency_rms"] = off
     measured_rig = None
@@ -163,16 +158,13 @@ def summarise(measured: list[Measured], rig: ViewRig | None) -> tuple[dict, Diag
         labels = labels or [f"view_{k:02d}" for k in range(count)]
         cameras = Cameras.from_w2c(w2c, intrinsics * width, height, width)
         measured_rig = ViewRig.from_cameras(cameras, "measured", labels).to_dict()
-    distances = [view["distance_mean"] for view in views]
+    distances, means = [view["distance_mean"] for view in views], ("mask_area", "silhouette_iou", "silhouette_filled")
     return {
         "num_samples": len(measured), "num_views": count, "view_counts": counts,
         "sizes": sorted({one.size for one in measured}),
         "rig": None if rig is None else rig.name, "measured_rig": measured_rig,
         "distance_mean": _mean(distances), "distance_variation": float(np.std(distances)) / _mean(distances),
-        **{
-            f"{key}_mean": _mean([v[key] for v in views])
-            for key in ("mask_area", "silhouette_iou", "silhouette_filled")
-        },
+        **{f"{key}_mean": _mean([view[key] for view in views]) for key in means},
         **{key: sum(view[key] for view in views) for key in ("clipped", "empty")},
         "tangency_rms": None if diagnosis is None else diagnosis.rms,
         "tangency_rms_explained": None if diagnosis is None else diagnosis.left,

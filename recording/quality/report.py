@@ -7,25 +7,23 @@ from __future__ import annotations
 
 import io
 import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from multiview.files import read_lines, write_json
+from multiview.image import composite, grid, resize_rgba
 from multiview.report import Figure, Table, write_page
 from multiview.rig import View, load_rig
 from multiview.sample import CAMERAS_FILE, DATASET_FILE, read_dataset_info, read_sample, read_split
-from recording.geometry import circular_mean_deg, directions_from, label_error
-from recording.quality.findings import dataset_findings, grade, import_findings, label_finding
-from recording.quality.measure import Measured, measure_folders, measure_sample, summarise
+from recording.analysis import Analysis
+from recording.calibration.model import Calibration
+from recording.geometry import Plan, circular_mean_deg, directions_from, label_error
+from recording.quality.findings import Finding, dataset_findings, grade, import_findings
+from recording.quality.measure import Measured, measure_folders, summarise
 from recording.quality.silhouettes import evenly
-
-if TYPE_CHECKING:
-    from recording.analysis import Analysis  # which imports this package
-    from recording.calibration.model import Calibration
-    from recording.geometry import Plan
+from recording.settings import ImportSettings
 
 INSPECTED = 24  # samples of an import whose images are read
 CARVED = 4  # of these, how many are carved, which takes most of the time: a mean over 24 views
@@ -50,10 +48,10 @@ def find_samples(data: Path) -> tuple[list[Path], dict, list[str]]:
     root = data if data.is_dir() and not (data / CAMERAS_FILE).is_file() else data.parent
     if data.is_file():
         lines = read_lines(data)
-        places = [root / line for line in lines]  # an absolute line replaces the root
-        folders = [place.parent if place.name == CAMERAS_FILE else place for place in places]
         notes += ["absolute_paths"] if any(map(os.path.isabs, lines)) else []
         notes += ["camera_files"] if any(line.endswith(".json") for line in lines) else []
+        places = [root / line for line in lines]  # an absolute line replaces the root
+        folders = [place.parent if place.name == CAMERAS_FILE else place for place in places]
         missing = [folder for folder in folders if not folder.is_dir()]
         if not notes:
             folders = read_split(data)  # refuses what leads out of the dataset
@@ -88,10 +86,14 @@ def check_dataset(
         first = broken[str(chosen[0])]
         raise ValueError(f"none of the {len(chosen)} samples of {data} can be read; the first: {first}")
     summary, diagnosis = summarise(measured, stated)
-    told = label_finding(info.get("framing"), info.get("poses"), diagnosis)
+    told, framing, poses = [], info.get("framing"), info.get("poses")
+    if diagnosis is not None and (framing == "facelift" or poses == "nearest"):
+        off = f"silhouettes disagree by {100 * diagnosis.rms:.1f} % of the width"
+        cameras = f"the cameras written ({framing} framing, {poses} poses) are not the true ones, as dataset.json says"
+        remedy = "import with --framing fill --poses exact for cameras without this error"
+        told = [Finding("labels", "note", f"{cameras}: {off}", remedy)]
     findings = [*told, *dataset_findings(summary, diagnosis, stated, broken, notes, true_labels=not told)]
-    root = data if data.is_dir() else data.parent
-    unreadable = {}
+    root, unreadable = data if data.is_dir() else data.parent, {}
     for name, reason in broken.items():  # a report does not name a machine
         path = Path(name)
         unreadable[path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name] = reason
@@ -100,37 +102,17 @@ def check_dataset(
     return report
 
 
-def write_report(
-    folder: Path, calibration: Calibration, analysis: Analysis, plan: Plan, image_size: int, *, workers: int = 1
-) -> dict:
-    """Measures an imported dataset, writes the report into it, returns quality_report.json's content."""
-    folders, _, _ = find_samples(folder)
-    picks = evenly(len(plan.orders), INSPECTED)
-    carved = {picks[place] for place in evenly(len(picks), CARVED)}
-    with ThreadPoolExecutor(workers) as threads:  # decoding and carving leave Python's lock alone
-        measured = list(threads.map(lambda k: measure_sample(read_sample(folders[k]), hulls=k in carved), picks))
-    report = measure_geometry(calibration, analysis, plan, image_size)
-    summary, diagnosis = summarise(measured, plan.rig)
-    views = [{**seen, **view} for view, seen in zip(report["views"], summary["views"], strict=True)]
-    true_labels = report["label_error_rms"] <= 1e-6  # import_findings tells how large it is
-    findings = dataset_findings(summary, diagnosis, plan.rig, {}, [], true_labels=true_labels)
-    report["pictures"] = summary
-    report.update(grade([*import_findings(report), *findings]))
-    _write(folder, "Quality report", report, views, plan.requested.views if plan.requested else (), measured)
-    return report
+def write_report(settings: ImportSettings, calibration: Calibration, analysis: Analysis, plan: Plan) -> dict:
+    """Measures an imported dataset, writes the report into it, returns quality_report.json's content.
 
-
-def measure_geometry(calibration: Calibration, analysis: Analysis, plan: Plan, image_size: int) -> dict:
-    """From the masks and cameras of every frame: directions, distances, center's consistency, clipping, label error."""
+    Of every frame's masks and cameras: directions, distances, center's consistency, clipping, label error.
+    """
     orders = plan.orders  # with a heading, cameras change their views
-    azimuth, elevation, distance = (
-        np.take_along_axis(values, orders, axis=1) for values in directions_from(analysis.centres, calibration.centres)
-    )
-    relative = azimuth - azimuth[:, [plan.rig.reference_view]]
-    focal_px = plan.true_focal * image_size
-    off_px = np.take_along_axis(analysis.residuals, orders, axis=1) / distance * focal_px
     touched = np.stack([track.touches_border[analysis.places] for track in analysis.tracks], axis=1)
-    border = np.take_along_axis(touched, orders, axis=1)
+    seen = (*directions_from(analysis.centres, calibration.centres), analysis.residuals, touched)
+    azimuth, elevation, distance, off, border = (np.take_along_axis(values, orders, axis=1) for values in seen)
+    relative = azimuth - azimuth[:, [plan.rig.reference_view]]
+    off_px = off / distance * (plan.true_focal * settings.image_size)
     errors = np.array([label_error(plan, calibration, index) for index in range(len(orders))])
     views = [
         {
@@ -145,27 +127,35 @@ def measure_geometry(calibration: Calibration, analysis: Analysis, plan: Plan, i
         }
         for slot, view in enumerate(plan.rig.views)
     ]  # fmt: skip
-    return {
-        "num_samples": len(orders), "skipped_frames": len(analysis.skipped), "image_size": image_size,
+    picks = evenly(len(orders), INSPECTED)
+    folders = [settings.sample(index) for index in picks]
+    carved = [folders[place] for place in evenly(len(picks), CARVED)]
+    measured, broken = measure_folders(folders, num_views=None, workers=settings.workers, carved=carved)
+    summary, diagnosis = summarise(measured, plan.rig)
+    report = {
+        "num_samples": len(orders), "skipped_frames": len(analysis.skipped), "image_size": settings.image_size,
         "rig": plan.rig.name, "requested_rig": plan.requested.name if plan.requested else None,
-        "framing": plan.framing, "poses": plan.poses,
+        "framing": settings.framing, "poses": settings.poses,
         "body_length": plan.body_length, "body_length_world": plan.body_length * plan.scale, "zoom": plan.zoom,
         "distance_mean": float(distance.mean()), "distance_variation": float(distance.std() / distance.mean()),
         "centre_off_px_rms": float(np.sqrt((off_px**2).mean())), "centre_off_px_max": float(off_px.max()),
         "clipped_views": int((plan.extents > 1.0).sum()), "cut_by_photograph": int(border.sum()),
         "label_error_rms": float(errors[:, 0].mean()), "label_error_max": float(errors[:, 1].max()),
-        "views": views,
+        "views": views, "pictures": summary,
     }  # fmt: skip
+    true_labels = report["label_error_rms"] <= 1e-6  # import_findings tells how large it is
+    findings = dataset_findings(summary, diagnosis, plan.rig, broken, [], true_labels=true_labels)
+    report |= grade([*import_findings(report), *findings])
+    rows, wanted = zip(summary["views"], views, strict=True), plan.requested.views if plan.requested else ()
+    rows = [{**pictured, **view} for pictured, view in rows]
+    _write(settings.output_dir, "Quality report", report, rows, wanted, measured)
+    return report
 
 
 def _write(
     folder: Path, title: str, report: dict, views: list[dict], wanted: tuple[View, ...], measured: list[Measured]
 ) -> None:
     """wanted: the rig's views, open circles in the plot."""
-    import torch
-
-    from multiview.image import composite, grid, resize_rgba
-
     write_json(folder / JSON_NAME, report)
     columns = [key for key in LABELS if any(view.get(key) is not None for view in views)]
     findings = [(finding["severity"], finding["what"], finding["remedy"]) for finding in report["findings"]]

@@ -1,4 +1,4 @@
-"""Do silhouettes of several cameras belong to one solid, and if not, which usual fault explains it?
+"""Do the silhouettes of posed views belong to one solid, and if not, which usual fault explains it?
 
 A plane through two camera centers that touches the animal touches its silhouette in both images (Rieger 1986; Cipolla,
 Astrom and Giblin 1995). So for every pair of views the planes through their baseline must cover the same range of
@@ -15,11 +15,13 @@ from collections.abc import Iterator
 from itertools import combinations
 from typing import NamedTuple
 
+import cv2
 import numpy as np
+from scipy.optimize import least_squares
+from scipy.spatial.transform import Rotation
 
 from recording.calibration.checks import nearest
-from recording.calibration.fields import OPENGL
-from recording.calibration.model import centers_of
+from recording.calibration.model import OPENGL, centers_of
 
 DIRECTIONS = 72  # support points per outline
 FINE = 256  # outlines are taken from masks enlarged to at least this many pixels, so that soft rims count
@@ -47,58 +49,48 @@ AMOUNTS = (
 
 
 class Views(NamedTuple):
-    """Outlines and cameras of t samples of v views, float64.
+    """Outlines and cameras of t samples of v views, float64."""
 
-    points: [t, v, n, 2] support points over the image's width, x right, y down, corner origin; nan where a view has no
-    usable mask. intrinsics: [t, v, 4] fx, fy, cx, cy over the width. w2c: [t, v, 4, 4], OpenCV axes.
-    """
-
-    points: np.ndarray
-    intrinsics: np.ndarray
-    w2c: np.ndarray
+    points: np.ndarray  # [t, v, n, 2] over the width, x right, y down, corner origin; nan without a usable mask
+    intrinsics: np.ndarray  # [t, v, 4] fx, fy, cx, cy over the width
+    w2c: np.ndarray  # [t, v, 4, 4], OpenCV axes
 
 
 class Fault(NamedTuple):
-    """code: of `findings.FAULTS`. views: concerned, empty for all. amounts: that were undone, [v] each. left: rms."""
-
-    code: str
-    views: tuple[int, ...]
-    amounts: dict[str, np.ndarray]
-    left: float
+    code: str  # of `findings.FAULTS`
+    views: tuple[int, ...]  # concerned, empty for all
+    amounts: dict[str, np.ndarray]  # that were undone, [v] each
+    left: float  # rms that remains
 
 
 class Diagnosis(NamedTuple):
-    """rms: disagreement of the silhouettes over the width. per_view: [v]. left: rms with all faults undone.
-
-    agrees: whether there is nothing to explain. explained: whether the faults found explain all of it. odd_view: the
-    view without which the others agree best, and others: their rms.
-    """
-
-    rms: float
+    rms: float  # disagreement of the silhouettes over the width
     per_view: list[float]
     faults: list[Fault]
-    left: float
-    agrees: bool
-    explained: bool
-    odd_view: int | None
-    others: float
+    left: float  # rms with all faults undone
+    agrees: bool  # there is nothing to explain
+    explained: bool  # the faults found explain all of it
+    odd_view: int | None  # the view without which the others agree best
+    others: float  # their rms
+
+
+def support(hull: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the points of a hull [n, 2] that reach farthest in DIRECTIONS directions, and these, [DIRECTIONS, 2]."""
+    angle = np.arange(DIRECTIONS) / DIRECTIONS * 2 * np.pi
+    way = np.stack([np.cos(angle), np.sin(angle)], axis=-1)
+    return hull[(way @ hull.T).argmax(axis=1)], way
 
 
 def outline(alpha: np.ndarray) -> np.ndarray | None:
     """Returns support points [DIRECTIONS, 2] of the hull of a mask [h, w] 0..1, over the width; None if empty."""
-    import cv2
-
     height, width = alpha.shape
     factor = max(1, -(-FINE // max(height, width)))
     fine = cv2.resize(alpha.astype(np.float32), None, fx=factor, fy=factor, interpolation=cv2.INTER_LINEAR)
     contours, _ = cv2.findContours((fine > 0.5).astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
     if not contours:
         return None
-    hull = cv2.convexHull(np.concatenate(contours))[:, 0].astype(np.float64)
-    angle = np.arange(DIRECTIONS) / DIRECTIONS * 2 * np.pi
-    way = np.stack([np.cos(angle), np.sin(angle)], axis=-1)
-    reached = hull[(way @ hull.T).argmax(axis=1)] + 0.5  # center of the outermost pixel
-    return (reached + 0.5 * way) / (factor * width)  # its outer side
+    reached, way = support(cv2.convexHull(np.concatenate(contours))[:, 0].astype(np.float64))
+    return (reached + 0.5 + 0.5 * way) / (factor * width)  # the outer side of the outermost pixel, not its center
 
 
 def disagreement(views: Views) -> np.ndarray:
@@ -159,7 +151,8 @@ def adjust(views: Views, **amounts) -> Views:
     scale: log factor of the focal length. shift_x, shift_y: added to the principal point, over the width. azimuth,
     elevation: radians, the camera moved about the world's origin. roll: radians about its optical axis.
     """
-    from scipy.spatial.transform import Rotation
+    given = {name: np.broadcast_to(np.asarray(value, float), views.w2c.shape[1]) for name, value in amounts.items()}
+    intrinsics, w2c, z = views.intrinsics.copy(), views.w2c, np.tile([0.0, 0.0, 1.0], (views.w2c.shape[1], 1))
 
     def turn(axes: np.ndarray, name: str) -> np.ndarray:
         """Returns [..., 4, 4] rotations by the amounts about unit axes [..., 3]."""
@@ -168,18 +161,13 @@ def adjust(views: Views, **amounts) -> Views:
         turns[..., :3, :3] = Rotation.from_rotvec(vectors).as_matrix().reshape(*axes.shape, 3)
         return turns
 
-    given = {name: np.broadcast_to(np.asarray(value, float), views.w2c.shape[1]) for name, value in amounts.items()}
-    intrinsics, w2c, z = views.intrinsics.copy(), views.w2c, np.tile([0.0, 0.0, 1.0], (views.w2c.shape[1], 1))
     intrinsics[..., :2] *= np.exp(given.get("scale", np.zeros(1)))[:, None]
     intrinsics[..., 2] += given.get("shift_x", 0.0)
     intrinsics[..., 3] += given.get("shift_y", 0.0)
     if "azimuth" in given:
         w2c = w2c @ turn(z, "azimuth")
-    if "elevation" in given:
         w2c = w2c @ turn(_unit(w2c[:, :, 0, :3] * [1.0, 1.0, 0.0]), "elevation")
-    if "roll" in given:
-        w2c = turn(z, "roll") @ w2c
-    return views._replace(intrinsics=intrinsics, w2c=w2c)
+    return views._replace(intrinsics=intrinsics, w2c=turn(z, "roll") @ w2c if "roll" in given else w2c)
 
 
 def diagnose(views: Views) -> Diagnosis:
@@ -208,9 +196,8 @@ def diagnose(views: Views) -> Diagnosis:
                 break  # a more complicated story is not needed
         if best is None:
             break
-        _, fault, views = best
-        faults.append(fault)
-        gaps = disagreement(views)
+        faults.append(best[1])
+        views, gaps = best[2], disagreement(best[2])
         odd, _, disagrees = _odd_view(gaps, count)
     agrees = not faults and not disagrees
     return Diagnosis(start, per_view, faults, rms(gaps), agrees, not disagrees, first[0], others)
@@ -230,13 +217,13 @@ def _odd_view(gaps: np.ndarray, count: int) -> tuple[int | None, float, bool]:
 
 def _discrete(views: Views) -> Iterator[tuple[float, Fault, Views]]:
     """Wrong order, mirrored images, images upside down: nothing to fit."""
-    count, everyone = views.w2c.shape[1], list(range(views.w2c.shape[1]))
-    orders = [("views_reversed", (), [0, *range(count - 1, 0, -1)])]
-    orders += [("views_shifted", (step,), np.roll(everyone, step).tolist()) for step in range(1, count)]
-    for first, second in pairs(count):
-        order = list(everyone)
-        order[first], order[second] = second, first
-        orders.append(("views_swapped", (first, second), order))
+    everyone = list(range(views.w2c.shape[1]))
+    orders = [("views_reversed", (), [0, *everyone[:0:-1]])]
+    orders += [("views_shifted", (step,), np.roll(everyone, step)) for step in everyone[1:]]
+    for pair in pairs(len(everyone)):
+        order = np.array(everyone)
+        order[list(pair)] = pair[::-1]
+        orders.append(("views_swapped", pair, order))
     changed = [(code, concerned, views.points[:, order]) for code, concerned, order in orders]
     for concerned in [(), *((view,) for view in everyone)]:
         chosen, which = list(concerned) or everyone, "view" if concerned else "all"
@@ -274,7 +261,6 @@ def _fitted(views: Views, group: tuple[tuple, ...], odd: int | None) -> Iterator
 
 def _solve(views: Views, names: tuple[str, ...], basis: np.ndarray) -> dict[str, np.ndarray]:
     """Returns the amounts [v] by name under which the views agree best. basis: [v, m], which views share a number."""
-    from scipy.optimize import least_squares
 
     def amounts(x: np.ndarray) -> dict[str, np.ndarray]:
         return {name: basis @ part for name, part in zip(names, x.reshape(len(names), -1), strict=True)}
@@ -285,5 +271,4 @@ def _solve(views: Views, names: tuple[str, ...], basis: np.ndarray) -> dict[str,
 
     start = np.zeros(len(names) * basis.shape[1])
     bounds = (start - 0.7, start + 0.7)
-    found = least_squares(residual, start, loss="soft_l1", f_scale=AGREED, max_nfev=20, bounds=bounds)
-    return amounts(found.x)
+    return amounts(least_squares(residual, start, loss="soft_l1", f_scale=AGREED, max_nfev=20, bounds=bounds).x)

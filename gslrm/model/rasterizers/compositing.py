@@ -1,11 +1,9 @@
 """numba kernels of the CPU rasterizer, per image: depth order, tiles, compositing and its gradients. float32.
 
 Compositing is branch-free over runs of eight pixels (half a row of a tile), so that LLVM turns it into vector
-instructions; runs that a splat does not touch are left out. No fast-math: the backward pass replays the forward pass
-and must take the same decisions.
-
-The kernels release the GIL and use no numba threading: cpu.py deals the tiles to threads of its own. Results do not
-depend on the number of threads: a tile is the work of one thread, and writes its gradients to slots of its own.
+instructions. No fast-math: the backward pass replays the forward pass and must take the same decisions.
+The kernels release the GIL: cpu.py deals the tiles to threads of its own. Results do not depend on their number: a tile
+is the work of one thread, and writes its gradients to slots of its own.
 """
 
 from __future__ import annotations
@@ -63,12 +61,9 @@ def depth_order(splats, tiles):
 
 @kernel()
 def bin_tiles(order, tiles, tiles_x, tiles_y):
-    """Lists the Gaussians of every tile in depth order.
-
-    Returns (tile_starts [tiles + 1], pair_splat [pairs], pair_slot [pairs], slot_starts [len(order) + 1]). Pairs are
-    ordered by tile, then depth; slots number the same pairs by Gaussian, so that the gradients of one Gaussian lie
-    side by side.
-    """
+    """Lists the Gaussians of every tile in depth order: (tile_starts [tiles + 1], pair_splat [pairs], pair_slot
+    [pairs], slot_starts [len(order) + 1]). Pairs are ordered by tile, then depth; slots number the same pairs by
+    Gaussian, so that the gradients of one Gaussian lie side by side."""
     boxes = tiles[order]  # in order: read at random once, not twice
     tile_starts = np.zeros(tiles_x * tiles_y + 1, np.int64)
     slot_starts = np.empty(order.shape[0] + 1, np.int64)
@@ -123,10 +118,8 @@ def _exp_minus(s):
 
 @kernel()
 def _start_tile(acc, image, grad_image, top, left, rows, columns):
-    """Planes of a tile before its first splat.
-
-    Forward: zeros, transmittance, LIVE. Backward: gradients of red, green, blue and depth, R (see composite), LIVE.
-    """
+    """Planes of a tile before its first splat: zeros, transmittance, LIVE; backward: gradients of red, green, blue and
+    depth, R (see composite), LIVE."""
     acc[:] = ZERO
     for i in range(rows):
         for j in range(columns):

@@ -1,8 +1,5 @@
-"""The CPU rasterizer: numba kernels behind a torch.autograd.Function.
-
-Same mathematics as gsplat's `classic` mode, differentiable in everything but the cameras. Deterministic: results do
-not depend on the number of threads, which is torch.get_num_threads().
-"""
+"""The CPU rasterizer: numba kernels behind a torch.autograd.Function, differentiable in everything but the cameras.
+Same mathematics as gsplat's `classic` mode. Results do not depend on the number of threads, torch.get_num_threads()."""
 
 from __future__ import annotations
 
@@ -21,11 +18,8 @@ GRADS = {"xyz": 3, "quaternion": 4, "scale": 3, "opacity": 1, "color": 3}  # col
 
 
 def rasterize(gaussians: Gaussians, cameras: Cameras, background: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Renders b scenes from cameras [b, v] over background [b, v, 3], all on the CPU, in float32.
-
-    Returns rgb, alpha and depth as `render` describes them. A scene with a value that is not finite gives images of
-    NaN, as arithmetic does. Raises ValueError for cameras that require gradients.
-    """
+    """Renders b scenes from cameras [b, v] over background [b, v, 3], all on the CPU, in float32: rgb, alpha and depth
+    as `RenderOutput`, NaN where a scene has a value that is not finite. ValueError for cameras that need gradients."""
     if cameras.c2w.requires_grad or cameras.fxfycxcy.requires_grad:
         raise ValueError("the CPU rasterizer has no gradients for cameras: detach c2w and fxfycxcy")
     with torch.autocast("cpu", enabled=False):
@@ -41,10 +35,8 @@ def rasterize(gaussians: Gaussians, cameras: Cameras, background: Tensor) -> tup
 
 
 class _Rasterize(torch.autograd.Function):
-    """xyz [b,n,3], unit quaternions [b,n,4], scales [b,n,3], opacities [b,n], colors [b,1 or v,n,3] -> [b,v,5,h,w].
-
-    The five planes are red, green, blue (over black), accumulated depth, transmittance.
-    """
+    """xyz [b,n,3], unit quaternions [b,n,4], scales [b,n,3], opacities [b,n], colors [b,1 or v,n,3] -> [b,v,5,h,w]:
+    red, green, blue (over black), accumulated depth, transmittance."""
 
     @staticmethod
     def forward(ctx, xyz, quaternion, scale, opacity, color, w2c, intrinsics, size):
@@ -134,9 +126,7 @@ _pool: tuple[int, int, ThreadPoolExecutor] | None = None  # (process, threads, e
 
 def _for_images(function, count: int) -> list:
     """Returns function(index, parts) of every image: images in parallel, or one after the other, each cut into parts.
-
-    Never both: a thread of the pool must not wait for the pool.
-    """
+    Never both: a thread of the pool must not wait for the pool."""
     threads = torch.get_num_threads()
     if count < threads:
         return [function(index, threads) for index in range(count)]

@@ -20,10 +20,8 @@ SETTINGS = {
 
 
 def rasterize(gaussians: Gaussians, cameras: Cameras, background: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Renders b scenes from cameras [b, v] over background [b, v, 3], on a CUDA device, in float32.
-
-    Returns what the CPU backend returns; gradients also reach c2w. Raises ValueError where gsplat cannot run.
-    """
+    """Renders as the CPU backend does, on a CUDA device; gradients also reach c2w. ValueError where gsplat cannot
+    run."""
     background = background.float()
     if gaussians.num_gaussians == 0:  # gsplat's kernels refuse an empty scene
         empty = background.new_zeros(*cameras.shape, 1, cameras.height, cameras.width)

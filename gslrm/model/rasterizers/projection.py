@@ -1,7 +1,4 @@
-"""numba kernels of the CPU rasterizer, per Gaussian: projection into one camera and back. float64 inside.
-
-They release the GIL and use no numba threading: cpu.py cuts the Gaussians into ranges for threads of its own.
-"""
+"""numba kernels of the CPU rasterizer, per Gaussian: projection into one camera and back. float64 inside."""
 
 from __future__ import annotations
 
@@ -81,9 +78,7 @@ def _clamped_slope(slope, focal, center, size):
 @kernel()
 def _flat_axis(w2c, column, scale, fx_z, fy_z, slope_x, slope_y):
     """An axis of the Gaussian, one standard deviation long: its depth, and the projection's Jacobian times it, pixels.
-
-    The 2D covariance is the sum of flat flat^T over the three axes.
-    """
+    The 2D covariance is the sum of flat flat^T over the three axes."""
     x, y, z = _turn(w2c, column)
     x, y, z = x * scale, y * scale, z * scale
     return z, fx_z * (x - slope_x * z), fy_z * (y - slope_y * z)
@@ -91,10 +86,8 @@ def _flat_axis(w2c, column, scale, fx_z, fy_z, slope_x, slope_y):
 
 @kernel()
 def _axis_backward(w2c, column, scale, fx_z, fy_z, slope_x, slope_y, per_z, v00, v01, v11):
-    """Gradients that reach one axis from the 2D covariance's gradient V.
-
-    Returns those of (z, slope_x, slope_y, scale) and of the column of the rotation matrix.
-    """
+    """Gradients that reach one axis from the 2D covariance's gradient V: those of (z, slope_x, slope_y, scale) and of
+    the column of the rotation matrix."""
     depth, flat_x, flat_y = _flat_axis(w2c, column, scale, fx_z, fy_z, slope_x, slope_y)
     d_flat_x, d_flat_y = 2.0 * (v00 * flat_x + v01 * flat_y), 2.0 * (v01 * flat_x + v11 * flat_y)
     e0, e1 = d_flat_x * fx_z, d_flat_y * fy_z
@@ -102,13 +95,8 @@ def _axis_backward(w2c, column, scale, fx_z, fy_z, slope_x, slope_y, per_z, v00,
     m0 = w2c[0, 0] * e0 + w2c[1, 0] * e1 + w2c[2, 0] * e2
     m1 = w2c[0, 1] * e0 + w2c[1, 1] * e1 + w2c[2, 1] * e2
     m2 = w2c[0, 2] * e0 + w2c[1, 2] * e1 + w2c[2, 2] * e2
-    return (
-        -(d_flat_x * flat_x + d_flat_y * flat_y) * per_z,
-        -e0 * depth,
-        -e1 * depth,
-        m0 * column[0] + m1 * column[1] + m2 * column[2],
-        (m0 * scale, m1 * scale, m2 * scale),
-    )
+    d_z, d_scale = -(d_flat_x * flat_x + d_flat_y * flat_y) * per_z, m0 * column[0] + m1 * column[1] + m2 * column[2]
+    return d_z, -e0 * depth, -e1 * depth, d_scale, (m0 * scale, m1 * scale, m2 * scale)
 
 
 @kernel()
@@ -178,10 +166,8 @@ def project(xyz, quaternion, scale, opacity, color, w2c, intrinsics, height, wid
 def project_backward(
     xyz, quaternion, scale, w2c, intrinsics, height, width, splats, order, slot_starts, slot_grads, start, stop, grads
 ):
-    """Sums the slots of the Gaussians order[start..stop-1] and takes the gradients back through the projection.
-
-    Writes grads [n, 14] (float32, zeros): xyz 3, quaternion 4 (of the normalized one), scale 3, opacity 1, color 3.
-    """
+    """Sums the slots of the Gaussians order[start..stop-1] and takes the gradients back through the projection, into
+    grads [n, 14] (float32, zeros): xyz 3, quaternion 4 (of the normalized one), scale 3, opacity 1, color 3."""
     fx, fy, cx, cy = intrinsics[0], intrinsics[1], intrinsics[2], intrinsics[3]
     sums = np.empty(NUM_GRADS)
     for rank in range(start, stop):

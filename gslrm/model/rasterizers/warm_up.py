@@ -1,8 +1,5 @@
-"""Compiles the CPU rasterizer's forward kernels in a process of its own, while a command imports its libraries.
-
-Compiling takes 5 seconds, once per installation, and would hold the GIL: in a thread it would delay the imports by as
-much. On a second core the first command does not wait for it. Imports neither torch nor numba by itself.
-"""
+"""Compiles the CPU rasterizer's forward kernels in a process of its own, while a command imports its libraries: 5
+seconds, once per installation, in which a thread would hold the GIL. Imports neither torch nor numba by itself."""
 
 from __future__ import annotations
 
