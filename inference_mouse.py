@@ -25,6 +25,10 @@ def parse_arguments() -> tuple[argparse.Namespace, Options]:
     source.add_argument("--input_image", type=Path, help="one photograph (RGBA: its alpha is the mask)")
     source.add_argument("--input_dir", type=Path, help="every photograph in a folder")
     source.add_argument("--sample_dir", type=Path, help="a sample folder of posed views: Stage 2 only")
+    source.add_argument(
+        "--dataset", type=Path, metavar="DIR",
+        help="a recording's samples in order (a dataset folder, or a split list): refined frame after frame",
+    )  # fmt: skip
     source.add_argument("--input_video", type=Path, help="frames of a video, see video_stride")
     add_fields(parser, Checkpoints)
     parser.add_argument("--seed", type=int, default=0, help="of each photograph, wherever it stands in a folder")
@@ -75,7 +79,7 @@ def main() -> None:
         warm_up.start()  # the first command of an installation compiles kernels, beside the imports that follow
     from tqdm import tqdm
 
-    from multiview.run import check_output_folder, stoppable
+    from multiview.run import check_output_folder, process_share, stoppable
     from pipeline import MouseFaceLift, PhotographError, import_stage1
 
     check_output_folder(arguments.output_dir)
@@ -85,13 +89,15 @@ def main() -> None:
         check_libraries(f".{arguments.mesh}")
     failed: dict[str, str] = {}
     # Inputs first: a wrong path is told before models are loaded.
-    jobs = [] if arguments.sample_dir else list_jobs(arguments, options.video_stride, failed)
-    if not arguments.sample_dir:
+    posed = arguments.sample_dir or arguments.dataset
+    frames = list_frames(arguments.dataset) if arguments.dataset else []
+    jobs = [] if posed else list_jobs(arguments, options.video_stride, failed)
+    if not posed:
         import_stage1()
+    share, device = process_share(arguments.device)
     model = MouseFaceLift.load(
-        device=arguments.device, stages="2" if arguments.sample_dir else "full", options=options,
-        **vars(from_arguments(Checkpoints, arguments)),
-    )  # fmt: skip
+        device=device, stages="2" if posed else "full", options=options, **vars(from_arguments(Checkpoints, arguments))
+    )
 
     def save(name: str, result) -> None:
         result.save(
@@ -101,6 +107,17 @@ def main() -> None:
         kept, seconds = result.record["gaussians"]["kept"], sum(result.record["seconds"].values())
         print(f"{arguments.output_dir / name}: {kept} Gaussians in gaussians.ply, {seconds:.1f} s")
 
+    if arguments.dataset:
+        from pipeline.sequence import reconstruct_sequence
+
+        left_out = reconstruct_sequence(
+            model, frames, arguments.output_dir, share, refine=arguments.refine, refine_size=options.refine_size,
+            seed=arguments.seed,
+        )  # fmt: skip
+        print(f"{arguments.output_dir}: sequence.json, film.mp4 and {len(frames) - len(left_out)} frames")
+        if left_out:
+            raise ValueError(f"{len(left_out)} of {len(frames)} frames are left out: " + "; ".join(left_out))
+        return
     if arguments.sample_dir:
         from multiview.sample import read_sample
         from pipeline.outputs import PosedViews
@@ -134,6 +151,18 @@ def main() -> None:
         done += 1
     if failed:
         raise ValueError(f"{done} done, {len(failed)} failed: " + "; ".join(failed.values()))
+
+
+def list_frames(source: Path) -> list[Path]:
+    """Returns the sample folders of a split list, or all of a dataset folder by name."""
+    from multiview.sample import is_complete_sample, read_split
+
+    if source.is_file():
+        return read_split(source)
+    frames = sorted(path for path in source.glob("*") if is_complete_sample(path))
+    if not frames:
+        raise ValueError(f"--dataset {source} is neither a split list nor a folder of samples (opencv_cameras.json)")
+    return frames
 
 
 def leave_out(name: str, reason: str, failed: dict[str, str]) -> None:

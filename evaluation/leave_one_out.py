@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -11,9 +9,8 @@ from tqdm import tqdm
 from evaluation import EvaluationSettings
 from evaluation.methods import Prediction, measure, predict_gaussians, predict_hull
 from evaluation.report import metrics_table
-from gslrm.refinement import anisotropy_p95
 from multiview.files import atomic_write, write_json
-from multiview.image import composite, grid, write_image
+from multiview.image import composite, write_image
 from multiview.report import Figure, Table, write_page
 from multiview.run import git_hash, stoppable
 from multiview.sample import read_sample, read_split
@@ -60,7 +57,9 @@ def leave_one_out(settings: EvaluationSettings, model: MouseFaceLift, lpips, hea
     write_image(folder / "sheet.png", torch.cat([image for _, image in figures[:4]], dim=1))
     rows = "rows: truth, hull, Stage 2, refined; columns: the view left out"
     pages = [Figure(f"{name}; {rows}", image) for name, image in figures[:8]]
-    write_page(folder / "report.html", "Leave-one-out", [*tables, *pages], {"data": str(settings.data), "commit": git_hash()})
+    write_page(
+        folder / "report.html", "Leave-one-out", [*tables, *pages], {"data": str(settings.data), "commit": git_hash()}
+    )
     return markdown
 
 

@@ -158,6 +158,17 @@ def write_split(list_file: Path | str, folders: list[Path | str]) -> None:
         temporary.write_text("".join(f"{line}\n" for line in lines))
 
 
+def write_complete(list_file: Path, folders: Sequence[Path]) -> int:
+    """Writes those of the sample folders that are complete, and returns their number; several processes may do so."""
+    listed: list[Path] | None = None
+    while True:  # until it is true: another process may finish a sample meanwhile
+        complete = [folder for folder in folders if is_complete_sample(folder)]
+        if complete == listed:
+            return len(complete)
+        write_split(list_file, complete)
+        listed = complete
+
+
 def write_dataset_info(folder: Path | str, rig: ViewRig, **parameters) -> None:
     """Writes `dataset.json`: the rig and whatever made the data (JSON values)."""
     write_json(Path(folder) / DATASET_FILE, {"rig": rig.to_dict(), **parameters})

@@ -127,9 +127,10 @@ class MouseFaceLift:
             "input": Path(name).name, "artifacts": self.artifacts.describe(), "input_views": len(cameras),
             "agreement_of_masks": round(placement.agreement, 4), "seconds": {},
         }  # fmt: skip
+        moved = None if fits_rig(self.rig, cameras) else placement.to_rig
         if refine == "off":
             result = self._finish(posed, lambda: self.predict_anywhere(posed, placement), wanted.filtered, record, None)
-            return replace(result, to_rig=placement.to_rig)
+            return replace(result, to_rig=moved)
         started, small = time.perf_counter(), reduced(posed, wanted.refine_size)
         starts = {
             "stage2": lambda: self.predict_anywhere(posed, placement, FilterSettings()),
@@ -148,7 +149,7 @@ class MouseFaceLift:
         counts["kept"] = gaussians.num_gaussians
         record["seconds"]["refinement"] = round(time.perf_counter() - started, 2)
         record |= {"refinement": told, "filtered": wanted.filtered, "gaussians": counts}
-        return Reconstruction(gaussians, posed, self.rig, record, to_rig=placement.to_rig)
+        return Reconstruction(gaussians, posed, self.rig, record, to_rig=moved)
 
     def predict_anywhere(
         self, views: PosedViews, placement: Placement, keep: FilterSettings | None = None

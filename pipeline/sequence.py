@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,11 +12,10 @@ from tqdm import tqdm
 from gslrm.model.gaussians import Gaussians
 from gslrm.model.gaussians_renderer import render
 from gslrm.model.ply import load_ply, save_ply
-from multiview.cameras import Cameras
 from multiview.files import read_json, write_json
 from multiview.image import composite, resize_rgba, save_video
 from multiview.run import stoppable
-from multiview.sample import Sample, read_sample
+from multiview.sample import read_sample
 from pipeline.model import MouseFaceLift
 from pipeline.outputs import PosedViews
 from pipeline.posed import locate
