@@ -303,10 +303,10 @@ class Bench:
 
     def stage1(self, attention: str):
         """Returns the training config, components with a UNet, and prompt embeddings, all of random weights."""
-        from tests.random_components import SD21_UNCLIP, demo_shape, random_components
         from mvdiffusion.facelift_yaml import load_training_config
         from mvdiffusion.models.unet import create_unet
         from mvdiffusion.prompts import TOKENS, PromptEmbeds
+        from tests.random_components import SD21_UNCLIP, demo_shape, random_components
 
         name = {"demo": "demo", "full": "mouse"}[self.options.preset]
         config = load_training_config(str(REPOSITORY / "configs" / f"{name}_mvdiffusion.yaml"), [])
