@@ -75,6 +75,16 @@ def read_lines(path: Path | str) -> list[str]:
     return [line.strip() for line in read_text(path).splitlines() if line.strip()]
 
 
+@contextmanager
+def damage_explained(what: str) -> Iterator[None]:
+    """Turns what a library raises while it decodes a file (`what`: its kind and path) into a ValueError."""
+    try:
+        yield
+    except DAMAGE as error:
+        told = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"{what} cannot be read: {told[0][:200]}") from error
+
+
 def take(
     content: object, key: str, kind: type | tuple[int, ...], where: str, *, default: Any = ..., least: float = -1e30,
     most: float = 1e30,

@@ -78,7 +78,7 @@ def check_belongs(calibration: Calibration, outlines: np.ndarray) -> None:
         return
     half = field_of_view(calibration)
     errors = {name: left(seen(pixels), other.w2c) for name, other, pixels in mistakes(calibration, outlines)
-              if layout(other.w2c, half).possible}  # fmt: skip
+              if Layout(other.w2c, half).possible}  # fmt: skip
     if len(cameras) <= MOST_REORDERED:
         # [camera, t, video, n, 2]: where the outlines of every video would be, had this camera filmed it.
         through = np.stack([calibration.to_normalised(camera, outlines) * focal[camera] for camera in cameras])
