@@ -1,4 +1,4 @@
-"""Each true view of a calibrated sample asked of the others: the honest test on real animals, which have no novel views."""
+"""Each true view of a calibrated sample asked of the others: the test on real animals, which have no novel views."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fits Gaussians to the posed views of one scene: seconds on a CPU, from Stage 2's prediction, the hull or a last frame.
+"""Fits Gaussians to the posed views of one scene: seconds on a CPU, from Stage 2, the hull or the frame before.
 
 As 3D Gaussian splatting (Kerbl et al. 2023) without densification: Adam moves, colors and resizes the Gaussians of a
 good start until renderings agree with the given images and masks. docs/benchmarks.md measures each choice made here.
@@ -64,7 +64,7 @@ def hull_start(hull: VisualHull, rgb: Tensor, masks: Tensor, cameras: Cameras) -
 
 
 def limit(gaussians: Gaussians) -> Gaussians:
-    """Returns at most MOST_GAUSSIANS of one scene's, spread evenly over their order and grown to cover the same area."""
+    """Returns at most MOST_GAUSSIANS of one scene, taken evenly from their order and grown to cover the same area."""
     n = gaussians.num_gaussians
     if n <= MOST_GAUSSIANS:
         return gaussians

@@ -99,4 +99,4 @@ def reshoot_lists(settings: Any, model: MouseFaceLift, share: tuple[int, int]) -
                 write_sample(folder / source.name, sample)
         listed = write_complete(folder / path.name, [folder / source.name for source in sources])
         refused = sum((folder / "left_out" / f"{source.name}.json").is_file() for source in sources)
-        yield f"{folder / path.name}: {listed} of {len(sources)} samples, {refused} left out (see {folder / 'left_out'})"
+        yield f"{folder / path.name}: {listed} of {len(sources)} samples, {refused} left out ({folder / 'left_out'})"

@@ -105,7 +105,7 @@ def reconstruct_frame(
 
 @torch.no_grad()
 def write_film(path: Path, folders: Sequence[Path], output_dir: Path) -> None:
-    """Writes a film of all frames: the first given view, the Gaussians from its camera, and a camera that goes round."""
+    """Writes a film: the first given view of every frame, the Gaussians from its camera, and from one going round."""
     frames = []
     for index, folder in enumerate(folders):
         sample, gaussians = read_sample(folder, views=[0]), load_ply(output_dir / folder.name / "gaussians.ply")

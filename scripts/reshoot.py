@@ -1,9 +1,9 @@
 """Films refined samples again with a rig's exact cameras: training data for both stages from any calibrated rig.
 
-Every sample's views are fitted (as inference_mouse.py --sample_dir does) and rendered as the rig's views, then as random
+Every sample's views are fitted, as inference_mouse.py --sample_dir does, and rendered as the rig's views and as random
 novel ones, with soft masks and depth. Samples whose fit to all views but one cannot show that one are left out, and
 listed. Repeating the command continues it; torchrun shares it out.
-  python scripts/reshoot.py --data data_mouse/data_mouse_train.txt data_mouse/data_mouse_val.txt --output_dir data_reshot
+  python scripts/reshoot.py --data data_mouse/data_mouse_train.txt --output_dir data_reshot
 """
 
 import argparse
