@@ -11,12 +11,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 MOST = {  # goals: 16,500 lines, 115 files, 9 names used once, 60 dataclasses, 9,000 lines reached, 10,000 of tests
-    "product lines": 19_900, "product files": 118, "longest file": 400, "longest function": 85,
-    "files in the largest folder": 14, "module functions named once per 1,000 lines": 11.8, "dataclasses": 84,
-    "functions with more than 8 parameters": 1, "flags of inference_mouse.py": 20, "unused public names": 7,
-    "files in a circle of imports": 0, "lines reached by the entry scripts": 9_850, "test lines": 14_000,
+    "product lines": 18_750, "product files": 113, "longest file": 400, "longest function": 85,
+    "files in the largest folder": 14, "module functions named once per 1,000 lines": 11.3, "dataclasses": 71,
+    "functions with more than 8 parameters": 1, "flags of inference_mouse.py": 20, "unused public names": 0,
+    "files in a circle of imports": 0, "lines reached by the entry scripts": 9_400, "test lines": 12_800,
 }  # fmt: skip
-LEAST_COMMENTS = 8.7  # per 100 code lines
+LEAST_COMMENTS = 9.5  # per 100 code lines
 PACKAGES = ("multiview", "mvdiffusion", "gslrm", "pipeline", "synthetic", "recording", "evaluation")
 ALLOWED_IMPORTS = {  # package -> the packages that it may import; entry scripts and scripts/ may import all
     "multiview": set(),

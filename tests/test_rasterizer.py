@@ -33,9 +33,11 @@ def scene(b=1, n=100, degree=0, log_scale=-3.0, logit=0.0, seed=0):
     )  # fmt: skip
 
 
-def cameras_for(b=1, v=2, height=40, width=56, shift=(3.3, -2.2), elevation_deg=20.0, **arguments):
+def cameras_for(b=1, v=2, height=40, width=56, shift=(3.3, -2.2), elevation_deg=20.0, distance=2.7, hfov_deg=50.0):
     """Cameras [b, v] with a picture that is not square and a principal point off its centre."""
-    ring = Cameras.turntable(b * v, 48, elevation_deg=elevation_deg, **arguments)
+    azimuth_deg = -torch.arange(b * v, dtype=torch.float64) * 360.0 / (b * v)
+    focal = 0.5 / math.tan(math.radians(hfov_deg) / 2)
+    ring = Cameras.orbit(azimuth_deg, torch.full_like(azimuth_deg, elevation_deg), distance, focal, 48)
     fxfycxcy = ring.fxfycxcy + torch.tensor([0.0, 2.0, 4.0 + shift[0], -4.0 + shift[1]])
     return Cameras(ring.c2w.view(b, v, 4, 4), fxfycxcy.view(b, v, 4), height, width)
 
