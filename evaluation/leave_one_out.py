@@ -57,9 +57,8 @@ def leave_one_out(settings: EvaluationSettings, model: MouseFaceLift, lpips, hea
     write_image(folder / "sheet.png", torch.cat([image for _, image in figures[:4]], dim=1))
     rows = "rows: truth, hull, Stage 2, refined; columns: the view left out"
     pages = [Figure(f"{name}; {rows}", image) for name, image in figures[:8]]
-    write_page(
-        folder / "report.html", "Leave-one-out", [*tables, *pages], {"data": str(settings.data), "commit": git_hash()}
-    )
+    facts = {"data": str(settings.data), "commit": git_hash()}
+    write_page(folder / "report.html", "Leave-one-out", [*tables, *pages], facts=facts)
     return markdown
 
 
@@ -68,7 +67,7 @@ def predict_left_out(
 ) -> tuple[dict[str, Prediction], dict]:
     """Returns what hull, Stage 2 and refinement of the given views show of `view`, and facts of the refinement."""
     parts, found = (given.rgb, given.masks, given.cameras), {HULL: predict_hull(given, sample, [view])}
-    for method, refine in ((STAGE2, "off"), (REFINED, settings.refine)):
+    for method, refine in ((STAGE2, "off"), (REFINED, "auto")):
         made = model.reconstruct(*parts, refine=refine, seed=settings.seed, name=name)
         found[method] = predict_gaussians(made.gaussians, sample, [view])
     told = made.record["refinement"]

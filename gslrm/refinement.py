@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
+from scipy.spatial import cKDTree
 from torch import Tensor
 
 from gslrm.losses import ssim_loss
@@ -22,8 +23,10 @@ from multiview.hull import VisualHull, colour_surface, surface
 from multiview.run import make_generator
 
 MOST_GAUSSIANS = 60_000  # of a result; Stage 2 at 512 px predicts up to a million
-ITERATIONS = {"hull": 300, "stage2": 150, "previous": 50}  # of `auto`, by the start: a worse one needs more
+ITERATIONS = {"hull": 300, "stage2": 200, "previous": 60}  # of `auto`, by the start: a worse one needs more
 TRIAL_ITERATIONS = 20  # that tell the better start from the worse
+SURE_IOU = 0.9  # a Stage 2 that explains the given masks so well needs no trial
+NEIGHBOURS = 4  # whose colors and opacities are held together
 HULL_SIGMA = 0.7  # standard deviation of a hull's Gaussian, voxels
 HULL_OPACITY = 2.0  # its logit
 WINDOW, LEAST_GAIN = 25, 0.002  # stops when the mean loss of so many iterations falls by less than this fraction
@@ -37,17 +40,22 @@ class RefineSettings:
     rate_xyz: float = 2.5e-3
     rate_color: float = 1e-2
     rate_scaling: float = 4e-2
-    rate_rotation: float = 1e-2
+    rate_rotation: float = 2e-2
     rate_opacity: float = 0.2
     weight_l1: float = 8.0
     weight_ssim: float = 2.0
     weight_alpha: float = 5.0
     weight_scale: float = 0.008  # of the mean size, in units of the radius: no Gaussian hides behind others and swells
-    random_background: bool = True
+    weight_smooth: float = 0.1  # of the difference to the colors and opacities of the start's nearest neighbors
+    least_sigma: float = 0.0  # no Gaussian becomes narrower, so that no holes open between the given views
 
 
-# A hull's surface lies outside of the true one wherever the animal is hollow, so that its Gaussians have to travel.
-HULL_SETTINGS = RefineSettings(rate_xyz=1e-2)
+# A hull's surface lies outside of the true one wherever the animal is hollow, so that its Gaussians have to travel; its
+# neighbors' colors are too rough a guess to hold on to.
+SETTINGS = {
+    "hull": RefineSettings(rate_xyz=1e-2, weight_smooth=0.0, least_sigma=0.02),
+    "stage2": RefineSettings(), "previous": RefineSettings(weight_smooth=0.0),
+}  # fmt: skip
 
 
 def hull_start(hull: VisualHull, rgb: Tensor, masks: Tensor, cameras: Cameras) -> Gaussians:
@@ -113,6 +121,10 @@ def refine(
     groups = [{"params": [raw[name]], "lr": rate} for name, rate in rates.items()]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), eps=1e-15)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
+    smooth = s.weight_smooth if start.num_gaussians > NEIGHBOURS else 0.0
+    if smooth:
+        xyz = start.xyz[0].detach().cpu().numpy()
+        near = torch.from_numpy(cKDTree(xyz).query(xyz, NEIGHBOURS + 1)[1][:, 1:]).to(rgb.device)
     color = rgb - (1 - masks)  # premultiplied by the mask: over black
     order: list[int] = []
     losses: list[float] = []
@@ -123,16 +135,22 @@ def refine(
             order = order or torch.randperm(len(rgb), generator=generator).tolist()
             chosen.append(order.pop())
         # A background that is new each time leaves no color to hide before: this is what makes outlines right.
-        background = torch.rand(3, generator=generator).to(rgb) if s.random_background else rgb.new_ones(3)
+        background = torch.rand(3, generator=generator).to(rgb)
         gaussians = Gaussians(**raw)
         out = render(gaussians, cameras[chosen][None], background)
         target = (color[chosen] + (1 - masks[chosen]) * background[:, None, None])[None]
         loss = s.weight_l1 * (out.rgb - target).abs().mean() + s.weight_ssim * ssim_loss(out.rgb, target).mean()
         loss = loss + s.weight_alpha * (out.alpha[0] - masks[chosen]).abs().mean()
         loss = loss + s.weight_scale / radius * gaussians.get_scaling.mean()
+        if smooth:
+            color_step = raw["features"][0, :, None, 0] - raw["features"][0, near, 0]
+            opacity_step = raw["opacity"][0, :, None] - raw["opacity"][0, near]
+            loss = loss + smooth * (color_step.abs().mean() + 0.05 * opacity_step.abs().mean())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        if s.least_sigma:
+            raw["scaling"].data.clamp_(min=math.log(s.least_sigma * radius))
         schedule.step()
         losses.append(loss.item())
         if hasattr(bar, "set_postfix"):
@@ -151,11 +169,11 @@ def choose_start(
     How well an unfitted start does says too little: a hull's colors come from the very views it is compared with.
     """
     tried = {}
+    if "stage2" in starts:
+        tried["stage2"] = agreement(starts["stage2"], rgb, masks, cameras)
+        if tried["stage2"]["iou"] >= SURE_IOU:
+            return "stage2", tried
     for name, start in starts.items():
-        fitted = refine(start, rgb, masks, cameras, TRIAL_ITERATIONS, settings_of(name), seed=seed)
+        fitted = refine(start, rgb, masks, cameras, TRIAL_ITERATIONS, SETTINGS[name], seed=seed)
         tried[name] = agreement(fitted, rgb, masks, cameras)
     return max(tried, key=lambda name: tried[name]["psnr"]), tried
-
-
-def settings_of(start: str) -> RefineSettings:
-    return HULL_SETTINGS if start == "hull" else RefineSettings()

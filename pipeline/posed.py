@@ -182,13 +182,16 @@ def fit(
     dropped: the start is returned.
     """
     made = {name: refinement.limit(start().to(rgb.device)) for name, start in starts.items()}
+    made = {name: gaussians for name, gaussians in made.items() if gaussians.num_gaussians}
+    if not made:
+        raise ValueError("nothing to refine: the start has no Gaussian; try start=hull")
     name, tried = next(iter(made)), {}
     if len(made) > 1:
         name, tried = refinement.choose_start(made, rgb, masks, cameras, seed=seed)
     count = refinement.ITERATIONS[name] if iterations is None else iterations
     before = refinement.agreement(made[name], rgb, masks, cameras)
     fitted = refinement.refine(
-        made[name], rgb, masks, cameras, count, refinement.settings_of(name), seed=seed, progress=progress
+        made[name], rgb, masks, cameras, count, refinement.SETTINGS[name], seed=seed, progress=progress
     )
     after = refinement.agreement(fitted, rgb, masks, cameras)
     if after["psnr"] < before["psnr"]:
