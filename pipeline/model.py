@@ -121,13 +121,14 @@ class MouseFaceLift:
         """
         wanted = FitOptions(**options)
         posed = PosedViews(torch.as_tensor(views).float(), torch.as_tensor(masks).float(), cameras)
+        record = {"input": Path(name).name, "artifacts": self.artifacts.describe(), "input_views": len(cameras)}
+        at_home = fits_rig(self.rig, cameras)
+        if at_home and refine == "off":  # as Stage 2 was trained: nothing to find or to bring
+            return self._finish(posed, lambda: self.predict(posed), wanted.filtered, {**record, "seconds": {}}, None)
         # Wrong axes give a plausible, wrong animal.
         placement = wanted.placement or locate(posed.masks, cameras, name)
-        record = {
-            "input": Path(name).name, "artifacts": self.artifacts.describe(), "input_views": len(cameras),
-            "agreement_of_masks": round(placement.agreement, 4), "seconds": {},
-        }  # fmt: skip
-        moved = None if fits_rig(self.rig, cameras) else placement.to_rig
+        record |= {"agreement_of_masks": round(placement.agreement, 4), "seconds": {}}
+        moved = None if at_home else placement.to_rig
         if refine == "off":
             result = self._finish(posed, lambda: self.predict_anywhere(posed, placement), wanted.filtered, record, None)
             return replace(result, to_rig=moved)

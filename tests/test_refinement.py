@@ -72,7 +72,10 @@ def test_the_world_may_lie_anywhere_and_have_any_size(model):
     centre = locate(views.masks, views.cameras, "x").centre
     assert torch.allclose(locate(views.masks, moved, "x").centre, centre * scale + shift, atol=0.05 * scale)
     asked = views.rgb, views.masks
-    assert agreement(there.gaussians, *asked, moved)["iou"] > agreement(here.gaussians, *asked, views.cameras)["iou"] - 0.05
+    assert (
+        agreement(there.gaussians, *asked, moved)["iou"]
+        > agreement(here.gaussians, *asked, views.cameras)["iou"] - 0.05
+    )
     assert here.to_rig is None and there.to_rig is not None  # the turntable goes round the animal
 
 
@@ -134,7 +137,8 @@ def test_gaussians_are_moved_as_cameras_are():
     c2w[:, :3, :3] /= 2.0
     rgb, masks = torch.rand(3, 3, 32, 32), torch.ones(3, 1, 32, 32)
     here, there = (
-        agreement(g, rgb, masks, c) for g, c in ((gaussians, camera), (gaussians.moved(matrix), replace(camera, c2w=c2w)))
+        agreement(g, rgb, masks, c)
+        for g, c in ((gaussians, camera), (gaussians.moved(matrix), replace(camera, c2w=c2w)))
     )
     assert there["psnr"] == pytest.approx(here["psnr"], abs=1e-3)
 
@@ -150,7 +154,13 @@ def test_it_stops_when_nothing_improves():
     """A start that cannot be bettered, since there is nothing to see, ends after two windows."""
     _, views = given()
     start = Gaussians(*(torch.zeros(1, 4, *end) for end in ([3], [1, 3], [3], [4], [1])))
-    start = replace(start, xyz=torch.eye(3)[None, [0, 1, 2, 0]], opacity=start.opacity - 30, rotation=torch.ones(1, 4, 4), scaling=start.scaling - 9)
+    start = replace(
+        start,
+        xyz=torch.eye(3)[None, [0, 1, 2, 0]],
+        opacity=start.opacity - 30,
+        rotation=torch.ones(1, 4, 4),
+        scaling=start.scaling - 9,
+    )
     seen = []
     refine(start, *parts(views), 300, progress=lambda iterations: (seen.append(i) or i for i in iterations))
     assert len(seen) < 300

@@ -75,7 +75,10 @@ def test_processes_share_frames_and_bad_ones_are_left_out(model, recording, tmp_
 
 @pytest.mark.parametrize(
     ("arguments", "told"),
-    [(["--dataset", "nothing"], "neither a split list nor a folder"), (["--sample_dir", "."], "no opencv_cameras.json")],
+    [
+        (["--dataset", "nothing"], "neither a split list nor a folder"),
+        (["--sample_dir", "."], "no opencv_cameras.json"),
+    ],
 )
 def test_what_is_no_dataset_is_refused(arguments, told, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=told):
