@@ -123,7 +123,7 @@ def main() -> None:
         from pipeline.outputs import PosedViews
 
         folder = arguments.sample_dir.resolve()
-        sample = read_sample(arguments.sample_dir)
+        sample = read_sample(arguments.sample_dir, padded=True)
         views = PosedViews.of(sample.rgba, sample.cameras)
         count = sample.num_inputs
         print(f"{folder.name}: {count} of {len(sample.view_names)} views are the input")

@@ -25,7 +25,7 @@ def leave_one_out(settings: EvaluationSettings, model: MouseFaceLift, lpips, hea
     """Measures hull, Stage 2 and refinement on every view of every sample; returns the tables as Markdown."""
     records, figures, folder = [], [], settings.output_dir
     for path in stoppable(tqdm(read_split(settings.data)[: settings.num_samples], desc="left out", unit="sample")):
-        sample = read_sample(path)
+        sample = read_sample(path, padded=True)
         posed = PosedViews.of(sample.rgba[: sample.num_inputs], sample.cameras[: sample.num_inputs])
         shown: list[Tensor] = []
         for view in range(sample.num_inputs):

@@ -190,7 +190,7 @@ class Cameras:
         return [dict(zip(names, (self.width, self.height, *row, w2c))) for row, w2c in rows]
 
     @staticmethod
-    def from_frames(frames: list[dict], source: str) -> Cameras:
+    def from_frames(frames: list[dict], source: str, *, padded: bool = False) -> Cameras:
         """Reads the `frames` list of `opencv_cameras.json` into Cameras of shape [v], float32."""
         if not frames:
             raise ValueError(f"{source}: 'frames' is empty, at least one camera is expected")
@@ -203,9 +203,9 @@ class Cameras:
             bent = [key for key in LENS_TERMS if take(frame, key, float, where, default=0.0) != 0]
             if bent:  # a pinhole in their place would be off by tens of pixels at the rim
                 raise ValueError(f"{where} has lens terms {', '.join(bent)}; undistort the images first")
-        if len(sizes) != 1:
+        if len(sizes) != 1 and not padded:
             raise ValueError(f"{source}: all frames must have one image size, got w x h {sorted(sizes)}")
-        ((width, height),) = sizes
+        width, height = (max(sides) for sides in zip(*sizes))
         w2c, fxfycxcy = (torch.tensor(values, dtype=torch.float64) for values in (w2c, fxfycxcy))
         cameras = Cameras.from_w2c(w2c, fxfycxcy, height, width).to(torch.float32).validate(source)
         if ((w2c[:, 3] - w2c.new_tensor([0, 0, 0, 1])).abs() > 1e-3).any():

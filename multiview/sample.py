@@ -63,11 +63,12 @@ class Sample:
 
 def read_sample(
     folder: Path | str, *, image_size: int | None = None, num_views: int | None = None,
-    views: Sequence[int] | None = None, with_depth: bool = False,
+    views: Sequence[int] | None = None, with_depth: bool = False, padded: bool = False,
 ) -> Sample:  # fmt: skip
     """Reads a sample folder (FaceLift's included), or its first `num_views`, or these `views` in this order; images and
-    cameras resized together to image_size if given. with_depth: depth images are required. Raises ValueError naming the
-    file, also where a view has no mask."""
+    cameras resized together to image_size if given. with_depth: depth images are required. padded: images may differ in
+    size; all are filled up with nothing, to the right and below, to the largest. Raises ValueError naming the file, also
+    where a view has no mask."""
     folder = Path(folder)
     path = folder / CAMERAS_FILE
     if not path.is_file():
@@ -81,7 +82,7 @@ def read_sample(
     if outside:
         raise ValueError(f"sample {folder} has {len(frames)} views, there are no views {outside}")
     frames = [frames[view] for view in chosen]  # the others are neither checked nor opened: training reads 4 of many
-    cameras = Cameras.from_frames(frames, str(path))
+    cameras = Cameras.from_frames(frames, str(path), padded=padded)
     size, images, depths, names = (cameras.height, cameras.width), [], [], []
     for view, frame in zip(chosen, frames):
         where = f"{path}: frame {view}"
@@ -91,8 +92,11 @@ def read_sample(
         if with_depth:
             read[_depth_path(folder, view)] = _read_depth(_depth_path(folder, view))
         for name, image in read.items():
-            if tuple(image.shape[-2:]) != size:
-                raise ValueError(f"{name} is {list(image.shape[-2:])} (h, w), {path} says {list(size)}")
+            if list(image.shape[-2:]) != [frame["h"], frame["w"]]:
+                told = [int(frame["h"]), int(frame["w"])]
+                raise ValueError(f"{name} is {list(image.shape[-2:])} (h, w), {path} says {told}")
+            missing = (0, size[1] - image.shape[-1], 0, size[0] - image.shape[-2])
+            read[name] = torch.nn.functional.pad(image, missing)
         images.append(read[file])
         depths += list(read.values())[1:]
         covered = float((images[-1][3] > 0.5).float().mean())

@@ -39,7 +39,7 @@ def reshoot(
     cameras would not see either. settings: of `MouseFaceLift.reconstruct`.
     Alpha is the Gaussians' own, so that masks are soft; depth is the mean depth where alpha is at least a half.
     """
-    source = read_sample(folder)
+    source = read_sample(folder, padded=True)
     views = PosedViews.of(source.rgba[: source.num_inputs], source.cameras[: source.num_inputs])
     parts = views.rgb, views.masks, views.cameras
     rng = np.random.default_rng(seed_from("reshoot", seed, folder.name))

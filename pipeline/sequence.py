@@ -67,7 +67,7 @@ def reconstruct_frame(
     model: MouseFaceLift, folder: Path, before: tuple[Gaussians, dict] | None, **settings
 ) -> tuple[Gaussians, dict]:
     """Returns the Gaussians of a sample and its record: continued from the frame before, or begun anew."""
-    started, sample = time.perf_counter(), read_sample(folder)
+    started, sample = time.perf_counter(), read_sample(folder, padded=True)
     count = sample.num_inputs
     views = PosedViews.of(sample.rgba[:count], sample.cameras[:count])
     placement = locate(views.masks, views.cameras, str(folder))

@@ -1,5 +1,6 @@
 """Refinement of posed views: it explains given views better, left-out ones no worse, anywhere in the world."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,8 +10,9 @@ import torch
 from gslrm.model.gaussians import Gaussians
 from gslrm.refinement import MOST_GAUSSIANS, agreement, anisotropy_p95, limit, refine
 from multiview.cameras import Cameras
+from multiview.image import write_image
 from multiview.rig import load_rig
-from multiview.sample import read_sample
+from multiview.sample import read_sample, write_sample
 from pipeline.model import MouseFaceLift
 from pipeline.outputs import PosedViews
 from pipeline.posed import locate, rectify, to_rig
@@ -90,6 +92,24 @@ def test_views_of_any_number_and_shape_are_taken(model, count):
     _, views = given()
     result = model.reconstruct(*parts(off_center(views), slice(0, count)), refine=5)
     assert result.gaussians.num_gaussians > 500 and result.record["input_views"] == count
+
+
+def test_images_of_several_sizes_make_one_sample(tmp_path):
+    """They are filled up with nothing; without being asked to, a reader refuses them."""
+    sample, views = given()
+    write_sample(tmp_path / "s", sample)
+    path = tmp_path / "s" / "opencv_cameras.json"
+    content = json.loads(path.read_text())
+    content["frames"][1] |= {"w": 150, "h": 140}
+    path.write_text(json.dumps(content))
+    image = torch.zeros(4, 140, 150)
+    image[:, :128, :128] = sample.rgba[1]
+    write_image(tmp_path / "s" / "images" / "cam_001.png", image)
+    padded = read_sample(tmp_path / "s", padded=True)
+    assert padded.rgba.shape[-2:] == (140, 150) and torch.equal(padded.rgba[0, :, :128, :128], sample.rgba[0])
+    assert locate(padded.rgba[:6, 3:], padded.cameras[:6], "x").agreement > 0.9
+    with pytest.raises(ValueError, match="one image size"):
+        read_sample(tmp_path / "s")
 
 
 def test_views_are_rectified_exactly():
