@@ -67,8 +67,8 @@ def read_sample(
 ) -> Sample:  # fmt: skip
     """Reads a sample folder (FaceLift's included), or its first `num_views`, or these `views` in this order; images and
     cameras resized together to image_size if given. with_depth: depth images are required. padded: images may differ in
-    size; all are filled up with nothing, to the right and below, to the largest. Raises ValueError naming the file, also
-    where a view has no mask."""
+    size; all are filled up with nothing, right and below, to the largest. Raises ValueError naming the file, also where
+    a view has no mask."""
     folder = Path(folder)
     path = folder / CAMERAS_FILE
     if not path.is_file():
