@@ -23,7 +23,7 @@ from multiview.hull import VisualHull, colour_surface, surface
 from multiview.run import make_generator
 
 MOST_GAUSSIANS = 60_000  # of a result; Stage 2 at 512 px predicts up to a million
-ITERATIONS = {"hull": 300, "stage2": 150, "previous": 60}  # of `auto`, by the start: a worse one needs more
+ITERATIONS = {"hull": 300, "stage2": 150, "previous": 100}  # of `auto`, by the start: a worse one needs more
 TRIAL_ITERATIONS = 20  # that tell the better start from the worse
 SURE_IOU = 0.9  # a Stage 2 that explains the given masks so well needs no trial
 NEIGHBOURS = 4  # whose colors and opacities are held together
@@ -54,7 +54,9 @@ class RefineSettings:
 # neighbors' colors are too rough a guess to hold on to.
 SETTINGS = {
     "hull": RefineSettings(rate_xyz=1e-2, weight_smooth=0.0, least_sigma=0.02),
-    "stage2": RefineSettings(), "previous": RefineSettings(weight_smooth=0.0),
+    "stage2": RefineSettings(),
+    # A surface point keeps its color and moves; with slower centers a frame of a running mouse is not caught up with.
+    "previous": RefineSettings(rate_xyz=1e-2, rate_color=3e-3, weight_smooth=0.0, least_sigma=0.02),
 }  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from pipeline.posed import locate
 
 FRAME_FILE, SEQUENCE_FILE = "frame.json", "sequence.json"
 # A track breaks where the frame is explained so much worse than the track's first one, and a new start does better.
-BREAK_PSNR, BREAK_IOU, BETTER_PSNR = 3.0, 0.03, 1.0
+BREAK_PSNR, BREAK_IOU, BETTER_PSNR = 5.0, 0.04, 1.0
 FILM_SIZE, FILM_FPS, TURN_DEG = 256, 20, 3.0
 
 
