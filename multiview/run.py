@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -34,6 +35,14 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # what clusters and closed terminals send
 STOPPED = 143  # exit code of a run that such a signal ended
 PRECISIONS = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}  # of a network's matrix products
+REMEDIES = {  # of what the system refuses
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "name a place that you may write, or read, or allow it"),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room, or name a place on another disk"),
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "a file stands where a folder is expected: name another path"),
+    errno.EISDIR: "a folder stands where a file is expected: name another path",
+    errno.EMFILE: "allow more open files (ulimit -n 4096), or lower the number of workers",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # torchrun and accelerate set all of them
 
 
@@ -187,7 +196,8 @@ def start_processes(device: str) -> Accelerator:
 
 def git_hash() -> str:
     """Returns the commit of the code, with '+' if the work tree differs; 'unknown' outside a git checkout."""
-    command = ["git", "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+"]
+    # Without the lock that a stopped command, or a full disk, would leave behind in the user's own checkout.
+    command = ["git", "--no-optional-locks", "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+"]
     try:
         return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -318,9 +328,9 @@ def check_output_folder(folder: Path | str) -> None:
     folder = Path(folder)
     above = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
     if not above.is_dir():
-        raise ValueError(f"{folder} cannot be a folder: {above} is a file; name another --output_dir")
+        raise ValueError(f"{folder} cannot be a folder: {above} is a file; name another folder")
     if not _can_write(above):
-        raise ValueError(f"{folder} cannot be written (read-only, full or not yours); name another --output_dir")
+        raise ValueError(f"{folder} cannot be written (read-only, full or not yours); name another folder")
 
 
 def main_guard(main: Callable[[], None]) -> None:
@@ -332,7 +342,10 @@ def main_guard(main: Callable[[], None]) -> None:
     except (ValueError, OSError) as error:  # OSError: a full or read-only disk, a file where a folder should be
         if os.environ.get("MOUSE_FACELIFT_TRACEBACK"):
             raise
-        told = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
+        told = str(error)
+        if isinstance(error, OSError) and error.strerror:
+            place = f"{error.filename}: " if error.filename else ""
+            told = f"{place}{error.strerror}; {REMEDIES.get(error.errno, 'look at that path, then repeat the command')}"
         print(f"error: {told}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:

@@ -8,6 +8,7 @@ truth.json and truth.npz: centre, keypoints, points of the surface), ready for s
 """
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
@@ -36,11 +37,17 @@ def main(arguments: list[str] | None = None) -> None:
     check_output_folder(folder)
     with full_disk_explained(folder):
         if settings.as_recording:
-            print(
-                f"{folder}: {settings.num_samples} frames from {record_mouse(settings)} cameras; import it with\n"
-                f"python scripts/process_mouse_data.py --video_dir {folder}/videos_undist "
-                f"--meta_dir {folder} --output_dir data_mouse --num_samples 2000 --image_size 512"
-            )
+            print(f"{folder}: {settings.num_samples} frames from {record_mouse(settings)} cameras; import it with")
+            # Beside the recording: data_mouse holds the tracked example, which would be moved away.
+            place = [
+                "--video_dir",
+                f"{folder}/videos_undist",
+                "--meta_dir",
+                folder,
+                "--output_dir",
+                f"{folder}_samples",
+            ]
+            print(shlex.join(map(str, ["python", "scripts/process_mouse_data.py", *place])))
         else:
             write_dataset(settings)
             print(f"{folder}: {settings.num_samples} mice, rig {settings.rig}")

@@ -45,9 +45,12 @@ def main() -> None:
     from multiview.cameras import Cameras
     from multiview.files import full_disk_explained, read_json
     from multiview.image import BACKGROUNDS, save_video, write_image
-    from multiview.run import resolve_device
+    from multiview.run import check_output_folder, resolve_device
     from pipeline.outputs import contact_sheet, depth_images, write_depth
 
+    for place in (given.output_dir, given.turntable and given.turntable.parent):
+        if place:
+            check_output_folder(place)
     cameras, folder, rows, background = [], given.output_dir, [], BACKGROUNDS[given.background]
     if given.cameras is not None:  # unlike a sample's, these need not agree in their image size: one Cameras per frame
         frames = read_json(given.cameras).get("frames")

@@ -329,7 +329,7 @@ def test_an_output_folder_that_cannot_be_is_refused_before_the_work(tiny, tmp_pa
     (tmp_path / "file").write_text("mine")
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
         code, _, err = run("inference_mouse.py", "--input_image", tiny["photo"], "--output_dir", folder)
-        assert code == 1 and "is a file; name another --output_dir" in err
+        assert code == 1 and "is a file; name another folder" in err
     monkeypatch.setattr(multiview.run, "_can_write", lambda folder: False)
     monkeypatch.setenv("NUMBA_CACHE_DIR", "there")
     code, _, err = run("inference_mouse.py", "--input_image", tiny["photo"], "--output_dir", tmp_path / "new")

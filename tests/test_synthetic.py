@@ -214,7 +214,7 @@ def test_script_refuses_folders_that_are_not_its_own(script, tmp_path):
     for folder, more, message in (
         (foreign, [], "not empty and has no dataset.json"),
         (foreign, ["--as_recording"], "not empty; a recording is written into a new folder"),
-        (file, [], "is a file; name another --output_dir"),
+        (file, [], "is a file; name another folder"),
     ):
         with pytest.raises(ValueError, match=message):
             script.main(["--output_dir", str(folder), *common, *more])
