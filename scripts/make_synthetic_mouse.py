@@ -39,15 +39,9 @@ def main(arguments: list[str] | None = None) -> None:
         if settings.as_recording:
             print(f"{folder}: {settings.num_samples} frames from {record_mouse(settings)} cameras; import it with")
             # Beside the recording: data_mouse holds the tracked example, which would be moved away.
-            place = [
-                "--video_dir",
-                f"{folder}/videos_undist",
-                "--meta_dir",
-                folder,
-                "--output_dir",
-                f"{folder}_samples",
-            ]
-            print(shlex.join(map(str, ["python", "scripts/process_mouse_data.py", *place])))
+            places = [shlex.quote(f"{folder}{ending}") for ending in ("/videos_undist", "", "_samples")]
+            importer = "python scripts/process_mouse_data.py --video_dir {} --meta_dir {} --output_dir {}"
+            print(importer.format(*places))
         else:
             write_dataset(settings)
             print(f"{folder}: {settings.num_samples} mice, rig {settings.rig}")
