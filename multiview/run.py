@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -72,11 +73,15 @@ def seed_everything(*keys: int | str) -> None:
 
 
 def resolve_device(device: str) -> torch.device:
-    """Returns CUDA for `auto` where it works, else the CPU; an explicit `cuda` without a GPU is an error."""
+    """Returns CUDA for `auto` where it works, else the CPU. Raises ValueError for a device that is not there."""
     import torch
 
     works = torch.cuda.is_available()
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", device):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}")
     resolved = torch.device(device if device != "auto" else "cuda" if works else "cpu")
+    if (resolved.index or 0) >= (there := torch.cuda.device_count()) > 0:
+        raise ValueError(f"device {device!r} was asked for, but there are {there} GPUs, counted from cuda:0")
     if resolved.type == "cuda" and not works:
         raise ValueError("device 'cuda' was asked for, but torch finds no working GPU; use --device cpu or auto")
     return resolved

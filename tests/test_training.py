@@ -142,10 +142,13 @@ def test_accelerates_environment_does_not_beat_the_configuration(data, tmp_path,
         {"training.dataloader.batch_size_per_gpu": 10**9}, {"model.image_tokenizer.image_size": 60_000},
         {"training.dataset.num_views": 10**9}, {"training.logging.print_every": 0}, {"validation.val_every": 0},
         {"training.runtime.grad_accum_steps": 0}, {"training.checkpointing.checkpoints_total_limit": 0},
+        {"training.optimizer.lr": "nan"}, {"training.optimizer.beta1": 2}, {"training.losses.l2_loss_weight": -1},
+        {"model.gaussians.sh_degree": 9}, {"training.runtime.grad_clip_norm": -1}, {"model.transformer.d_head": 0},
+        {"model.image_tokenizer.patch_size": 7},
     ],
 )  # fmt: skip
 def test_sizes_that_cannot_be_meant_are_refused_before_anything_is_built(data, tmp_path, change):
     began = time.perf_counter()
-    with pytest.raises(ValueError, match="needs at least .* GB|must be within"):
+    with pytest.raises(ValueError, match="needs at least .* GB|must be within|must be a multiple of"):
         train(config_of(data, tmp_path / "run", **change))
     assert time.perf_counter() - began < 10 and not (tmp_path / "run").exists()
