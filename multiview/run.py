@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from multiview.files import atomic_write, write_json
+from multiview.files import atomic_write, refusal, write_json
 
 if TYPE_CHECKING:  # scripts answer --help without torch
     import torch
@@ -344,13 +344,19 @@ def main_guard(main: Callable[[], None]) -> None:
     choose_numba_cache()
     try:
         main()
-    except (ValueError, OSError) as error:  # OSError: a full or read-only disk, a file where a folder should be
-        if os.environ.get("MOUSE_FACELIFT_TRACEBACK"):
+    except Exception as error:
+        number = error.errno if isinstance(error, OSError) else refusal(error)
+        no_memory = isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in str(error))
+        expected = isinstance(error, ValueError | OSError) or number or no_memory
+        if os.environ.get("MOUSE_FACELIFT_TRACEBACK") or not expected:
             raise
         told = str(error)
-        if isinstance(error, OSError) and error.strerror:
-            place = f"{error.filename}: " if error.filename else ""
-            told = f"{place}{error.strerror}; {REMEDIES.get(error.errno, 'look at that path, then repeat the command')}"
+        if number:
+            place, remedy = getattr(error, "filename", None), REMEDIES.get(number)
+            told = getattr(error, "strerror", None) or os.strerror(number)
+            told = f"{place}: " * bool(place) + told + f"; {remedy}" * bool(remedy)
+        elif no_memory:
+            told = f"not enough memory ({told.splitlines()[0][:200]}); lower the sizes or numbers that were asked for"
         print(f"error: {told}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:

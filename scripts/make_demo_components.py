@@ -29,7 +29,7 @@ def main() -> None:
     given = {name: getattr(arguments, name) for name in ("data", "output_dir")}
     overrides = [f"{name}={value}" for name, value in given.items() if value is not None]
     config = load_config(DemoComponentsConfig, arguments.config, [*arguments.overrides, *overrides])
-    with full_disk_explained(config.output_dir):
+    with full_disk_explained(config.output_dir):  # libraries write these files, and do not say which one failed
         figures = make_demo_components(config, arguments.max_minutes)
     if figures is None:
         print(f"not finished yet: repeat the command to continue; what there is lies in {config.output_dir}")
