@@ -14,7 +14,7 @@ MOST = {  # goals: 16,500 lines, 115 files, 9 names used once, 60 dataclasses, 9
     "product lines": 18_850, "product files": 113, "longest file": 400, "longest function": 85,
     "files in the largest folder": 14, "module functions named once per 1,000 lines": 11.3, "dataclasses": 71,
     "functions with more than 8 parameters": 1, "flags of inference_mouse.py": 20, "unused public names": 0,
-    "files in a circle of imports": 0, "lines reached by the entry scripts": 9_400, "test lines": 13_050,
+    "files in a circle of imports": 0, "lines reached by the entry scripts": 9_450, "test lines": 13_050,
 }  # fmt: skip
 LEAST_COMMENTS = 9.5  # per 100 code lines
 PACKAGES = ("multiview", "mvdiffusion", "gslrm", "pipeline", "synthetic", "recording", "evaluation")
