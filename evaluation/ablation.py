@@ -160,7 +160,7 @@ def run_cell(spec: AblationSpec, cell: dict) -> dict:
     path, log, recorded = folder / RESULT_FILE, folder / LOG_FILE, folder / "metrics.jsonl"
     if path.is_file():
         result, now = read_json(path), json.loads(json.dumps(cell["overrides"]))
-        stored = result["overrides"]
+        stored = take(result, "overrides", dict, str(path))
         changed = [key for key in sorted(stored.keys() | now.keys()) if stored.get(key) != now.get(key)]
         if changed:
             told = "; ".join(f"{key}: {stored.get(key)!r} there, {now.get(key)!r} now" for key in changed)
@@ -168,7 +168,7 @@ def run_cell(spec: AblationSpec, cell: dict) -> dict:
                 f"{path} belongs to a run with other values ({told}); name a new output_dir in the spec, or delete "
                 f"{folder}"
             )
-        if result["status"] == "done":
+        if take(result, "status", str, str(path)) == "done" and take(result, "metrics", dict, str(path)):
             return result
     command = [sys.executable, str(REPOSITORY / trainer), "--config", spec.base, *as_arguments(cell["overrides"])]
     started = time.monotonic()

@@ -16,6 +16,7 @@ from gslrm.config import IGNORED_KEYS, GSLRMConfig, ModelConfig, model_config_fr
 from gslrm.model.gslrm import GSLRM
 from multiview import checkpoint as files
 from multiview.config import load_config
+from multiview.files import take
 from multiview.rig import ViewRig
 
 log = logging.getLogger(__name__)
@@ -112,11 +113,17 @@ def export_weights(
     if vgg_folder is not None and not facelift:
         raise ValueError("vgg_folder is for FaceLift's layout (facelift=True); nothing else reads VGG tensors there")
     weights = {name: tensor.to(dtype).clone() for name, tensor in model_weights(checkpoint, source).items()}
-    step = int(checkpoint["fwdbwd_pass_step"])
+    where, step = f"{source}.json", take(checkpoint, "fwdbwd_pass_step", int, f"checkpoint {source}", least=0)
+    ViewRig.from_dict(take(content, "rig", dict, where), where)
+    model = take(take(content, "config", dict, where), "model", dict, where)
+    model_config_from_dict(model, where)
+    path = checkpoint_path(destination, step) if destination.suffix != ".pt" else destination
+    if path.resolve() == source.resolve():
+        raise ValueError(f"the export would replace {source}, which training continues from; name another place")
     exported: dict = {"model": weights, "fwdbwd_pass_step": step}
     if facelift:
         exported["param_update_step"] = int(checkpoint.get("param_update_step", step))
-        if content["config"]["model"].get("prune_background_tokens"):
+        if model.get("prune_background_tokens"):
             log.warning("%s was trained on foreground tokens alone; FaceLift will run it on all of them", source)
     else:
         exported["rig"] = content["rig"]
@@ -130,6 +137,5 @@ def export_weights(
             raise ValueError(f"{told}: put MatConvNet's file there, or {without}")
         network = load_perceptual(vgg).net.state_dict()
         weights |= {f"{LOSS_NETWORKS}net.{name}": tensor.clone() for name, tensor in network.items()}
-    path = checkpoint_path(destination, step) if destination.suffix != ".pt" else destination
     files.save_checkpoint(path, exported, content)
     return path

@@ -134,7 +134,8 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
             os.fsync(handle.fileno())
         os.replace(temporary, path)
     except Exception as error:  # of a full disk neither the system nor a library says which file it was
-        if (number := refusal(error)) is None:
+        is_ours = isinstance(error, OSError) and error.filename == str(temporary)  # a name that the user never gave
+        if (number := error.errno if is_ours else refusal(error)) is None:
             raise
         raise OSError(number, os.strerror(number), str(path)) from error
     finally:

@@ -42,7 +42,6 @@ REMEDIES = {  # of what the system refuses
     **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "a file stands where a folder is expected: name another path"),
     errno.EISDIR: "a folder stands where a file is expected: name another path",
     errno.EMFILE: "allow more open files (ulimit -n 4096), or lower the number of workers",
-    errno.ENAMETOOLONG: "choose a shorter name",
 }
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # torchrun and accelerate set all of them
 

@@ -204,7 +204,7 @@ class MVDiffusionTraining(Training):
 
 def aligned_rig(config: MVDiffusionConfig) -> tuple[ViewRig, PromptEmbeds]:
     """The rig of this run and its prompt embeddings, after comparing everything that carries one."""
-    dataset = read_dataset_info(Path(lists_of(config)[0][0]).parent)["rig"]
+    dataset = read_dataset_info(lists_of(config)[0][0])["rig"]
     stated = load_rig(config.rig) if config.rig else None
     rig, embeds = stated or dataset, load_prompt_embeds(config.prompt_embeds, stated)
     check_alignment(rig, dataset=dataset, embeddings=embeds.rig)

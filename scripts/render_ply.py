@@ -21,7 +21,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--turntable", type=Path, help="an .mp4 of a camera going once around")
     parser.add_argument("--turntable_views", type=checked(int, 1), default=120, help="frames of --turntable")
     parser.add_argument("--turntable_size", type=checked(int, 1), default=384, help="pixels, even")
-    parser.add_argument("--elevation", type=float, default=0.0, help="of --turntable, degrees")
+    parser.add_argument("--elevation", type=checked(float, -90, 90), default=0.0, help="of --turntable, degrees")
     parser.add_argument("--background", choices=["white", "gray", "black"], default="white", help="behind the animal")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     given = parser.parse_args()

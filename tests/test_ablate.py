@@ -135,6 +135,10 @@ def test_cells_train_resume_and_failures_are_recorded(tmp_path, monkeypatch):
     longer = read_spec(write_spec(path, factors=spec.factors, overrides={**spec.overrides, "max_train_steps": 3}))
     with pytest.raises(ValueError, match="max_train_steps: 2 there, 3 now"):
         run_cell(spec, make_cells(longer)["good_seed0"])
+    for content, message in (({}, "lacks overrides"), ({"overrides": spec.overrides, "status": 3}, "values|status")):
+        (tmp_path / "out/good_seed0/result.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=f"result.json.*{message}"):
+            run_cell(spec, make_cells(spec)["good_seed0"])
 
 
 CHILD = """

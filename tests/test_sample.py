@@ -9,7 +9,7 @@ from running import must
 
 from multiview import sample as samples
 from multiview.rig import load_rig
-from multiview.sample import Sample, read_sample, read_split, write_sample, write_split
+from multiview.sample import Sample, read_dataset_info, read_sample, read_split, write_sample, write_split
 
 
 def make(size=16, views=6):
@@ -120,6 +120,12 @@ def test_missing_views_depth_and_folder_are_refused(tmp_path, folder, options, m
     write_sample(tmp_path / "s", replace(make(views=4), depth=None))
     with pytest.raises(ValueError, match=message):
         read_sample(tmp_path / folder, **options)
+
+
+def test_a_missing_list_is_named_rather_than_its_folder(tmp_path):
+    for read in (read_dataset_info, read_split):
+        with pytest.raises(ValueError, match="split list .*nope.txt does not exist; make a dataset"):
+            read(tmp_path / "nope.txt")
 
 
 def test_split_lists_are_relative_and_refuse_absolute_and_escaping_paths(tmp_path):
