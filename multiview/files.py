@@ -133,7 +133,7 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
         with open(temporary, "rb") as handle:
             os.fsync(handle.fileno())
         os.replace(temporary, path)
-    except Exception as error:  # of a full disk neither the system nor a library says which file it was
+    except BaseException as error:  # of a full disk neither the system nor a library says which file it was
         is_ours = isinstance(error, OSError) and error.filename == str(temporary)  # a name that the user never gave
         if (number := error.errno if is_ours else refusal(error)) is None:
             raise
@@ -168,9 +168,9 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
             shutil.rmtree(temporary)
 
 
-def refusal(error: Exception) -> int | None:
+def refusal(error: BaseException) -> int | None:
     """Returns the number of CANNOT_WRITE that is behind an exception, None where another reason is."""
-    cause, number = None if isinstance(error, ValueError) else error, None
+    cause, number = error if isinstance(error, Exception) and not isinstance(error, ValueError) else None, None
     while cause is not None and number not in CANNOT_WRITE:
         told = OS_ERROR.search(str(cause))  # safetensors and tokenizers give the number in their text
         number = cause.errno if isinstance(cause, OSError) else int(told[1]) if told else None
@@ -183,7 +183,7 @@ def full_disk_explained(path: Path | str, needed_bytes: int = 0) -> Iterator[Non
     """Turns a full disk (or quota) while writing `path` into a ValueError that says what is missing and what to do."""
     try:
         yield
-    except Exception as error:
+    except BaseException as error:  # some libraries raise nothing more precise than Exception
         if (number := refusal(error)) is None:
             raise
         path = Path(path).absolute()

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from multiview.files import atomic_write, refusal, write_json
+from multiview.files import DAMAGE, atomic_write, refusal, write_json
 
 if TYPE_CHECKING:  # scripts answer --help without torch
     import torch
@@ -343,7 +343,7 @@ def main_guard(main: Callable[[], None]) -> None:
     choose_numba_cache()
     try:
         main()
-    except Exception as error:
+    except DAMAGE as error:
         number = error.errno if isinstance(error, OSError) else refusal(error)
         no_memory = isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in str(error))
         expected = isinstance(error, ValueError | OSError) or number or no_memory
@@ -365,6 +365,7 @@ def main_guard(main: Callable[[], None]) -> None:
 
 def leave() -> None:
     """Ends a command that is done: taking the imported modules apart would take more than a second."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(AttributeError, OSError):  # closed, or on a full disk: the results are written
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(0)

@@ -48,9 +48,8 @@ def main() -> None:
     from multiview.run import check_output_folder, resolve_device
     from pipeline.outputs import contact_sheet, depth_images, write_depth
 
-    for place in (given.output_dir, given.turntable and given.turntable.parent):
-        if place:
-            check_output_folder(place)
+    for place in filter(None, (given.output_dir, given.turntable and given.turntable.parent)):
+        check_output_folder(place)
     cameras, folder, rows, background = [], given.output_dir, [], BACKGROUNDS[given.background]
     if given.cameras is not None:  # unlike a sample's, these need not agree in their image size: one Cameras per frame
         frames = read_json(given.cameras).get("frames")
