@@ -142,8 +142,7 @@ def prepare(spec: AblationSpec) -> None:
         if command in done:
             continue
         command_line = [sys.executable, str(REPOSITORY / script), *arguments]
-        log = Path(spec.output_dir) / PREPARED_LOG
-        if run_child(command_line, log):
+        if run_child(command_line, log := Path(spec.output_dir) / PREPARED_LOG):
             raise ValueError(f"prepare: {command!r} failed: {_last_line(log)}")
         done.append(command)
         write_json(done_file, done)

@@ -65,6 +65,9 @@ def network_tensors(tensors: Mapping[str, Tensor], source: Path) -> dict[str, Te
     Raises ValueError naming the file and how many values are not finite: the reconstruction would be empty."""
     named = {WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
     named = {name: tensor for name, tensor in named.items() if not name.startswith(LOSS_NETWORKS)}
+    odd = [name for name, t in named.items() if t.is_meta or t.layout is not torch.strided or not t.is_floating_point()]
+    if odd:
+        raise ValueError(f"checkpoint {source}: {odd[0]} holds no plain floating-point numbers; save .state_dict()")
     bad = {name: count for name, tensor in named.items() if (count := int((~torch.isfinite(tensor)).sum()))}
     if bad:
         told = f"{sum(bad.values())} weights are not finite, the first in {next(iter(bad))}"
@@ -90,8 +93,9 @@ def load_gslrm(
     if config_file is not None:
         model_config = load_config(GSLRMConfig, config_file, ignored=set(IGNORED_KEYS)).model
     else:
-        config = (files.read_sidecar(path) or {}).get("config")  # a sidecar with a stamped rig alone has none
-        model_config = model_config_from_dict(config["model"], f"{path}.json") if config else ModelConfig()
+        where = f"{path}.json"  # a sidecar with a stamped rig alone has no config
+        config = take(files.read_sidecar(path) or {}, "config", dict, where, default={})
+        model_config = model_config_from_dict(take(config, "model", dict, where), where) if config else ModelConfig()
     model = GSLRM(model_config)
     files.load_strict(model, model_weights(files.load_checkpoint(path), path), path)
     return model.eval().to(device), read_checkpoint_rig(path), path
@@ -115,8 +119,7 @@ def export_weights(
     weights = {name: tensor.to(dtype).clone() for name, tensor in model_weights(checkpoint, source).items()}
     where, step = f"{source}.json", take(checkpoint, "fwdbwd_pass_step", int, f"checkpoint {source}", least=0)
     ViewRig.from_dict(take(content, "rig", dict, where), where)
-    model = take(take(content, "config", dict, where), "model", dict, where)
-    model_config_from_dict(model, where)
+    model_config_from_dict(model := take(take(content, "config", dict, where), "model", dict, where), where)
     path = checkpoint_path(destination, step) if destination.suffix != ".pt" else destination
     if path.resolve() == source.resolve():
         raise ValueError(f"the export would replace {source}, which training continues from; name another place")

@@ -31,8 +31,7 @@ DAMAGE = (  # what libraries raise for a file that is cut, altered or none of th
 )  # fmt: skip
 KINDS = {str: "a text", bool: "true or false", dict: "an object of keys and values", list: "a list"}
 OS_ERROR = re.compile(r"\(os error (\d+)\)")
-# Disk full, quota reached, file larger than allowed; read-only, which a disk with faults becomes under a running job.
-CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # full, over a quota or limit, read-only
 LEFTOVER = re.compile(r"^\.(.+)\.[0-9a-f]{8}\.(tmp|old)$")  # what a killed `atomic_write` or `atomic_folder` leaves
 LOCK_FILE = ".owner.json"
 BEAT_S, STALE_S = 30.0, 300.0  # an owner touches its lock every BEAT_S; untouched for STALE_S it counts as dead

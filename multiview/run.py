@@ -41,7 +41,6 @@ REMEDIES = {  # of what the system refuses
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room, or name a place on another disk"),
     **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "a file stands where a folder is expected: name another path"),
     errno.EISDIR: "a folder stands where a file is expected: name another path",
-    errno.EMFILE: "allow more open files (ulimit -n 4096), or lower the number of workers",
 }
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # torchrun and accelerate set all of them
 

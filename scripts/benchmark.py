@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from evaluation.throughput import measure_import
 from multiview.config import checked
-from multiview.run import REPOSITORY, check_output_folder, git_hash, main_guard, make_generator, resolve_device
+from multiview.run import REPOSITORY, git_hash, main_guard, make_generator, resolve_device
 
 # Image size, d and layers of GS-LRM; scenes of the rasterizer: Gaussians, image size.
 PRESETS = {"demo": ((128, 256, 6), ((20_000, 128), (100_000, 128), (100_000, 256)))}
@@ -81,8 +81,6 @@ def main(arguments: list[str] | None = None) -> None:
         parser.add_argument(f"--{name}", type=checked(int, 1), default=default, help=f"{text} (default: {default})")
     parser.add_argument("--output", type=Path, help="JSON file to write; the table goes beside it as .md")
     options = parser.parse_args(arguments)
-    if options.output:
-        check_output_folder(options.output.parent)
     import_libraries()
     from multiview.files import atomic_write, write_json
     from multiview.report import Table

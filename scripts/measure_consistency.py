@@ -93,11 +93,8 @@ def main() -> None:
     from multiview.image import composite, resize_rgba
     from multiview.metrics import view_consistency
     from multiview.report import Table
-    from multiview.run import check_output_folder
     from multiview.sample import read_dataset_info, read_sample, read_split
 
-    if settings.output:
-        check_output_folder(settings.output.parent)
     rig = read_dataset_info(settings.data)["rig"]
     samples = [read_sample(f, num_views=rig.num_views) for f in read_split(settings.data)[: settings.num_samples]]
     rows: dict[str, list[dict]] = {}

@@ -113,6 +113,8 @@ def test_files_that_cannot_be_used_are_refused_by_name(facelift, tmp_path):
     weights["input_layer_norm.weight"][:3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
     for content, message in (
         ({"epoch": 3, "args": {}}, "other.pt has no key 'model'.*keys: epoch, args"),
+        ({"model": {"w": torch.eye(2).to_sparse()}}, "w holds no plain"),
+        ({"w": torch.eye(2).int()}, "w holds no plain"),
         ({"model": weights}, "other.pt: 3 weights are not finite.*input_layer_norm.weight"),
     ):
         torch.save(content, tmp_path / "other.pt")

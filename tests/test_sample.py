@@ -78,7 +78,7 @@ def test_facelift_frames_without_view_names_load(written):
         (lambda c: c["frames"][0].update(file_path="images/none.png"), "does not exist"),
         (lambda c: c["frames"].insert(2, None), "frame 2 must hold an object of keys and values, got None"),
         (lambda c: [f.update(w=20, h=20) for f in c["frames"]], "says"),
-        (lambda c: c.update(frames=[]), "empty"), (lambda c: c.update(frames=None), "frames must be a list"),
+        (lambda c: c.update(frames=[]), "has 0 cameras, 1 to 4096"), (lambda c: c.update(frames=None), "frames must be a list"),
     ],
 )  # fmt: skip
 def test_bad_samples_are_refused_with_their_file(written, change, message):
@@ -132,7 +132,7 @@ def test_split_lists_are_relative_and_refuse_absolute_and_escaping_paths(tmp_pat
     path, folders = tmp_path / "data_mouse_train.txt", [tmp_path / "sample_000000", tmp_path / "sample_000001"]
     write_split(path, folders)
     assert path.read_text() == "sample_000000\nsample_000001\n" and read_split(path) == folders
-    for text, message in ((f"{folders[0]}\n", "absolute path"), ("../elsewhere\n", "leads out"), ("\n", "empty")):
+    for text, message in ((f"{folders[0]}\n", "absolute path"), ("../elsewhere\n", "leads out"), ("\n", "has 0 cameras, 1 to 4096")):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
             read_split(path)
