@@ -25,11 +25,19 @@ def parse_arguments() -> tuple[argparse.Namespace, Options]:
     source.add_argument("--input_image", type=Path, help="one photograph (RGBA: its alpha is the mask)")
     source.add_argument("--input_dir", type=Path, help="every photograph in a folder")
     source.add_argument("--sample_dir", type=Path, help="a sample folder of posed views: Stage 2 only")
+    source.add_argument(
+        "--dataset", type=Path, metavar="DIR",
+        help="a recording's samples in order (a dataset folder, or a split list): refined frame after frame",
+    )  # fmt: skip
     source.add_argument("--input_video", type=Path, help="frames of a video, see video_stride")
     add_fields(parser, Checkpoints)
     parser.add_argument("--seed", type=int, default=0, help="of each photograph, wherever it stands in a folder")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--crop", choices=("auto", "always", "never"), help="the same as crop=")
+    parser.add_argument(
+        "--refine", type=iterations, default="auto", metavar="{auto,N,off}",
+        help="fit the Gaussians to the views, N iterations; auto: true posed views alone, as many as are needed",
+    )  # fmt: skip
     parser.add_argument("--no_filter", action="store_true", help="keep every Gaussian")
     parser.add_argument(
         "--turntable_views", type=checked(int, 0), default=120, help="frames of turntable.mp4 (120); 0 writes none"
@@ -47,6 +55,15 @@ def parse_arguments() -> tuple[argparse.Namespace, Options]:
     return arguments, replace(options, crop=arguments.crop or options.crop)
 
 
+def iterations(text: str) -> int | str:
+    """An argparse type: auto, off or a positive number."""
+    if text in ("auto", "off"):
+        return text
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"must be auto, off or a positive number, got {text!r}")
+    return int(text)
+
+
 def export_formats(text: str) -> tuple[str, ...]:
     """An argparse type: comma-separated names in EXPORTS."""
     if not set(text.split(",")) <= set(EXPORTS):
@@ -62,7 +79,7 @@ def main() -> None:
         warm_up.start()  # the first command of an installation compiles kernels, beside the imports that follow
     from tqdm import tqdm
 
-    from multiview.run import check_output_folder, stoppable
+    from multiview.run import check_output_folder, process_share, stoppable
     from pipeline import MouseFaceLift, PhotographError, import_stage1
 
     check_output_folder(arguments.output_dir)
@@ -72,13 +89,15 @@ def main() -> None:
         check_libraries(f".{arguments.mesh}")
     failed: dict[str, str] = {}
     # Inputs first: a wrong path is told before models are loaded.
-    jobs = [] if arguments.sample_dir else list_jobs(arguments, options.video_stride, failed)
-    if not arguments.sample_dir:
+    posed = arguments.sample_dir or arguments.dataset
+    frames = list_frames(arguments.dataset) if arguments.dataset else []
+    jobs = [] if posed else list_jobs(arguments, options.video_stride, failed)
+    if not posed:
         import_stage1()
+    share, device = process_share(arguments.device)
     model = MouseFaceLift.load(
-        device=arguments.device, stages="2" if arguments.sample_dir else "full", options=options,
-        **vars(from_arguments(Checkpoints, arguments)),
-    )  # fmt: skip
+        device=device, stages="2" if posed else "full", options=options, **vars(from_arguments(Checkpoints, arguments))
+    )
 
     def save(name: str, result) -> None:
         result.save(
@@ -88,6 +107,17 @@ def main() -> None:
         kept, seconds = result.record["gaussians"]["kept"], sum(result.record["seconds"].values())
         print(f"{arguments.output_dir / name}: {kept} Gaussians in gaussians.ply, {seconds:.1f} s")
 
+    if arguments.dataset:
+        from pipeline.sequence import reconstruct_sequence
+
+        left_out = reconstruct_sequence(
+            model, frames, arguments.output_dir, share, refine=arguments.refine, refine_size=options.refine_size,
+            seed=arguments.seed,
+        )  # fmt: skip
+        print(f"{arguments.output_dir}: sequence.json, film.mp4 and {len(frames) - len(left_out)} frames")
+        if left_out:
+            raise ValueError(f"{len(left_out)} of {len(frames)} frames are left out: " + "; ".join(left_out))
+        return
     if arguments.sample_dir:
         from multiview.sample import read_sample
         from pipeline.outputs import PosedViews
@@ -95,8 +125,13 @@ def main() -> None:
         folder = arguments.sample_dir.resolve()
         sample = read_sample(arguments.sample_dir)
         views = PosedViews.of(sample.rgba, sample.cameras)
-        given = [part[: model.rig.num_views] for part in (views.rgb, views.masks, views.cameras)]  # novel ones follow
-        save(folder.name, model.reconstruct(*given, filtered=not arguments.no_filter, name=str(folder)))
+        count = sample.num_inputs
+        print(f"{folder.name}: {count} of {len(sample.view_names)} views are the input")
+        given = [part[:count] for part in (views.rgb, views.masks, views.cameras)]
+        save(folder.name, model.reconstruct(
+            *given, refine=arguments.refine, name=str(folder), progress=partial(tqdm, desc="refining", disable=None),
+            start=options.start, refine_size=options.refine_size, seed=arguments.seed, filtered=not arguments.no_filter,
+        ))  # fmt: skip
         return
     print(f"rig {model.rig.name}: {model.rig.num_views} views; embeddings, UNet and GS-LRM agree")
     done = 0
@@ -105,7 +140,7 @@ def main() -> None:
         try:
             result = model(
                 image, seed=arguments.seed, crop=options.crop, keep_input_view=options.keep_input_view,
-                filtered=not arguments.no_filter, name=name, progress=bar,
+                filtered=not arguments.no_filter, refine=arguments.refine, name=name, progress=bar,
             )  # fmt: skip
         except PhotographError as error:  # one bad photograph does not end the others
             if arguments.input_image is not None:
@@ -116,6 +151,18 @@ def main() -> None:
         done += 1
     if failed:
         raise ValueError(f"{done} done, {len(failed)} failed: " + "; ".join(failed.values()))
+
+
+def list_frames(source: Path) -> list[Path]:
+    """Returns the sample folders of a split list, or all of a dataset folder by name."""
+    from multiview.sample import is_complete_sample, read_split
+
+    if source.is_file():
+        return read_split(source)
+    frames = sorted(path for path in source.glob("*") if is_complete_sample(path))
+    if not frames:
+        raise ValueError(f"--dataset {source} is neither a split list nor a folder of samples (opencv_cameras.json)")
+    return frames
 
 
 def leave_out(name: str, reason: str, failed: dict[str, str]) -> None:

@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 from evaluation import SWEEPS, EvaluationSettings, methods
+from evaluation.leave_one_out import leave_one_out
 from evaluation.methods import OTHER_RIG_VIEWS, OWN, Prediction
 from evaluation.report import Report, mean
 from evaluation.sweeps import run_sweeps
@@ -23,8 +24,9 @@ from pipeline.model import MouseFaceLift
 
 def evaluate(settings: EvaluationSettings, model: MouseFaceLift) -> str:
     """Measures what the settings ask for and writes it; returns the tables as Markdown."""
-    info = read_dataset_info(settings.data)
-    check_alignment(model.rig, dataset=info["rig"])
+    if not settings.leave_one_out:  # any calibrated cameras will do
+        info = read_dataset_info(settings.data)
+        check_alignment(model.rig, dataset=info["rig"])
     folders, artifacts = read_split(settings.data)[: settings.num_samples], model.artifacts
     notes, lpips = [], None
     if lpips_backbone_path().is_file():
@@ -37,6 +39,8 @@ def evaluate(settings: EvaluationSettings, model: MouseFaceLift) -> str:
         "artifacts": artifacts.describe(), "num_steps": artifacts.num_steps,
         "guidance_scale": artifacts.guidance_scale, "seed": settings.seed, "git": git_hash(),
     }  # fmt: skip
+    if settings.leave_one_out:
+        return leave_one_out(settings, model, lpips, head | {"notes": notes})
     if any(getattr(settings, factor) for factor in SWEEPS):  # baselines have no cameras, views or filters to vary
         return run_sweeps(settings, model, info, folders, lpips, notes, head)
     training, stage, report = None, settings.stage, Report(settings.stage, len(folders))

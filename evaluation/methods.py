@@ -132,6 +132,10 @@ def predict_baselines(
             lambda: predict_hull(rig_views, sample, unseen),
         ),
         (
+            "refined", "2", "Stage 2, refined", "all true rig views; fitted to them from Stage 2 or their hull",
+            lambda: predict_gaussians(refined(model, rig_views), sample, unseen),
+        ),
+        (
             "autoencoder", "1", "upper bound: the true views through the autoencoder",
             "the views themselves; only encoded and decoded, as every painted view is",
             lambda: Prediction.of(views, autoencoded(model, composite(true[views], 1.0))),
@@ -143,6 +147,11 @@ def predict_baselines(
     ]  # fmt: skip
     rows = [row for row in rows if row[0] in names and stage in row[1].split()]
     return {label: predict() for *_, label, _, predict in rows}, {label: told for *_, label, told, _ in rows}
+
+
+def refined(model: MouseFaceLift, posed: PosedViews) -> Gaussians:
+    """Returns the Gaussians [1, n] fitted to posed views as inference_mouse.py does."""
+    return model.reconstruct(posed.rgb, posed.masks, posed.cameras).gaussians
 
 
 @torch.no_grad()

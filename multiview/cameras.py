@@ -123,6 +123,11 @@ class Cameras:
     def __len__(self) -> int:
         return self.c2w.shape[0]
 
+    def joined(self, others: Cameras) -> Cameras:
+        """These cameras [v] and others [w] of the same image size, [v + w]."""
+        c2w, fxfycxcy = torch.cat([self.c2w, others.c2w]), torch.cat([self.fxfycxcy, others.fxfycxcy])
+        return Cameras(c2w, fxfycxcy, self.height, self.width)
+
     def to(self, target) -> Cameras:
         return replace(self, c2w=self.c2w.to(target), fxfycxcy=self.fxfycxcy.to(target))
 

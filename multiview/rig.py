@@ -9,6 +9,7 @@ from dataclasses import MISSING, asdict, dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from multiview.cameras import Cameras
@@ -198,6 +199,12 @@ class ViewRig:
         except ValueError as error:  # the rig's own checks name the rig alone
             raise ValueError(str(error) if source in str(error) else f"{source}: {error}") from None
 
+    def novel_cameras(self, count: int, size: int, rng: np.random.Generator) -> Cameras:
+        """Returns random cameras [count] around the rig: elevation -5 to 60 degrees, distance within 11 %."""
+        azimuth, elevation = rng.uniform(0, 360, count), rng.uniform(-5.0, 60.0, count)
+        distance = self.distance * rng.uniform(2.4 / 2.7, 3.0 / 2.7, count)
+        return Cameras.orbit(*map(torch.from_numpy, (azimuth, elevation, distance)), self.focal, size)
+
     @staticmethod
     def from_cameras(cameras: Cameras, name: str, view_names: list[str] | None = None) -> ViewRig:
         """Returns the rig of measured cameras [v] that look at the origin, in the given order."""
@@ -294,6 +301,15 @@ def check_posed_views(rig: ViewRig, cameras: Cameras, source: str) -> None:
                 f"{rig.name}), got {[round(x, 4) for x in got.tolist()]}; normalise the sample with "
                 "scripts/process_mouse_data.py"
             )
+
+
+def fits_rig(rig: ViewRig, cameras: Cameras) -> bool:
+    """Says whether `check_posed_views` would let calibrated cameras [v] pass."""
+    try:
+        check_posed_views(rig, cameras, "")
+    except ValueError:
+        return False
+    return True
 
 
 def _check_axes(expected: Cameras, cameras: Cameras, source: str, tolerance_deg: float) -> None:

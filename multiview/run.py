@@ -197,6 +197,17 @@ def start_processes(device: str) -> Accelerator:
         os.environ.update(ignored)
 
 
+def process_share(device: str) -> tuple[tuple[int, int], str]:
+    """Returns this process's number and how many share the work under torchrun, (0, 1) alone, and its own device."""
+    if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+        return (0, 1), device
+    import torch
+
+    if device in ("auto", "cuda") and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    return (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])), device
+
+
 def git_hash() -> str:
     """Returns the commit of the code, with '+' if the work tree differs; 'unknown' outside a git checkout."""
     # Without the lock that a stopped command, or a full disk, would leave behind in the user's own checkout.

@@ -32,6 +32,8 @@ DATASET_FILE = "dataset.json"
 MASK_MOST = 0.95  # of an image: alpha that covers more is no mask, and would make the background part of the animal
 DEPTH_UNIT = 1e-4  # world units per step of the 16-bit depth images: up to 6.55 units
 
+MOST_INPUTS = 16  # of views without names
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -51,6 +53,12 @@ class Sample:
         if [count, *size] != wanted or len(self.view_names) != count:
             told = f"images are {[count, *size]} (views, h, w), cameras expect {wanted}"
             raise ValueError(f"sample {self.id}: {told}, view names are {len(self.view_names)}; one each per view")
+
+    @property
+    def num_inputs(self) -> int:
+        """Posed views to reconstruct from: those with a name, which novel views lack; the first MOST_INPUTS where none
+        has one."""
+        return sum(name is not None for name in self.view_names) or min(len(self.view_names), MOST_INPUTS)
 
 
 def read_sample(
@@ -152,6 +160,17 @@ def write_split(list_file: Path | str, folders: list[Path | str]) -> None:
         # Relative to the list, so that a dataset can be moved; forward slashes, so that it can be moved anywhere.
         lines = [Path(os.path.relpath(folder, Path(list_file).parent)).as_posix() for folder in folders]
         temporary.write_text("".join(f"{line}\n" for line in lines))
+
+
+def write_complete(list_file: Path, folders: Sequence[Path]) -> int:
+    """Writes those of the sample folders that are complete, and returns their number; several processes may do so."""
+    listed: list[Path] | None = None
+    while True:  # until it is true: another process may finish a sample meanwhile
+        complete = [folder for folder in folders if is_complete_sample(folder)]
+        if complete == listed:
+            return len(complete)
+        write_split(list_file, complete)
+        listed = complete
 
 
 def write_dataset_info(folder: Path | str, rig: ViewRig, **parameters) -> None:

@@ -21,8 +21,8 @@ from multiview.sample import (
     read_dataset_info,
     read_sample,
     read_split,
+    write_complete,
     write_sample,
-    write_split,
 )
 from mvdiffusion.pipelines.multiview import generate_views
 from pipeline.model import MouseFaceLift
@@ -152,10 +152,4 @@ def generate_list(
                     write_sample(folder / sample.id, sample)
                     made, true = made + 1, true + len(sample.rgba) - model.rig.num_views
                     bar.update()
-    listed: list[Path] | None = None
-    while True:  # until it is true: another shard may finish a sample meanwhile
-        complete = [folder / job.name for job in jobs if is_complete_sample(folder / job.name)]
-        if complete == listed:
-            return len(complete), made, true
-        write_split(path, complete)
-        listed = complete
+    return write_complete(path, [folder / job.name for job in jobs]), made, true

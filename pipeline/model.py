@@ -12,15 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gslrm.model.gaussians import Gaussians, filter_gaussians
+from gslrm.model.gaussians import FilterSettings, Gaussians, filter_gaussians
+from gslrm.refinement import hull_start
 from multiview.cameras import Cameras, read_cameras
 from multiview.image import composite, prepare_photo, read_photo, resize_rgba
 from multiview.metrics import mask_from_white
-from multiview.rig import ViewRig, check_posed_views
+from multiview.rig import ViewRig, fits_rig
 from multiview.run import choose_numba_cache, resolve_device
 from pipeline.artifacts import Artifacts, resolve
 from pipeline.options import Checkpoints, Stage1Options
 from pipeline.outputs import PARTS, PosedViews, Reconstruction
+from pipeline.posed import FitOptions, Placement, fit, locate, reduced, to_rig
 
 MIRRORINGS = {None: (False,), "never": (False,), "always": (True,), "auto": (False, True)}  # by Stage1Options.mirror
 
@@ -75,12 +77,13 @@ class MouseFaceLift:
 
     def __call__(
         self, image: Any, *, seed: int = 0, crop: str = "auto", keep_input_view: bool = True, filtered: bool = True,
-        name: str = "image", progress: Callable[[Iterable], Iterable] | None = None,
+        refine: int | str = "auto", name: str = "image", progress: Callable[[Iterable], Iterable] | None = None,
     ) -> Reconstruction:  # fmt: skip
         """Reconstructs one photograph (see the package). Its result depends on its own seed alone.
 
         crop: framing, see `multiview.image.prepare_photo`. keep_input_view: Stage 2 sees the photograph itself as the
         reference view instead of its generated copy. filtered: leave out Gaussians that are faint or far away.
+        refine: iterations of a fit to the generated views; "auto" and "off" are none, since they contradict each other.
         Raises PhotographError where the photograph cannot be read or shows no animal.
         """
         try:
@@ -96,21 +99,77 @@ class MouseFaceLift:
             "keep_input_view": keep_input_view, "seed_scores": views.seed_scores, "mirrored": views.mirrored,
             "mirror_scores": views.mirror_scores, "seconds": {"stage1": round(time.perf_counter() - started, 2)},
         }  # fmt: skip
-        return self._finish(views, filtered, record, photo)
+        result = self._finish(views, lambda: self.predict(views), filtered, record, photo)
+        if not isinstance(refine, str):
+            given = [part.to(self.device) for part in (views.rgb, views.masks, views.cameras)]
+            result.gaussians, record["refinement"] = fit(
+                {"stage2": lambda: result.gaussians}, *given, iterations=refine, seed=seed, progress=progress
+            )
+            result.record |= record
+        return result
 
     def reconstruct(
-        self, views: Any, masks: Any, cameras: Cameras, *, filtered: bool = True, name: str = "views"
-    ) -> Reconstruction:
-        """Reconstructs posed views by Stage 2 alone: views [v, 3, h, w] 0..1 on white, masks [v, 1, h, w], cameras [v].
-        Raises ValueError where the cameras are none that Stage 2 can take (axes, mirrored, units)."""
-        check_posed_views(self.rig, cameras, name)  # wrong axes give a plausible, wrong animal
+        self, views: Any, masks: Any, cameras: Cameras, *, refine: int | str = "auto", name: str = "views",
+        progress: Callable[[Iterable], Iterable] | None = None, **options: Any,
+    ) -> Reconstruction:  # fmt: skip
+        """Reconstructs posed views: rgb [v, 3, h, w] 0..1 on white, masks [v, 1, h, w], cameras [v] that may stand
+        anywhere, v >= 2. The Gaussians come back in the cameras' world.
+
+        refine: iterations of the fit to the views; "auto" for as many as its start needs, "off" for Stage 2 alone.
+        options: fields of `pipeline.posed.FitOptions`.
+        Raises ValueError where masks and cameras cannot be of one animal (axes, mirrored, units, order).
+        """
+        wanted = FitOptions(**options)
         posed = PosedViews(torch.as_tensor(views).float(), torch.as_tensor(masks).float(), cameras)
         record = {"input": Path(name).name, "artifacts": self.artifacts.describe(), "input_views": len(cameras)}
-        return self._finish(posed, filtered, {**record, "seconds": {}}, None)
+        at_home = fits_rig(self.rig, cameras)
+        if at_home and refine == "off":  # as Stage 2 was trained: nothing to find or to bring
+            return self._finish(posed, lambda: self.predict(posed), wanted.filtered, {**record, "seconds": {}}, None)
+        # Wrong axes give a plausible, wrong animal.
+        placement = wanted.placement or locate(posed.masks, cameras, name)
+        record |= {"agreement_of_masks": round(placement.agreement, 4), "seconds": {}}
+        moved = None if at_home else placement.to_rig
+        if refine == "off":
+            result = self._finish(posed, lambda: self.predict_anywhere(posed, placement), wanted.filtered, record, None)
+            return replace(result, to_rig=moved)
+        started, small = time.perf_counter(), reduced(posed, wanted.refine_size)
+        starts = {
+            "stage2": lambda: self.predict_anywhere(posed, placement, FilterSettings()),
+            "hull": lambda: hull_start(placement.hull, small.rgb, small.masks, small.cameras),
+        }
+        if isinstance(wanted.start, Gaussians):
+            starts = {"previous": lambda: wanted.start}
+        elif wanted.start != "auto":
+            starts = {wanted.start: starts[wanted.start]}
+        given = [part.to(self.device) for part in (small.rgb, small.masks, small.cameras)]
+        count = None if refine == "auto" else int(refine)
+        gaussians, told = fit(starts, *given, iterations=count, seed=wanted.seed, progress=progress)
+        counts = {"predicted": gaussians.num_gaussians}
+        if wanted.filtered and "previous" not in starts:
+            gaussians = filter_gaussians(gaussians, FilterSettings(crop_box=None))  # the views have shaped the rest
+        counts["kept"] = gaussians.num_gaussians
+        record["seconds"]["refinement"] = round(time.perf_counter() - started, 2)
+        record |= {"refinement": told, "filtered": wanted.filtered, "gaussians": counts}
+        return Reconstruction(gaussians, posed, self.rig, record, to_rig=moved)
 
-    def _finish(self, views: PosedViews, filtered: bool, record: dict, photo: Tensor | None) -> Reconstruction:
+    def predict_anywhere(
+        self, views: PosedViews, placement: Placement, keep: FilterSettings | None = None
+    ) -> Gaussians:
+        """Stage 2 on views whose cameras stand anywhere: Gaussians [1, n] in the cameras' world.
+
+        keep: filters in the rig's world, for which its lengths are made.
+        """
+        at_home = fits_rig(self.rig, views.cameras)
+        size = self.network.config.image_tokenizer.image_size
+        gaussians = self.predict(views if at_home else to_rig(views, self.rig, placement, size))
+        gaussians = gaussians if keep is None else filter_gaussians(gaussians, keep)
+        return gaussians if at_home else gaussians.moved(torch.linalg.inv(placement.to_rig))
+
+    def _finish(
+        self, views: PosedViews, predict: Callable[[], Gaussians], filtered: bool, record: dict, photo: Tensor | None
+    ) -> Reconstruction:
         started = time.perf_counter()
-        predicted = self.predict(views)
+        predicted = predict()
         record["seconds"]["stage2"] = round(time.perf_counter() - started, 2)
         gaussians = filter_gaussians(predicted) if filtered else predicted
         counts = {"predicted": predicted.num_gaussians, "kept": gaussians.num_gaussians}

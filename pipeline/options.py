@@ -62,6 +62,8 @@ class Options(Stage1Options):
 
     crop: Literal["auto", "always", "never"] = option("auto", "auto, always or never: framing of the photograph")
     keep_input_view: bool = option(True, "Stage 2 sees the photograph itself, not its generated copy")
+    start: Literal["auto", "stage2", "hull"] = option("auto", "of a refinement: auto tries both on the given views")
+    refine_size: int = option(256, "pixels; larger images are reduced for the refinement", least=16)
     turntable_size: int = option(256, "pixels, even", least=16)
     maps: bool = option(False, "also depth/ and alpha/ as seen by the views' cameras")
     sheet: bool = option(False, "also sheet.png: input and views above their renderings")

@@ -53,13 +53,17 @@ class PosedViews:
 
 @dataclass
 class Reconstruction:
-    """Gaussians [1, n] and what they were made from. record: for run.json. photo: [4, s, s], None for posed views."""
+    """Gaussians [1, n] and what they were made from. record: for run.json. photo: [4, s, s], None for posed views.
+
+    to_rig: [4, 4], brings the animal of posed views to the place and size of the training data, for the turntable.
+    """
 
     gaussians: Gaussians
     views: PosedViews
     rig: ViewRig
     record: dict
     photo: Tensor | None = None
+    to_rig: Tensor | None = None
 
     def numpy(self) -> dict[str, np.ndarray]:
         """Returns xyz [n, 3], features [n, k, 3], log scaling [n, 3], rotation wxyz [n, 4], opacity logits [n, 1]."""
@@ -125,10 +129,14 @@ class Reconstruction:
         """Writes gaussians.ply and, with turntable_views > 0, turntable.mp4 from the views' mean elevation."""
         ply.save_ply(folder / "gaussians.ply", self.gaussians)  # before the turntable, which takes longer
         if turntable_views:
-            elevation_deg = float(self.views.cameras.elevation_deg.mean())
+            shown, cameras = self.gaussians, self.views.cameras
+            if self.to_rig is not None:
+                shown = shown.moved(self.to_rig)
+                cameras = cameras.recentre(-self.to_rig[:3, 3] / self.to_rig[0, 0], 1.0)
+            elevation_deg = float(cameras.elevation_deg.mean())
             with tqdm(total=turntable_views, desc=f"{folder.name}: turntable", unit="frame", disable=None) as bar:
                 frames = render_turntable(
-                    self.gaussians, turntable_views, turntable_size, elevation_deg=elevation_deg,
+                    shown, turntable_views, turntable_size, elevation_deg=elevation_deg,
                     on_frame=lambda done, _: bar.update(1),
                 )  # fmt: skip
             save_video(folder / "turntable.mp4", frames.cpu(), TURNTABLE_FPS)

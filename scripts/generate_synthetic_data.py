@@ -56,22 +56,20 @@ def main() -> None:
     parser.add_argument("--shard", type=shard, help="i/n: every n-th batch from i; default: torchrun's rank, else all")
     arguments = parser.parse_args()
     settings, checkpoints = from_arguments(Settings, arguments), from_arguments(Stage1Checkpoints, arguments)
-    import torch
 
     from multiview.checkpoint import digest_of
-    from multiview.run import check_output_folder
+    from multiview.run import check_output_folder, process_share
     from multiview.sample import open_dataset
     from pipeline import MouseFaceLift
     from pipeline.dataset import generate_list, make_jobs
 
-    folder, device, share = settings.output_dir, settings.device, arguments.shard or (0, 1)
+    folder = settings.output_dir
     check_output_folder(folder)
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        if arguments.shard is not None:
+    share, device = process_share(settings.device)
+    if arguments.shard is not None:
+        if "RANK" in os.environ:
             raise ValueError("--shard and torchrun both share out the work; use one of them")
-        share = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    if device in ("auto", "cuda") and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
-        device = f"cuda:{os.environ['LOCAL_RANK']}"  # each process of torchrun on its own GPU
+        share = arguments.shard
     model = MouseFaceLift.load(device=device, stages="1", **vars(checkpoints))
     artifacts = model.artifacts
     jobs = make_jobs(settings.data, artifacts.rig, settings.references, settings.num_samples, settings.seed)

@@ -79,10 +79,7 @@ def sample_cameras(rig: ViewRig, settings: MouseSettings, index: int) -> Cameras
         cameras.c2w[view] = Cameras.orbit(azimuth, raised, rig.distance, rig.focal, size).c2w
     if not count:
         return cameras
-    azimuth, elevation = rng.uniform(0, 360, count), rng.uniform(-5.0, 60.0, count)
-    distance = rig.distance * rng.uniform(2.4 / 2.7, 3.0 / 2.7, count)
-    novel = Cameras.orbit(*(torch.from_numpy(values) for values in (azimuth, elevation, distance)), rig.focal, size)
-    return Cameras(torch.cat([cameras.c2w, novel.c2w]), torch.cat([cameras.fxfycxcy, novel.fxfycxcy]), size, size)
+    return cameras.joined(rig.novel_cameras(count, size, rng))
 
 
 def make_sample(

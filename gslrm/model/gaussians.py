@@ -103,6 +103,26 @@ class Gaussians:
             colors = torch.einsum("bvnk,bnkc->bvnc", sh_basis(directions, self.sh_degree), self.features)
         return (colors + 0.5).clamp_min(0.0)
 
+    def moved(self, matrix: Tensor) -> Gaussians:
+        """Returns the scenes after x -> matrix x, a similarity [4, 4]: rotation, uniform scale and translation.
+
+        Raises ValueError for a rotation of colors that depend on the direction (degree 1 and above).
+        """
+        scale = torch.linalg.det(matrix[:3, :3].double()).pow(1 / 3)
+        rotation = matrix[:3, :3].double() / scale
+        turned = (rotation - torch.eye(3).to(rotation)).abs().max() > 1e-6
+        if turned and self.sh_degree:
+            raise ValueError(f"only colors of degree 0 can be turned with their Gaussians, got {self.sh_degree}")
+        from scipy.spatial.transform import Rotation
+
+        x, y, z, w = torch.from_numpy(Rotation.from_matrix(rotation.cpu().numpy()).as_quat()).to(self.rotation)
+        a, b, c, d = self.rotation.unbind(-1)  # the quaternion product (w, x, y, z)(a, b, c, d)
+        product = [w * a - x * b - y * c - z * d, w * b + x * a + y * d - z * c,
+                   w * c - x * d + y * a + z * b, w * d + x * c - y * b + z * a]  # fmt: skip
+        xyz = self.xyz @ matrix[:3, :3].to(self.xyz).T + matrix[:3, 3].to(self.xyz)
+        rotation = torch.stack(product, dim=-1) if turned else self.rotation
+        return replace(self, xyz=xyz, scaling=self.scaling + float(scale.log()), rotation=rotation)
+
     def mirrored(self) -> Gaussians:
         """Returns the scenes mirrored in x, as `Cameras.mirrored` sees them."""
         # A covariance R S^2 R^T becomes (M R M) S^2 (M R M)^T with M = diag(-1, 1, 1): the rotation's axis is a

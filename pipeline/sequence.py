@@ -1,0 +1,120 @@
+"""A recording frame after frame: each fit starts from the frame before, so that a Gaussian stays one surface point."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from gslrm.model.gaussians import Gaussians
+from gslrm.model.gaussians_renderer import render
+from gslrm.model.ply import load_ply, save_ply
+from multiview.files import read_json, write_json
+from multiview.image import composite, resize_rgba, save_video
+from multiview.run import stoppable
+from multiview.sample import read_sample
+from pipeline.model import MouseFaceLift
+from pipeline.outputs import PosedViews
+from pipeline.posed import locate
+
+FRAME_FILE, SEQUENCE_FILE = "frame.json", "sequence.json"
+# A track breaks where the frame is explained so much worse than the track's first one, and a new start does better.
+BREAK_PSNR, BREAK_IOU, BETTER_PSNR = 3.0, 0.03, 1.0
+FILM_SIZE, FILM_FPS, TURN_DEG = 256, 20, 3.0
+
+
+def reconstruct_sequence(
+    model: MouseFaceLift, folders: Sequence[Path], output_dir: Path, share: tuple[int, int] = (0, 1), *,
+    refine: int | str = "auto", refine_size: int = 256, seed: int = 0,
+) -> list[str]:  # fmt: skip
+    """Reconstructs sample folders in their order into <output_dir>/<sample>/gaussians.ply and frame.json.
+
+    share: (number, count): this process takes the number-th of count contiguous pieces. Frames that are there already
+    are kept and continued from: their PLY holds what the next fit starts from, bit for bit. Writes sequence.json of all
+    frames that exist, and film.mp4 once all do. Returns why frames were left out; the track breaks there.
+    """
+    if len({folder.name for folder in folders}) != len(folders):
+        raise ValueError("several samples of the list have one name: their results would overwrite each other")
+    (number, count), before, failed = share, None, []
+    own = folders[len(folders) * number // count : len(folders) * (number + 1) // count]
+    for folder in stoppable(tqdm(own, desc="frames", unit="frame", disable=None)):
+        target = output_dir / folder.name
+        if (target / FRAME_FILE).is_file():
+            before = load_ply(target / "gaussians.ply"), read_json(target / FRAME_FILE)
+            continue
+        try:
+            before = reconstruct_frame(model, folder, before, refine=refine, refine_size=refine_size, seed=seed)
+        except ValueError as error:
+            failed.append(f"{folder.name}: {error}")
+            before = None
+            continue
+        target.mkdir(parents=True, exist_ok=True)
+        save_ply(target / "gaussians.ply", before[0])
+        write_json(target / FRAME_FILE, before[1])  # last: a frame that has one is complete
+    done = [folder for folder in folders if (output_dir / folder.name / FRAME_FILE).is_file()]
+    frames = [read_json(output_dir / folder.name / FRAME_FILE) for folder in done]
+    tracks = list(dict.fromkeys(frame["track"] for frame in frames))
+    write_json(output_dir / SEQUENCE_FILE, {"rig": model.rig.to_dict(), "tracks": tracks, "frames": frames})
+    if done and len(done) + len(failed) >= len(folders):
+        write_film(output_dir / "film.mp4", done, output_dir)
+    return failed
+
+
+def reconstruct_frame(
+    model: MouseFaceLift, folder: Path, before: tuple[Gaussians, dict] | None, **settings
+) -> tuple[Gaussians, dict]:
+    """Returns the Gaussians of a sample and its record: continued from the frame before, or begun anew."""
+    started, sample = time.perf_counter(), read_sample(folder)
+    count = sample.num_inputs
+    views = PosedViews.of(sample.rgba[:count], sample.cameras[:count])
+    placement = locate(views.masks, views.cameras, str(folder))
+    to_sample = sample.extra.get("calibration_to_sample", torch.eye(4).tolist())
+
+    def attempt(start: str | Gaussians) -> tuple[Gaussians, dict]:
+        made = model.reconstruct(
+            views.rgb, views.masks, views.cameras, start=start, placement=placement, name=str(folder), **settings
+        )
+        return made.gaussians, made.record["refinement"]
+
+    track, gaussians = None, None
+    if before is not None:
+        last, told = before
+        # From the last sample's world, which follows the animal, to this one's; then onto the center of its masks.
+        step = torch.tensor(to_sample).double() @ torch.linalg.inv(torch.tensor(told["to_sample"]).double())
+        step[:3, 3] = placement.centre - step[:3, :3] @ torch.tensor(told["centre"]).double()
+        gaussians, fit = attempt(last.moved(step))
+        track, first = told["track"], told["track_given"]
+        psnr, iou = fit["given_after"]["psnr"], fit["given_after"]["iou"]
+        if psnr < first["psnr"] - BREAK_PSNR or iou < first["iou"] - BREAK_IOU:
+            anew = attempt("auto")
+            if anew[1]["given_after"]["psnr"] > psnr + BETTER_PSNR:
+                track, (gaussians, fit) = None, anew
+    else:
+        gaussians, fit = attempt("auto")
+    given = fit["given_after"]
+    return gaussians, {
+        "id": sample.id, "source_frame": sample.extra.get("frame"), "track": track or sample.id,
+        "track_given": first if track else given, **fit, "gaussians": gaussians.num_gaussians,
+        "centre": placement.centre.tolist(), "to_sample": to_sample,
+        "seconds": round(time.perf_counter() - started, 2),
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def write_film(path: Path, folders: Sequence[Path], output_dir: Path) -> None:
+    """Writes a film: the first given view of every frame, the Gaussians from its camera, and from one going round."""
+    frames = []
+    for index, folder in enumerate(folders):
+        sample, gaussians = read_sample(folder, views=[0]), load_ply(output_dir / folder.name / "gaussians.ply")
+        told = read_json(output_dir / folder.name / FRAME_FILE)
+        camera = sample.cameras.resize(FILM_SIZE, FILM_SIZE)
+        centre = torch.tensor(told["centre"])
+        # Round the animal at the first view's distance and height.
+        turning = camera.recentre(centre, 1.0).rotate(index * TURN_DEG).recentre(-centre, 1.0)
+        seen = [render(gaussians, one[None]).rgb[0, 0].clamp(0, 1) for one in (camera, turning)]
+        given = composite(resize_rgba(sample.rgba[0], FILM_SIZE), 1.0)
+        frames.append(torch.cat([given, *seen], dim=-1))
+    save_video(path, torch.stack(frames), FILM_FPS)
