@@ -46,8 +46,7 @@ def inputs(tmp_path_factory, toys, filmed):
     """Words for COMMANDS, of tiny weights and data."""
     folder = tmp_path_factory.mktemp("inputs")
     made = prepare_pipeline(folder)
-    sample = read_split(made["data"])[0]
-    write_image(folder / "photo.png", read_sample(sample).rgba[0])
+    write_image(folder / "photo.png", read_sample(read_split(made["data"])[0]).rgba[0])
     shapes = {"xyz": (90, 3), "features": (90, 1, 3), "scaling": (90, 3), "rotation": (90, 4), "opacity": (90, 1)}
     save_ply(folder / "a.ply", Gaussians(**{name: torch.rand(1, *shape) for name, shape in shapes.items()}))
     render(load_ply(folder / "a.ply"), load_rig("mouse6").cameras(32)[None])  # kernels are compiled and stored before
@@ -57,8 +56,8 @@ def inputs(tmp_path_factory, toys, filmed):
     stage2 = [word for word in settings(toys, "x") if "checkpoint_dir" not in word]
     return {
         **{name: made[name] for name in ("data", "components", "gslrm")}, "photo": folder / "photo.png",
-        "sample": sample, "val": toys / "val.txt", "ply": folder / "a.ply", "cameras": folder / "cameras.json",
-        "stage1": f"--mvdiffusion_checkpoint {made['unet']} {words}", "yaml": folder / "a.yaml",
+        "sample": toys / "sample_0", "val": toys / "val.txt", "cameras": folder / "cameras.json",
+        "stage1": f"--mvdiffusion_checkpoint {made['unet']} {words}", "ply": folder / "a.ply", "yaml": folder / "a.yaml",
         "weights": f"--mvdiffusion_checkpoint {made['unet']} --checkpoint {made['gslrm']} {words} --turntable_views 0",
         "both": f"--mvdiff_unet {made['unet']} --gslrm_checkpoint {made['gslrm']} {words} --turntable_views 0",
         "recording": f"--video_dir {filmed}/videos_undist --meta_dir {filmed}", "stage2": " ".join(stage2),
