@@ -56,10 +56,11 @@ def inputs(tmp_path_factory, toys, filmed):
     stage2 = [word for word in settings(toys, "x") if "checkpoint_dir" not in word]
     return {
         **{name: made[name] for name in ("data", "components", "gslrm")}, "photo": folder / "photo.png",
-        "sample": toys / "sample_0", "yaml": folder / "a.yaml", "val": toys / "val.txt", "cameras": folder / "cameras.json",
+        "sample": toys / "sample_0", "val": toys / "val.txt", "cameras": folder / "cameras.json",
         "stage1": f"--mvdiffusion_checkpoint {made['unet']} {words}", "ply": folder / "a.ply",
         "weights": f"--mvdiffusion_checkpoint {made['unet']} --checkpoint {made['gslrm']} {words} --turntable_views 0",
         "both": f"--mvdiff_unet {made['unet']} --gslrm_checkpoint {made['gslrm']} {words} --turntable_views 0",
+        "yaml": folder / "a.yaml",
         "recording": f"--video_dir {filmed}/videos_undist --meta_dir {filmed}", "stage2": " ".join(stage2),
     }  # fmt: skip
 
