@@ -190,7 +190,7 @@ def list_jobs(arguments: argparse.Namespace, stride: int, failed: dict[str, str]
     folder, jobs = arguments.input_dir, {}
     if not folder.is_dir():
         raise ValueError(f"--input_dir {folder} is not a folder")
-    for path in sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")):
+    for path in sorted(path for path in folder.iterdir() if not path.is_fifo() and not path.name.startswith(".")):
         try:
             check_picture(path)
         except ValueError as error:

@@ -24,9 +24,9 @@ import numpy as np
 from multiview.config import load_config, read_yaml
 from multiview.files import read_json, take, write_json
 from multiview.report import Table
-from multiview.run import REPOSITORY
+from multiview.run import REPOSITORY, STOPPED, Stop
 
-RESULT_FILE, LOG_FILE = "result.json", "training.log"
+RESULT_FILE, LOG_FILE, PREPARED_LOG = "result.json", "training.log", "prepare.log"
 TRAINERS = {  # stage: script, key of the output folder, key of the seed
     1: ("train_diffusion.py", "output_dir", "seed"),
     2: ("train_gslrm.py", "training.checkpointing.checkpoint_dir", "training.runtime.seed"),
@@ -142,9 +142,8 @@ def prepare(spec: AblationSpec) -> None:
         if command in done:
             continue
         command_line = [sys.executable, str(REPOSITORY / script), *arguments]
-        finished = subprocess.run(command_line, capture_output=True, text=True)
-        if finished.returncode:
-            raise ValueError(f"prepare: {command!r} failed: {_last_line(finished.stderr)}")
+        if run_child(command_line, log := Path(spec.output_dir) / PREPARED_LOG):
+            raise ValueError(f"prepare: {command!r} failed: {_last_line(log)}")
         done.append(command)
         write_json(done_file, done)
 
@@ -160,7 +159,7 @@ def run_cell(spec: AblationSpec, cell: dict) -> dict:
     path, log, recorded = folder / RESULT_FILE, folder / LOG_FILE, folder / "metrics.jsonl"
     if path.is_file():
         result, now = read_json(path), json.loads(json.dumps(cell["overrides"]))
-        stored = result["overrides"]
+        stored = take(result, "overrides", dict, str(path))
         changed = [key for key in sorted(stored.keys() | now.keys()) if stored.get(key) != now.get(key)]
         if changed:
             told = "; ".join(f"{key}: {stored.get(key)!r} there, {now.get(key)!r} now" for key in changed)
@@ -168,20 +167,18 @@ def run_cell(spec: AblationSpec, cell: dict) -> dict:
                 f"{path} belongs to a run with other values ({told}); name a new output_dir in the spec, or delete "
                 f"{folder}"
             )
-        if result["status"] == "done":
+        if take(result, "status", str, str(path)) == "done" and take(result, "metrics", dict, str(path)):
             return result
-    folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(REPOSITORY / trainer), "--config", spec.base, *as_arguments(cell["overrides"])]
     started = time.monotonic()
-    with open(log, "a") as handle:  # appended: a resumed run keeps the story of the first
-        code = subprocess.run(command, stdout=handle, stderr=subprocess.STDOUT).returncode
+    code = run_child(command, log)
     result = {**cell, "seconds": round(time.monotonic() - started, 1)}
     lines = [json.loads(line) for line in recorded.read_text().splitlines()] if recorded.is_file() else []
     last = ([line for line in lines if line["split"] == "val"] or [{}])[-1]
     values = {name: value for name, value in last.items() if name not in ("step", "split", "time")}
     missing = [name for name in spec.metrics if name not in values]
     if code:
-        result |= {"status": "failed", "reason": f"exit code {code}: {_last_line(log.read_text(errors='replace'))}"}
+        result |= {"status": "failed", "reason": f"exit code {code}: {_last_line(log)}"}
     elif missing:
         result |= {"status": "failed", "reason": f"no {', '.join(missing)} among {', '.join(sorted(values))}"}
     else:
@@ -190,8 +187,27 @@ def run_cell(spec: AblationSpec, cell: dict) -> dict:
     return result
 
 
-def _last_line(text: str) -> str:
-    return ([line.strip()[:300] for line in text.splitlines() if line.strip()] or ["no output"])[-1]
+def run_child(command: list[str], log: Path) -> int:
+    """Runs a command to its end and returns its exit code. A stop signal is passed on, so that a training saves itself;
+    then this run ends too, with exit code 143."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with Stop() as stop, open(log, "a") as handle:  # appended: a resumed run keeps the story of the first
+        stop.in_loop, is_told = True, False
+        with subprocess.Popen(command, stdout=handle, stderr=subprocess.STDOUT) as child:
+            while child.poll() is None:
+                if stop.signal is not None and not is_told:
+                    child.send_signal(stop.signal)
+                    is_told = True
+                time.sleep(0.05)
+    if stop.signal is not None:
+        print(f"stopped by {stop.signal.name} in {log.parent}; repeat the command to continue", file=sys.stderr)
+        raise SystemExit(STOPPED)
+    return child.returncode
+
+
+def _last_line(log: Path) -> str:
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return (lines or ["no output"])[-1][:300]
 
 
 # ---- what the runs say ----------------------------------------------------------------------------------------------

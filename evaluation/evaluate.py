@@ -25,7 +25,7 @@ from pipeline.model import MouseFaceLift
 def evaluate(settings: EvaluationSettings, model: MouseFaceLift) -> str:
     """Measures what the settings ask for and writes it; returns the tables as Markdown."""
     if not settings.leave_one_out:  # any calibrated cameras will do
-        info = read_dataset_info(settings.data.parent)
+        info = read_dataset_info(settings.data)
         check_alignment(model.rig, dataset=info["rig"])
     folders, artifacts = read_split(settings.data)[: settings.num_samples], model.artifacts
     notes, lpips = [], None

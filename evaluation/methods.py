@@ -180,7 +180,7 @@ class TrainingMice:
     Raises ValueError for another rig, and where a held-out sample is in the training list."""
 
     def __init__(self, list_file: Path, rig: ViewRig, held_out: Sequence[Path]) -> None:
-        check_alignment(rig, dataset=read_dataset_info(list_file.parent)["rig"])
+        check_alignment(rig, dataset=read_dataset_info(list_file)["rig"])
         self.rig, self.folders = rig, read_split(list_file)
         # A training mouse among the held-out ones would be its own nearest neighbor.
         shared = {folder.resolve() for folder in self.folders} & {folder.resolve() for folder in held_out}

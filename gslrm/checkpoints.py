@@ -16,6 +16,7 @@ from gslrm.config import IGNORED_KEYS, GSLRMConfig, ModelConfig, model_config_fr
 from gslrm.model.gslrm import GSLRM
 from multiview import checkpoint as files
 from multiview.config import load_config
+from multiview.files import take
 from multiview.rig import ViewRig
 
 log = logging.getLogger(__name__)
@@ -64,6 +65,9 @@ def network_tensors(tensors: Mapping[str, Tensor], source: Path) -> dict[str, Te
     Raises ValueError naming the file and how many values are not finite: the reconstruction would be empty."""
     named = {WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
     named = {name: tensor for name, tensor in named.items() if not name.startswith(LOSS_NETWORKS)}
+    odd = [name for name, t in named.items() if t.is_meta or t.layout is not torch.strided or not t.is_floating_point()]
+    if odd:
+        raise ValueError(f"checkpoint {source}: {odd[0]} holds no plain floating-point numbers; save .state_dict()")
     bad = {name: count for name, tensor in named.items() if (count := int((~torch.isfinite(tensor)).sum()))}
     if bad:
         told = f"{sum(bad.values())} weights are not finite, the first in {next(iter(bad))}"
@@ -89,8 +93,9 @@ def load_gslrm(
     if config_file is not None:
         model_config = load_config(GSLRMConfig, config_file, ignored=set(IGNORED_KEYS)).model
     else:
-        config = (files.read_sidecar(path) or {}).get("config")  # a sidecar with a stamped rig alone has none
-        model_config = model_config_from_dict(config["model"], f"{path}.json") if config else ModelConfig()
+        where = f"{path}.json"  # a sidecar with a stamped rig alone has no config
+        config = take(files.read_sidecar(path) or {}, "config", dict, where, default={})
+        model_config = model_config_from_dict(take(config, "model", dict, where), where) if config else ModelConfig()
     model = GSLRM(model_config)
     files.load_strict(model, model_weights(files.load_checkpoint(path), path), path)
     return model.eval().to(device), read_checkpoint_rig(path), path
@@ -112,11 +117,16 @@ def export_weights(
     if vgg_folder is not None and not facelift:
         raise ValueError("vgg_folder is for FaceLift's layout (facelift=True); nothing else reads VGG tensors there")
     weights = {name: tensor.to(dtype).clone() for name, tensor in model_weights(checkpoint, source).items()}
-    step = int(checkpoint["fwdbwd_pass_step"])
+    where, step = f"{source}.json", take(checkpoint, "fwdbwd_pass_step", int, f"checkpoint {source}", least=0)
+    ViewRig.from_dict(take(content, "rig", dict, where), where)
+    model_config_from_dict(model := take(take(content, "config", dict, where), "model", dict, where), where)
+    path = checkpoint_path(destination, step) if destination.suffix != ".pt" else destination
+    if path.resolve() == source.resolve():
+        raise ValueError(f"the export would replace {source}, which training continues from; name another place")
     exported: dict = {"model": weights, "fwdbwd_pass_step": step}
     if facelift:
         exported["param_update_step"] = int(checkpoint.get("param_update_step", step))
-        if content["config"]["model"].get("prune_background_tokens"):
+        if model.get("prune_background_tokens"):
             log.warning("%s was trained on foreground tokens alone; FaceLift will run it on all of them", source)
     else:
         exported["rig"] = content["rig"]
@@ -130,6 +140,5 @@ def export_weights(
             raise ValueError(f"{told}: put MatConvNet's file there, or {without}")
         network = load_perceptual(vgg).net.state_dict()
         weights |= {f"{LOSS_NETWORKS}net.{name}": tensor.clone() for name, tensor in network.items()}
-    path = checkpoint_path(destination, step) if destination.suffix != ".pt" else destination
     files.save_checkpoint(path, exported, content)
     return path

@@ -284,7 +284,13 @@ def check_config(config: GSLRMConfig) -> None:
         (0, 512): "training.dataloader.num_workers", (1, 1024): "training.dataloader.prefetch_factor",
         (1, inf): "training.runtime.grad_accum_steps training.dataloader.batch_size_per_gpu validation.val_every "
         "training.schedule.max_fwdbwd_passes training.checkpointing.checkpoint_every training.logging.print_every "
-        "training.checkpointing.checkpoints_total_limit training.logging.vis_every validation.num_samples",
+        "training.checkpointing.checkpoints_total_limit training.logging.vis_every validation.num_samples "
+        "model.image_tokenizer.patch_size model.transformer.d model.transformer.d_head",
+        (0, 3): "model.gaussians.sh_degree", (0, 1): "training.optimizer.lr training.runtime.ema_decay",
+        (0, 0.999999): "training.optimizer.beta1 training.optimizer.beta2",
+        (1e-9, inf): "training.runtime.grad_clip_norm",
+        (0, 1e6): "training.optimizer.weight_decay training.schedule.warmup training.losses.direct_warmup_steps "
+        + " ".join(f"training.losses.{name}" for name in vars(losses) if "loss_weight" in name),
     }  # fmt: skip
     for (low, high), key in [(ends, key) for ends, keys in limits.items() for key in keys.split()]:
         if not low <= (value := attrgetter(key)(config)) <= high:
@@ -295,6 +301,9 @@ def check_config(config: GSLRMConfig) -> None:
          f"training.dataset.num_input_views must be at least 2, got {inputs}: Stage 2 triangulates between posed views "
          "and learns a flat billboard from one. A single photograph goes through Stage 1 first (python "
          "inference_mouse.py --input_image ...). Set training.dataset.num_input_views=6"),
+        (model.image_tokenizer.image_size % model.image_tokenizer.patch_size,
+         f"model.image_tokenizer.image_size ({model.image_tokenizer.image_size}) must be a multiple of its patch_size "
+         f"({model.image_tokenizer.patch_size})"),
         (views < inputs,
          f"training.dataset.num_views ({views}) counts inputs and targets together and must be at least "
          f"num_input_views ({inputs})"),

@@ -8,6 +8,7 @@ at w / 2).
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from multiview.files import read_json, take
 
 # Nerfstudio's and COLMAP's names; FaceLift's files have none of them.
 LENS_TERMS = ("k1", "k2", "k3", "k4", "k5", "k6", "p1", "p2", "skew")
+LENS_WORDS = re.compile(r"distort|fish_?eye|f_?theta|lat_?long|rolling", re.IGNORECASE)
+MOST_VIEWS = 4096  # of a sample; a file of more is none
 LARGEST_SIDE = 1 << 15  # pixels; no camera file is believed beyond it
 TURNTABLE_HFOV_DEG = 50.0  # FaceLift's
 
@@ -192,8 +195,8 @@ class Cameras:
     @staticmethod
     def from_frames(frames: list[dict], source: str, *, padded: bool = False) -> Cameras:
         """Reads the `frames` list of `opencv_cameras.json` into Cameras of shape [v], float32."""
-        if not frames:
-            raise ValueError(f"{source}: 'frames' is empty, at least one camera is expected")
+        if not 0 < len(frames) <= MOST_VIEWS:
+            raise ValueError(f"{source}: 'frames' has {len(frames)} cameras, 1 to {MOST_VIEWS} are expected")
         sizes, fxfycxcy, w2c = set(), [], []
         for number, frame in enumerate(frames):
             where = f"{source}: frame {number}"
@@ -201,6 +204,8 @@ class Cameras:
             fxfycxcy.append([take(frame, key, float, where) for key in ("fx", "fy", "cx", "cy")])
             w2c.append(take(frame, "w2c", (4, 4), where))
             bent = [key for key in LENS_TERMS if take(frame, key, float, where, default=0.0) != 0]
+            words = [key for key in frame if LENS_WORDS.search(key)]
+            bent += [key for key in words if (any(frame[key]) if isinstance(frame[key], list) else frame[key])]
             if bent:  # a pinhole in their place would be off by tens of pixels at the rim
                 raise ValueError(f"{where} has lens terms {', '.join(bent)}; undistort the images first")
         if len(sizes) != 1 and not padded:

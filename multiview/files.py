@@ -31,7 +31,7 @@ DAMAGE = (  # what libraries raise for a file that is cut, altered or none of th
 )  # fmt: skip
 KINDS = {str: "a text", bool: "true or false", dict: "an object of keys and values", list: "a list"}
 OS_ERROR = re.compile(r"\(os error (\d+)\)")
-NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # disk full, quota reached, file larger than allowed
+CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # full, over a quota or limit, read-only
 LEFTOVER = re.compile(r"^\.(.+)\.[0-9a-f]{8}\.(tmp|old)$")  # what a killed `atomic_write` or `atomic_folder` leaves
 LOCK_FILE = ".owner.json"
 BEAT_S, STALE_S = 30.0, 300.0  # an owner touches its lock every BEAT_S; untouched for STALE_S it counts as dead
@@ -132,8 +132,14 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
         with open(temporary, "rb") as handle:
             os.fsync(handle.fileno())
         os.replace(temporary, path)
+    except BaseException as error:  # of a full disk neither the system nor a library says which file it was
+        is_ours = isinstance(error, OSError) and error.filename == str(temporary)  # a name that the user never gave
+        if (number := error.errno if is_ours else refusal(error)) is None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # where nothing can be written the system says so before it says that nothing is there
+            temporary.unlink()
 
 
 @contextmanager
@@ -161,18 +167,23 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
             shutil.rmtree(temporary)
 
 
+def refusal(error: BaseException) -> int | None:
+    """Returns the number of CANNOT_WRITE that is behind an exception, None where another reason is."""
+    cause, number = error if isinstance(error, Exception) and not isinstance(error, ValueError) else None, None
+    while cause is not None and number not in CANNOT_WRITE:
+        told = OS_ERROR.search(str(cause))  # safetensors and tokenizers give the number in their text
+        number = cause.errno if isinstance(cause, OSError) else int(told[1]) if told else None
+        cause = cause.__context__  # torch.save reports an error of its own over the system's
+    return number if number in CANNOT_WRITE else None
+
+
 @contextmanager
 def full_disk_explained(path: Path | str, needed_bytes: int = 0) -> Iterator[None]:
     """Turns a full disk (or quota) while writing `path` into a ValueError that says what is missing and what to do."""
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:  # what torch, safetensors and the system raise
-        cause, number = error, None
-        while cause is not None and number not in NO_SPACE:
-            told = OS_ERROR.search(str(cause))  # safetensors gives the number in its text
-            number = cause.errno if isinstance(cause, OSError) else int(told[1]) if told else None
-            cause = cause.__context__  # torch.save reports an error of its own over the system's
-        if number not in NO_SPACE:
+    except BaseException as error:  # some libraries raise nothing more precise than Exception
+        if (number := refusal(error)) is None:
             raise
         path = Path(path).absolute()
         free = shutil.disk_usage(next(folder for folder in path.parents if folder.exists())).free

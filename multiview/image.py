@@ -66,6 +66,8 @@ def _decode(path: Path | str, most: int, *, longest: int | None = None, header_o
             if width * height <= most:
                 if header_only:
                     return image
+                if image.format != "MPO" and (number := getattr(image, "n_frames", 1)) > 1:  # MPO: a phone's extras
+                    log.warning("%s holds %d images: the first is taken; save the others as files", path, number)
                 if longest and max(image.size) > longest:
                     image.draft(image.mode, (longest, longest))  # a JPEG is decoded at 1/2, 1/4 or 1/8 at once
                 rgba = _eight_bits(image, path)

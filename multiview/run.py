@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
 import math
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -20,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from multiview.files import atomic_write, write_json
+from multiview.files import DAMAGE, atomic_write, refusal, write_json
 
 if TYPE_CHECKING:  # scripts answer --help without torch
     import torch
@@ -34,6 +36,12 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # what clusters and closed terminals send
 STOPPED = 143  # exit code of a run that such a signal ended
 PRECISIONS = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}  # of a network's matrix products
+REMEDIES = {  # of what the system refuses
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "name a place that you may write, or read, or allow it"),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room, or name a place on another disk"),
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "a file stands where a folder is expected: name another path"),
+    errno.EISDIR: "a folder stands where a file is expected: name another path",
+}
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # torchrun and accelerate set all of them
 
 
@@ -63,11 +71,15 @@ def seed_everything(*keys: int | str) -> None:
 
 
 def resolve_device(device: str) -> torch.device:
-    """Returns CUDA for `auto` where it works, else the CPU; an explicit `cuda` without a GPU is an error."""
+    """Returns CUDA for `auto` where it works, else the CPU. Raises ValueError for a device that is not there."""
     import torch
 
     works = torch.cuda.is_available()
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", device):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}")
     resolved = torch.device(device if device != "auto" else "cuda" if works else "cpu")
+    if (resolved.index or 0) >= (there := torch.cuda.device_count()) > 0:
+        raise ValueError(f"device {device!r} was asked for, but there are {there} GPUs, counted from cuda:0")
     if resolved.type == "cuda" and not works:
         raise ValueError("device 'cuda' was asked for, but torch finds no working GPU; use --device cpu or auto")
     return resolved
@@ -198,7 +210,8 @@ def process_share(device: str) -> tuple[tuple[int, int], str]:
 
 def git_hash() -> str:
     """Returns the commit of the code, with '+' if the work tree differs; 'unknown' outside a git checkout."""
-    command = ["git", "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+"]
+    # Without the lock that a stopped command, or a full disk, would leave behind in the user's own checkout.
+    command = ["git", "--no-optional-locks", "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+"]
     try:
         return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -329,9 +342,9 @@ def check_output_folder(folder: Path | str) -> None:
     folder = Path(folder)
     above = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
     if not above.is_dir():
-        raise ValueError(f"{folder} cannot be a folder: {above} is a file; name another --output_dir")
+        raise ValueError(f"{folder} cannot be a folder: {above} is a file; name another folder")
     if not _can_write(above):
-        raise ValueError(f"{folder} cannot be written (read-only, full or not yours); name another --output_dir")
+        raise ValueError(f"{folder} cannot be written (read-only, full or not yours); name another folder")
 
 
 def main_guard(main: Callable[[], None]) -> None:
@@ -340,10 +353,19 @@ def main_guard(main: Callable[[], None]) -> None:
     choose_numba_cache()
     try:
         main()
-    except (ValueError, OSError) as error:  # OSError: a full or read-only disk, a file where a folder should be
-        if os.environ.get("MOUSE_FACELIFT_TRACEBACK"):
+    except DAMAGE as error:
+        number = error.errno if isinstance(error, OSError) else refusal(error)
+        no_memory = isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in str(error))
+        expected = isinstance(error, ValueError | OSError) or number or no_memory
+        if os.environ.get("MOUSE_FACELIFT_TRACEBACK") or not expected:
             raise
-        told = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
+        told = str(error)
+        if number:
+            place, remedy = getattr(error, "filename", None), REMEDIES.get(number)
+            told = getattr(error, "strerror", None) or os.strerror(number)
+            told = f"{place}: " * bool(place) + told + f"; {remedy}" * bool(remedy)
+        elif no_memory:
+            told = f"not enough memory ({told.splitlines()[0][:200]}); lower the sizes or numbers that were asked for"
         print(f"error: {told}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
@@ -353,6 +375,7 @@ def main_guard(main: Callable[[], None]) -> None:
 
 def leave() -> None:
     """Ends a command that is done: taking the imported modules apart would take more than a second."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(AttributeError, OSError):  # closed, or on a full disk: the results are written
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(0)

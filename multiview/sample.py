@@ -144,14 +144,18 @@ def is_complete_sample(folder: Path | str) -> bool:
 
 def read_split(list_file: Path | str) -> list[Path]:
     """Reads the sample folders of a split list, one per line, relative to it; other paths are refused."""
-    list_file = Path(list_file)
-    if not list_file.is_file():
-        made = "make a dataset with scripts/make_synthetic_mouse.py or scripts/process_mouse_data.py"
-        raise ValueError(f"split list {list_file} does not exist; {made}, or name its data_mouse_train.txt")
+    list_file = _existing(list_file)
     folders = [inside(list_file.parent, line, f"split list {list_file}") for line in read_lines(list_file)]
     if not folders:
         raise ValueError(f"split list {list_file} is empty")
     return folders
+
+
+def _existing(list_file: Path | str) -> Path:
+    if not Path(list_file).is_file():
+        made = "make a dataset with scripts/make_synthetic_mouse.py or scripts/process_mouse_data.py"
+        raise ValueError(f"split list {list_file} does not exist; {made}, or name its data_mouse_train.txt")
+    return Path(list_file)
 
 
 def write_split(list_file: Path | str, folders: list[Path | str]) -> None:
@@ -179,8 +183,9 @@ def write_dataset_info(folder: Path | str, rig: ViewRig, **parameters) -> None:
 
 
 def read_dataset_info(folder: Path | str) -> dict:
-    """Reads `dataset.json` of a dataset folder; the value under `rig` becomes a ViewRig."""
-    path = Path(folder) / DATASET_FILE
+    """Reads `dataset.json` of a dataset folder, or beside a split list; the value under `rig` becomes a ViewRig."""
+    folder = Path(folder) if Path(folder).is_dir() else _existing(folder).parent
+    path = folder / DATASET_FILE
     if not path.is_file():
         raise ValueError(
             f"{path} does not exist: a dataset carries its view rig there. To adopt a folder made elsewhere, state its "

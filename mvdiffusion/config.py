@@ -71,10 +71,10 @@ class MVDiffusionConfig:
     learning_rate: float = within(5e-5, 0, 1)
     # After the warm-up: constant, or linear or cosine to 0 at max_train_steps
     lr_scheduler: str = choice("constant", "constant_with_warmup", "linear", "cosine", "piecewise_constant")
-    lr_warmup_steps: int = 100
+    lr_warmup_steps: int = within(100, 0)
     step_rules: str = "1"  # of lr_scheduler piecewise_constant (no warm-up): "1:200000,0.5" is factor 1, later 0.5
     lr_multipliers: dict[str, float] = field(default_factory=dict)  # {pattern in a parameter's name: factor}
-    camera_embedding_lr_mult: float = 1.0  # FaceLift's: of class_embedding
+    camera_embedding_lr_mult: float = within(1.0, 0, 1e6)  # FaceLift's: of class_embedding
     use_8bit_adam: bool = False  # bitsandbytes, CUDA only
     trainable_modules: list[str] | None = None  # only parameters whose names hold one of these; None: all
     freeze_encoder: bool = False  # the UNet's down blocks stand still in the first half of the run
@@ -83,33 +83,35 @@ class MVDiffusionConfig:
     lora_targets: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
     lora_also_train: list[str] = field(default_factory=list)  # parts of names trained in full beside, e.g. conv_in
     lora_save_merged: bool = True  # checkpoints hold whole UNets with the adapters folded in; false: adapters alone
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_weight_decay: float = 0.01
-    adam_epsilon: float = 1e-8
-    max_grad_norm: float = 1.0
+    adam_beta1: float = within(0.9, 0, 0.999999)
+    adam_beta2: float = within(0.999, 0, 0.999999)
+    adam_weight_decay: float = within(0.01, 0, 1e6)
+    adam_epsilon: float = within(1e-8, 0, 1)
+    max_grad_norm: float = within(1.0, 1e-9)
     use_ema: bool = True
-    ema_decay: float = 0.9999
+    ema_decay: float = within(0.9999, 0, 1)
     condition_drop_rate: float = within(0.05, 0, 1 / 3)  # labels, latents, or both, each at this rate
     snr_gamma: float | None = 5.0  # None: no weighting
     snr_weighting: str = choice("prediction", "upstream")  # by the prediction type; FaceLift's: epsilon's form always
     high_noise_share: float = within(0.0, 0, 1)  # fraction of time steps drawn from high_noise_range
     high_noise_range: list[int] = field(default_factory=lambda: [850, 999])
-    foreground_weight: float = 1.0  # weight of latent cells that hold the animal
-    overfit_steps: int = 1000  # max_train_steps under --overfit
+    foreground_weight: float = within(1.0, 0, 1e6)  # weight of latent cells that hold the animal
+    overfit_steps: int = within(1000, 1)  # max_train_steps under --overfit
 
     # Saving and looking
     checkpointing_steps: int = within(1000, 1)
     checkpoints_total_limit: int = within(3, 1)
     validation_steps: int = within(1000, 1)
-    validation_samples: int = 8
+    validation_samples: int = within(8, 1)
     validation_guidance_scales: list[float] = field(default_factory=lambda: [1.0, 3.0])
     validation_num_steps: int = within(20, 1, 1000)
     log_steps: int = within(10, 1)
     budget_s: float | None = None  # seconds after which the run saves itself and stops; repeating continues it
     skip_digest: bool = False  # resume without comparing files with their digests
     export_dir: str | None = None  # where the finished EMA UNet and its prompt embeddings go, in float16
-    export_num_steps: int = 50  # sampling that suits the exported UNet; inference takes it unless told otherwise
+    export_num_steps: int = within(
+        50, 1, 1000
+    )  # sampling that suits the exported UNet; inference takes it unless told otherwise
     export_guidance_scale: float = 3.0
     export_mirror: str = choice("never", "always", "auto")  # auto: the training animals face one way
     device: str = "auto"

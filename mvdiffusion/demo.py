@@ -68,7 +68,7 @@ class VaeConfig:
 @dataclass
 class DemoComponentsConfig:
     data: str = "data_mouse/data_mouse_train.txt"  # split list
-    output_dir: str = "checkpoints/demo/mvdiffusion"
+    output_dir: str = "checkpoints/mvdiffusion/demo_components"
     image_size: int = 128  # pixels
     max_samples: int = 2000  # held in memory: 64 KiB per view
     holdout_samples: int = 16  # the last of the list, for the reported figures

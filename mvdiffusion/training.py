@@ -15,7 +15,7 @@ from accelerate.utils import convert_outputs_to_fp32
 from torch import Tensor, nn
 
 from multiview.checkpoint import Ema, add_adapters, is_adapter_weight, merged_weights, read_rig, save_adapters
-from multiview.files import atomic_folder, write_json
+from multiview.files import atomic_folder, take, write_json
 from multiview.rig import ViewRig, check_alignment, load_rig
 from multiview.run import PRECISIONS, LoopOptions, autocast, check_size, seed_everything
 from multiview.sample import read_dataset_info
@@ -204,7 +204,7 @@ class MVDiffusionTraining(Training):
 
 def aligned_rig(config: MVDiffusionConfig) -> tuple[ViewRig, PromptEmbeds]:
     """The rig of this run and its prompt embeddings, after comparing everything that carries one."""
-    dataset = read_dataset_info(Path(lists_of(config)[0][0]).parent)["rig"]
+    dataset = read_dataset_info(lists_of(config)[0][0])["rig"]
     stated = load_rig(config.rig) if config.rig else None
     rig, embeds = stated or dataset, load_prompt_embeds(config.prompt_embeds, stated)
     check_alignment(rig, dataset=dataset, embeddings=embeds.rig)
@@ -308,10 +308,14 @@ def make_optimizer(parameters: dict[str, nn.Parameter], config: MVDiffusionConfi
 def size_of(config: MVDiffusionConfig) -> tuple[float, float, float]:
     """Lower bounds for a fresh UNet: parameters, parameters that train, and bytes of a batch of image latents."""
     unet = config.unet or {}
-    channels, layers = unet.get("block_out_channels", []), unet.get("layers_per_block", 1)
-    layers = min(layers) if isinstance(layers, list) else layers
+    where, layers = "the configuration's unet", unet.get("layers_per_block")
+    channels = take(unet, "block_out_channels", (-1,), where, default=[])
+    inputs, size = (take(unet, name, int, where, default=8) for name in ("in_channels", "sample_size"))
+    layers = (
+        min(layers) if isinstance(layers, list) and layers else take(unet, "layers_per_block", int, where, default=1)
+    )
     # Each layer of a block has two 3x3 convolutions, on the way down and on the way up.
     parameters = float(36 * layers * sum(width**2 for width in channels))
-    latents = config.train_batch_size * unet.get("in_channels", 8) * float(unet.get("sample_size", 8)) ** 2
+    latents = config.train_batch_size * inputs * float(size) ** 2
     is_partial = config.lora_rank or config.trainable_modules is not None
     return parameters, 0.0 if is_partial else parameters, 4.0 * latents

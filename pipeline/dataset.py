@@ -55,7 +55,7 @@ def make_jobs(
             f"--references all needs a rig whose azimuths count from the input view, rig {rig.name} counts from the "
             "animal's heading: its input is always the reference view"
         )
-    source, wanted = read_dataset_info(lists[0].parent)["rig"], rig.views[rig.reference_view]
+    source, wanted = read_dataset_info(lists[0])["rig"], rig.views[rig.reference_view]
     views = range(source.num_views) if references == "all" else (source.reference_view,)
     for given in (source.views[view] for view in views):
         far = source.view_distance(given) / rig.view_distance(wanted)

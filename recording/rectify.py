@@ -50,7 +50,7 @@ def cut_camera(
             image = rectify(calibration, camera, colors, mask, rotation=rotation, focal_px=float(focal_px), size=size)
             path = f"{folder}/{path}"
             os.makedirs(os.path.dirname(path), exist_ok=True)
-            with open(path, "wb", buffering=0) as handle:
+            with open(path, "wb") as handle:  # buffered: a raw write to a full disk stops half way without an error
                 handle.write(png_bytes(image))
             yield
 

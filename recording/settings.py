@@ -18,7 +18,7 @@ class ImportSettings:
     meta_dir: Path = option(None, "folder of the calibration and the mask videos (required)")
     output_dir: Path = option(None, "dataset folder, new or to be continued (required)")
     num_samples: int = option(2000, "frames, evenly spaced over the recording", least=1)
-    image_size: int = option(512, "pixels, square images", least=16)
+    image_size: int = option(512, "pixels, square images", least=16, most=8192)
     rig: str = option("mouse6", "whose view names to use: a rig, its file, or 'calibrated'")
     framing: str = option("facelift", "see above", choices=("exact", "fill", "facelift"))
     poses: str = option("exact", "see above", choices=("exact", "nearest"))

@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from multiview.config import add_fields, from_arguments, option
-from multiview.run import main_guard
+from multiview.run import check_output_folder, main_guard
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add_fields(parser, CheckSettings)
     settings = from_arguments(CheckSettings, parser.parse_args(arguments))
+    check_output_folder(settings.output_dir)
     from recording.quality.findings import GRADES
     from recording.quality.report import HTML_NAME, check_dataset
 

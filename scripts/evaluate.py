@@ -39,7 +39,6 @@ def main() -> None:
     except ValueError as error:
         parser.error(str(error))
     from evaluation.evaluate import evaluate
-    from multiview.files import full_disk_explained
     from multiview.run import check_output_folder
     from pipeline import MouseFaceLift
 
@@ -47,8 +46,7 @@ def main() -> None:
     model = MouseFaceLift.load(
         device=settings.device, stages=settings.stage, options=options, **vars(from_arguments(Checkpoints, arguments))
     )
-    with full_disk_explained(settings.output_dir / "metrics.json"):
-        print(evaluate(settings, model))
+    print(evaluate(settings, model))
     print(settings.output_dir)
 
 

@@ -26,9 +26,10 @@ def main() -> None:
         parser.error(f"--output must end in .ply or .glb and not replace the Gaussians of --ply, got {given.output}")
     from gslrm.model.mesh import check_libraries, extract_mesh, save_mesh
     from gslrm.model.ply import load_ply
-    from multiview.run import resolve_device
+    from multiview.run import check_output_folder, resolve_device
 
-    check_libraries(given.output.suffix)  # before minutes of work
+    check_output_folder(given.output.parent)  # before minutes of work
+    check_libraries(given.output.suffix)
     gaussians = load_ply(given.ply).to(resolve_device(given.device))
     mesh = extract_mesh(gaussians, resolution=given.resolution, num_views=given.views, size=given.view_size)
     save_mesh(given.output, mesh)

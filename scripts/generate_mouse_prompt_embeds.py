@@ -13,6 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from multiview.config import checked
 from multiview.run import main_guard
 
 
@@ -24,7 +25,9 @@ def main() -> None:
     model = "folder with tokenizer/ and text_encoder/"
     parser.add_argument("--model_name", default="checkpoints/demo/mvdiffusion", help=model)
     parser.add_argument("--output_dir", default="mvdiffusion/data/mouse_prompt_embeds_6view")
-    parser.add_argument("--elevation", type=float, help="degrees; replaces the elevation of the rig's views")
+    parser.add_argument(
+        "--elevation", type=checked(float, -90, 90), help="degrees; replaces the elevation of the rig's views"
+    )
     parser.add_argument("--angles", action="store_true", help="append elevation and azimuth as numbers to every prompt")
     arguments = parser.parse_args()
     import torch

@@ -58,7 +58,6 @@ def main() -> None:
     settings, checkpoints = from_arguments(Settings, arguments), from_arguments(Stage1Checkpoints, arguments)
 
     from multiview.checkpoint import digest_of
-    from multiview.files import full_disk_explained
     from multiview.run import check_output_folder, process_share
     from multiview.sample import open_dataset
     from pipeline import MouseFaceLift
@@ -89,12 +88,11 @@ def main() -> None:
         "num_steps": artifacts.num_steps, "guidance_scale": artifacts.guidance_scale, "seed": settings.seed,
         "image_size": model.image_size, "references": settings.references, "batch_size": settings.batch_size, **kept,
     }  # fmt: skip
-    with full_disk_explained(folder / "dataset.json"):
-        open_dataset(folder, artifacts.rig, parameters)
-        for path, own in jobs.items():
-            listed, made, true = generate_list(folder / path.name, own, model, settings.batch_size, share, **kept)
-            told = f"{listed} of {len(own)} samples; generated now: {made}, with {true} true views"
-            print(f"{folder / path.name}: {told}")
+    open_dataset(folder, artifacts.rig, parameters)
+    for path, own in jobs.items():
+        listed, made, true = generate_list(folder / path.name, own, model, settings.batch_size, share, **kept)
+        told = f"{listed} of {len(own)} samples; generated now: {made}, with {true} true views"
+        print(f"{folder / path.name}: {told}")
 
 
 if __name__ == "__main__":

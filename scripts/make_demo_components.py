@@ -23,12 +23,14 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config values, e.g. vae.steps=2000")
     arguments = parser.parse_args()
     from multiview.config import load_config
+    from multiview.files import full_disk_explained
     from mvdiffusion.demo import DemoComponentsConfig, make_demo_components
 
     given = {name: getattr(arguments, name) for name in ("data", "output_dir")}
     overrides = [f"{name}={value}" for name, value in given.items() if value is not None]
     config = load_config(DemoComponentsConfig, arguments.config, [*arguments.overrides, *overrides])
-    figures = make_demo_components(config, arguments.max_minutes)
+    with full_disk_explained(config.output_dir):  # libraries write these files, and do not say which one failed
+        figures = make_demo_components(config, arguments.max_minutes)
     if figures is None:
         print(f"not finished yet: repeat the command to continue; what there is lies in {config.output_dir}")
     else:

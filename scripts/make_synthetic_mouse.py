@@ -8,6 +8,7 @@ truth.json and truth.npz: centre, keypoints, points of the surface), ready for s
 """
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
@@ -36,11 +37,11 @@ def main(arguments: list[str] | None = None) -> None:
     check_output_folder(folder)
     with full_disk_explained(folder):
         if settings.as_recording:
-            print(
-                f"{folder}: {settings.num_samples} frames from {record_mouse(settings)} cameras; import it with\n"
-                f"python scripts/process_mouse_data.py --video_dir {folder}/videos_undist "
-                f"--meta_dir {folder} --output_dir data_mouse --num_samples 2000 --image_size 512"
-            )
+            print(f"{folder}: {settings.num_samples} frames from {record_mouse(settings)} cameras; import it with")
+            # Beside the recording: data_mouse holds the tracked example, which would be moved away.
+            places = [shlex.quote(f"{folder}{ending}") for ending in ("/videos_undist", "", "_samples")]
+            importer = "python scripts/process_mouse_data.py --video_dir {} --meta_dir {} --output_dir {}"
+            print(importer.format(*places))
         else:
             write_dataset(settings)
             print(f"{folder}: {settings.num_samples} mice, rig {settings.rig}")

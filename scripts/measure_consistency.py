@@ -95,7 +95,7 @@ def main() -> None:
     from multiview.report import Table
     from multiview.sample import read_dataset_info, read_sample, read_split
 
-    rig = read_dataset_info(settings.data.parent)["rig"]
+    rig = read_dataset_info(settings.data)["rig"]
     samples = [read_sample(f, num_views=rig.num_views) for f in read_split(settings.data)[: settings.num_samples]]
     rows: dict[str, list[dict]] = {}
     for name in tqdm(("true views", *DAMAGES), unit="damage", disable=None):

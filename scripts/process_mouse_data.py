@@ -30,7 +30,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from multiview.config import add_fields, from_arguments
-from multiview.run import STOP_SIGNALS, main_guard
+from multiview.run import STOP_SIGNALS, STOPPED, main_guard
 from recording.settings import ImportSettings
 
 
@@ -63,7 +63,7 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.Namesp
 def stop(number: int, _) -> None:
     """Ends the import in an orderly way: what is complete stays."""
     print(f"stopped by {signal.Signals(number).name}; repeat the command to continue", flush=True)
-    raise SystemExit(128 + number)
+    raise SystemExit(STOPPED)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -21,7 +21,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--turntable", type=Path, help="an .mp4 of a camera going once around")
     parser.add_argument("--turntable_views", type=checked(int, 1), default=120, help="frames of --turntable")
     parser.add_argument("--turntable_size", type=checked(int, 1), default=384, help="pixels, even")
-    parser.add_argument("--elevation", type=float, default=0.0, help="of --turntable, degrees")
+    parser.add_argument("--elevation", type=checked(float, -90, 90), default=0.0, help="of --turntable, degrees")
     parser.add_argument("--background", choices=["white", "gray", "black"], default="white", help="behind the animal")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     given = parser.parse_args()
@@ -43,11 +43,13 @@ def main() -> None:
     from gslrm.model.gaussians_renderer import render, render_turntable
     from gslrm.model.ply import load_ply
     from multiview.cameras import Cameras
-    from multiview.files import full_disk_explained, read_json
+    from multiview.files import read_json
     from multiview.image import BACKGROUNDS, save_video, write_image
-    from multiview.run import resolve_device
+    from multiview.run import check_output_folder, resolve_device
     from pipeline.outputs import contact_sheet, depth_images, write_depth
 
+    for place in filter(None, (given.output_dir, given.turntable and given.turntable.parent)):
+        check_output_folder(place)
     cameras, folder, rows, background = [], given.output_dir, [], BACKGROUNDS[given.background]
     if given.cameras is not None:  # unlike a sample's, these need not agree in their image size: one Cameras per frame
         frames = read_json(given.cameras).get("frames")
@@ -58,27 +60,25 @@ def main() -> None:
             raise ValueError(f"--sheet needs cameras of one image size, and {given.cameras} has several: leave it out")
     gaussians = load_ply(given.ply).to(resolve_device(given.device))
     if cameras:
-        with full_disk_explained(folder):
-            for number, camera in enumerate(cameras):
-                output, name = render(gaussians, camera[None].to(gaussians.device), background), f"cam_{number:03d}.png"
-                maps = output.rgb.clamp(0, 1), output.mean_depth(), output.alpha
-                rgb, depth, alpha = (image[0, 0].cpu() for image in maps)
-                write_image(folder / name, rgb)
-                if given.depth:
-                    write_depth(folder / "depth" / name, depth)
-                if given.alpha:
-                    write_image(folder / "alpha" / name, alpha)
-                rows += [(rgb, depth, alpha.expand(3, -1, -1))] if given.sheet else []
-            if given.sheet:
-                rgb, depth, alpha = (torch.stack(row) for row in zip(*rows))
-                shown = [rgb, *[depth_images(depth)] * given.depth, *[alpha] * given.alpha]
-                write_image(folder / "sheet.png", contact_sheet(shown))
+        for number, camera in enumerate(cameras):
+            output, name = render(gaussians, camera[None].to(gaussians.device), background), f"cam_{number:03d}.png"
+            maps = output.rgb.clamp(0, 1), output.mean_depth(), output.alpha
+            rgb, depth, alpha = (image[0, 0].cpu() for image in maps)
+            write_image(folder / name, rgb)
+            if given.depth:
+                write_depth(folder / "depth" / name, depth)
+            if given.alpha:
+                write_image(folder / "alpha" / name, alpha)
+            rows += [(rgb, depth, alpha.expand(3, -1, -1))] if given.sheet else []
+        if given.sheet:
+            rgb, depth, alpha = (torch.stack(row) for row in zip(*rows))
+            shown = [rgb, *[depth_images(depth)] * given.depth, *[alpha] * given.alpha]
+            write_image(folder / "sheet.png", contact_sheet(shown))
         print(f"{folder}: {len(cameras)} images of {gaussians.num_gaussians} Gaussians")
     if given.turntable is not None:
         views, size = given.turntable_views, given.turntable_size
         film = render_turntable(gaussians, views, size, elevation_deg=given.elevation, background=background)
-        with full_disk_explained(given.turntable):
-            save_video(given.turntable, film.cpu())
+        save_video(given.turntable, film.cpu())
         print(f"{given.turntable}: {len(film)} frames of {size} px")
 
 

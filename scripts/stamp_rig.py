@@ -26,6 +26,8 @@ def main() -> None:
     rig, path, content = load_rig(arguments.rig), arguments.path, {}
     if not path.exists():
         raise ValueError(f"--path {path} does not exist")
+    if path.is_file() and path.suffix not in (".pt", ".pth", ".ckpt"):
+        raise ValueError(f"--path {path} is no checkpoint; a .pt file, a folder of weights or a dataset is expected")
     if path.is_file():
         content = read_sidecar(path) or {}
         present = ViewRig.from_dict(content["rig"], str(sidecar_path(path))) if "rig" in content else None

@@ -66,6 +66,7 @@ class MouseSettings:
     def __post_init__(self) -> None:
         formats, recorded, body = self.formats, self.as_recording, self.body_model
         for wrong, message in (
+            (Path(self.prefix).name != self.prefix, f"--prefix must be a plain name, got {self.prefix!r}"),
             (self.video_width % 2, f"--video_width must be even, got {self.video_width}"),
             (len(set(formats)) != len(formats) or set(formats) - set(CALIBRATION_FORMATS),
              f"--calibration_formats takes different ones of {', '.join(CALIBRATION_FORMATS)}, "

@@ -32,7 +32,7 @@ def write_gslrm(folder: Path, rig: ViewRig, step: int = 5) -> Path:
     config = replace(GSLRMConfig(), rig=rig.name, model=model)
     path = checkpoint_path(folder, step)
     sidecar = {"config": asdict(config), "rig": rig.to_dict(), "step": step}
-    save_checkpoint(path, {"model": GSLRM(config.model).state_dict()}, sidecar)
+    save_checkpoint(path, {"model": GSLRM(config.model).state_dict(), "fwdbwd_pass_step": step}, sidecar)
     return path
 
 

@@ -1,16 +1,29 @@
 """The factorial runner: cells, refusals, resuming, failures, and the arithmetic of effects."""
 
 import json
+import os
 import shlex
+import signal
+import sys
+import threading
+import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import commands
 import pytest
 from mvdiffusion_tiny import UNET, prepare
 from pipeline_tiny import must, run
 
-from evaluation.ablation import AblationSpec, as_arguments, make_cells, markdown, read_spec, run_cell, summarise
+from evaluation.ablation import (
+    AblationSpec,
+    as_arguments,
+    make_cells,
+    markdown,
+    read_spec,
+    run_cell,
+    run_child,
+    summarise,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 METRIC = "guidance_1/consistency"
@@ -86,12 +99,13 @@ def test_wrong_specs_are_one_sentence(tmp_path, changes, message):
 
 
 def test_cells_train_resume_and_failures_are_recorded(tmp_path, monkeypatch):
-    def train(command, stdout, stderr):
+    def train(command, log):
         done = commands.run(shlex.join(["python", *command[1:]]), tmp_path)
-        stdout.write(done.stdout + done.stderr)
-        return done
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text(done.stdout + done.stderr)
+        return done.returncode
 
-    monkeypatch.setattr("evaluation.ablation.subprocess", SimpleNamespace(run=train, STDOUT=None))
+    monkeypatch.setattr("evaluation.ablation.run_child", train)
     tiny = prepare(tmp_path / "tiny")
     path = write_spec(
         tmp_path / "s.yaml",
@@ -121,6 +135,39 @@ def test_cells_train_resume_and_failures_are_recorded(tmp_path, monkeypatch):
     longer = read_spec(write_spec(path, factors=spec.factors, overrides={**spec.overrides, "max_train_steps": 3}))
     with pytest.raises(ValueError, match="max_train_steps: 2 there, 3 now"):
         run_cell(spec, make_cells(longer)["good_seed0"])
+    for content, message in (({}, "lacks overrides"), ({"overrides": spec.overrides, "status": 3}, "values|status")):
+        (tmp_path / "out/good_seed0/result.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=f"result.json.*{message}"):
+            run_cell(spec, make_cells(spec)["good_seed0"])
+
+
+CHILD = """
+import signal, sys, time
+def stop(number, _):
+    print("saved", signal.Signals(number).name, flush=True)
+    sys.exit(143)
+for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+    signal.signal(number, stop)
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
+def test_a_stop_signal_reaches_the_training_and_ends_the_ablation(tmp_path, number, capsys):
+    log, code = tmp_path / "cell" / "training.log", "raise SystemExit(3)"
+    assert run_child([sys.executable, "-c", code], log) == 3
+
+    def send() -> None:
+        while "ready" not in log.read_text():
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=send, daemon=True).start()
+    with pytest.raises(SystemExit) as stopped:
+        run_child([sys.executable, "-c", CHILD], log)
+    assert stopped.value.code == 143 and log.read_text() == f"ready\nsaved {number.name}\n"
+    assert f"stopped by {number.name}" in capsys.readouterr().err and signal.getsignal(number) == signal.SIG_DFL
 
 
 # ---- effects --------------------------------------------------------------------------------------------------------

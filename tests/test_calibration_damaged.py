@@ -48,12 +48,13 @@ MEANINGFUL = [  # what says how a camera sees and is not used must be refused by
         "x_fov": 60, "equirectangular": True, "camera_model": "EQUIRECTANGULAR", "lens_mode": "ftheta", "skew": 0.3,
         "from_na": True, "rolling_shutter": [0, 0, 0.01, 0], "distortion_model": "kannala_brandt",
     }.items()],
-    ("transforms", put("k4", 0.02, *FRAME), "frame 2: k4"),
+    ("transforms", put("k4", 0.02, *FRAME), "frame 2: k4"), ("transforms", put("type", "ORTHO"), "type = 'ORTHO'"),
+    ("opencv", put("model", "Fisheye", *FRAME), "frame 2: model = 'Fisheye'"),
     ("transforms", put("camera_angle_x", 2.0), "fl_x 1632.3 and camera_angle_x contradict"),
     ("opencv", put("k1", -0.1, *FRAME), "frame 2: k1"),
     ("opencv", put("distortion", [0.1, 0, 0], *FRAME), "frame 2: distortion"),
     ("opencv", put("camera_model", "OPENCV_FISHEYE"), "camera_model"),
-    ("blender", put("type", "PANO", *CAMERA), "camera 2: type must be PERSP"),
+    ("blender", put("type", "PANO", *CAMERA), "camera 2: type = 'PANO' cannot be used"),
     ("blender", put("use_crop_to_border", True, *CAMERA), "camera 2: use_crop_to_border"),
     ("mammal", put("D", np.array([0.1, 0.0]), 2), "camera 2: D = "),
     ("anipose", lambda text: text.replace("[cam_1]", "[cam_1]\nfisheye = true"), r"\[cam_1\]: fisheye = True"),
@@ -92,7 +93,8 @@ def test_fields_that_cannot_be_used_are_refused_by_name(tmp_path, real, format, 
 
 
 def test_fields_at_their_defaults_and_many_frames_of_static_cameras_say_nothing(tmp_path, real):
-    told = {"k4": 0.0, "is_fisheye": False, "rolling_shutter": [0, 0, 0, 0], "camera_model": "pinhole", "ftheta_p0": 0,
+    told = {"model": "acA2040", "k4": 0.0,
+            "is_fisheye": False, "rolling_shutter": [0, 0, 0, 0], "camera_model": "pinhole", "ftheta_p0": 0,
             "aabb_scale": 16, "applied_scale": 2.0, "offset": [0.5, 0.5, 0.5], "lens_mode": "Perspective"}  # fmt: skip
     for change in (
         lambda content: content.update(told),

@@ -66,6 +66,7 @@ def test_frames_survive_a_round_trip(tmp_path):
         (lambda f: f.update(h=0), "h must be a whole number, at least 1"),
         (lambda f: f.update(w=10**9), "w must be a whole number, at least 1, at most 32768"),
         (lambda f: f.update(w=256), "one image size"), (lambda f: f.update(k1=0.1, p2=0.0), "lens terms k1; undistort"),
+        (lambda f: f.update(distortion=[0, 0.1]), "lens terms distortion"),
         (lambda f: f.update(w2c=None), "w2c must be 4x4 numbers, got None"),
         (lambda f: f.update(w2c=f["w2c"][:3]), "w2c must be 4x4 numbers"),
         (lambda f: f.update(w2c=[[2 * x for x in row] for row in f["w2c"]]), "orthonormal"),

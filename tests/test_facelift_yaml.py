@@ -10,6 +10,8 @@ import yaml
 from gslrm.config import IGNORED_KEYS, GSLRMConfig, check_config, model_config_from_dict
 from gslrm.training import check_adaptation
 from multiview.config import load_config
+from mvdiffusion.demo import DemoComponentsConfig
+from mvdiffusion.facelift_yaml import load_training_config
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -142,8 +144,17 @@ def test_unknown_keys_and_values_of_the_wrong_type_name_file_and_key(tmp_path, t
 
 
 def test_shipped_configs_load_and_can_train():
+    tracked = {"checkpoints/demo", "checkpoints/demo/gslrm", "checkpoints/demo/mvdiffusion", "data_mouse"}
+    for path in CONFIGS.glob("*mvdiffusion*.yaml"):
+        config = load_training_config(path)
+        assert tracked.isdisjoint({config.output_dir, config.export_dir, str(config.cache_dir)}), path
+    assert load_config(DemoComponentsConfig, CONFIGS / "demo_components.yaml").output_dir not in tracked
     for path in (*CONFIGS.glob("*gslrm*.yaml"), *CONFIGS.glob("mouse_config_*.yaml")):
         check_config(config := load(path))
+        keep = config.training.checkpointing
+        assert tracked.isdisjoint({keep.checkpoint_dir, keep.export_dir}), (
+            path
+        )  # a training writes into no shipped file
         if path.stem == "mouse_gslrm_lora":
             assert check_adaptation(config.training.adaptation, config.model.transformer.n_layer) == list(range(24))
 

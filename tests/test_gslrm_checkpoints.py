@@ -113,6 +113,8 @@ def test_files_that_cannot_be_used_are_refused_by_name(facelift, tmp_path):
     weights["input_layer_norm.weight"][:3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
     for content, message in (
         ({"epoch": 3, "args": {}}, "other.pt has no key 'model'.*keys: epoch, args"),
+        ({"model": {"w": torch.eye(2).to_sparse()}}, "w holds no plain"),
+        ({"w": torch.eye(2).int()}, "w holds no plain"),
         ({"model": weights}, "other.pt: 3 weights are not finite.*input_layer_norm.weight"),
     ):
         torch.save(content, tmp_path / "other.pt")
@@ -176,6 +178,16 @@ def test_the_export_command(resumed, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", [*command, "--vgg_folder", str(tmp_path)])
     with pytest.raises(ValueError, match="imagenet-vgg-verydeep-19.mat"):
         main()
+    monkeypatch.setattr(sys, "argv", [*command, "--no_vgg", "--output", str(folder)])
+    with pytest.raises(ValueError, match="would replace .*ckpt_.*which training continues from"):
+        main()
     monkeypatch.setattr(sys, "argv", [*command, "--no_vgg", "--dtype", "float16"])
     main()
-    assert load_checkpoint(tmp_path / "o" / CHECKPOINT.name)["model"]["input_layer_norm.weight"].dtype == torch.float16
+    path = tmp_path / "o" / CHECKPOINT.name
+    assert load_checkpoint(path)["model"]["input_layer_norm.weight"].dtype == torch.float16
+    for change, message in (
+        ({"config": {}}, "lacks model"), ({"config": {"model": {"x": 1}}}, "unknown keys"), ({"rig": {}}, "rig"),
+    ):  # fmt: skip
+        write_json(path.with_suffix(".pt.json"), {**read_sidecar(folder / path.name), "sha256": None, **change})
+        with pytest.raises(ValueError, match=f"{path.name}.json.*{message}"):
+            export_weights(path, tmp_path / "p")

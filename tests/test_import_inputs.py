@@ -10,6 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from conftest import file_limit
 from filmed_spheres import COUNT, SCRIPT, command, ffmpeg, full, settings_for
 from PIL import Image
 
@@ -251,8 +252,19 @@ def test_a_full_disk_is_one_sentence(filmed, tmp_path, monkeypatch):
     monkeypatch.setattr("recording.rectify.png_bytes", full)
     with pytest.raises(ValueError, match="cannot write .*data: No space left on device"):
         process_recording(settings_for(filmed, tmp_path / "data"))
+    with (
+        monkeypatch.context() as short,
+        file_limit(50_000),
+        pytest.raises(ValueError, match="cannot write .*data: File"),
+    ):
+        short.setattr("recording.rectify.png_bytes", lambda image: bytes(60_000))  # of which the system takes a part
+        process_recording(settings_for(filmed, tmp_path / "data"))
+    assert not list((tmp_path / "data").glob("sample_*"))
     monkeypatch.undo()
-    process_recording(settings_for(filmed, tmp_path / "data"))
+    monkeypatch.setattr("recording.importer.MIN_FOR_TWO_BLOCKS", COUNT)  # frames beside a block are in no list
+    said = []
+    process_recording(settings_for(filmed, tmp_path / "data"), said.append)
+    assert "4 samples are in neither list: they lie within 0.5 s of the border between the two" in said
     assert not list((tmp_path / "data").glob(".*")) and not (tmp_path / ".data.masks").exists()
 
 

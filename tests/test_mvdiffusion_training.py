@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import file_limit
-from mvdiffusion_tiny import SIZE, augmentation, config_for, figures, losses, prepare
+from mvdiffusion_tiny import SIZE, UNET, augmentation, config_for, figures, losses, prepare
 
 from multiview.checkpoint import read_rig
 from multiview.image import composite
@@ -224,9 +224,15 @@ def test_shipped_configs_load():
     [
         ({"pretrained_unet_path": "somewhere"}, "pretrained_unet_path=somewhere are both set.*unet=null"),
         ({"pretrained_model_name_or_path": "models/nothing"}, "models/nothing does not exist: put FaceLift's released"),
-        ({"cache_variants": 0}, "cache_variants must be within 1..1000, got 0"),
+        *[({key: value}, f"{key} must be within") for key, value in (
+            ("cache_variants", 0), ("max_grad_norm", -1.0), ("ema_decay", 2.0), ("validation_samples", 0),
+            ("adam_beta1", 1.0), ("adam_weight_decay", float("nan")), ("lr_warmup_steps", -1))],
+        ({"unet": {**UNET, "block_out_channels": None}}, "unet config"),
+        ({"unet": {**UNET, "block_out_channels": ["a", 32]}}, "unet: block_out_channels must be a finite number"),
+        ({"unet": {**UNET, "sample_size": "abc"}}, "unet: sample_size must be a whole number, got 'abc'"),
+        ({"device": "tpu"}, "device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
     ],
-)
+)  # fmt: skip
 def test_what_cannot_be_trained_is_refused(tiny, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         train(config_for(tiny, tmp_path / "run", **changes))

@@ -2,6 +2,8 @@
 
 import json
 import math
+import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -81,15 +83,21 @@ def test_lists_are_relative_and_nothing_names_a_machine(whole, filmed):
 
 def test_the_scripts_film_import_and_refuse(script, tmp_path, monkeypatch, capsys):
     """scripts/make_synthetic_mouse.py --as_recording, then scripts/process_mouse_data.py."""
-    folder, output = tmp_path / "recording", tmp_path / "data_mouse"
-    words = f"--as_recording --output_dir {folder} --num_samples 2 --video_width 128 --fps 5".split()
+    folder, output = tmp_path / "my recording", tmp_path / "data_mouse"
+    words = [*"--as_recording --num_samples 2 --video_width 128 --fps 5 --output_dir".split(), str(folder)]
     script.main(words)
     assert len(json.loads((folder / "truth.json").read_text())["frames"]) == 2
+    # What it prints is a whole command, and leads beside the recording rather than into the tracked data_mouse.
+    program, importer, *printed = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert (program, importer) == ("python", "scripts/process_mouse_data.py") and Path(importer).is_file()
     with pytest.raises(ValueError, match="not empty"):
         script.main(words)
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
     import process_mouse_data
 
+    settings = process_mouse_data.parse_arguments(printed)[1]
+    assert (settings.video_dir, settings.meta_dir) == (folder / "videos_undist", folder)
+    assert settings.output_dir == tmp_path / "my recording_samples" and settings.output_dir != output
     words = ["--meta_dir", str(folder), "--output_dir", str(output), "--image_size", "64", "--workers", "1"]
     process_mouse_data.main([*words, "--video_dir", str(folder / "videos_undist")])
     shown = capsys.readouterr().out

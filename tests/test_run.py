@@ -50,9 +50,16 @@ def test_wandb_missing_is_said(tmp_path, monkeypatch):
     ("error", "message"),
     [
         (ValueError("rig 'x' is unknown"), "rig 'x' is unknown"),
-        (OSError(errno.ENOSPC, "No space left on device", "out/a.mp4"), "out/a.mp4: No space left on device"),
-        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "out"), "out: Not a directory"),
-        (OSError(errno.EROFS, "Read-only file system", "/x"), "/x: Read-only file system"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "out/a.mp4"),
+            "out/a.mp4: No space left on device; make room",
+        ),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "out"), "out: Not a directory; a file stands where"),
+        (OSError("a library's own"), "a library's own"),
+        (MemoryError("Unable to allocate 364. TiB"), "not enough memory (Unable to allocate 364. TiB); lower"),
+        (RuntimeError("can't allocate memory: you tried\nC++ stack"), "not enough memory (can't allocate"),
+        (RuntimeError("Error while serializing: (os error 28)"), "No space left on device; make room"),
+        (OSError(errno.EROFS, "Read-only file system", "/x"), "/x: Read-only file system; name a place"),
     ],
 )
 def test_a_user_error_exits_1_with_one_message(capsys, error, message):
@@ -61,7 +68,13 @@ def test_a_user_error_exits_1_with_one_message(capsys, error, message):
 
     with pytest.raises(SystemExit) as exit_info:
         main_guard(main)
-    assert exit_info.value.code == 1 and capsys.readouterr().err == f"error: {message}\n"
+    told = capsys.readouterr().err
+    assert exit_info.value.code == 1 and told.startswith(f"error: {message}") and told.count("\n") == 1
+
+
+def test_a_mistake_of_the_code_keeps_its_traceback():
+    with pytest.raises(RuntimeError, match="size"):
+        main_guard(lambda: torch.zeros(2) @ torch.zeros(3))
 
 
 def test_cuda_without_a_gpu_is_refused(monkeypatch):
@@ -69,6 +82,9 @@ def test_cuda_without_a_gpu_is_refused(monkeypatch):
     assert runs.resolve_device("auto").type == "cpu"
     with pytest.raises(ValueError, match="no working GPU"):
         runs.resolve_device("cuda")
+    for device in ("tpu", "mps", "cuda:x", ""):
+        with pytest.raises(ValueError, match=f"auto, cpu, cuda or cuda:N, got '{device}'"):
+            runs.resolve_device(device)
     runs.check_size(0.9e9, 0.0, 1e6, torch.device("cpu"), "nothing")  # what fits is not refused
 
 

@@ -9,7 +9,7 @@ from running import must
 
 from multiview import sample as samples
 from multiview.rig import load_rig
-from multiview.sample import Sample, read_sample, read_split, write_sample, write_split
+from multiview.sample import Sample, read_dataset_info, read_sample, read_split, write_sample, write_split
 
 
 def make(size=16, views=6):
@@ -78,7 +78,7 @@ def test_facelift_frames_without_view_names_load(written):
         (lambda c: c["frames"][0].update(file_path="images/none.png"), "does not exist"),
         (lambda c: c["frames"].insert(2, None), "frame 2 must hold an object of keys and values, got None"),
         (lambda c: [f.update(w=20, h=20) for f in c["frames"]], "says"),
-        (lambda c: c.update(frames=[]), "empty"), (lambda c: c.update(frames=None), "frames must be a list"),
+        (lambda c: c.update(frames=[]), "has 0 cameras"), (lambda c: c.update(frames=None), "frames must be a list"),
     ],
 )  # fmt: skip
 def test_bad_samples_are_refused_with_their_file(written, change, message):
@@ -120,6 +120,12 @@ def test_missing_views_depth_and_folder_are_refused(tmp_path, folder, options, m
     write_sample(tmp_path / "s", replace(make(views=4), depth=None))
     with pytest.raises(ValueError, match=message):
         read_sample(tmp_path / folder, **options)
+
+
+def test_a_missing_list_is_named_rather_than_its_folder(tmp_path):
+    for read in (read_dataset_info, read_split):
+        with pytest.raises(ValueError, match="split list .*nope.txt does not exist; make a dataset"):
+            read(tmp_path / "nope.txt")
 
 
 def test_split_lists_are_relative_and_refuse_absolute_and_escaping_paths(tmp_path):

@@ -193,6 +193,7 @@ def test_script_writes_the_same_dataset_with_any_workers_and_resumes(script, tmp
         ("--size 0.4 30", "--size: must be at most 3"),
         ("--noise 3", "add --as_recording"),
         ("--noise nan", "must be finite"),
+        ("--prefix a/b", "--prefix must be a plain name"),
         ("--as_recording --video_width 129", "--video_width must be even"),
         ("--body_model m.npz", "go together"),
         ("--pose walk --poses rear", "exclude each other"),
@@ -214,7 +215,7 @@ def test_script_refuses_folders_that_are_not_its_own(script, tmp_path):
     for folder, more, message in (
         (foreign, [], "not empty and has no dataset.json"),
         (foreign, ["--as_recording"], "not empty; a recording is written into a new folder"),
-        (file, [], "is a file; name another --output_dir"),
+        (file, [], "is a file; name another folder"),
     ):
         with pytest.raises(ValueError, match=message):
             script.main(["--output_dir", str(folder), *common, *more])

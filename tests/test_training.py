@@ -45,7 +45,10 @@ def test_a_budget_stops_a_run_and_repeating_finishes_it(data, tmp_path, whole, c
     assert re.search(r"matrix_rate_fraction +[\d.e-]+\n", capsys.readouterr().out)
 
 
-def test_a_schedulers_signal_saves_a_checkpoint_and_says_how_to_continue(data, tmp_path, whole, monkeypatch, capsys):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
+def test_a_schedulers_signal_saves_a_checkpoint_and_says_how_to_continue(
+    data, tmp_path, whole, monkeypatch, capsys, number
+):
     folder, long = tmp_path / "run", {"training.schedule.max_fwdbwd_passes": 100_000}
     workers = {"training.dataloader.num_workers": 1, "training.checkpointing.checkpoint_every": 100_000}
     monkeypatch.setattr(sys, "argv", ["train_gslrm.py", "--config", "a.yaml"])
@@ -53,13 +56,13 @@ def test_a_schedulers_signal_saves_a_checkpoint_and_says_how_to_continue(data, t
     def send() -> None:
         while not (folder / "metrics.jsonl").exists():
             time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
 
     threading.Thread(target=send, daemon=True).start()
     with pytest.raises(SystemExit) as stop:
         train(config_of(data, folder, **long, **workers))
     printed = capsys.readouterr().out
-    assert stop.value.code == 143 and "stopped by SIGTERM at pass" in printed
+    assert stop.value.code == 143 and f"stopped by {number.name} at pass" in printed
     assert "python train_gslrm.py --config a.yaml" in printed and not (folder / ".owner.json").exists()
     saved = load_checkpoint(newest_checkpoint(folder))["fwdbwd_pass_step"]
     assert saved == len(logged(folder)) and logged(folder)[0] == logged(whole)[0]
@@ -95,7 +98,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(data, tmp_path, who
     assert "looking at the one before it" in caplog.text and logged(folder) == logged(whole)
 
 
-def test_digests_can_be_skipped(tmp_path, monkeypatch):
+def test_digests_can_be_skipped(data, whole, tmp_path, monkeypatch, caplog):
     path = tmp_path / "ckpt_0000000000000001.pt"
     save_checkpoint(path, {"x": torch.zeros(3)}, {"step": 1})
     sidecar = tmp_path / (path.name + ".json")
@@ -103,6 +106,14 @@ def test_digests_can_be_skipped(tmp_path, monkeypatch):
     assert newest_checkpoint(tmp_path) is None
     monkeypatch.setenv("MOUSE_FACELIFT_SKIP_DIGEST", "1")
     assert newest_checkpoint(tmp_path) == path and torch.equal(load_checkpoint(path)["x"], torch.zeros(3))
+    # The same by a key of the configuration: the newest checkpoint counts, and there is nothing left to train.
+    monkeypatch.setenv("MOUSE_FACELIFT_SKIP_DIGEST", "")
+    folder = shutil.copytree(whole, tmp_path / "run")
+    sidecar = folder / (newest_checkpoint(folder).name + ".json")
+    sidecar.write_text(json.dumps({**json.loads(sidecar.read_text()), "sha256": "0" * 64}))
+    caplog.clear()
+    train(config_of(data, folder, **{"training.checkpointing.skip_digest": True}))
+    assert "looking at the one before it" not in caplog.text and logged(folder) == logged(whole)
 
 
 def test_a_port_in_use_is_one_sentence(monkeypatch):
@@ -131,10 +142,13 @@ def test_accelerates_environment_does_not_beat_the_configuration(data, tmp_path,
         {"training.dataloader.batch_size_per_gpu": 10**9}, {"model.image_tokenizer.image_size": 60_000},
         {"training.dataset.num_views": 10**9}, {"training.logging.print_every": 0}, {"validation.val_every": 0},
         {"training.runtime.grad_accum_steps": 0}, {"training.checkpointing.checkpoints_total_limit": 0},
+        {"training.optimizer.lr": "nan"}, {"training.optimizer.beta1": 2}, {"training.losses.l2_loss_weight": -1},
+        {"model.gaussians.sh_degree": 9}, {"training.runtime.grad_clip_norm": -1}, {"model.transformer.d_head": 0},
+        {"model.image_tokenizer.patch_size": 7},
     ],
 )  # fmt: skip
 def test_sizes_that_cannot_be_meant_are_refused_before_anything_is_built(data, tmp_path, change):
     began = time.perf_counter()
-    with pytest.raises(ValueError, match="needs at least .* GB|must be within"):
+    with pytest.raises(ValueError, match="needs at least .* GB|must be within|must be a multiple of"):
         train(config_of(data, tmp_path / "run", **change))
     assert time.perf_counter() - began < 10 and not (tmp_path / "run").exists()

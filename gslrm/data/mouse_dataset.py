@@ -35,7 +35,7 @@ class MouseViewDataset(Dataset):
         self.list_file, self.options, self.image_size = Path(list_file), options, image_size
         self.every_view, self.with_depth, self.seed, self.first_index = every_view, with_depth, seed, first_index
         self.folders = read_split(list_file)[:limit]
-        self.rig: ViewRig = read_dataset_info(self.list_file.parent)["rig"]
+        self.rig: ViewRig = read_dataset_info(self.list_file)["rig"]
         self.augmentation = options.augmentation if options.augmentation.enabled and not every_view else None
         self.num_input_views = options.num_input_views
         if not options.random_view_selection and self.num_input_views > self.rig.num_views:

@@ -76,6 +76,10 @@ def render_turntable(
     """Renders the frames [num_views, 3, size, size], 0..1, of a camera going once around one scene (b = 1), from -y
     counter-clockwise seen from above in steps of 360 / num_views degrees. FaceLift's turntable is num_views=8,
     size=384, elevation_deg=0. `on_frame(done, total)` is called after every frame, for progress bars."""
+    if (needed := 24.0 * num_views * size**2) > 32e9:  # the frames, and once more in the stack
+        raise ValueError(
+            f"{num_views} frames of {size} px need {needed / 1e9:.0f} GB; lower the turntable's views or size"
+        )
     cameras, frames = Cameras.turntable(num_views, size, elevation_deg=elevation_deg).to(gaussians.device)[None], []
     for number in range(num_views):
         frames.append(render(gaussians, cameras[:, number : number + 1], background).rgb[0, 0].clamp(0, 1))

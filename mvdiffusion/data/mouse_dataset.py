@@ -33,7 +33,7 @@ class MouseMVDiffusionDataset(Dataset):
     ) -> None:  # fmt: skip
         self.list_file, self.rig, self.image_size, self.config = Path(list_file), rig, image_size, config
         self.folders, self.first_index = read_split(self.list_file)[:limit], first_index
-        check_alignment(rig, dataset=read_dataset_info(self.list_file.parent)["rig"])
+        check_alignment(rig, dataset=read_dataset_info(self.list_file)["rig"])
         # With the latent cache every sample has so many fixed draws, taken in turn, instead of a new one per epoch.
         self.variants = config.cache_variants if config is not None and config.cache_latents else 0
         self.moves_reference = config is not None and config.reference_view_idx == "random"

@@ -30,6 +30,8 @@ LENS_FIELD = re.compile(
 )
 MODEL_FIELD = re.compile(r"(camera|lens|projection|distortion)_?(model|type|mode)|projection", re.IGNORECASE)
 PINHOLES = ("OPENCV", "PINHOLE", "SIMPLE_PINHOLE", "SIMPLE_RADIAL", "RADIAL", "PERSPECTIVE", "PERSP")
+# Such words under a name that may as well be the product's ("model": "acA2040") say what lens it is.
+FOREIGN_LENS = re.compile(r"fish_?eye|theta|ortho|pano|equirect|omni|spher|lat_?long", re.IGNORECASE)
 DEFAULTS = (*PINHOLES, "", "NONE", "FALSE", "NO", "OFF")
 FOCAL_RANGE = (0.2, 20.0)  # over the image's width: 136 to 3 degrees
 UP_ROTATIONS = {  # rotation that turns the named axis of the calibration's world into +z
@@ -51,7 +53,8 @@ def known_fields(values: object, where: str, required=(), optional=()) -> dict:
         raise ValueError(f"{where} lacks {', '.join(missing)}")
     for key in set(map(str, values)) - {*required, *optional}:
         value, model = values.get(key), MODEL_FIELD.fullmatch(key)
-        if not (model or LENS_FIELD.fullmatch(key)):
+        named = key.lower() in ("model", "type", "lens") and isinstance(value, str) and FOREIGN_LENS.search(value)
+        if not (model or named or LENS_FIELD.fullmatch(key)):
             continue
         try:
             told = value.upper() not in DEFAULTS if isinstance(value, str) else np.any(np.asarray(value))

@@ -15,7 +15,7 @@ from zipfile import ZipFile
 
 import numpy as np
 
-from multiview.files import damage_explained, read_json
+from multiview.files import atomic_write, damage_explained, read_json
 from multiview.report import Table
 from recording.calibration.checks import READINGS, Layout, field_of_view, validate
 from recording.calibration.formats import read_calibration, read_dannce_labels
@@ -270,8 +270,8 @@ def draw(path: Path, calibration: Calibration, seen: Layout, xyz: np.ndarray | N
             axes.scatter(*xyz[:: max(1, len(xyz) // MOST_POINTS)].T, s=2, color="#3c6e96")
         axes.scatter(*seen.focus[:, None], s=60, marker="+", color="black")
         axes.set(xlabel="x", ylabel="y", zlabel="z (up)", aspect="equal")
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        figure.savefig(path)
+        with atomic_write(path) as temporary:
+            figure.savefig(temporary, format=path.suffix.removeprefix("."))
     except ValueError as error:  # an ending it does not know
         raise ValueError(f"--check_output {path} cannot be written; a path ending in .png is expected") from error
