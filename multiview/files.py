@@ -190,8 +190,8 @@ def full_disk_explained(path: Path | str, needed_bytes: int = 0) -> Iterator[Non
         needed = f"needs {needed_bytes / 1e6:.1f} MB, " if needed_bytes else ""
         raise ValueError(
             f"cannot write {path}: {os.strerror(number)} ({needed}{free / 1e6:.1f} MB free on that disk). Files "
-            "written before are whole and untouched. Make room or choose another folder, then repeat the command: a "
-            "training run resumes from its newest checkpoint"
+            "written before are whole and untouched. Make room or choose another folder, then repeat the command "
+            "(a training resumes from its newest checkpoint)"
         ) from error
 
 

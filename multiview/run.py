@@ -163,7 +163,7 @@ def stoppable(items: Iterable[Any]) -> Iterator[Any]:
         stop.in_loop = True
         for item in items:
             if stop.signal is not None:
-                told = "finished items are whole; repeat the command for the rest"
+                told = "what was finished is whole; repeat the command"
                 print(f"stopped by {stop.signal.name}: {told}", file=sys.stderr)
                 raise SystemExit(STOPPED)
             yield item
