@@ -105,7 +105,7 @@ def test_every_signal_of_a_scheduler_asks_the_loop_to_stop(number, capsys):
             if item == 1:
                 os.kill(os.getpid(), number)
             done.append(item)
-    assert caught.value.code == 143 and done == [0, 1] and "finished items are whole" in capsys.readouterr().err
+    assert caught.value.code == 143 and done == [0, 1] and "what was finished is whole" in capsys.readouterr().err
     assert signal.getsignal(number) == handler and list(stoppable("ab")) == ["a", "b"]
 
 
