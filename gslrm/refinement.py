@@ -145,9 +145,10 @@ def refine(
         loss = loss + s.weight_alpha * (out.alpha[0] - masks[chosen]).abs().mean()
         loss = loss + s.weight_scale / radius * gaussians.get_scaling.mean()
         if smooth:
-            color_step = raw["features"][0, :, None, 0] - raw["features"][0, near, 0]
-            opacity_step = raw["opacity"][0, :, None] - raw["opacity"][0, near]
-            loss = loss + smooth * (color_step.abs().mean() + 0.05 * opacity_step.abs().mean())
+            held = torch.cat([raw["features"][0, :, 0], raw["opacity"][0]], dim=-1)
+            # index_select: gradients of indexing are summed by several threads in any order.
+            step = (held[:, None] - held.index_select(0, near.flatten()).unflatten(0, near.shape)).abs()
+            loss = loss + smooth * (step[..., :3].mean() + 0.05 * step[..., 3].mean())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

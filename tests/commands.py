@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 WARM = (
-    "torchvision", "torchmetrics", "omegaconf", "mvdiffusion.training", "mvdiffusion.demo", "gslrm.training",
+    "torchvision", "omegaconf", "mvdiffusion.training", "mvdiffusion.demo", "gslrm.training",
     "gslrm.model.rasterizers.cpu", "pipeline.model", "synthetic.dataset", "recording.importer",
     "recording.quality.report",
 )  # fmt: skip
