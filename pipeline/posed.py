@@ -71,7 +71,7 @@ def locate(masks: Tensor, cameras: Cameras, source: str) -> Placement:
     Raises ValueError, naming the convention, where masks and cameras cannot be of one animal.
     """
     if len(cameras) < 2:
-        raise ValueError(f"{source}: at least 2 posed views are needed, got {len(cameras)}")
+        raise ValueError(f"{source}: at least 2 posed views are needed, got {len(cameras)}; one is --input_image")
     small = reduced(PosedViews(masks, masks, cameras), LOCATING_SIZE)
     masks, cameras = small.masks, small.cameras
     weight = (masks[:, 0] > 0.5).double()

@@ -22,6 +22,8 @@ COMMANDS = {  # what each is called: its words; {o} is the disk, the others are 
     "stage 2, first folder": "train_gslrm.py --config {yaml} {stage2} training.checkpointing.checkpoint_dir={o}/a/run",
     "inference": "inference_mouse.py --input_image {photo} {weights} --output_dir {o}/a",
     "posed views": "inference_mouse.py --sample_dir {sample} --checkpoint {gslrm} --output_dir {o}/a",
+    "sequence": "inference_mouse.py --dataset {val} --checkpoint {gslrm} --refine 2 --output_dir {o}/a",
+    "another rig": "scripts/reshoot.py --data {val} --checkpoint {gslrm} --image_size 32 --output_dir {o}/a",
     "both stages": "test_full_pipeline.py --input_image {photo} {both} --output_dir {o}/a",
     "import": "scripts/process_mouse_data.py {recording} --image_size 32 --workers 1 --output_dir {o}/a",
     "check": "scripts/process_mouse_data.py {recording} --check --check_output {o}/a.png",
