@@ -172,10 +172,6 @@ def choose_start(
     How well an unfitted start does says too little: a hull's colors come from the very views it is compared with.
     """
     tried = {}
-    if "stage2" in starts:
-        tried["stage2"] = agreement(starts["stage2"], rgb, masks, cameras)
-        if tried["stage2"]["iou"] >= SURE_IOU:
-            return "stage2", tried
     for name, start in starts.items():
         fitted = refine(start, rgb, masks, cameras, TRIAL_ITERATIONS, SETTINGS[name], seed=seed)
         tried[name] = agreement(fitted, rgb, masks, cameras)

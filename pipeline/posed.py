@@ -181,11 +181,18 @@ def fit(
     iterations: None for what the chosen start needs. A fit that explains the given views less than its start is
     dropped: the start is returned.
     """
-    made = {name: refinement.limit(start().to(rgb.device)) for name, start in starts.items()}
+    made, tried = {}, {}
+    for name, start in starts.items():
+        made[name] = refinement.limit(start().to(rgb.device))
+        if name == "stage2" and len(starts) > 1 and made[name].num_gaussians:
+            unfitted = refinement.agreement(made[name], rgb, masks, cameras)
+            if unfitted["iou"] >= refinement.SURE_IOU:  # the hull need not even be made
+                tried = {name: unfitted}
+                break
     made = {name: gaussians for name, gaussians in made.items() if gaussians.num_gaussians}
     if not made:
         raise ValueError("nothing to refine: the start has no Gaussian; try start=hull")
-    name, tried = next(iter(made)), {}
+    name = next(iter(made))
     if len(made) > 1:
         name, tried = refinement.choose_start(made, rgb, masks, cameras, seed=seed)
     count = refinement.ITERATIONS[name] if iterations is None else iterations
