@@ -52,6 +52,9 @@ def parse_arguments() -> tuple[argparse.Namespace, Options]:
     )  # fmt: skip
     parser.add_argument("--output_dir", type=Path, default=Path("outputs"), help="default: outputs")
     arguments, options = parse_with_overrides(parser, Options)
+    single = arguments.export or arguments.mesh or options.maps or options.sheet
+    if arguments.dataset and (single or arguments.refine == "off"):
+        parser.error("--dataset fits every frame and writes its PLY: no --refine off, --export, --mesh, maps or sheet")
     return arguments, replace(options, crop=arguments.crop or options.crop)
 
 
@@ -112,7 +115,7 @@ def main() -> None:
 
         left_out = reconstruct_sequence(
             model, frames, arguments.output_dir, share, refine=arguments.refine, refine_size=options.refine_size,
-            seed=arguments.seed,
+            seed=arguments.seed, start=options.start, filtered=not arguments.no_filter,
         )  # fmt: skip
         print(f"{arguments.output_dir}: sequence.json, film.mp4 and {len(frames) - len(left_out)} frames")
         if left_out:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from scipy.spatial import cKDTree
 from torch import Tensor
 
 from gslrm.losses import ssim_loss
@@ -67,10 +66,10 @@ def hull_start(hull: VisualHull, rgb: Tensor, masks: Tensor, cameras: Cameras) -
     """
     points = colour_surface(surface(hull), rgb, masks, cameras)
     xyz, one = points.points[None], torch.ones_like(points.points[None, :, :1])
-    return limit(Gaussians(
+    return Gaussians(
         xyz, ((points.colours - 0.5) / C0)[None, :, None], one.expand_as(xyz) * math.log(HULL_SIGMA * points.voxel),
         torch.cat([one, torch.zeros_like(xyz)], dim=-1), HULL_OPACITY * one,
-    ))  # fmt: skip
+    )  # fmt: skip
 
 
 def limit(gaussians: Gaussians) -> Gaussians:
@@ -86,7 +85,7 @@ def scene_radius(gaussians: Gaussians) -> float:
     """Returns the median distance of one scene's Gaussians that are more opaque than not from their median, units."""
     xyz = gaussians.xyz[0][gaussians.opacity[0, :, 0] > 0]
     xyz = xyz if len(xyz) else gaussians.xyz[0]
-    return float((xyz - xyz.median(0).values).norm(dim=-1).median())
+    return max(float((xyz - xyz.median(0).values).norm(dim=-1).median()), 1e-6)
 
 
 def anisotropy_p95(gaussians: Gaussians) -> float:
@@ -110,8 +109,9 @@ def refine(
     start: Gaussians, rgb: Tensor, masks: Tensor, cameras: Cameras, iterations: int,
     settings: RefineSettings = RefineSettings(), *, seed: int = 0,
     progress: Callable[[Iterable], Iterable] | None = None,
-) -> Gaussians:  # fmt: skip
-    """Returns the Gaussians [1, n] fitted to the views, in their order; the same for the same seed.
+) -> tuple[Gaussians, int]:  # fmt: skip
+    """Returns the Gaussians [1, n] fitted to the views, in their order, the same for the same seed; and how many
+    iterations were made: fewer than `iterations` where nothing improves any more.
 
     start: one scene. rgb: [v, 3, h, w] on white, masks: [v, 1, h, w], 0..1, cameras: [v]; all on the start's device.
     progress: wraps the iterations, for a bar; one with `set_postfix` is told the PSNR in dB of the views in work.
@@ -125,6 +125,8 @@ def refine(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
     smooth = s.weight_smooth if start.num_gaussians > NEIGHBOURS else 0.0
     if smooth:
+        from scipy.spatial import cKDTree
+
         xyz = start.xyz[0].detach().cpu().numpy()
         near = torch.from_numpy(cKDTree(xyz).query(xyz, NEIGHBOURS + 1)[1][:, 1:]).to(rgb.device)
     color = rgb - (1 - masks)  # premultiplied by the mask: over black
@@ -161,7 +163,7 @@ def refine(
         recent, before = losses[-WINDOW:], losses[-2 * WINDOW : -WINDOW]
         if len(before) == WINDOW and sum(recent) > (1 - LEAST_GAIN) * sum(before):
             break
-    return Gaussians(**raw).map(Tensor.detach)
+    return Gaussians(**raw).map(Tensor.detach), len(losses)
 
 
 def choose_start(
@@ -173,6 +175,6 @@ def choose_start(
     """
     tried = {}
     for name, start in starts.items():
-        fitted = refine(start, rgb, masks, cameras, TRIAL_ITERATIONS, SETTINGS[name], seed=seed)
+        fitted, _ = refine(start, rgb, masks, cameras, TRIAL_ITERATIONS, SETTINGS[name], seed=seed)
         tried[name] = agreement(fitted, rgb, masks, cameras)
     return max(tried, key=lambda name: tried[name]["psnr"]), tried

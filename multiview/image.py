@@ -5,9 +5,12 @@ Float32 tensors [..., c, h, w] 0..1, straight alpha.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import subprocess
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -134,11 +137,13 @@ def write_image(path: Path | str, image: Tensor) -> None:
         image.save(temporary, format="PNG", compress_level=4)
 
 
-def save_video(path: Path | str, frames: Tensor, fps: int = 30) -> None:
-    """Writes [n, 3, h, w] 0..1 as H.264 mp4 that browsers play (even size, yuv420p), atomically."""
+def save_video(path: Path | str, frames: Iterable[Tensor], fps: int = 30) -> None:
+    """Writes frames [3, h, w] 0..1, one held at a time, as H.264 mp4 that browsers play (even size, yuv420p)."""
     import imageio_ffmpeg
 
-    height, width = frames.shape[-2:]
+    frames = iter(frames)
+    first = next(frames)
+    height, width = first.shape[-2:]
     if height % 2 or width % 2:
         raise ValueError(f"video frames must have even height and width, got {height} x {width}")
     with atomic_write(path) as temporary:
@@ -148,9 +153,12 @@ def save_video(path: Path | str, frames: Tensor, fps: int = 30) -> None:
             "-pix_fmt", "rgb24", "-r", str(fps), "-i", "-", "-an", "-vcodec", "libx264", "-pix_fmt", "yuv420p",
             "-qp", "10", "-f", "mp4", "-movflags", "+faststart", str(temporary),
         ]  # fmt: skip
-        done = subprocess.run(command, input=b"".join(to_uint8(f).tobytes() for f in frames), stderr=subprocess.PIPE)
-        if done.returncode:
-            told = done.stderr.decode(errors="replace").strip().splitlines()
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as writer:
+            with suppress(BrokenPipeError):  # it ended early, and says why
+                for frame in itertools.chain([first], frames):
+                    writer.stdin.write(to_uint8(frame).tobytes())
+            told = writer.communicate()[1].decode(errors="replace").strip().splitlines()
+        if writer.returncode:
             raise ValueError(f"video {path} could not be written: {told[-1] if told else 'ffmpeg failed'}")
 
 

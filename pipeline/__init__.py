@@ -6,7 +6,7 @@
     result.save("outputs/mouse")                 # as inference_mouse.py
     result.gaussians, result.numpy()             # tensors; arrays
     result.render(cameras).rgb                   # cameras: multiview.cameras.Cameras [v]
-    model.reconstruct(views, masks, cameras)     # Stage 2 alone, on posed views of your own
+    model.reconstruct(views, masks, cameras)     # posed views of your own, refined; refine="off": Stage 2 alone
 Importing this takes no time: torch and the models come with the first name that is asked for.
 """
 

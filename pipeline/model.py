@@ -102,10 +102,10 @@ class MouseFaceLift:
         result = self._finish(views, lambda: self.predict(views), filtered, record, photo)
         if not isinstance(refine, str):
             given = [part.to(self.device) for part in (views.rgb, views.masks, views.cameras)]
-            result.gaussians, record["refinement"] = fit(
+            result.gaussians, result.record["refinement"] = fit(
                 {"stage2": lambda: result.gaussians}, *given, iterations=refine, seed=seed, progress=progress
             )
-            result.record |= record
+            result.record["gaussians"]["kept"] = result.gaussians.num_gaussians
         return result
 
     def reconstruct(

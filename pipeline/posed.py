@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +18,8 @@ from multiview.hull import VisualHull, carve, silhouettes, surface
 from multiview.metrics import mask_iou
 from multiview.rig import ViewRig
 from pipeline.outputs import PosedViews
+
+log = logging.getLogger(__name__)
 
 FARTHEST = 100.0  # world units; a rig's cameras stand 2.7 away, a calibration in millimeters has them at 200 and more
 # Mean IoU of the hull's silhouettes with the masks: 0.92 to 0.97 for true views of mice, 0.5 to 0.8 for mirrored ones.
@@ -112,6 +115,7 @@ def locate(masks: Tensor, cameras: Cameras, source: str) -> Placement:
                 f"{source}: masks and cameras are not of one animal: the space that all masks share covers "
                 f"{placement.agreement:.0%} of them ({DOUBTFUL:.0%} and more is usual); {wrong}"
             )
+        log.warning("%s: what all masks share covers only %.0f %% of them", source, 100 * placement.agreement)
     return placement
 
 
@@ -197,7 +201,7 @@ def fit(
         name, tried = refinement.choose_start(made, rgb, masks, cameras, seed=seed)
     count = refinement.ITERATIONS[name] if iterations is None else iterations
     before = refinement.agreement(made[name], rgb, masks, cameras)
-    fitted = refinement.refine(
+    fitted, count = refinement.refine(
         made[name], rgb, masks, cameras, count, refinement.SETTINGS[name], seed=seed, progress=progress
     )
     after = refinement.agreement(fitted, rgb, masks, cameras)

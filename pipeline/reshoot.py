@@ -45,14 +45,15 @@ def reshoot(
     rng = np.random.default_rng(seed_from("reshoot", seed, folder.name))
     left = int(rng.integers(len(views.rgb)))
     others = [view for view in range(len(views.rgb)) if view != left]
+    placement = locate(views.masks, views.cameras, str(folder))
     fitted = model.reconstruct(*(part[others] for part in parts), name=str(folder), seed=seed, **settings)
     asked = [part[[left]].to(model.device) for part in parts]
     psnr = agreement(fitted.gaussians, *asked)["psnr"]
     if psnr < least_psnr:
         return None, psnr
-    gaussians = model.reconstruct(*parts, name=str(folder), seed=seed, **settings).gaussians
+    gaussians = model.reconstruct(*parts, name=str(folder), seed=seed, placement=placement, **settings).gaussians
     if not fits_rig(rig, views.cameras):  # a world of another size or place becomes the training data's
-        gaussians = gaussians.moved(locate(views.masks, views.cameras, str(folder)).to_rig)
+        gaussians = gaussians.moved(placement.to_rig)
     cameras = rig.cameras(image_size)
     if num_novel_views:
         cameras = cameras.joined(rig.novel_cameras(num_novel_views, image_size, rng))

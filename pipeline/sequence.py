@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from gslrm.model.gaussians import Gaussians
@@ -28,14 +30,16 @@ FILM_SIZE, FILM_FPS, TURN_DEG = 256, 20, 3.0
 
 def reconstruct_sequence(
     model: MouseFaceLift, folders: Sequence[Path], output_dir: Path, share: tuple[int, int] = (0, 1), *,
-    refine: int | str = "auto", refine_size: int = 256, seed: int = 0,
+    refine: int | str = "auto", **options: Any,
 ) -> list[str]:  # fmt: skip
     """Reconstructs sample folders in their order into <output_dir>/<sample>/gaussians.ply and frame.json.
 
     share: (number, count): this process takes the number-th of count contiguous pieces. Frames that are there already
     are kept and continued from: their PLY holds what the next fit starts from, bit for bit. Writes sequence.json of all
     frames that exist, and film.mp4 once all do. Returns why frames were left out; the track breaks there.
+    refine, options: of `MouseFaceLift.reconstruct`. Raises ValueError for a folder that was begun with others.
     """
+    settings = {"refine": refine, "gslrm": str(model.artifacts.describe()["gslrm"]), **options}
     if len({folder.name for folder in folders}) != len(folders):
         raise ValueError("several samples of the list have one name: their results would overwrite each other")
     (number, count), before, failed = share, None, []
@@ -44,15 +48,18 @@ def reconstruct_sequence(
         target = output_dir / folder.name
         if (target / FRAME_FILE).is_file():
             before = load_ply(target / "gaussians.ply"), read_json(target / FRAME_FILE)
+            if (told := before[1].get("settings")) != settings:  # half a sequence made otherwise would look like one
+                raise ValueError(f"{target} was made with {told}, asked for is {settings}; name a new --output_dir")
             continue
         try:
-            before = reconstruct_frame(model, folder, before, refine=refine, refine_size=refine_size, seed=seed)
+            before = reconstruct_frame(model, folder, before, refine=refine, **options)
         except ValueError as error:
             failed.append(f"{folder.name}: {error}")
             before = None
             continue
         target.mkdir(parents=True, exist_ok=True)
         save_ply(target / "gaussians.ply", before[0])
+        before[1]["settings"] = settings
         write_json(target / FRAME_FILE, before[1])  # last: a frame that has one is complete
     done = [folder for folder in folders if (output_dir / folder.name / FRAME_FILE).is_file()]
     frames = [read_json(output_dir / folder.name / FRAME_FILE) for folder in done]
@@ -64,18 +71,18 @@ def reconstruct_sequence(
 
 
 def reconstruct_frame(
-    model: MouseFaceLift, folder: Path, before: tuple[Gaussians, dict] | None, **settings
+    model: MouseFaceLift, folder: Path, before: tuple[Gaussians, dict] | None, start: str = "auto", **settings: Any
 ) -> tuple[Gaussians, dict]:
-    """Returns the Gaussians of a sample and its record: continued from the frame before, or begun anew."""
+    """Returns the Gaussians of a sample and its record: continued from the frame before, or begun anew from `start`."""
     started, sample = time.perf_counter(), read_sample(folder, padded=True)
     count = sample.num_inputs
     views = PosedViews.of(sample.rgba[:count], sample.cameras[:count])
     placement = locate(views.masks, views.cameras, str(folder))
     to_sample = sample.extra.get("calibration_to_sample", torch.eye(4).tolist())
 
-    def attempt(start: str | Gaussians) -> tuple[Gaussians, dict]:
+    def attempt(begin: str | Gaussians) -> tuple[Gaussians, dict]:
         made = model.reconstruct(
-            views.rgb, views.masks, views.cameras, start=start, placement=placement, name=str(folder), **settings
+            views.rgb, views.masks, views.cameras, start=begin, placement=placement, name=str(folder), **settings
         )
         return made.gaussians, made.record["refinement"]
 
@@ -89,11 +96,11 @@ def reconstruct_frame(
         track, first = told["track"], told["track_given"]
         psnr, iou = fit["given_after"]["psnr"], fit["given_after"]["iou"]
         if psnr < first["psnr"] - BREAK_PSNR or iou < first["iou"] - BREAK_IOU:
-            anew = attempt("auto")
+            anew = attempt(start)
             if anew[1]["given_after"]["psnr"] > psnr + BETTER_PSNR:
                 track, (gaussians, fit) = None, anew
     else:
-        gaussians, fit = attempt("auto")
+        gaussians, fit = attempt(start)
     given = fit["given_after"]
     return gaussians, {
         "id": sample.id, "source_frame": sample.extra.get("frame"), "track": track or sample.id,
@@ -106,8 +113,8 @@ def reconstruct_frame(
 @torch.no_grad()
 def write_film(path: Path, folders: Sequence[Path], output_dir: Path) -> None:
     """Writes a film: the first given view of every frame, the Gaussians from its camera, and from one going round."""
-    frames = []
-    for index, folder in enumerate(folders):
+
+    def draw(index: int, folder: Path) -> Tensor:
         sample, gaussians = read_sample(folder, views=[0]), load_ply(output_dir / folder.name / "gaussians.ply")
         told = read_json(output_dir / folder.name / FRAME_FILE)
         camera = sample.cameras.resize(FILM_SIZE, FILM_SIZE)
@@ -116,5 +123,6 @@ def write_film(path: Path, folders: Sequence[Path], output_dir: Path) -> None:
         turning = camera.recentre(centre, 1.0).rotate(index * TURN_DEG).recentre(-centre, 1.0)
         seen = [render(gaussians, one[None]).rgb[0, 0].clamp(0, 1) for one in (camera, turning)]
         given = composite(resize_rgba(sample.rgba[0], FILM_SIZE), 1.0)
-        frames.append(torch.cat([given, *seen], dim=-1))
-    save_video(path, torch.stack(frames), FILM_FPS)
+        return torch.cat([given, *seen], dim=-1)
+
+    save_video(path, (draw(index, folder) for index, folder in enumerate(folders)), FILM_FPS)

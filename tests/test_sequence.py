@@ -46,7 +46,8 @@ def run(monkeypatch, *arguments):
 
 def test_a_gaussian_stays_one_surface_point_and_a_stopped_run_continues(model, recording, tmp_path, monkeypatch):
     folders = [recording / f"frame_{number:02d}" for number in range(4)]
-    assert reconstruct_sequence(model, folders, tmp_path / "whole", refine=8) == []
+    settings = {"refine": 8, "refine_size": 256, "seed": 0, "start": "auto", "filtered": True}  # the command's defaults
+    assert reconstruct_sequence(model, folders, tmp_path / "whole", **settings) == []
     told = json.loads((tmp_path / "whole" / "sequence.json").read_text())
     frames = told["frames"]
     assert [frame["start"] for frame in frames[1:3]] == ["previous"] * 2
@@ -69,6 +70,8 @@ def test_processes_share_frames_and_bad_ones_are_left_out(model, recording, tmp_
     assert failed[0] == [] and len(failed[1]) == 1 and "missing" in failed[1][0]
     frames = json.loads((tmp_path / "out" / "sequence.json").read_text())["frames"]
     assert len(frames) == 3 and frames[2]["start"] != "previous"  # nothing to continue from
+    with pytest.raises(ValueError, match="was made with .*'refine': 2.*new --output_dir"):
+        reconstruct_sequence(model, folders[:1], tmp_path / "out", refine=3)
     with pytest.raises(ValueError, match="one name"):
         reconstruct_sequence(model, [recording / "frame_00"] * 2, tmp_path / "out")
 
@@ -90,6 +93,13 @@ def test_refine_takes_auto_off_or_a_number(text, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         run(monkeypatch, "--sample_dir", ".", "--refine", text)
     assert stopped.value.code == 2 and "auto, off or a positive number" in capsys.readouterr().err
+
+
+def test_what_a_sequence_cannot_write_is_refused_first(monkeypatch, capsys):
+    for words in (["--refine", "off"], ["--export", "splat"], ["--mesh"], ["sheet=true"]):
+        with pytest.raises(SystemExit) as stopped:
+            run(monkeypatch, "--dataset", "data_mouse", *words)
+        assert stopped.value.code == 2 and "--dataset fits every frame" in capsys.readouterr().err
 
 
 def settings(recording, tmp_path, **changes):
@@ -118,19 +128,21 @@ def test_a_recording_is_filmed_again_by_another_rig(model, recording, tmp_path, 
 
 @pytest.mark.parametrize(
     ("changes", "told"),
-    [({"rig": "facelift6"}, None), ({"rig": "none"}, "rig 'none'"), ({"least_psnr": 90.0}, "left_out")],
+    [
+        ({"rig": "facelift6"}, "from the animal's heading"),
+        ({"rig": "none"}, "rig 'none'"),
+        ({"least_psnr": 90.0}, None),
+    ],
 )
 def test_samples_that_cannot_be_shown_are_left_out_by_name(changes, told, model, recording, tmp_path, monkeypatch):
     monkeypatch.setattr("gslrm.refinement.ITERATIONS", {"hull": 2, "stage2": 2, "previous": 2})
     wanted = settings(recording, tmp_path, data=(recording / "first.txt",), **changes)
-    if told == "left_out":
+    if told is None:
         assert "0 of 1 samples, 1 left out" in list(reshoot_lists(wanted, model, (0, 1)))[0]
         reason = json.loads((wanted.output_dir / "left_out" / "frame_00.json").read_text())["reason"]
         assert "90 asked" in reason
-    elif told is None and load_rig("facelift6").azimuth_zero == "reference":
-        assert "1 of 1 samples" in list(reshoot_lists(wanted, model, (0, 1)))[0]
     else:
-        with pytest.raises(ValueError, match=told or "heading"):
+        with pytest.raises(ValueError, match=told):
             list(reshoot_lists(wanted, model, (0, 1)))
 
 
