@@ -115,6 +115,7 @@ class DatasetConfig:
     mix: list[MixConfig] = field(default_factory=list)  # further datasets of the same rig; dataset_path gives the rest
     num_views: int = 6  # views used per sample: inputs + others
     num_input_views: int = 6
+    min_input_views: int | None = None  # each training pass draws a number of inputs, from this one to num_input_views
     random_view_selection: bool = False  # inputs drawn at random instead of the rig's first ones
     maximize_view_overlap: bool = False  # random targets must see what some input sees
     overlap_rule: Literal["normalised", "upstream"] = "normalised"  # upstream: FaceLift's, by unnormalized positions
@@ -304,6 +305,8 @@ def check_config(config: GSLRMConfig) -> None:
         (model.image_tokenizer.image_size % model.image_tokenizer.patch_size,
          f"model.image_tokenizer.image_size ({model.image_tokenizer.image_size}) must be a multiple of its patch_size "
          f"({model.image_tokenizer.patch_size})"),
+        (dataset.min_input_views is not None and not 2 <= dataset.min_input_views <= inputs,
+         f"training.dataset.min_input_views must be 2 to num_input_views ({inputs}), got {dataset.min_input_views}"),
         (views < inputs,
          f"training.dataset.num_views ({views}) counts inputs and targets together and must be at least "
          f"num_input_views ({inputs})"),

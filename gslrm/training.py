@@ -50,7 +50,8 @@ def train(config: GSLRMConfig, overfit: int = 0) -> Path:
 def overfit_config(config: GSLRMConfig, num_samples: int) -> GSLRMConfig:
     """The same run on few samples: no augmentation, validation on the training samples, its own folder, no export."""
     training = config.training
-    dataset = replace(training.dataset, mix=[], augmentation=replace(training.dataset.augmentation, enabled=False))
+    augmentation = replace(training.dataset.augmentation, enabled=False)
+    dataset = replace(training.dataset, mix=[], min_input_views=None, augmentation=augmentation)
     folder = f"{training.checkpointing.checkpoint_dir.rstrip('/')}_overfit{num_samples}"
     checkpointing = replace(training.checkpointing, checkpoint_dir=folder, export_dir=None)
     return replace(
@@ -208,7 +209,10 @@ class GSLRMTraining(Training):
         """Direct warm-up renders nothing."""
         config, training, losses = self.settings, self.settings.training, self.settings.training.losses
         weights = loss_weights(losses, self.passes, l2_warmup_steps=training.schedule.l2_warmup_steps)
-        batch = prepare(raw_batch, training.dataset.num_input_views, self.device)
+        num_inputs, least = training.dataset.num_input_views, training.dataset.min_input_views
+        if least is not None:
+            num_inputs = int(torch.randint(least, num_inputs + 1, (), generator=generator))
+        batch = prepare(raw_batch, num_inputs, self.device)
         clip = config.model.clip_xyz and not (losses.warmup_pointsdist and self.passes < POINTSDIST_WARMUP_STEPS)
         if training.adaptation.lora_dropout > 0:  # so that a resumed run drops what it would have dropped
             torch.manual_seed(generator.initial_seed())

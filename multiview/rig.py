@@ -199,11 +199,19 @@ class ViewRig:
         except ValueError as error:  # the rig's own checks name the rig alone
             raise ValueError(str(error) if source in str(error) else f"{source}: {error}") from None
 
-    def novel_cameras(self, count: int, size: int, rng: np.random.Generator) -> Cameras:
-        """Returns random cameras [count] around the rig: elevation -5 to 60 degrees, distance within 11 %."""
-        azimuth, elevation = rng.uniform(0, 360, count), rng.uniform(-5.0, 60.0, count)
-        distance = self.distance * rng.uniform(2.4 / 2.7, 3.0 / 2.7, count)
-        return Cameras.orbit(*map(torch.from_numpy, (azimuth, elevation, distance)), self.focal, size)
+    def novel_cameras(self, count: int, size: int, rng: np.random.Generator, *, varied: bool = False) -> Cameras:
+        """Returns random cameras [count] around the rig: elevation -5 to 60 degrees, distance within 11 %. varied: as
+        laboratories have them; elevation 0 to 60, distance 2.2 to 3.6 where the rig's is 2.7, focal length x 0.8 to
+        1.25, principal point up to a tenth of the width off the middle (the animal with it)."""
+        lowest, nearest, farthest = (0.0, 2.2, 3.6) if varied else (-5.0, 2.4, 3.0)
+        azimuth, elevation = rng.uniform(0, 360, count), rng.uniform(lowest, 60.0, count)
+        distance = self.distance * rng.uniform(nearest / 2.7, farthest / 2.7, count)
+        cameras = Cameras.orbit(*map(torch.from_numpy, (azimuth, elevation, distance)), self.focal, size)
+        if not varied:
+            return cameras
+        zoom = np.exp2(rng.uniform(np.log2(0.8), np.log2(1.25), (count, 1))).repeat(2, axis=1)
+        change = torch.from_numpy(np.concatenate([zoom, 1 + rng.uniform(-0.2, 0.2, (count, 2))], axis=1))
+        return replace(cameras, fxfycxcy=(cameras.fxfycxcy * change).to(cameras.fxfycxcy))
 
     @staticmethod
     def from_cameras(cameras: Cameras, name: str, view_names: list[str] | None = None) -> ViewRig:

@@ -74,6 +74,7 @@ class DemoComponentsConfig:
     holdout_samples: int = 16  # the last of the list, for the reported figures
     save_minutes: float = 2.0  # how often the training state is written
     seed: int = 0
+    start_from: str | None = None  # a components folder: its vision encoder is kept, its autoencoder trained on
     text_width: int = 64  # of the prompt embeddings
     vision: VisionConfig = field(default_factory=VisionConfig)
     vae: VaeConfig = field(default_factory=VaeConfig)
@@ -151,7 +152,12 @@ def make_demo_components(config: DemoComponentsConfig, max_minutes: float | None
     rgba = torch.stack([sample[:views] for sample in samples])  # [samples, views, 4, s, s]
     train, held_out = rgba[: -config.holdout_samples], rgba[-config.holdout_samples :]
     log.info("%d training animals, %d held out, %d views each", len(train), len(held_out), views)
-    return train_vae(config, train, held_out, end) if train_vision(config, train, end) else None
+    if config.start_from:
+        for name in ("image_encoder", "image_normalizer"):
+            shutil.copytree(Path(config.start_from) / name, output / name, dirs_exist_ok=True)
+    elif not train_vision(config, train, end):
+        return None
+    return train_vae(config, train, held_out, end)
 
 
 def fit(
@@ -251,6 +257,9 @@ def train_vae(config: DemoComponentsConfig, train: Tensor, held_out: Tensor, end
         latent_channels=options.latent_channels, norm_num_groups=options.norm_groups, sample_size=config.image_size,
         mid_block_add_attention=False,
     )  # fmt: skip
+    if config.start_from:
+        trained = AutoencoderKL.from_pretrained(Path(config.start_from) / "vae", torch_dtype=torch.float32)
+        load_strict(vae, trained.state_dict(), Path(config.start_from) / "vae")
     backgrounds = torch.tensor([1.0, 1.0, 0.5, 0.0])  # white half of the time: what inference shows
 
     def loss_of(step: int) -> Tensor:

@@ -79,7 +79,7 @@ def sample_cameras(rig: ViewRig, settings: MouseSettings, index: int) -> Cameras
         cameras.c2w[view] = Cameras.orbit(azimuth, raised, rig.distance, rig.focal, size).c2w
     if not count:
         return cameras
-    return cameras.joined(rig.novel_cameras(count, size, rng))
+    return cameras.joined(rig.novel_cameras(count, size, rng, varied=settings.varied_cameras))
 
 
 def make_sample(

@@ -38,6 +38,11 @@ class MouseSettings:
     elevation: tuple[float, float] | None = option(
         None, "of the input view, degrees; left out: the rig's", metavar=("LOW", "HIGH"), least=-89, most=89
     )
+    varied_cameras: bool = option(
+        False,
+        "novel views as any lab's cameras take them: elevation 0 to 60 degrees, distance 2.2 to 3.6, focal "
+        "length x 0.8 to 1.25, principal point up to a tenth of the width off the middle",
+    )
     photographic: float = option(
         0.0, "share 0..1 of the mice whose rig views look like cut-out photographs: other light, framing, blur, "
         "noise, imperfect masks; novel views stay clean", metavar="SHARE", least=0, most=1,
@@ -72,8 +77,8 @@ class MouseSettings:
              f"--calibration_formats takes different ones of {', '.join(CALIBRATION_FORMATS)}, "
              f"parted by commas, got {self.calibration_formats!r}"),
             (recorded and body, "--as_recording films the procedural mouse; leave --body_model out"),
-            (recorded and (self.photographic or self.size or self.off_center or self.elevation),
-             "--photographic, --size, --off_center and --elevation are a dataset's; a recording has "
+            (recorded and (self.photographic or self.size or self.off_center or self.elevation or self.varied_cameras),
+             "--photographic, --size, --off_center, --elevation and --varied_cameras are a dataset's; a recording has "
              "--lens_distortion, --noise and --uneven_light"),
             (recorded and self.pose == "rest", "--pose rest does not move: name another pose of the recording"),
             (not recorded and (self.lens_distortion != "none" or self.noise or self.uneven_light),
@@ -97,7 +102,7 @@ class MouseSettings:
         """Content of dataset.json: the fields that decide what a sample looks like."""
         names = "seed image_size num_novel_views depth heading_deg coat pose val_fraction prefix "
         names += "body_model body_model_poses"
-        newer = "photographic poses size off_center elevation".split()
+        newer = "photographic poses size off_center elevation varied_cameras".split()
         values = {name: getattr(self, name) for name in [*names.split(), *newer]}
         # Newer flags only where they are given: datasets made before they existed can be continued.
         values = {name: value for name, value in values.items() if value or name not in newer}

@@ -10,6 +10,8 @@ import pytest
 import torch
 from gslrm_toys import ROOT, SIZE, config_of, dataset_of, logged, run_script, settings, toy_sample
 
+import gslrm.training
+import gslrm.validation
 from gslrm import losses as loss_functions
 from gslrm.config import check_config
 from gslrm.data.mouse_dataset import overlapping
@@ -144,7 +146,10 @@ def test_overfit_reaches_its_samples_and_validates_on_them(toys, tmp_path):
 
 
 def test_killed_run_continues_with_the_same_losses(toys, tmp_path, empty_yaml):
-    changes = {"training.runtime.grad_accum_steps": 2, "training.dataset.background_color": "random"}
+    changes = {
+        "training.runtime.grad_accum_steps": 2, "training.dataset.background_color": "random",
+        "training.dataset.min_input_views": 3,
+    }  # fmt: skip
     whole, killed = train(config_of(toys, tmp_path / "whole", **changes)), tmp_path / "killed"
     process = run_script("--config", str(empty_yaml), *settings(toys, killed, **changes))
     deadline = time.time() + 100
@@ -155,6 +160,18 @@ def test_killed_run_continues_with_the_same_losses(toys, tmp_path, empty_yaml):
     process.wait()
     train(config_of(toys, killed, **changes))
     assert logged(killed) == pytest.approx(logged(whole), rel=1e-6) and len(logged(whole)) == 6
+
+
+def test_each_pass_draws_a_number_of_inputs_and_validation_keeps_the_rigs_views(toys, tmp_path, monkeypatch):
+    trained, validated = [], []
+    for module, seen in ((gslrm.training, trained), (gslrm.validation, validated)):
+        monkeypatch.setattr(module, "prepare", lambda b, n, d, seen=seen: seen.append(n) or prepare(b, n, d))
+    choice = {"num_input_views": 8, "min_input_views": 2, "random_view_selection": True}
+    changes = {f"training.dataset.{name}": value for name, value in choice.items()}
+    train(config_of(toys, tmp_path / "run", **changes, **{"training.schedule.max_fwdbwd_passes": 24}))
+    assert set(trained) == set(range(2, 9)) and validated == [6]
+    with pytest.raises(ValueError, match=r"min_input_views must be 2 to num_input_views \(6\), got 7"):
+        check_config(config_of(toys, tmp_path / "run", **{"training.dataset.min_input_views": 7}))
 
 
 def test_dry_run_prints_the_resolved_config_and_bad_arguments_exit_with_2(empty_yaml, monkeypatch, capsys):

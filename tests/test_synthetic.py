@@ -157,6 +157,16 @@ def test_heading_size_place_pose_and_cameras_stay_in_their_ranges(render):
     assert (novel.elevation_deg > -5.1).all() and (novel.elevation_deg < 60.1).all()
     assert (novel.distance > 2.39).all() and (novel.distance < 3.01).all()
     assert not torch.allclose(novel.c2w, others.c2w)
+    varied = sample_cameras(RIG, replace(PLAIN, num_novel_views=200, varied_cameras=True), 1)[6:]
+    lens = varied.fxfycxcy / varied.width / torch.tensor([RIG.focal, RIG.focal, 1, 1])
+    for values, low, high in (
+        (varied.elevation_deg, 0.0, 60.0), (varied.distance, 2.2, 3.6), (lens[:, 0], 0.8, 1.25), (lens[:, 2:], 0.4, 0.6)
+    ):  # fmt: skip
+        assert (
+            low - 1e-4 <= values.min() < low + (high - low) / 9
+            and high - (high - low) / 9 < values.max() <= high + 1e-4
+        )
+    assert torch.equal(lens[:, 0], lens[:, 1])
 
 
 def split_lists(folder: Path) -> list[set[Path]]:

@@ -38,6 +38,8 @@ class MouseViewDataset(Dataset):
         self.rig: ViewRig = read_dataset_info(self.list_file)["rig"]
         self.augmentation = options.augmentation if options.augmentation.enabled and not every_view else None
         self.num_input_views = options.num_input_views
+        if every_view:  # validation asks for the rig's own views; what training adds to them is for it alone
+            self.num_input_views = min(self.num_input_views, self.rig.num_views)
         if not options.random_view_selection and self.num_input_views > self.rig.num_views:
             told = f"{self.num_input_views}, but rig {self.rig.name} of {list_file} has {self.rig.num_views} views"
             remedy = "lower training.dataset.num_input_views or use a rig with more views"
