@@ -235,7 +235,8 @@ def grid(pictures: Tensor, columns: int) -> Tensor:
 def prepare_photo(rgba: Tensor, size: int, *, crop: str = "auto", source: str = "image") -> tuple[Tensor, dict]:
     """[4, h, w] 0..1 -> [4, size, size] RGBA framed like the training data, and a report for run.json: whether it was
     segmented (cut out here) and cropped (moved and scaled), output pixels per input pixel, and of the result the
-    body's area and its offset from the center in image widths.
+    body's area and its offset from the center in image widths; on_border: pixels of the mask on the photograph's
+    border, over the square root of all.
 
     A photograph is segmented where its alpha is no animal's mask: opaque, or covering nearly the whole image. crop:
     `auto` keeps a square image whose animal already stands as in the training data and crops any other; `always`,
@@ -261,6 +262,7 @@ def prepare_photo(rgba: Tensor, size: int, *, crop: str = "auto", source: str = 
     mask = array[..., 3] > 0.5
     if mask.sum() < 64:
         raise ValueError(f"{source}: the alpha channel shows no animal (only {int(mask.sum())} opaque pixels)")
+    on_border = sum(int(edge.sum()) for edge in (mask[0], mask[-1], mask[:, 0], mask[:, -1])) / np.sqrt(mask.sum())
     area, offset, (x, y) = body_placement(mask)
     framed = height == width and BODY_AREA_RANGE[0] <= area <= BODY_AREA_RANGE[1] and offset <= CENTER_OFFSET_LIMIT
     if crop == "never" and height != width:
@@ -283,7 +285,7 @@ def prepare_photo(rgba: Tensor, size: int, *, crop: str = "auto", source: str = 
     area, offset, _ = body_placement(array[..., 3] > 0.5)
     result = torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1))).float().clamp(0, 1)
     report = {"segmented": segmented, "cropped": cropped, "scale": size / side, "body_area": round(area, 4)}
-    return result, {**report, "centre_offset": round(offset, 4)}
+    return result, {**report, "centre_offset": round(offset, 4), "on_border": round(float(on_border), 4)}
 
 
 def body_placement(mask: np.ndarray) -> tuple[float, float, tuple[float, float]]:

@@ -23,6 +23,7 @@ from pipeline.artifacts import Artifacts, resolve
 from pipeline.options import Checkpoints, Stage1Options
 from pipeline.outputs import PARTS, PosedViews, Reconstruction
 from pipeline.posed import FitOptions, Placement, fit, locate, reduced, to_rig
+from pipeline.verdict import judge
 
 MIRRORINGS = {None: (False,), "never": (False,), "always": (True,), "auto": (False, True)}  # by Stage1Options.mirror
 
@@ -106,7 +107,7 @@ class MouseFaceLift:
                 {"stage2": lambda: result.gaussians}, *given, iterations=refine, seed=seed, progress=progress
             )
             result.record["gaussians"]["kept"] = result.gaussians.num_gaussians
-        return result
+        return self._judged(result)
 
     def reconstruct(
         self, views: Any, masks: Any, cameras: Cameras, *, refine: int | str = "auto", name: str = "views",
@@ -124,14 +125,15 @@ class MouseFaceLift:
         record = {"input": Path(name).name, "artifacts": self.artifacts.describe(), "input_views": len(cameras)}
         at_home = fits_rig(self.rig, cameras)
         if at_home and refine == "off":  # as Stage 2 was trained: nothing to find or to bring
-            return self._finish(posed, lambda: self.predict(posed), wanted.filtered, {**record, "seconds": {}}, None)
+            record["seconds"] = {}
+            return self._judged(self._finish(posed, lambda: self.predict(posed), wanted.filtered, record, None))
         # Wrong axes give a plausible, wrong animal.
         placement = wanted.placement or locate(posed.masks, cameras, name)
         record |= {"agreement_of_masks": round(placement.agreement, 4), "seconds": {}}
         moved = None if at_home else placement.to_rig
         if refine == "off":
             result = self._finish(posed, lambda: self.predict_anywhere(posed, placement), wanted.filtered, record, None)
-            return replace(result, to_rig=moved)
+            return self._judged(replace(result, to_rig=moved))
         started, small = time.perf_counter(), reduced(posed, wanted.refine_size)
         starts = {
             "stage2": lambda: self.predict_anywhere(posed, placement, FilterSettings()),
@@ -150,7 +152,7 @@ class MouseFaceLift:
         counts["kept"] = gaussians.num_gaussians
         record["seconds"]["refinement"] = round(time.perf_counter() - started, 2)
         record |= {"refinement": told, "filtered": wanted.filtered, "gaussians": counts}
-        return Reconstruction(gaussians, posed, self.rig, record, to_rig=moved)
+        return self._judged(Reconstruction(gaussians, posed, self.rig, record, to_rig=moved))
 
     def predict_anywhere(
         self, views: PosedViews, placement: Placement, keep: FilterSettings | None = None
@@ -164,6 +166,11 @@ class MouseFaceLift:
         gaussians = self.predict(views if at_home else to_rig(views, self.rig, placement, size))
         gaussians = gaussians if keep is None else filter_gaussians(gaussians, keep)
         return gaussians if at_home else gaussians.moved(torch.linalg.inv(placement.to_rig))
+
+    def _judged(self, result: Reconstruction) -> Reconstruction:
+        parts = result.gaussians, result.views, result.record, result.photo, self.rig.reference_view
+        result.record["verdict"] = judge(*parts)
+        return result
 
     def _finish(
         self, views: PosedViews, predict: Callable[[], Gaussians], filtered: bool, record: dict, photo: Tensor | None
