@@ -10,18 +10,21 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from multiview.config import add_fields, checked, from_arguments
+from multiview.config import Parser, add_fields, checked, from_arguments
 from multiview.run import leave, main_guard
 from pipeline.options import Checkpoints, Options, parse_with_overrides
 
+SOURCES = ("input_image", "input_dir", "sample_dir", "dataset", "input_video")
+VIDEO_SUFFIXES = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg"}
 EXPORTS = ("splat", "ply_compressed")
 # Images that no library here can read: named as failed, where a text file in the folder is only mentioned.
 FOREIGN_SUFFIXES = {".heic", ".heif", ".jxl", ".dng", ".raw", ".cr2", ".cr3", ".nef", ".arw"}
 
 
 def parse_arguments() -> tuple[argparse.Namespace, Options]:
-    parser = argparse.ArgumentParser(description=__doc__)
-    source = parser.add_mutually_exclusive_group(required=True)
+    parser = Parser(description=__doc__)
+    given = parser.add_argument_group("input: one of these, or its path alone")
+    source = given.add_mutually_exclusive_group()
     source.add_argument("--input_image", type=Path, help="one photograph (RGBA: its alpha is the mask)")
     source.add_argument("--input_dir", type=Path, help="every photograph in a folder")
     source.add_argument("--sample_dir", type=Path, help="a sample folder of posed views: Stage 2 only")
@@ -30,32 +33,51 @@ def parse_arguments() -> tuple[argparse.Namespace, Options]:
         help="a recording's samples in order (a dataset folder, or a split list): refined frame after frame",
     )  # fmt: skip
     source.add_argument("--input_video", type=Path, help="frames of a video, see video_stride")
-    add_fields(parser, Checkpoints)
-    parser.add_argument("--seed", type=int, default=0, help="of each photograph, wherever it stands in a folder")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--crop", choices=("auto", "always", "never"), help="the same as crop=")
-    parser.add_argument(
+    add_fields(parser.add_argument_group("models"), Checkpoints)
+    work, written = parser.add_argument_group("how it works"), parser.add_argument_group("result")
+    work.add_argument("--seed", type=int, default=0, help="of each photograph, wherever it stands in a folder")
+    work.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    work.add_argument("--crop", choices=("auto", "always", "never"), help="the same as crop=")
+    work.add_argument(
         "--refine", type=iterations, default="auto", metavar="{auto,N,off}",
         help="fit the Gaussians to the views, N iterations; auto: true posed views alone, as many as are needed",
     )  # fmt: skip
-    parser.add_argument("--no_filter", action="store_true", help="keep every Gaussian")
-    parser.add_argument(
+    written.add_argument("--no_filter", action="store_true", help="keep every Gaussian")
+    written.add_argument(
         "--turntable_views", type=checked(int, 0), default=120, help="frames of turntable.mp4 (120); 0 writes none"
     )
-    parser.add_argument(
+    written.add_argument(
         "--export", type=export_formats, default=(), metavar="FORMAT[,FORMAT]",
         help=f"also gaussians.splat or gaussians.compressed.ply: {', '.join(EXPORTS)}",
     )  # fmt: skip
-    parser.add_argument(
+    written.add_argument(
         "--mesh", nargs="?", choices=("ply", "glb"), const="ply",
         help="also mesh.ply (the value may be left out) or mesh.glb; needs requirements-extra.txt",
     )  # fmt: skip
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs"), help="default: outputs")
-    arguments, options = parse_with_overrides(parser, Options)
+    written.add_argument("--output_dir", type=Path, default=Path("outputs"), help="default: outputs")
+    arguments, options = parse_with_overrides(parser, Options, place_input)
     single = arguments.export or arguments.mesh or options.maps or options.sheet
     if arguments.dataset and (single or arguments.refine == "off"):
         parser.error("--dataset fits every frame and writes its PLY: no --refine off, --export, --mesh, maps or sheet")
     return arguments, replace(options, crop=arguments.crop or options.crop)
+
+
+def place_input(arguments: argparse.Namespace) -> None:
+    """An input named without its flag goes where its kind belongs. Raises ValueError unless there is one input."""
+    given = [name for name in SOURCES if getattr(arguments, name) is not None]
+    words = [word for word in arguments.overrides if "=" not in word or Path(word).exists()]
+    if len(words) == 1 and not given:
+        path = Path(words[0])
+        arguments.overrides.remove(words[0])
+        is_list, is_film = path.suffix == ".txt", path.suffix.lower() in VIDEO_SUFFIXES
+        kind = "dataset" if is_list else "input_video" if is_film else "input_image"
+        if path.is_dir():
+            is_sample, is_dataset = ((path / name).is_file() for name in ("opencv_cameras.json", "dataset.json"))
+            kind = "sample_dir" if is_sample else "dataset" if is_dataset else "input_dir"
+        setattr(arguments, kind, path)
+    elif not given:
+        told = f"{len(words)} inputs ({', '.join(words)})" if words else "no input"
+        raise ValueError(f"{told}, expected one: a picture, a video, a folder, or one of --{', --'.join(SOURCES)}")
 
 
 def iterations(text: str) -> int | str:

@@ -8,7 +8,7 @@ from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
-from multiview.config import checked
+from multiview.config import Parser, checked
 from multiview.run import leave, main_guard
 from pipeline.options import Checkpoints, Options, parse_with_overrides
 
@@ -16,7 +16,7 @@ RENAMED = {"mvdiff_unet": "mvdiffusion_checkpoint", "gslrm_checkpoint": "checkpo
 
 
 def parse_arguments() -> tuple[argparse.Namespace, Options]:
-    parser, told = argparse.ArgumentParser(description=__doc__), {entry.name: entry for entry in fields(Checkpoints)}
+    parser, told = Parser(description=__doc__), {entry.name: entry for entry in fields(Checkpoints)}
     parser.add_argument("--input_image", type=Path, required=True, help="one photograph (RGBA: its alpha is the mask)")
     for flag in ("mvdiff_unet", "mvdiff_pretrained", "prompt_embeds", "gslrm_checkpoint", "gslrm_config"):
         field = RENAMED.get(flag, flag)

@@ -146,9 +146,28 @@ def _check_keys(content: dict, kinds: dict[str, str], ignored: set[str], source:
             _check_keys(value, kinds, ignored, source, name + ".")
 
 
+class Parser(argparse.ArgumentParser):
+    """Every script's parser: --version, and a mistake told in one line without the usage; its exit code stays 2."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.add_argument("--version", action="version", help="show version and commit, and stop")
+
+    @property
+    def version(self) -> str:
+        """What argparse prints for --version; git is asked only then."""
+        from multiview import __version__
+        from multiview.run import git_hash
+
+        return f"{__version__} (commit {git_hash()})"
+
+    def error(self, message: str) -> typing.NoReturn:
+        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+
+
 def training_arguments(about: str, schema: str, example: str) -> argparse.Namespace:
     """Parses the command line that both trainings have: config, overfit, dry_run, overrides."""
-    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, metavar="F", help=f"YAML over the defaults of {schema}")
     parser.add_argument(
         "--overfit", type=checked(int, least=0), default=0, metavar="N",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -75,17 +76,22 @@ class Options(Stage1Options):
             raise ValueError(f"turntable_size must be even, got {self.turntable_size}")
 
 
-def parse_with_overrides(parser: argparse.ArgumentParser, options: type[Chosen]) -> tuple[argparse.Namespace, Chosen]:
+def parse_with_overrides(
+    parser: argparse.ArgumentParser, options: type[Chosen], place: Callable[[argparse.Namespace], None] | None = None
+) -> tuple[argparse.Namespace, Chosen]:
     """Returns the flags, and a checked dataclass of `option` fields from `key=value` arguments; --help lists them.
 
-    A wrong key or value ends the command as any bad argument does.
+    A wrong key or value ends the command as any bad argument does. place: takes what it knows out of the overrides.
     """
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="rarer settings, see below")
     lines = [f"  {entry.name}={str(entry.default).lower()}  {entry.metadata['help']}" for entry in fields(options)]
     parser.epilog = "rarer settings, as key=value:\n" + "\n".join(lines)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter  # the help of flags does not wrap the list
     arguments = parser.parse_intermixed_args()
-    try:  # without any, OmegaConf need not be imported
+    try:
+        if place:
+            place(arguments)
+        # without any, OmegaConf need not be imported
         return arguments, load_config(options, None, arguments.overrides) if arguments.overrides else options()
     except ValueError as error:
         parser.error(str(error))

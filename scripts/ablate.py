@@ -12,11 +12,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from multiview.config import Parser
 from multiview.run import main_guard
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--spec", type=Path, required=True, help="YAML; see configs/ablation_*.yaml")
     parser.add_argument("--dry_run", action="store_true", help="print the cells and their overrides, and stop")
     parser.add_argument("--only", default="", help="run only cells whose names hold this text (default: all)")

@@ -25,7 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from evaluation.throughput import measure_import
-from multiview.config import checked
+from multiview.config import Parser, checked
 from multiview.run import REPOSITORY, git_hash, main_guard, make_generator, resolve_device
 
 # Image size, d and layers of GS-LRM; scenes of the rasterizer: Gaussians, image size.
@@ -71,7 +71,7 @@ def import_libraries() -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=tuple(PRESETS), default="demo", help="sizes (default: demo)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     parser.add_argument("--what", type=parts, default=MODEL_PARTS, metavar="PART[,PART...]", help="all but import")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from multiview.config import add_fields, from_arguments, option
+from multiview.config import Parser, add_fields, from_arguments, option
 from multiview.run import check_output_folder, main_guard
 
 
@@ -31,7 +31,7 @@ class CheckSettings:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add_fields(parser, CheckSettings)
     settings = from_arguments(CheckSettings, parser.parse_args(arguments))
     check_output_folder(settings.output_dir)

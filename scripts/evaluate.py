@@ -17,20 +17,19 @@ stand farthest apart, the reference view among them. Filters (stages 2 and full)
 validation list. A table and a plot (sweep_<flag>.png) per list.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from evaluation import EvaluationSettings
-from multiview.config import add_fields, from_arguments
+from multiview.config import Parser, add_fields, from_arguments
 from multiview.run import main_guard
 from pipeline.options import Checkpoints, Stage1Options, parse_with_overrides
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     add_fields(parser, EvaluationSettings)
     add_fields(parser, Checkpoints)
     arguments, options = parse_with_overrides(parser, Stage1Options)

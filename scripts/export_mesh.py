@@ -9,12 +9,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from multiview.config import checked
+from multiview.config import Parser, checked
 from multiview.run import main_guard
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--ply", required=True, type=Path, help="3D Gaussians in the INRIA layout")
     parser.add_argument("--output", required=True, type=Path, help="mesh.ply (z up) or mesh.glb (y up, as glTF wants)")
     parser.add_argument("--resolution", type=checked(int, 1), default=128, help="voxels along the longest side")

@@ -13,12 +13,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from multiview.config import checked
+from multiview.config import Parser, checked
 from multiview.run import main_guard
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     styles = ("facelift", "mouse", "laboratory")
     parser.add_argument("--rig", default="mouse6", help="name in configs/rigs, or a rig file")
     parser.add_argument("--style", choices=styles, help="prompt style; the rig's own if not given")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from multiview.config import add_fields, from_arguments, option
+from multiview.config import Parser, add_fields, from_arguments, option
 from multiview.run import main_guard
 from pipeline.options import Stage1Checkpoints
 
@@ -50,7 +50,7 @@ def shard(text: str) -> tuple[int, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_fields(parser, Settings)
     add_fields(parser, Stage1Checkpoints)
     parser.add_argument("--shard", type=shard, help="i/n: every n-th batch from i; default: torchrun's rank, else all")

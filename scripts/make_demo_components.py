@@ -11,11 +11,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from multiview.config import Parser
 from multiview.run import main_guard
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--config", default="configs/demo_components.yaml", help="sizes and training options")
     parser.add_argument("--data", help="split list of samples (default: the config's)")
     parser.add_argument("--output_dir", help="components folder (default: the config's)")

@@ -14,13 +14,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from multiview.config import add_fields, from_arguments
+from multiview.config import Parser, add_fields, from_arguments
 from multiview.run import check_output_folder, main_guard
 from synthetic.settings import MouseSettings
 
 
 def parse_arguments(arguments: list[str] | None = None) -> MouseSettings:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add_fields(parser, MouseSettings)
     try:
         return from_arguments(MouseSettings, parser.parse_args(arguments))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from multiview.config import add_fields, from_arguments, option
+from multiview.config import Parser, add_fields, from_arguments, option
 from multiview.run import main_guard
 from pipeline.options import Stage1Checkpoints
 
@@ -81,7 +81,7 @@ def damage(name: str, samples: list, number: int):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_fields(parser, Settings)
     add_fields(parser, Stage1Checkpoints)
     arguments = parser.parse_args()

@@ -29,7 +29,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from multiview.config import add_fields, from_arguments
+from multiview.config import Parser, add_fields, from_arguments
 from multiview.run import STOP_SIGNALS, STOPPED, main_guard
 from recording.settings import ImportSettings
 
@@ -40,7 +40,7 @@ class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsH
 
 def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.Namespace, ImportSettings | None]:
     """Returns the parsed flags, and the settings of an import, or None where only the calibration is looked at."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
+    parser = Parser(description=__doc__, formatter_class=Formatter)
     add_fields(parser, ImportSettings)
     look = parser.add_argument_group("a look at the calibration (--calibration or --meta_dir) instead of an import")
     look.add_argument("--check", action="store_true", help="draw and tabulate the calibration, reproject points, stop")

@@ -6,12 +6,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from multiview.config import checked
+from multiview.config import Parser, checked
 from multiview.run import main_guard
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--ply", required=True, type=Path, help="3D Gaussians in the INRIA layout")
     parser.add_argument("--cameras", type=Path, help="opencv_cameras.json; its frames give the sizes")
     parser.add_argument("--output_dir", type=Path, help="receives cam_000.png, cam_001.png, ... of --cameras")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from multiview.config import add_fields, from_arguments, option
+from multiview.config import Parser, add_fields, from_arguments, option
 from multiview.run import main_guard
 
 
@@ -31,7 +31,7 @@ class Settings:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_fields(parser, Settings)
     settings = from_arguments(Settings, parser.parse_args())
     from multiview.files import full_disk_explained

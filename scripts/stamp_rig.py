@@ -9,11 +9,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from multiview.config import Parser
 from multiview.run import main_guard
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--rig", required=True, help="a rig's name (configs/rigs) or a YAML/JSON file")
     parser.add_argument("--path", required=True, type=Path, help="a UNet folder, a dataset folder, or a ckpt_*.pt")
     parser.add_argument("--replace", action="store_true", help="replace a rig that is already there")
