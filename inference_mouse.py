@@ -12,11 +12,11 @@ from pathlib import Path
 
 from multiview.config import Parser, add_fields, checked, from_arguments
 from multiview.run import leave, main_guard
-from pipeline.options import Checkpoints, Options, parse_with_overrides
+from pipeline.options import Checkpoints, Options, add_up, parse_with_overrides
 
 SOURCES = ("input_image", "input_dir", "sample_dir", "dataset", "input_video")
 VIDEO_SUFFIXES = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg"}
-EXPORTS = ("splat", "ply_compressed")
+EXPORTS = ("splat", "ply_compressed", "spz", "glb")
 # Images that no library here can read: named as failed, where a text file in the folder is only mentioned.
 FOREIGN_SUFFIXES = {".heic", ".heif", ".jxl", ".dng", ".raw", ".cr2", ".cr3", ".nef", ".arw"}
 
@@ -48,17 +48,20 @@ def parse_arguments() -> tuple[argparse.Namespace, Options]:
     )
     written.add_argument(
         "--export", type=export_formats, default=(), metavar="FORMAT[,FORMAT]",
-        help=f"also gaussians.splat or gaussians.compressed.ply: {', '.join(EXPORTS)}",
+        help=f"also gaussians.splat, .compressed.ply, .spz, .glb, upright in their viewers: {', '.join(EXPORTS)}",
     )  # fmt: skip
+    add_up(written)
+    written.add_argument("--gaussians", type=checked(int, 1), metavar="N", help="keep the N that add most to the views")
     written.add_argument(
         "--mesh", nargs="?", choices=("ply", "glb"), const="ply",
         help="also mesh.ply (the value may be left out) or mesh.glb; needs requirements-extra.txt",
     )  # fmt: skip
     written.add_argument("--output_dir", type=Path, default=Path("outputs"), help="default: outputs")
     arguments, options = parse_with_overrides(parser, Options, place_input)
-    single = arguments.export or arguments.mesh or options.maps or options.sheet
-    if arguments.dataset and (single or arguments.refine == "off"):
-        parser.error("--dataset fits every frame and writes its PLY: no --refine off, --export, --mesh, maps or sheet")
+    single = arguments.export or arguments.mesh or options.maps or options.sheet or arguments.gaussians
+    if arguments.dataset and (single or arguments.refine == "off" or arguments.up != "z"):
+        told = "no --refine off, --export, --up, --gaussians, --mesh, maps or sheet"
+        parser.error(f"--dataset fits every frame and writes the PLY that the next one starts from: {told}")
     return arguments, replace(options, crop=arguments.crop or options.crop)
 
 
@@ -125,6 +128,9 @@ def main() -> None:
     )
 
     def save(name: str, result) -> None:
+        result.up = arguments.up
+        if arguments.gaussians:
+            result.prune(arguments.gaussians)
         result.save(
             arguments.output_dir / name, turntable_views=arguments.turntable_views, export=arguments.export,
             turntable_size=options.turntable_size, mesh=arguments.mesh, maps=options.maps, sheet=options.sheet,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from multiview.config import Parser, checked
 from multiview.run import leave, main_guard
-from pipeline.options import Checkpoints, Options, parse_with_overrides
+from pipeline.options import Checkpoints, Options, add_up, parse_with_overrides
 
 RENAMED = {"mvdiff_unet": "mvdiffusion_checkpoint", "gslrm_checkpoint": "checkpoint"}  # flag -> field of Checkpoints
 
@@ -28,6 +28,7 @@ def parse_arguments() -> tuple[argparse.Namespace, Options]:
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--turntable_views", type=checked(int, 0), default=120, help="frames of turntable.mp4")
+    add_up(parser)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/pipeline"), help="default: outputs/pipeline")
     return parse_with_overrides(parser, Options)
 
@@ -54,6 +55,7 @@ def main() -> None:
     )  # fmt: skip
     stage1 = arguments.output_dir / arguments.input_image.stem / "stage1_mvdiffusion"
     stage2 = stage1.with_name("stage2_gslrm")
+    result.up = arguments.up
     with full_disk_explained(stage2 / "gaussians.ply"):
         for folder in (stage1, stage2):  # both lose their run.json before either is written anew
             start_folder(folder)

@@ -215,6 +215,7 @@ class WandbConfig:
 class LoggingConfig:
     print_every: int = 20  # iterations
     vis_every: int = 250
+    tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"  # event files in <checkpoint_dir>/tensorboard
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
 

@@ -1,4 +1,4 @@
-"""One run: seeds, device, processes, signals, its folder and what it logs. The only module that knows wandb."""
+"""One run: seeds, device, processes, signals, what its loop is asked for, and how an entry script ends."""
 
 from __future__ import annotations
 
@@ -22,19 +22,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from multiview.files import DAMAGE, atomic_write, refusal, write_json
+from multiview.files import DAMAGE, refusal
 
 if TYPE_CHECKING:  # scripts answer --help without torch
     import torch
     from accelerate import Accelerator
-
-    from multiview.rig import ViewRig
 
 log = logging.getLogger(__name__)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # what clusters and closed terminals send
 STOPPED = 143  # exit code of a run that such a signal ended
+INTERRUPTED = 130  # and by Ctrl-C
 PRECISIONS = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}  # of a network's matrix products
 REMEDIES = {  # of what the system refuses
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "name a place that you may write, or read, or allow it"),
@@ -121,9 +120,11 @@ def check_size(parameters: float, trained: float, batch_bytes: float, device: to
 
 
 class Stop:
-    """Notes a stop signal, and when `budget_s` seconds are over, so that work can end at a place of its own choice."""
+    """Notes a stop signal, and when `budget_s` seconds are over, so that work can end at a place of its own choice.
+    interrupt: the first Ctrl-C counts as one too; the second ends at once."""
 
-    def __init__(self, budget_s: float | None = None) -> None:
+    def __init__(self, budget_s: float | None = None, *, interrupt: bool = False) -> None:
+        self.numbers = (*STOP_SIGNALS, *[signal.SIGINT] * interrupt)
         self.deadline = math.inf if budget_s is None else time.monotonic() + budget_s
         self.signal: signal.Signals | None = None
         self.in_loop = False
@@ -131,7 +132,7 @@ class Stop:
     def __enter__(self) -> Stop:
         self.old = {}
         if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
-            self.old = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
+            self.old = {number: signal.signal(number, self._receive) for number in self.numbers}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -139,22 +140,34 @@ class Stop:
             signal.signal(number, handler)
 
     def _receive(self, number: int, _: object) -> None:
+        if number == signal.SIGINT == self.signal:
+            raise KeyboardInterrupt
         self.signal = signal.Signals(number)
         if not self.in_loop:  # nothing was done yet
             print(f"{self.signal.name}: stopped before the first step", flush=True)
-            raise SystemExit(STOPPED)
+            raise SystemExit(self.code)
+        if number == signal.SIGINT:
+            print("Ctrl-C: the step ends and a checkpoint is saved; again, and all ends at once", file=sys.stderr)
+
+    @property
+    def code(self) -> int:
+        return INTERRUPTED if self.signal == signal.SIGINT else STOPPED
 
     def is_due(self) -> bool:
         return self.signal is not None or time.monotonic() >= self.deadline
 
     def end(self, place: str | None) -> None:
-        """Says how to continue a run that stopped at `place`. Raises SystemExit(143) if a signal did it."""
-        if place:
+        """Says how to continue a run that stopped at `place`. Raises SystemExit, 130 for Ctrl-C, 143 for other signals,
+        if one did it."""
+        if place and os.environ.get("RANK", "0") == "0":
             reason = "as budget_s is over" if self.signal is None else f"by {self.signal.name}"
-            command = shlex.join(["python", *sys.argv])
+            # The interpreter as it was called: that of a virtual environment need not be the first in PATH.
+            here, total = (os.environ.get(name) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+            launcher = ["torchrun", "--nproc_per_node", here] if here else [sys.orig_argv[0]]
+            command = shlex.join([*launcher, *sys.argv]) + "  (with your --nnodes ... on every node)" * (here != total)
             print(f"stopped {reason} at {place}, a checkpoint is saved; to continue:\n  {command}", flush=True)
         if self.signal is not None:
-            raise SystemExit(STOPPED)
+            raise SystemExit(self.code)
 
 
 def stoppable(items: Iterable[Any]) -> Iterator[Any]:
@@ -231,6 +244,7 @@ class LoopOptions:
     """What the loop takes from a stage's configuration."""
 
     folder: str  # checkpoints, metrics.jsonl and images of this run, of nobody else
+    title: str  # what is trained, on which data
     device: str  # auto, cpu, cuda
     seed: int
     steps: int  # train up to this step
@@ -253,63 +267,8 @@ class LoopOptions:
     image_every: int = 1
     budget_s: float | None = None  # seconds after which the run saves itself and stops
     skip_digest: bool = False  # resume without comparing files with their digests
+    tracker: str = "none"  # tensorboard, wandb
     wandb: WandbOptions | None = None
-
-
-class RunFolder:
-    """`config.json`, `metrics.jsonl` and pictures of one run; only the main process writes. after: the resumed step;
-    metrics beyond it are dropped, since the run will write them again."""
-
-    def __init__(
-        self, path: Path | str, config: dict, rig: ViewRig, after: int = 0, wandb: WandbOptions | None = None, *,
-        is_main: bool = True,
-    ) -> None:  # fmt: skip
-        self.path, self.is_main, self._wandb = Path(path), is_main, None
-        if not is_main:
-            return
-        write_json(self.path / "config.json", {"config": config, "rig": rig.to_dict(), "git": git_hash()})
-        metrics, kept = self.path / "metrics.jsonl", []
-        if metrics.is_file():
-            for line in metrics.read_text().splitlines():
-                with suppress(json.JSONDecodeError):  # the last line of a killed run may be cut
-                    kept += [line + "\n"] if json.loads(line)["step"] <= after else []
-            with atomic_write(metrics) as temporary:
-                temporary.write_text("".join(kept))
-        if wandb is None or wandb.mode == "disabled":
-            return
-        try:
-            from wandb import init
-        except ImportError as error:
-            told = f"wandb.mode is {wandb.mode!r} but wandb is not installed"
-            raise ValueError(f"{told}: pip install -r requirements-extra.txt, or wandb.mode=disabled") from error
-        named = {"project": wandb.project, "group": wandb.group or None, "name": wandb.name or None, "mode": wandb.mode}
-        self._wandb = init(**named, dir=str(path), config=config, resume="allow")
-
-    def log(self, step: int, values: dict[str, float], split: str = "train") -> None:
-        """Appends one line to metrics.jsonl: {"step", "split", "time", name: value ...}."""
-        if not self.is_main:
-            return
-        line = {"step": step, "split": split, "time": round(time.time(), 3), **{k: float(v) for k, v in values.items()}}
-        with open(self.path / "metrics.jsonl", "a") as handle:
-            handle.write(json.dumps(line) + "\n")
-        if self._wandb is not None:
-            self._wandb.log({f"{split}/{name}": value for name, value in values.items()}, step=step)
-
-    def image(self, name: str, step: int, image: torch.Tensor) -> None:
-        """Writes [3, h, w] to pictures/<name>_<step>.png."""
-        if not self.is_main:
-            return
-        from multiview.image import to_uint8, write_image
-
-        write_image(self.path / "pictures" / f"{name}_{step:08d}.png", image)
-        if self._wandb is not None:
-            import wandb
-
-            self._wandb.log({name: wandb.Image(to_uint8(image))}, step=step)
-
-    def close(self) -> None:
-        if self._wandb is not None:
-            self._wandb.finish()
 
 
 def shipped(path: Path | str) -> Path:

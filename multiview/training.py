@@ -11,9 +11,10 @@ import logging
 import math
 import os
 import resource
+import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from multiview.checkpoint import SKIP_DIGEST, Ema, rotate_checkpoints
 from multiview.files import full_disk_explained, owned_folder, write_json
 from multiview.rig import ViewRig
-from multiview.run import PRECISIONS, LoopOptions, RunFolder, Stop, make_generator, resolve_device, start_processes
+from multiview.run import PRECISIONS, LoopOptions, Stop, make_generator, resolve_device, start_processes
 from multiview.sampler import MixedDataset, StepSampler
+from multiview.tracking import Progress, RunFolder, as_text
 
 log = logging.getLogger(__name__)
 
@@ -144,13 +147,18 @@ class Training:
 
 def run_training(build: Callable[[Accelerator], Training], options: LoopOptions) -> Path:
     """Trains to `options.steps`, continuing what the folder holds. Returns the folder. build: loads everything and
-    resumes; raises ValueError before any work. Signals end the run with a checkpoint and SystemExit(143)."""
+    resumes; raises ValueError before any work. Signals, Ctrl-C among them, end the run with a checkpoint and SystemExit
+    (143, 130)."""
     folder = Path(options.folder)
     new = not folder.exists()
     if options.skip_digest:
         os.environ[SKIP_DIGEST] = "1"
-    with Stop(options.budget_s) as stop, full_disk_explained(folder):
+    redirected = logging_redirect_tqdm() if sys.stderr.isatty() else nullcontext()  # lines above the bar, not in it
+    with Stop(options.budget_s, interrupt=True) as stop, full_disk_explained(folder), redirected:
         accelerator = start_processes(options.device)
+        if accelerator.is_main_process:
+            goal = f"{options.unit} {options.steps} by {accelerator.num_processes} process(es) on {accelerator.device}"
+            log.info("training %s up to %s; saved in %s", options.title, goal, folder)
         try:
             with owned_folder(folder) if accelerator.is_main_process else nullcontext():
                 training = build(accelerator)
@@ -173,17 +181,17 @@ def training_loop(training: Training, stop: Stop) -> None:
     per_step = options.accumulate if options.unit == "step" else 1  # passes per step
     first = step = training.passes // per_step
     model = network if alone else accelerator.prepare(network)  # what is frozen takes no part in DDP
-    run = RunFolder(options.folder, training.config, training.rig, first, options.wandb, is_main=is_main)
+    run = RunFolder(
+        options.folder, training.config, training.rig, first, options.wandb, options.tracker, is_main=is_main
+    )
+    progress = Progress(options, first, accelerator.num_processes, is_main=is_main)
     sampler = StepSampler(
         training.dataset.lengths, options.batch_size, seed=options.seed, percents=training.dataset.percents,
         start=training.passes, stop=options.steps * per_step,
         rank=accelerator.process_index, world_size=accelerator.num_processes,
     )  # fmt: skip
-    log.info(
-        "%s: %.2f M parameters train on %d samples, %s %d to %d, %d process(es) on %s", options.folder,
-        count(training.parameters.values()) / 1e6, len(training.dataset), options.unit, first, options.steps,
-        accelerator.num_processes, training.device,
-    )  # fmt: skip
+    told = f"parameters train on {len(training.dataset)} samples, {options.unit} {first} to {options.steps}"
+    log.info("%s: %.2f M %s", options.folder, count(training.parameters.values()) / 1e6, told)
     network.train()
     values, losses, spoiled, batch = {}, [], False, None
     began = lap = time.perf_counter()
@@ -212,7 +220,8 @@ def training_loop(training: Training, stop: Stop) -> None:
         is_end = is_last or (is_update and is_due)  # a checkpoint knows nothing of half an update
 
         # 3. Numbers and images.
-        if step % options.log_every == 0 or is_last:
+        progress.bar.update()
+        if (is_logged := step % options.log_every == 0 or is_last) or step == first + 1:
             numbers = {
                 **training.numbers(details), "loss": float(torch.stack(losses).mean()), "lr": rate,
                 f"seconds_per_{options.unit}": (busy - logged_busy) / (step - logged_step),
@@ -220,13 +229,11 @@ def training_loop(training: Training, stop: Stop) -> None:
                 "updates": training.updates, **training.counts,
             }  # fmt: skip
             logged_busy, logged_step = busy, step
-            run.log(step, numbers)
-            if is_main and (step % options.print_every == 0 or is_last):
-                log.info("%s %d/%d  %s", options.unit, step, options.steps, as_text(numbers, PRINTED))
+            progress.show(step, numbers, values, PRINTED)
+            if is_logged:
+                run.log(step, numbers)
         if step % options.image_every == 0 or is_last:
-            image = training.image(details)
-            if image is not None:
-                run.image("train", step, image)
+            run.image("train", step, training.image(details))
         losses = []
 
         # 4. Checkpoint and validation.
@@ -240,6 +247,7 @@ def training_loop(training: Training, stop: Stop) -> None:
         lap = time.perf_counter()
         if is_end:
             break
+    progress.bar.close()
 
     # 5. The end: exported if it is finished, and what it cost.
     if step >= options.steps:
@@ -347,9 +355,3 @@ def closing_block(training: Training, content: dict[str, Any], passes: int, busy
 
 def count(parameters: Iterable[nn.Parameter]) -> int:
     return sum(parameter.numel() for parameter in parameters)
-
-
-def as_text(values: dict[str, float], shown: Sequence[str]) -> str:
-    """One line of the values whose names end with one of `shown` (none: of all)."""
-    chosen = {name: value for name, value in values.items() if not shown or name.split("/")[-1] in shown}
-    return "  ".join(f"{name} {value:.4g}" for name, value in chosen.items())

@@ -115,6 +115,7 @@ class MVDiffusionConfig:
     export_guidance_scale: float = 3.0
     export_mirror: str = choice("never", "always", "auto")  # auto: the training animals face one way
     device: str = "auto"
+    tracker: str = choice("tensorboard", "wandb", "none")  # event files in <output_dir>/tensorboard
     wandb: WandbOptions = field(default_factory=lambda: WandbOptions(project="mouse_mvdiffusion", group="mvdiffusion"))
 
     def validate(self) -> MVDiffusionConfig:

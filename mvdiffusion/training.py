@@ -64,6 +64,7 @@ def loop_options(config: MVDiffusionConfig) -> LoopOptions:
         ema_decay=config.ema_decay if config.use_ema else 0.0, save_every=config.checkpointing_steps,
         keep=config.checkpoints_total_limit, validate_every=config.validation_steps, print_every=config.log_steps,
         budget_s=config.budget_s, skip_digest=config.skip_digest, wandb=config.wandb,
+        tracker=config.tracker, title=f"Stage 1 on {', '.join(lists_of(config)[0])}",
     )  # fmt: skip
 
 

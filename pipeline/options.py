@@ -76,6 +76,13 @@ class Options(Stage1Options):
             raise ValueError(f"turntable_size must be even, got {self.turntable_size}")
 
 
+def add_up(parser: argparse._ActionsContainer) -> None:
+    """Adds --up. argparse takes the -y of `--up -y` for a flag, so it is one too; --up alone means the same."""
+    told = "the axis that points up in gaussians.ply: z (default; measured and rendered as it is), y, or -y for viewers"
+    parser.add_argument("--up", nargs="?", choices=("z", "y", "-y"), default="z", const="-y", help=told)
+    parser.add_argument("-y", dest="up", action="store_const", const="-y", default="z", help=argparse.SUPPRESS)
+
+
 def parse_with_overrides(
     parser: argparse.ArgumentParser, options: type[Chosen], place: Callable[[argparse.Namespace], None] | None = None
 ) -> tuple[argparse.Namespace, Chosen]:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from gslrm.model import ply
 from gslrm.model.gaussians import Gaussians
-from gslrm.model.gaussians_renderer import RenderOutput, render, render_turntable
+from gslrm.model.gaussians_renderer import RenderOutput, prune, render, render_turntable
 from multiview.cameras import Cameras
 from multiview.files import atomic_write, full_disk_explained, write_json
 from multiview.image import composite, grid, resize_rgba, save_video, write_image
@@ -27,7 +27,8 @@ from multiview.sample import DEPTH_UNIT
 PARTS = ("xyz", "features", "scaling", "rotation", "opacity")  # of Gaussians
 TURNTABLE_FPS = 30
 SHEET_COLUMNS = 8
-OPTIONAL_FILES = ("gaussians.splat", "gaussians.compressed.ply", "mesh.ply", "mesh.glb", "sheet.png", "turntable.mp4")
+EXPORTED = tuple(f"gaussians{suffix}" for suffix in ply.FORMATS.values())
+OPTIONAL_FILES = (*EXPORTED, "mesh.ply", "mesh.glb", "sheet.png", "turntable.mp4")
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ class PosedViews:
 class Reconstruction:
     """Gaussians [1, n] and what they were made from. record: for run.json. photo: [4, s, s], None for posed views.
 
-    to_rig: [4, 4], brings the animal of posed views to the place and size of the training data, for the turntable.
+    to_rig: [4, 4], brings the animal of posed views to the place and size of the training data, for the turntable. up:
+    the axis that points up in the written gaussians.ply (`gslrm.model.ply.UP`); here it is z.
     """
 
     gaussians: Gaussians
@@ -64,10 +66,17 @@ class Reconstruction:
     record: dict
     photo: Tensor | None = None
     to_rig: Tensor | None = None
+    up: str = "z"
 
     def numpy(self) -> dict[str, np.ndarray]:
         """Returns xyz [n, 3], features [n, k, 3], log scaling [n, 3], rotation wxyz [n, 4], opacity logits [n, 1]."""
         return {name: getattr(self.gaussians, name)[0].detach().float().cpu().numpy() for name in PARTS}
+
+    def prune(self, count: int) -> None:
+        """Keeps the `count` Gaussians that add most to the views; run.json says how many there were."""
+        before, cameras = self.gaussians.num_gaussians, self.views.cameras.to(self.gaussians.device)
+        self.gaussians = prune(self.gaussians, cameras, count)
+        self.record["gaussians"] |= {"before_pruning": before, "kept": self.gaussians.num_gaussians}
 
     @torch.no_grad()  # gradients would keep every Gaussian's projection in memory
     def render(self, cameras: Cameras, background: Tensor | float = 1.0) -> RenderOutput:
@@ -78,7 +87,7 @@ class Reconstruction:
         self, folder: Path | str, *, turntable_views: int = 120, turntable_size: int = 256,
         export: Sequence[str] = (), mesh: str | None = None, maps: bool = False, sheet: bool = False,
     ) -> None:  # fmt: skip
-        """Writes everything into `folder`; run.json comes last. export: of "splat", "ply_compressed". mesh: "ply" or
+        """Writes everything into `folder`; run.json comes last. export: names of `ply.FORMATS`. mesh: "ply" or
         "glb". maps: depth/ and alpha/ as the views' cameras see the Gaussians. sheet: sheet.png, the photograph (if
         there is one) and the views above their renderings."""
         folder, started = Path(folder), time.perf_counter()
@@ -127,7 +136,7 @@ class Reconstruction:
 
     def write_model(self, folder: Path, *, turntable_views: int, turntable_size: int) -> None:
         """Writes gaussians.ply and, with turntable_views > 0, turntable.mp4 from the views' mean elevation."""
-        ply.save_ply(folder / "gaussians.ply", self.gaussians)  # before the turntable, which takes longer
+        ply.save_ply(folder / "gaussians.ply", self.gaussians, self.up)  # before the turntable, which takes longer
         if turntable_views:
             shown, cameras = self.gaussians, self.views.cameras
             if self.to_rig is not None:
@@ -143,7 +152,7 @@ class Reconstruction:
 
     def write_run(self, folder: Path) -> None:
         """Writes run.json: the rig, the artifacts, the settings, what was measured."""
-        write_json(folder / "run.json", {"rig": self.rig.to_dict(), **self.record, "git": git_hash()})
+        write_json(folder / "run.json", {"rig": self.rig.to_dict(), "up": self.up, **self.record, "git": git_hash()})
 
 
 def start_folder(folder: Path) -> None:

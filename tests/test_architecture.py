@@ -31,7 +31,7 @@ HOMES = {  # library -> the only places that may import it
     "diffusers": ("mvdiffusion/", "scripts/make_demo_components.py"),
     "matplotlib": ("evaluation/report.py", "recording/quality/"),
     "gsplat": ("gslrm/model/rasterizers/", "gslrm/model/ply.py"),
-    "wandb": ("multiview/run.py",),
+    "wandb": ("multiview/tracking.py",),
 }
 SCRIPTS = sorted(path.relative_to(ROOT) for path in [*ROOT.glob("*.py"), *(ROOT / "scripts").glob("*.py")])
 

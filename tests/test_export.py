@@ -11,7 +11,7 @@ from plyfile import PlyData
 from safetensors.torch import load_file
 
 from gslrm.model.gaussians import Gaussians, filter_gaussians
-from gslrm.model.ply import FORMATS, export, load_ply, save_ply
+from gslrm.model.ply import FORMATS, export, load_ply, save_ply, turned
 from tests.test_gaussians import FACELIFT, random_gaussians
 
 C0, GOLDEN = 0.28209479177387814, Path(__file__).parent / "golden"
@@ -78,7 +78,7 @@ def test_splat_records_decode_to_the_gaussians(tmp_path):
     export(tmp_path / "a.splat", gaussians, "splat")
     assert (tmp_path / "a.splat").stat().st_size == 600 * 32
     record = np.dtype([("xyz", "<f4", 3), ("scale", "<f4", 3), ("rgba", "u1", 4), ("wxyz", "u1", 4)])
-    table = np.fromfile(tmp_path / "a.splat", record)
+    table, gaussians = np.fromfile(tmp_path / "a.splat", record), turned(gaussians, "-y")
     rows = matched(table["xyz"], gaussians, 1e-6)
     np.testing.assert_allclose(table["scale"], gaussians.get_scaling[0, rows].numpy(), rtol=1e-6)
     color = (0.5 + C0 * gaussians.features[0, rows, 0]).clamp(0, 1)
@@ -132,7 +132,7 @@ def test_compressed_ply_decodes_to_the_gaussians(tmp_path, degree):
     gaussians = soft(degree=degree)
     gaussians.opacity[0, :7] = -8.0  # below 1/255: left out
     export(tmp_path / "a.compressed.ply", gaussians, "ply_compressed")
-    seen = read_compressed(tmp_path / "a.compressed.ply")
+    seen, gaussians = read_compressed(tmp_path / "a.compressed.ply"), turned(gaussians, "-y")
     assert seen["elements"] == ["chunk", "vertex", "sh"][: 3 if degree else 2]
     rows = matched(seen["xyz"], gaussians, 0.01)  # chunks span up to 6 units, in 1024 or 2048 steps
     assert len(rows) == 593 and rows.min() >= 7
@@ -153,7 +153,7 @@ def test_compressed_ply_takes_gaussians_that_are_all_alike(tmp_path):
         warnings.simplefilter("error")
         export(tmp_path / "a.ply", gaussians, "ply_compressed")
     seen = read_compressed(tmp_path / "a.ply")
-    matched(seen["xyz"], gaussians, 0.01)
+    matched(seen["xyz"], turned(gaussians, "-y"), 0.01)
     np.testing.assert_allclose(seen["log_scale"], -2.0)
     np.testing.assert_allclose(seen["rgb"], 0.5)
 
@@ -168,7 +168,7 @@ def test_wrong_gaussians_are_refused_and_leave_the_old_file(tmp_path, name):
     faint = replace(soft(n=20), opacity=torch.full((1, 20, 1), -torch.inf))
     for gaussians, form, message in (
         (broken, name, r"a\..*must be finite.* 1 of scaling"), (random_gaussians(b=2), name, "one scene, got 2"),
-        (soft(n=20), "spz", "export format must be one of splat, ply_compressed"),
+        (soft(n=20), "obj", "export format must be one of splat, ply_compressed, spz, glb"),
         (soft(n=0), name, "not one Gaussian"), (faint, name, "none of 20 Gaussians can be seen"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):

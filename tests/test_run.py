@@ -14,7 +14,8 @@ import torch
 from multiview import run as runs
 from multiview.report import Figure, Table, write_page
 from multiview.rig import load_rig
-from multiview.run import RunFolder, Stop, main_guard, start_processes, stoppable
+from multiview.run import Stop, main_guard, start_processes, stoppable
+from multiview.tracking import RunFolder
 
 SIGNALS = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 EVIL = "<script>alert('x')</script>|"

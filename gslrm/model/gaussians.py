@@ -104,15 +104,17 @@ class Gaussians:
         return (colors + 0.5).clamp_min(0.0)
 
     def moved(self, matrix: Tensor) -> Gaussians:
-        """Returns the scenes after x -> matrix x, a similarity [4, 4]: rotation, uniform scale and translation.
-
-        Raises ValueError for a rotation of colors that depend on the direction (degree 1 and above).
-        """
+        """Returns the scenes after x -> matrix x, a similarity [4, 4]: rotation, uniform scale and translation."""
         scale = torch.linalg.det(matrix[:3, :3].double()).pow(1 / 3)
         rotation = matrix[:3, :3].double() / scale
         turned = (rotation - torch.eye(3).to(rotation)).abs().max() > 1e-6
+        features = self.features
         if turned and self.sh_degree:
-            raise ValueError(f"only colors of degree 0 can be turned with their Gaussians, got {self.sh_degree}")
+            # Seen along d, the turned Gaussian has the color that it had along R^T d: a linear map of coefficients.
+            directions = torch.nn.functional.normalize(torch.randn(64, 3, generator=torch.Generator().manual_seed(0)))
+            before = sh_basis(directions.double() @ rotation.cpu(), self.sh_degree)
+            turn = torch.linalg.lstsq(sh_basis(directions.double(), self.sh_degree), before).solution
+            features = turn.to(features) @ features
         from scipy.spatial.transform import Rotation
 
         x, y, z, w = torch.from_numpy(Rotation.from_matrix(rotation.cpu().numpy()).as_quat()).to(self.rotation)
@@ -121,7 +123,8 @@ class Gaussians:
                    w * c - x * d + y * a + z * b, w * d + x * c - y * b + z * a]  # fmt: skip
         xyz = self.xyz @ matrix[:3, :3].to(self.xyz).T + matrix[:3, 3].to(self.xyz)
         rotation = torch.stack(product, dim=-1) if turned else self.rotation
-        return replace(self, xyz=xyz, scaling=self.scaling + float(scale.log()), rotation=rotation)
+        scaling = self.scaling + float(scale.log())
+        return replace(self, xyz=xyz, features=features, scaling=scaling, rotation=rotation)
 
     def mirrored(self) -> Gaussians:
         """Returns the scenes mirrored in x, as `Cameras.mirrored` sees them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from gslrm.model.gaussians import Gaussians
 from multiview.cameras import Cameras
 
 BACKENDS = ("auto", "gsplat", "cpu")
+PRUNING_SIZE, PRUNING_RATE = 256, 0.7  # pixels on the longer side; what a round keeps
 
 
 class RenderOutput(NamedTuple):
@@ -66,6 +68,36 @@ def render(
         # Nothing in it is random; with the state of the generators kept, every view would wait for the GPU.
         views.append(checkpoint(rasterize, *of_view, use_reentrant=False, preserve_rng_state=False))
     return RenderOutput(*[torch.cat(parts, dim=1) for parts in zip(*views)])
+
+
+def contributions(gaussians: Gaussians, cameras: Cameras) -> Tensor:
+    """Returns what each Gaussian of one scene (b = 1) adds to the views of cameras [v], on white [n]: its blending
+    weights times the squared change of the pixels without it, both summed over all pixels. Unseen ones have 0."""
+    gray = torch.zeros_like(gaussians.features[:, :, :1], requires_grad=True)  # far from the clamp of colors at 0
+    logits, changes = gaussians.opacity.detach().requires_grad_(), torch.zeros_like(gaussians.opacity)
+    generator = torch.Generator(gaussians.device).manual_seed(0)
+    with torch.enable_grad():
+        for view in range(len(cameras)):  # one by one: the memory of one
+            camera = cameras[None, view : view + 1]
+            # Weights are the gradients of the pixels with respect to colors.
+            render(replace(gaussians, features=gray), camera, 0.0).rgb.sum().backward()
+            rgb = render(replace(gaussians, opacity=logits), camera, 1.0).rgb
+            # E (sum_p r_p x_p)^2 = sum_p x_p^2 for independent r_p of variance 1: one backward pass for all pixels.
+            noise = torch.randn(rgb.shape, generator=generator, device=rgb.device)
+            changes += torch.autograd.grad((rgb * noise).sum(), logits)[0].square()
+    # Pixels are linear in each opacity o, whose derivative by its logit is o (1 - o): o times the slope is the change.
+    return (gray.grad[:, :, 0, :1] * changes / (1 - gaussians.get_opacity + 1e-3).square())[0, :, 0]
+
+
+def prune(gaussians: Gaussians, cameras: Cameras, count: int) -> Gaussians:
+    """Returns the `count` Gaussians of one scene (b = 1) that add most to the views of cameras [v], in their order; all
+    where there are no more."""
+    if (factor := max(cameras.height, cameras.width) / PRUNING_SIZE) > 1:  # fewer pixels tell the same
+        cameras = cameras.resize(round(cameras.height / factor), round(cameras.width / factor))
+    while (present := gaussians.num_gaussians) > count:  # in rounds: who is left takes over the weights of who is gone
+        kept = contributions(gaussians, cameras).topk(max(count, int(PRUNING_RATE * present))).indices
+        gaussians = gaussians.select(kept.sort().values)
+    return gaussians
 
 
 @torch.no_grad()

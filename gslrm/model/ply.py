@@ -1,38 +1,63 @@
-"""Gaussians as files: PLY in the INRIA layout; for viewers `.splat` and SuperSplat's compressed PLY, by gsplat."""
+"""Gaussians as files: PLY in the INRIA layout; for viewers `.splat` and SuperSplat's compressed PLY by gsplat, `.spz`
+by gsply, `.glb`."""
 
 from __future__ import annotations
 
+import json
+import re
+import struct
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gslrm.model.gaussians import MAX_SH_DEGREE, Gaussians
+from gslrm.model.gaussians import C0, MAX_SH_DEGREE, Gaussians
 from multiview.files import atomic_write
 
 REST_COUNTS = [3 * ((degree + 1) ** 2 - 1) for degree in range(MAX_SH_DEGREE + 1)]  # f_rest columns by SH degree
 
-# Format -> file suffix. Bytes per Gaussian at degree 0: 32, about 16.
-FORMATS = {"splat": ".splat", "ply_compressed": ".compressed.ply"}
+# The axis that points up in a file -> its rotation from the world, rows. The front, at azimuth 0 and world -y, faces a
+# viewer that looks along +z where y points down (3D Gaussian splatting), along -z where y points up (glTF).
+UP = {
+    "z": ((1, 0, 0), (0, 1, 0), (0, 0, 1)),
+    "y": ((1, 0, 0), (0, 0, 1), (0, -1, 0)),
+    "-y": ((1, 0, 0), (0, 0, -1), (0, 1, 0)),
+}
+COMMENT = "comment up {}; Mouse-FaceLift"
+# Format -> file suffix; bytes per Gaussian at degree 0: 32, about 16, about 13 before gzip's, 60.
+FORMATS = {"splat": ".splat", "ply_compressed": ".compressed.ply", "spz": ".spz", "glb": ".glb"}
+VIEWER_UP = {"splat": "-y", "ply_compressed": "-y", "spz": "y", "glb": "y"}  # what each format's viewers expect
+GLTF_SPLATS = "KHR_gaussian_splatting"
 COMPRESSED_MIN_OPACITY = 1 / 255  # gsplat leaves fainter Gaussians out of a compressed PLY
 MAX_LOGIT = 30.0  # opacity 1 to float32's last bit: gsplat leaves infinite logits out unsaid
 
 
-def save_ply(path: Path | str, gaussians: Gaussians) -> None:
+def save_ply(path: Path | str, gaussians: Gaussians, up: str = "z") -> None:
     """Writes one scene (b = 1): binary little-endian, one element `vertex`, all properties float32 and raw (opacity is
-    a logit, scale a logarithm, f_rest channel-major, normals 0), atomically. Raises ValueError for more than one scene,
-    an empty one, and values that are not finite."""
-    gaussians = writable(path, gaussians)
+    a logit, scale a logarithm, f_rest channel-major, normals 0), atomically. up: of `UP`, the file's axis; a comment
+    says it, and `load_ply` turns back. Raises ValueError for more than one scene, an empty one, and values that are not
+    finite."""
+    gaussians = turned(writable(path, gaussians), up)
     rest = gaussians.features[0, :, 1:].transpose(1, 2).flatten(1)  # [n, k-1, 3] -> channel-major [n, 3 (k-1)]
     names = ["x", "y", "z", "nx", "ny", "nz", *numbered("f_dc", 3), *numbered("f_rest", rest.shape[1]), "opacity"]
     properties = [f"property float {name}" for name in (*names, *numbered("scale", 3), *numbered("rot", 4))]
-    header = ["ply", "format binary_little_endian 1.0", f"element vertex {gaussians.num_gaussians}", *properties]
+    header = ["ply", "format binary_little_endian 1.0", COMMENT.format(up), f"element vertex {gaussians.num_gaussians}"]
     xyz, shapes = gaussians.xyz[0], (gaussians.opacity[0], gaussians.scaling[0], gaussians.rotation[0])
     columns = (xyz, torch.zeros_like(xyz), gaussians.features[0, :, 0], rest, *shapes)
     table = torch.cat(columns, dim=1).numpy().astype("<f4")
     with atomic_write(Path(path)) as temporary:
-        temporary.write_bytes("\n".join([*header, "end_header\n"]).encode() + table.tobytes())
+        temporary.write_bytes("\n".join([*header, *properties, "end_header\n"]).encode() + table.tobytes())
+
+
+def turned(gaussians: Gaussians, up: str, *, back: bool = False) -> Gaussians:
+    """Returns Gaussians of the world, where z points up, with axis `up` (of `UP`) upward instead; back: the reverse."""
+    if up == "z":
+        return gaussians
+    matrix = torch.eye(4, dtype=torch.float64)
+    matrix[:3, :3] = torch.tensor(UP[up], dtype=torch.float64)
+    return gaussians.moved(matrix.T if back else matrix)
 
 
 def numbered(name: str, count: int) -> list[str]:
@@ -52,8 +77,9 @@ def writable(path: Path | str, gaussians: Gaussians) -> Gaussians:
 
 
 def load_ply(path: Path | str) -> Gaussians:
-    """Reads one scene (b = 1, float32): the INRIA layout of SH degree 0 to 3, or FaceLift's (59 floats and a color).
-    Raises ValueError for a file that is missing, cut off, not of this layout, or holds values that are not finite."""
+    """Reads one scene (b = 1, float32): the INRIA layout of SH degree 0 to 3, or FaceLift's (59 floats and a color). A
+    file of ours whose comment names another axis as up is turned back to the world: cameras always match. Raises
+    ValueError for a file that is missing, cut off, not of this layout, or holds values that are not finite."""
     from plyfile import PlyData, PlyParseError
 
     if not Path(path).is_file():
@@ -95,28 +121,76 @@ def load_ply(path: Path | str) -> Gaussians:
     xyz, scaling, rotation = columns(*"xyz"), columns(*numbered("scale", 3)), columns(*numbered("rot", 4))
     gaussians = Gaussians(xyz, features, scaling, rotation, columns("opacity"))
     gaussians.check_finite(f"PLY {path}")
-    return gaussians
+    told = re.search(COMMENT.removeprefix("comment ").format("([-xyz]+)"), "\n".join(content.comments))
+    if told and told[1] not in UP:
+        raise ValueError(f"PLY {path} must have one of {', '.join(UP)} up, its comment says {told[1]}; export it again")
+    return turned(gaussians, told[1] if told else "z", back=True)
 
 
 def export(path: Path | str, gaussians: Gaussians, format: str) -> None:
-    """Writes one scene (b = 1) atomically, ordered along a Morton curve. format: "splat", 32 bytes per Gaussian,
-    without spherical harmonics above degree 0; "ply_compressed", SuperSplat's, without opacity up to 1/255. Raises
-    ValueError for an unknown format, more than one scene, values that are not finite, and nothing to write."""
-    from gsplat.exporter import export_splats
+    """Writes one scene (b = 1) atomically, turned so that the format's viewers show it upright (`VIEWER_UP`).
 
+    format: "splat", 32 bytes per Gaussian, without spherical harmonics above degree 0; "ply_compressed", SuperSplat's,
+    without opacity up to 1/255; both ordered along a Morton curve. "spz": Niantic's, gzipped. "glb": glTF with
+    KHR_gaussian_splatting, exact. Raises ValueError for an unknown format, more than one scene, values that are not
+    finite, and nothing to write."""
     if format not in FORMATS:
         raise ValueError(f"export format must be one of {', '.join(FORMATS)}, got {format!r}")
-    gaussians = writable(path, gaussians)
+    gaussians = turned(writable(path, gaussians), VIEWER_UP[format])
+    logits = gaussians.opacity.clamp(-MAX_LOGIT, MAX_LOGIT)
     seen = gaussians.get_opacity > (COMPRESSED_MIN_OPACITY if format == "ply_compressed" else 0)
     if not seen.any():
         raise ValueError(f"{path}: none of {gaussians.num_gaussians} Gaussians can be seen, so {format} has nothing")
-    content = export_splats(
-        gaussians.xyz[0], gaussians.scaling[0], gaussians.get_rotation[0],
-        gaussians.opacity[0, :, 0].clamp(-MAX_LOGIT, MAX_LOGIT), gaussians.features[0, :, :1],
-        gaussians.features[0, :, 1:], format=format,
-    )  # fmt: skip
-    if format == "ply_compressed" and gaussians.sh_degree == 0:
-        # gsplat 1.5.3 announces an element `sh` without properties, which viewers of this format refuse.
-        content = content.replace(f"element sh {int(seen.sum())}\n".encode(), b"", 1)
+    gaussians = replace(gaussians, rotation=gaussians.get_rotation, opacity=logits)
+    xyz, scaling, rotation = gaussians.xyz[0], gaussians.scaling[0], gaussians.rotation[0]
+    opacity, dc, rest = gaussians.opacity[0, :, 0], gaussians.features[0, :, :1], gaussians.features[0, :, 1:]
     with atomic_write(Path(path)) as temporary:
-        temporary.write_bytes(content)
+        if format == "spz":
+            from gsply import GSData, create_ply_format, write_spz
+
+            parts = [part.numpy() for part in (xyz, scaling, rotation, opacity, dc[:, 0], rest)]
+            write_spz(temporary, GSData(*parts, _format=create_ply_format(gaussians.sh_degree)))
+        elif format == "glb":
+            temporary.write_bytes(glb_bytes(gaussians))
+        else:
+            from gsplat.exporter import export_splats
+
+            content = export_splats(xyz, scaling, rotation, opacity, dc, rest, format=format)
+            if format == "ply_compressed" and gaussians.sh_degree == 0:
+                # gsplat 1.5.3 announces an element `sh` without properties, which viewers of this format refuse.
+                content = content.replace(f"element sh {int(seen.sum())}\n".encode(), b"", 1)
+            temporary.write_bytes(content)
+
+
+def glb_bytes(gaussians: Gaussians) -> bytes:
+    """Returns a binary glTF of one scene whose y points up, by the ratified text of KHR_gaussian_splatting: scales are
+    linear, opacity is 0..1, rotation x y z w; viewers without the extension show its points in COLOR_0."""
+    degrees = range(gaussians.sh_degree + 1)
+    # In the order of the real harmonics of 3D Gaussian splatting, whose signs are the extension's.
+    places = [f"SH_DEGREE_{degree}_COEF_{number}" for degree in degrees for number in range(2 * degree + 1)]
+    xyz, opacity = gaussians.xyz[0], gaussians.get_opacity[0]
+    color = torch.cat([C0 * gaussians.features[0, :, 0] + 0.5, opacity], dim=-1).clamp(0, 1)
+    splats = {"ROTATION": gaussians.rotation[0].roll(-1, dims=-1), "SCALE": gaussians.get_scaling[0]}
+    splats |= {"OPACITY": opacity[:, 0], **dict(zip(places, gaussians.features[0].unbind(1)))}
+    attributes = {"POSITION": xyz, **{f"{GLTF_SPLATS}:{name}": values for name, values in splats.items()}}
+    attributes["COLOR_0"] = (color * 255).round().to(torch.uint8)
+    accessors, views, parts = [], [], []
+    for values in attributes.values():
+        array = values.contiguous().numpy()
+        kind, component = f"VEC{array.shape[1]}" if array.ndim == 2 else "SCALAR", 5126 if array.itemsize == 4 else 5121
+        accessors.append({"bufferView": len(views), "componentType": component, "count": len(array), "type": kind})
+        views.append({"buffer": 0, "byteOffset": sum(map(len, parts)), "byteLength": array.nbytes, "target": 34962})
+        parts.append(array.tobytes())  # a multiple of 4 bytes each, as accessors must be aligned
+    accessors[0] |= {"min": xyz.amin(0).tolist(), "max": xyz.amax(0).tolist()}
+    accessors[-1]["normalized"] = True
+    told = {"kernel": "ellipse", "colorSpace": "srgb_rec709_display"}
+    indices = {name: index for index, name in enumerate(attributes)}
+    body, primitive = b"".join(parts), {"attributes": indices, "mode": 0, "extensions": {GLTF_SPLATS: told}}
+    text = json.dumps({
+        "asset": {"version": "2.0", "generator": "Mouse-FaceLift"}, "extensionsUsed": [GLTF_SPLATS], "scene": 0,
+        "scenes": [{"nodes": [0]}], "nodes": [{"mesh": 0}], "meshes": [{"primitives": [primitive]}],
+        "buffers": [{"byteLength": len(body)}], "bufferViews": views, "accessors": accessors,
+    }).encode()  # fmt: skip
+    text += b" " * (-len(text) % 4)
+    header = struct.pack("<4sIII4s", b"glTF", 2, 28 + len(text) + len(body), len(text), b"JSON")
+    return header + text + struct.pack("<I4s", len(body), b"BIN\0") + body
