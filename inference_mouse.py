@@ -4,8 +4,6 @@ Without checkpoint flags the small demo models are used. Each result goes to <ou
 """
 
 import argparse
-import sys
-from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,8 +15,6 @@ from pipeline.options import Checkpoints, Options, add_up, parse_with_overrides
 SOURCES = ("input_image", "input_dir", "sample_dir", "dataset", "input_video")
 VIDEO_SUFFIXES = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg"}
 EXPORTS = ("splat", "ply_compressed", "spz", "glb")
-# Images that no library here can read: named as failed, where a text file in the folder is only mentioned.
-FOREIGN_SUFFIXES = {".heic", ".heif", ".jxl", ".dng", ".raw", ".cr2", ".cr3", ".nef", ".arw"}
 
 
 def parse_arguments() -> tuple[argparse.Namespace, Options]:
@@ -57,6 +53,8 @@ def parse_arguments() -> tuple[argparse.Namespace, Options]:
         help="also mesh.ply (the value may be left out) or mesh.glb; needs requirements-extra.txt",
     )  # fmt: skip
     written.add_argument("--output_dir", type=Path, default=Path("outputs"), help="default: outputs")
+    written.add_argument("--overwrite", action="store_true", help="of a folder or video: also make what is there again")
+    written.add_argument("--strict", action="store_true", help="exit 1 where a result is doubtful or poor")
     arguments, options = parse_with_overrides(parser, Options, place_input)
     single = arguments.export or arguments.mesh or options.maps or options.sheet or arguments.gaussians
     if arguments.dataset and (single or arguments.refine == "off" or arguments.up != "z"):
@@ -105,10 +103,9 @@ def main() -> None:
 
     if not arguments.device.startswith("cuda"):
         warm_up.start()  # the first command of an installation compiles kernels, beside the imports that follow
-    from tqdm import tqdm
-
-    from multiview.run import check_output_folder, process_share, stoppable
-    from pipeline import MouseFaceLift, PhotographError, import_stage1
+    from multiview.run import check_output_folder, process_share
+    from pipeline import MouseFaceLift, import_stage1
+    from pipeline.batch import list_photos
 
     check_output_folder(arguments.output_dir)
     if arguments.mesh is not None:
@@ -117,71 +114,89 @@ def main() -> None:
         check_libraries(f".{arguments.mesh}")
     failed: dict[str, str] = {}
     # Inputs first: a wrong path is told before models are loaded.
-    posed = arguments.sample_dir or arguments.dataset
     frames = list_frames(arguments.dataset) if arguments.dataset else []
-    jobs = [] if posed else list_jobs(arguments, options.video_stride, failed)
+    posed = arguments.sample_dir or arguments.dataset
+    photos, rate = ([], 0.0) if posed else list_photos(arguments, options, failed)
     if not posed:
         import_stage1()
     share, device = process_share(arguments.device)
     model = MouseFaceLift.load(
         device=device, stages="2" if posed else "full", options=options, **vars(from_arguments(Checkpoints, arguments))
     )
-
-    def save(name: str, result) -> None:
-        result.up = arguments.up
-        if arguments.gaussians:
-            result.prune(arguments.gaussians)
-        result.save(
-            arguments.output_dir / name, turntable_views=arguments.turntable_views, export=arguments.export,
-            turntable_size=options.turntable_size, mesh=arguments.mesh, maps=options.maps, sheet=options.sheet,
-        )  # fmt: skip
-        kept, seconds = result.record["gaussians"]["kept"], sum(result.record["seconds"].values())
-        print(f"{arguments.output_dir / name}: {kept} Gaussians in gaussians.ply, {seconds:.1f} s")
-
+    save = partial(save_result, arguments, options)
     if arguments.dataset:
-        from pipeline.sequence import reconstruct_sequence
+        words = reconstruct_recording(arguments, options, model, frames, share)
+    elif arguments.sample_dir:
+        words = reconstruct_sample(arguments, options, model, save)
+    else:
+        from pipeline.batch import film_photos, reconstruct_photos
 
-        left_out = reconstruct_sequence(
-            model, frames, arguments.output_dir, share, refine=arguments.refine, refine_size=options.refine_size,
-            seed=arguments.seed, start=options.start, filtered=not arguments.no_filter,
+        print(f"rig {model.rig.name}: {model.rig.num_views} views; embeddings, UNet and GS-LRM agree")
+        words = reconstruct_photos(
+            model, photos, arguments.output_dir, save, failed, share=share, seed=arguments.seed,
+            overwrite=arguments.overwrite or arguments.input_image is not None, refine=arguments.refine,
+            keep_input_view=options.keep_input_view, filtered=not arguments.no_filter,
         )  # fmt: skip
-        print(f"{arguments.output_dir}: sequence.json, film.mp4 and {len(frames) - len(left_out)} frames")
-        if left_out:
-            raise ValueError(f"{len(left_out)} of {len(frames)} frames are left out: " + "; ".join(left_out))
-        return
-    if arguments.sample_dir:
-        from multiview.sample import read_sample
-        from pipeline.outputs import PosedViews
+        if arguments.input_video:
+            film_photos(arguments.output_dir, photos, failed, model.rig, rate)
+        if failed:
+            counted = f"{len(words)} done, {len(failed)} failed: " if arguments.input_image is None else ""
+            raise ValueError(counted + "; ".join(failed.values()))
+    doubtful = [f"{name} is {word}" for name, word in words.items() if word != "good"]
+    if arguments.strict and doubtful:
+        raise ValueError(f"--strict: {len(doubtful)} of {len(words)} results are not good: {'; '.join(doubtful)}")
 
-        folder = arguments.sample_dir.resolve()
-        sample = read_sample(arguments.sample_dir, padded=True)
-        views = PosedViews.of(sample.rgba, sample.cameras)
-        count = sample.num_inputs
-        print(f"{folder.name}: {count} of {len(sample.view_names)} views are the input")
-        given = [part[:count] for part in (views.rgb, views.masks, views.cameras)]
-        save(folder.name, model.reconstruct(
-            *given, refine=arguments.refine, name=str(folder), progress=partial(tqdm, desc="refining", disable=None),
-            start=options.start, refine_size=options.refine_size, seed=arguments.seed, filtered=not arguments.no_filter,
-        ))  # fmt: skip
-        return
-    print(f"rig {model.rig.name}: {model.rig.num_views} views; embeddings, UNet and GS-LRM agree")
-    done = 0
-    for name, image in stoppable(jobs):
-        bar = partial(tqdm, desc=f"{name}: generating {model.rig.num_views} views", unit="step", disable=None)
-        try:
-            result = model(
-                image, seed=arguments.seed, crop=options.crop, keep_input_view=options.keep_input_view,
-                filtered=not arguments.no_filter, refine=arguments.refine, name=name, progress=bar,
-            )  # fmt: skip
-        except PhotographError as error:  # one bad photograph does not end the others
-            if arguments.input_image is not None:
-                raise
-            leave_out(name, str(error), failed)
-            continue
-        save(name, result)
-        done += 1
-    if failed:
-        raise ValueError(f"{done} done, {len(failed)} failed: " + "; ".join(failed.values()))
+
+def save_result(arguments: argparse.Namespace, options: Options, name: str, result) -> None:
+    """Writes a result's folder and says how good it is; what is wrong comes last."""
+    result.up = arguments.up
+    if arguments.gaussians:
+        result.prune(arguments.gaussians)
+    result.save(
+        arguments.output_dir / name, turntable_views=arguments.turntable_views, export=arguments.export,
+        turntable_size=options.turntable_size, mesh=arguments.mesh, maps=options.maps, sheet=options.sheet,
+    )  # fmt: skip
+    kept, seconds = result.record["gaussians"]["kept"], sum(result.record["seconds"].values())
+    verdict = result.record["verdict"]
+    told = f"{arguments.output_dir / name}: {kept} Gaussians in gaussians.ply, {seconds:.1f} s; {verdict['word']}"
+    print("\n  ".join([told, *verdict["reasons"]]))
+
+
+def reconstruct_recording(
+    arguments: argparse.Namespace, options: Options, model, frames: list[Path], share: tuple[int, int]
+) -> dict[str, str]:
+    """A recording, frame after frame; returns each frame's verdict in a word. Raises ValueError for frames left out."""
+    from pipeline.sequence import reconstruct_sequence
+
+    words, left_out = reconstruct_sequence(
+        model, frames, arguments.output_dir, share, refine=arguments.refine, refine_size=options.refine_size,
+        seed=arguments.seed, start=options.start, filtered=not arguments.no_filter,
+    )  # fmt: skip
+    print(f"{arguments.output_dir}: sequence.json, film.mp4 and {len(frames) - len(left_out)} frames")
+    if left_out:
+        raise ValueError(f"{len(left_out)} of {len(frames)} frames are left out: " + "; ".join(left_out))
+    return words
+
+
+def reconstruct_sample(arguments: argparse.Namespace, options: Options, model, save) -> dict[str, str]:
+    """The posed views of one sample; returns its verdict in a word."""
+    from tqdm import tqdm
+
+    from multiview.sample import read_sample
+    from pipeline.outputs import PosedViews
+
+    folder = arguments.sample_dir.resolve()
+    sample = read_sample(arguments.sample_dir, padded=True)
+    views = PosedViews.of(sample.rgba, sample.cameras)
+    count = sample.num_inputs
+    print(f"{folder.name}: {count} of {len(sample.view_names)} views are the input")
+    given = [part[:count] for part in (views.rgb, views.masks, views.cameras)]
+    result = model.reconstruct(
+        *given, refine=arguments.refine, name=str(folder), progress=partial(tqdm, desc="refining", disable=None),
+        start=options.start, refine_size=options.refine_size, seed=arguments.seed, filtered=not arguments.no_filter,
+    )  # fmt: skip
+    save(folder.name, result)
+    return {folder.name: result.record["verdict"]["word"]}
 
 
 def list_frames(source: Path) -> list[Path]:
@@ -194,66 +209,6 @@ def list_frames(source: Path) -> list[Path]:
     if not frames:
         raise ValueError(f"--dataset {source} is neither a split list nor a folder of samples (opencv_cameras.json)")
     return frames
-
-
-def leave_out(name: str, reason: str, failed: dict[str, str]) -> None:
-    """Names a photograph that cannot be used at once, and again at the end."""
-    failed[name] = reason
-    print(f"{name} is left out: {reason}", file=sys.stderr)
-
-
-def list_jobs(arguments: argparse.Namespace, stride: int, failed: dict[str, str]) -> Iterable:
-    """Returns (name of the result, path or image) of what is to be reconstructed; what cannot be read is in `failed`.
-
-    Every file is looked at here, before the models are loaded.
-    """
-    from PIL import Image
-
-    from multiview.image import check_picture
-
-    if arguments.input_video is not None:
-        if not arguments.input_video.is_file():
-            raise ValueError(f"--input_video {arguments.input_video} does not exist")
-        return video_frames(arguments.input_video, stride, failed)
-    if arguments.input_image is not None:
-        check_picture(arguments.input_image)
-        return [(arguments.input_image.stem, arguments.input_image)]
-    folder, jobs = arguments.input_dir, {}
-    if not folder.is_dir():
-        raise ValueError(f"--input_dir {folder} is not a folder")
-    for path in sorted(path for path in folder.iterdir() if not path.is_fifo() and not path.name.startswith(".")):
-        try:
-            check_picture(path)
-        except ValueError as error:
-            if path.suffix.lower() in FOREIGN_SUFFIXES | Image.registered_extensions().keys():
-                leave_out(path.name, str(error), failed)
-            else:
-                print(f"{path.name} is left out: not an image", file=sys.stderr)
-            continue
-        if path.stem in jobs:  # the second would overwrite the first
-            raise ValueError(f"--input_dir {folder}: several images would write to the folder {path.stem}/")
-        jobs[path.stem] = path
-    if not jobs:
-        raise ValueError("; ".join([f"--input_dir {folder} holds no image that can be read", *failed.values()]))
-    return list(jobs.items())
-
-
-def video_frames(path: Path, stride: int, failed: dict[str, str]) -> Iterator:
-    """Yields (name, RGB [h, w, 3] uint8) of every stride-th frame; a video that ends early is in `failed` then."""
-    import cv2
-
-    capture, number = cv2.VideoCapture(str(path)), 0
-    # Decoders end a cut file as they end a whole one; only the header knows how many frames there were.
-    announced = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
-    while (frame := capture.read()[1]) is not None:
-        if number % stride == 0:
-            yield f"{path.stem}_{number:06d}", cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
-        number += 1
-    if number == 0:
-        raise ValueError(f"--input_video {path} holds no frame that can be decoded")
-    if number < 0.99 * announced - 1:  # headers of variable frame rates count a frame more or less
-        reason = f"{path} is cut: {number} of {announced} frames can be decoded; copy it again from its source"
-        leave_out(f"the rest of {path.name}", reason, failed)
 
 
 if __name__ == "__main__":

@@ -232,20 +232,9 @@ def grid(pictures: Tensor, columns: int) -> Tensor:
     return rearrange(pictures, "(r k) c h w -> c (r h) (k w)", k=columns)
 
 
-def prepare_photo(rgba: Tensor, size: int, *, crop: str = "auto", source: str = "image") -> tuple[Tensor, dict]:
-    """[4, h, w] 0..1 -> [4, size, size] RGBA framed like the training data, and a report for run.json: whether it was
-    segmented (cut out here) and cropped (moved and scaled), output pixels per input pixel, and of the result the
-    body's area and its offset from the center in image widths; on_border: pixels of the mask on the photograph's
-    border, over the square root of all.
-
-    A photograph is segmented where its alpha is no animal's mask: opaque, or covering nearly the whole image. crop:
-    `auto` keeps a square image whose animal already stands as in the training data and crops any other; `always`,
-    `never` (the image must then be square). Raises ValueError when no animal can be told from the background.
-    """
-    import cv2
-
-    if crop not in ("auto", "always", "never"):
-        raise ValueError(f"crop must be auto, always or never, got {crop!r}")
+def cut_out(rgba: Tensor, source: str = "image") -> tuple[np.ndarray, bool]:
+    """[4, h, w] 0..1 -> [h, w, 4] with the animal's mask as alpha, and whether it was segmented: where the alpha is no
+    animal's mask, opaque or covering nearly the whole image. ValueError when no animal can be told."""
     array = rgba.permute(1, 2, 0).numpy()
     height, width = array.shape[:2]
     if min(height, width) < LEAST_SIDE:
@@ -259,20 +248,45 @@ def prepare_photo(rgba: Tensor, size: int, *, crop: str = "auto", source: str = 
         if array[..., 3].min() < 0.99:
             log.warning("%s: its alpha covers %.0f%% and is no animal's mask: segmented", source, 100 * shown.mean())
         array = np.concatenate([color, (segment(color, source) * shown)[..., None]], axis=-1)
+    if (opaque := int((array[..., 3] > 0.5).sum())) < 64:
+        raise ValueError(f"{source}: the alpha channel shows no animal (only {opaque} opaque pixels)")
+    return array, segmented
+
+
+def prepare_photo(
+    rgba: Tensor, size: int, *, crop: str | tuple[float, float, float] = "auto", source: str = "image"
+) -> tuple[Tensor, dict]:
+    """[4, h, w] 0..1 -> [4, size, size] RGBA framed like the training data, and a report for run.json: whether it was
+    segmented (cut out here) and cropped (moved and scaled), output pixels per input pixel, and of the result the
+    body's area and its offset from the center in image widths; on_border: pixels of the mask on the photograph's
+    border, over the square root of all.
+
+    crop: `auto` keeps a square image whose animal already stands as in the training data and crops any other; `always`,
+    `never` (the image must then be square), or a window (x, y of its center, side) in pixels, which may reach beyond
+    the image. Raises ValueError when no animal can be told from the background.
+    """
+    import cv2
+
+    if isinstance(crop, str) and crop not in ("auto", "always", "never"):
+        raise ValueError(f"crop must be auto, always, never or a window, got {crop!r}")
+    array, segmented = cut_out(rgba, source)
+    height, width = array.shape[:2]
     mask = array[..., 3] > 0.5
-    if mask.sum() < 64:
-        raise ValueError(f"{source}: the alpha channel shows no animal (only {int(mask.sum())} opaque pixels)")
     on_border = sum(int(edge.sum()) for edge in (mask[0], mask[-1], mask[:, 0], mask[:, -1])) / np.sqrt(mask.sum())
     area, offset, (x, y) = body_placement(mask)
     framed = height == width and BODY_AREA_RANGE[0] <= area <= BODY_AREA_RANGE[1] and offset <= CENTER_OFFSET_LIMIT
     if crop == "never" and height != width:
         raise ValueError(f"{source}: must be square to be used uncropped, got {width} x {height}")
     cropped, side = crop == "always" or (crop == "auto" and not framed), height
-    if cropped:
+    if not isinstance(crop, str):
+        cropped, (x, y, side) = True, crop
+    elif cropped:
         # The usual body size; larger where the tail would be cut off.
         ys, xs = np.nonzero(mask)
         reach = max(xs.max() + 1 - x, x - xs.min(), ys.max() + 1 - y, y - ys.min())
         side = int(np.ceil(max(float(np.sqrt(area * mask.size / BODY_AREA)), 2 * reach / (1 - 2 * MARGIN))))
+    if cropped:
+        side = int(side)
         left, top = round(x - side / 2), round(y - side / 2)
         # Padded by one side all around, so that any square lies inside.
         padded = np.pad(array, ((side, side), (side, side), (0, 0)))

@@ -68,6 +68,7 @@ class Options(Stage1Options):
     turntable_size: int = option(256, "pixels, even", least=16)
     maps: bool = option(False, "also depth/ and alpha/ as seen by the views' cameras")
     sheet: bool = option(False, "also sheet.png: input and views above their renderings")
+    mask_video: Path | None = option(None, "white where --input_video shows the animal; same size and frames")
     video_stride: int = option(10, "use every n-th frame of --input_video", least=1)
 
     def __post_init__(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from tqdm import tqdm
 from gslrm.model.gaussians import Gaussians
 from gslrm.model.gaussians_renderer import render
 from gslrm.model.ply import load_ply, save_ply
+from multiview.cameras import Cameras
 from multiview.files import read_json, write_json
 from multiview.image import composite, resize_rgba, save_video
 from multiview.run import stoppable
@@ -27,16 +28,19 @@ FRAME_FILE, SEQUENCE_FILE = "frame.json", "sequence.json"
 BREAK_PSNR, BREAK_IOU, BETTER_PSNR = 5.0, 0.04, 1.0
 FILM_SIZE, FILM_FPS, TURN_DEG = 256, 20, 3.0
 
+Shot = tuple[Tensor, Gaussians, Cameras, Tensor]  # RGBA [4, s, s], Gaussians [1, n], camera [1], center [3]
+
 
 def reconstruct_sequence(
     model: MouseFaceLift, folders: Sequence[Path], output_dir: Path, share: tuple[int, int] = (0, 1), *,
     refine: int | str = "auto", **options: Any,
-) -> list[str]:  # fmt: skip
+) -> tuple[dict[str, str], list[str]]:  # fmt: skip
     """Reconstructs sample folders in their order into <output_dir>/<sample>/gaussians.ply and frame.json.
 
     share: (number, count): this process takes the number-th of count contiguous pieces. Frames that are there already
     are kept and continued from: their PLY holds what the next fit starts from, bit for bit. Writes sequence.json of all
-    frames that exist, and film.mp4 once all do. Returns why frames were left out; the track breaks there.
+    frames that exist, and film.mp4 once all do. Returns the verdict's word of each frame, and why frames were left out;
+    the track breaks there.
     refine, options: of `MouseFaceLift.reconstruct`. Raises ValueError for a folder that was begun with others.
     """
     settings = {"refine": refine, "gslrm": str(model.artifacts.describe()["gslrm"]), **options}
@@ -66,8 +70,8 @@ def reconstruct_sequence(
     tracks = list(dict.fromkeys(frame["track"] for frame in frames))
     write_json(output_dir / SEQUENCE_FILE, {"rig": model.rig.to_dict(), "tracks": tracks, "frames": frames})
     if done and len(done) + len(failed) >= len(folders):
-        write_film(output_dir / "film.mp4", done, output_dir)
-    return failed
+        write_film(output_dir / "film.mp4", (read_shot(folder, output_dir / folder.name) for folder in done), FILM_FPS)
+    return {folder.name: frame.get("verdict", "unknown") for folder, frame in zip(done, frames)}, failed
 
 
 def reconstruct_frame(
@@ -84,7 +88,7 @@ def reconstruct_frame(
         made = model.reconstruct(
             views.rgb, views.masks, views.cameras, start=begin, placement=placement, name=str(folder), **settings
         )
-        return made.gaussians, made.record["refinement"]
+        return made.gaussians, {**made.record["refinement"], "verdict": made.record["verdict"]["word"]}
 
     track, gaussians = None, None
     if before is not None:
@@ -110,19 +114,22 @@ def reconstruct_frame(
     }  # fmt: skip
 
 
-@torch.no_grad()
-def write_film(path: Path, folders: Sequence[Path], output_dir: Path) -> None:
-    """Writes a film: the first given view of every frame, the Gaussians from its camera, and from one going round."""
+def read_shot(folder: Path, result: Path) -> Shot:
+    """Returns of a frame its first given view, the Gaussians, that view's camera and the animal's center."""
+    sample, told = read_sample(folder, views=[0]), read_json(result / FRAME_FILE)
+    return sample.rgba[0], load_ply(result / "gaussians.ply"), sample.cameras, torch.tensor(told["centre"])
 
-    def draw(index: int, folder: Path) -> Tensor:
-        sample, gaussians = read_sample(folder, views=[0]), load_ply(output_dir / folder.name / "gaussians.ply")
-        told = read_json(output_dir / folder.name / FRAME_FILE)
-        camera = sample.cameras.resize(FILM_SIZE, FILM_SIZE)
-        centre = torch.tensor(told["centre"])
+
+@torch.no_grad()
+def write_film(path: Path, shots: Iterable[Shot], fps: int) -> None:
+    """Writes a film: the given image of every frame, the Gaussians from its camera, and from one going round."""
+
+    def draw(index: int, shot: Shot) -> Tensor:
+        rgba, gaussians, camera, centre = shot
+        camera = camera.resize(FILM_SIZE, FILM_SIZE)
         # Round the animal at the first view's distance and height.
         turning = camera.recentre(centre, 1.0).rotate(index * TURN_DEG).recentre(-centre, 1.0)
         seen = [render(gaussians, one[None]).rgb[0, 0].clamp(0, 1) for one in (camera, turning)]
-        given = composite(resize_rgba(sample.rgba[0], FILM_SIZE), 1.0)
-        return torch.cat([given, *seen], dim=-1)
+        return torch.cat([composite(resize_rgba(rgba, FILM_SIZE), 1.0), *seen], dim=-1)
 
-    save_video(path, (draw(index, folder) for index, folder in enumerate(folders)), FILM_FPS)
+    save_video(path, (draw(index, shot) for index, shot in enumerate(shots)), fps)

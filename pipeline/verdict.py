@@ -68,8 +68,8 @@ def photo_scores(photo: Tensor, report: dict) -> dict[str, float]:
     thickness: radius of the largest disc in the mask over the square root of its area (0.56 for a disc). single: 1 -
     area of the second largest part of the mask, of the largest. inside: 1 - pixels of the mask on the image's border,
     over the square root of its area. detail: pixels of the photograph per pixel of the framed one, at most 1.
-    sharpness: what a blur by 5 pixels takes from the steps between neighbors (Crete et al. 2007). brightness, shade: 95th
-    percentile of the animal's brightness, and 1 - its 5th.
+    sharpness: what a blur by 5 pixels takes from the steps between neighbors (Crete et al. 2007). brightness: 95th
+    percentile of the animal's. shade: 1 - the 5th.
     """
     import cv2
 

@@ -160,8 +160,8 @@ def test_a_video_is_reconstructed_frame_by_frame_and_a_cut_one_is_named(tiny, tm
     code, _, err = run("inference_mouse.py", *given, "--output_dir", tmp_path / "out")
     assert code == 1 and "clip.mp4 is cut" in err and "of 60 frames can be decoded" in err
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert names[0] == "clip_000000" and len(names) == 2
-    assert json.loads((tmp_path / "out" / names[1] / "run.json").read_text())["photo"]["segmented"]
+    assert names[0] == "clip_000000" and names[2:] == ["film.mp4"]
+    assert json.loads((tmp_path / "out" / names[1] / "run.json").read_text())["frame"]["segmented"]
 
 
 def test_sigterm_between_two_photographs_keeps_what_is_finished(tiny, tmp_path):
@@ -343,7 +343,7 @@ def test_weights_that_do_not_fit_or_are_not_finite_are_refused(tiny, model, tmp_
         (["sampler=euler"], "expected one of"), (["num_seeds=0"], "num_seeds must be at least 1, got 0"),
         (["turntable_size=33"], "turntable_size must be even"), (["video_stride=x"], "video_stride"),
         (["crop"], "must look like key=value"), (["--num_steps", "0"], "must be at least 1"),
-        (["--export", "spz"], "must be of splat, ply_compressed, got 'spz'"),
+        (["--export", "obj"], "must be of splat, ply_compressed, spz, glb, got 'obj'"),
     ],
 )  # fmt: skip
 def test_bad_arguments_end_with_code_2_before_anything_is_loaded(arguments, message):
@@ -354,7 +354,7 @@ def test_bad_arguments_end_with_code_2_before_anything_is_loaded(arguments, mess
 def test_inference_keeps_to_few_flags_and_lists_its_overrides():
     code, out, _ = run("inference_mouse.py", "--help")
     flags_told = {line.split()[0].rstrip(",") for line in out.splitlines() if line.strip().startswith("--")}
-    assert code == 0 and 15 <= len(flags_told) <= 22 and "  mirror=none  " in out and "  maps=false  " in out
+    assert code == 0 and 15 <= len(flags_told) <= 27 and "  mirror=none  " in out and "  maps=false  " in out
 
 
 def test_an_output_folder_that_cannot_be_is_refused_before_the_work(tiny, tmp_path):

@@ -17,6 +17,7 @@ from multiview.sample import read_dataset_info, read_sample, read_split
 from pipeline.model import MouseFaceLift
 from pipeline.reshoot import reshoot_lists
 from pipeline.sequence import reconstruct_sequence
+from pipeline.verdict import WORDS
 
 ROOT = Path(__file__).parent.parent
 
@@ -47,7 +48,8 @@ def run(monkeypatch, *arguments):
 def test_a_gaussian_stays_one_surface_point_and_a_stopped_run_continues(model, recording, tmp_path, monkeypatch):
     folders = [recording / f"frame_{number:02d}" for number in range(4)]
     settings = {"refine": 8, "refine_size": 256, "seed": 0, "start": "auto", "filtered": True}  # the command's defaults
-    assert reconstruct_sequence(model, folders, tmp_path / "whole", **settings) == []
+    words, failed = reconstruct_sequence(model, folders, tmp_path / "whole", **settings)
+    assert not failed and len(words) == 4 and set(words.values()) <= set(WORDS)
     told = json.loads((tmp_path / "whole" / "sequence.json").read_text())
     frames = told["frames"]
     assert [frame["start"] for frame in frames[1:3]] == ["previous"] * 2
@@ -66,7 +68,7 @@ def test_a_gaussian_stays_one_surface_point_and_a_stopped_run_continues(model, r
 
 def test_processes_share_frames_and_bad_ones_are_left_out(model, recording, tmp_path):
     folders = [recording / "frame_00", recording / "frame_01", tmp_path / "missing", recording / "frame_03"]
-    failed = [reconstruct_sequence(model, folders, tmp_path / "out", (rank, 2), refine=2) for rank in (0, 1)]
+    failed = [reconstruct_sequence(model, folders, tmp_path / "out", (rank, 2), refine=2)[1] for rank in (0, 1)]
     assert failed[0] == [] and len(failed[1]) == 1 and "missing" in failed[1][0]
     frames = json.loads((tmp_path / "out" / "sequence.json").read_text())["frames"]
     assert len(frames) == 3 and frames[2]["start"] != "previous"  # nothing to continue from
