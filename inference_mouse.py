@@ -109,6 +109,7 @@ def main() -> None:
 
     from multiview.run import check_output_folder, process_share, stoppable
     from pipeline import MouseFaceLift, PhotographError, import_stage1
+    from pipeline.page import write_index
 
     check_output_folder(arguments.output_dir)
     if arguments.mesh is not None:
@@ -180,6 +181,10 @@ def main() -> None:
             continue
         save(name, result)
         done += 1
+        if arguments.input_image is None:
+            write_index(arguments.output_dir, failed.values(), finished=False)
+    if arguments.input_image is None:
+        write_index(arguments.output_dir, failed.values())
     if failed:
         raise ValueError(f"{done} done, {len(failed)} failed: " + "; ".join(failed.values()))
 
