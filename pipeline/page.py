@@ -22,7 +22,6 @@ from multiview.image import composite, write_image
 from multiview.report import COLORS, Figure, cell
 
 RECORDS = ("run.json", "frame.json")  # an item that has one is complete
-VIEW_SIZE = 256  # pixels of an embedded view
 EVERY_S = 20.0  # a run that goes on writes its index no more often: all items are read for it
 
 
@@ -31,8 +30,8 @@ def write_result_page(folder: Path, result) -> None:
     cameras, views, film = result.views.cameras, result.views.rgb, folder / "turntable.mp4"
     if result.to_rig is not None:
         cameras = cameras.recentre(-result.to_rig[:3, 3] / result.to_rig[0, 0], 1.0)
-    if views.shape[-1] > VIEW_SIZE:
-        views = torch.nn.functional.interpolate(views, scale_factor=VIEW_SIZE / views.shape[-1], mode="area")
+    if views.shape[-1] > 256:  # enough for an embedded view
+        views = torch.nn.functional.interpolate(views, scale_factor=256 / views.shape[-1], mode="area")
     angles = torch.stack([cameras.azimuth_deg, cameras.elevation_deg], dim=-1).tolist()
     names = {path.name for path in folder.iterdir() if path.is_file() and path.name[0] != "."} - {"result.html"}
     _fill(

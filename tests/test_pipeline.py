@@ -72,7 +72,8 @@ def test_a_photograph_becomes_views_gaussians_and_a_turntable(tiny, tmp_path):
     written = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     views = {f"views/view_{k:02d}.png" for k in range(6)}
     assert written == views | {
-        "input.png", "multiview.png", "opencv_cameras.json", "gaussians.ply", "turntable.mp4", "result.html", "run.json",
+        "input.png", "multiview.png", "opencv_cameras.json", "gaussians.ply", "turntable.mp4", "run.json",
+        "result.html",
     }  # fmt: skip
     record = json.loads((folder / "run.json").read_text())
     assert record["rig"]["name"] == "mouse6" and record["num_steps"] == 2 and record["artifacts"]["gslrm"]
