@@ -131,16 +131,16 @@ def main() -> None:
     else:
         from pipeline.batch import film_photos, reconstruct_photos
 
+        alone = arguments.input_image is not None
         print(f"rig {model.rig.name}: {model.rig.num_views} views; embeddings, UNet and GS-LRM agree")
         words = reconstruct_photos(
-            model, photos, arguments.output_dir, save, failed, share=share, seed=arguments.seed,
-            overwrite=arguments.overwrite or arguments.input_image is not None, refine=arguments.refine,
-            keep_input_view=options.keep_input_view, filtered=not arguments.no_filter,
+            model, photos, arguments.output_dir, save, failed, index=not alone, share=share, seed=arguments.seed,
+            overwrite=arguments.overwrite or alone, refine=arguments.refine, keep_input_view=options.keep_input_view, filtered=not arguments.no_filter,
         )  # fmt: skip
         if arguments.input_video:
             film_photos(arguments.output_dir, photos, failed, model.rig, rate)
         if failed:
-            counted = f"{len(words)} done, {len(failed)} failed: " if arguments.input_image is None else ""
+            counted = f"{len(words)} done, {len(failed)} failed: " if not alone else ""
             raise ValueError(counted + "; ".join(failed.values()))
     doubtful = [f"{name} is {word}" for name, word in words.items() if word != "good"]
     if arguments.strict and doubtful:

@@ -22,6 +22,7 @@ from multiview.rig import ViewRig
 from multiview.run import stoppable
 from pipeline.model import MouseFaceLift, PhotographError
 from pipeline.options import Options
+from pipeline.page import write_index
 from pipeline.sequence import write_film
 from pipeline.verdict import WORDS
 
@@ -43,11 +44,11 @@ class Photo:
 
 def reconstruct_photos(
     model: MouseFaceLift, photos: Sequence[Photo], output_dir: Path, save: Callable, failed: dict[str, str], *,
-    overwrite: bool = False, share: tuple[int, int] = (0, 1), **options: Any,
+    overwrite: bool = False, index: bool = True, share: tuple[int, int] = (0, 1), **options: Any,
 ) -> dict[str, str]:  # fmt: skip
     """Reconstructs every photograph into <output_dir>/<name>, goes on after a failure and skips what is done already.
 
-    save: (name, result), writes the folder. share: (number, count): this process takes every count-th photograph.
+    save: (name, result), writes the folder. index: also write index.html, of all there is. share: (number, count): this process takes every count-th photograph.
     options: of the model's call. Returns each verdict's word by name; failures, with their reasons, come to `failed`.
     Raises ValueError for a result that was made with other options or weights.
     """
@@ -71,6 +72,10 @@ def reconstruct_photos(
         save(photo.name, result)
         words[photo.name] = result.record["verdict"]["word"]
         print(f"{place} of {len(own)} done")
+        if index:
+            write_index(output_dir, failed.values(), finished=False)
+    if index:
+        write_index(output_dir, failed.values())
     counts = [f"{list(words.values()).count(word)} {word}" for word in WORDS]
     print(f"{len(words)} results: {', '.join(counts)}; {len(failed)} failed")
     return words

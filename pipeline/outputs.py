@@ -23,6 +23,7 @@ from multiview.metrics import view_consistency
 from multiview.rig import ViewRig
 from multiview.run import git_hash
 from multiview.sample import DEPTH_UNIT
+from pipeline.page import write_result_page
 
 PARTS = ("xyz", "features", "scaling", "rotation", "opacity")  # of Gaussians
 TURNTABLE_FPS = 30
@@ -115,6 +116,7 @@ class Reconstruction:
                     above, below = torch.cat([own, above]), torch.cat([torch.ones_like(own), below])
                 write_image(folder / "sheet.png", contact_sheet([above, below]))
             self.record["seconds"]["output"] = round(time.perf_counter() - started, 2)
+            write_result_page(folder, self)
             self.write_run(folder)
 
     def write_views(self, folder: Path) -> None:
@@ -152,7 +154,9 @@ class Reconstruction:
 
     def write_run(self, folder: Path) -> None:
         """Writes run.json: the rig, the artifacts, the settings, what was measured."""
-        write_json(folder / "run.json", {"rig": self.rig.to_dict(), "up": self.up, **self.record, "git": git_hash()})
+        place = {} if self.to_rig is None else {"to_rig": self.to_rig.tolist()}
+        told = {"rig": self.rig.to_dict(), "up": self.up, **place, **self.record, "git": git_hash()}
+        write_json(folder / "run.json", told)
 
 
 def start_folder(folder: Path) -> None:
@@ -160,7 +164,7 @@ def start_folder(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     # run.json first: a run that is killed from here on leaves a folder that says so.
     maps = [path for kind in ("depth", "alpha") for path in (folder / kind).glob("view_*.png")]
-    for path in [folder / "run.json", *(folder / name for name in OPTIONAL_FILES), *maps]:
+    for path in [folder / "run.json", folder / "result.html", *(folder / name for name in OPTIONAL_FILES), *maps]:
         path.unlink(missing_ok=True)
 
 

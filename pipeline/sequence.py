@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from multiview.run import stoppable
 from multiview.sample import read_sample
 from pipeline.model import MouseFaceLift
 from pipeline.outputs import PosedViews
+from pipeline.page import write_index
 from pipeline.posed import locate
 
 FRAME_FILE, SEQUENCE_FILE = "frame.json", "sequence.json"
@@ -38,9 +40,9 @@ def reconstruct_sequence(
     """Reconstructs sample folders in their order into <output_dir>/<sample>/gaussians.ply and frame.json.
 
     share: (number, count): this process takes the number-th of count contiguous pieces. Frames that are there already
-    are kept and continued from: their PLY holds what the next fit starts from, bit for bit. Writes sequence.json of all
-    frames that exist, and film.mp4 once all do. Returns the verdict's word of each frame, and why frames were left out;
-    the track breaks there.
+    are kept and continued from: their PLY holds what the next fit starts from, bit for bit. Writes sequence.json and
+    index.html of all frames that exist, film.mp4 once all do. Returns the verdict's word of each frame, and why frames
+    were left out; the track breaks there.
     refine, options: of `MouseFaceLift.reconstruct`. Raises ValueError for a folder that was begun with others.
     """
     settings = {"refine": refine, "gslrm": str(model.artifacts.describe()["gslrm"]), **options}
@@ -48,6 +50,7 @@ def reconstruct_sequence(
         raise ValueError("several samples of the list have one name: their results would overwrite each other")
     (number, count), before, failed = share, None, []
     own = folders[len(folders) * number // count : len(folders) * (number + 1) // count]
+    index = partial(write_index, output_dir, failed, names=[folder.name for folder in folders])
     for folder in stoppable(tqdm(own, desc="frames", unit="frame", disable=None)):
         target = output_dir / folder.name
         if (target / FRAME_FILE).is_file():
@@ -65,13 +68,15 @@ def reconstruct_sequence(
         save_ply(target / "gaussians.ply", before[0])
         before[1]["settings"] = settings
         write_json(target / FRAME_FILE, before[1])  # last: a frame that has one is complete
+        index(finished=False)
     done = [folder for folder in folders if (output_dir / folder.name / FRAME_FILE).is_file()]
     frames = [read_json(output_dir / folder.name / FRAME_FILE) for folder in done]
     tracks = list(dict.fromkeys(frame["track"] for frame in frames))
     write_json(output_dir / SEQUENCE_FILE, {"rig": model.rig.to_dict(), "tracks": tracks, "frames": frames})
     if done and len(done) + len(failed) >= len(folders):
         write_film(output_dir / "film.mp4", (read_shot(folder, output_dir / folder.name) for folder in done), FILM_FPS)
-    return {folder.name: frame.get("verdict", "unknown") for folder, frame in zip(done, frames)}, failed
+    index()
+    return {folder.name: frame["verdict"]["word"] for folder, frame in zip(done, frames) if "verdict" in frame}, failed
 
 
 def reconstruct_frame(
@@ -88,7 +93,7 @@ def reconstruct_frame(
         made = model.reconstruct(
             views.rgb, views.masks, views.cameras, start=begin, placement=placement, name=str(folder), **settings
         )
-        return made.gaussians, {**made.record["refinement"], "verdict": made.record["verdict"]["word"]}
+        return made.gaussians, {**made.record["refinement"], "verdict": made.record["verdict"]}
 
     track, gaussians = None, None
     if before is not None:
@@ -109,7 +114,7 @@ def reconstruct_frame(
     return gaussians, {
         "id": sample.id, "source_frame": sample.extra.get("frame"), "track": track or sample.id,
         "track_given": first if track else given, **fit, "gaussians": gaussians.num_gaussians,
-        "centre": placement.centre.tolist(), "to_sample": to_sample,
+        "centre": placement.centre.tolist(), "to_sample": to_sample, "to_rig": placement.to_rig.tolist(),
         "seconds": round(time.perf_counter() - started, 2),
     }  # fmt: skip
 

@@ -73,6 +73,7 @@ def test_a_photograph_becomes_views_gaussians_and_a_turntable(tiny, tmp_path):
     views = {f"views/view_{k:02d}.png" for k in range(6)}
     assert written == views | {
         "input.png", "multiview.png", "opencv_cameras.json", "gaussians.ply", "turntable.mp4", "run.json",
+        "result.html",
     }  # fmt: skip
     record = json.loads((folder / "run.json").read_text())
     assert record["rig"]["name"] == "mouse6" and record["num_steps"] == 2 and record["artifacts"]["gslrm"]
@@ -120,7 +121,9 @@ def test_a_photographs_result_depends_on_its_seed_not_on_its_place(tiny, tmp_pat
     (source / "notes.txt").write_text("no image")
     code, out, err = run("inference_mouse.py", "--input_dir", source, *flags(tiny), "--output_dir", tmp_path / "out")
     assert code == 1 and "Traceback" not in err
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a", "b", "c", "d"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a", "b", "c", "d", "index.html"]
+    index = (tmp_path / "out" / "index.html").read_text()
+    assert all(f'href="{name}/result.html"' in index for name in "abcd") and "phone.heic" in index
     last = err.strip().splitlines()[-1]
     assert "4 done, 2 failed" in last and "phone.heic" in last and "empty" in last and "notes.txt" in err
     a, b = (read_rgba(tmp_path / "out" / name / "views" / "view_03.png") for name in "ab")
@@ -160,7 +163,7 @@ def test_a_video_is_reconstructed_frame_by_frame_and_a_cut_one_is_named(tiny, tm
     code, _, err = run("inference_mouse.py", *given, "--output_dir", tmp_path / "out")
     assert code == 1 and "clip.mp4 is cut" in err and "of 60 frames can be decoded" in err
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert names[0] == "clip_000000" and names[2:] == ["film.mp4"]
+    assert names[0] == "clip_000000" and names[2:] == ["film.mp4", "index.html"]
     assert json.loads((tmp_path / "out" / names[1] / "run.json").read_text())["frame"]["segmented"]
 
 
@@ -176,7 +179,7 @@ def test_sigterm_between_two_photographs_keeps_what_is_finished(tiny, tmp_path):
     process.send_signal(signal.SIGTERM)
     told = process.communicate(timeout=60)[0]
     assert process.returncode == 143 and "stopped by SIGTERM: what was finished is whole; repeat the command" in told
-    results = sorted(out.iterdir())
+    results = sorted(path for path in out.iterdir() if path.is_dir())
     assert 2 <= len(results) < 40 and "Traceback" not in told and not list(out.rglob("*.tmp"))
     for folder in results:
         assert (folder / "run.json").is_file() and load_ply(folder / "gaussians.ply").num_gaussians

@@ -72,6 +72,8 @@ def test_processes_share_frames_and_bad_ones_are_left_out(model, recording, tmp_
     assert failed[0] == [] and len(failed[1]) == 1 and "missing" in failed[1][0]
     frames = json.loads((tmp_path / "out" / "sequence.json").read_text())["frames"]
     assert len(frames) == 3 and frames[2]["start"] != "previous"  # nothing to continue from
+    index = (tmp_path / "out" / "index.html").read_text()
+    assert index.count('/splats.js"') == 3 and failed[1][0] in index and "frame_00/thumbnail.png" in index
     with pytest.raises(ValueError, match="was made with .*'refine': 2.*new --output_dir"):
         reconstruct_sequence(model, folders[:1], tmp_path / "out", refine=3)
     with pytest.raises(ValueError, match="one name"):
