@@ -6,8 +6,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, is_dataclass, replace
 from math import inf
 from operator import attrgetter
+from pathlib import Path
 from typing import Literal
 
+from multiview.sample import read_dataset_info, split_lists
 from multiview.sampler import mixed_lists
 
 IGNORED_KEYS = (  # of FaceLift's own files; they change nothing here
@@ -265,6 +267,17 @@ def model_config_from_dict(content: dict, source: str) -> ModelConfig:
         return replace(default, **{name: build(known[name], value, f"{key}.{name}") for name, value in values.items()})
 
     return build(ModelConfig(), content, "model")
+
+
+def dataset_overrides(config: GSLRMConfig, folder: Path) -> list[str]:
+    """What `--data` asks of a config: the dataset's lists, all views of its rig, a run folder named after it."""
+    (train, val), views = split_lists(folder), read_dataset_info(folder)["rig"].num_views
+    run = f"{config.training.checkpointing.checkpoint_dir.rstrip('/')}_{folder.resolve().name}"
+    return [
+        f"training.dataset.dataset_path={train}", f"validation.dataset_path={val}",
+        f"training.dataset.num_views={views}", f"training.dataset.num_input_views={views}",
+        f"training.checkpointing.checkpoint_dir={run}",
+    ]  # fmt: skip
 
 
 def size_of(config: GSLRMConfig) -> tuple[float, float, float]:
