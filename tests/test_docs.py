@@ -34,7 +34,8 @@ def commands_of(text: str) -> list[str]:
 
 def words_of(command: str) -> list[str]:
     """Returns a command's words; what stands for something of the user's becomes a word or a number."""
-    command = re.sub(r"<[^>]*>", "X", command.partition("  #")[0]).replace("--config ...", "").replace("...", "")
+    command = re.sub(r"<[^>]*>", "X", command.partition("  #")[0])
+    command = re.sub(r"--config \.\.\.|\.\.\.|--help", "", re.sub(r"\[(--[^\]]*)\]", r"\1", command))
     command = re.sub(r"\{([^,{}]*),[^{}]*\}(?![\]'])", r"\1", command)  # {1,2,full}
     return [re.sub(r"^N$", "1", word) for word in shlex.split(command)]
 
@@ -50,8 +51,8 @@ def check(command: str) -> None:
         return
     assert words[0] in LAUNCHERS, command
     at = next((number for number, word in enumerate(words) if word.endswith(".py")), None)
-    if at is None:  # `python <script> --help`
-        assert "X" in words or "1" in words, command
+    if at is None:  # `python <script> --help`, `torchrun --nproc_per_node N ...`
+        assert words[0] in ("torchrun", "accelerate") or words[1] == "X", command
         return
     assert (ROOT / words[at]).is_file(), f"{command}: there is no {words[at]}"
     with pytest.MonkeyPatch.context() as patch:

@@ -230,8 +230,8 @@ def resolve_unet_folder(path: Path | str) -> Path:
     folder, whose newest checkpoint counts."""
     path = Path(path)
     newest = sorted(path.glob("checkpoint-*"), key=step_of, reverse=True)
-    # Of a training checkpoint what validation measures.
-    for folder in (folder / name for folder in (path, *newest) for name in ("", "unet_ema", "unet")):
+    # Of a training checkpoint what validation measures. A run's folder has a config.json of its own.
+    for folder in (folder / name for folder in (*newest, path) for name in ("", "unet_ema", "unet")):
         if (folder / "config.json").is_file():
             return folder
     found = what_is_there(path)
