@@ -1,5 +1,6 @@
 """Train Stage 1 (UNet: one image of an animal to N views). Repeating the command resumes it.
 
+python train_diffusion.py --config configs/adapt_demo_mvdiffusion.yaml --data data_mine
 python train_diffusion.py --config configs/mouse_mvdiffusion.yaml --overfit 1
 torchrun --nproc_per_node 4 train_diffusion.py --config configs/mouse_mvdiffusion.yaml
 """
@@ -10,9 +11,12 @@ from multiview.run import main_guard
 
 def main() -> None:
     arguments = training_arguments(__doc__, "mvdiffusion/config.py", "learning_rate=1e-5")
-    from mvdiffusion.facelift_yaml import load_training_config
+    from mvdiffusion.facelift_yaml import dataset_overrides, load_training_config
 
     config = load_training_config(arguments.config, arguments.overrides)
+    if arguments.data:  # what is typed wins over what the dataset asks for
+        asked = [*dataset_overrides(config, arguments.data), *arguments.overrides]
+        config = load_training_config(arguments.config, asked)
     if arguments.dry_run:
         print(config_to_yaml(config), end="")
         return

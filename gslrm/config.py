@@ -6,8 +6,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, is_dataclass, replace
 from math import inf
 from operator import attrgetter
+from pathlib import Path
 from typing import Literal
 
+from multiview.sample import read_dataset_info, split_lists
 from multiview.sampler import mixed_lists
 
 IGNORED_KEYS = (  # of FaceLift's own files; they change nothing here
@@ -27,9 +29,9 @@ class ImageTokenizerConfig:
 
 @dataclass
 class TransformerConfig:
-    d: int = 1024
-    d_head: int = 64
-    n_layer: int = 24
+    d: int = 1024  # width of a token
+    d_head: int = 64  # width of an attention head
+    n_layer: int = 24  # blocks
 
 
 @dataclass
@@ -40,7 +42,7 @@ class UpsamplerConfig:
 @dataclass
 class GaussiansConfig:
     n_gaussians: int = 2  # learned, not pixel-aligned
-    sh_degree: int = 0
+    sh_degree: int = 0  # of the colors: 0 = the same from all sides
     scaling_modifier: float | None = None  # multiplies every scale
     upsampler: UpsamplerConfig = field(default_factory=UpsamplerConfig)
 
@@ -56,9 +58,9 @@ class ModelConfig:
     use_custom_plucker: bool = True  # rays as direction + point nearest the world origin
     use_aug_plucker: bool = False  # rays as moment + direction + nearest point
     hard_pixelalign: bool = True  # image Gaussians lie on their pixel's ray
-    depth_preact_bias: float = 0.0
+    depth_preact_bias: float = 0.0  # added before the depth's activation
     depth_min: float = -1.0  # both > 0: depth range of plain Pluecker input
-    depth_max: float = -1.0
+    depth_max: float = -1.0  # the same
     depth_reference_origin: bool = False  # plain Pluecker input: depth counted from the camera's distance to the origin
     clip_xyz: bool = False  # in training only: image Gaussians into [-1, 1]. FaceLift asked for it and never did it
     prune_background_tokens: bool = False  # drop tokens and Gaussians of background pixels; forward then needs masks
@@ -68,18 +70,18 @@ class ModelConfig:
 @dataclass
 class RuntimeConfig:
     device: str = "auto"  # auto, cpu, cuda
-    seed: int = 777
-    use_tf32: bool = True
+    seed: int = 777  # of weights and draws
+    use_tf32: bool = True  # on CUDA
     use_amp: bool = True  # autocast, on CUDA only unless amp_on_cpu
-    amp_on_cpu: bool = False
+    amp_on_cpu: bool = False  # autocast on a CPU too
     amp_dtype: Literal["bf16", "fp16"] = "bf16"
-    grad_accum_steps: int = 1
-    grad_clip_norm: float = 1.0
+    grad_accum_steps: int = 1  # passes per update
+    grad_clip_norm: float = 1.0  # longer gradients are shortened to it
     allowed_gradnorm_factor: float = 20.0  # an update whose norm exceeds clip x this is skipped and counted
     grad_checkpoint_every: int = 1  # blocks recomputed together in the backward pass; 0 = off
     torch_compile: bool = False  # compile the transformer blocks; the first iterations then take minutes
     recompute_rendering: bool = False  # draw again in the backward pass instead of keeping everything: less memory
-    raster_backend: str = "auto"
+    raster_backend: str = "auto"  # auto, gsplat or cpu
     ema_decay: float = 0.0  # 0 = off
     budget_s: float | None = None  # seconds after which the run saves itself and stops; repeating continues it
 
@@ -97,8 +99,8 @@ class CameraNoiseConfig:
 class AugmentationConfig:
     enabled: bool = False  # all of it
     brightness_range: list[float] = field(default_factory=lambda: [0.9, 1.1])  # factor, one draw for all views
-    contrast_range: list[float] = field(default_factory=lambda: [0.9, 1.1])
-    saturation_range: list[float] = field(default_factory=lambda: [1.0, 1.0])
+    contrast_range: list[float] = field(default_factory=lambda: [0.9, 1.1])  # factor
+    saturation_range: list[float] = field(default_factory=lambda: [1.0, 1.0])  # factor
     hue_range_deg: list[float] = field(default_factory=lambda: [0.0, 0.0])  # turn in the chroma plane
     camera_noise: CameraNoiseConfig = field(default_factory=CameraNoiseConfig)
 
@@ -111,43 +113,43 @@ class MixConfig:
 
 @dataclass
 class DatasetConfig:
-    dataset_path: str = "data_mouse/data_mouse_train.txt"
+    dataset_path: str = "data_mouse/data_mouse_train.txt"  # split list
     mix: list[MixConfig] = field(default_factory=list)  # further datasets of the same rig; dataset_path gives the rest
     num_views: int = 6  # views used per sample: inputs + others
-    num_input_views: int = 6
+    num_input_views: int = 6  # of num_views; `--data` sets both to the rig's number
     min_input_views: int | None = None  # each training pass draws a number of inputs, from this one to num_input_views
     random_view_selection: bool = False  # inputs drawn at random instead of the rig's first ones
     maximize_view_overlap: bool = False  # random targets must see what some input sees
     overlap_rule: Literal["normalised", "upstream"] = "normalised"  # upstream: FaceLift's, by unnormalized positions
     target_has_input: bool = True  # inputs are targets too
-    background_color: Literal["white", "gray", "black", "random"] = "white"
+    background_color: Literal["white", "gray", "black", "random"] = "white"  # put under the animal
     on_bad_sample: Literal["error", "skip"] = "error"  # skip: unreadable ones are left out and logged, at start
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
 
 
 @dataclass
 class DataloaderConfig:
-    batch_size_per_gpu: int = 2
-    num_workers: int = 4
-    prefetch_factor: int = 4
+    batch_size_per_gpu: int = 2  # samples per pass and process
+    num_workers: int = 4  # processes that read samples; 0 = none
+    prefetch_factor: int = 4  # batches each of them reads ahead
 
 
 @dataclass
 class LossesConfig:
     """Weights of the losses; 0 = never computed (and VGG weights never loaded)."""
 
-    l2_loss_weight: float = 1.0
-    lpips_loss_weight: float = 0.5
-    perceptual_loss_weight: float = 0.5
-    ssim_loss_weight: float = 0.2
+    l2_loss_weight: float = 1.0  # MSE of the colors
+    lpips_loss_weight: float = 0.5  # LPIPS (VGG)
+    perceptual_loss_weight: float = 0.5  # distance of VGG-19 features
+    ssim_loss_weight: float = 0.2  # 1 - SSIM
     alpha_loss_weight: float = 0.0  # MSE of the rendered alpha against the mask
     background_loss_weight: float = 0.0  # MSE on background pixels alone
-    pixelalign_loss_weight: float = 0.0
-    pointsdist_loss_weight: float = 0.0
+    pixelalign_loss_weight: float = 0.0  # distance of Gaussians from their pixel's ray
+    pointsdist_loss_weight: float = 0.0  # spreads the points about the camera's distance to the origin
     masked_l2_loss: bool = False  # masked: over foreground pixels only
-    masked_lpips_loss: bool = False
-    masked_perceptual_loss: bool = False
-    masked_ssim_loss: bool = False
+    masked_lpips_loss: bool = False  # the same
+    masked_perceptual_loss: bool = False  # the same
+    masked_ssim_loss: bool = False  # the same
     masked_pixelalign_loss: bool = True  # weighted by alpha
     pixelalign_normalisation: Literal["upstream", "foreground"] = "upstream"  # masked form: over all pixels' number
     masked_pointsdist_loss: bool = False  # over alpha > 0.5; needed with model.prune_background_tokens
@@ -156,15 +158,15 @@ class LossesConfig:
     direct_loss_weight_after: float = 0.0  # once direct_warmup_steps are over
     direct_warmup_steps: int = 0  # iterations without rendering, direct losses alone
     direct_scale_px: float = 0.7  # target scale of a pixel's Gaussian, in pixel footprints
-    vgg_folder: str = "checkpoints/vgg"
+    vgg_folder: str = "checkpoints/vgg"  # for LPIPS and perceptual loss
 
 
 @dataclass
 class OptimizerConfig:
-    lr: float = 1e-4
-    beta1: float = 0.9
-    beta2: float = 0.95
-    weight_decay: float = 0.05
+    lr: float = 1e-4  # after the warm-up; cosine to 0
+    beta1: float = 0.9  # of AdamW
+    beta2: float = 0.95  # of AdamW
+    weight_decay: float = 0.05  # of AdamW, matrices only
     reset_training_state: bool = True  # from resume_ckpt take the weights only
     reset_lr: bool = False  # a resumed training state: warm-up and cosine start again, with this config's lr
     reset_weight_decay: bool = False  # a resumed training state: take this config's weight_decay
@@ -179,14 +181,15 @@ class AdaptationConfig:
     freeze_heads: bool = False  # both Gaussian heads
     lora_rank: int = 0  # > 0: in trainable_layers only low-rank adapters of lora_targets train, the rest stays
     lora_alpha: float = 16.0  # the adapter's output is scaled by alpha / rank
-    lora_dropout: float = 0.0
+    lora_dropout: float = 0.0  # of the adapters' input
+    # Parts of names that take adapters
     lora_targets: list[str] = field(default_factory=lambda: ["attn.to_qkv", "attn.fc", "mlp.mlp.0", "mlp.mlp.2"])
     save_adapters: bool = False  # also <checkpoint_dir>/adapters: the newest ones alone, small, in peft's layout
 
 
 @dataclass
 class ScheduleConfig:
-    max_fwdbwd_passes: int = 20000
+    max_fwdbwd_passes: int = 20000  # iterations of the run
     warmup: int = 500  # parameter updates
     l2_warmup_steps: int = 0  # iterations without LPIPS and perceptual loss
 
@@ -195,18 +198,18 @@ class ScheduleConfig:
 class CheckpointingConfig:
     resume_ckpt: str | None = None  # file or folder to start from; None = random weights
     allow_rig_change: bool = False  # start weights may carry another rig than the dataset's
-    checkpoint_dir: str = "checkpoints/gslrm/run"
+    checkpoint_dir: str = "checkpoints/gslrm/run"  # of this run alone; repeating the command resumes it
     checkpoint_every: int = 500  # iterations
-    checkpoints_total_limit: int = 3
+    checkpoints_total_limit: int = 3  # newest that are kept
     export_dir: str | None = None  # where the finished network goes in float16, to ship it
     skip_digest: bool = False  # resume without comparing files with their digests
 
 
 @dataclass
 class WandbConfig:
-    project: str = "mouse_facelift"
-    exp_name: str = "gslrm"
-    group: str = "gslrm"
+    project: str = "mouse_facelift"  # W&B's
+    exp_name: str = "gslrm"  # W&B's
+    group: str = "gslrm"  # W&B's
     mode: str = "disabled"  # disabled, offline, online
     offline: bool = False  # FaceLift's key: offline instead of online
 
@@ -214,7 +217,7 @@ class WandbConfig:
 @dataclass
 class LoggingConfig:
     print_every: int = 20  # iterations
-    vis_every: int = 250
+    vis_every: int = 250  # iterations between pictures
     tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"  # event files in <checkpoint_dir>/tensorboard
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
@@ -234,10 +237,10 @@ class TrainingConfig:
 
 @dataclass
 class ValidationConfig:
-    enabled: bool = True
+    enabled: bool = True  # figures on held-out samples
     val_every: int = 500  # iterations
-    dataset_path: str = "data_mouse/data_mouse_val.txt"
-    num_samples: int = 8
+    dataset_path: str = "data_mouse/data_mouse_val.txt"  # split list
+    num_samples: int = 8  # first ones of the list
 
 
 @dataclass
@@ -265,6 +268,17 @@ def model_config_from_dict(content: dict, source: str) -> ModelConfig:
         return replace(default, **{name: build(known[name], value, f"{key}.{name}") for name, value in values.items()})
 
     return build(ModelConfig(), content, "model")
+
+
+def dataset_overrides(config: GSLRMConfig, folder: Path) -> list[str]:
+    """What `--data` asks of a config: the dataset's lists, all views of its rig, a run folder named after it."""
+    (train, val), views = split_lists(folder), read_dataset_info(folder)["rig"].num_views
+    run = f"{config.training.checkpointing.checkpoint_dir.rstrip('/')}_{folder.resolve().name}"
+    return [
+        f"training.dataset.dataset_path={train}", f"validation.dataset_path={val}",
+        f"training.dataset.num_views={views}", f"training.dataset.num_input_views={views}",
+        f"training.checkpointing.checkpoint_dir={run}",
+    ]  # fmt: skip
 
 
 def size_of(config: GSLRMConfig) -> tuple[float, float, float]:

@@ -166,9 +166,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def training_arguments(about: str, schema: str, example: str) -> argparse.Namespace:
-    """Parses the command line that both trainings have: config, overfit, dry_run, overrides."""
+    """Parses the command line that both trainings have: config, data, overfit, dry_run, overrides."""
     parser = Parser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, metavar="F", help=f"YAML over the defaults of {schema}")
+    told = "dataset folder to train on: its lists, all its views, its prompts, and a run folder named after it"
+    parser.add_argument("--data", type=Path, metavar="DIR", help=f"{told} (default: what the config names)")
     parser.add_argument(
         "--overfit", type=checked(int, least=0), default=0, metavar="N",
         help="train and validate on the first N samples: the first test of any set-up (default: 0, off)",

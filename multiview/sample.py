@@ -182,6 +182,14 @@ def write_dataset_info(folder: Path | str, rig: ViewRig, **parameters) -> None:
     write_json(Path(folder) / DATASET_FILE, {"rig": rig.to_dict(), **parameters})
 
 
+def split_lists(folder: Path | str) -> tuple[Path, Path]:
+    """Returns the training and the validation list of a dataset folder. Raises ValueError where one is missing."""
+    lists = Path(folder) / "data_mouse_train.txt", Path(folder) / "data_mouse_val.txt"
+    for path in lists:
+        _existing(path)
+    return lists
+
+
 def read_dataset_info(folder: Path | str) -> dict:
     """Reads `dataset.json` of a dataset folder, or beside a split list; the value under `rig` becomes a ViewRig."""
     folder = Path(folder) if Path(folder).is_dir() else _existing(folder).parent

@@ -41,16 +41,17 @@ class MVDiffusionConfig:
     rig: str | None = None  # None: the data set's
     num_views: int | None = None  # None: the rig's; any other number is refused
     image_size: int | None = None  # pixels; None: the UNet's; any other is refused
-    prompt_embeds: str = "mvdiffusion/data/mouse_prompt_embeds_6view/clr_embeds.pt"
+    # None: made for the rig by the components' own text encoder, in output_dir
+    prompt_embeds: str | None = "mvdiffusion/data/mouse_prompt_embeds_6view/clr_embeds.pt"
 
     # Data
     train_data: str = "data_mouse/data_mouse_train.txt"  # split list
     mix: list[MixEntry] = field(default_factory=list)  # further data sets of the same rig; train_data gives the rest
-    validation_data: str = "data_mouse/data_mouse_val.txt"
+    validation_data: str = "data_mouse/data_mouse_val.txt"  # split list
     backgrounds: list[str] = field(default_factory=lambda: ["white", "black", "gray"])  # one per sample, at random
     brightness_jitter: float = within(0.1, 0, 1)  # factor drawn from 1 +- this, the same for all views of a sample
-    contrast_jitter: float = within(0.1, 0, 1)
-    saturation_jitter: float = within(0.0, 0, 1)
+    contrast_jitter: float = within(0.1, 0, 1)  # the same
+    saturation_jitter: float = within(0.0, 0, 1)  # the same
     hue_jitter_deg: float = within(0.0, 0, 180)  # angle drawn from +- this
     random_crop_ratio: float = within(1.0, 0.1, 1)  # smallest side of a crop; cameras go with it
     mirror_probability: float = within(0.0, 0, 1)  # pixels, cameras, view order and prompts together
@@ -61,17 +62,17 @@ class MVDiffusionConfig:
     dataloader_num_workers: int = within(2, 0, 256)
 
     # Optimization
-    output_dir: str = "checkpoints/mvdiffusion/mouse"
-    seed: int = 0
-    max_train_steps: int = within(30000, 0)
+    output_dir: str = "checkpoints/mvdiffusion/mouse"  # of this run alone; repeating the command resumes it
+    seed: int = 0  # of weights, draws and noise
+    max_train_steps: int = within(30000, 0)  # updates
     train_batch_size: int = within(4, 1, 4096)  # objects per process
-    gradient_accumulation_steps: int = within(4, 1, 4096)
-    gradient_checkpointing: bool = False
-    mixed_precision: str = choice("no", "fp16", "bf16")
-    learning_rate: float = within(5e-5, 0, 1)
+    gradient_accumulation_steps: int = within(4, 1, 4096)  # passes per update
+    gradient_checkpointing: bool = False  # less memory, slower
+    mixed_precision: str = choice("no", "fp16", "bf16")  # of the UNet's matrix products
+    learning_rate: float = within(5e-5, 0, 1)  # after the warm-up
     # After the warm-up: constant, or linear or cosine to 0 at max_train_steps
     lr_scheduler: str = choice("constant", "constant_with_warmup", "linear", "cosine", "piecewise_constant")
-    lr_warmup_steps: int = within(100, 0)
+    lr_warmup_steps: int = within(100, 0)  # linear from 0
     step_rules: str = "1"  # of lr_scheduler piecewise_constant (no warm-up): "1:200000,0.5" is factor 1, later 0.5
     lr_multipliers: dict[str, float] = field(default_factory=dict)  # {pattern in a parameter's name: factor}
     camera_embedding_lr_mult: float = within(1.0, 0, 1e6)  # FaceLift's: of class_embedding
@@ -80,41 +81,41 @@ class MVDiffusionConfig:
     freeze_encoder: bool = False  # the UNet's down blocks stand still in the first half of the run
     lora_rank: int = within(0, 0, 4096)  # > 0: train low-rank adapters instead of the UNet's own weights
     lora_alpha: float | None = None  # None: the rank, i.e. factor 1
-    lora_targets: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
+    lora_targets: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])  # parts of names
     lora_also_train: list[str] = field(default_factory=list)  # parts of names trained in full beside, e.g. conv_in
     lora_save_merged: bool = True  # checkpoints hold whole UNets with the adapters folded in; false: adapters alone
-    adam_beta1: float = within(0.9, 0, 0.999999)
-    adam_beta2: float = within(0.999, 0, 0.999999)
-    adam_weight_decay: float = within(0.01, 0, 1e6)
-    adam_epsilon: float = within(1e-8, 0, 1)
-    max_grad_norm: float = within(1.0, 1e-9)
-    use_ema: bool = True
-    ema_decay: float = within(0.9999, 0, 1)
+    adam_beta1: float = within(0.9, 0, 0.999999)  # of AdamW
+    adam_beta2: float = within(0.999, 0, 0.999999)  # of AdamW
+    adam_weight_decay: float = within(0.01, 0, 1e6)  # of AdamW
+    adam_epsilon: float = within(1e-8, 0, 1)  # of AdamW
+    max_grad_norm: float = within(1.0, 1e-9)  # longer gradients are shortened to it
+    use_ema: bool = True  # average the weights; inference takes the average
+    ema_decay: float = within(0.9999, 0, 1)  # per update
     condition_drop_rate: float = within(0.05, 0, 1 / 3)  # labels, latents, or both, each at this rate
     snr_gamma: float | None = 5.0  # None: no weighting
     snr_weighting: str = choice("prediction", "upstream")  # by the prediction type; FaceLift's: epsilon's form always
     high_noise_share: float = within(0.0, 0, 1)  # fraction of time steps drawn from high_noise_range
-    high_noise_range: list[int] = field(default_factory=lambda: [850, 999])
+    high_noise_range: list[int] = field(default_factory=lambda: [850, 999])  # time steps
     foreground_weight: float = within(1.0, 0, 1e6)  # weight of latent cells that hold the animal
     overfit_steps: int = within(1000, 1)  # max_train_steps under --overfit
 
     # Saving and looking
-    checkpointing_steps: int = within(1000, 1)
-    checkpoints_total_limit: int = within(3, 1)
-    validation_steps: int = within(1000, 1)
-    validation_samples: int = within(8, 1)
-    validation_guidance_scales: list[float] = field(default_factory=lambda: [1.0, 3.0])
-    validation_num_steps: int = within(20, 1, 1000)
-    log_steps: int = within(10, 1)
+    checkpointing_steps: int = within(1000, 1)  # between checkpoints
+    checkpoints_total_limit: int = within(3, 1)  # newest that are kept
+    validation_steps: int = within(1000, 1)  # between validations
+    validation_samples: int = within(8, 1)  # first ones of the list
+    validation_guidance_scales: list[float] = field(default_factory=lambda: [1.0, 3.0])  # each is measured
+    validation_num_steps: int = within(20, 1, 1000)  # of the sampler
+    log_steps: int = within(10, 1)  # between lines of the log
     budget_s: float | None = None  # seconds after which the run saves itself and stops; repeating continues it
     skip_digest: bool = False  # resume without comparing files with their digests
     export_dir: str | None = None  # where the finished EMA UNet and its prompt embeddings go, in float16
     export_num_steps: int = within(
         50, 1, 1000
     )  # sampling that suits the exported UNet; inference takes it unless told otherwise
-    export_guidance_scale: float = 3.0
+    export_guidance_scale: float = 3.0  # the same
     export_mirror: str = choice("never", "always", "auto")  # auto: the training animals face one way
-    device: str = "auto"
+    device: str = "auto"  # auto, cpu, cuda
     tracker: str = choice("tensorboard", "wandb", "none")  # event files in <output_dir>/tensorboard
     wandb: WandbOptions = field(default_factory=lambda: WandbOptions(project="mouse_mvdiffusion", group="mvdiffusion"))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from multiview.config import load_config
+from multiview.sample import split_lists
 from mvdiffusion.config import MVDiffusionConfig
 
 # Switches that have no effect here; they are listed when a file sets them. Attention is exact whatever is installed,
@@ -72,6 +73,15 @@ def load_training_config(path: Path | str | None, overrides: list[str] = ()) -> 
         return MVDiffusionConfig(**own).validate()
     except ValueError as error:
         raise ValueError(f"{path or 'command line'}: {error}") from error
+
+
+def dataset_overrides(config: MVDiffusionConfig, folder: Path) -> list[str]:
+    """What `--data` asks of a config: the dataset's lists, prompts of its rig, a run folder named after it."""
+    train, val = split_lists(folder)
+    return [  # FaceLift's keys, where both are set, are those that count
+        f"train_dataset.path={train}", f"validation_dataset.path={val}", "prompt_embeds=null", "prompt_embed_path=null",
+        f"output_dir={config.output_dir.rstrip('/')}_{folder.resolve().name}",
+    ]  # fmt: skip
 
 
 def _fold(config: FlatConfig) -> None:

@@ -29,7 +29,7 @@ from mvdiffusion.latents import EncodedBatch, LatentCache, live_batches, weights
 from mvdiffusion.losses import training_loss
 from mvdiffusion.models.camera_conditioning import is_camera_weight
 from mvdiffusion.models.unet import configure_views, create_unet, load_unet, resolve_unet_folder, save_unet
-from mvdiffusion.prompts import PromptEmbeds, check_embeds_fit, load_prompt_embeds
+from mvdiffusion.prompts import PromptEmbeds, check_embeds_fit, load_prompt_embeds, write_prompt_embeds
 from mvdiffusion.validation import evaluate
 
 log = logging.getLogger(__name__)
@@ -178,6 +178,7 @@ class MVDiffusionTraining(Training):
             "counts": dict(self.counts), "recent_skips": list(self.recent),
         }  # fmt: skip
         with checkpoints.save_training(config.output_dir, sidecar, self.embeds, optimizer) as folder:
+            self._save_sampling(folder)
             if is_last or not config.lora_rank or config.lora_save_merged:
                 save_unet(self.network, folder / "unet", self.rig, state=merged_weights(self.network))
                 if average is not None:
@@ -198,16 +199,24 @@ class MVDiffusionTraining(Training):
         with atomic_folder(folder / "unet") as temporary:
             save_unet(self.network, temporary, self.rig, state=state, half=True)
         checkpoints.save_embeds(folder / "prompt_embeds", self.embeds)
+        self._save_sampling(folder)
+        log.info("exported to %s", folder)
+
+    def _save_sampling(self, folder: Path) -> None:
+        config = self.settings
         suits = checkpoints.Sampling(config.export_num_steps, config.export_guidance_scale, config.export_mirror)
         write_json(folder / checkpoints.SAMPLING_FILE, suits._asdict())
-        log.info("exported to %s", folder)
 
 
 def aligned_rig(config: MVDiffusionConfig) -> tuple[ViewRig, PromptEmbeds]:
     """The rig of this run and its prompt embeddings, after comparing everything that carries one."""
     dataset = read_dataset_info(lists_of(config)[0][0])["rig"]
     stated = load_rig(config.rig) if config.rig else None
-    rig, embeds = stated or dataset, load_prompt_embeds(config.prompt_embeds, stated)
+    rig, source = stated or dataset, config.prompt_embeds
+    if source is None:  # the same bytes from every process of a run, each written whole
+        source = Path(config.output_dir) / "prompt_embeds"
+        write_prompt_embeds(source, config.pretrained_model_name_or_path, rig, rig.prompt_style, angles=False)
+    embeds = load_prompt_embeds(source, stated)
     check_alignment(rig, dataset=dataset, embeddings=embeds.rig)
     if config.num_views not in (None, rig.num_views):
         raise ValueError(f"num_views is {config.num_views}, but rig {rig.name} has {rig.num_views} views; leave it out")

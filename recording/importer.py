@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from multiview.files import LOCK_FILE, full_disk_explained, owned_folder, remove_leftovers
 from multiview.rig import ViewRig, load_rig
-from multiview.sample import CAMERAS_FILE, DATASET_FILE, is_complete_sample, open_dataset, write_split
+from multiview.sample import CAMERAS_FILE, is_complete_sample, open_dataset, write_split
 from recording.analysis import Analysis, Recording, analyse, open_recording, record_masks
 from recording.calibration.model import Calibration
 from recording.geometry import CALIBRATED, Plan, make_plan, mask_extents
@@ -90,11 +90,8 @@ def _process(recording: Recording, settings: ImportSettings, say: Callable[[str]
         worst = analysis.frames[int(plan.extents.max(axis=1).argmax())]
         say(f"all images made smaller by {plan.zoom:.3f} so that nothing is clipped (frame {worst} decides)")
     if rig is not None and plan.rig.differences(rig):
-        path = settings.output_dir / DATASET_FILE
-        say(
-            f"the dataset's rig is {plan.rig.name}, the cameras as measured: train with rig={path} (prompt embeddings: "
-            f"--rig {path}), or import with --poses nearest, which labels the views with the poses of {rig.name}"
-        )
+        nearest = f"--poses nearest would label the views with the poses of {rig.name}"
+        say(f"the dataset's rig is {plan.rig.name}, the cameras as measured ({nearest})")
     parameters = json.loads(json.dumps(dataset_parameters(settings, recording, analysis, plan)))
     with _alone(settings):
         remove_leftovers(settings.output_dir)

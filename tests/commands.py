@@ -7,6 +7,7 @@ import functools
 import importlib
 import json
 import os
+import re
 import runpy
 import shlex
 import signal
@@ -20,6 +21,12 @@ WARM = (
     "gslrm.model.rasterizers.cpu", "pipeline.model", "synthetic.dataset", "recording.importer",
     "recording.quality.report",
 )  # fmt: skip
+
+
+def code_blocks(page: str, language: str) -> list[str]:
+    """Returns a page's fenced blocks of one language, bash with its continued lines joined."""
+    blocks = re.findall(rf"^```{language}\n(.*?)^```", page, re.S | re.M)
+    return [re.sub(r"\s*\\\n\s*", " ", block) for block in blocks]
 
 
 @functools.cache

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from multiview.cameras import Cameras
-from multiview.checkpoint import load_strict, stamp_rig
+from multiview.checkpoint import load_strict, stamp_rig, step_of
 from multiview.rig import ViewRig
 from mvdiffusion.component_files import check_sizes, failure_told, read_config, read_weights, what_is_there
 from mvdiffusion.models import camera_conditioning as conditioning
@@ -226,11 +226,14 @@ def save_unet(
 
 
 def resolve_unet_folder(path: Path | str) -> Path:
-    """A UNet folder from what users pass: the folder itself, a `checkpoint-<step>`, or a components folder."""
+    """A UNet folder from what users pass: the folder itself, a `checkpoint-<step>`, a components folder, or a run's
+    folder, whose newest checkpoint counts."""
     path = Path(path)
-    for name in ("", "unet_ema", "unet"):  # of a training checkpoint what validation measures
-        if (path / name / "config.json").is_file():
-            return path / name
+    newest = sorted(path.glob("checkpoint-*"), key=step_of, reverse=True)
+    # Of a training checkpoint what validation measures. A run's folder has a config.json of its own.
+    for folder in (folder / name for folder in (*newest, path) for name in ("", "unet_ema", "unet")):
+        if (folder / "config.json").is_file():
+            return folder
     found = what_is_there(path)
     raise ValueError(f"no UNet at {path}: expected config.json there or in its unet/ folder; {found}; {TRAIN_FIRST}")
 
