@@ -135,7 +135,8 @@ def main() -> None:
         print(f"rig {model.rig.name}: {model.rig.num_views} views; embeddings, UNet and GS-LRM agree")
         words = reconstruct_photos(
             model, photos, arguments.output_dir, save, failed, index=not alone, share=share, seed=arguments.seed,
-            overwrite=arguments.overwrite or alone, refine=arguments.refine, keep_input_view=options.keep_input_view, filtered=not arguments.no_filter,
+            overwrite=arguments.overwrite or alone, refine=arguments.refine, keep_input_view=options.keep_input_view,
+            filtered=not arguments.no_filter,
         )  # fmt: skip
         if arguments.input_video:
             film_photos(arguments.output_dir, photos, failed, model.rig, rate)

@@ -48,9 +48,9 @@ def reconstruct_photos(
 ) -> dict[str, str]:  # fmt: skip
     """Reconstructs every photograph into <output_dir>/<name>, goes on after a failure and skips what is done already.
 
-    save: (name, result), writes the folder. index: also write index.html, of all there is. share: (number, count): this process takes every count-th photograph.
-    options: of the model's call. Returns each verdict's word by name; failures, with their reasons, come to `failed`.
-    Raises ValueError for a result that was made with other options or weights.
+    save: (name, result), writes the folder. index: also write index.html, of all there is. share: (number, count): this
+    process takes every count-th photograph. options: of the model's call. Returns each verdict's word by name;
+    failures, with their reasons, come to `failed`. Raises ValueError for a result made with other options or weights.
     """
     words, (number, count), artifacts = {}, share, model.artifacts
     own, steps = photos[number::count], {"steps": artifacts.num_steps, "guidance": artifacts.guidance_scale}
