@@ -26,7 +26,7 @@ UP = {
     "-y": ((1, 0, 0), (0, 0, -1), (0, 1, 0)),
 }
 COMMENT = "comment up {}; Mouse-FaceLift"
-# Format -> file suffix; bytes per Gaussian at degree 0: 32, about 16, about 13 before gzip's, 60.
+# Format -> file suffix; bytes per Gaussian at degree 0: 32, about 16, 20 before gzip, 60.
 FORMATS = {"splat": ".splat", "ply_compressed": ".compressed.ply", "spz": ".spz", "glb": ".glb"}
 VIEWER_UP = {"splat": "-y", "ply_compressed": "-y", "spz": "y", "glb": "y"}  # what each format's viewers expect
 GLTF_SPLATS = "KHR_gaussian_splatting"
