@@ -99,8 +99,7 @@ class Progress:
 
     def __init__(self, options: LoopOptions, resumed: int, processes: int, *, is_main: bool) -> None:
         self.options, self.is_main, self.resumed, self.metric = options, is_main, resumed, ""
-        passes = options.accumulate if options.unit == "step" else 1
-        self.samples_per_step = passes * options.batch_size * processes
+        self.samples = options.batch_size * processes * (options.accumulate if options.unit == "step" else 1)
         self.bar = tqdm(
             total=options.steps, initial=resumed, desc=Path(options.folder).name, unit=options.unit,
             disable=None if is_main else True, dynamic_ncols=True,
@@ -110,7 +109,7 @@ class Progress:
         """One step more; loss: [], of its last pass."""
         if not self.bar.disable:
             told = self.bar.format_dict
-            rate = (told["n"] + 1 - self.resumed) * self.samples_per_step / max(told["elapsed"], 1e-3)
+            rate = (told["n"] + 1 - self.resumed) * self.samples / max(told["elapsed"], 1e-3)
             self.bar.set_postfix_str(f"loss {float(loss):.4g}, {self.metric}{rate:.3g} samples/s", refresh=False)
             self.bar.update()
 

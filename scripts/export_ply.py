@@ -23,29 +23,23 @@ def main() -> None:
     parser.add_argument("--gaussians", type=checked(int, 1), metavar="N", help="keep the N that add most to --cameras")
     parser.add_argument("--cameras", type=Path, help="opencv_cameras.json of the views")
     given = parser.parse_args()
-    if (given.gaussians is None) != (given.cameras is None):
-        parser.error("--gaussians and --cameras belong together")
     from gslrm.model import ply
     from gslrm.model.gaussians_renderer import prune
     from multiview.cameras import read_cameras
     from multiview.run import check_output_folder
 
-    formats = [name for name, suffix in ply.FORMATS.items() if given.output.name.endswith(suffix)]
-    if not formats and given.output.suffix != ".ply" or given.output.resolve() == given.ply.resolve():
-        told = f"end in .ply, {', '.join(ply.FORMATS.values())} and not replace --ply"
-        parser.error(f"--output must {told}, got {given.output}")
-    if formats and given.up != "z":
-        parser.error(f"--up is of .ply; {ply.FORMATS[formats[0]]} has its own axis")
+    name, suffixes = given.output.name, (*ply.FORMATS.values(), ".ply")
+    format = next((format for format, suffix in ply.FORMATS.items() if name.endswith(suffix)), None)
+    if not name.endswith(suffixes) or given.output.resolve() == given.ply.resolve():
+        parser.error(f"--output must end in {', '.join(suffixes)} and not replace --ply, got {given.output}")
+    if (given.gaussians is None) != (given.cameras is None) or (format and given.up != "z"):
+        parser.error("--gaussians and --cameras belong together, and --up is of .ply: the others have their own axis")
     check_output_folder(given.output.parent)
     gaussians = ply.load_ply(given.ply)
     if given.cameras is not None:
         gaussians = prune(gaussians, read_cameras(given.cameras), given.gaussians)
-    if formats:
-        ply.export(given.output, gaussians, formats[0])
-    else:
-        ply.save_ply(given.output, gaussians, given.up)
-    up = ply.VIEWER_UP[formats[0]] if formats else given.up
-    print(f"{given.output}: {gaussians.num_gaussians} Gaussians, {up} up")
+    ply.export(given.output, gaussians, format) if format else ply.save_ply(given.output, gaussians, given.up)
+    print(f"{given.output}: {gaussians.num_gaussians} Gaussians, {ply.VIEWER_UP.get(format, given.up)} up")
 
 
 if __name__ == "__main__":

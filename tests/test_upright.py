@@ -94,9 +94,10 @@ def test_turned_gaussians_are_seen_the_same_by_turned_cameras(degree):
     gaussians, cameras = random_gaussians(40, degree), Cameras.turntable(3, 32, elevation_deg=20)
     seen = render(gaussians, cameras[None]).rgb
     for up in UP:
-        matrix = torch.eye(4)
-        matrix[:3, :3] = torch.tensor(UP[up])
-        assert torch.linalg.det(matrix) == 1
+        matrix, rows = torch.eye(4), {"z": "x y z", "y": "x z -y", "-y": "x -z y"}[up].split()
+        matrix[:3, :3] = torch.tensor(
+            [[(name[-1] == axis) * (1 - 2 * (name[0] == "-")) for axis in "xyz"] for name in rows]
+        )
         other = render(turned(gaussians, up), replace(cameras, c2w=matrix @ cameras.c2w)[None]).rgb
         torch.testing.assert_close(other, seen, atol=2e-4, rtol=0)
         back = turned(turned(gaussians, up), up, back=True)
@@ -240,8 +241,9 @@ def test_a_ply_is_exported_by_its_suffix_and_pruned_for_its_cameras(tmp_path):
     torch.testing.assert_close(load_ply(tmp_path / "c.ply").xyz, kept.xyz)
     assert PlyData.read(str(tmp_path / "c.ply")).comments == ["up -y; Mouse-FaceLift"]
     for words, message in (
-        (("c.obj",), "must end in .ply, .splat, .compressed.ply, .spz, .glb and not replace --ply"),
-        ((tmp_path / "a.ply",), "not replace --ply"), (("c.spz", "--up"), "--up is of .ply; .spz has its own axis"),
+        (("c.obj",), "must end in .splat, .compressed.ply, .spz, .glb, .ply and not replace --ply"),
+        ((tmp_path / "a.ply",), "not replace --ply"),
+        (("c.spz", "--up"), "--up is of .ply: the others have their own axis"),
         (("c.spz", "--gaussians", 5), "--gaussians and --cameras belong together"),
     ):  # fmt: skip
         code, _, err = run(*common, *words)
