@@ -76,7 +76,7 @@ def loop_options(config: GSLRMConfig) -> LoopOptions:
         validate_every=config.validation.val_every, log_every=every.print_every, print_every=every.print_every,
         image_every=every.vis_every, budget_s=runtime.budget_s, skip_digest=training.checkpointing.skip_digest,
         wandb=WandbOptions(mode=mode, project=wandb.project, group=wandb.group, name=wandb.exp_name),
-        tracker=every.tracker, title=f"Stage 2 on {', '.join([data.dataset_path, *(part.dataset_path for part in data.mix)])}",
+        tracker=every.tracker, title=f"Stage 2 on {', '.join(part.dataset_path for part in (data, *data.mix))}",
     )  # fmt: skip
 
 
