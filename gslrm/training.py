@@ -64,8 +64,7 @@ def overfit_config(config: GSLRMConfig, num_samples: int) -> GSLRMConfig:
 def loop_options(config: GSLRMConfig) -> LoopOptions:
     training, runtime, every = config.training, config.training.runtime, config.training.logging
     lowers = runtime.use_amp and (runtime.amp_on_cpu or resolve_device(runtime.device).type == "cuda")
-    wandb, dataset = every.wandb, training.dataset
-    lists = [dataset.dataset_path, *(part.dataset_path for part in dataset.mix)]
+    wandb, data = every.wandb, training.dataset
     mode = "offline" if wandb.offline and wandb.mode == "online" else wandb.mode
     return LoopOptions(
         folder=training.checkpointing.checkpoint_dir, device=runtime.device, seed=runtime.seed, unit="pass",
@@ -77,7 +76,7 @@ def loop_options(config: GSLRMConfig) -> LoopOptions:
         validate_every=config.validation.val_every, log_every=every.print_every, print_every=every.print_every,
         image_every=every.vis_every, budget_s=runtime.budget_s, skip_digest=training.checkpointing.skip_digest,
         wandb=WandbOptions(mode=mode, project=wandb.project, group=wandb.group, name=wandb.exp_name),
-        tracker=every.tracker, title=f"Stage 2 on {', '.join(lists)}",
+        tracker=every.tracker, title=f"Stage 2 on {', '.join(part.dataset_path for part in (data, *data.mix))}",
     )  # fmt: skip
 
 

@@ -32,8 +32,7 @@ log = logging.getLogger(__name__)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # what clusters and closed terminals send
-STOPPED = 143  # exit code of a run that such a signal ended
-INTERRUPTED = 130  # and by Ctrl-C
+STOPPED, INTERRUPTED = 143, 130  # exit codes of a run that such a signal ended, and Ctrl-C
 PRECISIONS = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}  # of a network's matrix products
 REMEDIES = {  # of what the system refuses
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "name a place that you may write, or read, or allow it"),
@@ -124,7 +123,7 @@ class Stop:
     interrupt: the first Ctrl-C counts as one too; the second ends at once."""
 
     def __init__(self, budget_s: float | None = None, *, interrupt: bool = False) -> None:
-        self.numbers = (*STOP_SIGNALS, *[signal.SIGINT] * interrupt)
+        self.numbers, self.code = (*STOP_SIGNALS, *[signal.SIGINT] * interrupt), STOPPED
         self.deadline = math.inf if budget_s is None else time.monotonic() + budget_s
         self.signal: signal.Signals | None = None
         self.in_loop = False
@@ -142,16 +141,12 @@ class Stop:
     def _receive(self, number: int, _: object) -> None:
         if number == signal.SIGINT == self.signal:
             raise KeyboardInterrupt
-        self.signal = signal.Signals(number)
+        self.signal, self.code = signal.Signals(number), INTERRUPTED if number == signal.SIGINT else STOPPED
         if not self.in_loop:  # nothing was done yet
             print(f"{self.signal.name}: stopped before the first step", flush=True)
             raise SystemExit(self.code)
         if number == signal.SIGINT:
             print("Ctrl-C: the step ends and a checkpoint is saved; again, and all ends at once", file=sys.stderr)
-
-    @property
-    def code(self) -> int:
-        return INTERRUPTED if self.signal == signal.SIGINT else STOPPED
 
     def is_due(self) -> bool:
         return self.signal is not None or time.monotonic() >= self.deadline

@@ -98,23 +98,28 @@ class Progress:
     """A bar on a terminal, from the resumed step on; elsewhere lines, the first of them after the first step."""
 
     def __init__(self, options: LoopOptions, resumed: int, processes: int, *, is_main: bool) -> None:
-        self.options, self.processes, self.is_main, self.next = options, processes, is_main, resumed + 1
+        self.options, self.is_main, self.resumed, self.metric = options, is_main, resumed, ""
+        self.samples = options.batch_size * processes * (options.accumulate if options.unit == "step" else 1)
         self.bar = tqdm(
             total=options.steps, initial=resumed, desc=Path(options.folder).name, unit=options.unit,
             disable=None if is_main else True, dynamic_ncols=True,
         )  # fmt: skip
 
+    def advance(self, loss: Tensor) -> None:
+        """One step more; loss: [], of its last pass."""
+        if not self.bar.disable:
+            told = self.bar.format_dict
+            rate = (told["n"] + 1 - self.resumed) * self.samples / max(told["elapsed"], 1e-3)
+            self.bar.set_postfix_str(f"loss {float(loss):.4g}, {self.metric}{rate:.3g} samples/s", refresh=False)
+            self.bar.update()
+
     def show(self, step: int, numbers: dict[str, float], validated: dict[str, float], shown: Sequence[str]) -> None:
         """numbers: of the steps since the last call. validated: the latest figures of validation, for the bar."""
-        options = self.options
-        passes = options.accumulate if options.unit == "step" else 1
-        rate = passes * options.batch_size * self.processes / max(numbers[f"seconds_per_{options.unit}"], 1e-9)
         by_name = {name.split("/")[-1]: value for name, value in {**validated, **numbers}.items()}
-        metric = next((f"{name} {by_name[name]:.2f}, " for name in METRICS if name in by_name), "")
-        self.bar.set_postfix_str(f"loss {numbers['loss']:.4g}, {metric}{rate:.3g} samples/s", refresh=False)
-        is_due = step % options.print_every == 0 or step in (self.next, options.steps)
+        self.metric = next((f"{name} {by_name[name]:.2f}, " for name in METRICS if name in by_name), "")
+        is_due = step % self.options.print_every == 0 or step in (self.resumed + 1, self.options.steps)
         if is_due and self.is_main and self.bar.disable:
-            log.info("%s %d/%d  %s", options.unit, step, options.steps, as_text(numbers, shown))
+            log.info("%s %d/%d  %s", self.options.unit, step, self.options.steps, as_text(numbers, shown))
 
 
 def as_text(values: dict[str, float], shown: Sequence[str]) -> str:

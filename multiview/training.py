@@ -220,7 +220,6 @@ def training_loop(training: Training, stop: Stop) -> None:
         is_end = is_last or (is_update and is_due)  # a checkpoint knows nothing of half an update
 
         # 3. Numbers and images.
-        progress.bar.update()
         if (is_logged := step % options.log_every == 0 or is_last) or step == first + 1:
             numbers = {
                 **training.numbers(details), "loss": float(torch.stack(losses).mean()), "lr": rate,
@@ -232,6 +231,7 @@ def training_loop(training: Training, stop: Stop) -> None:
             progress.show(step, numbers, values, PRINTED)
             if is_logged:
                 run.log(step, numbers)
+        progress.advance(mean_loss)
         if step % options.image_every == 0 or is_last:
             run.image("train", step, training.image(details))
         losses = []

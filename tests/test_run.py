@@ -7,6 +7,7 @@ import signal
 import sys
 import tempfile
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -39,6 +40,92 @@ def test_metrics_are_forgotten_beyond_the_step_that_is_resumed(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["rig"]["name"] == "mouse6"
     RunFolder(tmp_path / "x", {}, None, is_main=False).log(1, {"loss": 1.0})
     assert not (tmp_path / "x").exists()  # only the main process writes
+
+
+def scalars(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {name: [(e.step, e.value) for e in events.Scalars(name)] for name in events.Tags()["scalars"]}, events.Tags()
+
+
+def test_tensorboard_gets_the_figures_and_a_resumed_run_appends(tmp_path):
+    rig = load_rig("mouse6")
+    run = RunFolder(tmp_path, {}, rig, tracker="tensorboard")
+    for step in (1, 2, 3):
+        run.log(step, {"loss": torch.tensor(step / 2)})
+    run.image("val", 2, torch.rand(3, 4, 5))
+    run.image("val", 3, None)
+    run.close()
+    run = RunFolder(tmp_path, {}, rig, after=2, tracker="tensorboard")  # step 3 was killed before its checkpoint
+    run.log(3, {"loss": 9.0})
+    run.log(3, {"psnr": 20.0}, split="val")
+    run.close()
+    values, tags = scalars(tmp_path / "tensorboard")
+    assert values == {"train/loss": [(1, 0.5), (2, 1.0), (3, 9.0)], "val/psnr": [(3, 20.0)]} and tags["images"] == [
+        "val"
+    ]
+    RunFolder(tmp_path / "x", {}, None, tracker="tensorboard", is_main=False).log(1, {"loss": 1.0})
+    RunFolder(tmp_path / "y", {}, rig).log(1, {"loss": 1.0})
+    assert not (tmp_path / "x").exists() and not (tmp_path / "y" / "tensorboard").exists()
+
+
+def test_tensorboard_missing_is_said(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(
+        ValueError, match="tensorboard is not installed: pip install -r requirements.txt, or tracker=none"
+    ):
+        RunFolder(tmp_path, {}, load_rig("mouse6"), tracker="tensorboard")
+
+
+@pytest.mark.parametrize(
+    ("tracker", "mode", "asked"),
+    [("tensorboard", "disabled", None), ("none", "offline", "offline"), ("wandb", "disabled", "online"),
+     ("wandb", "offline", "offline")],
+)  # fmt: skip
+def test_wandb_is_asked_by_the_tracker_or_by_its_own_key(tmp_path, monkeypatch, tracker, mode, asked):
+    calls = []
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **words: calls.append(words["mode"])))
+    RunFolder(tmp_path, {}, load_rig("mouse6"), wandb=runs.WandbOptions(mode=mode), tracker=tracker)
+    assert calls == [asked] * (asked is not None)
+
+
+@pytest.mark.parametrize(
+    ("environment", "command"),
+    [
+        ({}, f"{sys.orig_argv[0]} train_gslrm.py a=1"),
+        ({"RANK": "0", "LOCAL_WORLD_SIZE": "4", "WORLD_SIZE": "4"}, "torchrun --nproc_per_node 4 train_gslrm.py a=1"),
+        ({"RANK": "0", "LOCAL_WORLD_SIZE": "4", "WORLD_SIZE": "8"},
+         "torchrun --nproc_per_node 4 train_gslrm.py a=1  (with your --nnodes ... on every node)"),
+        ({"RANK": "1", "LOCAL_WORLD_SIZE": "4", "WORLD_SIZE": "4"}, None),  # one process says it
+    ],
+)  # fmt: skip
+def test_a_stopped_run_prints_the_command_that_resumes_it(monkeypatch, capsys, environment, command):
+    for name in ("RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["train_gslrm.py", "a=1"])
+    Stop(0.0).end("pass 3 of 6")
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[1:] == ([f"  {command}"] if command else [])
+
+
+def test_the_first_ctrl_c_asks_and_the_second_ends_at_once(capsys):
+    with pytest.raises(SystemExit) as caught, Stop(None, interrupt=True) as stop:
+        stop.in_loop = True
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+        assert stop.is_due() and "a checkpoint is saved" in capsys.readouterr().err
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+        stop.end("step 1 of 2")
+    assert caught.value.code == 130 and "stopped by SIGINT at step 1 of 2" in capsys.readouterr().out
+    with pytest.raises(KeyboardInterrupt), Stop(None) as stop:  # a folder of photographs is left at once
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
 
 
 def test_wandb_missing_is_said(tmp_path, monkeypatch):

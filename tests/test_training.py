@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -13,7 +14,7 @@ import time
 import pytest
 import torch
 from accelerate import PartialState
-from gslrm_toys import config_of, logged, write_toys
+from gslrm_toys import ROOT, config_of, logged, settings, write_toys
 
 from gslrm.training import train
 from multiview.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
@@ -38,14 +39,14 @@ def test_a_budget_stops_a_run_and_repeating_finishes_it(data, tmp_path, whole, c
     folder = tmp_path / "run"
     train(config_of(data, folder, **{"training.runtime.budget_s": 0}))
     printed = capsys.readouterr().out
-    assert "stopped as budget_s is over at pass 1 of 6" in printed and "to continue:\n  python " in printed
+    assert "stopped as budget_s is over at pass 1 of 6" in printed and f"to continue:\n  {sys.orig_argv[0]} " in printed
     assert logged(folder) == logged(whole)[:1] and json.loads((folder / "summary.json").read_text())["pass"] == 1
     train(config_of(data, folder))
     assert logged(folder) == logged(whole)
     assert re.search(r"matrix_rate_fraction +[\d.e-]+\n", capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT])
 def test_a_schedulers_signal_saves_a_checkpoint_and_says_how_to_continue(
     data, tmp_path, whole, monkeypatch, capsys, number
 ):
@@ -62,10 +63,67 @@ def test_a_schedulers_signal_saves_a_checkpoint_and_says_how_to_continue(
     with pytest.raises(SystemExit) as stop:
         train(config_of(data, folder, **long, **workers))
     printed = capsys.readouterr().out
-    assert stop.value.code == 143 and f"stopped by {number.name} at pass" in printed
-    assert "python train_gslrm.py --config a.yaml" in printed and not (folder / ".owner.json").exists()
+    assert stop.value.code == (130 if number == signal.SIGINT else 143)
+    assert f"stopped by {number.name} at pass" in printed
+    assert f"{sys.orig_argv[0]} train_gslrm.py --config a.yaml\n" in printed and not (folder / ".owner.json").exists()
     saved = load_checkpoint(newest_checkpoint(folder))["fwdbwd_pass_step"]
     assert saved == len(logged(folder)) and logged(folder)[0] == logged(whole)[0]
+
+
+def test_a_run_says_at_once_what_it_trains_and_gives_a_figure_after_the_first_step(data, tmp_path, caplog):
+    folder = tmp_path / "run"
+    every = {"training.logging.print_every": 4, "training.schedule.max_fwdbwd_passes": 6}
+    with caplog.at_level("INFO", "multiview"):
+        train(config_of(data, folder, **every))
+    lines = [record.getMessage() for record in caplog.records if record.name.startswith("multiview")]
+    assert lines[0] == (
+        f"training Stage 2 on {data / 'train.txt'} up to pass 6 by 1 process(es) on cpu; saved in {folder}"
+    )  # fmt: skip
+    assert "parameters train on 4 samples, pass 0 to 6" in lines[1]
+    shown = [line for line in lines if re.match(r"pass \d+/6  ", line)]
+    assert [line.split()[1] for line in shown] == ["1/6", "4/6", "6/6"] and "psnr" in shown[0]
+    assert len(logged(folder)) == 2  # metrics keep their rhythm
+    caplog.clear()
+    with caplog.at_level("INFO", "multiview"):
+        train(config_of(data, folder, **{**every, "training.schedule.max_fwdbwd_passes": 9}))
+    assert [m.split()[1] for m in caplog.messages if m.startswith("pass ")] == ["7/9", "8/9", "9/9"]
+
+
+TERMINAL = """
+import fcntl, os, pty, struct, sys, termios
+parent, child = pty.openpty()
+fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 160, 0, 0))
+pid = os.fork()
+if pid == 0:
+    os.dup2(child, 2)
+    os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+os.close(child)
+seen = b""
+try:
+    while chunk := os.read(parent, 4096):
+        seen += chunk
+except OSError:  # the other side is closed
+    pass
+code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+sys.stdout.buffer.write(seen)
+sys.exit(code)
+"""
+
+
+def test_a_terminal_gets_a_bar_with_loss_metric_rate_and_remaining_time(data, tmp_path):
+    (tmp_path / "a.yaml").touch()
+    words = settings(data, tmp_path / "run", **{"training.logging.tracker": "none", "validation.val_every": 2})
+    command = [sys.executable, "-c", TERMINAL, "train_gslrm.py", "--config", tmp_path / "a.yaml", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=300)
+    shown = done.stdout.decode().replace("\r", "\n")
+    assert done.returncode == 0, shown + done.stderr.decode()
+    bars = re.findall(
+        r"run: +(\d+)%\|.*\| (\d)/6 \[\d+:\d\d<.*pass.*, loss [\d.]+, (\w+) [\d.]+, [\d.e+]+ samples/s\]", shown
+    )
+    assert bars and bars[-1][1:] == ("6", "fg_psnr"), shown
+    # The lines of the log stand on lines of their own, and those of the steps are left to the bar.
+    assert re.search(r"(?m)^ *INFO multiview.training: validation at pass 2", shown), shown
+    assert "pass 1/6" not in shown
 
 
 def test_a_second_run_in_the_same_folder_is_refused(data, tmp_path):

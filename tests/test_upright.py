@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 from plyfile import PlyData
-from running import run
+from running import must, run
 
 from gslrm.model.gaussians_renderer import contributions, prune, render
 from gslrm.model.ply import FORMATS, UP, VIEWER_UP, export, load_ply, save_ply, turned
 from multiview.cameras import Cameras
+from multiview.files import write_json
 from multiview.rig import load_rig
 from pipeline.outputs import PosedViews, Reconstruction
 from tests.gaussian_scenes import concatenate
@@ -93,9 +94,10 @@ def test_turned_gaussians_are_seen_the_same_by_turned_cameras(degree):
     gaussians, cameras = random_gaussians(40, degree), Cameras.turntable(3, 32, elevation_deg=20)
     seen = render(gaussians, cameras[None]).rgb
     for up in UP:
-        matrix = torch.eye(4)
-        matrix[:3, :3] = torch.tensor(UP[up])
-        assert torch.linalg.det(matrix) == 1
+        matrix, rows = torch.eye(4), {"z": "x y z", "y": "x z -y", "-y": "x -z y"}[up].split()
+        matrix[:3, :3] = torch.tensor(
+            [[(name[-1] == axis) * (1 - 2 * (name[0] == "-")) for axis in "xyz"] for name in rows]
+        )
         other = render(turned(gaussians, up), replace(cameras, c2w=matrix @ cameras.c2w)[None]).rgb
         torch.testing.assert_close(other, seen, atol=2e-4, rtol=0)
         back = turned(turned(gaussians, up), up, back=True)
@@ -222,6 +224,30 @@ def test_a_result_records_its_pruning_and_its_up_axis(tmp_path):
         assert (tmp_path / f"gaussians{suffix}").is_file()
     result.save(tmp_path, turntable_views=0)  # nothing stale stays
     assert not any((tmp_path / f"gaussians{suffix}").exists() for suffix in FORMATS.values())
+
+
+def test_a_ply_is_exported_by_its_suffix_and_pruned_for_its_cameras(tmp_path):
+    gaussians, cameras = sphere(n=400), Cameras.turntable(3, 32)
+    save_ply(tmp_path / "a.ply", gaussians, "y")
+    write_json(tmp_path / "cameras.json", {"frames": cameras.to_frames()})
+    common = ("scripts/export_ply.py", "--ply", tmp_path / "a.ply", "--output")
+    for name, suffix in FORMATS.items():
+        assert f"400 Gaussians, {VIEWER_UP[name]} up" in must(*common, tmp_path / f"b{suffix}")
+        export(tmp_path / f"direct{suffix}", gaussians, name)
+        exported, direct = (positions(tmp_path / f"{stem}{suffix}", name) for stem in ("b", "direct"))
+        np.testing.assert_allclose(np.sort(exported, 0), np.sort(direct, 0), atol=0.01)
+    must(*common, tmp_path / "c.ply", "--up", "--gaussians", 50, "--cameras", tmp_path / "cameras.json")
+    kept = prune(gaussians, cameras, 50)
+    torch.testing.assert_close(load_ply(tmp_path / "c.ply").xyz, kept.xyz)
+    assert PlyData.read(str(tmp_path / "c.ply")).comments == ["up -y; Mouse-FaceLift"]
+    for words, message in (
+        (("c.obj",), "must end in .splat, .compressed.ply, .spz, .glb, .ply and not replace --ply"),
+        ((tmp_path / "a.ply",), "not replace --ply"),
+        (("c.spz", "--up"), "--up is of .ply: the others have their own axis"),
+        (("c.spz", "--gaussians", 5), "--gaussians and --cameras belong together"),
+    ):  # fmt: skip
+        code, _, err = run(*common, *words)
+        assert code == 2 and message in err
 
 
 @pytest.mark.parametrize(

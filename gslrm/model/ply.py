@@ -18,20 +18,16 @@ from multiview.files import atomic_write
 
 REST_COUNTS = [3 * ((degree + 1) ** 2 - 1) for degree in range(MAX_SH_DEGREE + 1)]  # f_rest columns by SH degree
 
-# The axis that points up in a file -> its rotation from the world, rows. The front, at azimuth 0 and world -y, faces a
-# viewer that looks along +z where y points down (3D Gaussian splatting), along -z where y points up (glTF).
-UP = {
-    "z": ((1, 0, 0), (0, 1, 0), (0, 0, 1)),
-    "y": ((1, 0, 0), (0, 0, 1), (0, -1, 0)),
-    "-y": ((1, 0, 0), (0, 0, -1), (0, 1, 0)),
-}
+# The axis that points up in a file -> cosine and sine of its turn about x from the world. The front, at azimuth 0 and
+# world -y, faces who looks along +z where y points down (3D Gaussian splatting), along -z where y points up (glTF).
+UP = {"z": (1, 0), "y": (0, -1), "-y": (0, 1)}
 COMMENT = "comment up {}; Mouse-FaceLift"
-# Format -> file suffix; bytes per Gaussian at degree 0: 32, about 16, about 13 before gzip's, 60.
+# Format -> file suffix; bytes per Gaussian at degree 0: 32, about 16, 20 before gzip, 60.
 FORMATS = {"splat": ".splat", "ply_compressed": ".compressed.ply", "spz": ".spz", "glb": ".glb"}
 VIEWER_UP = {"splat": "-y", "ply_compressed": "-y", "spz": "y", "glb": "y"}  # what each format's viewers expect
 GLTF_SPLATS = "KHR_gaussian_splatting"
 COMPRESSED_MIN_OPACITY = 1 / 255  # gsplat leaves fainter Gaussians out of a compressed PLY
-MAX_LOGIT = 30.0  # opacity 1 to float32's last bit: gsplat leaves infinite logits out unsaid
+LOGITS = (-30.0, 30.0)  # opacity 1 to float32's last bit: gsplat leaves infinite logits out unsaid
 
 
 def save_ply(path: Path | str, gaussians: Gaussians, up: str = "z") -> None:
@@ -55,8 +51,8 @@ def turned(gaussians: Gaussians, up: str, *, back: bool = False) -> Gaussians:
     """Returns Gaussians of the world, where z points up, with axis `up` (of `UP`) upward instead; back: the reverse."""
     if up == "z":
         return gaussians
-    matrix = torch.eye(4, dtype=torch.float64)
-    matrix[:3, :3] = torch.tensor(UP[up], dtype=torch.float64)
+    (cosine, sine), matrix = UP[up], torch.eye(4, dtype=torch.float64)
+    matrix[1:3, 1:3] = torch.tensor([[cosine, -sine], [sine, cosine]])
     return gaussians.moved(matrix.T if back else matrix)
 
 
@@ -137,11 +133,10 @@ def export(path: Path | str, gaussians: Gaussians, format: str) -> None:
     if format not in FORMATS:
         raise ValueError(f"export format must be one of {', '.join(FORMATS)}, got {format!r}")
     gaussians = turned(writable(path, gaussians), VIEWER_UP[format])
-    logits = gaussians.opacity.clamp(-MAX_LOGIT, MAX_LOGIT)
     seen = gaussians.get_opacity > (COMPRESSED_MIN_OPACITY if format == "ply_compressed" else 0)
     if not seen.any():
         raise ValueError(f"{path}: none of {gaussians.num_gaussians} Gaussians can be seen, so {format} has nothing")
-    gaussians = replace(gaussians, rotation=gaussians.get_rotation, opacity=logits)
+    gaussians = replace(gaussians, rotation=gaussians.get_rotation, opacity=gaussians.opacity.clamp(*LOGITS))
     xyz, scaling, rotation = gaussians.xyz[0], gaussians.scaling[0], gaussians.rotation[0]
     opacity, dc, rest = gaussians.opacity[0, :, 0], gaussians.features[0, :, :1], gaussians.features[0, :, 1:]
     with atomic_write(Path(path)) as temporary:
@@ -165,9 +160,8 @@ def export(path: Path | str, gaussians: Gaussians, format: str) -> None:
 def glb_bytes(gaussians: Gaussians) -> bytes:
     """Returns a binary glTF of one scene whose y points up, by the ratified text of KHR_gaussian_splatting: scales are
     linear, opacity is 0..1, rotation x y z w; viewers without the extension show its points in COLOR_0."""
-    degrees = range(gaussians.sh_degree + 1)
-    # In the order of the real harmonics of 3D Gaussian splatting, whose signs are the extension's.
-    places = [f"SH_DEGREE_{degree}_COEF_{number}" for degree in degrees for number in range(2 * degree + 1)]
+    # The real harmonics of 3D Gaussian splatting have the extension's order and signs.
+    places = [f"SH_DEGREE_{d}_COEF_{number}" for d in range(gaussians.sh_degree + 1) for number in range(2 * d + 1)]
     xyz, opacity = gaussians.xyz[0], gaussians.get_opacity[0]
     color = torch.cat([C0 * gaussians.features[0, :, 0] + 0.5, opacity], dim=-1).clamp(0, 1)
     splats = {"ROTATION": gaussians.rotation[0].roll(-1, dims=-1), "SCALE": gaussians.get_scaling[0]}
@@ -183,9 +177,8 @@ def glb_bytes(gaussians: Gaussians) -> bytes:
         parts.append(array.tobytes())  # a multiple of 4 bytes each, as accessors must be aligned
     accessors[0] |= {"min": xyz.amin(0).tolist(), "max": xyz.amax(0).tolist()}
     accessors[-1]["normalized"] = True
-    told = {"kernel": "ellipse", "colorSpace": "srgb_rec709_display"}
-    indices = {name: index for index, name in enumerate(attributes)}
-    body, primitive = b"".join(parts), {"attributes": indices, "mode": 0, "extensions": {GLTF_SPLATS: told}}
+    body, told = b"".join(parts), {GLTF_SPLATS: {"kernel": "ellipse", "colorSpace": "srgb_rec709_display"}}
+    primitive = {"attributes": dict(zip(attributes, range(len(views)))), "mode": 0, "extensions": told}
     text = json.dumps({
         "asset": {"version": "2.0", "generator": "Mouse-FaceLift"}, "extensionsUsed": [GLTF_SPLATS], "scene": 0,
         "scenes": [{"nodes": [0]}], "nodes": [{"mesh": 0}], "meshes": [{"primitives": [primitive]}],
