@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import math
-import threading
 import time
 from collections.abc import Callable
 from functools import lru_cache, partial
@@ -18,13 +17,13 @@ import torch.nn.functional as F
 from scipy.spatial.transform import Rotation
 
 from gslrm.checkpoints import PATTERN
-from gslrm.model.gaussians import C0, Gaussians, filter_gaussians, rotation_matrices
+from gslrm.model.gaussians import C0, Gaussians, rotation_matrices
 from gslrm.model.gaussians_renderer import render
 from gslrm.model.ply import load_ply
 from multiview.cameras import Cameras
 from multiview.checkpoint import read_sidecar, step_of
 from multiview.files import read_json, take
-from multiview.image import composite, read_rgba, to_uint8
+from multiview.image import read_rgba, to_uint8
 from multiview.metrics import psnr
 from multiview.sample import CAMERAS_FILE, inside, read_sample, read_split
 from pipeline.model import MouseFaceLift
@@ -33,7 +32,7 @@ from pipeline.posed import reduced
 
 FILES = ("gaussians.ply", CAMERAS_FILE, "run.json", "frame.json")  # of an item; it has one of the first two
 IMAGE_SIDE, FRAMES_PER_S = 256, 10  # pixels that are kept of larger views; of the film
-BEGIN = (0.35, -0.85, 0.4)  # where browsers stand at first, seen from the animal
+BEGIN = (1.0, -2.4, 1.1)  # where browsers stand at first, in radii from the animal's middle
 
 
 class Shown(NamedTuple):
@@ -58,27 +57,27 @@ def list_items(path: Path, data: Path | None = None) -> Items:
         frames = read_split(data or take(validation, "dataset_path", str, where))
         frames = frames[: take(validation, "num_samples", int, where, least=1)]
         return {frame.name: (stamp, partial(_predict, stamp, frame)) for frame in frames}
-    times = {
-        folder: [(folder / name).stat().st_mtime_ns if (folder / name).is_file() else 0 for name in FILES]
-        for folder in (path, *sorted(path.glob("*")))
-    }
-    folders = [folder for folder in times if any(times[folder][:2])]
+    written = {file: file.stat().st_mtime_ns for name in FILES for file in (*path.glob(name), *path.glob(f"*/{name}"))}
+    folders = sorted({file.parent for file in written if file.name in FILES[:2]})
     if not folders:
         kinds = f"{FILES[0]} (a result or frame), {CAMERAS_FILE} (a sample), folders of such, or Stage 2's {PATTERN}"
         raise ValueError(f"{path} holds nothing to show: {kinds} are expected there")
-    folders = [path] if folders[0] == path else folders
-    return {folder.name: (tuple(times[folder]), partial(_read, folder, data)) for folder in folders}
+    times = {folder: tuple(written.get(folder / name) for name in FILES) for folder in folders}
+    return {
+        folder.name: (times[folder], partial(_read, folder, data)) for folder in ([path] if path in times else folders)
+    }
 
 
 def _read(folder: Path, data: Path | None) -> Shown:
-    ply, source = folder / FILES[0], folder if data is None else data / folder.name
-    gaussians, path = load_ply(ply) if ply.is_file() else None, source / CAMERAS_FILE
+    gaussians = load_ply(folder / FILES[0]) if (folder / FILES[0]).is_file() else None
+    source = folder if data is None or gaussians is None else data / folder.name
+    path = source / CAMERAS_FILE
     told = ["true views alone"] if gaussians is None else [f"{gaussians.num_gaussians:,} Gaussians"]
     for file in filter(Path.is_file, (folder / name for name in FILES[2:])):
         if verdict := take(read_json(file), "verdict", dict, str(file), default=None):
             told = [f"verdict: {verdict.get('word')}", *map(str, verdict.get("reasons") or ()), *told]
     if not path.is_file():
-        return Shown(gaussians, None, told)
+        return Shown(gaussians, None, told if data is None else [*told, f"{path} does not exist"])
     frames, images = take(read_json(path), "frames", list, str(path)), []
     cameras = Cameras.from_frames(frames, str(path), padded=True)
     for frame in frames:  # no mask is asked for, unlike in `read_sample`: a result's views are RGB
@@ -96,18 +95,18 @@ def _predict(stamp: tuple, folder: Path) -> Shown:
     sample = read_sample(folder)
     views, inputs = PosedViews.of(sample.rgba, sample.cameras), slice(0, sample.num_inputs)
     given = PosedViews(views.rgb[inputs], views.masks[inputs], views.cameras[inputs])
-    gaussians = filter_gaussians(_model(stamp).predict(given))
+    gaussians = _model(stamp).predict(given)
     told = [stamp[0].name, f"{gaussians.num_gaussians:,} Gaussians from {len(given.rgb)} views of a validation sample"]
     return Shown(gaussians, reduced(views, IMAGE_SIDE), told)
 
 
 class Viewer:
-    """One scene for all browsers. Their callbacks only wake the main thread, which alone reads files and renders."""
+    """One scene for all browsers. No callbacks: one thread alone reads what was set, reads files and renders."""
 
     def __init__(self, server, find: Callable[[], Items], refresh_s: float) -> None:
         self.server, self.find, self.refresh_s = server, find, refresh_s
         self.items, self.looked, self.drawn = find(), time.monotonic(), {}
-        self.wake, self.frusta, gui = threading.Event(), [], server.gui
+        self.frusta, gui = [], server.gui
         self.told = gui.add_html("")
         self.frame, self.film = gui.add_slider("frame", 0, 1, 1, 0), gui.add_button_group("", ("Stop", "Play"))
         self.are_shown = gui.add_checkbox("show cameras", True)
@@ -116,15 +115,12 @@ class Viewer:
         gui.add_button("Screenshot").on_click(lambda event: self.send_screenshot(event.client))
         self.camera = gui.add_slider("compare camera", 0, 1, 1, 0)
         self.pair = gui.add_image(np.zeros((1, 1, 3), np.uint8), format="png")
-        for handle in (self.frame, self.are_shown, self.opacity, self.background, self.camera):
-            handle.on_update(lambda _: self.wake.set())
         self.update()
-        has_no_model = self.shown.gaussians is None
-        points = self.shown.views.cameras.origins if has_no_model else self.shown.gaussians.xyz[0]
-        middle, start = points.mean(dim=0), server.initial_camera
-        away = 2.8 * (points - middle).norm(dim=-1).quantile(0.98)
-        start.position, start.look_at = (middle + away * middle.new_tensor(BEGIN)).numpy(), middle.numpy()
-        start.fov = math.radians(45)
+        gaussians, start = self.shown.gaussians, server.initial_camera
+        points = self.shown.views.cameras.origins if gaussians is None else gaussians.xyz[0]
+        middle, radius = points.mean(dim=0), (points - points.mean(dim=0)).norm(dim=-1).quantile(0.98)
+        start.position = (middle + radius * middle.new_tensor(BEGIN)).numpy()
+        start.look_at, start.fov = middle.numpy(), math.radians(45)
 
     def send_screenshot(self, client) -> None:
         shown = client.get_render(client.camera.image_height, client.camera.image_width, timeout=60)
@@ -133,18 +129,13 @@ class Viewer:
         )
 
     def step(self) -> None:
-        """Waits for a click, the film's next frame or the next look for newer files; then draws what has changed."""
-        is_playing = self.film.value == "Play"
-        self.wake.wait(1 / FRAMES_PER_S if is_playing else 0.2)
-        self.wake.clear()
-        if is_playing:
+        """Takes the film's next frame, looks for newer files if it is time, and draws what has changed."""
+        time.sleep(1 / FRAMES_PER_S)
+        if self.film.value == "Play":
             self.frame.value = (self.frame.value + 1) % len(self.items)
         try:
             if time.monotonic() - self.looked > self.refresh_s:
-                self.looked, before = time.monotonic(), len(self.items)
-                self.items = self.find()
-                if len(self.items) > before == self.frame.value + 1:  # who looks at the newest goes on to
-                    self.frame.max = self.frame.value = len(self.items) - 1
+                self.looked, self.items = time.monotonic(), self.find()
             self.update()
         except (ValueError, OSError) as error:  # files that are gone or being replaced: what is drawn stays
             self.tell([str(error)])
@@ -160,10 +151,10 @@ class Viewer:
         self.name, (stamp, load) = list(self.items.items())[min(self.frame.value, len(self.items) - 1)]
         scene = (self.name, stamp)
         if self.drawn.get("scene") != scene:
+            self.drawn["scene"] = scene  # also if it cannot be read: it is tried again when it is written again
             self.shown = load()
-            self.drawn["scene"] = scene
             self.tell(self.shown.told)
-            self.camera.visible = self.pair.visible = self.shown.views is not None
+            self.camera.visible = self.pair.visible = None not in self.shown[:2]  # something to compare
             self.camera.max = max(1, len(self.shown.views.rgb) - 1) if self.shown.views else 1
         for draw, *settings in (
             (self.draw_background, self.background.value), (self.draw_gaussians, scene),
@@ -203,12 +194,10 @@ class Viewer:
     @torch.no_grad()
     def compare(self) -> None:
         """Renders the Gaussians by our own rasterizer from the chosen camera, beside the given view."""
-        if (views := self.shown.views) is None:
+        gaussians, views, _ = self.shown
+        if gaussians is None or views is None:
             return
         number = min(self.camera.value, len(views.rgb) - 1)
-        shown, told = views.rgb[number], f"given view {number}"
-        if self.shown.gaussians is not None:
-            rendered = render(self.shown.gaussians, views.cameras[number : number + 1][None]).rgb[0, 0].clamp(0, 1)
-            shown = torch.cat([shown, rendered], dim=-1)
-            told += f" | rendered: PSNR {float(psnr(rendered, views.rgb[number])):.1f} dB"
-        self.pair.image, self.pair.label = to_uint8(shown), told
+        rendered = render(gaussians, views.cameras[number : number + 1][None]).rgb[0, 0].clamp(0, 1)
+        self.pair.image = to_uint8(torch.cat([views.rgb[number], rendered], dim=-1))
+        self.pair.label = f"given view {number} | rendered: PSNR {float(psnr(rendered, views.rgb[number])):.1f} dB"

@@ -3,7 +3,6 @@
 For this machine alone unless --host says otherwise; one photograph at a time; what is uploaded and made goes away.
 """
 
-import argparse
 import logging
 import os
 import re
@@ -13,12 +12,12 @@ import tempfile
 import time
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from multiview.config import add_fields, checked, from_arguments, server_library
+from multiview.config import Parser, add_fields, checked, from_arguments, server_library
 from multiview.run import Stop, leave, main_guard
 from pipeline.options import Checkpoints
 
@@ -36,6 +35,20 @@ def cut(path: str, left: float, top: float, right: float, bottom: float):
     return rgba[:, round(top * height) : round(bottom * height), round(left * width) : round(right * width)]
 
 
+def answered(work, *nothing):
+    """Returns `work`, which answers an error with its sentence in the place of "", without paths of this machine."""
+
+    @wraps(work)  # gradio finds a progress bar among the parameters
+    def call(*values):
+        try:
+            return work(*values)
+        except (ValueError, OSError) as error:
+            told = re.sub(rf"{re.escape(tempfile.gettempdir())}\S*/", "", str(error))
+            return [told if value == "" else value for value in nothing]
+
+    return call
+
+
 def look(path: str | None, *box: float):
     """Returns what the box holds beside the animal cut out of it, and a question."""
     from multiview.image import composite, prepare_photo, to_uint8
@@ -49,73 +62,53 @@ def look(path: str | None, *box: float):
     return [to_uint8(image) for image in pair], told
 
 
-def reconstruct(model, folder: Path, turntable_views: int, progress, path: str | None, *values: float):
-    """Returns verdict and reasons, a picture of the views, what gradio's viewer shows, the files to download."""
-    import torch
-
-    from gslrm.model import ply
-    from multiview.files import read_json
-
-    if path is None:
-        raise ValueError("Drop a photograph first")
-    *box, seed, steps = values
-    started, model.artifacts = time.perf_counter(), replace(model.artifacts, num_steps=int(steps))
-    result = model(cut(path, *box), seed=int(seed), name=Path(path).name, progress=partial(progress, desc="views"))
-    shutil.rmtree(folder, ignore_errors=True)  # of the photograph before, which gradio has copied
-    result.save(folder, turntable_views=turntable_views, export=tuple(ply.FORMATS))
-    y_down = torch.tensor([[1.0, 0, 0, 0], [0, 0, -1, 0], [0, 1, 0, 0], [0, 0, 0, 1]])  # as gradio's viewer has it
-    seen = replace(result.gaussians, features=result.gaussians.features[:, :, :1]).moved(y_down.to(model.device))
-    ply.export(folder / "shown.splat", seen, "splat")
-    verdict = read_json(folder / "run.json").get("verdict") or {"word": "done"}
-    seconds, count = time.perf_counter() - started, result.gaussians.num_gaussians
-    told = [verdict.get("word"), *(verdict.get("reasons") or ()), f"{count:,} Gaussians in {seconds:.1f} s"]
-    files = sorted(map(str, [*folder.glob("gaussians.*"), *folder.glob("turntable.mp4")]))
-    return "\n".join(map(str, told)), str(folder / "multiview.png"), str(folder / "shown.splat"), files
-
-
-def answered(work, *nothing):
-    """Returns `work`, which answers an error with its sentence in the place of "", without paths of this machine."""
-
-    def call(*values):
-        try:
-            return work(*values)
-        except (ValueError, OSError) as error:
-            told = re.sub(rf"{re.escape(tempfile.gettempdir())}\S*/", "", str(error))
-            return [told if value == "" else value for value in nothing]
-
-    return call
-
-
 def build(gr, model, folder: Path, turntable_views: int):
-    """Returns the page, whose jobs queue up for one worker."""
+    """Returns the page, whose jobs queue up for one worker. folder: for the results."""
+    from gslrm.model import ply
 
-    def run(*values, progress=gr.Progress()):  # noqa: B008 (where gradio looks for it)
-        job = partial(reconstruct, model, folder, turntable_views, progress.tqdm)
-        return answered(job, "", None, None, None)(*values)
+    def reconstruct(path, left, top, right, bottom, seed, steps, progress=gr.Progress()):  # noqa: B008 (gradio's way)
+        if path is None:
+            raise ValueError("Drop a photograph first")
+        started, model.artifacts = time.perf_counter(), replace(model.artifacts, num_steps=int(steps))
+        result = model(
+            cut(path, left, top, right, bottom), seed=int(seed), name=Path(path).name,
+            progress=partial(progress.tqdm, desc="views"),
+        )  # fmt: skip
+        shutil.rmtree(folder, ignore_errors=True)  # of the photograph before, which gradio has copied
+        result.save(folder, turntable_views=turntable_views, export=tuple(ply.FORMATS))
+        verdict, seconds = result.record["verdict"], time.perf_counter() - started
+        told = [
+            verdict["word"],
+            *verdict["reasons"],
+            f"{result.gaussians.num_gaussians:,} Gaussians in {seconds:.1f} s",
+        ]
+        files = sorted(map(str, [*folder.glob("gaussians.*"), *folder.glob("turntable.mp4")]))
+        return "\n".join(told), str(folder / "multiview.png"), str(folder / "gaussians.splat"), files
 
-    with gr.Blocks(title="Mouse-FaceLift", analytics_enabled=False, delete_cache=(600, 3600)) as page:
-        with gr.Row():
-            with gr.Column():
-                photo = gr.File(label="Photograph of a mouse, at most 20 MB", file_types=["image"], height=120)
-                mask = gr.Gallery(label="The box | the animal in it", columns=2, height=260, interactive=False)
-                told = gr.Textbox(label="Mask", elem_id="mask")
+    with gr.Blocks(title="Mouse-FaceLift", analytics_enabled=False, delete_cache=(600, 3600)) as page, gr.Row():
+        with gr.Column():
+            photo = gr.File(label="Photograph of a mouse, at most 20 MB", file_types=["image"], height=120)
+            pair = {"columns": 2, "height": 260, "object_fit": "contain"}
+            mask = gr.Gallery(label="The box | the animal in it", interactive=False, **pair)
+            told = gr.Textbox(label="Mask", elem_id="mask")
+            with gr.Row():
                 box = [gr.Slider(0, 100, at, step=1, label=f"Box: {side}, %") for side, at in BOX.items()]
-                seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1)
-                steps = gr.Slider(1, 100, model.artifacts.num_steps, step=1, label="Steps of Stage 1")
-                button = gr.Button("Reconstruct", variant="primary")
-            with gr.Column():
-                shown = [gr.Textbox(label="Result", lines=2, elem_id="result"), gr.Image(label="Views", buttons=[]),
-                         gr.Model3D(label="3D model: drag, scroll", height=420, interactive=False),
-                         gr.File(label="Download", interactive=False, elem_id="files")]  # fmt: skip
+            seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1)
+            steps = gr.Slider(1, 100, model.artifacts.num_steps, step=1, label="Steps of Stage 1")
+            button = gr.Button("Reconstruct", variant="primary")
+        with gr.Column():
+            result = [gr.Textbox(label="Result", elem_id="result"), gr.Image(label="Views", buttons=[])]
+            result += [gr.Model3D(label="3D model: drag, scroll", height=420, interactive=False)]
+            result += [gr.File(label="Download", interactive=False, elem_id="files")]
         looking = {"fn": answered(look, None, ""), "inputs": [photo, *box], "outputs": [mask, told]}
         photo.change(lambda: list(BOX.values()), None, box).then(**looking)
         gr.on([slider.release for slider in box], **looking)
-        button.click(run, [photo, *box, seed, steps], shown)
+        button.click(answered(reconstruct, "", None, None, None), [photo, *box, seed, steps], result)
     return page.queue(default_concurrency_limit=1, max_size=16)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     add_fields(parser, Checkpoints)
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--turntable_views", type=checked(int, 0), default=60, help="frames of turntable.mp4 (60)")
