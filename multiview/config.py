@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import importlib
 import io
 import logging
 import math
+import socket
 import types
 import typing
 from pathlib import Path
@@ -229,6 +231,18 @@ def _flag_type(hint: Any) -> tuple[type, int | str | None]:
     if typing.get_origin(hint) is tuple:
         return parts[0], "*" if Ellipsis in parts else len(parts)
     return hint, None
+
+
+def server_library(library: str, host: str, port: int) -> types.ModuleType:
+    """Imports a library of requirements-extra.txt that is to serve host:port. Raises ValueError where it is not
+    installed, and where the port is taken, instead of which it would choose another."""
+    try:
+        socket.create_server((host, port)).close()
+        return importlib.import_module(library)
+    except ImportError as error:
+        raise ValueError(f"{library} is not installed ({error}): pip install -r requirements-extra.txt") from error
+    except OSError as error:
+        raise ValueError(f"{host}:{port} cannot be served ({error.strerror}): choose another --port") from error
 
 
 def checked(kind: type, least: float | None = None, most: float | None = None):

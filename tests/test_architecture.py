@@ -32,6 +32,8 @@ HOMES = {  # library -> the only places that may import it
     "matplotlib": ("evaluation/report.py", "recording/quality/"),
     "gsplat": ("gslrm/model/rasterizers/", "gslrm/model/ply.py"),
     "wandb": ("multiview/tracking.py",),
+    "viser": ("scripts/view.py",),  # imported by name there: an extra
+    "gradio": ("scripts/web_demo.py",),
 }
 SCRIPTS = sorted(path.relative_to(ROOT) for path in [*ROOT.glob("*.py"), *(ROOT / "scripts").glob("*.py")])
 
