@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import ROOT, run
+from commands import ROOT, code_blocks, run
 from mvdiffusion_tiny import SIZE, UNET, write_components, write_dataset
 
 from gslrm.config import GaussiansConfig, ImageTokenizerConfig, ModelConfig, TransformerConfig
@@ -154,6 +154,18 @@ def test_every_promised_command_works_as_written(workspace):
     result = "outputs/pipeline_v1/cam_000/stage2_gslrm"
     must(workspace, FULL_PIPELINE + SHORT, f"{result}/gaussians.ply")
     assert json.loads((workspace / result / "run.json").read_text())["rig"]["name"] == "mouse6"
+
+
+def test_the_guides_commands_for_facelifts_weights_work_as_written(workspace):
+    """docs/guides/your_animals.md, section 5, on the weights in FaceLift's layout: any measured rig, no failed try."""
+    must(workspace, PROCESS.replace("data_mouse", "data_mine").replace("512", "64"), "data_mine/data_mouse_val.txt")
+    (block,) = code_blocks((ROOT / "docs/guides/your_animals.md").read_text().split("\n## 5.")[1], "bash")
+    small = {"train_gslrm": SMALL_GSLRM, "train_diffusion": SMALL_DIFFUSION.rpartition(" ")[0], "inference": SHORT}
+    for command in block.splitlines():
+        (added,) = [text for name, text in small.items() if name in command]
+        must(workspace, command + added)
+    record = json.loads((workspace / "outputs/mine/mouse/run.json").read_text())
+    assert record["rig"]["name"] == "mouse6-measured" and "mouse_data_mine" in record["artifacts"]["unet"]
 
 
 def test_without_the_weights_each_command_says_what_is_missing_and_where_it_goes(tmp_path):

@@ -2,9 +2,17 @@
 
 import json
 import shutil
+from functools import partial
 
+import pytest
 from commands import ROOT, code_blocks, run
+from mvdiffusion_tiny import write_dataset
 from test_commands import link_code
+
+import gslrm.config
+from multiview.config import load_config
+from multiview.rig import load_rig
+from mvdiffusion import facelift_yaml
 
 GUIDE = ROOT / "docs" / "guides" / "your_animals.md"
 SMALLER = {  # command -> what is appended; of a flag that comes twice the last one counts
@@ -38,3 +46,23 @@ def test_the_guide_runs_from_the_recording_to_the_photograph(tmp_path):
     record = json.loads((tmp_path / "outputs/mine/mouse/run.json").read_text())
     assert record["rig"]["name"] == "mouse6-measured"
     assert shipped == {path: path.stat().st_mtime_ns for path in shipped}  # the shipped models stay as they are
+
+
+def test_a_dataset_brings_its_lists_its_views_its_prompts_and_a_folder_of_its_own(tmp_path):
+    data = tmp_path / "my data"
+    train = write_dataset(data, load_rig("uniform4"), count=3)
+    load = partial(load_config, gslrm.config.GSLRMConfig, ROOT / "configs" / "adapt_demo.yaml")
+    asked = gslrm.config.dataset_overrides(load(), data)
+    config = load([*asked, "training.dataset.num_input_views=3"])  # what is typed wins
+    dataset = config.training.dataset
+    assert (dataset.num_views, dataset.num_input_views, dataset.dataset_path) == (4, 3, str(train))
+    assert config.training.checkpointing.checkpoint_dir == "checkpoints/gslrm/adapted_my data"
+    assert config.training.losses.direct_loss_weight == 0  # recordings have no depth
+    for name in (ROOT / "configs/adapt_demo_mvdiffusion.yaml", ROOT / "tests/facelift_flat.yaml"):
+        before = facelift_yaml.load_training_config(name)
+        after = facelift_yaml.load_training_config(name, facelift_yaml.dataset_overrides(before, data))
+        assert after.train_data == str(train) and after.validation_data == str(data / "data_mouse_val.txt")
+        assert after.prompt_embeds is None and after.output_dir == f"{before.output_dir}_my data"
+    (data / "data_mouse_val.txt").unlink()
+    with pytest.raises(ValueError, match="data_mouse_val.txt does not exist"):
+        gslrm.config.dataset_overrides(load(), data)

@@ -16,12 +16,12 @@ from multiview.image import composite
 from multiview.rig import RigMismatchError, load_rig
 from multiview.run import make_generator
 from multiview.sample import read_sample, read_split
-from mvdiffusion.checkpoints import components_folder_of, embeds_of, newest_training
+from mvdiffusion.checkpoints import Sampling, components_folder_of, embeds_of, newest_training, sampling_of
 from mvdiffusion.config import MVDiffusionConfig
 from mvdiffusion.data.mouse_dataset import MouseMVDiffusionDataset
 from mvdiffusion.facelift_yaml import load_training_config
 from mvdiffusion.losses import diffusion_loss, draw_timesteps, noise_and_target, snr_weights
-from mvdiffusion.models.unet import load_unet
+from mvdiffusion.models.unet import load_unet, resolve_unet_folder
 from mvdiffusion.prompts import load_prompt_embeds
 from mvdiffusion.training import train
 
@@ -158,6 +158,9 @@ def test_checkpoint_holds_all_that_inference_needs(tiny, whole):
     newest = output / "checkpoint-4"
     assert read_rig(newest / "unet").name == "mouse6" and read_rig(newest / "unet_ema").name == "mouse6"
     assert components_folder_of(newest / "unet_ema") == tiny["components"]
+    # The run's own folder has a config.json too, which is no UNet's.
+    assert resolve_unet_folder(output) == newest / "unet_ema" and (output / "config.json").is_file()
+    assert sampling_of(newest / "unet_ema") == Sampling(50, 3.0, "never")
     stored = load_prompt_embeds(embeds_of(newest / "unet"))
     torch.testing.assert_close(stored.tensor, load_prompt_embeds(tiny["embeds"]).tensor)
     own, average = (load_unet(newest / name).conv_in.weight for name in ("unet", "unet_ema"))
@@ -192,8 +195,9 @@ def test_other_models_and_rigs_are_refused_unless_allowed(tiny, whole, tmp_path)
     config = config_for(other, tmp_path / "four", unet={}, pretrained_unet_path=start, max_train_steps=1)
     with pytest.raises(RigMismatchError, match="4 against 6(.|\n)*allow_rig_change=true"):
         train(config)
-    config.allow_rig_change = True
+    config.allow_rig_change, config.prompt_embeds = True, None  # embeddings of the rig are made on the way
     train(config)
+    assert load_prompt_embeds(tmp_path / "four" / "prompt_embeds").rig.name == "uniform4"
     unet = load_unet(tmp_path / "four" / "checkpoint-1" / "unet")
     assert unet.config.num_views == 4 and read_rig(tmp_path / "four" / "checkpoint-1" / "unet").name == "uniform4"
 
