@@ -115,7 +115,8 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1; 0.0.0.0 lets other machines in")
     parser.add_argument("--port", type=checked(int, 1, 65535), default=7860, help="default: 7860")
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="mouse_facelift_web_", ignore_cleanup_errors=True) as folder:
+    temporary = tempfile.TemporaryDirectory(prefix="mouse_facelift_web_", ignore_cleanup_errors=True)
+    with Stop() as stop, temporary as folder, suppress(KeyboardInterrupt):
         tempfile.tempdir = folder  # whatever anybody writes lies here; gradio serves what is in its own part of it
         os.environ |= {"GRADIO_TEMP_DIR": f"{folder}/served", "GRADIO_ANALYTICS_ENABLED": "False"}
         gr = server_library("gradio", given.host, given.port)
@@ -124,19 +125,17 @@ def main() -> None:
         import_stage1()
         model = MouseFaceLift.load(device=given.device, **vars(from_arguments(Checkpoints, given)))
         page = build(gr, model, Path(folder, "result"), given.turntable_views)
-        with Stop() as stop, suppress(KeyboardInterrupt):
-            stop.in_loop = True
-            theme = gr.themes.Default(font="sans-serif", font_mono="monospace")  # the default's come from the network
-            logging.getLogger("httpx").setLevel(logging.WARNING)  # gradio asks itself whether it is there
-            page.launch(
-                server_name=given.host, server_port=given.port, share=False, quiet=True, prevent_thread_lock=True,
-                max_file_size="20mb", footer_links=[], run_history=False, ssr_mode=False,
-                enable_monitoring=False, theme=theme, css="canvas {background: white !important}",
-            )  # fmt: skip
-            print(f"http://{given.host}:{given.port} (Ctrl-C ends it)", flush=True)
-            while not stop.is_due():
-                time.sleep(0.2)
-        page.close(verbose=False)
+        logging.getLogger("httpx").setLevel(logging.WARNING)  # gradio asks itself whether it is there
+        page.launch(
+            server_name=given.host, server_port=given.port, share=False, quiet=True, prevent_thread_lock=True,
+            max_file_size="20mb", footer_links=[], run_history=False, ssr_mode=False, enable_monitoring=False,
+            theme=gr.themes.Default(font="sans-serif", font_mono="monospace"),  # the default's come from the network
+            css="canvas {background: white !important}",
+        )  # fmt: skip
+        print(f"http://{given.host}:{given.port} (Ctrl-C ends it)", flush=True)
+        stop.in_loop = True
+        while not stop.is_due():
+            time.sleep(0.2)
 
 
 if __name__ == "__main__":
