@@ -32,6 +32,7 @@ PHOTO_LIMITS = {
 POSED_LIMITS = {
     "given_psnr": (20.0, 16.0, "the Gaussians look unlike the given views (dB)"),
     "given_iou": (0.88, 0.75, "the Gaussians' outlines differ from the given ones"),
+    "views": (4, 3, "few views: what none of them shows is a guess"),
     "agreement_of_masks": (0.88, 0.65, "masks and cameras do not quite belong together"),
 }
 
@@ -44,6 +45,8 @@ def judge(gaussians: Gaussians, views: PosedViews, record: dict, photo: Tensor |
         given = [part.to(gaussians.device) for part in (views.rgb, views.masks, views.cameras)]
         told = agreement(gaussians, *given)
     scores, limits = {f"given_{name}": told[name] for name in ("psnr", "iou")}, POSED_LIMITS
+    if photo is None:
+        scores["views"] = len(views.cameras)
     if "agreement_of_masks" in record:
         scores["agreement_of_masks"] = record["agreement_of_masks"]
     if photo is not None:

@@ -15,6 +15,7 @@ from multiview.metrics import mask_iou
 from multiview.sample import read_sample, read_split
 from pipeline import MouseFaceLift
 from pipeline.batch import FOREIGN_SUFFIXES, film_photos, folder_photos, reconstruct_photos, video_photos
+from pipeline.outputs import PosedViews
 from pipeline.verdict import PHOTO_LIMITS, POSED_LIMITS, WORDS, judge, photo_scores
 
 
@@ -162,6 +163,8 @@ def test_the_word_is_the_worst_scores_and_each_reason_is_told(model):
         told = judge(result.gaussians, result.views, record, None, 0)
         assert told["word"] == word and len(told["reasons"]) == (word != "good"), told
         assert set(told["scores"]) == {*POSED_LIMITS, "anisotropy_p95"}
+        pair = PosedViews(result.views.rgb[:2], result.views.masks[:2], result.views.cameras[:2])
+        assert judge(result.gaussians, pair, record, None, 0)["word"] == "poor"
 
 
 @pytest.mark.parametrize(("name", "word"), [("mouse", "good"), ("chair", "poor")])
