@@ -13,14 +13,14 @@ from multiview.run import leave, main_guard
 from pipeline.options import Checkpoints, Options, add_up, parse_with_overrides
 
 SOURCES = ("input_image", "input_dir", "sample_dir", "dataset", "input_video")
-VIDEO_SUFFIXES = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg"}
+KINDS = {"opencv_cameras.json": "sample_dir", "dataset.json": "dataset", ".txt": "dataset"}  # what tells an input
+KINDS |= dict.fromkeys((".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg"), "input_video")
 EXPORTS = ("splat", "ply_compressed", "spz", "glb")
 
 
 def parse_arguments() -> tuple[argparse.Namespace, Options]:
     parser = Parser(description=__doc__)
-    given = parser.add_argument_group("input: one of these, or its path alone")
-    source = given.add_mutually_exclusive_group()
+    source = parser.add_argument_group("input: one of these, or its path alone").add_mutually_exclusive_group()
     source.add_argument("--input_image", type=Path, help="one photograph (RGBA: its alpha is the mask)")
     source.add_argument("--input_dir", type=Path, help="every photograph in a folder")
     source.add_argument("--sample_dir", type=Path, help="a sample folder of posed views: Stage 2 only")
@@ -70,11 +70,9 @@ def place_input(arguments: argparse.Namespace) -> None:
     if len(words) == 1 and not given:
         path = Path(words[0])
         arguments.overrides.remove(words[0])
-        is_list, is_film = path.suffix == ".txt", path.suffix.lower() in VIDEO_SUFFIXES
-        kind = "dataset" if is_list else "input_video" if is_film else "input_image"
+        kind = KINDS.get(path.suffix.lower(), "input_image")
         if path.is_dir():
-            is_sample, is_dataset = ((path / name).is_file() for name in ("opencv_cameras.json", "dataset.json"))
-            kind = "sample_dir" if is_sample else "dataset" if is_dataset else "input_dir"
+            kind = next((kind for name, kind in KINDS.items() if (path / name).is_file()), "input_dir")
         setattr(arguments, kind, path)
     elif not given:
         told = f"{len(words)} inputs ({', '.join(words)})" if words else "no input"

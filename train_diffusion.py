@@ -15,8 +15,7 @@ def main() -> None:
 
     config = load_training_config(arguments.config, arguments.overrides)
     if arguments.data:  # what is typed wins over what the dataset asks for
-        asked = [*dataset_overrides(config, arguments.data), *arguments.overrides]
-        config = load_training_config(arguments.config, asked)
+        config = load_training_config(arguments.config, dataset_overrides(config, arguments.data) + arguments.overrides)
     if arguments.dry_run:
         print(config_to_yaml(config), end="")
         return

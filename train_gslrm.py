@@ -5,8 +5,6 @@ python train_gslrm.py --config configs/mouse_config_finetune.yaml --overfit 10
 torchrun --nproc_per_node 4 train_gslrm.py --config configs/mouse_config_finetune.yaml
 """
 
-from functools import partial
-
 from multiview.config import config_to_yaml, load_config, training_arguments
 from multiview.run import main_guard
 
@@ -15,10 +13,10 @@ def main() -> None:
     arguments = training_arguments(__doc__, "gslrm/config.py", "training.optimizer.lr=1e-5")
     from gslrm.config import IGNORED_KEYS, GSLRMConfig, dataset_overrides
 
-    load = partial(load_config, GSLRMConfig, arguments.config, ignored=set(IGNORED_KEYS))
-    config = load(arguments.overrides)
+    config = load_config(GSLRMConfig, arguments.config, arguments.overrides, ignored=set(IGNORED_KEYS))
     if arguments.data:  # what is typed wins over what the dataset asks for
-        config = load([*dataset_overrides(config, arguments.data), *arguments.overrides])
+        overrides = dataset_overrides(config, arguments.data) + arguments.overrides
+        config = load_config(GSLRMConfig, arguments.config, overrides, ignored=set(IGNORED_KEYS))
     if arguments.dry_run:
         print(config_to_yaml(config), end="")
         return

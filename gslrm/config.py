@@ -273,12 +273,10 @@ def model_config_from_dict(content: dict, source: str) -> ModelConfig:
 def dataset_overrides(config: GSLRMConfig, folder: Path) -> list[str]:
     """What `--data` asks of a config: the dataset's lists, all views of its rig, a run folder named after it."""
     (train, val), views = split_lists(folder), read_dataset_info(folder)["rig"].num_views
-    run = f"{config.training.checkpointing.checkpoint_dir.rstrip('/')}_{folder.resolve().name}"
-    return [
-        f"training.dataset.dataset_path={train}", f"validation.dataset_path={val}",
-        f"training.dataset.num_views={views}", f"training.dataset.num_input_views={views}",
-        f"training.checkpointing.checkpoint_dir={run}",
-    ]  # fmt: skip
+    run, key = config.training.checkpointing.checkpoint_dir.rstrip("/"), "training.checkpointing.checkpoint_dir"
+    asked = [f"training.dataset.{name}={views}" for name in ("num_views", "num_input_views")]
+    asked += [f"training.dataset.dataset_path={train}", f"validation.dataset_path={val}"]
+    return [*asked, f"{key}={run}_{folder.resolve().name}"]
 
 
 def size_of(config: GSLRMConfig) -> tuple[float, float, float]:

@@ -157,7 +157,6 @@ class Parser(argparse.ArgumentParser):
 
     @property
     def version(self) -> str:
-        """What argparse prints for --version; git is asked only then."""
         from multiview import __version__
         from multiview.run import git_hash
 

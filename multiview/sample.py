@@ -183,11 +183,8 @@ def write_dataset_info(folder: Path | str, rig: ViewRig, **parameters) -> None:
 
 
 def split_lists(folder: Path | str) -> tuple[Path, Path]:
-    """Returns the training and the validation list of a dataset folder. Raises ValueError where one is missing."""
-    lists = Path(folder) / "data_mouse_train.txt", Path(folder) / "data_mouse_val.txt"
-    for path in lists:
-        _existing(path)
-    return lists
+    """Returns the paths of a dataset folder's training and validation list."""
+    return Path(folder) / "data_mouse_train.txt", Path(folder) / "data_mouse_val.txt"
 
 
 def read_dataset_info(folder: Path | str) -> dict:

@@ -41,8 +41,7 @@ class MVDiffusionConfig:
     rig: str | None = None  # None: the data set's
     num_views: int | None = None  # None: the rig's; any other number is refused
     image_size: int | None = None  # pixels; None: the UNet's; any other is refused
-    # None: made for the rig by the components' own text encoder, in output_dir
-    prompt_embeds: str | None = "mvdiffusion/data/mouse_prompt_embeds_6view/clr_embeds.pt"
+    prompt_embeds: str | None = "mvdiffusion/data/mouse_prompt_embeds_6view/clr_embeds.pt"  # None: made for the rig
 
     # Data
     train_data: str = "data_mouse/data_mouse_train.txt"  # split list

@@ -17,9 +17,7 @@ Chosen = TypeVar("Chosen")
 class Stage1Checkpoints:
     """Where Stage 1 is read from and how it samples; None: what the checkpoint itself names, else the demo model's."""
 
-    mvdiffusion_checkpoint: Path | None = option(
-        None, "Stage 1: a run's folder, a checkpoint or a UNet; default: demo model"
-    )
+    mvdiffusion_checkpoint: Path | None = option(None, "Stage 1: run folder, checkpoint or UNet; default: demo model")
     mvdiff_pretrained: Path | None = option(None, "Stage 1: components; default: the checkpoint's own")
     prompt_embeds: Path | None = option(None, "clr_embeds.pt; default: those beside the UNet, else the tracked ones")
     rig: str | None = option(None, "the view rig, for weights that carry none (facelift6 for FaceLift's)")

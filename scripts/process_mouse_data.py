@@ -72,15 +72,15 @@ def next_commands(folder: Path) -> list[str]:
     from multiview.sample import split_lists
 
     held_out, name = (split_lists(folder)[1].read_text().split() or ["sample_000000"])[0], folder.resolve().name
-    data, out, sample = (shlex.quote(str(path)) for path in (folder, f"outputs/{name}", folder / held_out))
-    stage1, stage2 = (shlex.quote(f"checkpoints/{stage}/adapted_{name}") for stage in ("mvdiffusion", "gslrm"))
-    both = f"--mvdiffusion_checkpoint {stage1} --checkpoint {stage2} --output_dir {out}"
+    paths = folder, folder / held_out, f"outputs/{name}", f"checkpoints/gslrm/adapted_{name}"
+    data, sample, out, stage2 = (shlex.quote(str(path)) for path in paths)
+    both = f"--mvdiffusion_checkpoint {shlex.quote(f'checkpoints/mvdiffusion/adapted_{name}')} --checkpoint {stage2}"
     return [
         f"python scripts/check_dataset.py --data {data} --output_dir {shlex.quote(f'{folder}_report')}",
         f"python train_gslrm.py --config configs/adapt_demo.yaml --data {data}",
         f"python train_diffusion.py --config configs/adapt_demo_mvdiffusion.yaml --data {data}",
         f"python inference_mouse.py {sample} --checkpoint {stage2} --output_dir {out}",
-        f"python inference_mouse.py {sample}/images/cam_000.png {both}",
+        f"python inference_mouse.py {sample}/images/cam_000.png {both} --output_dir {out}",
     ]
 
 
@@ -103,8 +103,8 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"quality: {report['grade']}; see {settings.output_dir / 'quality_report.html'}")
     for reason in report["reasons"]:
         print(f"  - {reason}")
-    print("next, the shipped models fitted to this recording (docs/guides/your_animals.md):")
-    print(*(f"  {command}" for command in next_commands(settings.output_dir)), sep="\n")
+    told = "next, the shipped models fitted to this recording (docs/guides/your_animals.md):"
+    print(told, *next_commands(settings.output_dir), sep="\n  ")
     if report["skipped_frames"] and settings.on_bad_frame == "list":
         raise ValueError(
             f"{report['skipped_frames']} frames were left out for empty masks, {report['num_samples']} are imported; "

@@ -1,7 +1,4 @@
-"""Writes docs/config_keys.md: every key of the configurations, its default, and what the source says beside it.
-
-python tests/config_keys.py
-"""
+"""`python tests/config_keys.py` writes docs/config_keys.md: every key, its default, what the source says beside it."""
 
 import ast
 import dataclasses
@@ -21,54 +18,41 @@ line overrides a YAML file; `--dry_run` of both trainings prints what is resolve
 """
 
 
-def said_beside(schema: type) -> dict[str, str]:
-    """Returns the comment of each field: behind it, or else directly above it (a heading stands below a blank line)."""
-    lines, found = inspect.getsource(schema).splitlines(), {}
-    for node in ast.parse(inspect.getsource(schema)).body[0].body:
-        if isinstance(node, ast.AnnAssign):
-            behind = lines[node.end_lineno - 1].partition("  # ")[2].removeprefix("fmt: skip")
-            above, before = lines[node.lineno - 2].strip(), lines[node.lineno - 3].strip()
-            is_own = above.startswith("# ") and before and not before.endswith('"""')
-            found[node.target.id] = behind or (above[2:] if is_own else "")
-    return found
-
-
 def rows(schema: type, prefix: str = "") -> list[str]:
-    hints, beside, table = typing.get_type_hints(schema), said_beside(schema), []
+    """Returns the table's rows of a dataclass and of those in it. A key's meaning is the comment behind it, or else
+    directly above it (a heading stands below a blank line)."""
+    hints, lines, table = typing.get_type_hints(schema), inspect.getsource(schema).splitlines(), []
+    nodes = {n.target.id: n for n in ast.parse("\n".join(lines)).body[0].body if isinstance(n, ast.AnnAssign)}
     for entry in dataclasses.fields(schema):
-        kind, key = hints[entry.name], f"{prefix}{entry.name}"
+        kind, key, node = hints[entry.name], f"{prefix}{entry.name}", nodes.get(entry.name)
         if dataclasses.is_dataclass(kind):
-            about = (kind.__doc__ or "").partition("\n\n")[0]
-            about = "" if about.startswith(f"{kind.__name__}(") else " ".join(about.split())
-            told = about or beside[entry.name]
-            table += [f"| **`{key}`** | | {told} |"] * bool(told) + rows(kind, f"{key}.")
+            told = " ".join((kind.__doc__ or "").partition("\n\n")[0].split())  # Python's own is the signature
+            table += [f"| **`{key}`** | | {told} |"] * (kind.__name__ + "(" not in told) + rows(kind, f"{key}.")
             continue
+        said = entry.metadata.get("help") or lines[node.end_lineno - 1].partition("  # ")[2]
+        before, above = (lines[node.lineno - k].strip() for k in (3, 2)) if node else ("", "")
+        said = said or above[2:] * (above.startswith("# ") and before != "" and before[-3:] != '"""')
         made = entry.default_factory() if entry.default is dataclasses.MISSING else entry.default
-        kinds = [part for part in (kind, *typing.get_args(kind)) if typing.get_origin(part) is typing.Literal]
-        values = typing.get_args(kinds[0]) if kinds else ()
-        values, (low, high) = entry.metadata.get("choices") or values, entry.metadata.get("range", (None, None))
+        parts = [part for part in (kind, *typing.get_args(kind)) if typing.get_origin(part) is typing.Literal]
+        values = entry.metadata.get("choices") or [value for part in parts for value in typing.get_args(part)]
+        low, high = entry.metadata.get("range", (None, None))
         limits = "" if low is None else f"{low:g} to {high:g}" if high < float("inf") else f"{low:g} or more"
-        allowed = ", ".join(json.dumps(value) for value in values) if len(values) > 1 else limits
-        meaning = "; ".join(filter(None, (entry.metadata.get("help") or beside[entry.name], allowed)))
-        meaning = re.sub(r"\bNone\b", "null", meaning).replace("|", "&#124;")
+        allowed = ", ".join(map(json.dumps, values)) if len(values) > 1 else limits
+        meaning = re.sub(r"\bNone\b", "null", "; ".join(filter(None, (said, allowed)))).replace("|", "&#124;")
         table.append(f"| `{key}` | `{json.dumps(made)}` | {meaning} |")
     return table
 
 
 def page() -> str:
-    """Returns the page as it should be."""
     sys.path.insert(0, str(ROOT))
     from gslrm.config import GSLRMConfig
     from mvdiffusion.config import MVDiffusionConfig
     from pipeline.options import Options
 
-    parts = {
-        "Stage 1: `train_diffusion.py`": MVDiffusionConfig, "Stage 2: `train_gslrm.py`": GSLRMConfig,
-        "Inference: `inference_mouse.py`, `test_full_pipeline.py`": Options,
-    }  # fmt: skip
-    table = ["| key | default | meaning |", "|---|---|---|"]
-    tables = [[f"\n## {title}\n", *table, *rows(schema)] for title, schema in parts.items()]
-    return HEAD + "\n".join(line for table in tables for line in table) + "\n"
+    parts = {"Stage 1: `train_diffusion.py`": MVDiffusionConfig, "Stage 2: `train_gslrm.py`": GSLRMConfig,
+             "Inference: `inference_mouse.py`, `test_full_pipeline.py`": Options}  # fmt: skip
+    head = "| key | default | meaning |\n|---|---|---|"
+    return HEAD + "".join(f"\n## {title}\n\n" + "\n".join([head, *rows(s)]) + "\n" for title, s in parts.items())
 
 
 if __name__ == "__main__":

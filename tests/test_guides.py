@@ -63,6 +63,5 @@ def test_a_dataset_brings_its_lists_its_views_its_prompts_and_a_folder_of_its_ow
         after = facelift_yaml.load_training_config(name, facelift_yaml.dataset_overrides(before, data))
         assert after.train_data == str(train) and after.validation_data == str(data / "data_mouse_val.txt")
         assert after.prompt_embeds is None and after.output_dir == f"{before.output_dir}_my data"
-    (data / "data_mouse_val.txt").unlink()
-    with pytest.raises(ValueError, match="data_mouse_val.txt does not exist"):
-        gslrm.config.dataset_overrides(load(), data)
+    with pytest.raises(ValueError, match="nowhere does not exist; make a dataset"):
+        gslrm.config.dataset_overrides(load(), tmp_path / "nowhere")

@@ -101,7 +101,7 @@ def test_the_scripts_film_import_and_refuse(script, tmp_path, monkeypatch, capsy
     words = ["--meta_dir", str(folder), "--output_dir", str(output), "--image_size", "64", "--workers", "1"]
     process_mouse_data.main([*words, "--video_dir", str(folder / "videos_undist")])
     shown = capsys.readouterr().out
-    assert "2 samples instead of 2000" in shown and "dataset.json" in shown
+    assert "2 samples instead of 2000" in shown and "the cameras as measured" in shown
     assert json.loads((output / "quality_report.json").read_text())["num_samples"] == 2
     assert "<img " in (output / "quality_report.html").read_text()
     with pytest.raises(SystemExit) as stopped:

@@ -226,8 +226,7 @@ def save_unet(
 
 
 def resolve_unet_folder(path: Path | str) -> Path:
-    """A UNet folder from what users pass: the folder itself, a `checkpoint-<step>`, a components folder, or a run's
-    folder, whose newest checkpoint counts."""
+    """A UNet folder from what users pass: itself, a `checkpoint-<step>`, components, a run (its newest checkpoint)."""
     path = Path(path)
     newest = sorted(path.glob("checkpoint-*"), key=step_of, reverse=True)
     # Of a training checkpoint what validation measures. A run's folder has a config.json of its own.
