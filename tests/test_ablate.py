@@ -142,13 +142,13 @@ def test_cells_train_resume_and_failures_are_recorded(tmp_path, monkeypatch):
 
 
 CHILD = """
-import signal, sys, time
+import os, signal, sys, time
 def stop(number, _):
     print("saved", signal.Signals(number).name, flush=True)
     sys.exit(143)
 for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
     signal.signal(number, stop)
-print("ready", flush=True)
+os.write(1, b"ready\\n")  # at once: the signal follows it
 time.sleep(60)
 """
 

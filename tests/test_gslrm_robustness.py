@@ -80,7 +80,7 @@ def test_metrics_and_images_on_a_full_disk_end_with_the_same_message(toys, tmp_p
     def fail(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("multiview.run.RunFolder.log", fail)
+    monkeypatch.setattr("multiview.tracking.RunFolder.log", fail)
     with pytest.raises(ValueError, match="cannot write .*No space left on device.*MB free"):
         train(config_of(toys, tmp_path / "run"))
 

@@ -14,6 +14,7 @@ from urllib.parse import unquote_to_bytes
 import numpy as np
 import pytest
 import torch
+from browsing import PATIENCE_S
 
 from gslrm.model.gaussians_renderer import render
 from gslrm.model.ply import save_ply
@@ -59,6 +60,7 @@ def page():
     with playwright.sync_playwright() as running:
         browser = running.chromium.launch(executable_path=str(CHROMIUM), args=FLAGS)
         page = browser.new_page(viewport={"width": 1200, "height": 800})
+        page.set_default_timeout(1000 * PATIENCE_S)
         page.told = []
         page.on("console", lambda message: page.told.append(message.text))
         page.on("pageerror", lambda error: page.told.append(str(error)))

@@ -112,7 +112,9 @@ def test_a_stopped_run_prints_the_command_that_resumes_it(monkeypatch, capsys, e
     assert printed.splitlines()[1:] == ([f"  {command}"] if command else [])
 
 
-def test_the_first_ctrl_c_asks_and_the_second_ends_at_once(capsys):
+def test_the_first_ctrl_c_asks_and_the_second_ends_at_once(capsys, request):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background commands ignore it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     with pytest.raises(SystemExit) as caught, Stop(None, interrupt=True) as stop:
         stop.in_loop = True
         os.kill(os.getpid(), signal.SIGINT)
