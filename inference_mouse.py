@@ -69,6 +69,8 @@ def place_input(arguments: argparse.Namespace) -> None:
     words = [word for word in arguments.overrides if "=" not in word or Path(word).exists()]
     if len(words) == 1 and not given:
         path = Path(words[0])
+        if not path.exists():
+            raise ValueError(f"{path} does not exist")
         arguments.overrides.remove(words[0])
         kind = KINDS.get(path.suffix.lower(), "input_image")
         if path.is_dir():
@@ -157,7 +159,7 @@ def save_result(arguments: argparse.Namespace, options: Options, name: str, resu
     )  # fmt: skip
     kept, seconds = result.record["gaussians"]["kept"], sum(result.record["seconds"].values())
     verdict = result.record["verdict"]
-    told = f"{arguments.output_dir / name}: {kept} Gaussians in gaussians.ply, {seconds:.1f} s; {verdict['word']}"
+    told = f"{arguments.output_dir / name}/result.html: {kept} Gaussians, {seconds:.1f} s; {verdict['word']}"
     print("\n  ".join([told, *verdict["reasons"]]))
 
 
@@ -166,12 +168,14 @@ def reconstruct_recording(
 ) -> dict[str, str]:
     """A recording, frame after frame; returns each frame's verdict in a word. Raises ValueError for frames left out."""
     from pipeline.sequence import reconstruct_sequence
+    from pipeline.verdict import WORDS
 
     words, left_out = reconstruct_sequence(
         model, frames, arguments.output_dir, share, refine=arguments.refine, refine_size=options.refine_size,
         seed=arguments.seed, start=options.start, filtered=not arguments.no_filter,
     )  # fmt: skip
-    print(f"{arguments.output_dir}: sequence.json, film.mp4 and {len(frames) - len(left_out)} frames")
+    counts = [f"{list(words.values()).count(word)} {word}" for word in WORDS]
+    print(f"{arguments.output_dir}/index.html: {len(words)} frames, {', '.join(counts)}")
     if left_out:
         raise ValueError(f"{len(left_out)} of {len(frames)} frames are left out: " + "; ".join(left_out))
     return words

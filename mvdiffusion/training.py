@@ -126,6 +126,9 @@ class MVDiffusionTraining(Training):
             self.counts.update(found.sidecar.get("counts", {}))
             self.recent.extend(found.sidecar.get("recent_skips", []))
             log.info("continuing %s at step %d of %d", found.folder, self.tried, self.options.steps)
+        else:
+            start = config.pretrained_unet_path or (config.pretrained_model_name_or_path if not config.unet else None)
+            log.info("starting from %s", f"the UNet of {start}" if start else "random weights (a fresh UNet's shape)")
         size = self.network.config.sample_size * self.components.vae_factor
         if config.image_size not in (None, size):
             raise ValueError(f"image_size is {config.image_size}, but this UNet generates {size} px; leave it out")

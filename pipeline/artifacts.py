@@ -47,7 +47,8 @@ def resolve(chosen: Checkpoints, options: Stage1Options | None = None, *, stages
     if stages == "full" and (chosen.mvdiffusion_checkpoint is None) != (chosen.checkpoint is None):
         # A user's model beside a demo model would share no rig, image size or training data with it.
         given, other = ("Stage 2", "Stage 1") if chosen.checkpoint else ("Stage 1", "Stage 2")
-        raise ValueError(f"a {given} checkpoint without a {other} one: name both, or neither for the demo models")
+        remedy = "name both (--mvdiffusion_checkpoint, --checkpoint), or neither for the demo models"
+        raise ValueError(f"a {given} checkpoint without a {other} one: {remedy}")
     requested = load_rig(chosen.rig) if chosen.rig else None
     # Every file is found and every rig compared before weights are read, which takes a minute at full size.
     rigs: dict[str, ViewRig] = {}

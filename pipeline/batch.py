@@ -67,6 +67,7 @@ def reconstruct_photos(
             result = model(photo.image, crop=photo.crop, name=photo.name, progress=bar, **options)
         except PhotographError as error:  # one bad photograph does not end the others
             leave_out(photo.name, str(error), failed)
+            print(f"{place} of {len(own)} failed")
             continue
         result.record |= {"asked": asked, **photo.told}
         save(photo.name, result)
@@ -74,10 +75,10 @@ def reconstruct_photos(
         print(f"{place} of {len(own)} done")
         if index:
             write_index(output_dir, failed.values(), finished=False)
+    counts = [f"{list(words.values()).count(word)} {word}" for word in WORDS]
     if index:
         write_index(output_dir, failed.values())
-    counts = [f"{list(words.values()).count(word)} {word}" for word in WORDS]
-    print(f"{len(words)} results: {', '.join(counts)}; {len(failed)} failed")
+        print(f"{output_dir}/index.html: {len(words)} results, {', '.join(counts)}; {len(failed)} failed")
     return words
 
 
@@ -135,7 +136,11 @@ def folder_photos(folder: Path, crop: str, failed: dict[str, str]) -> list[Photo
             raise ValueError(f"--input_dir {folder}: several images would write to the folder {path.stem}/")
         photos[path.stem] = Photo(path.stem, path, crop)
     if not photos:
-        raise ValueError("; ".join([f"--input_dir {folder} holds no image that can be read", *failed.values()]))
+        told = (
+            f"folder {folder} holds no image that can be read (a video is named itself; a recording is imported with "
+        )
+        told += "scripts/process_mouse_data.py)"
+        raise ValueError("; ".join([told, *failed.values()]))
     return list(photos.values())
 
 
@@ -149,7 +154,7 @@ def video_photos(
     which run.json keeps. Frames without an animal are told and skipped; a video that ends early is in `failed`.
     """
     photos, places, rate = [], [], 0.0
-    white = decode(masks, stride, failed) if masks else None
+    white = decode(masks, stride, failed, "mask_video") if masks else None
     for number, seconds, rgba in decode(path, stride, failed):
         rate = number / seconds if seconds else rate
         if white is not None:
@@ -193,12 +198,14 @@ def steady_windows(places: np.ndarray) -> np.ndarray:
     return np.stack([x, y, np.full_like(x, np.ceil(side))], axis=-1)
 
 
-def decode(path: Path, stride: int, failed: dict[str, str]) -> Iterator[tuple[int, float, np.ndarray]]:
+def decode(
+    path: Path, stride: int, failed: dict[str, str], named: str = "--input_video"
+) -> Iterator[tuple[int, float, np.ndarray]]:
     """Yields (number, seconds, RGBA [h, w, 4] uint8) of every stride-th frame; an early end is in `failed` then."""
     import av
 
     if not path.is_file():
-        raise ValueError(f"--input_video {path} does not exist")
+        raise ValueError(f"{named} {path} does not exist")
     number = announced = 0
     try:
         with av.open(str(path)) as container:
@@ -212,9 +219,9 @@ def decode(path: Path, stride: int, failed: dict[str, str]) -> Iterator[tuple[in
                 number += 1
     except (av.FFmpegError, IndexError) as error:  # IndexError: sound alone
         if not number:
-            raise ValueError(f"--input_video {path} holds no frame that can be decoded ({error})") from error
+            raise ValueError(f"{named} {path} holds no frame that can be decoded ({error})") from error
     if not number:
-        raise ValueError(f"--input_video {path} holds no frame that can be decoded")
+        raise ValueError(f"{named} {path} holds no frame that can be decoded")
     if number < 0.99 * announced - 1:  # headers of variable frame rates count a frame more or less
         reason = f"{path} is cut: {number} of {announced} frames can be decoded; copy it again from its source"
         leave_out(f"the rest of {path.name}", reason, failed)
@@ -228,3 +235,4 @@ def film_photos(output_dir: Path, photos: Sequence[Photo], failed: dict[str, str
     camera = rig.cameras(256)[[rig.reference_view]]
     shots = ((read_rgba(f / "input.png"), load_ply(f / "gaussians.ply"), camera, torch.zeros(3)) for f in folders)
     write_film(output_dir / "film.mp4", shots, max(1, round(rate)))
+    write_index(output_dir, failed.values())  # which links to it

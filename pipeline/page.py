@@ -60,7 +60,7 @@ def write_index(
                 rows.append(_row(folder, read_json(record)))
             except ValueError as error:  # one damaged item does not take the others off the page
                 failed.append(str(error))
-    _fill(page, "", rows=rows, failed=failed, start=(0, 20))
+    _fill(page, "", rows=rows, failed=failed, start=(0, 20), has_film=(output_dir / "film.mp4").is_file())
 
 
 def _row(folder: Path, told: dict) -> dict:

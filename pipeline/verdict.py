@@ -60,7 +60,7 @@ def judge(gaussians: Gaussians, views: PosedViews, record: dict, photo: Tensor |
         doubtful, poor, wrong = limits[name]
         if not value >= doubtful:
             worst = max(worst, 1 if value >= poor else 2)
-            reasons.append(f"{wrong}: {name} {value:.3g}, {doubtful:g} and more is usual")
+            reasons.append(f"{wrong}: {name} {value:.4g}, {doubtful:g} and more is usual")
     scores = {name: round(float(value), 4) for name, value in scores.items()}
     return {"word": WORDS[worst], "reasons": reasons, "scores": {**scores, "anisotropy_p95": anisotropy_p95(gaussians)}}
 

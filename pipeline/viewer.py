@@ -59,6 +59,8 @@ def list_items(path: Path, data: Path | None = None) -> Items:
         return {frame.name: (stamp, partial(_predict, stamp, frame)) for frame in frames}
     written = {file: file.stat().st_mtime_ns for name in FILES for file in (*path.glob(name), *path.glob(f"*/{name}"))}
     folders = sorted({file.parent for file in written if file.name in FILES[:2]})
+    if not path.exists():
+        raise ValueError(f"{path} does not exist")
     if not folders:
         kinds = f"{FILES[0]} (a result or frame), {CAMERAS_FILE} (a sample), folders of such, or Stage 2's {PATTERN}"
         raise ValueError(f"{path} holds nothing to show: {kinds} are expected there")

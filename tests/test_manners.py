@@ -30,9 +30,11 @@ def test_an_input_goes_where_its_kind_belongs(tmp_path):
     for path in ("pictures/a.png", "sample/opencv_cameras.json", "data/dataset.json", "a=b.png"):
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).touch()
-    kinds = {"a.png": "input_image", "film.MP4": "input_video", "pictures": "input_dir", "sample": "sample_dir",
-             "data": "dataset", "data/list.txt": "dataset", "a=b.png": "input_image"}  # fmt: skip
+    kinds = {"pictures/a.png": "input_image", "film.MP4": "input_video", "pictures": "input_dir",
+             "sample": "sample_dir", "data": "dataset", "data/list.txt": "dataset", "a=b.png": "input_image"}  # fmt: skip
     for word, kind in kinds.items():
+        if not (tmp_path / word).exists():
+            (tmp_path / word).touch()
         arguments = argparse.Namespace(**dict.fromkeys(SOURCES), overrides=["mirror=auto", str(tmp_path / word)])
         place_input(arguments)
         assert getattr(arguments, kind) == tmp_path / word and arguments.overrides == ["mirror=auto"]

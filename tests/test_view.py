@@ -117,9 +117,9 @@ def test_the_newest_checkpoint_is_asked_for_the_validation_samples(tmp_path):
 def test_refusals_are_one_sentence(sequence, tmp_path, monkeypatch):
     pytest.importorskip("viser")
     (tmp_path / "empty").mkdir()
-    for folder in (tmp_path / "empty", tmp_path / "nowhere"):
+    for folder, told in ((tmp_path / "empty", "holds nothing to show"), (tmp_path / "nowhere", "does not exist")):
         code, _, err = run("scripts/view.py", folder, "--port", free_port())
-        assert code == 1 and err.count("\n") == 1 and f"{folder} holds nothing to show" in err
+        assert code == 1 and err.count("\n") == 1 and f"{folder} {told}" in err
     (sequence / "frame_1" / "gaussians.ply").write_bytes(b"ply\n")
     code, _, err = run("scripts/view.py", sequence / "frame_1", "--port", free_port())
     assert code == 1 and err.count("\n") == 1 and "cannot be read" in err
