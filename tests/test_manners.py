@@ -31,7 +31,8 @@ def test_an_input_goes_where_its_kind_belongs(tmp_path):
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).touch()
     kinds = {"pictures/a.png": "input_image", "film.MP4": "input_video", "pictures": "input_dir",
-             "sample": "sample_dir", "data": "dataset", "data/list.txt": "dataset", "a=b.png": "input_image"}  # fmt: skip
+             "sample": "sample_dir", "data": "dataset", "data/list.txt": "dataset",
+             "a=b.png": "input_image"}  # fmt: skip
     for word, kind in kinds.items():
         if not (tmp_path / word).exists():
             (tmp_path / word).touch()
