@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.ndimage import gaussian_filter1d
 from tqdm import tqdm
 
 from gslrm.model.ply import load_ply
@@ -192,6 +191,8 @@ def video_photos(
 def steady_windows(places: np.ndarray) -> np.ndarray:
     """Returns crop windows (x, y, side) [n, 3] of [n, 7]: body center, side by the body's area, the mask's columns and
     rows, all in pixels. The centers follow a smoothed path; all sides are the same."""
+    from scipy.ndimage import gaussian_filter1d  # a third of a second, for videos alone
+
     x, y = gaussian_filter1d(places[:, :2], SMOOTH_FRAMES, axis=0, mode="nearest").T
     reach = np.max([places[:, 4] + 1 - x, x - places[:, 3], places[:, 6] + 1 - y, y - places[:, 5]], axis=0)
     side = max(np.median(places[:, 2]), np.quantile(2 * reach, SIDE_QUANTILE) / (1 - 2 * MARGIN))

@@ -49,7 +49,9 @@ class PosedViews:
         return PosedViews(composite(rgba, 1.0), rgba[:, 3:], cameras)
 
     def consistency(self) -> float:
-        """Returns how well the views agree in space (`view_consistency`), 0..1."""
+        """Returns how well the views agree in space (`view_consistency`), 0..1; known where sets were compared."""
+        if self.mirror_scores is not None:
+            return self.mirror_scores[self.mirrored]
         return view_consistency(self.rgb, self.masks, self.cameras)["score"]
 
 
