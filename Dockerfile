@@ -7,7 +7,7 @@ FROM python:3.11-slim
 
 WORKDIR /app
 COPY setup_mouse_env.sh requirements.txt requirements-extra.txt ./
-RUN bash setup_mouse_env.sh && rm -rf /root/.cache
+RUN bash setup_mouse_env.sh && rm -rf ~/.cache
 COPY . .
 ENTRYPOINT ["/app/.venv/bin/python"]
 CMD ["inference_mouse.py", "--help"]
