@@ -135,10 +135,8 @@ def folder_photos(folder: Path, crop: str, failed: dict[str, str]) -> list[Photo
             raise ValueError(f"--input_dir {folder}: several images would write to the folder {path.stem}/")
         photos[path.stem] = Photo(path.stem, path, crop)
     if not photos:
-        told = (
-            f"folder {folder} holds no image that can be read (a video is named itself; a recording is imported with "
-        )
-        told += "scripts/process_mouse_data.py)"
+        hint = "a video is named itself; a recording is imported with scripts/process_mouse_data.py"
+        told = f"folder {folder} holds no image that can be read ({hint})"
         raise ValueError("; ".join([told, *failed.values()]))
     return list(photos.values())
 
