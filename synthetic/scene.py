@@ -108,7 +108,7 @@ def shade(surface: parts.Surface, albedo: np.ndarray, light: Light) -> np.ndarra
     linear = albedo * (received[:, None] * np.array(light.tint))
     gloss = np.clip(n @ unit(light.direction + [0, 0, 0.6]), 0, 1)
     fur, skin = np.isin(part, (parts.FUR, parts.LIMB)), np.isin(part, (parts.TAIL, parts.FOOT, parts.NOSE))
-    linear = linear + np.where(fur, 0.018 * light.key * gloss**12 * openness, 0.0)[:, None]
+    linear = linear + np.where(fur, 0.026 * light.key * gloss**8 * openness, 0.0)[:, None]
     linear = linear + np.where(skin, 0.03 * light.key * gloss**8, 0.0)[:, None]
     glint = np.clip((n[:, 2] - 0.52) / 0.1, 0, 1) * np.clip((0.86 - n[:, 2]) / 0.1, 0, 1) * (gloss > 0.75)
     linear = linear + np.where(part == parts.EYE_PART, 0.02 * upward**2 + 0.8 * glint, 0.0)[:, None]
