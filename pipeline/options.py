@@ -62,6 +62,10 @@ class Options(Stage1Options):
     """The same, how photographs are taken, and what is written of a result."""
 
     crop: Literal["auto", "always", "never"] = option("auto", "auto, always or never: framing of the photograph")
+    mask: Literal["auto", "rembg", "network", "color"] = option(
+        "auto", "what cuts the animal out where there is no mask: rembg where installed, else the small network "
+        "that ships, else the color model"
+    )  # fmt: skip
     keep_input_view: bool = option(True, "Stage 2 sees the photograph itself, not its generated copy")
     start: Literal["auto", "stage2", "hull"] = option("auto", "of a refinement: auto tries both on the given views")
     refine_size: int = option(256, "pixels; larger images are reduced for the refinement", least=16)
