@@ -143,13 +143,14 @@ def main() -> None:
 
     torch.manual_seed(arguments.seed)
     device, mice = resolve_device(arguments.device), read_mice(arguments.data, 6000)
-    network = SegmentationNetwork().to(device)
+    network = SegmentationNetwork().to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=arguments.steps, pct_start=0.1)
     bar = tqdm(range(arguments.steps), desc="segmentation", disable=None)
     for _ in bar:
         pictures, masks = (x.to(device) for x in photographs(mice[torch.randint(len(mice), (arguments.batch_size,))]))
-        logits = network(pictures)
+        with torch.autocast(device.type, torch.bfloat16):
+            logits = network(pictures).float()
         probability = logits.sigmoid()
         overlap = (probability * masks).sum((1, 2, 3)) * 2 / ((probability + masks).sum((1, 2, 3)) + 1)
         loss = F.binary_cross_entropy_with_logits(logits, masks) + (1 - overlap).mean()
@@ -162,7 +163,7 @@ def main() -> None:
     scores = compare(network.cpu(), *held_out)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(arguments.output) as temporary:
-        save_file({name: tensor.half() for name, tensor in network.state_dict().items()}, temporary)
+        save_file({name: tensor.half().contiguous() for name, tensor in network.state_dict().items()}, temporary)
     told = ", ".join(f"{name} {score:.3f}" for name, score in scores.items())
     print(f"{arguments.output}: mean IoU on {len(held_out[0])} pictures: {told}")
 
