@@ -38,9 +38,6 @@ class MVDiffusionConfig:
     # Of these two None is what the UNet says, sparse attention for a fresh one
     attention: str | None = choice(None, "sparse", "full", "none")
     camera_conditioning: str | None = choice(None, "none", "adaln", "cross_attention", "concat")
-    # false: with camera_conditioning the rig's reference camera is told in place of the input's own, as in use on a
-    # photograph whose elevation nobody knows; the UNet then has to read it off the image
-    tell_input_camera: bool = True
     rig: str | None = None  # None: the data set's
     num_views: int | None = None  # None: the rig's; any other number is refused
     image_size: int | None = None  # pixels; None: the UNet's; any other is refused

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor, nn
 
-from multiview.cameras import Cameras
-from multiview.rig import ViewRig
 from mvdiffusion.components import Components
 from mvdiffusion.config import MVDiffusionConfig
 from mvdiffusion.latents import EncodedBatch, class_labels
@@ -53,15 +49,6 @@ def draw_timesteps(count: int, generator: torch.Generator, high_share: float, hi
     return torch.where(torch.rand(count, generator=generator) < high_share, high, uniform)
 
 
-def assume_input(cameras: Cameras, rig: ViewRig) -> Cameras:
-    """Cameras [b, n], the input's replaced by the rig's own: all that inference knows of a lone photograph."""
-    own, view = rig.cameras(cameras.width), rig.reference_view
-    values = {name: getattr(cameras, name).clone() for name in ("c2w", "fxfycxcy")}
-    for name, value in values.items():
-        value[:, view] = getattr(own, name)[view].to(value)
-    return replace(cameras, **values)
-
-
 def training_loss(
     model: nn.Module, components: Components, embeds: PromptEmbeds, batch: EncodedBatch, config: MVDiffusionConfig,
     generator: torch.Generator,
@@ -86,10 +73,9 @@ def training_loss(
     clean = (batch.mean + batch.std * posterior_noise).flatten(0, 1)
     kind, alphas = components.scheduler.config.prediction_type, components.scheduler.alphas_cumprod
     noisy, target = noise_and_target(clean, noise.flatten(0, 1), alphas, steps, kind)
-    cameras = batch.cameras if config.tell_input_camera else assume_input(batch.cameras, embeds.rig)
     prediction = run_unet(
         model, torch.cat([noisy, condition], dim=1), steps, prompts=embeds.tensor.to(device)[batch.prompts.flatten()],
-        labels=labels, cameras=cameras, reference_view=embeds.rig.reference_view,
+        labels=labels, cameras=batch.cameras, reference_view=embeds.rig.reference_view,
     )  # fmt: skip
     weights = snr_weights(alphas, steps, config.snr_gamma, kind, config.snr_weighting)
     foreground = 1 + (config.foreground_weight - 1) * (batch.mask.flatten(0, 1) > 0.05).float()

@@ -37,7 +37,11 @@ class MouseSettings:
     )
     off_center: float = option(0.0, "how far the body may lie off the image's center, widths", least=0, most=0.5)
     elevation: tuple[float, float] | None = option(
-        None, "of the input view, degrees; left out: the rig's", metavar=("LOW", "HIGH"), least=-89, most=89
+        None,
+        "from which the input view sees the animal, degrees, as the animal leans; left out: the rig's",
+        metavar=("LOW", "HIGH"),
+        least=-89,
+        most=89,
     )
     varied_cameras: bool = option(
         False,

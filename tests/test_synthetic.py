@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.spatial import cKDTree
+from scipy.spatial.transform import Rotation
 
 from multiview.files import owned_folder
 from multiview.rig import load_rig
@@ -149,10 +150,14 @@ def test_heading_size_place_pose_and_cameras_stay_in_their_ranges(render):
     assert {d["pose"] for d in drawn} == {"curl", "stretch"}
     lengths = [sample.extra["body_length"] for sample in samples]
     assert 0.4 <= min(lengths) and max(lengths) <= 1.3 and max(lengths) - min(lengths) > 0.2
-    for sample in samples:
-        elevations = sample.cameras.elevation_deg
-        assert 29.9 < elevations[RIG.reference_view] < 50.1
-        assert torch.allclose(elevations[1:], RIG.cameras(16).elevation_deg[1:])
+    for index, sample in enumerate(samples):  # the rig stays; the input view sees the animal from above as it leans
+        assert torch.equal(sample.cameras.c2w, RIG.cameras(16).c2w)
+        level = make_sample(RIG, replace(settings, elevation=None), index, render).extra["keypoints"]
+        turn, _ = Rotation.align_vectors(*(np.subtract(p[1:], p[0]) for p in (sample.extra["keypoints"], level)))
+        towards = sample.cameras.origins[RIG.reference_view].numpy() @ turn.apply([0, 0, 1])
+        seen_from = np.degrees(np.arcsin(towards / RIG.distance))
+        assert seen_from == pytest.approx(sample.extra["synthetic"]["input_elevation_deg"], abs=0.05)
+        assert 30 <= seen_from <= 50
     novel, others = (sample_cameras(RIG, replace(PLAIN, num_novel_views=20), index)[6:] for index in (1, 2))
     assert (novel.elevation_deg > -5.1).all() and (novel.elevation_deg < 60.1).all()
     assert (novel.distance > 2.39).all() and (novel.distance < 3.01).all()
