@@ -137,7 +137,7 @@ def main() -> None:
         words = reconstruct_photos(
             model, photos, arguments.output_dir, save, failed, index=not alone, share=share, seed=arguments.seed,
             overwrite=arguments.overwrite or alone, refine=arguments.refine, keep_input_view=options.keep_input_view,
-            mask=options.mask, filtered=not arguments.no_filter,
+            filtered=not arguments.no_filter,
         )  # fmt: skip
         if arguments.input_video:
             film_photos(arguments.output_dir, photos, failed, model.rig, rate)

@@ -68,9 +68,8 @@ def segment(rgb: np.ndarray, source: str = "image", method: str = "auto") -> tup
     soft = {"rembg": _by_rembg, "network": _by_network, "color": _by_color}[chosen](rgb)
     count, parts, stats, _ = cv2.connectedComponentsWithStats((soft > 0.5).astype(np.uint8), connectivity=8)
     if count > 2:  # the largest piece is the animal
-        soft = soft * (
-            cv2.dilate((parts == 1 + int(np.argmax(stats[1:, cv2.CC_STAT_AREA]))).astype(np.uint8), np.ones((3, 3)))
-        )
+        largest = (parts == 1 + int(np.argmax(stats[1:, cv2.CC_STAT_AREA]))).astype(np.uint8)
+        soft = soft * cv2.dilate(largest, np.ones((3, 3)))  # its soft rim too
     if not LEAST < (covered := (soft > 0.5).mean()) < MOST:
         told = f"{source}: no animal could be told from the background (mask by {chosen} covers {covered:.1%})"
         raise ValueError(f"{told}; pass an RGBA image whose alpha is the animal's mask")
@@ -105,10 +104,8 @@ def _by_network(rgb: np.ndarray) -> np.ndarray:
         blurred = cv2.GaussianBlur(rgb, (0, 0), 0.4 / scale) if scale < 1 else rgb  # warping takes single pixels
         image = cv2.warpAffine(blurred, to_window, (SIDE, SIDE), borderMode=cv2.BORDER_REPLICATE)
         found = _network()(torch.from_numpy(image).permute(2, 0, 1)[None])[0, 0].numpy()
-        flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-        soft = cv2.warpAffine(
-            found, to_window, (width, height), flags=flags, borderMode=cv2.BORDER_CONSTANT, borderValue=-20
-        )
+        back = {"flags": cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, "borderMode": cv2.BORDER_CONSTANT, "borderValue": -20}
+        soft = cv2.warpAffine(found, to_window, (width, height), **back)
         soft = 1 / (1 + np.exp(-soft))
         count, _, stats, _ = cv2.connectedComponentsWithStats((soft > 0.5).astype(np.uint8), connectivity=8)
         if count < 2:

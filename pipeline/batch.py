@@ -54,7 +54,13 @@ def reconstruct_photos(
     words, (number, count), artifacts = {}, share, model.artifacts
     own, steps = photos[number::count], {"steps": artifacts.num_steps, "guidance": artifacts.guidance_scale}
     for place, photo in enumerate(stoppable(own), 1):
-        asked = {"crop": photo.crop, **options, **steps, "artifacts": artifacts.describe()}
+        asked = {
+            "crop": photo.crop,
+            "mask": artifacts.options.mask,
+            **options,
+            **steps,
+            "artifacts": artifacts.describe(),
+        }
         asked = json.loads(json.dumps(asked))  # as run.json gives it back
         done = finished(output_dir / photo.name / "run.json", photo, {} if overwrite else asked)
         if done:

@@ -77,19 +77,18 @@ class MouseFaceLift:
         return self.components.image_size if self.components else self.network.config.image_tokenizer.image_size
 
     def __call__(
-        self, image: Any, *, seed: int = 0, crop: str = "auto", mask: str = "auto", keep_input_view: bool = True,
-        filtered: bool = True, refine: int | str = "auto", name: str = "image",
-        progress: Callable[[Iterable], Iterable] | None = None,
+        self, image: Any, *, seed: int = 0, crop: str = "auto", keep_input_view: bool = True, filtered: bool = True,
+        refine: int | str = "auto", name: str = "image", progress: Callable[[Iterable], Iterable] | None = None,
     ) -> Reconstruction:  # fmt: skip
         """Reconstructs one photograph (see the package). Its result depends on its own seed alone.
 
-        crop, mask: framing, and how an animal is cut out, see `multiview.image.prepare_photo`. keep_input_view: Stage 2
-        sees the photograph itself as the reference view instead of its generated copy. filtered: leave out Gaussians
-        that are faint or far away.
+        crop: framing, see `multiview.image.prepare_photo`. keep_input_view: Stage 2 sees the photograph itself as the
+        reference view instead of its generated copy. filtered: leave out Gaussians that are faint or far away.
         refine: iterations of a fit to the generated views; "auto" and "off" are none, since they contradict each other.
         Raises PhotographError where the photograph cannot be read or shows no animal.
         """
         try:
+            mask = self.artifacts.options.mask
             photo, report = prepare_photo(_read(image), self.image_size, crop=crop, mask=mask, source=name)
         except ValueError as error:
             raise PhotographError(str(error)) from error

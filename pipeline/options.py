@@ -48,6 +48,10 @@ class Stage1Options:
     vae_slicing: bool = option(False, "encode and decode images one by one: less memory")
     channels_last: bool = option(False, "memory layout of convolutions: faster on a GPU")
     compile: bool = option(False, "torch.compile for the UNet: minutes at first, faster afterwards")
+    mask: Literal["auto", "rembg", "network", "color"] = option(
+        "auto", "what cuts the animal out where there is no mask: rembg where installed, else the small network "
+        "that ships, else the color model"
+    )  # fmt: skip
     cpu_offload: bool = option(False, "each part of Stage 1 on the device only while it works: less memory, slower")
 
     def __post_init__(self) -> None:
@@ -62,10 +66,6 @@ class Options(Stage1Options):
     """The same, how photographs are taken, and what is written of a result."""
 
     crop: Literal["auto", "always", "never"] = option("auto", "auto, always or never: framing of the photograph")
-    mask: Literal["auto", "rembg", "network", "color"] = option(
-        "auto", "what cuts the animal out where there is no mask: rembg where installed, else the small network "
-        "that ships, else the color model"
-    )  # fmt: skip
     keep_input_view: bool = option(True, "Stage 2 sees the photograph itself, not its generated copy")
     start: Literal["auto", "stage2", "hull"] = option("auto", "of a refinement: auto tries both on the given views")
     refine_size: int = option(256, "pixels; larger images are reduced for the refinement", least=16)
