@@ -2,13 +2,12 @@
 
 `rembg`: a large network, where that package is installed; `network`: a small one trained on this project's own mice,
 checkpoints/demo/segmentation; `color`: distance from the border's color, refined by GrabCut. `auto`: the first of
-these that is there.
+these that is there and finds an animal.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import logging
 from functools import lru_cache
 
 import numpy as np
@@ -17,8 +16,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from multiview.run import REPOSITORY
-
-log = logging.getLogger(__name__)
 
 METHODS = ("auto", "rembg", "network", "color")
 WEIGHTS = REPOSITORY / "checkpoints" / "demo" / "segmentation" / "model.safetensors"
@@ -61,19 +58,19 @@ def segment(rgb: np.ndarray, source: str = "image", method: str = "auto") -> tup
     if method not in METHODS:
         raise ValueError(f"mask must be one of {', '.join(METHODS)}, got {method!r}")
     there = {"rembg": importlib.util.find_spec("rembg") is not None, "network": WEIGHTS.is_file(), "color": True}
-    chosen = next(name for name, found in there.items() if found) if method == "auto" else method
-    if not there[chosen]:
-        remedy = "pip install rembg onnxruntime" if chosen == "rembg" else "python scripts/train_segmentation.py --help"
-        raise ValueError(f"mask {chosen} is not there ({remedy}); auto takes what is")
-    soft = {"rembg": _by_rembg, "network": _by_network, "color": _by_color}[chosen](rgb)
-    count, parts, stats, _ = cv2.connectedComponentsWithStats((soft > 0.5).astype(np.uint8), connectivity=8)
-    if count > 2:  # the largest piece is the animal
-        largest = (parts == 1 + int(np.argmax(stats[1:, cv2.CC_STAT_AREA]))).astype(np.uint8)
-        soft = soft * cv2.dilate(largest, np.ones((3, 3)))  # its soft rim too
-    if not LEAST < (covered := (soft > 0.5).mean()) < MOST:
-        told = f"{source}: no animal could be told from the background (mask by {chosen} covers {covered:.1%})"
-        raise ValueError(f"{told}; pass an RGBA image whose alpha is the animal's mask")
-    return np.clip(soft, 0, 1).astype(np.float32), chosen
+    if method != "auto" and not there[method]:
+        remedy = "pip install rembg onnxruntime" if method == "rembg" else "python scripts/train_segmentation.py --help"
+        raise ValueError(f"mask {method} is not there ({remedy}); auto takes what is")
+    for chosen in [name for name, found in there.items() if found] if method == "auto" else [method]:
+        soft = {"rembg": _by_rembg, "network": _by_network, "color": _by_color}[chosen](rgb)
+        count, parts, stats, _ = cv2.connectedComponentsWithStats((soft > 0.5).astype(np.uint8), connectivity=8)
+        if count > 2:  # the largest piece is the animal
+            largest = (parts == 1 + int(np.argmax(stats[1:, cv2.CC_STAT_AREA]))).astype(np.uint8)
+            soft = soft * cv2.dilate(largest, np.ones((3, 3)))  # its soft rim too
+        if LEAST < (covered := (soft > 0.5).mean()) < MOST:
+            return np.clip(soft, 0, 1).astype(np.float32), chosen
+    told = f"{source}: no animal could be told from the background (mask by {chosen} covers {covered:.1%})"
+    raise ValueError(f"{told}; pass an RGBA image whose alpha is the animal's mask")
 
 
 def _by_rembg(rgb: np.ndarray) -> np.ndarray:
@@ -111,7 +108,7 @@ def _by_network(rgb: np.ndarray) -> np.ndarray:
         if count < 2:
             break
         left, top, w, h = stats[1 + int(np.argmax(stats[1:, cv2.CC_STAT_AREA])), :4]
-        x, y, side = left + w / 2, top + h / 2, WINDOW * max(w, h)
+        x, y, side = left + w / 2, top + h / 2, max(WINDOW * max(w, h), SIDE / 2)
     return soft
 
 

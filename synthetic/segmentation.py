@@ -65,16 +65,16 @@ def backgrounds(count: int) -> Tensor:
 def photographs(mice: Tensor) -> tuple[Tensor, Tensor]:
     """Mice [b, 4, s, s] uint8, straight alpha -> pictures [b, 3, SIDE, SIDE] 0..1 and their masks [b, 1, ...]."""
     count, mice = len(mice), mice.float() / 255
-    zoom, turn = (
-        torch.exp(per_image(count, math.log(0.55), math.log(3.5))).flatten(),
-        per_image(count, -0.4, 0.4).flatten(),
-    )
-    cosine, sine = zoom * turn.cos(), zoom * turn.sin()
-    flip, place = torch.where(torch.rand(count) < 0.5, -1.0, 1.0), (torch.rand(2, count) - 0.5) * zoom
-    matrix = torch.stack([cosine * flip, -sine, place[0], sine * flip, cosine, place[1]], dim=1).view(count, 2, 3)
     premultiplied = torch.cat([mice[:, :3] * mice[:, 3:], mice[:, 3:]], dim=1)
-    grid = F.affine_grid(matrix, (count, 4, 2 * SIDE, 2 * SIDE), align_corners=False)
-    warped = F.avg_pool2d(F.grid_sample(premultiplied, grid, align_corners=False), 2)
+    # By turns from near and, out of half the pixels so that none is skipped, from afar.
+    is_far = bool(torch.rand(()) < 0.5)
+    premultiplied = F.avg_pool2d(premultiplied, 2) if is_far else premultiplied
+    zoom = per_image(count, *((0.9, 2.6) if is_far else (0.55, 1.1))).flatten()
+    turn, flip = per_image(count, -0.4, 0.4).flatten(), torch.where(torch.rand(count) < 0.5, -1.0, 1.0)
+    cosine, sine, place = zoom * turn.cos(), zoom * turn.sin(), (torch.rand(2, count) - 0.5) * zoom
+    matrix = torch.stack([cosine * flip, -sine, place[0], sine * flip, cosine, place[1]], dim=1).view(count, 2, 3)
+    grid = F.affine_grid(matrix, [count, 4, SIDE, SIDE], align_corners=False)
+    warped = F.grid_sample(premultiplied, grid, align_corners=False)
     mask = warped[:, 3:]
     behind = backgrounds(count)
     shadow = F.avg_pool2d(torch.roll(mask, (6, 3), dims=(2, 3)), 15, 1, 7)
@@ -83,7 +83,7 @@ def photographs(mice: Tensor) -> tuple[Tensor, Tensor]:
     picture = (warped[:, :3] * light + behind * (1 - mask)).clamp(0, 1) ** per_image(count, 0.75, 1.35)
     blurred = F.avg_pool2d(picture, 3, 1, 1, count_include_pad=False)
     picture = torch.lerp(picture, blurred, per_image(count, 0, 1))
-    return (picture + per_image(count, 0, 0.05) * torch.randn_like(picture)).clamp(0, 1), mask
+    return (picture + per_image(count, 0, 0.04) * torch.randn_like(picture)).clamp(0, 1), mask
 
 
 def read_mice(path: Path, most: int = 6000) -> Tensor:
