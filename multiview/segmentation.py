@@ -27,7 +27,7 @@ WINDOW = 1.3  # side of the second look over the animal's longer side
 class SegmentationNetwork(nn.Module):
     """A U-Net: images [b, 3, s, s] 0..1, s a multiple of 32 -> logits [b, 1, s, s] of the animal's mask."""
 
-    def __init__(self, widths: tuple[int, ...] = (24, 48, 96, 128, 128)) -> None:
+    def __init__(self, widths: tuple[int, ...] = (16, 32, 48, 64, 72)) -> None:
         super().__init__()
 
         def block(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
