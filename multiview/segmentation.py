@@ -21,7 +21,7 @@ METHODS = ("auto", "rembg", "network", "color")
 WEIGHTS = REPOSITORY / "checkpoints" / "demo" / "segmentation" / "model.safetensors"
 SIDE = 160  # pixels, of the small network's images
 LEAST, MOST = 0.003, 0.8  # of the image's area: what covers less or more is no animal's mask
-WINDOW = 1.3  # side of the second look over the animal's longer side
+WINDOW = 1.8  # side of the second look over the animal's longer side
 
 
 class SegmentationNetwork(nn.Module):
@@ -108,7 +108,7 @@ def _by_network(rgb: np.ndarray) -> np.ndarray:
         if count < 2:
             break
         left, top, w, h = stats[1 + int(np.argmax(stats[1:, cv2.CC_STAT_AREA])), :4]
-        x, y, side = left + w / 2, top + h / 2, max(WINDOW * max(w, h), SIDE / 2)
+        x, y, side = left + w / 2, top + h / 2, max(WINDOW * max(w, h), SIDE)  # enlarged pixels show no more
     return soft
 
 

@@ -19,7 +19,7 @@ class Settings:
     data: Path = option(..., "split list of synthetic mice, best of 256 px")
     held_out: Path = option(..., "split list of others, for the IoU")
     output: Path = option(Path("checkpoints/demo/segmentation/model.safetensors"), "weights, float16")
-    steps: int = option(2000, "of batch_size pictures", least=1)
+    steps: int = option(3000, "of batch_size pictures", least=1)
     batch_size: int = option(12, "pictures", least=1)
     seed: int = option(0, "of weights and pictures")
     device: str = option("cpu", "cpu, cuda or auto")

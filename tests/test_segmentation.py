@@ -74,9 +74,9 @@ def test_training_writes_weights_that_load(tmp_path, monkeypatch):
     assert done.returncode == 0 and "mean IoU" in done.stdout and "color" in done.stdout, done.stderr
     monkeypatch.setattr(segmentation, "WEIGHTS", output)
     segmentation._network.cache_clear()
-    assert sum(p.numel() for p in segmentation._network().parameters()) > 1e6
+    assert sum(p.numel() for p in segmentation._network().parameters()) > 3e5
     segmentation._network.cache_clear()
-    assert output.stat().st_size < 3e6
+    assert output.stat().st_size < 1e6
 
 
 def test_inference_says_which_method_found_the_mask(tmp_path):
