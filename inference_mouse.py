@@ -34,6 +34,7 @@ def parse_arguments() -> tuple[argparse.Namespace, Options]:
     work.add_argument("--seed", type=int, default=0, help="of each photograph, wherever it stands in a folder")
     work.add_argument("--device", default="auto", help="auto, cpu or cuda")
     work.add_argument("--crop", choices=("auto", "always", "never"), help="the same as crop=")
+    work.add_argument("--mask", choices=("auto", "rembg", "network", "color"), help="the same as mask=")
     work.add_argument(
         "--refine", type=iterations, default="auto", metavar="{auto,N,off}",
         help="fit the Gaussians to the views, N iterations; auto: true posed views alone, as many as are needed",
@@ -60,7 +61,7 @@ def parse_arguments() -> tuple[argparse.Namespace, Options]:
     if arguments.dataset and (single or arguments.refine == "off" or arguments.up != "z"):
         told = "no --refine off, --export, --up, --gaussians, --mesh, maps or sheet"
         parser.error(f"--dataset fits every frame and writes the PLY that the next one starts from: {told}")
-    return arguments, replace(options, crop=arguments.crop or options.crop)
+    return arguments, replace(options, crop=arguments.crop or options.crop, mask=arguments.mask or options.mask)
 
 
 def place_input(arguments: argparse.Namespace) -> None:
@@ -160,6 +161,8 @@ def save_result(arguments: argparse.Namespace, options: Options, name: str, resu
     kept, seconds = result.record["gaussians"]["kept"], sum(result.record["seconds"].values())
     verdict = result.record["verdict"]
     told = f"{arguments.output_dir / name}/result.html: {kept} Gaussians, {seconds:.1f} s; {verdict['word']}"
+    if by := result.record.get("photo", {}).get("segmented"):
+        told += f"; mask by {by}"
     print("\n  ".join([told, *verdict["reasons"]]))
 
 

@@ -83,7 +83,7 @@ def evaluate_sample(
     if stage == "full":  # the same views before Stage 2: whether it gains or loses
         before = Prediction.of(splits[OTHER_RIG_VIEWS], generated.rgb[splits[OTHER_RIG_VIEWS]])
         others = {methods.GENERATED: before, **others}
-    head = {"sample": name, **methods.side_shown(sample, reference)}
+    head = {"sample": name, **methods.kind_of(sample, reference)}
     records = methods.records_of(head, {OWN[stage]: own, **others}, sample, splits, reference, lpips)
     report.records += records
     asset = {"sample": name, **cost}

@@ -259,12 +259,15 @@ def measure(prediction: Prediction, sample: Sample, lpips: torch.nn.Module | Non
     return [{name: value for name, value in record.items() if not math.isnan(value)} for record in records]
 
 
-def side_shown(sample: Sample, reference: int) -> dict[str, str]:
-    """Returns the name in SIDES of what the input view shows as `input_shows`, where the nose's heading is known."""
-    heading = sample.extra.get("synthetic", {}).get("heading_deg")
-    if heading is None:
-        return {}
-    return {"input_shows": SIDES[90 * (round((heading - float(sample.cameras.azimuth_deg[reference])) / 90.0) % 4)]}
+def kind_of(sample: Sample, reference: int) -> dict[str, str]:
+    """Returns, where they are known, the animal's `pose`, and by the nose's heading the name in SIDES of what the input
+    view shows, `input_shows`."""
+    told = sample.extra.get("synthetic", {})
+    found = {"pose": told["pose"]} if "pose" in told else {}
+    if "heading_deg" in told:
+        turned = told["heading_deg"] - float(sample.cameras.azimuth_deg[reference])
+        found["input_shows"] = SIDES[90 * (round(turned / 90.0) % 4)]
+    return found
 
 
 def consistency_of(generated: PosedViews, sample: Sample, rig: ViewRig, *, with_copy: bool) -> dict[str, dict]:

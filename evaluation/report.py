@@ -198,9 +198,10 @@ class Report:
             title = "The model above each baseline, mouse by mouse: mean ± standard error (share of mice on which it is"
             tables.append(Table(title + " better)", ["views compared", "than", *PANELS], rows))
         tables.append(cross_table("By the angle between view and input", self.records, "direction", tuple(DIRECTIONS)))
-        if any("input_shows" in record for record in self.records):
-            title = "By what the input view shows of the animal"
-            tables.append(cross_table(title, self.records, "input_shows", tuple(SIDES.values())))
+        for key, title in (("input_shows", "By what the input view shows of the animal"), ("pose", "By its pose")):
+            if found := {record[key] for record in self.records if key in record}:
+                values = [side for side in SIDES.values() if key == "input_shows"] or sorted(found)
+                tables.append(cross_table(title, self.records, key, values))
         if rows := self.consistency():
             tables.append(metrics_table("View consistency, input view included", rows, {"label": ""}, CONSISTENCY))
         rows = [{"label": OWN[self.stage], **asset} for asset in self.assets]

@@ -232,34 +232,39 @@ def grid(pictures: Tensor, columns: int) -> Tensor:
     return rearrange(pictures, "(r k) c h w -> c (r h) (k w)", k=columns)
 
 
-def cut_out(rgba: Tensor, source: str = "image") -> tuple[np.ndarray, bool]:
-    """[4, h, w] 0..1 -> [h, w, 4] with the animal's mask as alpha, and whether it was segmented: where the alpha is no
-    animal's mask, opaque or covering nearly the whole image. ValueError when no animal can be told."""
+def cut_out(rgba: Tensor, source: str = "image", mask: str = "auto") -> tuple[np.ndarray, str | None]:
+    """[4, h, w] 0..1 -> [h, w, 4] with the animal's mask as alpha, and how that was segmented (`segmentation.segment`):
+    where the given alpha is no animal's mask, opaque or covering nearly the whole image; else None. ValueError when no
+    animal can be told."""
     array = rgba.permute(1, 2, 0).numpy()
     height, width = array.shape[:2]
     if min(height, width) < LEAST_SIDE:
         raise ValueError(f"{source}: has {width} x {height} pixels, at least {LEAST_SIDE} each way are expected")
     shown = array[..., 3] > 0.5
-    segmented = bool(shown.mean() > MASK_MOST)
-    if segmented:
+    segmented = None
+    if shown.mean() > MASK_MOST:
+        from multiview.segmentation import segment
+
         color = array[..., :3]
         if not shown.all():  # hidden pixels hold any color: the border's must not be told from theirs
             color = np.where(shown[..., None], color, np.median(color[shown], axis=0)).astype(np.float32)
         if array[..., 3].min() < 0.99:
             log.warning("%s: its alpha covers %.0f%% and is no animal's mask: segmented", source, 100 * shown.mean())
-        array = np.concatenate([color, (segment(color, source) * shown)[..., None]], axis=-1)
+        found, segmented = segment(color, source, mask)
+        array = np.concatenate([color, (found * shown)[..., None]], axis=-1)
     if (opaque := int((array[..., 3] > 0.5).sum())) < 64:
         raise ValueError(f"{source}: the alpha channel shows no animal (only {opaque} opaque pixels)")
     return array, segmented
 
 
 def prepare_photo(
-    rgba: Tensor, size: int, *, crop: str | tuple[float, float, float] = "auto", source: str = "image"
-) -> tuple[Tensor, dict]:
-    """[4, h, w] 0..1 -> [4, size, size] RGBA framed like the training data, and a report for run.json: whether it was
-    segmented (cut out here) and cropped (moved and scaled), output pixels per input pixel, and of the result the
-    body's area and its offset from the center in image widths; on_border: pixels of the mask on the photograph's
-    border, over the square root of all.
+    rgba: Tensor, size: int, *, crop: str | tuple[float, float, float] = "auto", mask: str = "auto",
+    source: str = "image",
+) -> tuple[Tensor, dict]:  # fmt: skip
+    """[4, h, w] 0..1 -> [4, size, size] RGBA framed like the training data, and a report for run.json: how it was
+    segmented (by `mask`, see `multiview.segmentation`; null where it came cut out), whether cropped (moved and scaled),
+    output pixels per input pixel, and of the result the body's area and its offset from the center in image widths;
+    on_border: pixels of the mask on the photograph's border, over the square root of all.
 
     crop: `auto` keeps a square image whose animal already stands as in the training data and crops any other; `always`,
     `never` (the image must then be square), or a window (x, y of its center, side) in pixels, which may reach beyond
@@ -269,11 +274,11 @@ def prepare_photo(
 
     if isinstance(crop, str) and crop not in ("auto", "always", "never"):
         raise ValueError(f"crop must be auto, always, never or a window, got {crop!r}")
-    array, segmented = cut_out(rgba, source)
+    array, segmented = cut_out(rgba, source, mask)
     height, width = array.shape[:2]
-    mask = array[..., 3] > 0.5
-    on_border = sum(int(edge.sum()) for edge in (mask[0], mask[-1], mask[:, 0], mask[:, -1])) / np.sqrt(mask.sum())
-    area, offset, (x, y) = body_placement(mask)
+    shown = array[..., 3] > 0.5
+    on_border = sum(int(edge.sum()) for edge in (shown[0], shown[-1], shown[:, 0], shown[:, -1])) / shown.sum() ** 0.5
+    area, offset, (x, y) = body_placement(shown)
     framed = height == width and BODY_AREA_RANGE[0] <= area <= BODY_AREA_RANGE[1] and offset <= CENTER_OFFSET_LIMIT
     if crop == "never" and height != width:
         raise ValueError(f"{source}: must be square to be used uncropped, got {width} x {height}")
@@ -282,9 +287,9 @@ def prepare_photo(
         cropped, (x, y, side) = True, crop
     elif cropped:
         # The usual body size; larger where the tail would be cut off.
-        ys, xs = np.nonzero(mask)
+        ys, xs = np.nonzero(shown)
         reach = max(xs.max() + 1 - x, x - xs.min(), ys.max() + 1 - y, y - ys.min())
-        side = int(np.ceil(max(float(np.sqrt(area * mask.size / BODY_AREA)), 2 * reach / (1 - 2 * MARGIN))))
+        side = int(np.ceil(max(float(np.sqrt(area * shown.size / BODY_AREA)), 2 * reach / (1 - 2 * MARGIN))))
     if cropped:
         side = int(side)
         left, top = round(x - side / 2), round(y - side / 2)
@@ -316,33 +321,3 @@ def body_placement(mask: np.ndarray) -> tuple[float, float, tuple[float, float]]
     height, width = mask.shape
     offset = float(np.hypot(center[0] - width / 2, center[1] - height / 2)) / width
     return len(xs) / mask.size, offset, center
-
-
-def segment(rgb: np.ndarray, source: str = "image") -> np.ndarray:
-    """[h, w, 3] 0..1 -> soft mask [h, w] or a ValueError: distance from the border's color, refined by GrabCut."""
-    import cv2
-
-    height, width = rgb.shape[:2]
-    scale = min(1.0, 512 / max(height, width))
-    small = cv2.resize(rgb, (max(1, round(width * scale)), max(1, round(height * scale))), interpolation=cv2.INTER_AREA)
-    edge = max(2, round(0.03 * min(small.shape[:2])))
-    edges = (small[:edge], small[-edge:], small[:, :edge], small[:, -edge:])
-    border = np.concatenate([part.reshape(-1, 3) for part in edges])
-    distance = np.abs(small - np.median(border, axis=0)).max(axis=-1)
-    spread = float(np.percentile(np.abs(border - np.median(border, axis=0)).max(axis=-1), 90))
-    seed = distance > max(0.10, 2.0 * spread)
-    labels = np.where(seed, cv2.GC_PR_FGD, cv2.GC_PR_BGD).astype(np.uint8)
-    labels[:edge], labels[-edge:], labels[:, :edge], labels[:, -edge:] = (cv2.GC_BGD,) * 4
-    if 0.003 < seed.mean() < MASK_MOST:
-        cv2.setRNGSeed(0)
-        pixels, models = (small * 255).round().astype(np.uint8), (np.zeros((1, 65)), np.zeros((1, 65)))
-        cv2.grabCut(pixels, labels, None, *models, 5, cv2.GC_INIT_WITH_MASK)
-    mask = (labels == cv2.GC_FGD) | (labels == cv2.GC_PR_FGD)
-    count, parts, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
-    if count > 2:  # the largest piece is the animal
-        mask = parts == 1 + int(np.argmax(stats[1:, cv2.CC_STAT_AREA]))
-    if not 0.003 < mask.mean() < MASK_MOST:
-        told = f"{source}: no animal could be told from the background (mask covers {mask.mean():.1%})"
-        raise ValueError(f"{told}; pass an RGBA image whose alpha is the animal's mask")
-    soft = cv2.GaussianBlur(mask.astype(np.float32), (0, 0), 0.7)
-    return np.clip(cv2.resize(soft, (width, height), interpolation=cv2.INTER_LINEAR), 0, 1)

@@ -151,6 +151,12 @@ def read_split(list_file: Path | str) -> list[Path]:
     return folders
 
 
+def check_names(folders: Sequence[Path]) -> None:
+    """Raises ValueError where two sample folders have one name, under which their results would be written."""
+    if len({folder.name for folder in folders}) != len(folders):
+        raise ValueError("several samples of the list have one name: their results would overwrite each other")
+
+
 def _existing(list_file: Path | str) -> Path:
     if not Path(list_file).is_file():
         made = "make a dataset with scripts/make_synthetic_mouse.py or scripts/process_mouse_data.py"

@@ -54,7 +54,13 @@ def reconstruct_photos(
     words, (number, count), artifacts = {}, share, model.artifacts
     own, steps = photos[number::count], {"steps": artifacts.num_steps, "guidance": artifacts.guidance_scale}
     for place, photo in enumerate(stoppable(own), 1):
-        asked = {"crop": photo.crop, **options, **steps, "artifacts": artifacts.describe()}
+        asked = {
+            "crop": photo.crop,
+            "mask": artifacts.options.mask,
+            **options,
+            **steps,
+            "artifacts": artifacts.describe(),
+        }
         asked = json.loads(json.dumps(asked))  # as run.json gives it back
         done = finished(output_dir / photo.name / "run.json", photo, {} if overwrite else asked)
         if done:
@@ -108,7 +114,7 @@ def list_photos(inputs: Any, options: Options, failed: dict[str, str]) -> tuple[
     """Returns what inputs.input_image, .input_dir or .input_video names, each file looked at, and a video's frames per
     second."""
     if inputs.input_video:
-        return video_photos(inputs.input_video, options.mask_video, options.video_stride, options.crop, failed)
+        return video_photos(inputs.input_video, options.mask_video, options.video_stride, options, failed)
     if inputs.input_dir:
         return folder_photos(inputs.input_dir, options.crop, failed), 0.0
     check_picture(inputs.input_image)
@@ -142,15 +148,15 @@ def folder_photos(folder: Path, crop: str, failed: dict[str, str]) -> list[Photo
 
 
 def video_photos(
-    path: Path, masks: Path | None, stride: int, crop: str, failed: dict[str, str]
+    path: Path, masks: Path | None, stride: int, options: Options, failed: dict[str, str]
 ) -> tuple[list[Photo], float]:
     """Returns every stride-th frame of a video that shows an animal, cut out, and the frames per second of them.
 
-    masks: a video whose white pixels are the animal; else the video's own alpha, else the color model's masks. With
-    crop `auto` all frames are cropped by windows of one size along a smoothed path: (x, y, side) in the frame's pixels,
-    which run.json keeps. Frames without an animal are told and skipped; a video that ends early is in `failed`.
+    masks: a video whose white pixels are the animal; else the video's own alpha, else found as options.mask says. With
+    options.crop `auto` all frames are cropped by windows of one size along a smoothed path: (x, y, side) in the frame's
+    pixels, which run.json keeps. Frames without an animal are told and skipped; a video that ends early is in `failed`.
     """
-    photos, places, rate = [], [], 0.0
+    photos, places, rate, crop = [], [], 0.0, options.crop
     white = decode(masks, stride, failed, "mask_video") if masks else None
     for number, seconds, rgba in decode(path, stride, failed):
         rate = number / seconds if seconds else rate
@@ -160,7 +166,7 @@ def video_photos(
             rgba[..., 3] = mask[2][..., :3].mean(-1)
         name, told = f"{path.stem}_{number:06d}", {"number": number, "seconds": round(seconds, 4)}
         try:
-            array, told["segmented"] = cut_out(torch.from_numpy(rgba).permute(2, 0, 1) / 255, name)
+            array, told["segmented"] = cut_out(torch.from_numpy(rgba).permute(2, 0, 1) / 255, name, options.mask)
         except ValueError as error:
             print(f"frame {number} is skipped: {error}", file=sys.stderr)
             continue

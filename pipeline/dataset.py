@@ -17,6 +17,7 @@ from multiview.rig import ViewRig
 from multiview.run import seed_from, stoppable
 from multiview.sample import (
     Sample,
+    check_names,
     is_complete_sample,
     read_dataset_info,
     read_sample,
@@ -68,7 +69,9 @@ def make_jobs(
                     "dataset's rig, or leave --references all out"
                 )
     jobs: dict[Path, list[Job]] = {path: [] for path in lists}
-    for path, folder, view in ((p, f, v) for p in lists for f in read_split(p)[:num_samples] for v in views):
+    samples = [(path, folder) for path in lists for folder in read_split(path)[:num_samples]]
+    check_names([folder for _, folder in samples])
+    for path, folder, view in ((*pair, view) for pair in samples for view in views):
         name = folder.name if references != "all" else f"{folder.name}_ref{view}"
         jobs[path].append(Job(folder, view, name, seed_from("synthetic data", seed, name)))
     return jobs

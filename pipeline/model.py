@@ -88,7 +88,8 @@ class MouseFaceLift:
         Raises PhotographError where the photograph cannot be read or shows no animal.
         """
         try:
-            photo, report = prepare_photo(_read(image), self.image_size, crop=crop, source=name)
+            mask = self.artifacts.options.mask
+            photo, report = prepare_photo(_read(image), self.image_size, crop=crop, mask=mask, source=name)
         except ValueError as error:
             raise PhotographError(str(error)) from error
         started = time.perf_counter()

@@ -48,6 +48,10 @@ class Stage1Options:
     vae_slicing: bool = option(False, "encode and decode images one by one: less memory")
     channels_last: bool = option(False, "memory layout of convolutions: faster on a GPU")
     compile: bool = option(False, "torch.compile for the UNet: minutes at first, faster afterwards")
+    mask: Literal["auto", "rembg", "network", "color"] = option(
+        "auto", "what cuts the animal out where there is no mask: rembg where installed, else the small network "
+        "that ships, else the color model"
+    )  # fmt: skip
     cpu_offload: bool = option(False, "each part of Stage 1 on the device only while it works: less memory, slower")
 
     def __post_init__(self) -> None:

@@ -17,6 +17,7 @@ from multiview.rig import ViewRig, fits_rig, load_rig
 from multiview.run import seed_from, stoppable
 from multiview.sample import (
     Sample,
+    check_names,
     is_complete_sample,
     open_dataset,
     read_sample,
@@ -79,6 +80,7 @@ def reshoot_lists(settings: Any, model: MouseFaceLift, share: tuple[int, int]) -
     if len({path.parent.resolve() for path in settings.data}) != 1:
         raise ValueError(f"--data must be split lists of one dataset, got {', '.join(map(str, settings.data))}")
     lists = {path: read_split(path) for path in settings.data}
+    check_names([source for sources in lists.values() for source in sources])
     if rig.azimuth_zero != "reference":
         raise ValueError(f"--rig {rig.name} counts azimuths from the animal's heading, which a fit does not know")
     asked = {name: getattr(settings, name) for name in ("num_novel_views", "image_size", "least_psnr", "seed")}

@@ -19,7 +19,7 @@ from multiview.cameras import Cameras
 from multiview.files import read_json, write_json
 from multiview.image import composite, resize_rgba, save_video
 from multiview.run import stoppable
-from multiview.sample import read_sample
+from multiview.sample import check_names, read_sample
 from pipeline.model import MouseFaceLift
 from pipeline.outputs import PosedViews
 from pipeline.page import write_index
@@ -46,8 +46,7 @@ def reconstruct_sequence(
     refine, options: of `MouseFaceLift.reconstruct`. Raises ValueError for a folder that was begun with others.
     """
     settings = {"refine": refine, "gslrm": str(model.artifacts.describe()["gslrm"]), **options}
-    if len({folder.name for folder in folders}) != len(folders):
-        raise ValueError("several samples of the list have one name: their results would overwrite each other")
+    check_names(folders)
     (number, count), before, failed = share, None, []
     own = folders[len(folders) * number // count : len(folders) * (number + 1) // count]
     index = partial(write_index, output_dir, failed, names=[folder.name for folder in folders])

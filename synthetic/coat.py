@@ -91,7 +91,7 @@ def coat_albedo(surface: Surface, coat: Coat, noise: np.ndarray, rng: np.random.
     for where, color in (
         (FOOT, skin * 1.06),
         (TAIL, skin * (0.86 if dark_skin else 0.96) * tail_rings[:, None]),
-        (EAR_INNER, inner * ([0.86, 0.82, 0.77] if dark_skin else [1.0, 0.98, 0.98])),
+        (EAR_INNER, inner * ([0.80, 0.74, 0.66] if dark_skin else [1.0, 0.98, 0.98])),
         (EAR_OUTER, ((0.45 if dark_skin else 0.56) * skin + 0.38 * hair) * (0.92 + 0.16 * rim)),
         (NOSE, coat.skin * ([0.62, 0.50, 0.50] if coat.name == "black" else [1.0, 0.82, 0.82])),
         (EYE_PART, coat.eye),

@@ -73,10 +73,6 @@ def sample_cameras(rig: ViewRig, settings: MouseSettings, index: int) -> Cameras
     """Returns the rig's cameras in order, then `num_novel_views` random ones."""
     size, count, rng = settings.image_size, settings.num_novel_views, _keyed(settings.seed, index, 1)
     cameras = rig.cameras(size)
-    if settings.elevation:  # of the input view only: the others stay where the rig has them
-        view, raised = rig.reference_view, torch.tensor(_keyed(settings.seed, index, 8).uniform(*settings.elevation))
-        azimuth = torch.tensor(rig.views[view].azimuth_deg)
-        cameras.c2w[view] = Cameras.orbit(azimuth, raised, rig.distance, rig.focal, size).c2w
     if not count:
         return cameras
     return cameras.joined(rig.novel_cameras(count, size, rng, varied=settings.varied_cameras))
@@ -103,6 +99,11 @@ def make_sample(
     if settings.off_center:
         width = rig.distance / rig.focal  # of the image at the body's distance, world units
         cloud = cloud.transformed(offset=place.uniform(-settings.off_center, settings.off_center, 3) * width)
+    if settings.elevation:  # nobody knows a photograph's elevation: the animal leans towards the camera instead
+        view, raised = rig.views[rig.reference_view], _keyed(seed, index, 8).uniform(*settings.elevation)
+        cloud.meta["input_elevation_deg"] = round(float(raised), 2)
+        cloud = cloud.transformed(rotate_z_deg=view.azimuth_deg, tilt_deg=raised - view.elevation_deg)
+        cloud = cloud.transformed(rotate_z_deg=-view.azimuth_deg)
     if photographed:
         camera = Camera.draw(rng)
         # A photograph is framed by its mask, not by the animal's true size and center.

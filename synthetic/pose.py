@@ -11,13 +11,13 @@ from synthetic.settings import POSES
 CONTROL_STATIONS = np.array([0.0, 0.22, 0.45, 0.62, 0.74, 0.86, 1.0])  # where spine_pitch and spine_yaw are given
 # kind: spine pitch at the control stations, hip height, shoulder height, level
 _BASES = {
-    "walk": ([54, 32, -12, -28, -6, -4, -16], 0.265, 0.262, 1.0),
-    "stand": ([62, 36, -14, -30, -2, 0, -14], 0.248, 0.250, 1.0),
+    "walk": ([54, 32, -12, -28, -6, -4, -16], 0.285, 0.262, 1.0),
+    "stand": ([62, 36, -14, -30, -2, 0, -14], 0.270, 0.252, 1.0),
     "crouch": ([70, 42, -18, -42, -18, -16, -26], 0.185, 0.185, 1.0),
-    "turn": ([58, 34, -12, -26, -4, -4, -16], 0.250, 0.250, 1.0),
-    "rear": ([50, 66, 70, 56, 34, 16, 4], 0.165, 0.30, 0.0),
+    "turn": ([58, 34, -12, -26, -4, -4, -16], 0.268, 0.252, 1.0),
+    "rear": ([58, 76, 82, 76, 58, 34, 12], 0.200, 0.30, 0.0),
     "groom": ([52, 60, 38, -8, -40, -54, -62], 0.150, 0.30, 0.0),
-    "sniff": ([42, 26, -6, -16, 12, 10, 0], 0.252, 0.255, 1.0),
+    "sniff": ([42, 26, -6, -16, 12, 10, 0], 0.268, 0.255, 1.0),
     "curl": ([74, 46, -18, -44, -22, -20, -28], 0.180, 0.175, 1.0),
     "stretch": ([16, 10, -2, -8, 0, 2, -4], 0.200, 0.195, 1.0),
 }
@@ -86,7 +86,7 @@ def random_pose(rng: np.random.Generator, kind: str | None = None) -> MousePose:
         ear_turn=rng.uniform(-18, 28) + rng.normal(0, 5, 2),
     )  # fmt: skip
     if kind == "walk":
-        return pose.stride(rng.uniform(0, 2 * math.pi), rng.uniform(0.05, 0.10))
+        return pose.stride(rng.uniform(0, 2 * math.pi), rng.uniform(0.06, 0.14))
     if kind == "rear":
         reach = np.array([[rng.uniform(0.04, 0.14), 0.05, rng.uniform(-0.13, 0.0)] for _ in range(2)])
         return replace(pose, hand_free=np.ones(2), hand_at=reach, foot_forward=pose.foot_forward + 0.05)

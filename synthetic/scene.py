@@ -34,15 +34,17 @@ class SplatCloud:
     floor: float = 0.0  # its z
     meta: dict = field(default_factory=dict)  # pose, coat and other draws, JSON-able
 
-    def transformed(self, *, scale: float = 1.0, rotate_z_deg: float = 0.0, offset=(0.0, 0.0, 0.0)) -> "SplatCloud":
-        """Maps x to scale * Rz(rotate_z_deg) x + offset [3] (counter-clockwise seen from above)."""
-        a = math.radians(rotate_z_deg)
-        rotation = np.array([[math.cos(a), -math.sin(a), 0], [math.sin(a), math.cos(a), 0], [0, 0, 1]])
+    def transformed(
+        self, *, scale: float = 1.0, rotate_z_deg: float = 0.0, tilt_deg: float = 0.0, offset=(0.0, 0.0, 0.0)
+    ) -> "SplatCloud":
+        """Maps x to scale * Rx(tilt_deg) Rz(rotate_z_deg) x + offset [3]: counter-clockwise seen from above, then with
+        its top towards -y."""
+        turn = Rotation.from_euler("zx", [rotate_z_deg, tilt_deg], degrees=True)
+        rotation = turn.as_matrix()
         offset, points = np.asarray(offset, dtype=np.float64), ("means", "center", "keypoints")
         moved = {name: (scale * getattr(self, name) @ rotation.T + offset).astype(np.float32) for name in points}
-        c, s = math.cos(a / 2), math.sin(a / 2)
-        w, x, y, z = self.quats.T
-        quats = np.stack([c * w - s * z, c * x - s * y, c * y + s * x, c * z + s * w], axis=1).astype(np.float32)
+        turned = turn * Rotation.from_quat(self.quats, scalar_first=True)
+        quats = turned.as_quat(scalar_first=True).astype(np.float32)
         log_scales = (self.log_scales + math.log(scale)).astype(np.float32)
         length, floor = self.body_length * scale, float(scale * self.floor + offset[2])
         return replace(self, **moved, log_scales=log_scales, quats=quats, body_length=length, floor=floor)
@@ -108,7 +110,7 @@ def shade(surface: parts.Surface, albedo: np.ndarray, light: Light) -> np.ndarra
     linear = albedo * (received[:, None] * np.array(light.tint))
     gloss = np.clip(n @ unit(light.direction + [0, 0, 0.6]), 0, 1)
     fur, skin = np.isin(part, (parts.FUR, parts.LIMB)), np.isin(part, (parts.TAIL, parts.FOOT, parts.NOSE))
-    linear = linear + np.where(fur, 0.018 * light.key * gloss**12 * openness, 0.0)[:, None]
+    linear = linear + np.where(fur, 0.026 * light.key * gloss**8 * openness, 0.0)[:, None]
     linear = linear + np.where(skin, 0.03 * light.key * gloss**8, 0.0)[:, None]
     glint = np.clip((n[:, 2] - 0.52) / 0.1, 0, 1) * np.clip((0.86 - n[:, 2]) / 0.1, 0, 1) * (gloss > 0.75)
     linear = linear + np.where(part == parts.EYE_PART, 0.02 * upward**2 + 0.8 * glint, 0.0)[:, None]

@@ -7,6 +7,7 @@ from multiview.config import option
 
 COATS = ("black", "agouti", "brown", "grey", "white", "piebald")
 POSES = ("walk", "stand", "crouch", "turn", "rear", "groom", "sniff")  # an unnamed pose is one of these
+MICE = 2  # raised when a seed's mice change: a dataset that holds others is not continued
 ALL_POSES = (*POSES, "curl", "stretch")  # the last only where they are named: mice of older seeds stay as they were
 # Of recording.calibration.formats.FORMATS, whose import would slow --help down; a test compares the two.
 CALIBRATION_FORMATS = tuple("mammal dannce anipose transforms colmap_text colmap_binary opencv blender".split())
@@ -36,7 +37,11 @@ class MouseSettings:
     )
     off_center: float = option(0.0, "how far the body may lie off the image's center, widths", least=0, most=0.5)
     elevation: tuple[float, float] | None = option(
-        None, "of the input view, degrees; left out: the rig's", metavar=("LOW", "HIGH"), least=-89, most=89
+        None,
+        "from which the input view sees the animal, degrees, as the animal leans; left out: the rig's",
+        metavar=("LOW", "HIGH"),
+        least=-89,
+        most=89,
     )
     varied_cameras: bool = option(
         False,
@@ -107,4 +112,6 @@ class MouseSettings:
         # Newer flags only where they are given: datasets made before they existed can be continued.
         values = {name: value for name, value in values.items() if value or name not in newer}
         values = {name: value.name if isinstance(value, Path) else value for name, value in values.items()}
-        return {"source": "synthetic"} | {n: list(v) if isinstance(v, tuple) else v for n, v in values.items()}
+        return {"source": "synthetic", "mice": MICE} | {
+            n: list(v) if isinstance(v, tuple) else v for n, v in values.items()
+        }

@@ -25,8 +25,8 @@ SIDES = np.array([1.0, -1.0, 1.0, -1.0])  # left, right of the four limbs
 _PROFILE = np.fromstring(
     """
     0.000 0.022 0.022 0.022   0.012 0.062 0.062 0.056   0.040 0.104 0.106 0.090   0.085 0.144 0.146 0.122
-    0.150 0.176 0.176 0.150   0.230 0.193 0.188 0.170   0.320 0.194 0.186 0.178   0.410 0.180 0.174 0.170
-    0.500 0.156 0.156 0.148   0.580 0.132 0.136 0.124   0.650 0.114 0.118 0.106   0.710 0.108 0.106 0.096
+    0.150 0.172 0.180 0.134   0.230 0.188 0.192 0.148   0.320 0.188 0.190 0.152   0.410 0.172 0.178 0.146
+    0.500 0.146 0.158 0.130   0.580 0.124 0.136 0.112   0.650 0.107 0.116 0.098   0.710 0.102 0.104 0.092
     0.765 0.106 0.098 0.090   0.815 0.099 0.088 0.082   0.860 0.084 0.074 0.070   0.905 0.064 0.059 0.057
     0.945 0.049 0.047 0.044   0.975 0.038 0.038 0.033   0.992 0.025 0.026 0.021   1.000 0.010 0.011 0.009
     """,
@@ -52,7 +52,7 @@ def random_length(rng: np.random.Generator) -> float:
 
 def random_shape(rng: np.random.Generator) -> MouseShape:
     """Draws an adult mouse, lean to fat."""
-    shape = MouseShape(ear_height=float(rng.uniform(0.138, 0.180)), limb_length=float(rng.uniform(0.94, 1.06)))
+    shape = MouseShape(ear_height=float(rng.uniform(0.128, 0.172)), limb_length=float(rng.uniform(0.94, 1.06)))
     shape.length, shape.fatness = random_length(rng), float(np.clip(rng.normal(1.0, 0.08), 0.84, 1.22))
     vars(shape).update({name: float(rng.uniform(*limits)) for name, limits in _RANGES.items()})
     shape.ear_width *= shape.ear_height
@@ -183,7 +183,7 @@ def _tail(s: Skeleton, shape: MouseShape, pose: MousePose) -> tuple[np.ndarray, 
     step = shape.tail_length / (TAIL_NODES - 1)
     slopes, height = np.zeros(TAIL_NODES), np.full(TAIL_NODES, place[2])
     for i in range(1, TAIL_NODES):
-        resting = radius[i] + pose.tail_raise[1] * min(1.0, 4 * t[i]) * (1 - 0.5 * t[i])
+        resting = radius[i] + pose.tail_raise[1] * min(1.0, 4 * t[i]) * (1 - 0.9 * t[i])
         wanted = min(max((resting - height[i - 1]) / 0.10, -0.9), 0.9)
         blend = min(1.0, t[i] / 0.18)
         slopes[i] = (1 - blend) * math.radians(pose.tail_raise[0]) + blend * wanted

@@ -15,6 +15,7 @@ from multiview.metrics import mask_iou
 from multiview.sample import read_sample, read_split
 from pipeline import MouseFaceLift
 from pipeline.batch import FOREIGN_SUFFIXES, film_photos, folder_photos, reconstruct_photos, video_photos
+from pipeline.options import Options
 from pipeline.outputs import PosedViews
 from pipeline.verdict import PHOTO_LIMITS, POSED_LIMITS, WORDS, judge, photo_scores
 
@@ -79,7 +80,7 @@ def clip(model, tmp_path_factory):
 
 def test_a_video_is_cropped_steadily_and_its_frames_are_found_again(model, clip, tmp_path, capsys):
     failed = {}
-    photos, rate = video_photos(clip / "clip.mp4", clip / "mask.mp4", 1, "auto", failed)
+    photos, rate = video_photos(clip / "clip.mp4", clip / "mask.mp4", 1, Options(), failed)
     assert [photo.told["frame"]["number"] for photo in photos] == [0, 1, 2, 4, 5, 6, 7] and not failed
     assert "frame 3 is skipped" in capsys.readouterr().err and rate == pytest.approx(10)
     x, y, side = np.array([photo.told["frame"]["window"] for photo in photos]).T
@@ -108,9 +109,9 @@ def test_a_video_is_cropped_steadily_and_its_frames_are_found_again(model, clip,
 
 def test_a_mask_video_must_go_with_the_video(clip):
     with pytest.raises(ValueError, match="short.mp4 must have the size and frames of .*clip.mp4; frame 2 has none"):
-        video_photos(clip / "clip.mp4", clip / "short.mp4", 1, "auto", {})
+        video_photos(clip / "clip.mp4", clip / "short.mp4", 1, Options(), {})
     with pytest.raises(ValueError, match="shows no animal in any frame"):
-        video_photos(clip / "clip.mp4", clip / "none.mp4", 1, "auto", {})
+        video_photos(clip / "clip.mp4", clip / "none.mp4", 1, Options(), {})
 
 
 # ---- the verdict ----------------------------------------------------------------------------------------------------

@@ -76,13 +76,13 @@ def test_directions_are_angles_from_the_input_view_and_the_side_shown_follows_fr
         angles[reference] = [record["angle_deg"] for record in records]
     assert angles == {0: [0, 60, 120, 180, 120, 60], 2: [120, 60, 0, 60, 120, 180]}
     assert [record["direction"] for record in records] == [side, near, near, near, side, back]
-    assert methods.side_shown(sample, 0) == {}
+    assert methods.kind_of(sample, 0) == {}
     for reference, heading, shown in (
         (0, 350.0, "the head"), (0, 80.0, "its left side"), (0, 200.0, "the hindquarters"), (2, 120.0, "the head"),
         (0, 300.0, "its right side"), (3, 90.0, "its right side"), (3, 0.0, "the hindquarters"),
     ):  # fmt: skip
-        heading = replace(sample, extra={"synthetic": {"heading_deg": heading}})
-        assert methods.side_shown(heading, reference) == {"input_shows": shown}
+        heading = replace(sample, extra={"synthetic": {"heading_deg": heading, "pose": "rear"}})
+        assert methods.kind_of(heading, reference) == {"input_shows": shown, "pose": "rear"}
 
 
 def test_measures_see_a_perfect_and_a_wrong_prediction():
@@ -334,8 +334,9 @@ def test_report_of_a_run_is_complete_and_self_contained(tmp_path):
     assert sum(row["views"] for row in content["by_direction"] if row["method"] == "hull") == 4
     assert "what the input view shows" not in text  # nobody said
     assert text == (tmp_path / "table.md").read_text() and "| novel views | hull | 4 | 4 | 18.50" in text
-    report.records = [{**record, "input_shows": "the head"} for record in report.records]
-    assert "| novel views | hull | 18.50 / 0.450 (4) | - (0) |" in report.tables()[-2].markdown()
+    report.records = [{**record, "input_shows": "the head", "pose": "walk"} for record in report.records]
+    assert "| novel views | hull | 18.50 / 0.450 (4) | - (0) |" in report.tables()[-3].markdown()
+    assert "| views compared | method | walk |" in report.tables()[-2].markdown()
     page = (tmp_path / "report.html").read_text()
     assert page.count("data:image/") == 3 and "18.50 (18.50, 18.00)" in page
     assert "<tags>" not in page and "<Stage 2>" not in page and not re.search(r"(src|href)='(?!data:)", page)

@@ -215,6 +215,10 @@ def test_pictures_not_taken_as_the_reference_view_are_refused(tmp_path):
             make_jobs([path], rig, references, None, 0)
     with pytest.raises(ValueError, match="different ones of one dataset"):
         make_jobs([path, path], RIG, "reference", None, 0)
+    write_dataset_info(tmp_path, RIG)
+    path.write_text("black/sample_000001\nwhite/sample_000001\n")
+    with pytest.raises(ValueError, match="have one name"):  # of two folders: one would be left out without a word
+        make_jobs([path], RIG, "reference", None, 0)
 
 
 def test_seed_of_a_sample_is_its_own(tiny):

@@ -10,6 +10,7 @@ from mvdiffusion_tiny import UNET, unet_inputs
 from safetensors.torch import load_file
 
 from multiview.rig import load_rig
+from mvdiffusion.models.attention import attend
 from mvdiffusion.models.unet import configure_views, create_unet, load_unet, resolve_unet_folder, run_unet, save_unet
 
 GOLDEN = Path(__file__).parent / "golden" / "unet_small"
@@ -43,6 +44,17 @@ def test_attention_does_not_depend_on_an_installed_backend(golden):
     unet = load_unet(GOLDEN)
     modes = {p.mode for n, p in unet.attn_processors.items() if ".attn1." in n}
     assert modes == {"sparse"} and unet.config.sparse_mv_attention
+
+
+def test_training_in_bfloat16_on_a_cpu_attends_as_the_fused_kernel_does():
+    query, key, value = torch.randn(3, 6, 2, 64, 32, generator=torch.Generator().manual_seed(0))
+    exact = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+    lowered = [x.bfloat16().requires_grad_() for x in (query, key, value)]
+    ours = attend(*lowered)
+    assert ours.grad_fn.name() == "UnsafeViewBackward0" and (ours.float() - exact).abs().max() < 0.02
+    ours.sum().backward()
+    assert (lowered[2].grad.float().sum((-1, -2)) - 64 * 32).abs().max() < 64  # every query's weights sum to 1
+    assert torch.equal(attend(query, key, value), exact)
 
 
 @torch.no_grad()

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor2_0
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -128,9 +127,9 @@ def configure_views(unet: MultiViewUNet, num_views: int, attention: str) -> Mult
     """Puts multi-view attention into every self-attention layer (attn1), or takes it out (`none`); tells the config."""
     if attention not in ("sparse", "full", "none"):
         raise ValueError(f"attention must be one of sparse, full, none, got {attention!r}")
-    stock, has_tokens = AttnProcessor2_0(), unet.config.camera_conditioning == "cross_attention"
-    own = stock if attention == "none" else MultiViewAttnProcessor(num_views, attention)
-    cross = conditioning.CameraAttnProcessor() if has_tokens else stock
+    has_tokens = unet.config.camera_conditioning == "cross_attention"
+    own, plain = (MultiViewAttnProcessor(num_views, mode) for mode in (attention, "none"))
+    cross = conditioning.CameraAttnProcessor() if has_tokens else plain
     unet.set_attn_processor({name: own if ".attn1." in name else cross for name in unet.attn_processors})
     unet.register_to_config(
         num_views=num_views, multiview_attention=attention != "none", sparse_mv_attention=attention == "sparse"
