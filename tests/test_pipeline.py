@@ -357,7 +357,7 @@ def test_bad_arguments_end_with_code_2_before_anything_is_loaded(arguments, mess
 def test_inference_keeps_to_few_flags_and_lists_its_overrides():
     code, out, _ = run("inference_mouse.py", "--help")
     flags_told = {line.split()[0].rstrip(",") for line in out.splitlines() if line.strip().startswith("--")}
-    assert code == 0 and 15 <= len(flags_told) <= 27 and "  mirror=none  " in out and "  maps=false  " in out
+    assert code == 0 and 15 <= len(flags_told) <= 28 and "  mirror=none  " in out and "  maps=false  " in out
 
 
 def test_an_output_folder_that_cannot_be_is_refused_before_the_work(tiny, tmp_path):

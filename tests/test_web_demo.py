@@ -28,7 +28,8 @@ def green(tmp_path):
     return str(tmp_path / "green.png")
 
 
-def test_what_is_outside_of_the_box_counts_as_background(green):
+def test_what_is_outside_of_the_box_counts_as_background(green, monkeypatch, tmp_path):
+    monkeypatch.setattr("multiview.segmentation.WEIGHTS", tmp_path / "none")  # the network knows a board from a mouse
     assert torch.equal(cut(green, 0, 0, 100, 100), read_photo(green))
     assert torch.equal(cut(green, 30, 10, 90, 95), read_photo(green)[:, 20:190, 90:270])
     whole, inside = (look(green, left, 0, 100, 100)[0][1].astype(int) for left in (0, 28))
