@@ -200,7 +200,7 @@ class Report:
         tables.append(cross_table("By the angle between view and input", self.records, "direction", tuple(DIRECTIONS)))
         for key, title in (("input_shows", "By what the input view shows of the animal"), ("pose", "By its pose")):
             if found := {record[key] for record in self.records if key in record}:
-                values = [side for side in SIDES.values() if key == "input_shows"] or sorted(found)
+                values = tuple(SIDES.values()) if key == "input_shows" else sorted(found)
                 tables.append(cross_table(title, self.records, key, values))
         if rows := self.consistency():
             tables.append(metrics_table("View consistency, input view included", rows, {"label": ""}, CONSISTENCY))

@@ -21,6 +21,7 @@ METHODS = ("auto", "rembg", "network", "color")
 WEIGHTS = REPOSITORY / "checkpoints" / "demo" / "segmentation" / "model.safetensors"
 SIDE = 160  # pixels, of the small network's images
 LEAST, MOST = 0.003, 0.8  # of the image's area: what covers less or more is no animal's mask
+LARGEST = 1024  # pixels, the longest side of what it looks at
 WINDOW = 1.8  # side of the second look over the animal's longer side
 
 
@@ -91,6 +92,9 @@ def _by_network(rgb: np.ndarray) -> np.ndarray:
     """The whole image first, as a square; then a closer look at where the animal is."""
     import cv2
 
+    size, most = rgb.shape[1::-1], max(rgb.shape[:2])
+    if most > LARGEST:  # blurring all of a large photograph would take seconds
+        rgb = cv2.resize(rgb, tuple(max(1, round(s * LARGEST / most)) for s in size), interpolation=cv2.INTER_AREA)
     height, width = rgb.shape[:2]
     soft = np.zeros((height, width), dtype=np.float32)
     x, y, side = width / 2, height / 2, float(max(height, width))
@@ -109,7 +113,7 @@ def _by_network(rgb: np.ndarray) -> np.ndarray:
             break
         left, top, w, h = stats[1 + int(np.argmax(stats[1:, cv2.CC_STAT_AREA])), :4]
         x, y, side = left + w / 2, top + h / 2, max(WINDOW * max(w, h), SIDE)  # enlarged pixels show no more
-    return soft
+    return cv2.resize(soft, size, interpolation=cv2.INTER_LINEAR)
 
 
 def _by_color(rgb: np.ndarray) -> np.ndarray:

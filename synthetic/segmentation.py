@@ -48,9 +48,8 @@ def backgrounds(count: int) -> Tensor:
     image = torch.where(per_image(count, 0, 1) < 0.35, chips, image)
     rows = torch.linspace(-1, 1, SIDE)[:, None]
     for _ in range(2):  # wires of a cage, from side to side or up and down
-        wires = torch.sin((rows + per_image(count, -0.3, 0.3) * rows.T) * per_image(count, 15, 70)) > per_image(
-            count, 0.5, 0.98
-        )
+        slanted = (rows + per_image(count, -0.3, 0.3) * rows.T) * per_image(count, 15, 70)
+        wires = slanted.sin() > per_image(count, 0.5, 0.98)
         wires = torch.where(per_image(count, 0, 1) < 0.5, wires, wires.transpose(2, 3)) & (per_image(count, 0, 1) < 0.2)
         image = torch.where(wires, per_image(count, 0, 1) + per_image(count, -0.05, 0.05, 3), image)
     for number in range(5):  # things of any color; of three of them some are fingers

@@ -37,12 +37,9 @@ class MouseSettings:
     )
     off_center: float = option(0.0, "how far the body may lie off the image's center, widths", least=0, most=0.5)
     elevation: tuple[float, float] | None = option(
-        None,
-        "from which the input view sees the animal, degrees, as the animal leans; left out: the rig's",
-        metavar=("LOW", "HIGH"),
-        least=-89,
-        most=89,
-    )
+        None, "from which the input view sees the leaning animal, degrees; left out: the rig's",
+        metavar=("LOW", "HIGH"), least=-89, most=89,
+    )  # fmt: skip
     varied_cameras: bool = option(
         False,
         "novel views as any lab's cameras take them: elevation 0 to 60 degrees, distance 2.2 to 3.6, focal "
@@ -112,6 +109,5 @@ class MouseSettings:
         # Newer flags only where they are given: datasets made before they existed can be continued.
         values = {name: value for name, value in values.items() if value or name not in newer}
         values = {name: value.name if isinstance(value, Path) else value for name, value in values.items()}
-        return {"source": "synthetic", "mice": MICE} | {
-            n: list(v) if isinstance(v, tuple) else v for n, v in values.items()
-        }
+        values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        return {"source": "synthetic", "mice": MICE, **values}

@@ -85,15 +85,8 @@ def test_inference_says_which_method_found_the_mask(tmp_path):
     from multiview.image import write_image
 
     write_image(tmp_path / "a.png", rgb)
-    command = [
-        sys.executable,
-        ROOT / "inference_mouse.py",
-        tmp_path / "a.png",
-        "--mask",
-        "color",
-        "--output_dir",
-        tmp_path,
-    ]
-    done = subprocess.run([*map(str, command), "--turntable_views", "0"], capture_output=True, text=True)
+    given = ["--mask", "color", "--output_dir", str(tmp_path), "--turntable_views", "0"]
+    command = [sys.executable, str(ROOT / "inference_mouse.py"), str(tmp_path / "a.png")]
+    done = subprocess.run([*command, *given], capture_output=True, text=True)
     assert done.returncode == 0 and "mask by color" in done.stdout, (done.stdout, done.stderr)
     assert json.loads((tmp_path / "a" / "run.json").read_text())["photo"]["segmented"] == "color"
