@@ -18,7 +18,7 @@ from multiview.image import composite
 from multiview.metrics import load_lpips, lpips_backbone_path
 from multiview.rig import check_alignment
 from multiview.run import git_hash, peak_bytes, reset_peak, stoppable
-from multiview.sample import Sample, read_dataset_info, read_split
+from multiview.sample import Sample, check_names, read_dataset_info, read_split
 from pipeline.model import MouseFaceLift
 
 
@@ -28,6 +28,7 @@ def evaluate(settings: EvaluationSettings, model: MouseFaceLift) -> str:
         info = read_dataset_info(settings.data)
         check_alignment(model.rig, dataset=info["rig"])
     folders, artifacts = read_split(settings.data)[: settings.num_samples], model.artifacts
+    check_names(folders)  # mice are counted by their names
     notes, lpips = [], None
     if lpips_backbone_path().is_file():
         lpips = load_lpips(model.device)
