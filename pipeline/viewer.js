@@ -111,9 +111,9 @@ function move(azimuth, elevation, zoom = 1) {
   ask();
 }
 
-function tell() {  // in the address, to link to the view: #azimuth=20&elevation=20
+function tell() {  // in the address, to link to the view: #azimuth=20; no hashchange, which would undo a later move
   const told = Object.entries(slider ? {item: +slider.value, ...view} : view);
-  location.replace("#" + told.map(([name, value]) => `${name}=${+value.toFixed(2)}`).join("&"));
+  history.replaceState(null, "", "#" + told.map(([name, value]) => `${name}=${+value.toFixed(2)}`).join("&"));
 }
 
 function read() {
