@@ -54,7 +54,8 @@ class MVDiffusionConfig:
     hue_jitter_deg: float = within(0.0, 0, 180)  # angle drawn from +- this
     random_crop_ratio: float = within(1.0, 0.1, 1)  # smallest side of a crop; cameras go with it
     mirror_probability: float = within(0.0, 0, 1)  # pixels, cameras, view order and prompts together
-    reference_view_idx: str = choice("0", "random")  # "0": the rig's; else targets, prompts, cameras follow
+    # "0": the rig's input; "random": any view, targets, prompts and cameras follow; "half": so for half of the samples
+    reference_view_idx: str = choice("0", "random", "half")
     cache_latents: bool = False  # encode every sample and variant once, on disk
     cache_variants: int = within(1, 1, 1000)  # augmentation draws per sample with cache_latents
     cache_dir: str = "checkpoints/latent_cache"  # keyed by content: may be shared by runs
@@ -67,6 +68,7 @@ class MVDiffusionConfig:
     train_batch_size: int = within(4, 1, 4096)  # objects per process
     gradient_accumulation_steps: int = within(4, 1, 4096)  # passes per update
     gradient_checkpointing: bool = False  # less memory, slower
+    torch_compile: bool = False  # compile the UNet; the first step then takes minutes
     mixed_precision: str = choice("no", "fp16", "bf16")  # of the UNet's matrix products
     learning_rate: float = within(5e-5, 0, 1)  # after the warm-up
     # After the warm-up: constant, or linear or cosine to 0 at max_train_steps

@@ -109,6 +109,8 @@ class MVDiffusionTraining(Training):
         if config.mixed_precision != "no":  # the UNet alone, wherever it is called; what it returns is float32 again
             lowered = autocast(self.device, config.mixed_precision)(self.network.forward)
             self.network.forward = convert_outputs_to_fp32(lowered)
+        if config.torch_compile:
+            self.network.compile(dynamic=False)
         self.parameters = trained_parameters(self.network)
         self.optimizer = make_optimizer(self.parameters, config, self.device)
         if config.use_ema and accelerator.is_main_process:
@@ -155,6 +157,7 @@ class MVDiffusionTraining(Training):
                 if name.startswith("down_blocks.") and not is_camera_weight(name):
                     parameter.grad = None
 
+    @torch.compiler.set_stance("force_eager")  # with torch_compile: for few batches of other sizes
     def validate(self) -> tuple[dict[str, float], Tensor]:
         config, average = self.settings, self.ema.weights if self.ema else {}
         own = {name: self.parameters[name].detach().clone() for name in average}

@@ -21,7 +21,7 @@ from mvdiffusion.config import MVDiffusionConfig
 from mvdiffusion.data.mouse_dataset import MouseMVDiffusionDataset
 from mvdiffusion.facelift_yaml import load_training_config
 from mvdiffusion.losses import diffusion_loss, draw_timesteps, noise_and_target, snr_weights
-from mvdiffusion.models.unet import load_unet, resolve_unet_folder
+from mvdiffusion.models.unet import MultiViewUNet, load_unet, resolve_unet_folder
 from mvdiffusion.prompts import load_prompt_embeds
 from mvdiffusion.training import train
 
@@ -55,6 +55,9 @@ def test_rotated_reference_rotates_the_targets(tiny):
         assert torch.equal(item["masks"], stored[:, 3:].roll(-rotation, 0))
         assert torch.equal(item["reference"], item["targets"][0])
     assert len(seen) > 3
+    half = MouseMVDiffusionDataset(tiny["data"], load_rig("mouse6"), SIZE, augmentation(reference_view_idx="half"))
+    stays = [half.draw_rotation(epoch, 0) == 0 for epoch in range(300)]
+    assert 0.5 < sum(stays) / 300 < 0.67  # 7 of 12, as any view is the rig's at times
 
 
 def test_background_and_jitter_are_one_for_all_views(tiny):
@@ -179,6 +182,20 @@ def test_overfitting_lowers_the_loss(tiny, tmp_path):
     assert folder == tmp_path / "run_overfit1"
     assert sum(found[k] for k in range(36, 41)) < 0.6 * sum(found[k] for k in range(1, 6))
     assert values["vae/foreground_psnr"] > 0
+
+
+def test_a_compiled_unet_keeps_names_and_losses(whole, tmp_path, monkeypatch):
+    """Traced by torch.compile; the code generator is left out, which would take a C++ compiler and minutes."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(MultiViewUNet, "compile", lambda self, **_: torch.nn.Module.compile(self, backend=backend))
+    folder = train(whole[1](tmp_path / "run", torch_compile=True))
+    assert graphs and losses(folder) == pytest.approx(losses(whole[0]), rel=1e-3)
+    assert load_unet(folder / "checkpoint-4" / "unet_ema").conv_in.weight.isfinite().all()
 
 
 def test_other_models_and_rigs_are_refused_unless_allowed(tiny, whole, tmp_path):

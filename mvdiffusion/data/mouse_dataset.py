@@ -36,7 +36,7 @@ class MouseMVDiffusionDataset(Dataset):
         check_alignment(rig, dataset=read_dataset_info(self.list_file)["rig"])
         # With the latent cache every sample has so many fixed draws, taken in turn, instead of a new one per epoch.
         self.variants = config.cache_variants if config is not None and config.cache_latents else 0
-        self.moves_reference = config is not None and config.reference_view_idx == "random"
+        self.moves_reference = config is not None and config.reference_view_idx != "0"
         rotations = range(rig.num_views) if self.moves_reference else (0,)
         mirrorings = (False, True) if config is not None and config.mirror_probability > 0 else (False,)
         self.arrangements = {(k, m): arrange(rig, k, mirrored=m) for k in rotations for m in mirrorings}
@@ -50,7 +50,7 @@ class MouseMVDiffusionDataset(Dataset):
                     "looks the same from every view (equal steps, azimuth_zero 'reference')",
                 )
             raise ValueError(
-                f"{key}{': random' if rotation else ''} needs a rig that {must}, rig {rig.name} does not; use {key}: "
+                f"{key}: {getattr(config, key)} needs a rig that {must}, rig {rig.name} does not; use {key}: "
                 "0, or tell the UNet the cameras (camera_conditioning: adaln), which say what no prompt can"
             )
 
@@ -99,7 +99,9 @@ class MouseMVDiffusionDataset(Dataset):
         if not self.moves_reference:
             return 0
         generator = make_generator("mvdiffusion data", self.config.seed, epoch, self.first_index + index)
-        return int(torch.randint(self.rig.num_views, (), generator=generator))
+        drawn = int(torch.randint(self.rig.num_views, (), generator=generator))
+        stays = self.config.reference_view_idx == "half" and torch.rand((), generator=generator) < 0.5
+        return 0 if stays else drawn
 
     def arrangement(self, epoch: int, index: int) -> Arrangement:
         return self.arrangements[self.draw_rotation(epoch, index), self.draw(epoch, index).mirrored]
