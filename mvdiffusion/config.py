@@ -97,7 +97,7 @@ class MVDiffusionConfig:
     snr_weighting: str = choice("prediction", "upstream")  # by the prediction type; FaceLift's: epsilon's form always
     high_noise_share: float = within(0.0, 0, 1)  # fraction of time steps drawn from high_noise_range
     high_noise_range: list[int] = field(default_factory=lambda: [850, 999])  # time steps
-    foreground_weight: float = within(1.0, 0, 1e6)  # weight of latent cells that hold the animal
+    foreground_weight: float = within(1.0, 0, 1e6)  # weight of latent cells full of the animal; of others, less
     overfit_steps: int = within(1000, 1)  # max_train_steps under --overfit
 
     # Saving and looking

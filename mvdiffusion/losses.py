@@ -78,5 +78,5 @@ def training_loss(
         labels=labels, cameras=batch.cameras, reference_view=embeds.rig.reference_view,
     )  # fmt: skip
     weights = snr_weights(alphas, steps, config.snr_gamma, kind, config.snr_weighting)
-    foreground = 1 + (config.foreground_weight - 1) * (batch.mask.flatten(0, 1) > 0.05).float()
+    foreground = 1 + (config.foreground_weight - 1) * batch.mask.flatten(0, 1)
     return diffusion_loss(prediction, target, weights, foreground if config.foreground_weight != 1 else None)

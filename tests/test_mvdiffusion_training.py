@@ -16,6 +16,7 @@ from multiview.image import composite
 from multiview.rig import RigMismatchError, load_rig
 from multiview.run import make_generator
 from multiview.sample import read_sample, read_split
+from mvdiffusion import losses as losses_module
 from mvdiffusion.checkpoints import Sampling, components_folder_of, embeds_of, newest_training, sampling_of
 from mvdiffusion.config import MVDiffusionConfig
 from mvdiffusion.data.mouse_dataset import MouseMVDiffusionDataset
@@ -182,6 +183,19 @@ def test_overfitting_lowers_the_loss(tiny, tmp_path):
     assert folder == tmp_path / "run_overfit1"
     assert sum(found[k] for k in range(36, 41)) < 0.6 * sum(found[k] for k in range(1, 6))
     assert values["vae/foreground_psnr"] > 0
+
+
+def test_latent_cells_weigh_by_how_much_of_them_is_animal(tiny, tmp_path, monkeypatch):
+    """A tail runs through many cells and fills none: it must not outweigh the body."""
+    seen = []
+    monkeypatch.setattr(losses_module, "diffusion_loss", lambda *a: seen.append(a[3]) or diffusion_loss(*a))
+    train(config_for(tiny, tmp_path / "run", max_train_steps=1, foreground_weight=3.0))
+    weights = torch.cat(seen)
+    covered = torch.stack([read_sample(path, num_views=6).rgba[:, 3] for path in read_split(tiny["data"])]).mean(
+        (1, 2, 3)
+    )
+    assert weights.min() == 1 and weights.max() <= 3 and ((weights > 1.1) & (weights < 2.9)).any()
+    assert covered.min() < (weights.mean() - 1) / 2 < covered.max()
 
 
 def test_a_compiled_unet_keeps_names_and_losses(whole, tmp_path, monkeypatch):
