@@ -111,9 +111,7 @@ class MVDiffusionConfig:
     budget_s: float | None = None  # seconds after which the run saves itself and stops; repeating continues it
     skip_digest: bool = False  # resume without comparing files with their digests
     export_dir: str | None = None  # where the finished EMA UNet and its prompt embeddings go, in float16
-    export_num_steps: int = within(
-        50, 1, 1000
-    )  # sampling that suits the exported UNet; inference takes it unless told otherwise
+    export_num_steps: int = within(50, 1, 1000)  # suits the exported UNet: inference takes it unless told otherwise
     export_guidance_scale: float = 3.0  # the same
     export_mirror: str = choice("never", "always", "auto")  # auto: the training animals face one way
     device: str = "auto"  # auto, cpu, cuda

@@ -191,9 +191,8 @@ def test_latent_cells_weigh_by_how_much_of_them_is_animal(tiny, tmp_path, monkey
     monkeypatch.setattr(losses_module, "diffusion_loss", lambda *a: seen.append(a[3]) or diffusion_loss(*a))
     train(config_for(tiny, tmp_path / "run", max_train_steps=1, foreground_weight=3.0))
     weights = torch.cat(seen)
-    covered = torch.stack([read_sample(path, num_views=6).rgba[:, 3] for path in read_split(tiny["data"])]).mean(
-        (1, 2, 3)
-    )
+    alphas = [read_sample(path, num_views=6).rgba[:, 3] for path in read_split(tiny["data"])]
+    covered = torch.stack(alphas).mean((1, 2, 3))
     assert weights.min() == 1 and weights.max() <= 3 and ((weights > 1.1) & (weights < 2.9)).any()
     assert covered.min() < (weights.mean() - 1) / 2 < covered.max()
 
