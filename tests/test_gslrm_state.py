@@ -305,3 +305,14 @@ def test_compiled_blocks_keep_names_and_numbers(toys, tmp_path, monkeypatch, pru
         got = model(images, cameras, masks=masks)
     assert (got.gaussians.xyz - expected.gaussians.xyz).abs().max() < 1e-5
     assert list(model.state_dict()) == names and seen == [{"dynamic": True if prune else None}] * 2
+
+
+def test_pruned_samples_of_every_length_share_a_compiled_graph():
+    graphs, block = [], TransformerBlock(32, 16)
+    block.compile(dynamic=True, backend=lambda graph, _: graphs.append(graph) or graph)
+    for lengths in ([7, 9], [12, 4], [30, 31], [5, 70], [18, 19], [21, 6], [8, 90], [40, 3], [11, 77], [50, 51], 8, 9):
+        tokens = torch.rand(lengths * 2 if isinstance(lengths, int) else sum(lengths), 32)
+        with torch.no_grad():
+            got, parts = block(tokens, lengths), tokens.split(lengths)
+            assert (got - torch.cat([block.forward(part, len(part)) for part in parts])).abs().max() < 1e-5
+    assert len(graphs) <= 3

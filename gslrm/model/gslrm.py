@@ -65,12 +65,11 @@ class Attention(nn.Module):
         self.to_qkv = nn.Linear(d, 3 * d, bias=False)
         self.fc = nn.Linear(d, d, bias=False)
 
-    def forward(self, tokens: Tensor, lengths: list[int]) -> Tensor:
-        """tokens: [T, d], the sequences of all samples one after the other; lengths: of each. Samples do not mix."""
+    def forward(self, tokens: Tensor, lengths: list[int] | int) -> Tensor:
+        """tokens: [T, d], the samples one after the other, which do not mix; lengths: of each, or the one of all."""
         qkv = run_linear(self.to_qkv, tokens).unflatten(-1, (3, -1, self.d_head))  # [T, 3, heads, d_head]
-        equal = len(set(lengths)) == 1
-        attended = []
-        for batch in [qkv.unflatten(0, (len(lengths), lengths[0]))] if equal else [x[None] for x in qkv.split(lengths)]:
+        equal, attended = isinstance(lengths, int), []
+        for batch in [qkv.unflatten(0, (-1, lengths))] if equal else [x[None] for x in qkv.split(lengths)]:
             query, key, value = batch.permute(2, 0, 3, 1, 4)  # each [b, heads, n, d_head]
             values = functional.scaled_dot_product_attention(query, key, value)
             attended.append(values.transpose(1, 2).flatten(2).flatten(0, 1))
@@ -98,7 +97,7 @@ class TransformerBlock(nn.Module):
         layers = nn.Sequential(nn.Linear(d, 4 * d, bias=False), nn.GELU(), nn.Linear(4 * d, d, bias=False))
         self.mlp = nn.ModuleDict({"mlp": layers})  # FaceLift's names: mlp.mlp.0
 
-    def forward(self, tokens: Tensor, lengths: list[int]) -> Tensor:
+    def forward(self, tokens: Tensor, lengths: list[int] | int) -> Tensor:
         tokens = tokens + self.attn(self.norm1(tokens), lengths)
         return tokens + run_linear(self.mlp["mlp"], self.norm2(tokens))
 
@@ -106,10 +105,11 @@ class TransformerBlock(nn.Module):
 def run_blocks(blocks: nn.ModuleList, tokens: Tensor, lengths: list[int], checkpoint_every: int) -> Tensor:
     """Runs the blocks on packed tokens [T, d] whose samples have `lengths` tokens (sum T); with `checkpoint_every` k >
     0 groups of k blocks are recomputed in the backward pass."""
+    told = lengths[0] if lengths[0] and len(set(lengths)) == 1 else lengths  # compared inside, each would be compiled
 
     def run_group(start: int, tokens: Tensor) -> Tensor:
         for block in blocks[start : start + step]:
-            tokens = block(tokens, lengths)
+            tokens = block(tokens, told)
         return tokens
 
     # Without it one by one: a longer group's caller would hold on to the group's input.
