@@ -310,7 +310,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 def compile_blocks(model: GSLRM) -> None:
     """Compiles the transformer blocks in place; parameter names and everything around the blocks stay."""
-    # Pruned samples differ in length: without `dynamic` every batch would be compiled anew, until torch's limit (8).
+    # With background tokens pruned the number of tokens changes from batch to batch: one graph for all lengths.
     for block in model.transformer_layers:
         block.compile(dynamic=True if model.config.prune_background_tokens else None)
 

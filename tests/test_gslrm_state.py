@@ -315,4 +315,4 @@ def test_pruned_samples_of_every_length_share_a_compiled_graph():
         with torch.no_grad():
             got, parts = block(tokens, lengths), tokens.split(lengths)
             assert (got - torch.cat([block.forward(part, len(part)) for part in parts])).abs().max() < 1e-5
-    assert len(graphs) <= 3
+    assert 0 < len(graphs) <= 3
