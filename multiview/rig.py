@@ -154,25 +154,6 @@ class ViewRig:
                 told.append(f"{key.replace('_v', ' v')}: {getattr(self, key)} against {getattr(other, key)}")
         return told
 
-    def mirror_order(self) -> list[int]:
-        """Returns per view the index of its mirror image in x (the plane through azimuth 0), else ValueError."""
-
-        def mirrors(view: View, other: View) -> bool:
-            turn = (view.azimuth_deg + other.azimuth_deg + 180.0) % 360.0 - 180.0
-            near = self.view_distance(view) / self.view_distance(other) - 1.0
-            angles = abs(turn), abs(view.elevation_deg - other.elevation_deg)
-            return max(angles) <= ANGLE_TOLERANCE_DEG and abs(near) <= LENGTH_TOLERANCE
-
-        reference, order = self.views[self.reference_view], []
-        problem = None if mirrors(reference, reference) else "its reference view does not stand at azimuth 0"
-        for view in self.views:
-            order.append(next((index for index, other in enumerate(self.views) if mirrors(view, other)), None))
-            if order[-1] is None:
-                problem = problem or f"none of its views is the mirror image of {view.name}; use mirror=never"
-        if problem:
-            raise ValueError(f"rig {self.name} cannot be mirrored: {problem}")
-        return order
-
     def with_framing(self, framing: str) -> ViewRig:
         """Returns the rig in another framing: `fill` doubles distance and focal length, the others keep 2.7 and 549."""
         # Farther and longer by one factor: the animal keeps its size in the image and loses perspective.

@@ -64,18 +64,19 @@ def save_embeds(folder: Path, embeds: PromptEmbeds) -> None:
 
 
 class Sampling(NamedTuple):
-    """What suits a UNet; the defaults are FaceLift's. mirror: `auto` for one that was trained on animals that face one
-    way, `never` for one that takes them as they come (pipeline.MouseFaceLift.generate)."""
+    """What suits a UNet; the defaults are FaceLift's."""
 
     num_steps: int = NUM_STEPS
     guidance_scale: float = GUIDANCE_SCALE
-    mirror: str = "never"
 
 
 def sampling_of(unet_path: Path | str) -> Sampling:
     """Returns what suits a UNet: its folder's sampling.json, else FaceLift's."""
     path = _beside(unet_path, SAMPLING_FILE)
-    return Sampling(**read_json(path)) if path else Sampling()
+    content = read_json(path) if path else {}
+    if content.pop("mirror", "never") != "never":  # written for the demo models before
+        log.warning("%s asks for mirrored photographs, which are no longer tried; train at any heading", path)
+    return Sampling(**content)
 
 
 def embeds_of(unet_path: Path | str) -> Path | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from multiview.cameras import read_cameras
@@ -71,7 +71,7 @@ def resolve(chosen: Checkpoints, options: Stage1Options | None = None, *, stages
             "unet": unet, "embeds": embeds,
             "num_steps": suits.num_steps if chosen.num_steps is None else chosen.num_steps,
             "guidance_scale": suits.guidance_scale if chosen.guidance_scale is None else chosen.guidance_scale,
-            "options": replace(options, mirror=options.mirror or suits.mirror),
+            "options": options,
         }  # fmt: skip
     if stages != "1":
         from gslrm.checkpoints import read_checkpoint_rig, resolve_checkpoint
@@ -80,8 +80,6 @@ def resolve(chosen: Checkpoints, options: Stage1Options | None = None, *, stages
         rigs["gslrm"] = _require_rig(read_checkpoint_rig(gslrm), requested, "GS-LRM", gslrm)
         files |= {"gslrm": gslrm, "gslrm_config": chosen.gslrm_config}
     artifacts = Artifacts(check_alignment(requested, **rigs), **files, camera_json=chosen.camera_json)
-    if stages != "2" and artifacts.options.mirror != "never":
-        artifacts.rig.mirror_order()  # refuses a rig that has no mirror image
     if chosen.camera_json is not None:
         check_rig_cameras(artifacts.rig, read_cameras(chosen.camera_json), str(chosen.camera_json))
     return artifacts

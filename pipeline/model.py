@@ -25,8 +25,6 @@ from pipeline.outputs import PARTS, PosedViews, Reconstruction
 from pipeline.posed import FitOptions, Placement, fit, locate, reduced, to_rig
 from pipeline.verdict import judge
 
-MIRRORINGS = {None: (False,), "never": (False,), "always": (True,), "auto": (False, True)}  # by Stage1Options.mirror
-
 
 class PhotographError(ValueError):
     """The photograph is at fault, not a model: other photographs may go on."""
@@ -98,8 +96,7 @@ class MouseFaceLift:
         record = {
             "input": name, "photo": report, "artifacts": artifacts.describe(), "seed": seed,
             "num_steps": artifacts.num_steps, "guidance_scale": artifacts.guidance_scale,
-            "keep_input_view": keep_input_view, "seed_scores": views.seed_scores, "mirrored": views.mirrored,
-            "mirror_scores": views.mirror_scores, "seconds": {"stage1": round(time.perf_counter() - started, 2)},
+            "keep_input_view": keep_input_view, "seconds": {"stage1": round(time.perf_counter() - started, 2)},
         }  # fmt: skip
         result = self._finish(views, lambda: self.predict(views), filtered, record, photo)
         if not isinstance(refine, str):
@@ -189,49 +186,31 @@ class MouseFaceLift:
     ) -> PosedViews:  # fmt: skip
         """Stage 1. photo: [4, s, s] RGBA framed as the training data (`multiview.image`). Returns CPU tensors.
 
-        Option num_seeds: so many sets are generated, from `seed` on, and the geometrically most consistent one is kept.
-        Option mirror: `always` starts from the photograph's mirror image and mirrors the views back; `auto` does both
-        and keeps the more consistent set. A model whose training animals all face one way needs it.
         keep_input_view: the photograph itself stands for the reference view instead of its generated copy.
         """
         from mvdiffusion.pipelines.multiview import generate_views
 
-        artifacts, rig, size, options = self.artifacts, self.rig, self.components.image_size, self.artifacts.options
+        artifacts, rig, size = self.artifacts, self.rig, self.components.image_size
         own, cameras = resize_rgba(photo, size), rig.cameras(size)
         if artifacts.camera_json is not None:
             cameras = read_cameras(artifacts.camera_json).resize(size, size)
 
-        def best_of_seeds(mirrored: bool) -> PosedViews:
-            image, sets = composite(photo.flip(-1) if mirrored else photo, 1.0), {}
-            for number in range(seed, seed + options.num_seeds):  # one after the other: the memory of one
-                rgb = generate_views(
-                    self.components, image[None], artifacts.embeds, seeds=[number], num_steps=artifacts.num_steps,
-                    guidance_scale=artifacts.guidance_scale, sampler=options.sampler, progress=progress,
-                )[0].cpu()  # fmt: skip
-                rgb = (rgb * 255).round() / 255  # the images that are written are the images that are used
-                rgb = rgb.flip(-1)[rig.mirror_order()] if mirrored else rgb
-                masks = mask_from_white(rgb)
-                if keep_input_view:
-                    rgb[rig.reference_view], masks[rig.reference_view] = composite(own, 1.0), own[3:]
-                sets[number] = PosedViews(rgb, masks, cameras, mirrored=mirrored)
-            if len(sets) == 1:  # nothing to choose, so nothing to measure
-                return sets[seed]
-            scores = {number: views.consistency() for number, views in sets.items()}
-            return replace(sets[max(scores, key=scores.get)], seed_scores=scores)
-
-        ways = [best_of_seeds(mirrored) for mirrored in MIRRORINGS[options.mirror]]
-        if len(ways) == 1:
-            return ways[0]
-        plain, mirrored = (views.consistency() for views in ways)
-        return replace(ways[int(mirrored > plain)], mirror_scores=(plain, mirrored))
+        rgb = generate_views(
+            self.components, composite(photo, 1.0)[None], artifacts.embeds, seeds=[seed],
+            num_steps=artifacts.num_steps, guidance_scale=artifacts.guidance_scale,
+            sampler=artifacts.options.sampler, progress=progress,
+        )[0].cpu()  # fmt: skip
+        rgb = (rgb * 255).round() / 255  # the images that are written are the images that are used
+        masks = mask_from_white(rgb)
+        if keep_input_view:
+            rgb[rig.reference_view], masks[rig.reference_view] = composite(own, 1.0), own[3:]
+        return PosedViews(rgb, masks, cameras)
 
     @torch.no_grad()
     def predict(self, views: PosedViews) -> Gaussians:
         """Stage 2: posed views of any number and size -> Gaussians [1, n] on the device, unfiltered."""
         config, device = self.network.config, self.device
         size, cameras, rgb, masks = config.image_tokenizer.image_size, views.cameras, views.rgb, views.masks
-        if views.mirrored:  # the network sees the animal as Stage 1 drew it; its answer is mirrored back
-            cameras, rgb, masks = cameras.mirrored(), rgb.flip(-1), masks.flip(-1)
         # Resized in 8 bits, as the training data was.
         rgba = torch.stack([resize_rgba(torch.cat(pair), size) for pair in zip(rgb, masks)])[None]
         with torch.autocast(device.type, dtype=torch.float16, enabled=device.type == "cuda"):
@@ -246,7 +225,7 @@ class MouseFaceLift:
                     f"Stage 2 predicted Gaussians whose {name} is not finite: the weights of --checkpoint are damaged "
                     "or its training diverged; name an earlier ckpt_*.pt, or copy it again"
                 )
-        return gaussians.mirrored() if views.mirrored else gaussians
+        return gaussians
 
 
 def _read(image: Any) -> Tensor:

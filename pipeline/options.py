@@ -39,12 +39,6 @@ class Stage1Options:
     """How Stage 1 runs: rarer settings, given as key=value on command lines."""
 
     sampler: Literal["ddim", "dpm++", "unipc"] = option("ddim", "FaceLift's; dpm++ and unipc need fewer --num_steps")
-    num_seeds: int = option(1, "generate this many sets of views, keep the most consistent one", least=1)
-    mirror: Literal["never", "always", "auto"] | None = option(
-        None,
-        "never, always or auto: generate from the mirrored photograph and mirror the result; auto keeps the more "
-        "consistent of both; default: the model's own (a model of animals that face one way needs it)",
-    )
     vae_slicing: bool = option(False, "encode and decode images one by one: less memory")
     channels_last: bool = option(False, "memory layout of convolutions: faster on a GPU")
     compile: bool = option(False, "torch.compile for the UNet: minutes at first, faster afterwards")

@@ -39,9 +39,6 @@ class PosedViews:
     rgb: Tensor
     masks: Tensor
     cameras: Cameras
-    seed_scores: dict[int, float] | None = None  # consistency of all generated sets, of which this is the best
-    mirrored: bool = False  # from the photograph's mirror image and mirrored back; Stage 2 sees them as generated
-    mirror_scores: tuple[float, float] | None = None  # consistency as it is and mirrored: this is the better set
 
     @staticmethod
     def of(rgba: Tensor, cameras: Cameras) -> PosedViews:
@@ -49,9 +46,7 @@ class PosedViews:
         return PosedViews(composite(rgba, 1.0), rgba[:, 3:], cameras)
 
     def consistency(self) -> float:
-        """Returns how well the views agree in space (`view_consistency`), 0..1; known where sets were compared."""
-        if self.mirror_scores is not None:
-            return self.mirror_scores[self.mirrored]
+        """Returns how well the views agree in space (`view_consistency`), 0..1."""
         return view_consistency(self.rgb, self.masks, self.cameras)["score"]
 
 

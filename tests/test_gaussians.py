@@ -243,20 +243,3 @@ def test_render_ply_writes_one_image_per_camera_each_of_its_own_size(tmp_path, m
     for words, message in ((["missing.ply"], "missing.ply does not exist"), (["a.ply", "--sheet"], "--sheet needs")):
         with pytest.raises(ValueError, match=message):
             command(*words)
-
-
-@pytest.mark.parametrize("degree", [0, 1, 2, 3])
-def test_mirrored_gaussians_look_like_the_mirror_image(degree):
-    generator = torch.Generator().manual_seed(degree)
-
-    def normal(*shape):
-        return torch.randn(shape, generator=generator)
-
-    gaussians = Gaussians(
-        xyz=0.3 * normal(1, 40, 3), features=0.5 * normal(1, 40, (degree + 1) ** 2, 3),
-        scaling=-2.5 + 0.5 * normal(1, 40, 3), rotation=normal(1, 40, 4), opacity=normal(1, 40, 1),
-    )  # fmt: skip
-    cameras = Cameras.orbit(torch.tensor([20.0, 140.0, 250.0]), torch.full((3,), 25.0), 2.7, 1.07, 48)[None]
-    seen = render(gaussians, cameras).rgb
-    torch.testing.assert_close(render(gaussians.mirrored(), cameras.mirrored()).rgb, seen.flip(-1), atol=1e-5, rtol=0)
-    assert (render(gaussians, cameras.mirrored()).rgb - seen.flip(-1)).abs().max() > 0.05

@@ -36,9 +36,9 @@ def test_an_input_goes_where_its_kind_belongs(tmp_path):
     for word, kind in kinds.items():
         if not (tmp_path / word).exists():
             (tmp_path / word).touch()
-        arguments = argparse.Namespace(**dict.fromkeys(SOURCES), overrides=["mirror=auto", str(tmp_path / word)])
+        arguments = argparse.Namespace(**dict.fromkeys(SOURCES), overrides=["sampler=ddim", str(tmp_path / word)])
         place_input(arguments)
-        assert getattr(arguments, kind) == tmp_path / word and arguments.overrides == ["mirror=auto"]
+        assert getattr(arguments, kind) == tmp_path / word and arguments.overrides == ["sampler=ddim"]
 
 
 @pytest.mark.parametrize(("words", "message"), [([], "no input"), (["a.png", "b.png"], "2 inputs")])

@@ -164,7 +164,7 @@ def test_checkpoint_holds_all_that_inference_needs(tiny, whole):
     assert components_folder_of(newest / "unet_ema") == tiny["components"]
     # The run's own folder has a config.json too, which is no UNet's.
     assert resolve_unet_folder(output) == newest / "unet_ema" and (output / "config.json").is_file()
-    assert sampling_of(newest / "unet_ema") == Sampling(50, 3.0, "never")
+    assert sampling_of(newest / "unet_ema") == Sampling(50, 3.0)
     stored = load_prompt_embeds(embeds_of(newest / "unet"))
     torch.testing.assert_close(stored.tensor, load_prompt_embeds(tiny["embeds"]).tensor)
     own, average = (load_unet(newest / name).conv_in.weight for name in ("unet", "unet_ema"))

@@ -343,7 +343,7 @@ def test_weights_that_do_not_fit_or_are_not_finite_are_refused(tiny, model, tmp_
     [
         (["--turntable_views", "-1"], "--turntable_views: must be at least 0"),
         (["mirrored=auto"], "unknown key 'mirrored'; the nearest known one is 'mirror'"),
-        (["sampler=euler"], "expected one of"), (["num_seeds=0"], "num_seeds must be at least 1, got 0"),
+        (["sampler=euler"], "expected one of"), (["mirror=auto"], "mirror"),
         (["turntable_size=33"], "turntable_size must be even"), (["video_stride=x"], "video_stride"),
         (["crop"], "must look like key=value"), (["--num_steps", "0"], "must be at least 1"),
         (["--export", "obj"], "must be of splat, ply_compressed, spz, glb, got 'obj'"),
@@ -357,7 +357,7 @@ def test_bad_arguments_end_with_code_2_before_anything_is_loaded(arguments, mess
 def test_inference_keeps_to_few_flags_and_lists_its_overrides():
     code, out, _ = run("inference_mouse.py", "--help")
     flags_told = {line.split()[0].rstrip(",") for line in out.splitlines() if line.strip().startswith("--")}
-    assert code == 0 and 15 <= len(flags_told) <= 28 and "  mirror=none  " in out and "  maps=false  " in out
+    assert code == 0 and 15 <= len(flags_told) <= 28 and "  sampler=ddim  " in out and "  maps=false  " in out
 
 
 def test_an_output_folder_that_cannot_be_is_refused_before_the_work(tiny, tmp_path):

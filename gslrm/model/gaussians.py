@@ -16,7 +16,6 @@ C0 = 0.28209479177387814
 C1 = 0.4886025119029199
 C2 = (1.0925484305920792, 0.31539156525252005, 0.5462742152960396)
 C3 = (0.5900435899266435, 2.890611442640554, 0.4570457994644658, 0.3731763325901154, 1.445305721320277)
-ODD_IN_X = (3, 4, 7, 10, 13, 15)  # x, xy, xz, xyz, x(..), x(..)
 
 
 @dataclass(frozen=True)
@@ -125,15 +124,6 @@ class Gaussians:
         rotation = torch.stack(product, dim=-1) if turned else self.rotation
         scaling = self.scaling + float(scale.log())
         return replace(self, xyz=xyz, features=features, scaling=scaling, rotation=rotation)
-
-    def mirrored(self) -> Gaussians:
-        """Returns the scenes mirrored in x, as `Cameras.mirrored` sees them."""
-        # A covariance R S^2 R^T becomes (M R M) S^2 (M R M)^T with M = diag(-1, 1, 1): the rotation's axis is a
-        # pseudo-vector. Of the spherical harmonics those odd in x change sign.
-        sign_xyz, sign_wxyz = self.xyz.new_tensor([-1.0, 1.0, 1.0]), self.xyz.new_tensor([1.0, 1.0, -1.0, -1.0])
-        features = self.features.clone()
-        features[:, :, [index for index in ODD_IN_X if index < features.shape[2]]] *= -1
-        return replace(self, xyz=self.xyz * sign_xyz, rotation=self.rotation * sign_wxyz, features=features)
 
 
 def rotation_matrices(quaternions: Tensor) -> Tensor:
