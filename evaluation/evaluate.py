@@ -58,8 +58,8 @@ def evaluate(settings: EvaluationSettings, model: MouseFaceLift) -> str:
     facts = {"data": f"{head['data']}, {len(folders)} mice", "rig": artifacts.rig.name}
     facts |= {name: str(head["artifacts"][name]) for name in ("unet", "gslrm") if head["artifacts"][name]}
     if stage != "2":
-        steps, guidance = artifacts.num_steps, artifacts.guidance_scale
-        facts["sampling"] = f"{artifacts.options.sampler}, {steps} steps, guidance {guidance:g}"
+        options, steps, guidance = artifacts.options, artifacts.num_steps, artifacts.guidance_scale
+        facts["sampling"] = f"{options.sampler}, {steps} steps, guidance {guidance:g}, {options.num_draws} draws"
     return report.write(settings.output_dir, head, facts | {"seed": str(settings.seed), "commit": head["git"]})
 
 

@@ -68,6 +68,7 @@ class Sampling(NamedTuple):
 
     num_steps: int = NUM_STEPS
     guidance_scale: float = GUIDANCE_SCALE
+    num_draws: int = 1
 
 
 def sampling_of(unet_path: Path | str) -> Sampling:

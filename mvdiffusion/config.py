@@ -113,6 +113,7 @@ class MVDiffusionConfig:
     export_dir: str | None = None  # where the finished EMA UNet and its prompt embeddings go, in float16
     export_num_steps: int = within(50, 1, 1000)  # suits the exported UNet: inference takes it unless told otherwise
     export_guidance_scale: float = 3.0  # the same
+    export_num_draws: int = within(1, 1, 64)  # the same: the latents of so many samples are averaged
     device: str = "auto"  # auto, cpu, cuda
     tracker: str = choice("tensorboard", "wandb", "none")  # event files in <output_dir>/tensorboard
     wandb: WandbOptions = field(default_factory=lambda: WandbOptions(project="mouse_mvdiffusion", group="mvdiffusion"))

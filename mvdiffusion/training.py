@@ -210,7 +210,7 @@ class MVDiffusionTraining(Training):
 
     def _save_sampling(self, folder: Path) -> None:
         config = self.settings
-        suits = checkpoints.Sampling(config.export_num_steps, config.export_guidance_scale)
+        suits = checkpoints.Sampling(config.export_num_steps, config.export_guidance_scale, config.export_num_draws)
         write_json(folder / checkpoints.SAMPLING_FILE, suits._asdict())
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from multiview.cameras import read_cameras
 from multiview.checkpoint import read_rig
 from multiview.rig import ViewRig, check_alignment, check_rig_cameras, load_rig
-from multiview.run import shipped
+from multiview.run import seed_from, shipped
 from mvdiffusion.prompts import TRACKED_FOLDER, PromptEmbeds, check_embeds_fit, load_prompt_embeds
 from pipeline.options import Checkpoints, Stage1Options
 
@@ -29,6 +29,10 @@ class Artifacts:
     num_steps: int = 0  # Stage 1 sampling: as asked for, else what suits the UNet
     guidance_scale: float = 0.0
     options: Stage1Options = Stage1Options()
+
+    def draws(self, seed: int) -> list[int]:
+        """The seeds of the samples that are averaged, `seed` the first of them."""
+        return [seed, *(seed_from("draws", seed, draw) for draw in range(1, self.options.num_draws))]
 
     def describe(self) -> dict:
         """Returns JSON values for run.json."""
@@ -71,7 +75,7 @@ def resolve(chosen: Checkpoints, options: Stage1Options | None = None, *, stages
             "unet": unet, "embeds": embeds,
             "num_steps": suits.num_steps if chosen.num_steps is None else chosen.num_steps,
             "guidance_scale": suits.guidance_scale if chosen.guidance_scale is None else chosen.guidance_scale,
-            "options": options,
+            "options": replace(options, num_draws=options.num_draws or suits.num_draws),
         }  # fmt: skip
     if stages != "1":
         from gslrm.checkpoints import read_checkpoint_rig, resolve_checkpoint

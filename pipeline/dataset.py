@@ -87,7 +87,7 @@ def generate_samples(
     photos = [source.rgba[job.reference] for source, job in zip(sources, jobs)]
     generated = generate_views(
         model.components, torch.stack([composite(photo, 1.0) for photo in photos]), artifacts.embeds,
-        seeds=[job.seed for job in jobs], num_steps=artifacts.num_steps,
+        seeds=[artifacts.draws(job.seed) for job in jobs], num_steps=artifacts.num_steps,
         guidance_scale=artifacts.guidance_scale, sampler=artifacts.options.sampler,
     ).cpu()  # fmt: skip
     # The rig's cameras, never the source's: they are what the generated views show.

@@ -196,7 +196,7 @@ class MouseFaceLift:
             cameras = read_cameras(artifacts.camera_json).resize(size, size)
 
         rgb = generate_views(
-            self.components, composite(photo, 1.0)[None], artifacts.embeds, seeds=[seed],
+            self.components, composite(photo, 1.0)[None], artifacts.embeds, seeds=[artifacts.draws(seed)],
             num_steps=artifacts.num_steps, guidance_scale=artifacts.guidance_scale,
             sampler=artifacts.options.sampler, progress=progress,
         )[0].cpu()  # fmt: skip

@@ -39,6 +39,7 @@ class Stage1Options:
     """How Stage 1 runs: rarer settings, given as key=value on command lines."""
 
     sampler: Literal["ddim", "dpm++", "unipc"] = option("ddim", "FaceLift's; dpm++ and unipc need fewer --num_steps")
+    num_draws: int | None = option(None, "average so many samples of Stage 1; default: the model's own", least=1)
     vae_slicing: bool = option(False, "encode and decode images one by one: less memory")
     channels_last: bool = option(False, "memory layout of convolutions: faster on a GPU")
     compile: bool = option(False, "torch.compile for the UNet: minutes at first, faster afterwards")
@@ -51,7 +52,7 @@ class Stage1Options:
     def __post_init__(self) -> None:
         for entry in fields(self):  # argparse holds flags to these limits, OmegaConf does not
             (least, _), value = entry.metadata["limits"], getattr(self, entry.name)
-            if least is not None and value < least:
+            if None not in (least, value) and value < least:
                 raise ValueError(f"{entry.name} must be at least {least}, got {value}")
 
 

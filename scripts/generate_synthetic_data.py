@@ -1,8 +1,8 @@
 """Generates the rig's views of every sample of a dataset with Stage 1, as a dataset to train Stage 2 on.
 
 The new samples carry the rig's cameras, never the recording's: that is what the generated views show. Photographs are
-used as they are, never mirrored, whatever suits the UNet at inference. Repeating the command continues it; a sample
-depends on --seed and its own name only. Several processes share the work:
+used as they are. Repeating the command continues it; a sample depends on --seed and its own name only. Several
+processes share the work:
   python scripts/generate_synthetic_data.py --data data_mouse/data_mouse_train.txt --output_dir data_mouse_painted
   torchrun --nproc_per_node 4 scripts/generate_synthetic_data.py --data ... --output_dir ...
   python scripts/generate_synthetic_data.py --shard 0/2 --data ... & python ... --shard 1/2 --data ...
@@ -86,6 +86,7 @@ def main() -> None:
         "vae_sha256": fingerprint(*(artifacts.components / "vae").glob("*.safetensors")),
         "prompt_embeds_sha256": fingerprint(Path(artifacts.embeds.source)),
         "num_steps": artifacts.num_steps, "guidance_scale": artifacts.guidance_scale, "seed": settings.seed,
+        "num_draws": artifacts.options.num_draws,
         "image_size": model.image_size, "references": settings.references, "batch_size": settings.batch_size, **kept,
     }  # fmt: skip
     open_dataset(folder, artifacts.rig, parameters)

@@ -17,6 +17,7 @@ from mvdiffusion.components import load_components, load_text, local_folder
 from mvdiffusion.latents import clip_pixels, condition_latents
 from mvdiffusion.models.camera_conditioning import is_camera_weight
 from mvdiffusion.models.unet import create_unet, save_unet
+from mvdiffusion.pipelines import multiview as sampling
 from mvdiffusion.pipelines.multiview import SAMPLERS, generate_views, make_sampler
 from mvdiffusion.prompts import check_embeds_fit, load_prompt_embeds
 
@@ -90,6 +91,17 @@ def test_an_image_depends_on_its_own_seed_only(own):
     assert (together[1] - alone[0]).abs().max() < 1e-4
     other = generate_views(own["loaded"], image[None], own["prompts"], seeds=[5], num_steps=2)
     assert (other - alone).abs().max() > 1e-3
+
+
+def test_several_seeds_give_the_mean_of_their_latents(own, monkeypatch):
+    images = torch.stack([1 - own["image"], own["image"]])
+    monkeypatch.setattr(sampling, "decode_latents", lambda components, x: x)
+    averaged, *each = (
+        generate_views(own["loaded"], images, own["prompts"], seeds=seeds, num_steps=2)
+        for seeds in ([[7, 1, 5], [4, 8, 2]], [7, 4], [1, 8], [5, 2])
+    )
+    assert (torch.stack(each).mean(0) - averaged).abs().max() < 1e-4
+    assert all((each[k] - each[k - 1]).abs().max() > 1e-2 for k in range(3))
 
 
 def test_clip_pixels_are_pillows(own):

@@ -31,10 +31,12 @@ def load(tiny, options=None, stages="1", **changes) -> MouseFaceLift:
     return MouseFaceLift.load(device="cpu", stages=stages, options=options, **chosen)
 
 
-def test_a_unet_of_mirrored_photographs_is_told_of(tiny, tmp_path, caplog):
+def test_a_unet_says_how_it_is_sampled(tiny, tmp_path, caplog):
     shutil.copytree(tiny["unet"], tmp_path / "unet")
-    write_json(tmp_path / "unet" / SAMPLING_FILE, {**Sampling(7)._asdict(), "mirror": "auto"})
-    assert load(tiny, mvdiffusion_checkpoint=tmp_path / "unet", num_steps=None).artifacts.num_steps == 7
+    write_json(tmp_path / "unet" / SAMPLING_FILE, {**Sampling(7, num_draws=2)._asdict(), "mirror": "auto"})
+    for options, draws in ((None, 2), (Stage1Options(num_draws=1), 1)):
+        artifacts = load(tiny, options, mvdiffusion_checkpoint=tmp_path / "unet", num_steps=None).artifacts
+        assert (artifacts.num_steps, artifacts.options.num_draws) == (7, draws)
     assert "mirrored photographs, which are no longer tried" in caplog.text
 
 

@@ -36,7 +36,7 @@ def make_sampler(scheduler: DDIMScheduler, sampler: str) -> SchedulerMixin:
 
 @torch.no_grad()
 def generate_views(
-    components: Components, images: Tensor, embeds: PromptEmbeds, *, seeds: Sequence[int] = (0,),
+    components: Components, images: Tensor, embeds: PromptEmbeds, *, seeds: Sequence[int | Sequence[int]] = (0,),
     num_steps: int = NUM_STEPS, guidance_scale: float = GUIDANCE_SCALE, sampler: str = "ddim",
     progress: Callable[[Iterable], Iterable] | None = None,
 ) -> Tensor:  # fmt: skip
@@ -44,17 +44,20 @@ def generate_views(
 
     images: [b, 3, h, w] 0..1, RGB on white, square; resized to the UNet's image size.
     embeds: prompt embeddings of the rig; row i describes view i, and a UNet with camera conditioning gets camera i.
-    seeds: one per image: its result depends on its own seed, not on its place in a batch or folder.
+    seeds: one per image: its result depends on its own seed, not on its place in a batch or folder. Or as many to each
+    image: the latents drawn with them are averaged, for smoother views that fit each other better.
     guidance_scale: 1 turns classifier-free guidance off. sampler: one of SAMPLERS. progress: wraps the time steps.
     """
     unet, rig, device = components.unet, embeds.rig, components.device
     check_embeds_fit(embeds, unet, components.unet_folder)
     if images.shape != (len(seeds), 3, images.shape[-1], images.shape[-1]):
         raise ValueError(f"images must be [{len(seeds)} seeds, 3, s, s], square RGB, got {list(images.shape)}")
-    generators = [make_generator("generate_views", int(seed)) for seed in seeds]
+    draws = [own if isinstance(own, Sequence) else (own,) for own in seeds]
+    images = images.repeat_interleave(len(draws[0]), dim=0)
+    generators = [make_generator("generate_views", int(seed)) for own in draws for seed in own]
 
     def draw(*shape: int) -> Tensor:
-        """Noise [b, *shape], each image's from its own generator (on the CPU: the same on every device)."""
+        """Noise [b * draws, *shape], each from its own generator (on the CPU: the same on every device)."""
         noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
         return noise.to(device, unet.dtype)
 
@@ -77,8 +80,9 @@ def generate_views(
     if not x.isfinite().all():
         told = f"the UNet {components.unet_folder} gives latents that are not finite in {unet.dtype}"
         raise ValueError(f"{told}: it is damaged, diverged or too large for half precision; use another checkpoint")
+    x = x.unflatten(0, (len(draws), len(draws[0]), rig.num_views)).mean(1)
     with components.on_device("vae"):
-        generated = decode_latents(components, x).unflatten(0, (len(images), rig.num_views))
+        generated = decode_latents(components, x.flatten(0, 1)).unflatten(0, x.shape[:2])
     if not generated.isfinite().all():
         remedy = "its weights are damaged, copy them again or name other components"
         raise ValueError(f"the autoencoder in {components.folder} gives images that are not finite: {remedy}")
