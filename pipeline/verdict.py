@@ -17,10 +17,10 @@ from pipeline.outputs import PosedViews
 WORDS = ("good", "doubtful", "poor")
 # score: below which value it is doubtful, below which poor, what is then wrong.
 PHOTO_LIMITS = {
-    "consistency": (0.80, 0.66, "the generated views contradict each other"),
-    "views_psnr": (18.0, 14.0, "the Gaussians look unlike the generated views (dB)"),
-    "given_psnr": (20.0, 14.5, "the Gaussians look unlike the photograph (dB)"),
-    "given_iou": (0.85, 0.68, "the Gaussians' outline differs from the photograph's"),
+    "consistency": (0.80, 0.74, "the generated views contradict each other"),
+    "views_psnr": (19.0, 15.5, "the Gaussians look unlike the generated views (dB)"),
+    "given_psnr": (19.5, 16.0, "the Gaussians look unlike the photograph (dB)"),
+    "given_iou": (0.85, 0.76, "the Gaussians' outline differs from the photograph's"),
     "thickness": (0.20, 0.20, "the mask is thin: a tail, a line drawing, or hardly any animal"),
     "single": (0.80, 0.20, "the mask has several large parts: more than one animal"),
     "inside": (0.50, -1.0, "the animal is cut by the image's border"),
