@@ -86,7 +86,7 @@ def main() -> None:
         "vae_sha256": fingerprint(*(artifacts.components / "vae").glob("*.safetensors")),
         "prompt_embeds_sha256": fingerprint(Path(artifacts.embeds.source)),
         "num_steps": artifacts.num_steps, "guidance_scale": artifacts.guidance_scale, "seed": settings.seed,
-        "num_draws": artifacts.options.num_draws,
+        **({"num_draws": draws} if (draws := artifacts.options.num_draws) > 1 else {}),  # datasets from before go on
         "image_size": model.image_size, "references": settings.references, "batch_size": settings.batch_size, **kept,
     }  # fmt: skip
     open_dataset(folder, artifacts.rig, parameters)

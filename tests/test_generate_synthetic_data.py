@@ -71,6 +71,7 @@ def test_script_writes_painted_views_with_the_rigs_cameras_and_continues(tiny, g
     assert generate(tmp_path / "out", "--num_samples", 2)[0] == 0
     info = read_dataset_info(tmp_path / "out")
     assert info["rig"].name == "mouse6" and info["num_steps"] == 2 and info["source"] == "stage1"
+    assert "num_draws" not in info  # so datasets begun before there were several go on
     assert all(len(info[f"{name}_sha256"]) == 16 for name in ("unet", "vae", "prompt_embeds"))
     folders, sources = read_split(tmp_path / "out" / "data_mouse_train.txt"), read_split(tiny["data"])
     assert [folder.name for folder in folders] == [folder.name for folder in sources[:2]]
