@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 MOST = {  # goals: 16,500 lines, 115 files, 9 names used once, 60 dataclasses, 9,000 lines reached, 10,000 of tests
-    "product lines": 21_334, "product files": 131, "longest file": 400, "longest function": 85,
+    "product lines": 21_333, "product files": 131, "longest file": 400, "longest function": 85,
     "files in the largest folder": 19, "module functions named once per 1,000 lines": 11.3, "dataclasses": 77,
     "functions with more than 8 parameters": 1, "flags of inference_mouse.py": 28, "unused public names": 0,
     "files in a circle of imports": 0, "lines reached by the entry scripts": 11_200, "test lines": 15_000,

@@ -343,7 +343,7 @@ def test_weights_that_do_not_fit_or_are_not_finite_are_refused(tiny, model, tmp_
     [
         (["--turntable_views", "-1"], "--turntable_views: must be at least 0"),
         (["samplr=ddim"], "unknown key 'samplr'; the nearest known one is 'sampler'"),
-        (["sampler=euler"], "expected one of"), (["mirror=auto"], "mirror"),
+        (["sampler=euler"], "expected one of"), (["mirror=auto"], "unknown key 'mirror'"),
         (["turntable_size=33"], "turntable_size must be even"), (["video_stride=x"], "video_stride"),
         (["crop"], "must look like key=value"), (["--num_steps", "0"], "must be at least 1"),
         (["--export", "obj"], "must be of splat, ply_compressed, spz, glb, got 'obj'"),

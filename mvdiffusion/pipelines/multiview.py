@@ -53,7 +53,6 @@ def generate_views(
     if images.shape != (len(seeds), 3, images.shape[-1], images.shape[-1]):
         raise ValueError(f"images must be [{len(seeds)} seeds, 3, s, s], square RGB, got {list(images.shape)}")
     draws = [own if isinstance(own, Sequence) else (own,) for own in seeds]
-    images = images.repeat_interleave(len(draws[0]), dim=0)
     generators = [make_generator("generate_views", int(seed)) for own in draws for seed in own]
 
     def draw(*shape: int) -> Tensor:
@@ -62,7 +61,7 @@ def generate_views(
         return noise.to(device, unet.dtype)
 
     scheduler, guided = make_sampler(components.scheduler, sampler), guidance_scale != 1.0
-    image_latents, conditions = _conditions(components, images.to(device), embeds, draw, guided)
+    image_latents, conditions = _conditions(components, images.to(device), embeds, len(draws[0]), draw, guided)
     scheduler.set_timesteps(num_steps)
     shape = (rig.num_views, unet.config.out_channels, unet.config.sample_size, unet.config.sample_size)
     x = draw(*shape).flatten(0, 1) * scheduler.init_noise_sigma
@@ -90,25 +89,25 @@ def generate_views(
 
 
 def _conditions(
-    components: Components, images: Tensor, embeds: PromptEmbeds, draw: Callable[..., Tensor], guided: bool
+    components: Components, images: Tensor, embeds: PromptEmbeds, draws: int, draw: Callable[..., Tensor], guided: bool
 ) -> tuple[Tensor, dict]:
     """Image latents of every view, and the conditions `run_unet` takes; with guidance the unconditional half first."""
     unet, rig = components.unet, embeds.rig
     with components.on_device("image_encoder"):
-        embedding = image_embeddings(components, images, exact=True)
+        embedding = image_embeddings(components, images, exact=True).repeat_interleave(draws, dim=0)
     labels = class_labels(components, embedding, draw(embedding.shape[-1]))
     resized = torch.stack([resize_rgba(image, components.image_size) for image in images.cpu()]).to(images.device)
     with components.on_device("vae"):
-        latents = condition_latents(components, resized)
-    # Each image is encoded once and shared by its views.
+        latents = condition_latents(components, resized).repeat_interleave(draws, dim=0)
+    # Each image is encoded once and shared by its draws and views.
     labels, latents = (x.to(unet.dtype).repeat_interleave(rig.num_views, dim=0) for x in (labels, latents))
-    prompts = embeds.tensor.to(images.device, unet.dtype).repeat(len(images), 1, 1)
+    prompts = embeds.tensor.to(images.device, unet.dtype).repeat(len(embedding), 1, 1)
     if guided:  # the unconditional half has no image (zero labels and latents), but the same prompts and cameras
         labels, latents = (torch.cat([torch.zeros_like(part), part]) for part in (labels, latents))
         prompts = torch.cat([prompts, prompts])
     cameras = None
     if unet.config.camera_conditioning != "none":
         own = rig.cameras(components.image_size).to(images.device)
-        c2w, fxfycxcy = own.c2w.expand(len(images), -1, -1, -1), own.fxfycxcy.expand(len(images), -1, -1)
+        c2w, fxfycxcy = own.c2w.expand(len(embedding), -1, -1, -1), own.fxfycxcy.expand(len(embedding), -1, -1)
         cameras = Cameras(c2w, fxfycxcy, own.height, own.width)
     return latents, {"prompts": prompts, "labels": labels, "cameras": cameras, "reference_view": rig.reference_view}
